@@ -1,0 +1,17 @@
+"""Fused LoRA layers for Hugging Face PEFT models, loaded as a Hub kernel.
+
+`__all__` is what version 1 promises; everything else may change.
+"""
+
+from . import layers
+from .functional import lora_linear, row_norm
+from .mapping import explain, register_peft_layers, use_peft_layers
+
+__all__ = [
+    "explain",
+    "layers",
+    "lora_linear",
+    "register_peft_layers",
+    "row_norm",
+    "use_peft_layers",
+]

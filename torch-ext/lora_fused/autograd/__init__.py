@@ -1,0 +1,1 @@
+"""Autograd Functions, one file per layer family."""

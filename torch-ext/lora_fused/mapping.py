@@ -1,0 +1,165 @@
+"""Which PEFT classes get which layer, and what a kernelized model will do (`explain`)."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from dataclasses import dataclass
+from typing import Iterator, Optional, Sequence
+
+import torch
+from torch import nn
+
+from . import backend, layers, peft_state
+
+_DEVICES = ("cpu", "cuda")
+_CLASS_ATTRIBUTES = ("kernel_layer_name", "kernel_condition")
+
+
+@dataclass(frozen=True)
+class LoadedLayer:
+    """Stands where `kernels` expects a repository: a layer of this very module, loaded already.
+
+    It pins what was loaded (from the Hub, LOCAL_KERNELS or a folder) and asks nobody again.
+    """
+
+    layer: type[nn.Module]
+
+    def load(self) -> type[nn.Module]:
+        """The layer class."""
+        return self.layer
+
+    def __str__(self) -> str:
+        return f"{self.layer.__module__}.{self.layer.__name__}"
+
+
+def _mapping() -> dict:
+    repository = LoadedLayer(layers.LoraLinear)
+    return {layers.LoraLinear.__name__: {device: repository for device in _DEVICES}}
+
+
+def _mark_classes() -> None:
+    from kernels import replace_kernel_forward_from_hub
+
+    replace_kernel_forward_from_hub(
+        peft_state.linear_class(), layers.LoraLinear.__name__, condition=peft_state.is_plain_linear
+    )
+
+
+def register_peft_layers() -> None:
+    """Map PEFT's LoRA classes to this kernel's layers for every later `kernelize`, globally.
+
+    Global, because `kernelize` run again without a mapping gives layers their old forward back.
+    Raises ImportError where peft or kernels is missing.
+    """
+    from kernels import register_kernel_mapping
+
+    _mark_classes()
+    register_kernel_mapping(_mapping())
+
+
+@contextlib.contextmanager
+def use_peft_layers() -> Iterator[None]:
+    """`register_peft_layers` for the duration of a with-block; models kernelized inside keep their
+    layers afterwards."""
+    from kernels import use_kernel_mapping
+
+    cls = peft_state.linear_class()
+    before = {name: cls.__dict__[name] for name in _CLASS_ATTRIBUTES if name in cls.__dict__}
+    _mark_classes()
+    try:
+        with use_kernel_mapping(_mapping()):
+            yield
+    finally:
+        for name in _CLASS_ATTRIBUTES:
+            delattr(cls, name)
+        for name, value in before.items():
+            setattr(cls, name, value)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One LoRA module: `fused` with its `backend` and `group`, or PEFT's forward and the `reason`."""
+
+    module: str
+    layer: str
+    fused: bool
+    backend: Optional[str]
+    group: Optional[str]
+    reason: Optional[str]
+
+
+class Explanation(Sequence[Row]):
+    """The rows of `explain`, which print as a table."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self._rows = tuple(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        return self._rows[index]
+
+    def __str__(self) -> str:
+        cells = [("module", "runs", "backend", "group", "reason")]
+        for row in self._rows:
+            runs = f"{row.layer}, fused" if row.fused else "PEFT's own forward"
+            cells.append((row.module, runs, row.backend or "-", row.group or "-", row.reason or ""))
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells]
+        fused = sum(row.fused for row in self._rows)
+        return "\n".join([f"{fused} of {len(self)} LoRA modules fused", *lines])
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What every LoRA module of `model` does at its next call, by its state now.
+
+    The dtype of the call is taken to be the base weight's, or autocast's inside an autocast
+    block. Warns where nothing is fused. Raises TypeError if `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__}, expected a torch.nn.Module")
+    rows = [
+        _explain_module(name, module) for name, module in model.named_modules() if peft_state.is_lora_module(module)
+    ]
+    if not rows:
+        warnings.warn("lora_fused: the model has no PEFT LoRA modules, nothing is fused", stacklevel=2)
+    elif not any(row.fused for row in rows):
+        warnings.warn(
+            f"lora_fused: none of the {len(rows)} LoRA modules is fused; {rows[0].module}: {rows[0].reason}",
+            stacklevel=2,
+        )
+    return Explanation(rows)
+
+
+def _explain_module(name: str, module: nn.Module) -> Row:
+    layer = layers.LoraLinear
+    unfused = Row(name, type(module).__name__, fused=False, backend=None, group=None, reason=None)
+    if not peft_state.is_plain_linear(module):
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        return _because(unfused, f"no fused layer for {kind}")
+    bound = module.__dict__.get("forward")
+    if getattr(bound, "__func__", None) is not layer.forward:
+        other = "another tool set its forward" if bound is not None and not _is_original(module, bound) else None
+        return _because(unfused, other or "not kernelized: call register_peft_layers(), then kernelize(model)")
+    state = peft_state.read_linear(module)
+    if isinstance(state, str):
+        return _because(unfused, state)
+    weight = state.operands.weight
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+    example = torch.empty((0, weight.shape[1]), dtype=weight.dtype, device=weight.device)
+    reason = peft_state.call_reason(state, example, (), {})
+    if reason:
+        return _because(unfused, reason)
+    chosen = backend.choose(weight.device, dtype)
+    return Row(name, layer.__name__, fused=True, backend=chosen, group="single", reason=None)
+
+
+def _is_original(module: nn.Module, bound) -> bool:
+    return getattr(bound, "__func__", None) is type(module).forward
+
+
+def _because(row: Row, reason: str) -> Row:
+    return Row(row.module, row.layer, row.fused, row.backend, row.group, reason)

@@ -1,0 +1,18 @@
+"""The native ops of this build, with the shape functions that torch.compile needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._ops import add_op_namespace_prefix, ops
+
+
+@torch.library.register_fake(add_op_namespace_prefix("row_norm"))
+def _row_norm_fake(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    return weight.new_empty(weight.shape[0], dtype=torch.float32)
+
+
+def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """‖W + s·B·A‖ by row in float32, computed by the C++ (CPU) or CUDA op."""
+    return ops.row_norm(weight, lora_a, lora_b, scaling)

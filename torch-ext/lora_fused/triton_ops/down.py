@@ -1,0 +1,97 @@
+"""Down projection: t = s · x Aᵀ, one read of x for all ranks up to 64.
+
+Bound by the read of x [M, K]: M·K·2 bytes, against 2·M·K·R operations. A is read in its own
+dtype and rounded to x's in registers; sums are float32.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import dot_precision, on_device, rank_block
+
+
+@triton.jit
+def down_fwd_kernel(
+    x_ptr,
+    a_ptr,
+    t_ptr,
+    scaling,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_ar,
+    stride_ak,
+    stride_tm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_mask = rows < M
+    rank_mask = ranks < R
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        col_mask = cols < K
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_xm + cols[None, :],
+            mask=row_mask[:, None] & col_mask[None, :],
+            other=0.0,
+        )
+        a = tl.load(
+            a_ptr + ranks[None, :].to(tl.int64) * stride_ar + cols[:, None].to(tl.int64) * stride_ak,
+            mask=rank_mask[None, :] & col_mask[:, None],
+            other=0.0,
+        )
+        acc = tl.dot(x, a.to(x.dtype), acc, input_precision=PRECISION)
+    acc *= scaling
+    tl.store(
+        t_ptr + rows[:, None] * stride_tm + ranks[None, :],
+        acc.to(t_ptr.dtype.element_ty),
+        mask=row_mask[:, None] & rank_mask[None, :],
+    )
+
+
+def down(x: Tensor, a: Tensor, scaling: float, lora_dtype: Optional[torch.dtype] = None) -> Tensor:
+    """t = s · x aᵀ for x [M, K] (rows contiguous) and a [R, K] of any strides: [M, R] in x's dtype.
+
+    `lora_dtype` is x's dtype wherever this backend is chosen; the adapter is never copied.
+    """
+    m, k = x.shape
+    r = a.shape[0]
+    t = torch.empty((m, r), dtype=x.dtype, device=x.device)
+    if m == 0:
+        return t
+    block_m = 64
+    block_r = rank_block(r)
+    grid = (triton.cdiv(m, block_m), triton.cdiv(r, block_r))
+    with on_device(x):
+        down_fwd_kernel[grid](
+            x,
+            a,
+            t,
+            scaling,
+            m,
+            k,
+            r,
+            x.stride(0),
+            a.stride(0),
+            a.stride(1),
+            t.stride(0),
+            BLOCK_M=block_m,
+            BLOCK_K=64 if x.element_size() == 4 else 128,
+            BLOCK_R=block_r,
+            PRECISION=dot_precision(x),
+            num_warps=4,
+            num_stages=3,
+        )
+    return t

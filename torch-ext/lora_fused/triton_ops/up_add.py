@@ -1,0 +1,224 @@
+"""GEMM with the LoRA term inside: y = x Wᵀ + t Uᵀ + b, one accumulator, y written once.
+
+The rank-R product runs as extra K-steps of the tile's own loop, so it costs R/K of the base
+product and no second pass over y. The backward is the same kernel: dx = dy W + dt A, with W and
+A read transposed. x and W come through tensor descriptors (bulk tensor copies on Hopper and
+later, plain loads below) where base address and row stride are multiples of 16 bytes, and
+through pointers elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple, Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import dot_precision, on_device, rank_block
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton without tensor descriptors: every load goes through pointers
+    TensorDescriptor = None
+
+
+@triton.jit
+def up_add_fwd_kernel(
+    x_ptr,
+    w_ptr,
+    t_ptr,
+    u_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_wn,
+    stride_wk,
+    stride_tm,
+    stride_un,
+    stride_ur,
+    stride_ym,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    X_DESCRIPTOR: tl.constexpr,
+    W_DESCRIPTOR: tl.constexpr,
+    W_ROWS_ARE_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Programs in bands of GROUP_M row blocks: neighbours share W tiles in L2.
+    pid = tl.program_id(0)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    band = pid // (GROUP_M * blocks_n)
+    first_m = band * GROUP_M
+    band_m = tl.minimum(blocks_m - first_m, GROUP_M)
+    within = pid - band * GROUP_M * blocks_n
+    start_m = (first_m + within % band_m) * BLOCK_M
+    start_n = (within // band_m) * BLOCK_N
+
+    rows = start_m.to(tl.int64) + tl.arange(0, BLOCK_M)
+    cols = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
+    row_mask = rows < M
+    col_mask = cols < N
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start_k in range(0, K, BLOCK_K):
+        inner = start_k + tl.arange(0, BLOCK_K)
+        inner_mask = inner < K
+        if X_DESCRIPTOR:
+            x = x_ptr.load([start_m, start_k])
+        else:
+            x = tl.load(
+                x_ptr + rows[:, None] * stride_xm + inner[None, :],
+                mask=row_mask[:, None] & inner_mask[None, :],
+                other=0.0,
+            )
+        if W_DESCRIPTOR and W_ROWS_ARE_N:
+            w = w_ptr.load([start_n, start_k]).T
+        elif W_DESCRIPTOR:
+            w = w_ptr.load([start_k, start_n])
+        else:
+            w = tl.load(
+                w_ptr + cols[None, :] * stride_wn + inner[:, None].to(tl.int64) * stride_wk,
+                mask=col_mask[None, :] & inner_mask[:, None],
+                other=0.0,
+            )
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+    for start_r in range(0, R, BLOCK_R):
+        ranks = start_r + tl.arange(0, BLOCK_R)
+        rank_mask = ranks < R
+        t = tl.load(
+            t_ptr + rows[:, None] * stride_tm + ranks[None, :],
+            mask=row_mask[:, None] & rank_mask[None, :],
+            other=0.0,
+        )
+        u = tl.load(
+            u_ptr + cols[None, :] * stride_un + ranks[:, None].to(tl.int64) * stride_ur,
+            mask=col_mask[None, :] & rank_mask[:, None],
+            other=0.0,
+        )
+        acc = tl.dot(t, u.to(t.dtype), acc, input_precision=PRECISION)
+
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        y_ptr + rows[:, None] * stride_ym + cols[None, :],
+        acc.to(y_ptr.dtype.element_ty),
+        mask=row_mask[:, None] & col_mask[None, :],
+    )
+
+
+class Tile(NamedTuple):
+    """Launch configuration of one tile."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+LARGE_SHARED_MEMORY = 200 * 1024  # Hopper and Blackwell data centre parts: 227 KiB for a block
+_HALF_LARGE = Tile(128, 256, 64, 8, 3)  # 48 KiB of x and W a stage
+_HALF_NARROW = Tile(64, 128, 64, 4, 4)  # few rows: more programs, each with less to wait for
+_HALF_SMALL = Tile(128, 128, 32, 4, 3)  # 48 KiB in all: fits every GPU since compute capability 8.0
+_SINGLE = Tile(64, 64, 32, 4, 2)  # float32 and the interpreter
+
+
+@functools.lru_cache(maxsize=None)
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def choose_tile(x: Tensor) -> Tile:
+    """Tile for x [M, K] on its device."""
+    if x.element_size() != 2 or not x.is_cuda:
+        return _SINGLE
+    if _shared_memory(x.device) < LARGE_SHARED_MEMORY:
+        return _HALF_SMALL
+    return _HALF_NARROW if x.shape[0] <= 512 else _HALF_LARGE
+
+
+def _descriptor_fits(matrix: Tensor) -> bool:
+    bytes_per_row = matrix.stride(0) * matrix.element_size()
+    return (
+        TensorDescriptor is not None
+        and matrix.stride(1) == 1
+        and matrix.data_ptr() % 16 == 0
+        and bytes_per_row % 16 == 0
+        and min(matrix.shape) > 0
+    )
+
+
+def up_add(
+    x: Tensor,
+    weight: Tensor,
+    t: Tensor,
+    up: Tensor,
+    bias: Optional[Tensor] = None,
+    *,
+    descriptors: bool = True,
+) -> Tensor:
+    """y = x weightᵀ + t upᵀ + bias: [M, N] in x's dtype, summed in float32.
+
+    x [M, K] and t [M, R] with contiguous rows, weight [N, K] in x's dtype, contiguous or the
+    transpose of a contiguous matrix, up [N, R] of any strides and dtype. `descriptors=False`
+    reads everything through pointers.
+    """
+    (m, k), n, r = x.shape, weight.shape[0], t.shape[1]
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    if m == 0 or n == 0:
+        return y
+    tile = choose_tile(x)
+    rows_are_n = weight.stride(1) == 1
+    stored = weight if rows_are_n else weight.t()
+    x_descriptor = descriptors and _descriptor_fits(x)
+    w_descriptor = descriptors and _descriptor_fits(stored)
+    x_arg = TensorDescriptor.from_tensor(x, [tile.m, tile.k]) if x_descriptor else x
+    w_block = [tile.n, tile.k] if rows_are_n else [tile.k, tile.n]
+    w_arg = TensorDescriptor.from_tensor(stored, w_block) if w_descriptor else weight
+    grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
+    with on_device(x):
+        up_add_fwd_kernel[grid](
+            x_arg,
+            w_arg,
+            t,
+            up,
+            bias,
+            y,
+            m,
+            n,
+            k,
+            r,
+            x.stride(0),
+            weight.stride(0),
+            weight.stride(1),
+            t.stride(0),
+            up.stride(0),
+            up.stride(1),
+            y.stride(0),
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            BLOCK_K=tile.k,
+            BLOCK_R=rank_block(r),
+            GROUP_M=8,
+            X_DESCRIPTOR=x_descriptor,
+            W_DESCRIPTOR=w_descriptor,
+            W_ROWS_ARE_N=rows_are_n,
+            HAS_BIAS=bias is not None,
+            PRECISION=dot_precision(x),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return y
