@@ -1,0 +1,125 @@
+"""The only home of shapes, dtypes and tolerances, and of the tiny models that tests train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One projection: x [*lead, k], weight [n, k], rank r, base bias or none."""
+
+    lead: tuple[int, ...]
+    k: int
+    n: int
+    r: int
+    bias: bool = False
+    scaling: float = 0.7
+
+    def __str__(self) -> str:
+        lead = "x".join(map(str, self.lead)) or "vector"
+        return f"{lead}-k{self.k}-n{self.n}-r{self.r}{'-bias' if self.bias else ''}"
+
+
+# Odd sizes, no tokens, one token, every leading shape, ranks below, at and above a dot's tile.
+CASES = (
+    Case((), 64, 64, 8),
+    Case((0,), 64, 32, 4, bias=True),
+    Case((1,), 33, 17, 1),
+    Case((7,), 72, 100, 3, bias=True),
+    Case((2, 65), 96, 130, 16),
+    Case((3, 2, 11), 136, 72, 33, bias=True),
+    Case((130,), 257, 129, 100),
+    Case((70,), 64, 192, 512, bias=True),
+)
+
+# (base, adapter); PEFT keeps adapters of a half-precision base in float32 unless told otherwise.
+DTYPES = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float16, torch.float16),
+)
+
+# Our error may be this many times PEFT's own, plus the rounding unit of what is stored.
+FACTOR = 2.0
+UNIT = {torch.float64: 2.0**-50, torch.float32: 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def relative(value: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
+    """(RMS, maximum) error of `value`, each over the RMS and the maximum of `truth`."""
+    if truth.numel() == 0:
+        return 0.0, 0.0
+    truth = truth.detach().double().cpu()
+    error = value.detach().double().cpu() - truth
+    rms, peak = truth.square().mean().sqrt().item(), truth.abs().max().item()
+    if rms == 0.0:
+        return error.abs().max().item(), error.abs().max().item()
+    return error.square().mean().sqrt().item() / rms, error.abs().max().item() / peak
+
+
+def assert_as_good(name: str, ours, theirs, truth, unit_of: torch.dtype) -> None:
+    """Our error against float64 truth is within FACTOR of PEFT's in the same dtype, plus a unit."""
+    assert ours.shape == theirs.shape, f"{name}: shape {tuple(ours.shape)}, PEFT {tuple(theirs.shape)}"
+    assert ours.dtype == theirs.dtype, f"{name}: {ours.dtype}, PEFT {theirs.dtype}"
+    for kind, mine, peft in zip(("RMS", "max"), relative(ours, truth), relative(theirs, truth)):
+        bound = FACTOR * peft + UNIT[unit_of]
+        assert mine <= bound, f"{name}: {kind} error {mine:.3g}, bound {bound:.3g}, PEFT {peft:.3g}"
+
+
+def peft_linear(case: Case, base_dtype, adapter_dtype, device="cpu", **config):
+    """A `peft.tuners.lora.Linear` with random A and B (B is never zero) and a frozen base."""
+    from peft import LoraConfig, get_peft_model
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(case.k, case.n, bias=case.bias)
+
+        def forward(self, x):
+            return self.proj(x)
+
+    lora = LoraConfig(r=case.r, lora_alpha=case.scaling * case.r, target_modules=["proj"], **config)
+    model = get_peft_model(Model().to(device=device, dtype=base_dtype), lora, autocast_adapter_dtype=False)
+    layer = model.base_model.model.proj
+    for name, parameter in layer.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter, dtype=torch.float32) * parameter.shape[-1] ** -0.5
+            parameter.data = parameter.data.to(adapter_dtype)
+    return model, layer
+
+
+def tiny_llama(dtype=torch.float32, **overrides):
+    """A Llama-architecture causal LM of two layers with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = dict(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**shape, **overrides})).to(dtype)
+
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def peft_llama(dtype=torch.float32, **config):
+    """The tiny Llama with LoRA on all linears and B drawn at random."""
+    from peft import LoraConfig, get_peft_model
+
+    options = dict(r=4, lora_alpha=8, target_modules=LINEARS, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(dtype), LoraConfig(**{**options, **config}))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return model

@@ -1,0 +1,31 @@
+"""Every test gets the package as a user does: the built variant, loaded through `kernels`."""
+
+import os
+import pathlib
+
+# Read by Triton when it is first imported: without a GPU its kernels run in the interpreter.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def lora_fused():
+    from kernels import get_local_kernel
+
+    return get_local_kernel(ROOT / "build")
+
+
+@pytest.fixture(scope="session")
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,176 @@
+"""PEFT itself is the truth: layer by layer in float64, and a training run step by step."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from cases import CASES, DTYPES, Case, assert_as_good, peft_linear, peft_llama
+from kernels import Mode, kernelize
+
+
+def fused(lora_fused, model, device="cpu"):
+    lora_fused.register_peft_layers()
+    model = kernelize(model, mode=Mode.TRAINING, device=device)
+    rows = lora_fused.explain(model)
+    assert len(rows) > 0 and all(row.fused for row in rows), str(rows)
+    return model
+
+
+def run(model, x, dy, autocast=None):
+    """Output and every gradient of one forward and backward, by name."""
+    x = x.detach().clone().requires_grad_()
+    scope = torch.autocast(x.device.type, dtype=autocast) if autocast else contextlib.nullcontext()
+    with scope:
+        y = model(x)
+    y.backward(dy.to(y.dtype))
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(grad is not None for grad in grads.values())
+    return {"y": y, "dx": x.grad, **grads}
+
+
+@pytest.mark.parametrize("base,adapter", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("autocast", (None, torch.bfloat16), ids=("plain", "autocast"))
+def test_layer_matches_peft(lora_fused, device, case, base, adapter, autocast):
+    model, _ = peft_linear(case, base, adapter, device)
+    x = torch.randn(*case.lead, case.k, device=device).to(base)
+    dy = torch.randn(*case.lead, case.n, device=device).to(base)
+    truth = run(copy.deepcopy(model).double(), x.double(), dy.double())
+    theirs = run(copy.deepcopy(model), x, dy, autocast)
+    ours = run(fused(lora_fused, model, device), x, dy, autocast)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert_as_good(name, value, theirs[name], truth[name], autocast or base)
+
+
+def test_trainable_base_bias_and_weight(lora_fused, device):
+    model, layer = peft_linear(Case((9,), 64, 48, 8, bias=True), torch.float32, torch.float32, device)
+    layer.base_layer.requires_grad_(True)
+    x, dy = torch.randn(9, 64, device=device), torch.randn(9, 48, device=device)
+    truth = run(copy.deepcopy(model).double(), x.double(), dy.double())
+    theirs = run(copy.deepcopy(model), x, dy)
+    ours = run(fused(lora_fused, model, device), x, dy)
+    assert any(name.endswith("base_layer.bias") for name in ours)
+    for name, value in ours.items():
+        assert_as_good(name, value, theirs[name], truth[name], torch.float32)
+
+
+def test_non_contiguous_x_and_dy(lora_fused, device):
+    model, _ = peft_linear(Case((6, 10), 40, 24, 5), torch.float32, torch.float32, device)
+    x = torch.randn(10, 6, 80, device=device).transpose(0, 1)[..., ::2]
+    dy = torch.randn(24, 6, 10, device=device).permute(1, 2, 0)
+    before = x.clone()
+    truth = run(copy.deepcopy(model).double(), x.double(), dy.double())
+    theirs = run(copy.deepcopy(model), x, dy)
+    ours = run(fused(lora_fused, model, device), x, dy)
+    assert torch.equal(x, before)
+    for name, value in ours.items():
+        assert_as_good(name, value, theirs[name], truth[name], torch.float32)
+
+
+@pytest.mark.parametrize("frozen", ("lora_A", "lora_B"))
+def test_one_frozen_adapter_matrix(lora_fused, frozen):
+    model, layer = peft_linear(Case((5,), 32, 16, 4), torch.float32, torch.float32)
+    getattr(layer, frozen)["default"].weight.requires_grad_(False)
+    x, dy = torch.randn(5, 32), torch.randn(5, 16)
+    theirs = run(copy.deepcopy(model), x, dy)
+    ours = run(fused(lora_fused, model), x, dy)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name])
+
+
+def test_no_gradient_wanted(lora_fused):
+    model, _ = peft_linear(Case((5,), 32, 16, 4), torch.float32, torch.float32)
+    x = torch.randn(5, 32)
+    expected = copy.deepcopy(model)(x)
+    model = fused(lora_fused, model)
+    for scope in (torch.no_grad, torch.inference_mode):
+        with scope():
+            torch.testing.assert_close(model(x), expected)
+
+
+def test_double_backward_raises(lora_fused):
+    model, _ = peft_linear(Case((5,), 32, 16, 4), torch.float32, torch.float32)
+    x = torch.randn(5, 32, requires_grad=True)
+    (dx,) = torch.autograd.grad(fused(lora_fused, model)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_gradcheck(lora_fused):
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    inputs = (draw(2, 3, 9), draw(7, 9), draw(4, 9), draw(7, 4), draw(7))
+    assert torch.autograd.gradcheck(lambda x, w, a, b, c: lora_fused.lora_linear(x, w, a, b, 0.3, c), inputs)
+
+
+def train(model, device, steps=20, autocast=None):
+    generator = torch.Generator().manual_seed(2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        tokens = torch.randint(0, 64, (2, 17), generator=generator).to(device)
+        scope = torch.autocast(device, dtype=autocast) if autocast else contextlib.nullcontext()
+        with scope:
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_twenty_steps_on_a_llama(lora_fused, device, checkpointing):
+    plain = peft_llama().to(device).train()
+    ours = fused(lora_fused, copy.deepcopy(plain), device)
+    assert plain.state_dict().keys() == ours.state_dict().keys()
+    if checkpointing:
+        for model in (plain, ours):
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable()
+    theirs, losses = train(plain, device), train(ours, device)
+    assert losses[-1] < losses[0]
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_saved_for_backward(lora_fused):
+    """x once, t [M, R], and the operands, which are saved as themselves and not as copies."""
+    model, layer = peft_linear(Case((50,), 64, 48, 8), torch.float32, torch.float32)
+    x = torch.randn(50, 64)
+    model = fused(lora_fused, model)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(x)
+    parameters = {p.data_ptr() for p in model.parameters()} | {x.data_ptr()}
+    extra = [tuple(t.shape) for t in saved if t.data_ptr() not in parameters]
+    assert extra == [(50, 8)]
+
+
+@pytest.mark.parametrize(
+    "change,name",
+    (
+        (dict(weight=(5,)), "weight"),
+        (dict(lora_a=(4, 8)), "lora_a"),
+        (dict(lora_b=(16, 3)), "lora_b"),
+        (dict(bias=(5,)), "bias"),
+        (dict(x=(5, 31)), "x"),
+    ),
+)
+def test_bad_shapes_name_the_tensor(lora_fused, change, name):
+    shapes = dict(x=(5, 32), weight=(16, 32), lora_a=(4, 32), lora_b=(16, 4), bias=(16,))
+    tensors = {key: torch.randn(shape) for key, shape in {**shapes, **change}.items()}
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        lora_fused.lora_linear(**tensors, scaling=1.0)
+
+
+def test_bad_dtypes_name_the_tensor(lora_fused):
+    tensors = dict(x=torch.randn(5, 32), weight=torch.randn(16, 32), lora_a=torch.randn(4, 32), lora_b=torch.randn(16, 4))
+    for name in tensors:
+        with pytest.raises(TypeError, match=f"^{name}: "):
+            lora_fused.lora_linear(**{**tensors, name: tensors[name].int()}, scaling=1.0)
+    with pytest.raises(TypeError, match="^weight: "):
+        lora_fused.lora_linear(**{**tensors, "weight": tensors["weight"].half()}, scaling=1.0)

@@ -1,0 +1,102 @@
+"""Triton kernels against float64: on a GPU as they run, elsewhere under the interpreter.
+
+The interpreter's bfloat16 dot is wrong, so half precision is float16 there.
+"""
+
+import pytest
+import torch
+from cases import CASES, UNIT, assert_as_good, relative
+
+triton = pytest.importorskip("triton")
+
+ON_GPU = torch.cuda.is_available()
+DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if ON_GPU else ())
+MATRIX_CASES = [case for case in CASES if case.lead]
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """torch.empty gives NaN, so an element that a kernel leaves out shows."""
+    empty = torch.empty
+
+    def nan(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", nan)
+
+
+def draw(*shape, dtype, device, scale=1.0):
+    return (torch.randn(*shape, device=device) * scale).to(dtype)
+
+
+def operands(case, dtype, adapter, device):
+    m = int(torch.Size(case.lead).numel())
+    x = draw(m, case.k, dtype=dtype, device=device)
+    weight = draw(case.n, case.k, dtype=dtype, device=device, scale=case.k**-0.5)
+    lora_a = draw(case.r, case.k, dtype=adapter, device=device, scale=case.k**-0.5)
+    lora_b = draw(case.n, case.r, dtype=adapter, device=device, scale=case.r**-0.5)
+    bias = draw(case.n, dtype=dtype, device=device) if case.bias else None
+    return x, weight, lora_a, lora_b, bias
+
+
+@pytest.mark.parametrize("case", MATRIX_CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("descriptors", (True, False), ids=("descriptors", "pointers"))
+def test_kernels_match_float64(lora_fused, poisoned, device, case, dtype, descriptors):
+    kernels = lora_fused.backend.get("triton")
+    x, weight, lora_a, lora_b, bias = operands(case, dtype, torch.float32, device)
+    t = kernels.down(x, lora_a, case.scaling)
+    y = kernels.up_add(x, weight, t, lora_b, bias, descriptors=descriptors)
+    dy = draw(x.shape[0], case.n, dtype=dtype, device=device)
+    dt = kernels.down(dy, lora_b.t(), case.scaling)
+    dx = kernels.up_add(dy, weight.t(), dt, lora_a.t(), descriptors=descriptors)
+    tensors = (x, weight, lora_a, lora_b, bias, dy, t, dt)
+    x64, weight64, a64, b64, bias64, dy64, t64, dt64 = [None if v is None else v.double() for v in tensors]
+    plain = lora_fused.reference
+    results = {
+        "t": (t, plain.down(x, lora_a, case.scaling, dtype), case.scaling * x64 @ a64.t()),
+        "y": (y, plain.up_add(x, weight, t, lora_b, bias), plain.up_add(x64, weight64, t64, b64, bias64)),
+        "dt": (dt, plain.down(dy, lora_b.t(), case.scaling, dtype), case.scaling * dy64 @ b64),
+        "dx": (dx, plain.up_add(dy, weight.t(), dt, lora_a.t()), dy64 @ weight64 + dt64 @ a64),
+    }
+    for name, (ours, theirs, truth) in results.items():
+        assert_as_good(name, ours, theirs, truth, dtype)
+
+
+@pytest.mark.parametrize("case", MATRIX_CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_function_on_triton_is_as_good_as_reference(lora_fused, device, case, dtype):
+    """Forward and every gradient through the autograd Function, both backends, float64 truth."""
+
+    def run(backend, cast):
+        torch.manual_seed(1)
+        tensors = [None if v is None else cast(v).requires_grad_() for v in operands(case, dtype, torch.float32, device)]
+        x, weight, lora_a, lora_b, bias = tensors
+        y = lora_fused.lora_linear(x, weight, lora_a, lora_b, case.scaling, bias, backend=backend)
+        dy = draw(*y.shape, dtype=torch.float32, device=device)
+        y.backward(dy.to(dtype).to(y.dtype))
+        grads = {name: v.grad for name, v in zip(("x", "weight", "lora_a", "lora_b", "bias"), tensors) if v is not None}
+        return {"y": y, **grads}
+
+    truth = run("reference", lambda v: v.double())
+    theirs = run("reference", lambda v: v)
+    for name, value in run("triton", lambda v: v).items():
+        assert_as_good(name, value, theirs[name], truth[name], dtype)
+
+
+def test_unaligned_rows_go_through_pointers(lora_fused, device):
+    """A base address or a row stride that no descriptor can take still gives the right result."""
+    kernels = lora_fused.backend.get("triton")
+    storage = torch.randn(64 * 67 + 1, device=device).half()
+    x = storage[1:].view(64, 67)
+    weight = torch.randn(48, 67, device=device).half()
+    up, t = torch.randn(48, 5, device=device).half(), torch.randn(64, 5, device=device).half()
+    y = kernels.up_add(x, weight, t, up)
+    truth = x.double() @ weight.double().t() + t.double() @ up.double().t()
+    assert relative(y, truth)[0] <= UNIT[torch.float16]
+
+
+def test_unknown_backend(lora_fused):
+    with pytest.raises(ValueError, match="^backend: 'cutlass'"):
+        lora_fused.backend.get("cutlass")
