@@ -61,6 +61,11 @@ def down_fwd_kernel(
     )
 
 
+def choose_rows(m: int) -> int:
+    """Rows a program: as many as leave about a hundred programs, the GPU's own parallelism."""
+    return 64 if m >= 8192 else 32 if m >= 4096 else 16
+
+
 def down(x: Tensor, a: Tensor, scaling: float, lora_dtype: Optional[torch.dtype] = None) -> Tensor:
     """t = s · x aᵀ for x [M, K] (rows contiguous) and a [R, K] of any strides: [M, R] in x's dtype.
 
@@ -71,7 +76,7 @@ def down(x: Tensor, a: Tensor, scaling: float, lora_dtype: Optional[torch.dtype]
     t = torch.empty((m, r), dtype=x.dtype, device=x.device)
     if m == 0:
         return t
-    block_m = 64
+    block_m = choose_rows(m)
     block_r = rank_block(r)
     grid = (triton.cdiv(m, block_m), triton.cdiv(r, block_r))
     with on_device(x):
@@ -88,10 +93,10 @@ def down(x: Tensor, a: Tensor, scaling: float, lora_dtype: Optional[torch.dtype]
             a.stride(1),
             t.stride(0),
             BLOCK_M=block_m,
-            BLOCK_K=64 if x.element_size() == 4 else 128,
+            BLOCK_K=64,
             BLOCK_R=block_r,
             PRECISION=dot_precision(x),
             num_warps=4,
-            num_stages=3,
+            num_stages=4 if x.element_size() == 2 else 2,
         )
     return t

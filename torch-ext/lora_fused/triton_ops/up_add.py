@@ -95,7 +95,8 @@ def up_add_fwd_kernel(
             )
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-    for start_r in range(0, R, BLOCK_R):
+    # Not pipelined: one or two steps for common ranks, and stages of a float32 U would not fit.
+    for start_r in tl.range(0, R, BLOCK_R, num_stages=1):
         ranks = start_r + tl.arange(0, BLOCK_R)
         rank_mask = ranks < R
         t = tl.load(

@@ -1,0 +1,48 @@
+# Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
+# that existing environment, no installation and no network.
+.DEFAULT_GOAL := help
+.PHONY: help venv build demo test clean gpu-check cuda-compile
+
+ifdef PYTHON
+READY :=
+else
+PYTHON := .venv/bin/python
+READY := .venv/stamp
+endif
+BASE_PYTHON ?= python3
+NVCC ?= $(shell command -v nvcc 2>/dev/null || echo /usr/local/cuda/bin/nvcc)
+ARCHS := 80 86 89 90a 100 120
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+	@echo "  PYTHON=python3 uses an existing environment: no venv, no network"
+
+venv: $(READY)  ## make .venv with the pinned dependencies
+
+.venv/stamp: requirements.txt requirements-test.txt
+	$(BASE_PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -r requirements-test.txt
+	@touch $@
+
+build: $(READY)  ## build this machine's variant into build/
+	@$(PYTHON) scripts/build.py
+
+demo: build  ## fine-tune with PEFT alone and kernelized, and compare
+	$(PYTHON) examples/finetune.py
+
+test: build  ## run the tests
+	$(PYTHON) -m pytest tests
+
+gpu-check: build  ## check parity and gradients on this machine's GPU
+	PYTHON=$(PYTHON) scripts/gpu_check.sh
+
+cuda-compile: $(READY)  ## compile the CUDA sources for every architecture (nvcc and torch headers)
+	@include=$$($(PYTHON) -c "import pathlib, importlib.util as u; print(pathlib.Path(u.find_spec('torch').origin).parent / 'include')"); \
+	for source in kernel-src/cuda/*.cu; do \
+	  $(NVCC) -std=c++20 -O3 -DUSE_CUDA=1 -DCUDA_KERNEL -DTORCH_TARGET_VERSION=0x20b000000000000ULL \
+	    -isystem $$include $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
+	    -c $$source -o /dev/null && echo "compiled $$source for $(ARCHS)" || exit 1; \
+	done
+
+clean:  ## remove what was built, not the venv
+	rm -rf build _build

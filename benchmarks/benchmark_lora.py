@@ -1,0 +1,216 @@
+"""Frozen base, PEFT and lora-fused in one process: time and peak memory, forward + backward.
+
+Every trainable parameter is changed in place before each step, as training does. Each case is
+checked against PEFT first (loss and gradient norm); a case that fails has no speed to report.
+A GPU is required.
+
+    python benchmarks/benchmark_lora.py --kernel build --out results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import pathlib
+import statistics
+
+import kernels
+import peft
+import torch
+import transformers
+import triton
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOLERANCE = 2e-2  # relative difference of output and gradient norms, bfloat16
+
+
+class SingleLinear(torch.nn.Module):
+    def __init__(self, k: int, n: int):
+        super().__init__()
+        self.proj = torch.nn.Linear(k, n, bias=False)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def llama_8b_shape(layers: int) -> torch.nn.Module:
+    config = transformers.LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=256,
+        max_position_embeddings=8192,
+        use_cache=False,
+    )
+    return transformers.LlamaModel(config)
+
+
+def build(make, seed=0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = make()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(False)
+
+
+def adapt(model, rank: int, targets, adapter_dtype) -> torch.nn.Module:
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    generator = torch.Generator("cuda").manual_seed(1)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            scale = p.shape[-1] ** -0.5 * (0.1 if "lora_B" in name else 1.0)
+            p.data = (scale * torch.randn(p.shape, generator=generator, device="cuda")).to(adapter_dtype)
+    return model
+
+
+def step(model, inputs, autocast: bool):
+    """Forward and backward of the hidden states; dy is random and fixed."""
+    scope = torch.autocast("cuda", dtype=torch.bfloat16) if autocast else contextlib.nullcontext()
+    with scope:
+        y = model(**inputs["call"]) if "call" in inputs else model(inputs["x"])
+        y = getattr(y, "last_hidden_state", y)
+    y.backward(inputs["dy"])
+    return y
+
+
+def change_parameters(model):
+    with torch.no_grad():
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if parameters:
+            torch._foreach_mul_(parameters, 1.0 + 1e-6)
+            for p in parameters:
+                p.grad = None
+
+
+def norms(model, inputs, autocast):
+    y = step(model, inputs, autocast)
+    squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
+    grad = torch.stack(squares).sum().sqrt().item() if squares else 0.0
+    for p in model.parameters():
+        p.grad = None
+    return y.detach(), grad
+
+
+def measure(model, inputs, autocast, repeats):
+    for _ in range(3):
+        change_parameters(model)
+        step(model, inputs, autocast)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        change_parameters(model)
+        inputs["leaf"].grad = None
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step(model, inputs, autocast)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return {"ms": statistics.median(times), "min_ms": min(times), "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+
+
+def run_case(case: dict, lora_fused) -> dict:
+    targets = ["proj"] if case["kind"] == "linear" else LINEARS
+    make = (lambda: SingleLinear(case["k"], case["n"])) if case["kind"] == "linear" else (lambda: llama_8b_shape(case["layers"]))
+    dtype = torch.float32 if case["adapter"] == "fp32" else torch.bfloat16
+    autocast = case["autocast"]
+    torch.manual_seed(2)
+    if case["kind"] == "linear":
+        x = torch.randn(case["m"], case["k"], device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        inputs = {"x": x, "leaf": x, "dy": torch.randn(case["m"], case["n"], device="cuda", dtype=torch.bfloat16)}
+    else:
+        x = torch.randn(case["batch"], case["seq"], 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        inputs = {"call": {"inputs_embeds": x}, "leaf": x, "dy": torch.randn_like(x)}
+    base = build(make)
+    result = {**case, "frozen": measure(base, inputs, autocast, case["repeats"])}
+    model = adapt(base, case["rank"], targets, dtype)
+    theirs, their_grad = norms(model, inputs, autocast)
+    with lora_fused.use_peft_layers():
+        kernels.kernelize(model, mode=kernels.Mode.TRAINING)
+    fused = lora_fused.explain(model)
+    assert all(row.fused and row.backend == "triton" for row in fused), str(fused)
+    ours, our_grad = norms(model, inputs, autocast)
+    result["output_difference"] = ((ours - theirs).double().norm() / theirs.double().norm()).item()
+    result["grad_norm"] = {"peft": their_grad, "ours": our_grad}
+    del theirs, ours
+    if result["output_difference"] > TOLERANCE or abs(our_grad / their_grad - 1) > TOLERANCE:
+        return {**result, "failed": "not the same result as PEFT: no speed reported"}
+    result["ours"] = measure(model, inputs, autocast, case["repeats"])
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    try:
+        result["peft"] = measure(model, inputs, autocast, case["repeats"])
+    except torch.cuda.OutOfMemoryError:
+        result["peft"] = None
+    return result
+
+
+def cases(repeats: int, layers: int) -> list[dict]:
+    single = [
+        dict(kind="linear", m=m, k=k, n=n, rank=32, adapter=adapter, autocast=autocast, repeats=3 * repeats)
+        for m in (64, 2048, 8192)
+        for k, n in ((4096, 4096), (4096, 14336), (14336, 4096))
+        for adapter, autocast in (("fp32", True), ("bf16", False))
+    ]
+    model = [
+        dict(kind="llama-8b", layers=layers, batch=batch, seq=2048, rank=32, adapter=adapter, autocast=autocast, repeats=repeats)
+        for batch, adapter, autocast in ((1, "fp32", True), (1, "bf16", False), (1, "fp32", False), (4, "fp32", True))
+    ]
+    return single + model
+
+
+def describe(result: dict) -> str:
+    shape = (
+        f"linear {result['k']}->{result['n']}, M={result['m']}"
+        if result["kind"] == "linear"
+        else f"{result['layers']} Llama-8B layers, {result['batch']}x{result['seq']}"
+    )
+    head = f"{shape:34} {result['adapter']}{' autocast' if result['autocast'] else '':9}"
+    if "failed" in result:
+        return f"{head} {result['failed']}"
+    frozen, ours, theirs = result["frozen"], result["ours"], result["peft"]
+    peft_part = f"PEFT {theirs['ms'] / frozen['ms']:5.2f}x {theirs['peak_gb']:6.2f} GB" if theirs else "PEFT out of memory"
+    return (
+        f"{head} frozen {frozen['ms']:8.3f} ms {frozen['peak_gb']:6.2f} GB | ours {ours['ms'] / frozen['ms']:5.2f}x "
+        f"{ours['peak_gb']:6.2f} GB | {peft_part} | |grad| {result['grad_norm']['ours']:.5g} / {result['grad_norm']['peft']:.5g}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", type=pathlib.Path, default=ROOT / "build", help="build folder to load")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark_lora.json"))
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--layers", type=int, default=32)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a CUDA GPU is required")
+    lora_fused = kernels.get_local_kernel(arguments.kernel)
+    environment = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "peft": peft.__version__,
+        "transformers": transformers.__version__,
+    }
+    results = []
+    for case in cases(arguments.repeats, arguments.layers):
+        results.append(run_case(case, lora_fused))
+        print(describe(results[-1]), flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        arguments.out.write_text(json.dumps({"environment": environment, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

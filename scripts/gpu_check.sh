@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The GPU test run: build, every test, compute-sanitizer on the CUDA op, then the benchmark.
+# Uses an existing environment ($PYTHON, default python3), needs no network, writes to $OUT.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-gpu-check}
+mkdir -p "$OUT"
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+"$PYTHON" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
+make build PYTHON="$PYTHON" || exit 1
+
+# Most of the time goes into compiling Triton kernels: in parallel where pytest-xdist is installed.
+"$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 8) || parallel=()
+"$PYTHON" -m pytest -q -p no:cacheprovider "${parallel[@]}" tests >"$OUT/tests.log" 2>&1
+tests=$?
+
+if command -v compute-sanitizer >/dev/null; then
+    compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$PYTHON" scripts/check_row_norm.py --sanitize >"$OUT/sanitizer.log" 2>&1
+    sanitizer=$?
+else
+    sanitizer="not installed"
+fi
+"$PYTHON" scripts/check_row_norm.py >"$OUT/row_norm.log" 2>&1
+row_norm=$?
+"$PYTHON" benchmarks/benchmark_lora.py --out "$OUT/benchmark_lora.json" >"$OUT/benchmark.log" 2>&1
+benchmark=$?
+
+grep -E '^(FAILED|ERROR)|passed|failed' "$OUT/tests.log" | tail -40
+tail -5 "$OUT/sanitizer.log" 2>/dev/null
+cat "$OUT/row_norm.log" "$OUT/benchmark.log"
+echo "exit codes: tests $tests, sanitizer $sanitizer, row_norm $row_norm, benchmark $benchmark"
+[ "$tests" = 0 ] && [ "$row_norm" = 0 ] && [ "$benchmark" = 0 ] && [ "$sanitizer" != 9 ]

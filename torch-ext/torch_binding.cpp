@@ -1,0 +1,26 @@
+// Registers the native ops under a namespace that is unique per build (TORCH_EXTENSION_NAME).
+#include "torch_binding.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "python_module.h"
+
+// One more macro level, so that TORCH_EXTENSION_NAME is expanded before it is stringified.
+#define OPS_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define OPS_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+
+OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
+  ops.def("row_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
+}
+
+OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
+  ops.impl("row_norm", TORCH_BOX(&row_norm_cpu));
+}
+
+#if defined(CUDA_KERNEL)
+OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
+  ops.impl("row_norm", TORCH_BOX(&row_norm_cuda));
+}
+#endif
+
+LORA_FUSED_PYTHON_MODULE(TORCH_EXTENSION_NAME)
