@@ -24,10 +24,12 @@ class Case:
 
 
 # Odd sizes, no tokens, one token, every leading shape, ranks below, at and above a dot's tile.
+# Not one token of rank one: its dA is a single inner product, whose error is its condition number.
 CASES = (
     Case((), 64, 64, 8),
     Case((0,), 64, 32, 4, bias=True),
-    Case((1,), 33, 17, 1),
+    Case((1,), 33, 17, 5),
+    Case((40,), 24, 80, 1),
     Case((7,), 72, 100, 3, bias=True),
     Case((2, 65), 96, 130, 16),
     Case((3, 2, 11), 136, 72, 33, bias=True),
@@ -61,12 +63,19 @@ def relative(value: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
     return error.square().mean().sqrt().item() / rms, error.abs().max().item() / peak
 
 
-def assert_as_good(name: str, ours, theirs, truth, unit_of: torch.dtype) -> None:
-    """Our error against float64 truth is within FACTOR of PEFT's in the same dtype, plus a unit."""
+def summation(terms: int) -> float:
+    """Error of a float32 sum taken term by term, √n·2⁻²⁴ with high probability (Higham & Mary
+    2019, doi 10.1137/18M1226312); a library that sums in blocks stays below it."""
+    return terms**0.5 * 2.0**-24
+
+
+def assert_as_good(name: str, ours, theirs, truth, unit_of: torch.dtype, terms: int = 0) -> None:
+    """Our error against float64 truth is within FACTOR of PEFT's in the same dtype, plus a unit,
+    plus `summation(terms)` where the kernel adds that many terms one after another."""
     assert ours.shape == theirs.shape, f"{name}: shape {tuple(ours.shape)}, PEFT {tuple(theirs.shape)}"
     assert ours.dtype == theirs.dtype, f"{name}: {ours.dtype}, PEFT {theirs.dtype}"
     for kind, mine, peft in zip(("RMS", "max"), relative(ours, truth), relative(theirs, truth)):
-        bound = FACTOR * peft + UNIT[unit_of]
+        bound = FACTOR * peft + UNIT[unit_of] + summation(terms)
         assert mine <= bound, f"{name}: {kind} error {mine:.3g}, bound {bound:.3g}, PEFT {peft:.3g}"
 
 

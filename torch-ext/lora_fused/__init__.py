@@ -3,6 +3,8 @@
 `__all__` is what version 1 promises; everything else may change.
 """
 
+from . import _ops as _ops  # first, so that a damaged library leaves nothing half loaded
+
 from . import layers
 from .functional import lora_linear, row_norm
 from .mapping import explain, register_peft_layers, use_peft_layers

@@ -96,7 +96,7 @@ def _check(x: Tensor, operands: Operands) -> None:
 
 
 def _check_operands(operands: Operands) -> None:
-    for name, tensor in operands._asdict().items():
+    for name, tensor in zip(Operands._fields, operands):
         if tensor is not None:
             _check_tensor(name, tensor)
     weight = operands.weight
@@ -112,7 +112,7 @@ def _check_operands(operands: Operands) -> None:
         raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}, expected a rank of at least 1")
     if operands.bias is not None and operands.bias.shape != (n,):
         raise ValueError(f"bias: shape {tuple(operands.bias.shape)}, expected [{n}]")
-    for name, tensor in operands._asdict().items():
+    for name, tensor in zip(Operands._fields, operands):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{name}: on {tensor.device}, expected {weight.device} as weight is")
 

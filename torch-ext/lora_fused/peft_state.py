@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .projection import Operands
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -65,20 +64,28 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
         return "DoRA" if variant == "DoraLinearVariant" else f"LoRA variant {variant}"
     if module.fan_in_fan_out:
         return "fan_in_fan_out stores the weight transposed"
-    base, dropout = module.base_layer, module.lora_dropout[name]
-    lora_a, lora_b = module.lora_A[name], module.lora_B[name]
+    # Straight from the registries: nn.Module.__getattr__ would cost more than the checks do.
+    modules = module._modules
+    base = modules["base_layer"]
+    dropout = modules["lora_dropout"]._modules[name]
+    lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     if type(base) is not nn.Linear:
         return f"unknown base layer {type(base).__name__}"
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return f"adapter layers are {type(lora_a).__name__} and {type(lora_b).__name__}, not Linear"
-    if lora_a.bias is not None or lora_b.bias is not None:
+    a, b = lora_a._parameters, lora_b._parameters
+    if a["bias"] is not None or b["bias"] is not None:
         return "lora_bias"
-    reason = _dropout_reason(dropout) or _bypass_reason(
-        {"base_layer": base, "lora_A": lora_a, "lora_B": lora_b, "lora_dropout": dropout}
+    reason = (
+        _dropout_reason(dropout)
+        or _bypass_reason("base_layer", base)
+        or _bypass_reason("lora_A", lora_a)
+        or _bypass_reason("lora_B", lora_b)
+        or _bypass_reason("lora_dropout", dropout)
     )
     if reason:
         return reason
-    operands = Operands(base.weight, base.bias, lora_a.weight, lora_b.weight)
+    operands = Operands(base._parameters["weight"], base._parameters["bias"], a["weight"], b["weight"])
     scaling = module.scaling[name]
     if not isinstance(scaling, (int, float)):
         return f"scaling is a {type(scaling).__name__}, not a number"
@@ -94,18 +101,18 @@ def _dropout_reason(dropout: nn.Module) -> Optional[str]:
     return "dropout in training" if dropout.training and dropout.p > 0 else None
 
 
-def _bypass_reason(parts: dict[str, nn.Module]) -> Optional[str]:
+def _bypass_reason(name: str, part: nn.Module) -> Optional[str]:
     """Other tools watch or replace the calls of inner modules; a fused forward would skip them."""
-    for name, part in parts.items():
-        if "forward" in part.__dict__:
-            return f"{name} has a forward of its own, set by another tool"
-        if any(getattr(part, hooks) for hooks in _HOOKS):
-            return f"{name} has hooks"
+    if "forward" in part.__dict__:
+        return f"{name} has a forward of its own, set by another tool"
+    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+        return f"{name} has hooks"
     return None
 
 
 def _tensor_reason(operands: Operands, in_features: int, out_features: int) -> Optional[str]:
-    for name, tensor in operands._asdict().items():
+    device = operands.weight.device
+    for name, tensor in zip(Operands._fields, operands):
         if tensor is None:
             continue
         if type(tensor) not in _PLAIN_TENSORS:
@@ -114,8 +121,8 @@ def _tensor_reason(operands: Operands, in_features: int, out_features: int) -> O
             return f"{name} is on the meta device"
         if tensor.dtype not in _ADAPTER_DTYPES:
             return f"{name} has dtype {tensor.dtype}"
-        if tensor.device != operands.weight.device:
-            return f"{name} is on {tensor.device}, the base weight on {operands.weight.device}"
+        if tensor.device != device:
+            return f"{name} is on {tensor.device}, the base weight on {device}"
     if operands.weight.shape != (out_features, in_features):
         return f"weight has shape {tuple(operands.weight.shape)} (sharded or replaced)"
     return None

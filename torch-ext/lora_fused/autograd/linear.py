@@ -11,6 +11,7 @@ size N×K beyond the weights (dW only where a base weight is trainable), nothing
 
 from __future__ import annotations
 
+import contextlib
 from typing import Optional
 
 import torch
@@ -31,7 +32,7 @@ class LoraLinearFunction(torch.autograd.Function):
         backend = backends.get(group.backend)
         projections = unflatten(flat)
         outputs, downs = [], []
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             for scaling, p in zip(scalings, projections):
                 t = backend.down(x, p.lora_a, scaling, lora_dtype)
                 bias = None if p.bias is None else p.bias.to(x.dtype)
@@ -51,7 +52,7 @@ class LoraLinearFunction(torch.autograd.Function):
         downs, projections = rest[:members], unflatten(rest[members:])
         needs_x, *needs_flat = ctx.needs_input_grad[3:]
         dx, grads = None, []
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             for dy, t, scaling, p, needs in zip(dys, downs, ctx.scalings, projections, unflatten(needs_flat)):
                 if dy is None:
                     grads.append(type(p)(None, None, None, None))
@@ -72,6 +73,13 @@ class LoraLinearFunction(torch.autograd.Function):
                     )
                 )
         return None, None, None, dx, *flatten(grads)
+
+
+def _without_autocast(x: Tensor):
+    """Dtypes are settled by the caller; entering the context costs host time, so only where it acts."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _bias_grad(dy: Tensor, bias: Tensor) -> Tensor:
