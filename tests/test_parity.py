@@ -9,6 +9,10 @@ from cases import CASES, DTYPES, Case, assert_as_good, peft_linear, peft_llama
 from kernels import Mode, kernelize
 
 
+# On a GPU every case runs with the backend its size chooses, and once more with Triton for all.
+BACKENDS = ("chosen", "triton") if torch.cuda.is_available() else ("chosen",)
+
+
 def fused(lora_fused, model, device="cpu"):
     lora_fused.register_peft_layers()
     model = kernelize(model, mode=Mode.TRAINING, device=device)
@@ -32,7 +36,10 @@ def run(model, x, dy, autocast=None):
 @pytest.mark.parametrize("base,adapter", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("autocast", (None, torch.bfloat16), ids=("plain", "autocast"))
-def test_layer_matches_peft(lora_fused, device, case, base, adapter, autocast):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layer_matches_peft(lora_fused, device, monkeypatch, case, base, adapter, autocast, backend):
+    if backend == "triton":
+        monkeypatch.setattr(lora_fused.backend, "TRITON_FROM", 0)
     model, _ = peft_linear(case, base, adapter, device)
     x = torch.randn(*case.lead, case.k, device=device).to(base)
     dy = torch.randn(*case.lead, case.n, device=device).to(base)
@@ -121,6 +128,13 @@ def train(model, device, steps=20, autocast=None):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def test_choice_of_backend(lora_fused):
+    choose, gpu, large = lora_fused.backend.choose, torch.device("cuda"), lora_fused.backend.TRITON_FROM
+    assert choose(gpu, torch.bfloat16, large) == choose(gpu, torch.float16, large) == "triton"
+    assert choose(gpu, torch.bfloat16, large - 1) == choose(gpu, torch.float32, large) == "reference"
+    assert choose(torch.device("cpu"), torch.bfloat16, large) == "reference"
 
 
 @pytest.mark.parametrize("checkpointing", (False, True))

@@ -1,4 +1,4 @@
-"""The one place that chooses who computes: Triton on a GPU, plain PyTorch elsewhere.
+"""The one place that chooses who computes: Triton for large work on a GPU, PyTorch elsewhere.
 
 A backend is a module with `down` and `up_add` as `reference` defines them; `reference.outer`
 serves both, since a skinny product over all tokens is a plain matrix product.
@@ -16,6 +16,9 @@ from . import reference
 REFERENCE = "reference"
 TRITON = "triton"
 _TRITON_DTYPES = (torch.bfloat16, torch.float16)
+# Multiply-adds of one base product from which its GPU time hides the launches: below, a step
+# waits for the host, and two library products cost it less than two Triton launches.
+TRITON_FROM = 2**37
 
 
 @functools.lru_cache(maxsize=None)
@@ -27,13 +30,13 @@ def _triton_is_there() -> bool:
     return True
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """Name of the backend for x on `device`, computed in `dtype`.
+def choose(device: torch.device, dtype: torch.dtype, work: int) -> str:
+    """Name of the backend for x on `device`, computed in `dtype`, with `work` = M·N·K.
 
-    Half precision on a GPU goes to Triton. float32 stays with the vendor's matrix products,
-    which follow torch's own TF32 setting.
+    Large half-precision products on a GPU go to Triton. float32 stays with the vendor's matrix
+    products, which follow torch's own TF32 setting.
     """
-    if device.type == "cuda" and dtype in _TRITON_DTYPES and _triton_is_there():
+    if device.type == "cuda" and dtype in _TRITON_DTYPES and work >= TRITON_FROM and _triton_is_there():
         return TRITON
     return REFERENCE
 

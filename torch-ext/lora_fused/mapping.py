@@ -112,28 +112,31 @@ class Explanation(Sequence[Row]):
         return "\n".join([f"{fused} of {len(self)} LoRA modules fused", *lines])
 
 
-def explain(model: nn.Module) -> Explanation:
+def explain(model: nn.Module, rows: int = 8192) -> Explanation:
     """What every LoRA module of `model` does at its next call, by its state now.
 
-    The dtype of the call is taken to be the base weight's, or autocast's inside an autocast
-    block. Warns where nothing is fused. Raises TypeError if `model` is no module.
+    The backend is that of a call with `rows` rows (tokens of all sequences together), in the base
+    weight's dtype, or autocast's inside an autocast block. Warns where nothing is fused. Raises
+    TypeError if `model` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}, expected a torch.nn.Module")
-    rows = [
-        _explain_module(name, module) for name, module in model.named_modules() if peft_state.is_lora_module(module)
+    table = [
+        _explain_module(name, module, rows)
+        for name, module in model.named_modules()
+        if peft_state.is_lora_module(module)
     ]
-    if not rows:
+    if not table:
         warnings.warn("lora_fused: the model has no PEFT LoRA modules, nothing is fused", stacklevel=2)
-    elif not any(row.fused for row in rows):
+    elif not any(row.fused for row in table):
         warnings.warn(
-            f"lora_fused: none of the {len(rows)} LoRA modules is fused; {rows[0].module}: {rows[0].reason}",
+            f"lora_fused: none of the {len(table)} LoRA modules is fused; {table[0].module}: {table[0].reason}",
             stacklevel=2,
         )
-    return Explanation(rows)
+    return Explanation(table)
 
 
-def _explain_module(name: str, module: nn.Module) -> Row:
+def _explain_module(name: str, module: nn.Module, rows: int) -> Row:
     layer = layers.LoraLinear
     unfused = Row(name, type(module).__name__, fused=False, backend=None, group=None, reason=None)
     if not peft_state.is_plain_linear(module):
@@ -153,7 +156,7 @@ def _explain_module(name: str, module: nn.Module) -> Row:
     reason = peft_state.call_reason(state, example, (), {})
     if reason:
         return _because(unfused, reason)
-    chosen = backend.choose(weight.device, dtype)
+    chosen = backend.choose(weight.device, dtype, rows * weight.numel())
     return Row(name, layer.__name__, fused=True, backend=chosen, group="single", reason=None)
 
 

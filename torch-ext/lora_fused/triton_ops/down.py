@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dot_precision, on_device, rank_block
+from .launch import dot_precision, on_device, rank_block, shared_memory
 
 
 @triton.jit
@@ -61,9 +61,19 @@ def down_fwd_kernel(
     )
 
 
-def choose_rows(m: int) -> int:
-    """Rows a program: as many as leave about a hundred programs, the GPU's own parallelism."""
-    return 64 if m >= 8192 else 32 if m >= 4096 else 16
+STAGES = 3
+
+
+def choose_tile(x: Tensor, a: Tensor) -> tuple[int, int]:
+    """(BLOCK_M, BLOCK_K): rows so that about a hundred programs share the GPU, and as many columns
+    as let STAGES tiles of x and A fit into its shared memory: bytes in flight set the speed."""
+    m = x.shape[0]
+    block_m = 64 if m >= 8192 else 32 if m >= 4096 else 16
+    block_k = 256
+    column_bytes = block_m * x.element_size() + rank_block(a.shape[0]) * a.element_size()
+    while block_k > 32 and STAGES * block_k * column_bytes > shared_memory(x.device):
+        block_k //= 2
+    return block_m, block_k
 
 
 def down(x: Tensor, a: Tensor, scaling: float, lora_dtype: Optional[torch.dtype] = None) -> Tensor:
@@ -76,7 +86,7 @@ def down(x: Tensor, a: Tensor, scaling: float, lora_dtype: Optional[torch.dtype]
     t = torch.empty((m, r), dtype=x.dtype, device=x.device)
     if m == 0:
         return t
-    block_m = choose_rows(m)
+    block_m, block_k = choose_tile(x, a)
     block_r = rank_block(r)
     grid = (triton.cdiv(m, block_m), triton.cdiv(r, block_r))
     with on_device(x):
@@ -93,10 +103,10 @@ def down(x: Tensor, a: Tensor, scaling: float, lora_dtype: Optional[torch.dtype]
             a.stride(1),
             t.stride(0),
             BLOCK_M=block_m,
-            BLOCK_K=64,
+            BLOCK_K=block_k,
             BLOCK_R=block_r,
             PRECISION=dot_precision(x),
             num_warps=4,
-            num_stages=4 if x.element_size() == 2 else 2,
+            num_stages=STAGES,
         )
     return t

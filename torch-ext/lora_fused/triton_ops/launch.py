@@ -1,8 +1,9 @@
-"""What the launchers share: block sizes of a rank, dot precision, the current device."""
+"""What the launchers share: block sizes of a rank, dot precision, shared memory, the current device."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -10,6 +11,7 @@ from torch import Tensor
 
 MIN_DOT = 16  # tl.dot needs at least 16 in every dimension
 MAX_RANK_BLOCK = 64
+SMALL_SHARED_MEMORY = 99 * 1024  # compute capability 8.6 and 8.9
 
 
 def rank_block(rank: int) -> int:
@@ -22,6 +24,14 @@ def dot_precision(x: Tensor) -> str:
     if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
     return "ieee"
+
+
+@functools.lru_cache(maxsize=None)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use; the interpreter is given a small GPU's."""
+    if device.type != "cuda":
+        return SMALL_SHARED_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def on_device(x: Tensor):

@@ -9,7 +9,6 @@ through pointers elsewhere.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple, Optional
 
 import torch
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dot_precision, on_device, rank_block
+from .launch import dot_precision, on_device, rank_block, shared_memory
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -137,16 +136,11 @@ _HALF_SMALL = Tile(128, 128, 32, 4, 3)  # 48 KiB in all: fits every GPU since co
 _SINGLE = Tile(64, 64, 32, 4, 2)  # float32 and the interpreter
 
 
-@functools.lru_cache(maxsize=None)
-def _shared_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
 def choose_tile(x: Tensor) -> Tile:
     """Tile for x [M, K] on its device."""
     if x.element_size() != 2 or not x.is_cuda:
         return _SINGLE
-    if _shared_memory(x.device) < LARGE_SHARED_MEMORY:
+    if shared_memory(x.device) < LARGE_SHARED_MEMORY:
         return _HALF_SMALL
     return _HALF_NARROW if x.shape[0] <= 512 else _HALF_LARGE
 

@@ -1,0 +1,92 @@
+"""examples/finetune.py, the job of `make demo`, as a user runs it."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SMALL = ("--steps", "4", "--batch", "2", "--seq", "32")
+
+
+def finetune(*args):
+    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def check_result(done, out, modules):
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes().startswith(b"\x89PNG\r\n")
+    result = json.loads(out.with_suffix(".json").read_text())
+    assert result["fused_modules"] == result["lora_modules"] == modules
+    assert len(result["peft"]["losses"]) == len(result["lora_fused"]["losses"]) == 4
+    assert result["largest_difference"] <= result["tolerance"]
+    assert len(set(result["peft"]["losses"])) > 1
+    assert f"{modules} of {modules} LoRA modules fused" in done.stdout
+    assert "step time" in done.stdout and "peak memory" in done.stdout
+    assert "PEFT + lora-fused" in done.stderr  # the progress bar
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny Llama with a byte-level tokenizer, saved as a user's checkpoint is."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(alphabet),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 20, encoding="utf-8")
+    return path
+
+
+def test_demo(tmp_path):
+    out = tmp_path / "loss.png"
+    check_result(finetune(*SMALL, "--out", out), out, modules=21)
+
+
+def test_own_checkpoint_and_text(checkpoint, text, tmp_path):
+    out = tmp_path / "own.png"
+    check_result(finetune(*SMALL, "--model", checkpoint, "--data", text, "--out", out), out, modules=7)
+
+
+def test_bad_input_is_named(checkpoint, text, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    binary = tmp_path / "binary.dat"
+    binary.write_bytes(b"\xff\xfe\xff")
+    cases = [
+        (("--data", tmp_path / "absent.txt"), "absent.txt"),
+        (("--data", binary), "binary.dat"),
+        (("--data", short), "too short: 9 tokens"),
+        (("--model", tmp_path, "--data", text), "no config.json"),
+        (("--model", checkpoint), "--model needs --data"),
+        (("--steps", "0"), "--steps"),
+    ]
+    for args, message in cases:
+        done = finetune(*SMALL, *args, "--out", tmp_path / "never.png")
+        assert done.returncode == 2, (args, done.stderr)
+        assert message in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
+    assert not (tmp_path / "never.png").exists()

@@ -1,0 +1,108 @@
+"""The native row_norm against ‖W + s·B·A‖ by row in fp64."""
+
+import itertools
+
+import pytest
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# (N, K, R): tile edges of 4 and 32 rows, 16 columns; odd, empty and large-rank cases.
+SHAPES = [(1, 1, 1), (4, 16, 8), (37, 129, 3), (64, 256, 16), (65, 257, 33), (130, 1000, 512),
+          (7, 33, 0), (5, 0, 4), (0, 7, 3)]
+# fp32 sums of K·R products: 2e-6 is 16 times fp32's rounding error.
+RTOL = 2e-6
+
+
+def make(n, k, r, dtypes=(torch.float32,) * 3):
+    generator = torch.Generator().manual_seed(n + k + r)
+    shapes = ((n, k), (r, k), (n, r))
+    weight, lora_a, lora_b = (torch.randn(s, generator=generator) for s in shapes)
+    lora_b = lora_b / max(r, 1) ** 0.5
+    return tuple(t.to(d) for t, d in zip((weight, lora_a, lora_b), dtypes))
+
+
+def expected(weight, lora_a, lora_b, scaling):
+    return (weight.double() + scaling * lora_b.double() @ lora_a.double()).norm(dim=1)
+
+
+def check(norm, operands, scaling):
+    torch.testing.assert_close(norm.double(), expected(*operands, scaling), rtol=RTOL, atol=0)
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def row_norm(lora_fused, request):
+    """The op on each device this machine has: operands and result live on the CPU."""
+    def call(*args):
+        operands = [t.to(request.param) for t in args[:3]]
+        return lora_fused._ops.ops.row_norm(*operands, *args[3:]).cpu()
+    return call
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(row_norm, shape):
+    operands = make(*shape)
+    norm = row_norm(*operands, 0.7)
+    assert norm.dtype == torch.float32 and norm.shape == (shape[0],)
+    check(norm, operands, 0.7)
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=3)), ids=str)
+def test_dtypes(row_norm, dtypes):
+    operands = make(37, 129, 3, dtypes)
+    check(row_norm(*operands, 1.5), operands, 1.5)
+
+
+@pytest.mark.parametrize("scaling", [0.0, -2.0, 64.0])
+def test_scaling(row_norm, scaling):
+    operands = make(33, 65, 5)
+    check(row_norm(*operands, scaling), operands, scaling)
+
+
+def test_public_function(lora_fused):
+    operands = make(33, 65, 5, (torch.bfloat16, torch.float32, torch.float32))
+    check(lora_fused.row_norm(*operands, 0.5), operands, 0.5)
+
+
+def test_any_strides(row_norm):
+    operands = make(40, 50, 6)
+    strided = [torch.cat([t.t(), t.t()]).t()[:, : t.shape[1]] for t in operands]
+    assert not any(t.is_contiguous() for t in strided)
+    torch.testing.assert_close(row_norm(*strided, 0.5), row_norm(*operands, 0.5), rtol=0, atol=0)
+
+
+def test_same_bits_for_any_number_of_threads(row_norm):
+    operands = make(300, 515, 17)
+    before = torch.get_num_threads()
+    try:
+        norms = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            norms.append(row_norm(*operands, 0.5))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(norms[0], norms[1]) and torch.equal(norms[0], norms[2])
+
+
+def test_nan_reaches_only_its_row(row_norm):
+    weight, lora_a, lora_b = make(6, 20, 2)
+    weight[4, 19] = float("nan")
+    assert row_norm(weight, lora_a, lora_b, 0.5).isnan().tolist() == [False] * 4 + [True, False]
+
+
+@pytest.mark.parametrize("shapes, message", [
+    (((3,), (2, 4), (3, 2)), r"weight must be 2-D, got shape \[3\]"),
+    (((3, 4), (2, 5), (3, 2)), r"lora_a of shape \[2, 5\].*weight of shape \[3, 4\]"),
+    (((3, 4), (2, 4), (4, 2)), r"lora_b of shape \[4, 2\]"),
+    (((3, 4), (2, 4), (3, 3)), r"lora_b of shape \[3, 3\]"),
+])
+def test_bad_shapes(row_norm, shapes, message):
+    with pytest.raises(RuntimeError, match=message):
+        row_norm(*(torch.ones(s) for s in shapes), 1.0)
+
+
+@pytest.mark.parametrize("position, name", list(enumerate(["weight", "lora_a", "lora_b"])))
+def test_bad_dtype(row_norm, position, name):
+    operands = list(make(3, 4, 2))
+    operands[position] = operands[position].double()
+    with pytest.raises(RuntimeError, match=rf"{name} of shape .* must be float32"):
+        row_norm(*operands, 1.0)
