@@ -1,0 +1,249 @@
+#!/usr/bin/env python3
+"""LoRA fine-tuning of a causal language model, with PEFT alone and with lora-fused, side by side.
+
+Both runs start from the same weights and see the same batches, so their losses must agree.
+Without --model and --data: a small Llama built here, on the language reference that every Python
+ships. Exits with 1 if the losses disagree or nothing was fused, with 2 for bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gc
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # largest |difference of losses| of a step
+WARMUP_STEPS = 5  # left out of the step time
+BASE_LR = 3e-3  # the small base model is first trained itself, for half of --steps
+
+
+class BadInput(Exception):
+    """The user's arguments or files cannot be used."""
+
+
+class Run(NamedTuple):
+    losses: list[float]
+    step_ms: float
+    peak_bytes: int | None  # the GPU allocator's peak; None on a CPU
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint with its tokenizer; needs --data")
+    parser.add_argument("--data", type=Path, help="text file to train on")
+    for name, default in (("steps", 60), ("rank", 16), ("batch", 8), ("seq", 128), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base: bfloat16 on a GPU, else float32")
+    parser.add_argument("--kernel", metavar="ORG/NAME", help="load the kernel from the Hub instead of build/")
+    parser.add_argument("--trust-remote-code", action="store_true", help="with --kernel, for an untrusted publisher")
+    parser.add_argument("--out", type=Path, default=ROOT / ".demo" / "loss.png", help="picture; a .json goes beside it")
+    args = parser.parse_args()
+    if args.model and not args.data:
+        parser.error("--model needs --data FILE, the text to train on")
+    if min(args.steps, args.rank, args.batch) < 1 or args.seq < 2:
+        parser.error("--steps, --rank and --batch must be 1 or more, --seq 2 or more")
+    args.out = args.out.with_suffix(".png")
+    return args
+
+
+def load_kernel(args: argparse.Namespace):
+    """The kernel named by --kernel or in LOCAL_KERNELS, or else the one in build/."""
+    from kernels import get_kernel, get_local_kernel
+
+    local = [entry.split("=")[0] for entry in os.environ.get("LOCAL_KERNELS", "").split(":")]
+    name = args.kernel or next((name for name in local if name.endswith("/lora-fused")), None)
+    try:
+        if name:
+            return get_kernel(name, version=1, trust_remote_code=args.trust_remote_code)
+        return get_local_kernel(ROOT / "build")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"no kernel in {name or 'build/, run `make build` first'} ({error})") from error
+
+
+def read_text(path: Path | None) -> str:
+    if path is None:
+        from pydoc_data import topics
+        return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--data {path}: cannot be read ({error})") from error
+
+
+def from_checkpoint(auto_class: str, args: argparse.Namespace, **options):
+    import transformers
+    if not (args.model / "config.json").is_file():
+        raise BadInput(f"--model {args.model}: no config.json there, not a checkpoint's folder")
+    try:
+        return getattr(transformers, auto_class).from_pretrained(args.model, local_files_only=True, **options)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--model {args.model}: {auto_class} cannot load it ({error})") from error
+
+
+def tokenize(args: argparse.Namespace, text: str) -> torch.Tensor:
+    """Token ids of the whole text: its bytes for the small model, the checkpoint's own otherwise."""
+    if args.model is None:
+        ids = torch.tensor(list(text.encode()))
+    else:
+        tokenizer = from_checkpoint("AutoTokenizer", args)
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if len(ids) <= args.seq:
+        raise BadInput(f"the text is too short: {len(ids)} tokens, --seq {args.seq} needs at least {args.seq + 1}")
+    return ids
+
+
+def draw_batches(ids: torch.Tensor, args: argparse.Namespace, steps: int, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(ids) - args.seq, (steps, args.batch, 1), generator=generator)
+    return list(ids[starts + torch.arange(args.seq)])
+
+
+def base_maker(args: argparse.Namespace, ids: torch.Tensor, device: str, dtype: torch.dtype) -> Callable:
+    """A function that makes the same base model each time it is called."""
+    if args.model is not None:
+        return lambda: from_checkpoint("AutoModelForCausalLM", args, dtype=dtype).to(device)
+    from transformers import LlamaConfig, LlamaForCausalLM
+    sizes = dict(vocab_size=256, hidden_size=256, intermediate_size=768, num_hidden_layers=3)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=max(512, args.seq))
+    config = LlamaConfig(**sizes, **heads, bos_token_id=None, eos_token_id=None)
+    base = LlamaForCausalLM(config).to(device)
+    batches = draw_batches(ids, args, args.steps // 2 + 1, args.seed + 1)
+    train(base, batches, BASE_LR, contextlib.nullcontext, "base model")
+    weights = {name: tensor.to("cpu", dtype) for name, tensor in base.state_dict().items()}
+
+    def build():
+        model = LlamaForCausalLM(config).to(dtype)
+        model.load_state_dict(weights)
+        return model.to(device)
+
+    return build
+
+
+def train(model, batches: list[torch.Tensor], lr: float, autocast: Callable, title: str) -> Run:
+    """One optimizer step per batch on every parameter that requires a gradient."""
+    device = next(model.parameters()).device
+    cuda = device.type == "cuda"
+    model.train()
+    model.config.use_cache = False
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    losses, seconds = [], []
+    for batch in (bar := tqdm(batches, desc=f"{title:<17}", unit="step", file=sys.stderr)):
+        start = time.perf_counter()
+        batch = batch.to(device)
+        with autocast():
+            loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        bar.set_postfix(loss=f"{losses[-1]:.4f}")
+    measured = seconds[min(WARMUP_STEPS, len(seconds) - 1) :]
+    return Run(losses, 1e3 * statistics.median(measured), torch.cuda.max_memory_allocated() if cuda else None)
+
+
+def report(peft: Run, fused: Run, difference: float, tolerance: float) -> None:
+    print(f"\n{'step':>14}  {'PEFT':>12}  {'lora-fused':>12}  {'difference':>12}")
+    for i, (a, b) in enumerate(zip(peft.losses, fused.losses)):
+        if i % max(1, len(peft.losses) // 12) == 0 or i + 1 == len(peft.losses):
+            print(f"{i + 1:>14}  {a:>12.6f}  {b:>12.6f}  {abs(a - b):>12.1e}")
+    print(f"{'step time':>14}  {peft.step_ms:>9.1f} ms  {fused.step_ms:>9.1f} ms    (median)")
+    if peft.peak_bytes is None:
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"{'peak memory':>14}  {resident:.0f} MiB resident, the whole process: a CPU has no figure per run")
+    else:
+        print(f"{'peak memory':>14}", *(f" {run.peak_bytes / 2**20:>8.1f} MiB" for run in (peft, fused)), "   (GPU)")
+    print(f"largest difference of the losses: {difference:.1e}, tolerance {tolerance:.0e}")
+
+
+def draw(peft: Run, fused: Run, path: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4), constrained_layout=True)
+    steps = range(1, len(peft.losses) + 1)
+    axes.plot(steps, peft.losses, color="tab:orange", linewidth=5, alpha=0.45, label="PEFT")
+    axes.plot(steps, fused.losses, color="tab:blue", linewidth=1.5, label="PEFT, kernelized with lora-fused")
+    axes.set(xlabel="step", ylabel="loss", title="LoRA fine-tuning, same seed and data")
+    pyplot.legend()
+    figure.savefig(path, dpi=120)
+
+
+def compare(args: argparse.Namespace) -> int:
+    ids = tokenize(args, read_text(args.data))
+    from kernels import Mode, kernelize
+    from peft import LoraConfig, get_peft_model
+
+    lora_fused = load_kernel(args)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    # fp32 adapters on a bf16 base under autocast, as transformers' Trainer runs them
+    autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=dtype is torch.bfloat16)
+    print(f"device: {torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, base model in {dtype}")
+    torch.manual_seed(args.seed)
+    make_base = base_maker(args, ids, device, dtype)
+    batches = draw_batches(ids, args, args.steps, args.seed)
+
+    def make_model():
+        base = make_base()
+        torch.manual_seed(args.seed)
+        config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(base, config)
+
+    model = make_model()
+    peft = train(model, batches, args.lr, autocast, "PEFT")
+    del model
+    gc.collect()
+
+    lora_fused.register_peft_layers()
+    model = kernelize(make_model(), mode=Mode.TRAINING, device=device)
+    with autocast():
+        rows = lora_fused.explain(model)
+    fused = train(model, batches, args.lr, autocast, "PEFT + lora-fused")
+
+    difference = max((abs(a - b) for a, b in zip(peft.losses, fused.losses)), key=lambda d: (d != d, d))
+    print(f"\n{rows}")
+    report(peft, fused, difference, TOLERANCE[dtype])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    draw(peft, fused, args.out)
+    fused_modules = sum(row.fused for row in rows)
+    result = dict(device=device, dtype=str(dtype), fused_modules=fused_modules, lora_modules=len(rows))
+    result.update(largest_difference=difference, tolerance=TOLERANCE[dtype])
+    result.update(peft=peft._asdict(), lora_fused=fused._asdict())
+    args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"picture: {args.out}, all losses: {args.out.with_suffix('.json')}")
+    if fused_modules and difference <= TOLERANCE[dtype]:  # a NaN is no agreement
+        return 0
+    why = "the losses differ by more than the tolerance" if fused_modules else "no LoRA module was fused"
+    print(f"FAILED: {why}, see the tables above", file=sys.stderr)
+    return 1
+
+
+def main() -> int:
+    try:
+        return compare(parse_args())
+    except BadInput as error:
+        print(f"finetune.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
