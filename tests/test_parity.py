@@ -126,7 +126,7 @@ def train(model, device, steps=20, autocast=None):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(loss.double().item())
     return losses
 
 
@@ -137,9 +137,12 @@ def test_choice_of_backend(lora_fused):
     assert choose(torch.device("cpu"), torch.bfloat16, large) == "reference"
 
 
-@pytest.mark.parametrize("checkpointing", (False, True))
-def test_twenty_steps_on_a_llama(lora_fused, device, checkpointing):
-    plain = peft_llama().to(device).train()
+@pytest.mark.parametrize("checkpointing", (False, True), ids=("", "checkpointing"))
+@pytest.mark.parametrize("dtype,tolerance", ((torch.float32, 1e-4), (torch.float64, 1e-10)), ids=str)
+def test_twenty_steps_on_a_llama(lora_fused, device, checkpointing, dtype, tolerance):
+    """float64 shows that nothing but rounding separates the two runs."""
+    plain = peft_llama(dtype).to(device).train()
+    assert {p.dtype for p in plain.parameters()} == {dtype}
     ours = fused(lora_fused, copy.deepcopy(plain), device)
     assert plain.state_dict().keys() == ours.state_dict().keys()
     if checkpointing:
@@ -148,7 +151,7 @@ def test_twenty_steps_on_a_llama(lora_fused, device, checkpointing):
             model.gradient_checkpointing_enable()
     theirs, losses = train(plain, device), train(ours, device)
     assert losses[-1] < losses[0]
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(theirs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(losses, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64), rtol=tolerance, atol=0)
 
 
 def test_saved_for_backward(lora_fused):
