@@ -144,6 +144,12 @@ def make_model(case: dict) -> torch.nn.Module:
     return SingleLinear(case["k"], case["n"]) if case["kind"] == "linear" else llama_8b_shape(case["layers"])
 
 
+def release_memory() -> None:
+    """What the last models held, cycles included, so that the next peak is the next model's own."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def run_case(case: dict, lora_fused) -> dict:
     targets = ["proj"] if case["kind"] == "linear" else LINEARS
     dtype = torch.float32 if case["adapter"] == "fp32" else torch.bfloat16
@@ -156,6 +162,7 @@ def run_case(case: dict, lora_fused) -> dict:
         x = torch.randn(case["batch"], case["seq"], 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         inputs = {"call": {"inputs_embeds": x}, "leaf": x, "dy": torch.randn_like(x)}
     result = {**case, **compare(case, lora_fused, inputs, targets, dtype)}
+    release_memory()
     if "failed" in result:
         return result
     base = build(lambda: make_model(case))
@@ -224,8 +231,7 @@ def main() -> None:
     for case in cases(arguments.repeats, arguments.layers):
         results.append(run_case(case, lora_fused))
         print(describe(results[-1]), flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+        release_memory()
         arguments.out.write_text(json.dumps({"environment": environment, "results": results}, indent=1))
 
 

@@ -76,6 +76,25 @@ def test_non_contiguous_x_and_dy(lora_fused, device):
         assert_as_good(name, value, theirs[name], truth[name], torch.float32)
 
 
+@pytest.mark.parametrize("lead", ((6,), (2, 3)), ids=str)
+def test_result_may_change_in_place(lora_fused, lead):
+    """As an in-place activation or `hidden += ...` after the layer does."""
+
+    class InPlace(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x).add_(1).relu_()
+
+    model, _ = peft_linear(Case(lead, 32, 16, 4), torch.float32, torch.float32)
+    x, dy = torch.randn(*lead, 32), torch.randn(*lead, 16)
+    theirs = run(InPlace(copy.deepcopy(model)), x, dy)
+    for name, value in run(InPlace(fused(lora_fused, model)), x, dy).items():
+        torch.testing.assert_close(value, theirs[name])
+
+
 @pytest.mark.parametrize("frozen", ("lora_A", "lora_B"))
 def test_one_frozen_adapter_matrix(lora_fused, frozen):
     model, layer = peft_linear(Case((5,), 32, 16, 4), torch.float32, torch.float32)

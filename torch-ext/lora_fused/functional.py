@@ -58,12 +58,10 @@ def lora_linear_group(
             raise TypeError(f"weight: dtype {operands.weight.dtype}, expected {x.dtype} as x has (no autocast)")
         if lora_dtype is not None and any(t is not None and t.dtype == torch.float64 for t in (x, *operands)):
             raise TypeError("float64 tensors are not cast by autocast: switch it off for them")
-    rows = x.reshape(-1, x.shape[-1]).to(compute)
-    work = rows.shape[0] * max(operands.weight.numel() for operands in projections)
+    work = x.numel() * max(operands.weight.shape[0] for operands in projections)
     name = backend or backends.choose(x.device, compute, work)
     group = GroupSpec(members=len(projections), backend=name)
-    outputs = LoraLinearFunction.apply(group, tuple(scalings), lora_dtype, rows, *flatten(projections))
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+    return LoraLinearFunction.apply(group, tuple(scalings), lora_dtype, x.to(compute), *flatten(projections))
 
 
 def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:

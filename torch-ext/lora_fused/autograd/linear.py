@@ -24,23 +24,29 @@ from ..projection import GroupSpec, flatten, unflatten
 
 
 class LoraLinearFunction(torch.autograd.Function):
-    """Apply as `(group, scalings, lora_dtype, x, *flatten(projections))`, x [M, K] in the dtype of
-    the base product; gives one [M, N] tensor per member. Double backward raises."""
+    """Apply as `(group, scalings, lora_dtype, x, *flatten(projections))`, x [..., K] in the dtype of
+    the base product; gives a tuple of [..., N], one per member. Double backward raises.
+
+    Tokens are flattened in here: views around the Function would be two more nodes of the graph.
+    """
 
     @staticmethod
     def forward(ctx, group: GroupSpec, scalings, lora_dtype, x: Tensor, *flat):
         backend = backends.get(group.backend)
         projections = unflatten(flat)
         outputs, downs = [], []
+        rows = x.reshape(-1, x.shape[-1])
         with _without_autocast(x):
             for scaling, p in zip(scalings, projections):
-                t = backend.down(x, p.lora_a, scaling, lora_dtype)
+                t = backend.down(rows, p.lora_a, scaling, lora_dtype)
                 bias = None if p.bias is None else p.bias.to(x.dtype)
-                outputs.append(backend.up_add(x, p.weight.to(x.dtype), t, p.lora_b, bias))
+                y = backend.up_add(rows, p.weight.to(x.dtype), t, p.lora_b, bias)
+                # Not a view, so that the caller may change y in place.
+                outputs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])))
                 downs.append(t)
-        ctx.group, ctx.scalings, ctx.lora_dtype = group, scalings, lora_dtype
+        ctx.group, ctx.scalings, ctx.lora_dtype, ctx.shape = group, scalings, lora_dtype, x.shape
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *downs, *flat)
+        ctx.save_for_backward(rows, *downs, *flat)
         return tuple(outputs)
 
     @staticmethod
@@ -57,7 +63,7 @@ class LoraLinearFunction(torch.autograd.Function):
                 if dy is None:
                     grads.append(type(p)(None, None, None, None))
                     continue
-                dy = dy.contiguous()
+                dy = dy.reshape(-1, dy.shape[-1]).contiguous()
                 dt = None
                 if needs_x or needs.lora_a:
                     dt = backend.down(dy, p.lora_b.t(), scaling, ctx.lora_dtype)
@@ -72,7 +78,7 @@ class LoraLinearFunction(torch.autograd.Function):
                         lora_b=reference.outer(dy, t, p.lora_b.dtype) if needs.lora_b else None,
                     )
                 )
-        return None, None, None, dx, *flatten(grads)
+        return None, None, None, None if dx is None else dx.view(ctx.shape), *flatten(grads)
 
 
 def _without_autocast(x: Tensor):
