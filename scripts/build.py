@@ -83,7 +83,7 @@ def choose_archs(requested: str | None, config: dict) -> list[str]:
     """Compute capabilities: as asked for, else the visible GPU's own, else build.toml's."""
     if requested:
         return requested.replace(",", ";").split(";")
-    declared = config["kernel"]["row_norm_cuda"]["cuda-capabilities"]
+    declared = config["kernel"]["ops_cuda"]["cuda-capabilities"]
     if not torch.cuda.is_available():
         return declared
     native = "{}.{}".format(*torch.cuda.get_device_capability())

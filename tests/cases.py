@@ -9,7 +9,8 @@ import torch
 
 @dataclass(frozen=True)
 class Case:
-    """One projection: x [*lead, k], weight [n, k], rank r, base bias or none."""
+    """One projection: x [*lead, k], weight [n, k], rank r, base bias or none; `conv1d` stores the weight
+    transposed and always has a bias."""
 
     lead: tuple[int, ...]
     k: int
@@ -17,10 +18,11 @@ class Case:
     r: int
     bias: bool = False
     scaling: float = 0.7
+    conv1d: bool = False
 
     def __str__(self) -> str:
         lead = "x".join(map(str, self.lead)) or "vector"
-        return f"{lead}-k{self.k}-n{self.n}-r{self.r}{'-bias' if self.bias else ''}"
+        return f"{lead}-k{self.k}-n{self.n}-r{self.r}{'-bias' if self.bias else ''}{'-conv1d' if self.conv1d else ''}"
 
 
 # Odd sizes, no tokens, one token, every leading shape, ranks below, at and above a dot's tile.
@@ -35,7 +37,18 @@ CASES = (
     Case((3, 2, 11), 136, 72, 33, bias=True),
     Case((130,), 257, 129, 100),
     Case((70,), 64, 192, 512, bias=True),
+    Case((2, 21), 40, 56, 6, conv1d=True),
 )
+
+# What PEFT's configuration makes of a linear, each alone and together where PEFT allows it.
+VARIANTS = {
+    "lora": {},
+    "lora_bias": dict(lora_bias=True),
+    "dropout": dict(lora_dropout=0.3),
+    "dropout-lora_bias": dict(lora_dropout=0.3, lora_bias=True),
+    "dora": dict(use_dora=True),
+    "dora-dropout": dict(use_dora=True, lora_dropout=0.3),
+}
 
 # (base, adapter); PEFT keeps adapters of a half-precision base in float32 unless told otherwise.
 DTYPES = (
@@ -80,25 +93,58 @@ def assert_as_good(name: str, ours, theirs, truth, unit_of: torch.dtype, terms: 
 
 
 def peft_linear(case: Case, base_dtype, adapter_dtype, device="cpu", **config):
-    """A `peft.tuners.lora.Linear` with random A and B (B is never zero) and a frozen base."""
+    """A `peft.tuners.lora.Linear` with random A and B (B is never zero), a magnitude away from the norm
+    where there is one, and a frozen base; in training mode."""
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.proj = torch.nn.Linear(case.k, case.n, bias=case.bias)
+            if case.conv1d:
+                self.proj = Conv1D(case.n, case.k)
+                self.proj.weight.data.mul_(50 * case.k**-0.5)
+            else:
+                self.proj = torch.nn.Linear(case.k, case.n, bias=case.bias)
 
         def forward(self, x):
             return self.proj(x)
 
-    lora = LoraConfig(r=case.r, lora_alpha=case.scaling * case.r, target_modules=["proj"], **config)
+    lora = LoraConfig(
+        r=case.r, lora_alpha=case.scaling * case.r, target_modules=["proj"], fan_in_fan_out=case.conv1d, **config
+    )
     model = get_peft_model(Model().to(device=device, dtype=base_dtype), lora, autocast_adapter_dtype=False)
-    layer = model.base_model.model.proj
-    for name, parameter in layer.named_parameters():
-        if "lora_" in name:
+    randomise_adapters(model, adapter_dtype)
+    return model.train(), model.base_model.model.proj
+
+
+def randomise_adapters(model, dtype) -> None:
+    """At fresh initialisation B is zero and the magnitude equals the norm: wrong formulas pass."""
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude" in name:
+            parameter.data = (parameter.data.float() * (0.5 + torch.rand_like(parameter, dtype=torch.float32))).to(dtype)
+        elif "lora_" in name:
             parameter.data = torch.randn_like(parameter, dtype=torch.float32) * parameter.shape[-1] ** -0.5
-            parameter.data = parameter.data.to(adapter_dtype)
-    return model, layer
+            parameter.data = parameter.data.to(dtype)
+
+
+class DrawnDropout(torch.nn.Module):
+    """Dropout with the mask that our kernels draw at the next call with the generator as it is now:
+    given to PEFT, so that both compute the same thing."""
+
+    def __init__(self, lora_fused, p: float, shape, device, index: int = 0, members: int = 1):
+        super().__init__()
+        state = torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state()
+        seeds = torch.randint(0, 2**63 - 1, (members,), device=device)
+        torch.set_rng_state(state) if device == "cpu" else torch.cuda.set_rng_state(state)
+        rows = int(torch.Size(shape[:-1]).numel())
+        self.scale = torch.empty((rows, shape[-1]), dtype=torch.float64, device=device)
+        ones = torch.ones_like(self.scale)
+        lora_fused._ops.ops.dropout(ones, seeds[index : index + 1], p, self.scale)
+        self.scale = self.scale.view(shape)
+
+    def forward(self, x):
+        return x * self.scale.to(x.dtype)
 
 
 def tiny_llama(dtype=torch.float32, **overrides):
@@ -122,7 +168,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def peft_llama(dtype=torch.float32, **config):
-    """The tiny Llama with LoRA on all linears and B drawn at random."""
+    """The tiny Llama with LoRA on all linears, B drawn at random, magnitudes away from the norm."""
     from peft import LoraConfig, get_peft_model
 
     options = dict(r=4, lora_alpha=8, target_modules=LINEARS, task_type="CAUSAL_LM")
@@ -131,4 +177,6 @@ def peft_llama(dtype=torch.float32, **config):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter)
+        elif "lora_magnitude" in name:
+            parameter.data *= 0.8 + 0.4 * torch.rand(parameter.shape, generator=generator).to(parameter)
     return model

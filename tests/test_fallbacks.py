@@ -8,6 +8,7 @@ import torch
 from cases import Case, peft_linear, peft_llama
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import KasaConfig, MontecloraConfig, VeloraConfig
 from torch import nn
 
 CASE = Case((6,), 32, 16, 4, bias=True)
@@ -122,16 +123,30 @@ def test_adapter_names(lora_fused):
 @pytest.mark.parametrize(
     "config,reason",
     (
-        (dict(use_dora=True), "DoRA"),
         (dict(init_lora_weights="mica"), "variant MiCALinearVariant"),
-        (dict(lora_dropout=0.3), "dropout in training"),
-        (dict(lora_bias=True), "lora_bias"),
+        (dict(velora_config=VeloraConfig()), "variant VeloraLinearVariant"),
+        (dict(monteclora_config=MontecloraConfig()), "variant MontecloraLinearVariant"),
+        (dict(kasa_config=KasaConfig()), "variant KasaLinearVariant"),
     ),
-    ids=("dora", "mica", "dropout", "lora_bias"),
+    ids=("mica", "velora", "monteclora", "kasa"),
 )
 def test_configurations(lora_fused, config, reason):
     model, _ = peft_linear(CASE, torch.float32, torch.float32, **config)
     assert_peft_runs(lora_fused, model.train(), reason)
+
+
+def test_dora_of_a_vector(lora_fused):
+    """PEFT gives [1, N] there."""
+    model, _ = peft_linear(CASE, torch.float32, torch.float32, use_dora=True)
+    ours, x = kernelized(lora_fused, copy.deepcopy(model)), torch.randn(32)
+    assert torch.equal(ours(x), model(x)) and not uses_fused_function(ours(x))
+
+
+def test_dora_on_a_trained_conv1d(lora_fused):
+    """PEFT wraps the transposed weight as a new parameter, which detaches a part of its gradient."""
+    model, layer = peft_linear(Case((6,), 32, 16, 4, conv1d=True), torch.float32, torch.float32, use_dora=True)
+    layer.base_layer.requires_grad_(True)
+    assert_peft_runs(lora_fused, model, "DoRA on a trained Conv1D")
 
 
 def test_dropout_is_fused_in_eval(lora_fused):
@@ -141,15 +156,6 @@ def test_dropout_is_fused_in_eval(lora_fused):
     x = torch.randn(6, 32)
     assert uses_fused_function(ours(x))
     torch.testing.assert_close(ours(x), plain(x))
-
-
-def test_fan_in_fan_out(lora_fused):
-    from transformers.pytorch_utils import Conv1D
-
-    model = nn.Sequential()
-    model.add_module("proj", Conv1D(16, 32))
-    config = LoraConfig(r=4, target_modules=["proj"], fan_in_fan_out=True, init_lora_weights=False)
-    assert_peft_runs(lora_fused, get_peft_model(model, config), "fan_in_fan_out")
 
 
 def test_subclass_of_the_base_layer(lora_fused):
@@ -242,8 +248,8 @@ def test_explain_covers_every_module_and_prints(lora_fused):
 def test_nothing_fused_is_reported(lora_fused):
     with pytest.warns(UserWarning, match="no PEFT LoRA modules"):
         lora_fused.explain(nn.Linear(2, 2))
-    model, _ = peft_linear(CASE, torch.float32, torch.float32, use_dora=True)
-    with pytest.warns(UserWarning, match="none of the 1 LoRA modules is fused.*DoRA"):
+    model, _ = peft_linear(CASE, torch.float32, torch.float32, init_lora_weights="mica")
+    with pytest.warns(UserWarning, match="none of the 1 LoRA modules is fused.*MiCA"):
         lora_fused.explain(kernelized(lora_fused, model))
     with pytest.raises(TypeError, match="^model: str"):
         lora_fused.explain("model")

@@ -5,9 +5,12 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, DTYPES, Case, assert_as_good, peft_linear, peft_llama
+from cases import CASES, DTYPES, VARIANTS, Case, DrawnDropout, assert_as_good, peft_linear, peft_llama
 from kernels import Mode, kernelize
 
+
+# PEFT makes a matrix of a vector under DoRA: its own forward, see test_fallbacks.
+LAYER_CASES = [(v, case) for v in VARIANTS for case in CASES if case.lead or not VARIANTS[v].get("use_dora")]
 
 # On a GPU every case runs with the backend its size chooses, and once more with Triton for all.
 BACKENDS = ("chosen", "triton") if torch.cuda.is_available() else ("chosen",)
@@ -34,33 +37,40 @@ def run(model, x, dy, autocast=None):
 
 
 @pytest.mark.parametrize("base,adapter", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("variant,case", LAYER_CASES, ids=str)
 @pytest.mark.parametrize("autocast", (None, torch.bfloat16), ids=("plain", "autocast"))
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_layer_matches_peft(lora_fused, device, monkeypatch, case, base, adapter, autocast, backend):
+def test_layer_matches_peft(lora_fused, device, monkeypatch, case, base, adapter, variant, autocast, backend):
     if backend == "triton":
         monkeypatch.setattr(lora_fused.backend, "TRITON_FROM", 0)
-    model, _ = peft_linear(case, base, adapter, device)
+    model, _ = peft_linear(case, base, adapter, device, **VARIANTS[variant])
+    compare_with_peft(lora_fused, device, model, case, base, autocast)
+
+
+def compare_with_peft(lora_fused, device, model, case, base, autocast=None):
+    """Output and every gradient of the kernelized model against PEFT's, both with one mask."""
     x = torch.randn(*case.lead, case.k, device=device).to(base)
     dy = torch.randn(*case.lead, case.n, device=device).to(base)
-    truth = run(copy.deepcopy(model).double(), x.double(), dy.double())
-    theirs = run(copy.deepcopy(model), x, dy, autocast)
+    plain = copy.deepcopy(model)
+    drop = plain.base_model.model.proj.lora_dropout
+    if isinstance(drop["default"], torch.nn.Dropout):
+        drop["default"] = DrawnDropout(lora_fused, drop["default"].p, x.shape, device)
+    truth = run(copy.deepcopy(plain).double(), x.double(), dy.double())
+    theirs = run(plain, x, dy, autocast)
     ours = run(fused(lora_fused, model, device), x, dy, autocast)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert_as_good(name, value, theirs[name], truth[name], autocast or base)
 
 
-def test_trainable_base_bias_and_weight(lora_fused, device):
-    model, layer = peft_linear(Case((9,), 64, 48, 8, bias=True), torch.float32, torch.float32, device)
-    layer.base_layer.requires_grad_(True)
-    x, dy = torch.randn(9, 64, device=device), torch.randn(9, 48, device=device)
-    truth = run(copy.deepcopy(model).double(), x.double(), dy.double())
-    theirs = run(copy.deepcopy(model), x, dy)
-    ours = run(fused(lora_fused, model, device), x, dy)
-    assert any(name.endswith("base_layer.bias") for name in ours)
-    for name, value in ours.items():
-        assert_as_good(name, value, theirs[name], truth[name], torch.float32)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("case", (Case((9,), 64, 48, 8, bias=True), Case((3, 5), 24, 20, 4, conv1d=True)), ids=str)
+def test_trainable_base(lora_fused, device, variant, case):
+    """As under bias="all", and with the base weight trained as well."""
+    model, layer = peft_linear(case, torch.float32, torch.float32, device, **VARIANTS[variant])
+    layer.base_layer.bias.requires_grad_(True)
+    layer.base_layer.weight.requires_grad_(not case.conv1d)
+    compare_with_peft(lora_fused, device, model, case, torch.float32)
 
 
 def test_non_contiguous_x_and_dy(lora_fused, device):

@@ -11,15 +11,18 @@
 
 OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   ops.def("row_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
+  ops.def("dropout(Tensor x, Tensor seed, float p, Tensor(a!) out) -> ()");
 }
 
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("row_norm", TORCH_BOX(&row_norm_cpu));
+  ops.impl("dropout", TORCH_BOX(&dropout_cpu));
 }
 
 #if defined(CUDA_KERNEL)
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("row_norm", TORCH_BOX(&row_norm_cuda));
+  ops.impl("dropout", TORCH_BOX(&dropout_cuda));
 }
 #endif
 

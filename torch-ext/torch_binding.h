@@ -9,3 +9,8 @@ torch::stable::Tensor row_norm_cpu(const torch::stable::Tensor& weight,
 torch::stable::Tensor row_norm_cuda(const torch::stable::Tensor& weight,
                                     const torch::stable::Tensor& lora_a,
                                     const torch::stable::Tensor& lora_b, double scaling);
+
+void dropout_cpu(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p,
+                 torch::stable::Tensor out);
+void dropout_cuda(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p,
+                  torch::stable::Tensor out);

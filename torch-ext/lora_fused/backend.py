@@ -1,7 +1,6 @@
 """The one place that chooses who computes: Triton for large work on a GPU, PyTorch elsewhere.
 
-A backend is a module with `down` and `up_add` as `reference` defines them; `reference.outer`
-serves both, since a skinny product over all tokens is a plain matrix product.
+A backend is a module with the functions of `reference`, `row_norm` excepted.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ import functools
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from . import reference
+from . import ops, reference
 
 REFERENCE = "reference"
 TRITON = "triton"
@@ -50,3 +50,10 @@ def get(name: str) -> ModuleType:
 
         return triton_ops
     raise ValueError(f"backend: {name!r} is unknown, expected {REFERENCE!r} or {TRITON!r}")
+
+
+def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """‖W + s·B·A‖ by row: the native op, in float32; float64 operands have none and stay exact."""
+    if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype):
+        return reference.row_norm(weight, lora_a, lora_b, scaling)
+    return ops.row_norm(weight, lora_a, lora_b, scaling)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from . import backend as backends
-from . import ops, reference
-from .autograd.linear import LoraLinearFunction
-from .projection import GroupSpec, Operands, flatten
+from .autograd.linear import LoraLinearFunction, forward_group, members_of, shaped, without_autocast
+from .projection import GroupSpec, Operands, Projection, ProjectionSpec, flatten
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -23,94 +23,167 @@ def lora_linear(
     scaling: float,
     bias: Optional[Tensor] = None,
     *,
+    lora_bias: Optional[Tensor] = None,
+    magnitude: Optional[Tensor] = None,
+    dropout: float = 0.0,
     backend: Optional[str] = None,
 ) -> Tensor:
-    """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ, differentiable once in every tensor.
+    """LoRA, or DoRA with a magnitude; differentiable once in every tensor. With d = dropout(x):
 
-    x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R], bias [N]; float32, bfloat16 or
-    float16 (float64 without autocast), the adapter in a dtype of its own if it has one. The
-    result is [..., N] in x's dtype, or in autocast's where that is on. Gradients come in each
-    tensor's own dtype. Without autocast the reference backend computes the LoRA path in the
-    adapter's dtype; the Triton backend reads the adapter in its dtype, multiplies in x's and
-    sums in float32. Saved for backward: x, s·x Aᵀ and the operands.
+        y = x Wᵀ + b + (g - 1)∘(d Wᵀ) + g∘(s · (d Aᵀ) Bᵀ) + s·b_B
+
+    where g = 1 for LoRA and g = magnitude / ‖W + s·B·A‖ by row, its norm detached, for DoRA.
+
+    x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R], bias, lora_bias and magnitude [N]; float32,
+    bfloat16 or float16 (float64 without autocast), the adapter in a dtype of its own if it has
+    one. `dropout` is the probability of a training step, 0 otherwise; its mask is drawn from
+    torch's generator for x's device. The result is [..., N] in x's dtype, or in autocast's where
+    that is on. Gradients come in each tensor's own dtype. Without autocast the reference backend
+    computes the LoRA path in the adapter's dtype; the Triton backend reads the adapter in its dtype,
+    multiplies in x's and sums in float32. Saved for backward: x, s·d Aᵀ, for DoRA the value before
+    the gain, and the operands.
 
     Raises ValueError or TypeError naming the tensor, what was seen and what was expected.
-    Source: Hu et al. 2021, arXiv:2106.09685, equation 3.
+    Source: Hu et al. 2021, arXiv:2106.09685, equation 3; Liu et al. 2024, arXiv:2402.09353.
     """
-    return lora_linear_group(x, (Operands(weight, bias, lora_a, lora_b),), (scaling,), backend=backend)[0]
+    operands = Operands(weight, bias, lora_a, lora_b, lora_bias, magnitude)
+    projection = Projection(operands, scaling, ProjectionSpec(dropout))
+    return lora_linear_group(x, (projection,), backend=backend)[0]
 
 
 def lora_linear_group(
     x: Tensor,
-    projections: Sequence[Operands],
-    scalings: Sequence[float],
+    projections: Sequence[Projection],
     *,
+    share_mask: bool = False,
     backend: Optional[str] = None,
 ) -> tuple[Tensor, ...]:
-    """`lora_linear` for several projections of one x, as one node of the graph."""
-    for operands in projections:
-        _check(x, operands)
+    """`lora_linear` for several projections of one x, as one node of the graph.
+
+    Members may differ in everything, and have no adapter at all. Each draws a dropout mask of its
+    own, as PEFT's layers do; with `share_mask` they have one in common.
+    """
+    _check_tensor("x", x)
+    if x.dim() < 1:
+        raise ValueError(f"x: shape {tuple(x.shape)}, expected at least one dimension")
+    if not projections:
+        raise ValueError("projections: empty, expected at least one")
+    for projection in projections:
+        _check_projection(x, projection)
+    _check_dtypes(x, projections)
+    return compute_group(x, projections, share_mask=share_mask, backend=backend)
+
+
+def compute_group(
+    x: Tensor,
+    projections: Sequence[Projection],
+    *,
+    share_mask: bool = False,
+    backend: Optional[str] = None,
+    token: object = None,
+) -> tuple[Tensor, ...]:
+    """`lora_linear_group` on operands that are known to be right; `token` is kept as the graph is."""
+    group = group_spec(x, projections, backend)
+    x = x.to(group.lora_dtype or x.dtype)
+    seeds = draw_seeds(x.device, projections, share_mask)
+    scalings = tuple(projection.scaling for projection in projections)
+    flat = flatten([projection.operands for projection in projections])
+    if torch.is_grad_enabled():
+        return LoraLinearFunction.apply(group, scalings, token, x, seeds, *flat)
+    with without_autocast(x):
+        rows = x.reshape(-1, x.shape[-1])
+        outputs, _ = forward_group(group, rows, members_of(group, scalings, seeds, flat))
+        return tuple(shaped(y, x.shape) for y in outputs)
+
+
+def group_spec(x: Tensor, projections: Sequence[Projection], backend: Optional[str] = None) -> GroupSpec:
+    """What is fixed about a call with this x."""
     device_type = x.device.type
     lora_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    compute = lora_dtype or x.dtype
-    for operands in projections:
-        if lora_dtype is None and operands.weight.dtype != x.dtype:
-            raise TypeError(f"weight: dtype {operands.weight.dtype}, expected {x.dtype} as x has (no autocast)")
-        if lora_dtype is not None and any(t is not None and t.dtype == torch.float64 for t in (x, *operands)):
-            raise TypeError("float64 tensors are not cast by autocast: switch it off for them")
-    work = x.numel() * max(operands.weight.shape[0] for operands in projections)
-    name = backend or backends.choose(x.device, compute, work)
-    group = GroupSpec(members=len(projections), backend=name)
-    return LoraLinearFunction.apply(group, tuple(scalings), lora_dtype, x.to(compute), *flatten(projections))
+    if backend is None:
+        tokens = x.numel() // max(x.shape[-1], 1)
+        work = tokens * max(projection.operands.weight.numel() for projection in projections)
+        backend = backends.choose(x.device, lora_dtype or x.dtype, work)
+    return GroupSpec(tuple(projection.spec for projection in projections), backend, lora_dtype)
+
+
+def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Optional[Tensor]:
+    """int64 [members] from torch's generator for the device, on the device; None without dropout."""
+    if not any(projection.spec.dropout > 0 for projection in projections):
+        return None
+    count = len(projections)
+    seeds = torch.randint(0, 2**63 - 1, (1 if share_mask else count,), device=device, dtype=torch.int64)
+    return seeds.repeat(count) if share_mask else seeds
 
 
 def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """‖W + s·B·A‖ by row, the norm of DoRA, without forming B·A.
 
     weight [N, K], lora_a [R, K], lora_b [N, R] in float32, bfloat16 or float16; float32 sums;
-    the result is [N] in float32, detached. Native C++ on the CPU and CUDA on a GPU.
+    the result is [N] in float32, detached. Native C++ on the CPU and CUDA on a GPU. float64
+    operands are computed in float64, B·A formed.
 
     Raises ValueError or TypeError naming the tensor, what was seen and what was expected.
     Source: Liu et al. 2024, arXiv:2402.09353, equation 5.
     """
     _check_operands(Operands(weight, None, lora_a, lora_b))
     with torch.no_grad():
-        if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype):
-            return reference.row_norm(weight, lora_a, lora_b, scaling)
-        return ops.row_norm(weight, lora_a, lora_b, scaling)
+        return backends.row_norm(weight, lora_a, lora_b, scaling)
 
 
-def _check(x: Tensor, operands: Operands) -> None:
-    _check_tensor("x", x)
-    if x.dim() < 1:
-        raise ValueError(f"x: shape {tuple(x.shape)}, expected at least one dimension")
-    _check_operands(operands)
-    if x.shape[-1] != operands.weight.shape[1]:
-        raise ValueError(
-            f"x: last dimension {x.shape[-1]} (shape {tuple(x.shape)}), expected {operands.weight.shape[1]} "
-            f"as weight of shape {tuple(operands.weight.shape)} has"
-        )
+def _check_projection(x: Tensor, projection: Projection) -> None:
+    operands, spec = projection.operands, projection.spec
+    if not isinstance(projection.scaling, (int, float)) or not math.isfinite(projection.scaling):
+        raise TypeError(f"scaling: {projection.scaling!r}, expected a finite number")
+    if not 0.0 <= spec.dropout <= 1.0:
+        raise ValueError(f"dropout: {spec.dropout}, expected a probability from 0 to 1")
+    _check_operands(operands, spec.transposed)
     if x.device != operands.weight.device:
         raise ValueError(f"x: on {x.device}, expected {operands.weight.device} as weight is")
+    features = operands.weight.shape[0 if spec.transposed else 1]
+    if x.shape[-1] != features:
+        raise ValueError(
+            f"x: last dimension {x.shape[-1]} (shape {tuple(x.shape)}), expected {features} "
+            f"as weight of shape {tuple(operands.weight.shape)} has"
+        )
 
 
-def _check_operands(operands: Operands) -> None:
+def _check_dtypes(x: Tensor, projections: Sequence[Projection]) -> None:
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for operands, _, _ in projections:
+        if not autocast and operands.weight.dtype != x.dtype:
+            raise TypeError(f"weight: dtype {operands.weight.dtype}, expected {x.dtype} as x has (no autocast)")
+        if autocast and any(t is not None and t.dtype == torch.float64 for t in (x, *operands)):
+            raise TypeError("float64 tensors are not cast by autocast: switch it off for them")
+
+
+def _check_operands(operands: Operands, transposed: bool = False) -> None:
     for name, tensor in zip(Operands._fields, operands):
         if tensor is not None:
             _check_tensor(name, tensor)
-    weight = operands.weight
+    weight, lora_a, lora_b = operands.weight, operands.lora_a, operands.lora_b
     if weight.dim() != 2:
-        raise ValueError(f"weight: shape {tuple(weight.shape)}, expected [N, K]")
-    n, k = weight.shape
-    lora_a, lora_b = operands.lora_a, operands.lora_b
-    if lora_a.dim() != 2 or lora_a.shape[1] != k:
-        raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}, expected [R, {k}]")
-    if lora_b.dim() != 2 or lora_b.shape != (n, lora_a.shape[0]):
-        raise ValueError(f"lora_b: shape {tuple(lora_b.shape)}, expected [{n}, {lora_a.shape[0]}]")
-    if lora_a.shape[0] == 0:
-        raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}, expected a rank of at least 1")
-    if operands.bias is not None and operands.bias.shape != (n,):
-        raise ValueError(f"bias: shape {tuple(operands.bias.shape)}, expected [{n}]")
+        raise ValueError(f"weight: shape {tuple(weight.shape)}, expected {'[K, N]' if transposed else '[N, K]'}")
+    n, k = reversed(weight.shape) if transposed else weight.shape
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("lora_a and lora_b: one is None, expected both or neither")
+    if lora_a is None:
+        extra = "lora_bias" if operands.lora_bias is not None else "magnitude" if operands.magnitude is not None else None
+        if extra:
+            raise ValueError(f"{extra}: given without lora_a and lora_b")
+    else:
+        if lora_a.dim() != 2 or lora_a.shape[1] != k:
+            raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}, expected [R, {k}]")
+        if lora_b.dim() != 2 or lora_b.shape != (n, lora_a.shape[0]):
+            raise ValueError(f"lora_b: shape {tuple(lora_b.shape)}, expected [{n}, {lora_a.shape[0]}]")
+        if lora_a.shape[0] == 0:
+            raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}, expected a rank of at least 1")
+    if operands.lora_bias is not None and operands.magnitude is not None:
+        raise ValueError("lora_bias: given with a magnitude, PEFT has no DoRA with lora_bias")
+    for name in ("bias", "lora_bias", "magnitude"):
+        vector = getattr(operands, name)
+        if vector is not None and vector.shape != (n,):
+            raise ValueError(f"{name}: shape {tuple(vector.shape)}, expected [{n}]")
     for name, tensor in zip(Operands._fields, operands):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{name}: on {tensor.device}, expected {weight.device} as weight is")

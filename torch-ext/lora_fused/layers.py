@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from . import functional, peft_state
+from . import peft_state, siblings
 
 
 class LoraLinear(nn.Module):
-    """y = x Wᵀ + b + s·(x Aᵀ) Bᵀ for `peft.tuners.lora.Linear`, fused where the module's state
-    allows and PEFT's own forward otherwise (`explain` says which and why)."""
+    """LoRA and DoRA for `peft.tuners.lora.Linear`, y as `lora_linear` defines it: fused where the
+    module's state allows, together with its siblings, and PEFT's own forward otherwise (`explain`
+    says which and why)."""
 
     can_torch_compile = False
     has_backward = True
@@ -23,4 +24,4 @@ class LoraLinear(nn.Module):
         state = peft_state.read_linear(self)
         if isinstance(state, str) or peft_state.call_reason(state, x, args, kwargs):
             return type(self).forward(self, x, *args, **kwargs)
-        return functional.lora_linear_group(x, (state.operands,), (state.scaling,))[0]
+        return siblings.compute(self, x, state.projection, LoraLinear)

@@ -10,7 +10,7 @@ from typing import Iterator, Optional, Sequence
 import torch
 from torch import nn
 
-from . import backend, layers, peft_state
+from . import backend, layers, peft_state, siblings
 
 _DEVICES = ("cpu", "cuda")
 _CLASS_ATTRIBUTES = ("kernel_layer_name", "kernel_condition")
@@ -121,9 +121,10 @@ def explain(model: nn.Module, rows: int = 8192) -> Explanation:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}, expected a torch.nn.Module")
+    names = {module: name for name, module in model.named_modules()}
     table = [
-        _explain_module(name, module, rows)
-        for name, module in model.named_modules()
+        _explain_module(name, module, rows, names)
+        for module, name in names.items()
         if peft_state.is_lora_module(module)
     ]
     if not table:
@@ -136,7 +137,7 @@ def explain(model: nn.Module, rows: int = 8192) -> Explanation:
     return Explanation(table)
 
 
-def _explain_module(name: str, module: nn.Module, rows: int) -> Row:
+def _explain_module(name: str, module: nn.Module, rows: int, names: dict[nn.Module, str]) -> Row:
     layer = layers.LoraLinear
     unfused = Row(name, type(module).__name__, fused=False, backend=None, group=None, reason=None)
     if not peft_state.is_plain_linear(module):
@@ -149,15 +150,21 @@ def _explain_module(name: str, module: nn.Module, rows: int) -> Row:
     state = peft_state.read_linear(module)
     if isinstance(state, str):
         return _because(unfused, state)
-    weight = state.operands.weight
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-    example = torch.empty((0, weight.shape[1]), dtype=weight.dtype, device=weight.device)
+    weight, spec = state.projection.operands.weight, state.projection.spec
+    example = torch.empty((0, weight.shape[0 if spec.transposed else 1]), dtype=weight.dtype, device=weight.device)
     reason = peft_state.call_reason(state, example, (), {})
     if reason:
         return _because(unfused, reason)
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
     chosen = backend.choose(weight.device, dtype, rows * weight.numel())
-    return Row(name, layer.__name__, fused=True, backend=chosen, group="single", reason=None)
+    return Row(name, layer.__name__, fused=True, backend=chosen, group=_group_name(module, names), reason=None)
+
+
+def _group_name(module: nn.Module, names: dict[nn.Module, str]) -> str:
+    """The last parts of the siblings' names; groups are seen at a model's second pass."""
+    members = siblings.group_of(module)
+    return "+".join(names.get(member, "?").rpartition(".")[2] for member in members) or "single"
 
 
 def _is_original(module: nn.Module, bound) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
+from .projection import Mask
 
 
 @torch.library.register_fake(add_op_namespace_prefix("row_norm"))
@@ -16,3 +17,15 @@ def _row_norm_fake(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: floa
 def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """‖W + s·B·A‖ by row in float32, computed by the C++ (CPU) or CUDA op."""
     return ops.row_norm(weight, lora_a, lora_b, scaling)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("dropout"))
+def _dropout_fake(x: Tensor, seed: Tensor, p: float, out: Tensor) -> None:
+    return None
+
+
+def dropout(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
+    """mask ∘ x / (1 - p) for x [M, K], in `dtype`, computed by the C++ (CPU) or CUDA op."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    ops.dropout(x.contiguous(), mask.seed, mask.p, out)
+    return out

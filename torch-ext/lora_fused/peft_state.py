@@ -4,22 +4,23 @@ why PEFT's own forward runs. Read anew at every call, so nothing here can go sta
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from .projection import Operands
+from .projection import Operands, Projection, ProjectionSpec
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Adapted(NamedTuple):
-    """A projection ready to compute: its tensors, its scaling, whether x may change dtype."""
+    """A projection ready to compute, and whether PEFT casts x to the adapter's dtype."""
 
-    operands: Operands
-    scaling: float
+    projection: Projection
     casts_input: bool
 
 
@@ -59,58 +60,109 @@ def read_linear(module: nn.Module) -> Union[Adapted, str]:
 
 
 def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
-    if name in module.lora_variant:
-        variant = type(module.lora_variant[name]).__name__
-        return "DoRA" if variant == "DoraLinearVariant" else f"LoRA variant {variant}"
-    if module.fan_in_fan_out:
-        return "fan_in_fan_out stores the weight transposed"
     # Straight from the registries: nn.Module.__getattr__ would cost more than the checks do.
     modules = module._modules
     base = modules["base_layer"]
     dropout = modules["lora_dropout"]._modules[name]
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-    if type(base) is not nn.Linear:
+    parts = {"base_layer": base, "lora_A": lora_a, "lora_B": lora_b, "lora_dropout": dropout}
+    dora = None
+    if name in module.lora_variant:
+        variant = module.lora_variant[name]
+        if type(variant) is not _dora_variant():
+            return f"LoRA variant {type(variant).__name__}"
+        dora = parts["lora_magnitude_vector"] = modules["lora_magnitude_vector"]._modules[name]
+    transposed = module.fan_in_fan_out
+    if type(base) is not nn.Linear and not (transposed and _is_conv1d(base)):
         return f"unknown base layer {type(base).__name__}"
+    if transposed and type(base) is nn.Linear:
+        return "fan_in_fan_out on a Linear"
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return f"adapter layers are {type(lora_a).__name__} and {type(lora_b).__name__}, not Linear"
-    a, b = lora_a._parameters, lora_b._parameters
-    if a["bias"] is not None or b["bias"] is not None:
-        return "lora_bias"
-    reason = (
-        _dropout_reason(dropout)
-        or _bypass_reason("base_layer", base)
-        or _bypass_reason("lora_A", lora_a)
-        or _bypass_reason("lora_B", lora_b)
-        or _bypass_reason("lora_dropout", dropout)
-    )
-    if reason:
-        return reason
-    operands = Operands(base._parameters["weight"], base._parameters["bias"], a["weight"], b["weight"])
+    for part, inner in parts.items():
+        reason = bypass_reason(part, inner)
+        if reason:
+            return reason
+    p = _dropout(module, dropout, dora is not None)
+    if isinstance(p, str):
+        return p
     scaling = module.scaling[name]
     if not isinstance(scaling, (int, float)):
         return f"scaling is a {type(scaling).__name__}, not a number"
-    reason = _tensor_reason(operands, base.in_features, base.out_features)
-    return reason or Adapted(operands, float(scaling), module.cast_input_dtype_enabled)
+    a, b = lora_a._parameters, lora_b._parameters
+    if a["bias"] is not None or (dora is not None and b["bias"] is not None):
+        return "a bias where PEFT has none"
+    if _has_any_global_hook():
+        return "hooks on all modules"
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    if dora is not None and transposed and weight.requires_grad:
+        return "DoRA on a trained Conv1D weight, whose gradient PEFT detaches in part"
+    magnitude = None if dora is None else dora._parameters["weight"]
+    operands = Operands(weight, bias, a["weight"], b["weight"], b["bias"], magnitude)
+    reason = _tensor_reason(operands, _shape(base, transposed))
+    if reason:
+        return reason
+    return Adapted(Projection(operands, float(scaling), _spec(p, transposed)), module.cast_input_dtype_enabled)
 
 
-def _dropout_reason(dropout: nn.Module) -> Optional[str]:
+def read_plain(module: nn.Module) -> Union[Adapted, str]:
+    """The base product of an `nn.Linear` that has no adapter, or why it must be called itself."""
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__}, not Linear"
+    reason = bypass_reason("the linear", module)
+    if reason:
+        return reason
+    operands = Operands(module._parameters["weight"], module._parameters["bias"])
+    reason = _tensor_reason(operands, _shape(module, False))
+    return reason or Adapted(Projection(operands, 1.0, _spec(0.0, False)), True)
+
+
+@functools.lru_cache(maxsize=None)
+def _dora_variant() -> type:
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    return DoraLinearVariant
+
+
+@functools.lru_cache(maxsize=None)
+def _spec(dropout: float, transposed: bool) -> ProjectionSpec:
+    return ProjectionSpec(dropout, transposed)
+
+
+def _is_conv1d(base: nn.Module) -> bool:
+    return type(base).__name__ == "Conv1D" and type(base).__module__ == "transformers.pytorch_utils"
+
+
+def _shape(base: nn.Module, transposed: bool) -> tuple[int, int]:
+    if transposed:
+        return base.nx, base.nf
+    return base.out_features, base.in_features
+
+
+def _dropout(module: nn.Module, dropout: nn.Module, dora: bool) -> Union[float, str]:
+    """The probability that this call drops with. PEFT's DoRA asks the layer's training flag as well."""
     if type(dropout) is nn.Identity:
-        return None
+        return 0.0
     if type(dropout) is not nn.Dropout:
         return f"dropout layer {type(dropout).__name__}"
-    return "dropout in training" if dropout.training and dropout.p > 0 else None
+    return float(dropout.p) if dropout.training and (module.training or not dora) else 0.0
 
 
-def _bypass_reason(name: str, part: nn.Module) -> Optional[str]:
+def bypass_reason(name: str, part: nn.Module) -> Optional[str]:
     """Other tools watch or replace the calls of inner modules; a fused forward would skip them."""
     if "forward" in part.__dict__:
         return f"{name} has a forward of its own, set by another tool"
+    return hooks_reason(name, part)
+
+
+def hooks_reason(name: str, part: nn.Module) -> Optional[str]:
+    """Whether somebody watches the calls of a module."""
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         return f"{name} has hooks"
     return None
 
 
-def _tensor_reason(operands: Operands, in_features: int, out_features: int) -> Optional[str]:
+def _tensor_reason(operands: Operands, shape: tuple[int, int]) -> Optional[str]:
     device = operands.weight.device
     for name, tensor in zip(Operands._fields, operands):
         if tensor is None:
@@ -123,7 +175,7 @@ def _tensor_reason(operands: Operands, in_features: int, out_features: int) -> O
             return f"{name} has dtype {tensor.dtype}"
         if tensor.device != device:
             return f"{name} is on {tensor.device}, the base weight on {device}"
-    if operands.weight.shape != (out_features, in_features):
+    if operands.weight.shape != shape:
         return f"weight has shape {tuple(operands.weight.shape)} (sharded or replaced)"
     return None
 
@@ -133,21 +185,22 @@ def call_reason(adapted: Adapted, x: object, args: tuple, kwargs: dict) -> Optio
     if args or kwargs:
         given = ", ".join(kwargs) or "positional arguments"
         return f"the call passes {given}"
-    weight = adapted.operands.weight
+    operands, spec = adapted.projection.operands, adapted.projection.spec
+    weight, bias = operands.weight, operands.bias
     if type(x) not in _PLAIN_TENSORS:
         return f"x is a {type(x).__name__}"
-    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+    if x.dim() < 1 or x.shape[-1] != weight.shape[0 if spec.transposed else 1]:
         return f"x has shape {tuple(x.shape)}"
+    if x.dim() == 1 and operands.magnitude is not None:
+        return "DoRA of a vector, of which PEFT makes a matrix"
     if x.device != weight.device:
         return f"x is on {x.device}, the base weight on {weight.device}"
-    dtypes = {tensor.dtype for tensor in (x, *adapted.operands) if tensor is not None}
     if torch.is_autocast_enabled(x.device.type):
-        castable = x.is_floating_point() and torch.float64 not in dtypes
-        return None if castable else f"autocast with x of {x.dtype} and float64"
-    bias = adapted.operands.bias
+        double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in (x, *operands))
+        return f"autocast with x of {x.dtype} and float64" if double or not x.is_floating_point() else None
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         return f"x of {x.dtype} on a base of {weight.dtype} without autocast"
-    adapter = {adapted.operands.lora_a.dtype, adapted.operands.lora_b.dtype}
-    if len(adapter) > 1 or (not adapted.casts_input and x.dtype not in adapter):
+    adapter = {tensor.dtype for tensor in (operands.lora_a, operands.lora_b, operands.lora_bias) if tensor is not None}
+    if len(adapter) > 1 or (adapter and not adapted.casts_input and x.dtype not in adapter):
         return "adapter dtypes differ and input casting does not reconcile them"
     return None

@@ -9,31 +9,66 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Optional, Sequence
 
+import torch
 from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """Tensors of one projection: weight [N, K], bias [N] or None, lora_a [R, K], lora_b [N, R]."""
+    """Tensors of one projection: weight [N, K], bias [N], lora_a [R, K], lora_b [N, R],
+    lora_bias [N], magnitude [N]. None where the projection has none; without lora_a and lora_b it
+    is the base product alone, with a magnitude it is DoRA."""
 
     weight: Tensor
-    bias: Optional[Tensor]
-    lora_a: Tensor
-    lora_b: Tensor
+    bias: Optional[Tensor] = None
+    lora_a: Optional[Tensor] = None
+    lora_b: Optional[Tensor] = None
+    lora_bias: Optional[Tensor] = None
+    magnitude: Optional[Tensor] = None
 
 
 OPERANDS_PER_PROJECTION = len(Operands._fields)
 
 
 @dataclass(frozen=True)
+class ProjectionSpec:
+    """What is fixed about one projection.
+
+    dropout: probability with which an element of the LoRA path's input is dropped, 0 for none.
+    transposed: the weight is stored [K, N], as `Conv1D` does.
+    """
+
+    dropout: float = 0.0
+    transposed: bool = False
+
+
+class Projection(NamedTuple):
+    """One projection ready to compute; the scaling stands beside the spec since it may change at
+    every step."""
+
+    operands: Operands
+    scaling: float = 1.0
+    spec: ProjectionSpec = ProjectionSpec()
+
+
+@dataclass(frozen=True)
 class GroupSpec:
     """What is fixed about a group of projections of one input.
 
-    members: how many projections.
+    members: one spec a projection.
     backend: name of the backend that computes it, see `backend.choose`.
+    lora_dtype: dtype of the LoRA path under autocast, None where the adapter's own holds.
     """
 
-    members: int
+    members: tuple[ProjectionSpec, ...]
     backend: str
+    lora_dtype: Optional[torch.dtype] = None
+
+
+class Mask(NamedTuple):
+    """Dropout with probability p, a function of seed (int64 [1], on the device), row and column."""
+
+    seed: Tensor
+    p: float
 
 
 def flatten(projections: Sequence[Operands]) -> tuple[Optional[Tensor], ...]:

@@ -1,6 +1,11 @@
-"""Triton kernels behind the functions of `reference`: one kernel and its launcher per file."""
+"""Triton kernels behind the functions of `reference`: one kernel and its launcher per file.
 
+Skinny products over all tokens are plain matrix products, which the library does best.
+"""
+
+from ..reference import dropout, outer, scale, token_sum
 from .down import down
-from .up_add import up_add
+from .scale_sum import scale_sum
+from .up_add import up_add, up_add_scaled
 
-__all__ = ["down", "up_add"]
+__all__ = ["down", "dropout", "outer", "scale", "scale_sum", "token_sum", "up_add", "up_add_scaled"]

@@ -1,7 +1,7 @@
-"""Down projection: t = s · x Aᵀ, one read of x for all ranks up to 64.
+"""Down projection: t = s · dropout(x) Aᵀ, one read of x for all ranks up to 64.
 
 Bound by the read of x [M, K]: M·K·2 bytes, against 2·M·K·R operations. A is read in its own
-dtype and rounded to x's in registers; sums are float32.
+dtype and rounded to x's in registers; sums are float32. The dropout mask is drawn at the load.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..projection import Mask
 from .launch import dot_precision, on_device, rank_block, shared_memory
+from .mask import arguments, dropped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def down_fwd_kernel(
     x_ptr,
     a_ptr,
@@ -29,9 +31,13 @@ def down_fwd_kernel(
     stride_ar,
     stride_ak,
     stride_tm,
+    seed_ptr,
+    threshold,
+    keep_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -47,6 +53,8 @@ def down_fwd_kernel(
             mask=row_mask[:, None] & col_mask[None, :],
             other=0.0,
         )
+        if HAS_MASK:
+            x = dropped(x.to(tl.float32), seed_ptr, threshold, keep_scale, rows, start, BLOCK_K).to(x.dtype)
         a = tl.load(
             a_ptr + ranks[None, :].to(tl.int64) * stride_ar + cols[:, None].to(tl.int64) * stride_ak,
             mask=rank_mask[None, :] & col_mask[:, None],
@@ -76,10 +84,11 @@ def choose_tile(x: Tensor, a: Tensor) -> tuple[int, int]:
     return block_m, block_k
 
 
-def down(x: Tensor, a: Tensor, scaling: float, lora_dtype: Optional[torch.dtype] = None) -> Tensor:
-    """t = s · x aᵀ for x [M, K] (rows contiguous) and a [R, K] of any strides: [M, R] in x's dtype.
-
-    `lora_dtype` is x's dtype wherever this backend is chosen; the adapter is never copied.
+def down(
+    x: Tensor, a: Tensor, scaling: float, dtype: Optional[torch.dtype] = None, mask: Optional[Mask] = None
+) -> Tensor:
+    """t = s · dropout(x) aᵀ for x [M, K] (rows contiguous) and a [R, K] of any strides: [M, R] in x's
+    dtype, which `dtype` is wherever this backend is chosen; the adapter is never copied.
     """
     m, k = x.shape
     r = a.shape[0]
@@ -102,9 +111,11 @@ def down(x: Tensor, a: Tensor, scaling: float, lora_dtype: Optional[torch.dtype]
             a.stride(0),
             a.stride(1),
             t.stride(0),
+            *arguments(mask),
             BLOCK_M=block_m,
             BLOCK_K=block_k,
             BLOCK_R=block_r,
+            HAS_MASK=mask is not None,
             PRECISION=dot_precision(x),
             num_warps=4,
             num_stages=STAGES,

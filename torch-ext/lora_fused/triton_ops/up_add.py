@@ -1,8 +1,9 @@
 """GEMM with the LoRA term inside: y = x Wᵀ + t Uᵀ + b, one accumulator, y written once.
 
 The rank-R product runs as extra K-steps of the tile's own loop, so it costs R/K of the base
-product and no second pass over y. The backward is the same kernel: dx = dy W + dt A, with W and
-A read transposed. x and W come through tensor descriptors (bulk tensor copies on Hopper and
+product and no second pass over y. The backward is the same kernel: dx = dy W + dropout(dt A), with W
+and A read transposed, added to the dx of other projections where there is one. For DoRA the kernel
+writes z = x Wᵀ + t Uᵀ and y = g∘z + b from one accumulator. x and W come through tensor descriptors (bulk tensor copies on Hopper and
 later, plain loads below) where base address and row stride are multiples of 16 bytes, and
 through pointers elsewhere.
 """
@@ -16,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..projection import Mask
 from .launch import dot_precision, on_device, rank_block, shared_memory
+from .mask import arguments, dropped
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -24,13 +27,15 @@ except ImportError:  # Triton without tensor descriptors: every load goes throug
     TensorDescriptor = None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def up_add_fwd_kernel(
     x_ptr,
     w_ptr,
     t_ptr,
     u_ptr,
     bias_ptr,
+    gain_ptr,
+    z_ptr,
     y_ptr,
     M,
     N,
@@ -43,6 +48,9 @@ def up_add_fwd_kernel(
     stride_un,
     stride_ur,
     stride_ym,
+    seed_ptr,
+    threshold,
+    keep_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -51,7 +59,11 @@ def up_add_fwd_kernel(
     X_DESCRIPTOR: tl.constexpr,
     W_DESCRIPTOR: tl.constexpr,
     W_ROWS_ARE_N: tl.constexpr,
+    HAS_LORA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ADD_TO_Y: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Programs in bands of GROUP_M row blocks: neighbours share W tiles in L2.
@@ -94,29 +106,40 @@ def up_add_fwd_kernel(
             )
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-    # Not pipelined: one or two steps for common ranks, and stages of a float32 U would not fit.
-    for start_r in tl.range(0, R, BLOCK_R, num_stages=1):
-        ranks = start_r + tl.arange(0, BLOCK_R)
-        rank_mask = ranks < R
-        t = tl.load(
-            t_ptr + rows[:, None] * stride_tm + ranks[None, :],
-            mask=row_mask[:, None] & rank_mask[None, :],
-            other=0.0,
-        )
-        u = tl.load(
-            u_ptr + cols[None, :] * stride_un + ranks[:, None].to(tl.int64) * stride_ur,
-            mask=col_mask[None, :] & rank_mask[:, None],
-            other=0.0,
-        )
-        acc = tl.dot(t, u.to(t.dtype), acc, input_precision=PRECISION)
+    if HAS_LORA:
+        lora = acc
+        if HAS_MASK:  # a sum of its own, since only this term is dropped
+            lora = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        # Not pipelined: one or two steps for common ranks, and stages of a float32 U would not fit.
+        for start_r in tl.range(0, R, BLOCK_R, num_stages=1):
+            ranks = start_r + tl.arange(0, BLOCK_R)
+            rank_mask = ranks < R
+            t = tl.load(
+                t_ptr + rows[:, None] * stride_tm + ranks[None, :],
+                mask=row_mask[:, None] & rank_mask[None, :],
+                other=0.0,
+            )
+            u = tl.load(
+                u_ptr + cols[None, :] * stride_un + ranks[:, None].to(tl.int64) * stride_ur,
+                mask=col_mask[None, :] & rank_mask[:, None],
+                other=0.0,
+            )
+            lora = tl.dot(t, u.to(t.dtype), lora, input_precision=PRECISION)
+        if HAS_MASK:
+            acc += dropped(lora, seed_ptr, threshold, keep_scale, rows, start_n, BLOCK_N)
+        else:
+            acc = lora
 
+    at = rows[:, None] * stride_ym + cols[None, :]
+    tile_mask = row_mask[:, None] & col_mask[None, :]
+    if HAS_GAIN:
+        tl.store(z_ptr + at, acc.to(z_ptr.dtype.element_ty), mask=tile_mask)
+        acc *= tl.load(gain_ptr + cols, mask=col_mask, other=0.0)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        y_ptr + rows[:, None] * stride_ym + cols[None, :],
-        acc.to(y_ptr.dtype.element_ty),
-        mask=row_mask[:, None] & col_mask[None, :],
-    )
+    if ADD_TO_Y:
+        acc += tl.load(y_ptr + at, mask=tile_mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=tile_mask)
 
 
 class Tile(NamedTuple):
@@ -131,18 +154,21 @@ class Tile(NamedTuple):
 
 LARGE_SHARED_MEMORY = 200 * 1024  # Hopper and Blackwell data centre parts: 227 KiB for a block
 _HALF_LARGE = Tile(128, 256, 64, 8, 3)  # 48 KiB of x and W a stage
+_HALF_MASKED = Tile(128, 128, 64, 8, 3)  # two accumulators and the mask's words in registers
 _HALF_NARROW = Tile(64, 128, 64, 4, 4)  # few rows: more programs, each with less to wait for
 _HALF_SMALL = Tile(128, 128, 32, 4, 3)  # 48 KiB in all: fits every GPU since compute capability 8.0
 _SINGLE = Tile(64, 64, 32, 4, 2)  # float32 and the interpreter
 
 
-def choose_tile(x: Tensor) -> Tile:
+def choose_tile(x: Tensor, masked: bool = False) -> Tile:
     """Tile for x [M, K] on its device."""
     if x.element_size() != 2 or not x.is_cuda:
         return _SINGLE
     if shared_memory(x.device) < LARGE_SHARED_MEMORY:
         return _HALF_SMALL
-    return _HALF_NARROW if x.shape[0] <= 512 else _HALF_LARGE
+    if x.shape[0] <= 512:
+        return _HALF_NARROW
+    return _HALF_MASKED if masked else _HALF_LARGE
 
 
 def _descriptor_fits(matrix: Tensor) -> bool:
@@ -159,23 +185,40 @@ def _descriptor_fits(matrix: Tensor) -> bool:
 def up_add(
     x: Tensor,
     weight: Tensor,
-    t: Tensor,
-    up: Tensor,
+    t: Optional[Tensor] = None,
+    up: Optional[Tensor] = None,
     bias: Optional[Tensor] = None,
+    mask: Optional[Mask] = None,
+    out: Optional[Tensor] = None,
     *,
     descriptors: bool = True,
 ) -> Tensor:
-    """y = x weightᵀ + t upᵀ + bias: [M, N] in x's dtype, summed in float32.
+    """y = x weightᵀ + dropout(t upᵀ) + bias: [M, N] in x's dtype, summed in float32. With `out` [M, N],
+    contiguous, the sum is added to it, in place.
 
     x [M, K] and t [M, R] with contiguous rows, weight [N, K] in x's dtype, contiguous or the
     transpose of a contiguous matrix, up [N, R] of any strides and dtype. `descriptors=False`
     reads everything through pointers.
     """
-    (m, k), n, r = x.shape, weight.shape[0], t.shape[1]
-    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device) if out is None else out
+    _launch(x, weight, (t, up), bias, y, mask=mask, add=out is not None, descriptors=descriptors)
+    return y
+
+
+def up_add_scaled(
+    x: Tensor, weight: Tensor, t: Tensor, up: Tensor, gain: Tensor, bias: Optional[Tensor] = None
+) -> tuple[Tensor, Tensor]:
+    """(y, z) with z = x weightᵀ + t upᵀ and y = gain∘z + bias, gain [N] in float32; else as `up_add`."""
+    y, z = (torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device) for _ in range(2))
+    _launch(x, weight, (t, up), bias, y, scaled=(gain, z))
+    return y, z
+
+
+def _launch(x, weight, lora, bias, y, *, mask=None, add=False, scaled=(None, None), descriptors=True) -> None:
+    (m, k), n, (t, up) = x.shape, weight.shape[0], lora
     if m == 0 or n == 0:
-        return y
-    tile = choose_tile(x)
+        return
+    tile = choose_tile(x, mask is not None)
     rows_are_n = weight.stride(1) == 1
     stored = weight if rows_are_n else weight.t()
     x_descriptor = descriptors and _descriptor_fits(x)
@@ -184,6 +227,8 @@ def up_add(
     w_block = [tile.n, tile.k] if rows_are_n else [tile.k, tile.n]
     w_arg = TensorDescriptor.from_tensor(stored, w_block) if w_descriptor else weight
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
+    r = 0 if t is None else t.shape[1]
+    gain, z = scaled
     with on_device(x):
         up_add_fwd_kernel[grid](
             x_arg,
@@ -191,6 +236,8 @@ def up_add(
             t,
             up,
             bias,
+            gain,
+            z,
             y,
             m,
             n,
@@ -199,21 +246,25 @@ def up_add(
             x.stride(0),
             weight.stride(0),
             weight.stride(1),
-            t.stride(0),
-            up.stride(0),
-            up.stride(1),
+            0 if t is None else t.stride(0),
+            0 if up is None else up.stride(0),
+            0 if up is None else up.stride(1),
             y.stride(0),
+            *arguments(mask),
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,
-            BLOCK_R=rank_block(r),
+            BLOCK_R=rank_block(max(r, 1)),
             GROUP_M=8,
             X_DESCRIPTOR=x_descriptor,
             W_DESCRIPTOR=w_descriptor,
             W_ROWS_ARE_N=rows_are_n,
+            HAS_LORA=t is not None,
             HAS_BIAS=bias is not None,
+            HAS_GAIN=gain is not None,
+            HAS_MASK=mask is not None,
+            ADD_TO_Y=add,
             PRECISION=dot_precision(x),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    return y

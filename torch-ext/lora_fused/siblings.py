@@ -1,0 +1,210 @@
+"""Projections that are called with the very same input run as one group, in any model.
+
+Nobody declares siblings: they are observed. While modules run one by one, those that are called in
+a row with the same tensor are noted; from a later pass on, the first of them computes all and
+keeps the others' results until they are called. A result is given out only if the call is the
+one it was computed for: the same tensor unchanged, the same operands, scaling and dropout, the
+same grad mode and autocast. In every other case the module computes alone, so a sibling that is
+skipped, replaced, moved or called with another input costs time, never correctness.
+
+One rule keeps checkpointing right, which must recompute what its forward did: the group of a module
+changes only while no graph of its earlier calls is waiting for its backward, and never during a
+backward pass.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, peft_state
+from .projection import Projection
+
+# A group that keeps changing, as with alternating inputs, is not worth following.
+MAX_CHANGES = 8
+
+
+class _Token:
+    """Lives as long as a graph that may still run backward, and counts itself in and out."""
+
+    __slots__ = ("waiting",)
+
+    def __init__(self, waiting: dict[int, None]):
+        self.waiting = waiting
+        waiting[id(self)] = None
+
+    def __del__(self):
+        self.waiting.pop(id(self), None)
+
+
+class _Leader:
+    """What is known about a module that is called first: the group it computes, the siblings that
+    were last observed, and the graphs of its calls that wait for backward."""
+
+    def __init__(self):
+        self.group: tuple[weakref.ref, ...] = ()
+        self.observed: tuple[weakref.ref, ...] = ()
+        self.waiting: dict[int, None] = {}
+        self.changes = 0
+
+    def settle(self) -> None:
+        """Takes over what was observed, where no earlier call can be recomputed."""
+        if self.observed == self.group or self.waiting or self.changes > MAX_CHANGES:
+            return
+        self.changes += 1
+        self.group = self.observed if self.changes <= MAX_CHANGES else ()
+
+
+class _Mode(NamedTuple):
+    """What a call depends on besides its operands."""
+
+    grad: bool
+    x_needs_grad: bool
+    autocast_dtype: Optional[torch.dtype]
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Mode:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else None
+        return cls(torch.is_grad_enabled(), x.requires_grad, dtype)
+
+
+class _Result(NamedTuple):
+    projection: Projection
+    states: tuple[tuple[int, bool], ...]
+    y: Tensor
+
+
+class _Calls(threading.local):
+    """Of one thread: results computed ahead, and the modules called with the last input."""
+
+    def __init__(self):
+        self.x: Optional[Tensor] = None
+        self.version = 0
+        self.mode: Optional[_Mode] = None
+        self.results: dict[int, _Result] = {}
+        self.seen_x: Optional[weakref.ref] = None
+        self.seen_version = 0
+        self.seen: list[weakref.ref] = []
+
+
+_leaders: weakref.WeakKeyDictionary[nn.Module, _Leader] = weakref.WeakKeyDictionary()
+_calls = _Calls()
+
+
+def compute(module: nn.Module, x: Tensor, projection: Projection, layer: type) -> Tensor:
+    """y of `module`, which `layer` serves, from the group's computation where there is one."""
+    if x.is_inference():  # keeps no version, so a change of x would go unseen
+        return functional.compute_group(x, (projection,))[0]
+    mode = _Mode.of(x)
+    result = _claim(module, x, projection, mode)
+    forward = torch._C._current_graph_task_id() == -1
+    if forward:
+        _observe(module, x)
+    if result is not None:
+        return result
+    leader = _leaders.get(module)
+    if leader is None:
+        leader = _leaders[module] = _Leader()
+    if forward:
+        leader.settle()
+    return _lead(module, leader, x, projection, mode, layer)
+
+
+def group_of(module: nn.Module) -> tuple[nn.Module, ...]:
+    """The siblings that `module` leads or belongs to, itself included; empty where it is alone."""
+    for leader in list(_leaders.values()):
+        group = _alive(leader.group)
+        if module in group:
+            return group
+    return ()
+
+
+def _alive(group: Sequence[weakref.ref]) -> tuple[nn.Module, ...]:
+    members = (ref() for ref in group)
+    return tuple(member for member in members if member is not None)
+
+
+def _lead(module, leader: _Leader, x: Tensor, projection: Projection, mode: _Mode, layer: type) -> Tensor:
+    members, projections = [module], [projection]
+    for sibling in _alive(leader.group):
+        if sibling is not module:
+            state = _ready(sibling, x, layer)
+            if state is not None:
+                members.append(sibling)
+                projections.append(state)
+    _forget()
+    token = _Token(leader.waiting) if mode.grad else None
+    outputs = functional.compute_group(x, projections, token=token)
+    if len(members) > 1:
+        _calls.x, _calls.version, _calls.mode = x, x._version, mode
+        for sibling, state, y in zip(members[1:], projections[1:], outputs[1:]):
+            _calls.results[id(sibling)] = _Result(state, _states(state), y)
+    return outputs[0]
+
+
+def _ready(sibling: nn.Module, x: Tensor, layer: type) -> Optional[Projection]:
+    """The sibling's projection if its call can be computed ahead. Its own pre-hooks may change what
+    it computes, so it must have none."""
+    bound = sibling.__dict__.get("forward")
+    if getattr(bound, "__func__", None) is not layer.forward or sibling._forward_pre_hooks:
+        return None
+    state = peft_state.read_linear(sibling)
+    if isinstance(state, str) or peft_state.call_reason(state, x, (), {}):
+        return None
+    return state.projection
+
+
+def _claim(module: nn.Module, x: Tensor, projection: Projection, mode: _Mode) -> Optional[Tensor]:
+    if _calls.x is not x:
+        return None
+    result = _calls.results.pop(id(module), None)
+    if result is None or _calls.version != x._version or _calls.mode != mode:
+        return None
+    if not _same(result.projection, projection) or result.states != _states(projection):
+        return None
+    if not _calls.results:
+        _forget()
+    return result.y
+
+
+def _same(before: Projection, now: Projection) -> bool:
+    same_tensors = all(a is b for a, b in zip(before.operands, now.operands))
+    return same_tensors and before.scaling == now.scaling and before.spec == now.spec
+
+
+def _states(projection: Projection) -> tuple[tuple[int, bool], ...]:
+    """Of every operand its version and whether it is trained."""
+    return tuple(
+        (-1 if tensor.is_inference() else tensor._version, tensor.requires_grad)
+        for tensor in projection.operands
+        if tensor is not None
+    )
+
+
+def _forget() -> None:
+    """Results that nobody came for are let go."""
+    _calls.x = None
+    _calls.results.clear()
+
+
+def _observe(module: nn.Module, x: Tensor) -> None:
+    seen = _calls.seen_x() if _calls.seen_x is not None else None
+    if seen is x and _calls.seen_version == x._version:
+        ref = weakref.ref(module)
+        if ref not in _calls.seen:
+            _calls.seen.append(ref)
+        return
+    _note_siblings()
+    _calls.seen_x, _calls.seen_version, _calls.seen = weakref.ref(x), x._version, [weakref.ref(module)]
+
+
+def _note_siblings() -> None:
+    first = _calls.seen[0]() if _calls.seen else None
+    leader = _leaders.get(first) if first is not None else None
+    if leader is not None:
+        leader.observed = tuple(_calls.seen) if len(_calls.seen) > 1 else ()
