@@ -34,55 +34,38 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _tanh_exponent(g: Tensor) -> tuple[Tensor, Tensor]:
-    """(2z, 2z') of gelu_tanh."""
+def _silu_slope(g: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(g)
+    return (1.0 - sigmoid).mul_(g).add_(1.0).mul_(sigmoid)
+
+
+def _gelu_slope(g: Tensor) -> Tensor:
+    density = (g * g).mul_(-0.5).exp_().mul_(1.0 / math.sqrt(2.0 * math.pi))
+    cdf = torch.erf(g * math.sqrt(0.5)).add_(1.0).mul_(0.5)
+    return density.mul_(g).add_(cdf)
+
+
+def _gelu_tanh_slope(g: Tensor) -> Tensor:
     near = g.clamp(-TANH_SATURATED, TANH_SATURATED)
     square = near * near
-    exponent = near.mul_(1.0 + TANH_CUBIC * square).mul_(2.0 * TANH_SCALE)
-    slope = square.mul_(3.0 * TANH_CUBIC).add_(1.0).mul_(2.0 * TANH_SCALE)
-    return exponent, slope
+    sigmoid = near.mul_(1.0 + TANH_CUBIC * square).mul_(2.0 * TANH_SCALE).sigmoid_()
+    exponent_slope = square.mul_(3.0 * TANH_CUBIC).add_(1.0).mul_(2.0 * TANH_SCALE)
+    return exponent_slope.mul_(1.0 - sigmoid).mul_(g).add_(1.0).mul_(sigmoid)
 
 
-def _silu(g: Tensor) -> tuple[Tensor, Tensor]:
-    sigmoid = torch.sigmoid(g)
-    value = g * sigmoid
-    return value, (1.0 - sigmoid).mul_(g).add_(1.0).mul_(sigmoid)
-
-
-def _gelu(g: Tensor) -> tuple[Tensor, Tensor]:
-    cdf = torch.erf(g * math.sqrt(0.5)).add_(1.0).mul_(0.5)
-    density = (g * g).mul_(-0.5).exp_().mul_(1.0 / math.sqrt(2.0 * math.pi))
-    return g * cdf, density.mul_(g).add_(cdf)
-
-
-def _gelu_tanh(g: Tensor) -> tuple[Tensor, Tensor]:
-    exponent, exponent_slope = _tanh_exponent(g)
-    sigmoid = exponent.sigmoid_()
-    return g * sigmoid, (1.0 - sigmoid).mul_(exponent_slope).mul_(g).add_(1.0).mul_(sigmoid)
-
-
-def _relu(g: Tensor) -> tuple[Tensor, Tensor]:
-    return F.relu(g), (g <= 0).logical_not_().to(g.dtype)
-
-
-def _relu2(g: Tensor) -> tuple[Tensor, Tensor]:
-    positive = F.relu(g)
-    return positive * positive, positive.mul_(2.0)
-
-
-_VALUE_AND_SLOPE = {
-    "silu": _silu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "relu": _relu,
-    "relu2": _relu2,
-}
 _VALUE = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda g: F.relu(g).square_(),
+}
+_SLOPE = {
+    "silu": _silu_slope,
+    "gelu": _gelu_slope,
+    "gelu_tanh": _gelu_tanh_slope,
+    "relu": lambda g: (g <= 0).logical_not_().to(g.dtype),
+    "relu2": lambda g: F.relu(g).mul_(2.0),
 }
 ACTIVATIONS = tuple(_VALUE)
 
@@ -116,7 +99,8 @@ def gated_backward(
     `dgate` and `dup` receive the gradients where given: any tensors of gate's shape, gate and up
     themselves included. The results are in gate's dtype.
     """
-    value, slope = _VALUE_AND_SLOPE[activation](_wide(gate))
+    wide = _wide(gate)
+    value, slope = _VALUE[activation](wide), _SLOPE[activation](wide)
     h = (value * up).to(gate.dtype) if need_h else None
     slope.mul_(up).mul_(dh)
     value.mul_(dh)

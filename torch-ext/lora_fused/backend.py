@@ -1,6 +1,7 @@
 """The one place that chooses who computes: Triton for large work on a GPU, PyTorch elsewhere.
 
-A backend is a module with the functions of `reference`, `row_norm` excepted.
+A backend is a module with the functions of `reference`, `row_norm` excepted. Memory-bound passes are
+chosen apart from matrix products: one Triton kernel beats several library ones at any size.
 """
 
 from __future__ import annotations
@@ -50,6 +51,13 @@ def get(name: str) -> ModuleType:
 
         return triton_ops
     raise ValueError(f"backend: {name!r} is unknown, expected {REFERENCE!r} or {TRITON!r}")
+
+
+def pointwise(x: Tensor) -> ModuleType:
+    """The module for passes over x that multiply no matrices: `gated`, `gated_backward`, `scale`,
+    `scale_sum`."""
+    triton_can = x.is_cuda and x.dtype in _TRITON_DTYPES and _triton_is_there()
+    return get(TRITON if triton_can else REFERENCE)
 
 
 def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
+from .autograd.gated import GatedMLPFunction, forward_gated
 from .autograd.linear import LoraLinearFunction, forward_group, members_of, shaped, without_autocast
-from .projection import GroupSpec, Operands, Projection, ProjectionSpec, flatten
+from .projection import GatedSpec, GroupSpec, Operands, Projection, ProjectionSpec, flatten
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -92,12 +93,37 @@ def compute_group(
         return LoraLinearFunction.apply(group, scalings, token, x, seeds, *flat)
     with without_autocast(x):
         rows = x.reshape(-1, x.shape[-1])
-        outputs, _ = forward_group(group, rows, members_of(group, scalings, seeds, flat))
+        outputs, _ = forward_group(group, rows, members_of(group.members, scalings, seeds, flat))
         return tuple(shaped(y, x.shape) for y in outputs)
 
 
+def compute_gated(
+    x: Tensor,
+    inputs: Sequence[Projection],
+    output: Projection,
+    activation: str,
+    gate_half: int = 0,
+    *,
+    backend: Optional[str] = None,
+) -> Tensor:
+    """down(f(gate(x))·up(x)) on operands that are known to be right: `inputs` are gate and up, or the one
+    projection that holds both as halves, `output` is down, f one of `activation.ACTIVATIONS`."""
+    spec = GatedSpec(group_spec(x, inputs, backend), group_spec(x, (output,), backend), activation, gate_half)
+    projections = (*inputs, output)
+    x = x.to(spec.inputs.lora_dtype or x.dtype)
+    seeds = draw_seeds(x.device, projections)
+    scalings = tuple(projection.scaling for projection in projections)
+    flat = flatten([projection.operands for projection in projections])
+    if torch.is_grad_enabled():
+        return GatedMLPFunction.apply(spec, scalings, x, seeds, *flat)
+    with without_autocast(x):
+        rows = x.reshape(-1, x.shape[-1])
+        y, *_ = forward_gated(spec, rows, members_of(spec.members, scalings, seeds, flat))
+        return shaped(y, x.shape)
+
+
 def group_spec(x: Tensor, projections: Sequence[Projection], backend: Optional[str] = None) -> GroupSpec:
-    """What is fixed about a call with this x."""
+    """What is fixed about a call with tokens as x has them."""
     device_type = x.device.type
     lora_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     if backend is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from . import peft_state, siblings
+from . import functional, mlp_state, peft_state, siblings
 
 
 class LoraLinear(nn.Module):
@@ -25,3 +25,35 @@ class LoraLinear(nn.Module):
         if isinstance(state, str) or peft_state.call_reason(state, x, args, kwargs):
             return type(self).forward(self, x, *args, **kwargs)
         return siblings.compute(self, x, state.projection, LoraLinear)
+
+
+class LoraGatedMLP(nn.Module):
+    """down(f(gate(x))·up(x)) for MLP modules that compute just that, one graph node: fused where every
+    projection is a fusable LoRA linear or a plain one, and the module's own forward otherwise, in
+    which each projection is fused alone where it can be."""
+
+    can_torch_compile = False
+    has_backward = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _gated_mlp(self, x)
+
+
+class LoraGatedMLPOfHiddenStates(nn.Module):
+    """`LoraGatedMLP` for modules that name their input `hidden_states`."""
+
+    can_torch_compile = False
+    has_backward = True
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return _gated_mlp(self, hidden_states)
+
+
+GATED_MLP_BY_INPUT = {"x": LoraGatedMLP, "hidden_states": LoraGatedMLPOfHiddenStates}
+
+
+def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    state = mlp_state.read_mlp(module, x, LoraLinear)
+    if isinstance(state, str):
+        return type(module).forward(module, x)
+    return functional.compute_gated(x, state.inputs, state.output, state.activation, state.gate_half)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from dataclasses import dataclass
-from typing import Iterator, Optional, Sequence
+from typing import Callable, Iterator, Optional, Sequence
 
 import torch
 from torch import nn
 
-from . import backend, layers, peft_state, siblings
+from . import backend, layers, mlp_state, peft_state, siblings
 
 _DEVICES = ("cpu", "cuda")
 _CLASS_ATTRIBUTES = ("kernel_layer_name", "kernel_condition")
@@ -34,27 +35,63 @@ class LoadedLayer:
 
 
 def _mapping() -> dict:
-    repository = LoadedLayer(layers.LoraLinear)
-    return {layers.LoraLinear.__name__: {device: repository for device in _DEVICES}}
+    mapped = (layers.LoraLinear, *layers.GATED_MLP_BY_INPUT.values())
+    return {layer.__name__: {device: LoadedLayer(layer) for device in _DEVICES} for layer in mapped}
 
 
-def _mark_classes() -> None:
-    from kernels import replace_kernel_forward_from_hub
+class _Marks:
+    """Classes that `kernelize` is told of, and what they said before."""
 
-    replace_kernel_forward_from_hub(
-        peft_state.linear_class(), layers.LoraLinear.__name__, condition=peft_state.is_plain_linear
-    )
+    def __init__(self):
+        self.before: dict[type, dict] = {}
+
+    def mark(self, cls: type, layer_name: str, condition: Callable[[nn.Module], bool]) -> None:
+        from kernels import replace_kernel_forward_from_hub
+
+        self.before.setdefault(cls, {name: cls.__dict__[name] for name in _CLASS_ATTRIBUTES if name in cls.__dict__})
+        replace_kernel_forward_from_hub(cls, layer_name, condition=condition)
+
+    def mark_all(self) -> None:
+        """PEFT's linear, and the roots of models, at which their gated MLPs are looked for."""
+        self.mark(peft_state.linear_class(), layers.LoraLinear.__name__, peft_state.is_plain_linear)
+        for root in peft_state.root_classes():
+            self.mark(root, layers.LoraGatedMLP.__name__, self.find_gated_mlps)
+
+    def find_gated_mlps(self, root: nn.Module) -> bool:
+        """Marks the classes of the adapted gated MLPs in `root`, which `kernelize` visits after it.
+        Not for `root` itself: always False."""
+        for module in root.modules():
+            cls = type(module)
+            if "kernel_layer_name" in cls.__dict__ or not mlp_state.is_adapted(module):
+                continue
+            structure = mlp_state.structure_of(module)
+            layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
+            if layer is not None and not structure.optional:
+                self.mark(cls, layer.__name__, functools.partial(_is_adapted_instance, cls))
+        return False
+
+    def restore(self) -> None:
+        for cls, attributes in self.before.items():
+            for name in _CLASS_ATTRIBUTES:
+                delattr(cls, name)
+            for name, value in attributes.items():
+                setattr(cls, name, value)
+
+
+def _is_adapted_instance(cls: type, module: nn.Module) -> bool:
+    return type(module) is cls and mlp_state.is_adapted(module)
 
 
 def register_peft_layers() -> None:
-    """Map PEFT's LoRA classes to this kernel's layers for every later `kernelize`, globally.
+    """Map PEFT's LoRA classes, and MLPs made of them, to this kernel's layers for every later
+    `kernelize`, globally.
 
     Global, because `kernelize` run again without a mapping gives layers their old forward back.
     Raises ImportError where peft or kernels is missing.
     """
     from kernels import register_kernel_mapping
 
-    _mark_classes()
+    _Marks().mark_all()
     register_kernel_mapping(_mapping())
 
 
@@ -64,17 +101,13 @@ def use_peft_layers() -> Iterator[None]:
     layers afterwards."""
     from kernels import use_kernel_mapping
 
-    cls = peft_state.linear_class()
-    before = {name: cls.__dict__[name] for name in _CLASS_ATTRIBUTES if name in cls.__dict__}
-    _mark_classes()
+    marks = _Marks()
+    marks.mark_all()
     try:
         with use_kernel_mapping(_mapping()):
             yield
     finally:
-        for name in _CLASS_ATTRIBUTES:
-            delattr(cls, name)
-        for name, value in before.items():
-            setattr(cls, name, value)
+        marks.restore()
 
 
 @dataclass(frozen=True)
@@ -122,8 +155,9 @@ def explain(model: nn.Module, rows: int = 8192) -> Explanation:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}, expected a torch.nn.Module")
     names = {module: name for name, module in model.named_modules()}
+    in_mlp = _gated_mlps(names)
     table = [
-        _explain_module(name, module, rows, names)
+        _explain_module(name, module, rows, names, in_mlp.get(module))
         for module, name in names.items()
         if peft_state.is_lora_module(module)
     ]
@@ -137,7 +171,22 @@ def explain(model: nn.Module, rows: int = 8192) -> Explanation:
     return Explanation(table)
 
 
-def _explain_module(name: str, module: nn.Module, rows: int, names: dict[nn.Module, str]) -> Row:
+def _gated_mlps(names: dict[nn.Module, str]) -> dict[nn.Module, str]:
+    """The name of the gated MLP that computes a projection, for all that one computes."""
+    found = {}
+    for module, name in names.items():
+        forward = getattr(module.__dict__.get("forward"), "__func__", None)
+        if not any(forward is layer.forward for layer in layers.GATED_MLP_BY_INPUT.values()):
+            continue
+        parts = mlp_state.projections_of(module, mlp_state.structure_of(module))
+        weight = next(part for part in parts if peft_state.is_plain_linear(part)).get_base_layer().weight
+        example = torch.empty((1, 0), dtype=weight.dtype, device=weight.device)
+        if not isinstance(mlp_state.read_mlp(module, example, layers.LoraLinear, check_features=False), str):
+            found.update({part: name for part in parts})
+    return found
+
+
+def _explain_module(name: str, module: nn.Module, rows: int, names: dict[nn.Module, str], mlp: Optional[str]) -> Row:
     layer = layers.LoraLinear
     unfused = Row(name, type(module).__name__, fused=False, backend=None, group=None, reason=None)
     if not peft_state.is_plain_linear(module):
@@ -158,6 +207,8 @@ def _explain_module(name: str, module: nn.Module, rows: int, names: dict[nn.Modu
     autocast = torch.is_autocast_enabled(weight.device.type)
     dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
     chosen = backend.choose(weight.device, dtype, rows * weight.numel())
+    if mlp is not None:
+        return Row(name, layers.LoraGatedMLP.__name__, fused=True, backend=chosen, group=mlp, reason=None)
     return Row(name, layer.__name__, fused=True, backend=chosen, group=_group_name(module, names), reason=None)
 
 

@@ -1,11 +1,12 @@
 """Recognise a gated MLP, y = down(f(gate(x)) · up(x)), by what a module's forward computes.
 
-The class's forward runs once on a symbol in place of x and on shallow copies in place of the
-module and its children, whose calls are recorded instead of computed. The recorded graph must
-hold the gated MLP and nothing else, in training and in evaluation. The activation is then
+The class's forward runs on a symbol in place of x and on shallow copies in place of the module
+and its children; calls are recorded instead of computed. The record must hold the gated MLP and
+nothing else, in training and in evaluation, with and without gradients. The activation is then
 evaluated on a grid in float64 and compared with the formulas of `activation`: neither names nor
-classes decide. The module, hooks, autograd state, random state and torch's own classes stay
-untouched, so other threads may run models meanwhile.
+classes decide. The module, hooks, random state and torch's own classes stay untouched, so other
+threads may run models meanwhile. (torch.fx would patch nn.Module while it traces, and passes
+over autograd Functions whose forward is the identity.)
 """
 
 from __future__ import annotations
@@ -15,31 +16,20 @@ import operator
 import types
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.proxy import GraphAppendingTracer
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import activation as formulas
 
-# What an activation may be written with, besides a child module: called on one tensor and constants.
-_POINTWISE_FUNCTIONS = frozenset(
-    (
-        nn.functional.silu,
-        nn.functional.gelu,
-        nn.functional.relu,
-        torch.relu,
-        torch.square,
-        torch.pow,
-        operator.pow,
-    )
-)
-_POINTWISE_METHODS = frozenset(("relu", "square", "pow"))
-_CHUNK_FORMS = (((2, -1), {}), ((2,), {"dim": -1}), ((), {"chunks": 2, "dim": -1}))
+# What an activation may be written with besides child modules: called on one tensor and constants.
+_POINTWISE = frozenset(("silu", "gelu", "relu", "square", "pow", "__pow__"))
+_PRODUCT = frozenset(("mul", "__mul__", "__rmul__"))
+_HALVES = (((2, -1), {}), ((2,), {"dim": -1}), ((), {"chunks": 2, "dim": -1}))
 _CONTAINERS = (dict, list, set, OrderedDict)
 # Relative to the argument and the result: rounding of another order of operations, no more.
 TOLERANCE = 1e-13
@@ -75,20 +65,36 @@ class _Refusal(Exception):
     """The reason why a module is not a gated MLP."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One recorded call: of a child (its name) or of a function, on other calls and constants."""
+
+    target: Union[str, Callable]
+    args: tuple
+    kwargs: dict
+
+    @property
+    def name(self) -> str:
+        return self.target if self.is_child else getattr(self.target, "__name__", str(self.target))
+
+    @property
+    def is_child(self) -> bool:
+        return isinstance(self.target, str)
+
+
 class _Branch(NamedTuple):
     """One factor of the product: a projection of x, its half, and what is applied to it."""
 
     projection: str
     half: Optional[int]
-    chain: tuple[fx.Node, ...]
+    chain: tuple[_Call, ...]
 
 
 def recognise(module: nn.Module) -> Union[GatedMLP, str]:
     """The gated MLP that `type(module).forward` computes, or the reason why it is none.
 
-    The instance's own forward is not looked at. Branches on the module's configuration are taken
-    as it stands now, `training` excepted: both must compute the same. Takes under a millisecond
-    for a module that is one.
+    The instance's own forward is not looked at. Branches on the module's attributes are taken as
+    they stand now, `training` excepted. Takes about a millisecond.
     """
     try:
         found = _recognise(module, training=True)
@@ -104,102 +110,130 @@ def recognise(module: nn.Module) -> Union[GatedMLP, str]:
 def _recognise(module: nn.Module, training: bool) -> GatedMLP:
     forward = type(module).forward
     name, optional = _parameters(forward)
-    nodes = list(_trace(module, forward, training).nodes)
-    children = module._modules
-    x, result = nodes[0], nodes[-1].args[0]
+    x, calls, result = _record(module, forward, training)
     down, product = _projection(result, "the result")
-    if not isinstance(product, fx.Node) or not _is_product(product):
+    if not _is_product(product):
         raise _Refusal(f"the input of {down} is not a product of two: {_show(product)}")
     first, second = (_branch(factor, x) for factor in product.args)
     gate, up = (first, second) if first.chain else (second, first)
     if not gate.chain:
         raise _Refusal("no activation on either factor of the product")
     if up.chain:
-        raise _Refusal(f"both factors are more than a projection: {_show(up.chain[-1])} besides the gate's")
+        raise _Refusal(f"both factors are more than a projection: {_show(gate.chain[-1])}, {_show(up.chain[-1])}")
     fused = gate.half is not None
     if fused != (up.half is not None) or (fused and (gate.projection != up.projection or gate.half == up.half)):
         raise _Refusal("gate and up are neither two projections nor the two halves of one")
     projections = [gate.projection, down] + [up.projection] * (not fused)
     if len(set(projections)) != len(projections):
         raise _Refusal(f"a projection is used twice: {', '.join(projections)}")
-    # x, down, product, result; the projections; for halves chunk and two items.
-    expected = 4 + (4 if fused else 2) + len(gate.chain)
-    if len(nodes) != expected:
-        raise _Refusal(f"computes more than a gated MLP: {', '.join(map(_show, nodes[1:-1]))}")
+    # Down and the product; the projections, or one with its chunk and two halves; the activation.
+    if len(calls) != 2 + (4 if fused else 2) + len(gate.chain):
+        raise _Refusal(f"computes more than a gated MLP: {', '.join(map(_show, calls))}")
     return GatedMLP(
         gate=gate.projection,
         up=up.projection,
         down=down,
-        activation=_activation(gate.chain, children, training),
+        activation=_activation(gate.chain, module._modules, training),
         fused=fused,
         gate_half=gate.half or 0,
-        activation_modules=tuple(node.target for node in gate.chain if node.op == "call_module"),
+        activation_modules=tuple(call.name for call in gate.chain if call.is_child),
         input=name,
         optional=optional,
     )
 
 
-# ---- the recorded graph ----
+# ---- what the record must hold ----
 
 
-def _show(node: object) -> str:
-    if not isinstance(node, fx.Node):
-        return repr(node)
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+def _show(value: object) -> str:
+    return value.name if isinstance(value, _Call) else f"a {type(value).__name__}"
 
 
-def _projection(node: object, what: str) -> tuple[str, object]:
+def _projection(value: object, what: str) -> tuple[str, object]:
     """(name, input) of a child called on one input and nothing else."""
-    if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
-        raise _Refusal(f"{what} is not a child module's result: {_show(node)}")
-    return node.target, node.args[0]
+    if not isinstance(value, _Call) or not value.is_child or len(value.args) != 1 or value.kwargs:
+        raise _Refusal(f"{what} is not a child module's: {_show(value)}")
+    return value.name, value.args[0]
 
 
-def _is_product(node: fx.Node) -> bool:
-    multiplies = node.op == "call_function" and node.target in (operator.mul, torch.mul)
-    multiplies = multiplies or (node.op == "call_method" and node.target == "mul")
-    return multiplies and len(node.args) == 2 and not node.kwargs
+def _is_product(value: object) -> bool:
+    named = isinstance(value, _Call) and not value.is_child and value.name in _PRODUCT
+    return named and len(value.args) == 2 and not value.kwargs
 
 
-def _branch(node: object, x: fx.Node) -> _Branch:
-    chain = []
-    while isinstance(node, fx.Node):
-        if node.op == "call_module" and node.args == (x,) and not node.kwargs:
-            return _Branch(node.target, None, tuple(reversed(chain)))
-        if node.op == "call_function" and node.target is operator.getitem:
-            projection, half = _half(node, x)
-            return _Branch(projection, half, tuple(reversed(chain)))
-        _check_pointwise(node)
-        chain.append(node)
-        node = node.args[0]
-    raise _Refusal(f"a factor of the product is not made from a projection of x: {_show(node)}")
-
-
-def _half(node: fx.Node, x: fx.Node) -> tuple[str, int]:
-    """(projection, index) of one of the two halves of a projection's last dimension."""
-    chunk, index = node.args
-    called = (chunk.op == "call_function" and chunk.target is torch.chunk) or (
-        chunk.op == "call_method" and chunk.target == "chunk"
-    )
-    if not called or (chunk.args[1:], chunk.kwargs) not in _CHUNK_FORMS or index not in (0, 1):
-        raise _Refusal(f"{_show(chunk)} does not cut the last dimension in two halves")
-    projection, source = _projection(chunk.args[0], "what is cut in two")
-    if source is not x:
-        raise _Refusal(f"the input of {projection} is not x: {_show(source)}")
-    return projection, index
-
-
-def _check_pointwise(node: fx.Node) -> None:
-    known = (
-        node.op == "call_module"
-        or (node.op == "call_function" and node.target in _POINTWISE_FUNCTIONS)
-        or (node.op == "call_method" and node.target in _POINTWISE_METHODS)
-    )
-    if not known or node.all_input_nodes != list(node.args[:1]):
-        raise _Refusal(f"{_show(node)} is no activation of one projection")
+def _branch(value: object, x: _Call) -> _Branch:
+    chain: list[_Call] = []
+    while isinstance(value, _Call):
+        if value.is_child and len(value.args) == 1 and value.args[0] is x and not value.kwargs:
+            return _Branch(value.name, None, tuple(reversed(chain)))
+        if value.target is operator.getitem:
+            projection, source = _projection(value.args[0].args[0], "what is cut in halves")
+            if source is not x:
+                raise _Refusal(f"the input of {projection} is not x: {_show(source)}")
+            return _Branch(projection, value.args[1], tuple(reversed(chain)))
+        inputs = [leaf for leaf in tree_leaves((value.args, value.kwargs)) if isinstance(leaf, (_Call, Tensor))]
+        if not (value.is_child or value.name in _POINTWISE) or not inputs or inputs != list(value.args[:1]):
+            raise _Refusal(f"{_show(value)} is no activation of one projection")
+        chain.append(value)
+        value = value.args[0]
+    raise _Refusal(f"a factor of the product is not made from a projection of x: {_show(value)}")
 
 
 # ---- recording ----
+
+
+class _Symbol(Tensor):
+    """An empty tensor that stands for the result of `call`."""
+
+    call: _Call
+
+
+class _Recorder(TorchFunctionMode):
+    """Records calls on symbols; refuses every other torch function, so nothing is computed or drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[_Call] = []
+        self.state = _state()
+
+    def __torch_function__(self, func, kinds, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not any(isinstance(leaf, _Symbol) for leaf in tree_leaves((args, kwargs))):
+            raise _Refusal(f"calls {getattr(func, '__name__', func)} on something else than its input")
+        result = self.record(func, args, kwargs)
+        if getattr(func, "__name__", "") == "chunk" and (args[1:], kwargs) in _HALVES:
+            return self.record(operator.getitem, (result, 0)), self.record(operator.getitem, (result, 1))
+        return result
+
+    def child(self, path: str, args: tuple, kwargs: dict) -> _Symbol:
+        if "." in path:
+            raise _Refusal(f"calls {path}, which is not a direct child")
+        with torch._C.DisableTorchFunction():
+            return self.record(path, args, kwargs)
+
+    def record(self, target: Union[str, Callable], args: tuple, kwargs: Optional[dict] = None) -> _Symbol:
+        if _state() != self.state:
+            raise _Refusal("switches autograd or autocast within its forward")
+        call = _Call(target, tuple(map(_plain, args)), {key: _plain(value) for key, value in (kwargs or {}).items()})
+        self.calls.append(call)
+        return _symbol(call)
+
+
+def _symbol(call: _Call) -> _Symbol:
+    # Requires gradients: an autograd Function that gives back its input then gives another tensor.
+    symbol = torch.empty(0, device="meta", dtype=torch.float32, requires_grad=True).as_subclass(_Symbol)
+    symbol.call = call
+    return symbol
+
+
+def _plain(value: object) -> object:
+    return value.call if isinstance(value, _Symbol) else value
+
+
+def _state() -> tuple:
+    """Autograd and autocast, which a forward may switch around a part of its work."""
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
 def _parameters(forward: Callable) -> tuple[str, tuple[str, ...]]:
@@ -217,26 +251,20 @@ def _parameters(forward: Callable) -> tuple[str, tuple[str, ...]]:
     return parameters[0].name, tuple(variadic.get(p.kind, "") + p.name for p in others)
 
 
-def _trace(module: nn.Module, forward: Callable, training: bool) -> fx.Graph:
-    graph = fx.Graph()
-    tracer = _Tracer(graph)
-
-    def record(path: str, args: tuple, kwargs: dict) -> fx.Proxy:
-        if "." in path:
-            raise _Refusal(f"calls {path}, which is not a direct child")
-        return tracer.create_proxy("call_module", path, args, kwargs)
-
-    copy = _stand_in(module, record)
-    copy.__dict__["training"] = training
-    before = _contents(copy)
-    x = fx.Proxy(graph.placeholder("x"), tracer)
-    with _SymbolsOnly():
-        result = forward(copy, x)
+def _record(module: nn.Module, forward: Callable, training: bool) -> tuple[_Call, list[_Call], object]:
+    """(x, the calls, the result) of one forward; gradients are on in training and off otherwise."""
+    x = _Call("x", (), {})
+    with torch.inference_mode(False), torch.set_grad_enabled(training):
+        recorder, symbol = _Recorder(), _symbol(x)
+        copy = _stand_in(module, recorder.child)
+        copy.__dict__["training"] = training
+        before = _contents(copy)
+        with recorder:
+            result = forward(copy, symbol)
     after = _contents(copy)
     if len(after) != len(before) or any(old is not new for old, new in zip(before, after)):
         raise _Refusal("forward changes the module's attributes")
-    graph.output(tracer.create_arg(result))
-    return graph
+    return x, recorder.calls, _plain(result)
 
 
 def _stand_in(module: nn.Module, record: Callable, path: str = "", seen: Optional[dict] = None) -> nn.Module:
@@ -256,7 +284,7 @@ def _stand_in(module: nn.Module, record: Callable, path: str = "", seen: Optiona
             value = types.MethodType(value.__func__, copy)
         state[key] = value.copy() if type(value) in _CONTAINERS else value
     if path:
-        if type(module).__call__ is not nn.Module.__call__:
+        if "." not in path and type(module).__call__ is not nn.Module.__call__:
             raise _Refusal(f"{path} is a {type(module).__name__}, which defines how it is called")
         # What nn.Module.__call__ looks at first, before any hook.
         state["_compiled_call_impl"] = lambda *args, **kwargs: record(path, args, kwargs)
@@ -278,47 +306,17 @@ def _contents(module: nn.Module) -> list:
     return found
 
 
-def _state() -> tuple:
-    """Autograd and autocast as a forward may switch them around a part of its work."""
-    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
-
-
-class _Tracer(GraphAppendingTracer):
-    """Writes operations on symbols into a graph and refuses a change of autograd or autocast."""
-
-    def __init__(self, graph: fx.Graph):
-        super().__init__(graph)
-        with torch._C.DisableTorchFunction():
-            self.state = _state()
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        with torch._C.DisableTorchFunction():
-            if _state() != self.state:
-                raise _Refusal("switches autograd or autocast within its forward")
-        return super().create_node(*args, **kwargs)
-
-
-class _SymbolsOnly(TorchFunctionMode):
-    """Refuses every torch function that has no symbol to record: nothing is computed or drawn."""
-
-    def __torch_function__(self, func, kinds, args=(), kwargs=None):
-        if not any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs or {}))):
-            raise _Refusal(f"calls {getattr(func, '__name__', func)} on something else than its input")
-        return func(*args, **(kwargs or {}))
-
-
 # ---- the activation ----
 
 
-def _activation(chain: tuple[fx.Node, ...], children: dict, training: bool) -> str:
+def _activation(chain: tuple[_Call, ...], children: dict, training: bool) -> str:
     """Which of `activation.ACTIVATIONS` a chain of calls on one tensor computes."""
     shown = ", ".join(map(_show, chain))
     with torch.no_grad():
         grid = torch.tensor(_GRID + _FAR, dtype=torch.float64, device="cpu").unsqueeze(0)
         value = grid.clone()
-        for node in chain:
-            value = _apply(node, value, children, training)
+        for call in chain:
+            value = _apply(call, value, children, training)
         if not isinstance(value, Tensor) or value.shape != grid.shape or value.dtype != grid.dtype:
             raise _Refusal(f"{shown} is no function by element")
         for name in formulas.ACTIVATIONS:
@@ -328,25 +326,22 @@ def _activation(chain: tuple[fx.Node, ...], children: dict, training: bool) -> s
     raise _Refusal(f"unknown activation {shown}")
 
 
-def _apply(node: fx.Node, value: Tensor, children: dict, training: bool) -> Tensor:
-    arguments = value.clone()
-    if node.op == "call_function":
-        result = node.target(arguments, *node.args[1:], **node.kwargs)
-    elif node.op == "call_method":
-        result = getattr(arguments, node.target)(*node.args[1:], **node.kwargs)
+def _apply(call: _Call, value: Tensor, children: dict, training: bool) -> Tensor:
+    argument = value.clone()
+    if call.is_child:
+        result = _call_module(call, children[call.name], argument, training)
     else:
-        result = _call_module(node, children[node.target], arguments, training)
-    if not torch.equal(arguments, value):
-        raise _Refusal(f"{_show(node)} writes to its input")
+        result = call.target(argument, *call.args[1:], **call.kwargs)
+    if not torch.equal(argument, value):
+        raise _Refusal(f"{call.name} writes to its input")
     return result
 
 
-def _call_module(node: fx.Node, module: nn.Module, value: Tensor, training: bool) -> Tensor:
-    if len(node.args) != 1 or node.kwargs:
-        raise _Refusal(f"{node.target} is called with more than one argument")
+def _call_module(call: _Call, module: nn.Module, value: Tensor, training: bool) -> Tensor:
+    if len(call.args) != 1 or call.kwargs:
+        raise _Refusal(f"{call.name} is called with more than one argument")
     if module._modules or module._parameters or module._buffers:
-        raise _Refusal(f"{node.target} ({type(module).__name__}) has parameters, buffers or parts of its own")
-
+        raise _Refusal(f"{call.name} ({type(module).__name__}) has parameters, buffers or parts of its own")
     copy = _stand_in(module, record=lambda *_: None)
     copy.__dict__["training"] = training
     with _Deterministic():

@@ -45,6 +45,14 @@ def linear_class() -> type[nn.Module]:
     return Linear
 
 
+def root_classes() -> tuple[type[nn.Module], ...]:
+    """Classes of which one stands at the root of every model that PEFT adapts, above all its layers."""
+    from peft.tuners.tuners_utils import BaseTuner
+    from transformers import PreTrainedModel
+
+    return BaseTuner, PreTrainedModel
+
+
 def read_linear(module: nn.Module) -> Union[Adapted, str]:
     """The projection that a `peft.tuners.lora.Linear` computes now, or why it is PEFT's to compute."""
     if module.disable_adapters:
@@ -185,11 +193,20 @@ def call_reason(adapted: Adapted, x: object, args: tuple, kwargs: dict) -> Optio
     if args or kwargs:
         given = ", ".join(kwargs) or "positional arguments"
         return f"the call passes {given}"
+    if type(x) not in _PLAIN_TENSORS:
+        return f"x is a {type(x).__name__}"
+    if x.dim() < 1:
+        return "x has no dimension"
+    return input_reason(adapted, x, x.shape[-1])
+
+
+def input_reason(adapted: Adapted, x: Tensor, features: int) -> Optional[str]:
+    """Why PEFT computes an input of x's dtype, device and dimensions but with this many features."""
     operands, spec = adapted.projection.operands, adapted.projection.spec
     weight, bias = operands.weight, operands.bias
     if type(x) not in _PLAIN_TENSORS:
         return f"x is a {type(x).__name__}"
-    if x.dim() < 1 or x.shape[-1] != weight.shape[0 if spec.transposed else 1]:
+    if features != weight.shape[0 if spec.transposed else 1]:
         return f"x has shape {tuple(x.shape)}"
     if x.dim() == 1 and operands.magnitude is not None:
         return "DoRA of a vector, of which PEFT makes a matrix"

@@ -64,6 +64,26 @@ class GroupSpec:
     lora_dtype: Optional[torch.dtype] = None
 
 
+@dataclass(frozen=True)
+class GatedSpec:
+    """What is fixed about a gated MLP.
+
+    inputs: the group of gate and up, or of the one projection that holds both.
+    output: the group of down alone.
+    activation: one of `activation.ACTIVATIONS`.
+    gate_half: which half of a projection that holds both is the gate.
+    """
+
+    inputs: GroupSpec
+    output: GroupSpec
+    activation: str
+    gate_half: int = 0
+
+    @property
+    def members(self) -> tuple[ProjectionSpec, ...]:
+        return (*self.inputs.members, *self.output.members)
+
+
 class Mask(NamedTuple):
     """Dropout with probability p, a function of seed (int64 [1], on the device), row and column."""
 

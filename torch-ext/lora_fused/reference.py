@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .activation import gated, gated_backward  # noqa: F401  (a backend has them)
 from .projection import Mask
 
 

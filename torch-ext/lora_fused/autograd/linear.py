@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend as backends
-from ..projection import GroupSpec, Mask, Operands, flatten, unflatten
+from ..projection import GroupSpec, Mask, Operands, ProjectionSpec, flatten, unflatten
 
 
 class Member(NamedTuple):
@@ -43,6 +43,10 @@ class Member(NamedTuple):
         """The base weight as [N, K] in the dtype of the base product."""
         weight = self.operands.weight.to(dtype)
         return weight.t() if self.transposed else weight
+
+    def gain(self, norm: Tensor) -> Tensor:
+        """g = m / norm."""
+        return self.operands.magnitude.to(norm.dtype) / norm
 
     def bias(self, dtype: torch.dtype) -> Optional[Tensor]:
         """b + s·b_B."""
@@ -69,12 +73,12 @@ class Saved(NamedTuple):
         return cls(list(flat[:zs]), list(flat[zs : zs + members]), list(flat[zs + members :]))
 
 
-def members_of(group: GroupSpec, scalings, seeds: Optional[Tensor], flat) -> list[Member]:
-    """The group's members; seeds [members] are there where one of them has dropout."""
+def members_of(specs: Sequence[ProjectionSpec], scalings, seeds: Optional[Tensor], flat) -> list[Member]:
+    """The members of a group; seeds [members] are there where one of them has dropout."""
     keys = seeds.split(1) if seeds is not None else ()
     return [
         Member(operands, scaling, Mask(keys[i], spec.dropout) if spec.dropout > 0 else None, spec.transposed)
-        for i, (spec, scaling, operands) in enumerate(zip(group.members, scalings, unflatten(flat)))
+        for i, (spec, scaling, operands) in enumerate(zip(specs, scalings, unflatten(flat)))
     ]
 
 
@@ -117,8 +121,14 @@ def _split(t: Tensor, batch: Sequence[Member], dim: int = 1) -> tuple[Tensor, ..
     return t.split([member.operands.lora_a.shape[0] for member in batch], dim)
 
 
-def _gain(member: Member, norm: Tensor) -> Tensor:
-    return member.operands.magnitude.to(norm.dtype) / norm
+def is_scaled(member: Member) -> bool:
+    """Whether the output is g∘z + b, so that it need not be kept beside z."""
+    return member.operands.magnitude is not None and member.mask is None
+
+
+def scaled_output(member: Member, z: Tensor, norm: Tensor) -> Tensor:
+    """y = g∘z + b of a member that `is_scaled`, again."""
+    return backends.pointwise(z).scale(z, member.gain(norm), member.bias(z.dtype))
 
 
 def _forward_member(ops, x: Tensor, member: Member, t: Optional[Tensor]):
@@ -128,7 +138,7 @@ def _forward_member(ops, x: Tensor, member: Member, t: Optional[Tensor]):
         return ops.up_add(x, weight, t, p.lora_b, bias), None, None
     stored = p.weight.t() if member.transposed else p.weight
     norm = backends.row_norm(stored, p.lora_a, p.lora_b, member.scaling)
-    gain = _gain(member, norm)
+    gain = member.gain(norm)
     if member.mask is None:
         return *ops.up_add_scaled(x, weight, t, p.lora_b, gain, bias), norm
     z = ops.up_add(ops.dropout(x, member.mask), weight, t, p.lora_b)
@@ -171,8 +181,8 @@ class _Backward:
             dy, gain, dm = dys[i], None, None
             dy_lora = dy
             if member.operands.magnitude is not None:
-                gain = _gain(member, saved.norms[i])
-                dy_lora, dm = self.ops.scale_sum(dy, saved.zs[i], gain)
+                gain = member.gain(saved.norms[i])
+                dy_lora, dm = backends.pointwise(dy).scale_sum(dy, saved.zs[i], gain)
                 dm = dm.div_(saved.norms[i])
             if part is not None and (self.needs_x or needs_a):
                 dts.append(self.ops.down(dy_lora, member.operands.lora_b.t(), member.scaling, self.lora_dtype))
@@ -250,7 +260,7 @@ class LoraLinearFunction(torch.autograd.Function):
     def forward(ctx, group: GroupSpec, scalings, token, x: Tensor, seeds: Optional[Tensor], *flat):
         rows = x.reshape(-1, x.shape[-1])
         with without_autocast(x):
-            outputs, saved = forward_group(group, rows, members_of(group, scalings, seeds, flat))
+            outputs, saved = forward_group(group, rows, members_of(group.members, scalings, seeds, flat))
         ctx.group, ctx.scalings, ctx.token, ctx.shape = group, scalings, token, x.shape
         ctx.set_materialize_grads(False)
         kept = saved.flat()
@@ -266,7 +276,7 @@ class LoraLinearFunction(torch.autograd.Function):
         needs_x, _, *needs_flat = ctx.needs_input_grad[3:]
         dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]).contiguous() for dy in dys]
         with without_autocast(rows):
-            members = members_of(ctx.group, ctx.scalings, seeds, flat)
+            members = members_of(ctx.group.members, ctx.scalings, seeds, flat)
             saved = Saved.of(kept, len(members))
             dx, grads = backward_group(ctx.group, rows, members, saved, dys, needs_x, unflatten(needs_flat))
         ctx.token = None

@@ -5,7 +5,19 @@ Skinny products over all tokens are plain matrix products, which the library doe
 
 from ..reference import dropout, outer, scale, token_sum
 from .down import down
+from .gated_act import gated, gated_backward
 from .scale_sum import scale_sum
 from .up_add import up_add, up_add_scaled
 
-__all__ = ["down", "dropout", "outer", "scale", "scale_sum", "token_sum", "up_add", "up_add_scaled"]
+__all__ = [
+    "down",
+    "dropout",
+    "gated",
+    "gated_backward",
+    "outer",
+    "scale",
+    "scale_sum",
+    "token_sum",
+    "up_add",
+    "up_add_scaled",
+]

@@ -1,0 +1,115 @@
+"""A gated MLP module becomes the projections of one Function, or the reason why its own forward runs.
+
+What the module computes is recognised once (`mlp_structure`); what its projections are is read at
+every call (`peft_state`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple, Optional, Union
+
+from torch import Tensor, nn
+
+from . import mlp_structure, peft_state
+from .mlp_structure import GatedMLP
+from .projection import Projection
+
+
+class AdaptedMLP(NamedTuple):
+    """Gate and up, or the one projection that holds both; down; the activation between them."""
+
+    inputs: tuple[Projection, ...]
+    output: Projection
+    activation: str
+    gate_half: int
+
+
+class _Recognised(NamedTuple):
+    structure: Union[GatedMLP, str]
+    activations: tuple[Optional[weakref.ref], ...]
+
+
+_recognised: weakref.WeakKeyDictionary[nn.Module, _Recognised] = weakref.WeakKeyDictionary()
+
+
+def structure_of(module: nn.Module) -> Union[GatedMLP, str]:
+    """What `mlp_structure.recognise` says of the module, asked once while its activation stays."""
+    known = _recognised.get(module)
+    if known is not None and not isinstance(known.structure, str):
+        now = [module._modules.get(name) for name in known.structure.activation_modules]
+        if any(ref() is not part for ref, part in zip(known.activations, now)):
+            known = None
+    if known is None:
+        structure = mlp_structure.recognise(module)
+        names = () if isinstance(structure, str) else structure.activation_modules
+        known = _Recognised(structure, tuple(weakref.ref(module._modules[name]) for name in names))
+        _recognised[module] = known
+    return known.structure
+
+
+def projections_of(module: nn.Module, structure: GatedMLP) -> tuple[nn.Module, ...]:
+    """The modules of gate, up and down, or of the one that holds gate and up, and of down."""
+    names = (structure.gate, structure.down) if structure.fused else (structure.gate, structure.up, structure.down)
+    return tuple(module._modules[name] for name in names)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a module is a gated MLP with a PEFT LoRA linear in it."""
+    if not any(peft_state.is_plain_linear(child) for child in module.children()):
+        return False
+    structure = structure_of(module)
+    return not isinstance(structure, str) and any(map(peft_state.is_plain_linear, projections_of(module, structure)))
+
+
+def read_mlp(
+    module: nn.Module, x: object, linear_layer: type, check_features: bool = True
+) -> Union[AdaptedMLP, str]:
+    """What a gated MLP computes for x, its LoRA linears being served by `linear_layer`; without
+    `check_features` for any x of its dtype and device."""
+    structure = structure_of(module)
+    if isinstance(structure, str):
+        return structure
+    if not isinstance(x, Tensor):
+        return f"x is a {type(x).__name__}"
+    for name in structure.activation_modules:
+        reason = peft_state.hooks_reason(name, module._modules[name])
+        if reason:
+            return reason
+    projections = []
+    parts = projections_of(module, structure)
+    for part in parts:
+        adapted = _read_part(part, linear_layer)
+        if not isinstance(adapted, str):
+            # The last takes the product of the first ones' outputs, in x's dtype and on its device.
+            given = check_features and part is not parts[-1] and x.dim() > 0
+            features = x.shape[-1] if given else _features(adapted.projection)
+            adapted = peft_state.input_reason(adapted, x, features) or adapted
+        if isinstance(adapted, str):
+            return f"{_name(module, part)}: {adapted}"
+        projections.append(adapted.projection)
+    *inputs, output = projections
+    width = _outputs(inputs[0]) // 2 if structure.fused else _outputs(inputs[0])
+    if any(_outputs(p) != (2 * width if structure.fused else width) for p in inputs) or _features(output) != width:
+        return "gate, up and down do not fit together"
+    return AdaptedMLP(tuple(inputs), output, structure.activation, structure.gate_half)
+
+
+def _read_part(part: nn.Module, linear_layer: type) -> Union[peft_state.Adapted, str]:
+    if not peft_state.is_plain_linear(part):
+        return peft_state.read_plain(part)
+    if getattr(part.__dict__.get("forward"), "__func__", None) is not linear_layer.forward:
+        return "not kernelized"
+    return peft_state.hooks_reason("the layer", part) or peft_state.read_linear(part)
+
+
+def _name(module: nn.Module, part: nn.Module) -> str:
+    return next(name for name, child in module._modules.items() if child is part)
+
+
+def _features(projection: Projection) -> int:
+    return projection.operands.weight.shape[0 if projection.spec.transposed else 1]
+
+
+def _outputs(projection: Projection) -> int:
+    return projection.operands.weight.shape[1 if projection.spec.transposed else 0]
