@@ -6,13 +6,18 @@
 from . import _ops as _ops  # first, so that a damaged library leaves nothing half loaded
 
 from . import layers
-from .functional import lora_linear, row_norm
+from .functional import lora_linear, lora_linear_group, row_norm
 from .mapping import explain, register_peft_layers, use_peft_layers
+from .projection import Operands, Projection, ProjectionSpec
 
 __all__ = [
+    "Operands",
+    "Projection",
+    "ProjectionSpec",
     "explain",
     "layers",
     "lora_linear",
+    "lora_linear_group",
     "register_peft_layers",
     "row_norm",
     "use_peft_layers",

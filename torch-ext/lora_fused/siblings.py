@@ -137,7 +137,8 @@ def _lead(module, leader: _Leader, x: Tensor, projection: Projection, mode: _Mod
             if state is not None:
                 members.append(sibling)
                 projections.append(state)
-    _forget()
+    if _calls.x is not x or _calls.version != x._version or _calls.mode != mode:
+        _forget()
     token = _Token(leader.waiting) if mode.grad else None
     outputs = functional.compute_group(x, projections, token=token)
     if len(members) > 1:
