@@ -14,18 +14,6 @@ DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if ON_GPU else ())
 MATRIX_CASES = [case for case in CASES if case.lead]
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """torch.empty gives NaN, so an element that a kernel leaves out shows."""
-    empty = torch.empty
-
-    def nan(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", nan)
-
-
 def draw(*shape, dtype, device, scale=1.0):
     return (torch.randn(*shape, device=device) * scale).to(dtype)
 

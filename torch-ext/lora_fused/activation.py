@@ -4,11 +4,11 @@
 
     silu       f = g·σ(g)            f' = σ(g)·(1 + g·(1 - σ(g)))
     gelu       f = g·Φ(g)            f' = Φ(g) + g·φ(g), the normal distribution and density
-    gelu_tanh  f = g·σ(2z)           f' = σ(2z)·(1 + g·(1 - σ(2z))·2z'), z = √(2/π)·(g + 0.044715·g³)
+    gelu_tanh  f = g·σ(2z)           f' = σ(2z)·(1 + g·σ(-2z)·2z'), z = √(2/π)·(g + 0.044715·g³)
     relu       f = max(g, 0)         f' = 0 for g ≤ 0, else 1
     relu2      f = max(g, 0)²        f' = 2·max(g, 0)
 
-gelu_tanh is written with (1 + tanh z)/2 = σ(2z). All tensors of a call have one shape and one
+gelu_tanh uses (1 + tanh z)/2 = σ(2z). All tensors of a call have one shape and one
 dtype. Half precision is computed in float32 and rounded once; float32 and float64 stay. These
 run inside an autograd Function; autograd itself does not look into them.
 Sources: Shazeer 2020, arXiv:2002.05202; Hendrycks & Gimpel 2016, arXiv:1606.08415; So et al.
@@ -48,9 +48,10 @@ def _gelu_slope(g: Tensor) -> Tensor:
 def _gelu_tanh_slope(g: Tensor) -> Tensor:
     near = g.clamp(-TANH_SATURATED, TANH_SATURATED)
     square = near * near
-    sigmoid = near.mul_(1.0 + TANH_CUBIC * square).mul_(2.0 * TANH_SCALE).sigmoid_()
+    exponent = near.mul_(1.0 + TANH_CUBIC * square).mul_(2.0 * TANH_SCALE)
     exponent_slope = square.mul_(3.0 * TANH_CUBIC).add_(1.0).mul_(2.0 * TANH_SCALE)
-    return exponent_slope.mul_(1.0 - sigmoid).mul_(g).add_(1.0).mul_(sigmoid)
+    # 1 - σ(2z) as σ(-2z): g·2z' would make much of the difference's rounding.
+    return exponent_slope.mul_(torch.sigmoid(-exponent)).mul_(g).add_(1.0).mul_(exponent.sigmoid_())
 
 
 _VALUE = {
@@ -101,6 +102,7 @@ def gated_backward(
     """
     wide = _wide(gate)
     value, slope = _VALUE[activation](wide), _SLOPE[activation](wide)
+    del wide
     h = (value * up).to(gate.dtype) if need_h else None
     slope.mul_(up).mul_(dh)
     value.mul_(dh)

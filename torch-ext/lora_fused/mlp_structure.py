@@ -30,6 +30,8 @@ from . import activation as formulas
 _POINTWISE = frozenset(("silu", "gelu", "relu", "square", "pow", "__pow__"))
 _PRODUCT = frozenset(("mul", "__mul__", "__rmul__"))
 _HALVES = (((2, -1), {}), ((2,), {"dim": -1}), ((), {"chunks": 2, "dim": -1}))
+# Questions to x that no symbol answers: its shape, dtype and device are properties read by __get__.
+_QUESTIONS = frozenset(("__get__", "__bool__", "__len__", "__iter__", "size", "dim", "item"))
 _CONTAINERS = (dict, list, set, OrderedDict)
 # Relative to the argument and the result: rounding of another order of operations, no more.
 TOLERANCE = 1e-13
@@ -183,7 +185,8 @@ def _branch(value: object, x: _Call) -> _Branch:
 
 
 class _Symbol(Tensor):
-    """An empty tensor that stands for the result of `call`."""
+    """An empty tensor that stands for the result of `call`. A true tensor, since an autograd Function
+    that gives back its input shows on tensors only, and forwards may ask whether x is one."""
 
     call: _Call
 
@@ -197,11 +200,13 @@ class _Recorder(TorchFunctionMode):
         self.state = _state()
 
     def __torch_function__(self, func, kinds, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
         if not any(isinstance(leaf, _Symbol) for leaf in tree_leaves((args, kwargs))):
-            raise _Refusal(f"calls {getattr(func, '__name__', func)} on something else than its input")
+            raise _Refusal(f"calls {name} on something else than its input")
+        if name in _QUESTIONS:
+            raise _Refusal(f"reads {name} of a tensor: what it computes may depend on that")
         result = self.record(func, args, kwargs)
-        if getattr(func, "__name__", "") == "chunk" and (args[1:], kwargs) in _HALVES:
+        if name == "chunk" and (args[1:], kwargs) in _HALVES:
             return self.record(operator.getitem, (result, 0)), self.record(operator.getitem, (result, 1))
         return result
 
@@ -220,8 +225,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _symbol(call: _Call) -> _Symbol:
-    # Requires gradients: an autograd Function that gives back its input then gives another tensor.
-    symbol = torch.empty(0, device="meta", dtype=torch.float32, requires_grad=True).as_subclass(_Symbol)
+    symbol = torch.empty(0, device="meta", dtype=torch.float32).as_subclass(_Symbol)
     symbol.call = call
     return symbol
 

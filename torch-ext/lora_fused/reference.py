@@ -30,8 +30,8 @@ def down(
     """t = s · dropout(x) aᵀ for x [M, K] and a [R, K]: [M, R] in `dtype` or a's dtype."""
     dtype = dtype or a.dtype
     x = x.to(dtype) if mask is None else dropout(x, mask, dtype)
-    t = x @ a.to(dtype).t()
-    return t if scaling == 1.0 else t.mul_(scaling)
+    # beta=0: nothing is read of the first argument; s is applied before the one rounding.
+    return torch.addmm(x.new_empty((1,)), x, a.to(dtype).t(), beta=0, alpha=scaling)
 
 
 def up_add(

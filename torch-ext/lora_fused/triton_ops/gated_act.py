@@ -42,9 +42,11 @@ def value_and_slope(g, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         near = tl.minimum(tl.maximum(g, -_SATURATED), _SATURATED)
         square = near * near
-        sigmoid = tl.sigmoid(_TWICE_SCALE * near * (1.0 + _CUBIC * square))
+        exponent = _TWICE_SCALE * near * (1.0 + _CUBIC * square)
+        exponent_slope = _TWICE_SCALE * (1.0 + 3.0 * _CUBIC * square)
+        sigmoid = tl.sigmoid(exponent)
         value = g * sigmoid
-        slope = sigmoid * (1.0 + g * (1.0 - sigmoid) * _TWICE_SCALE * (1.0 + 3.0 * _CUBIC * square))
+        slope = sigmoid * (1.0 + g * exponent_slope * tl.sigmoid(-exponent))
     elif ACTIVATION == "relu":
         value = tl.where(g <= 0.0, 0.0, g)  # NaN stays, which a maximum would lose
         slope = tl.where(g <= 0.0, 0.0, 1.0)
