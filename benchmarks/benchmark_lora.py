@@ -1,8 +1,8 @@
 """Frozen base, PEFT and lora-fused in one process: time and peak memory, forward + backward.
 
 Every trainable parameter is changed in place before each step, as training does. Each case is
-checked against PEFT first (loss and gradient norm); a case that fails has no speed to report.
-A GPU is required.
+checked against PEFT first (output and gradient norm); a case that fails has no speed to report.
+Dropout masks differ between the two, so its outputs are compared without it. A GPU is required.
 
     python benchmarks/benchmark_lora.py --kernel build --out results.json
 """
@@ -36,8 +36,10 @@ class SingleLinear(torch.nn.Module):
         return self.proj(x)
 
 
-def llama_8b_shape(layers: int) -> torch.nn.Module:
+def llama_8b_shape(layers: int, bias: bool) -> torch.nn.Module:
     config = transformers.LlamaConfig(
+        attention_bias=bias,
+        mlp_bias=bias,
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=layers,
@@ -61,12 +63,24 @@ def build(make, seed=0) -> torch.nn.Module:
     return model.requires_grad_(False)
 
 
-def adapt(model, rank: int, targets, adapter_dtype) -> torch.nn.Module:
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
-    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+VARIANTS = {
+    "LoRA": {},
+    "LoRA, dropout 0.1": dict(lora_dropout=0.1),
+    "LoRA, bias all": dict(bias="all"),
+    "DoRA": dict(use_dora=True),
+    "DoRA, dropout 0.1": dict(use_dora=True, lora_dropout=0.1),
+}
+
+
+def adapt(model, case: dict, adapter_dtype) -> torch.nn.Module:
+    rank, targets = case["rank"], ["proj"] if case["kind"] == "linear" else LINEARS
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **VARIANTS[case["variant"]])
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False).train()
     generator = torch.Generator("cuda").manual_seed(1)
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if "magnitude" in name:
+            p.data = (p.data * (1 + 0.1 * torch.rand(p.shape, generator=generator, device="cuda"))).to(adapter_dtype)
+        elif "lora_" in name:
             scale = p.shape[-1] ** -0.5 * (0.1 if "lora_B" in name else 1.0)
             p.data = (scale * torch.randn(p.shape, generator=generator, device="cuda")).to(adapter_dtype)
     return model
@@ -126,13 +140,17 @@ def fuse(model, lora_fused) -> None:
     assert all(row.fused for row in rows), str(rows)
 
 
-def compare(case: dict, lora_fused, inputs, targets, dtype) -> dict:
+def compare(case: dict, lora_fused, inputs, dtype) -> dict:
     """Our output and gradient norm beside PEFT's, for a model of two layers: rounding differences
     of two correct bfloat16 runs grow from layer to layer, mistakes show at once."""
-    model = adapt(build(lambda: make_model({**case, "layers": 2})), case["rank"], targets, dtype)
+    model = adapt(build(lambda: make_model({**case, "layers": 2})), case, dtype)
     theirs, their_grad = norms(model, inputs, case["autocast"])
-    fuse(model, lora_fused)
+    if "dropout" in case["variant"]:
+        theirs, _ = norms(model.eval(), inputs, case["autocast"])
+    fuse(model.train(), lora_fused)
     ours, our_grad = norms(model, inputs, case["autocast"])
+    if "dropout" in case["variant"]:
+        ours, _ = norms(model.eval(), inputs, case["autocast"])
     difference = ((ours - theirs).double().norm() / theirs.double().norm()).item()
     result = {"output_difference": difference, "grad_norm": {"peft": their_grad, "ours": our_grad}}
     if difference > TOLERANCE or abs(our_grad / their_grad - 1) > TOLERANCE:
@@ -141,7 +159,9 @@ def compare(case: dict, lora_fused, inputs, targets, dtype) -> dict:
 
 
 def make_model(case: dict) -> torch.nn.Module:
-    return SingleLinear(case["k"], case["n"]) if case["kind"] == "linear" else llama_8b_shape(case["layers"])
+    if case["kind"] == "linear":
+        return SingleLinear(case["k"], case["n"])
+    return llama_8b_shape(case["layers"], "bias" in VARIANTS[case["variant"]])
 
 
 def release_memory() -> None:
@@ -151,7 +171,6 @@ def release_memory() -> None:
 
 
 def run_case(case: dict, lora_fused) -> dict:
-    targets = ["proj"] if case["kind"] == "linear" else LINEARS
     dtype = torch.float32 if case["adapter"] == "fp32" else torch.bfloat16
     autocast = case["autocast"]
     torch.manual_seed(2)
@@ -161,13 +180,13 @@ def run_case(case: dict, lora_fused) -> dict:
     else:
         x = torch.randn(case["batch"], case["seq"], 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         inputs = {"call": {"inputs_embeds": x}, "leaf": x, "dy": torch.randn_like(x)}
-    result = {**case, **compare(case, lora_fused, inputs, targets, dtype)}
+    result = {**case, **compare(case, lora_fused, inputs, dtype)}
     release_memory()
     if "failed" in result:
         return result
     base = build(lambda: make_model(case))
     result["frozen"] = measure(base, inputs, autocast, case["repeats"])
-    model = adapt(base, case["rank"], targets, dtype)
+    model = adapt(base, case, dtype)
     fuse(model, lora_fused)
     result["ours"] = measure(model, inputs, autocast, case["repeats"])
     for module in model.modules():
@@ -181,14 +200,26 @@ def run_case(case: dict, lora_fused) -> dict:
 
 def cases(repeats: int, layers: int) -> list[dict]:
     single = [
-        dict(kind="linear", m=m, k=k, n=n, rank=32, adapter=adapter, autocast=autocast, repeats=3 * repeats)
+        dict(kind="linear", variant="LoRA", m=m, k=k, n=n, rank=32, adapter=adapter, autocast=autocast, repeats=3 * repeats)
         for m in (64, 2048, 8192)
         for k, n in ((4096, 4096), (4096, 14336), (14336, 4096))
         for adapter, autocast in (("fp32", True), ("bf16", False))
     ]
+    runs = [(1, variant, "fp32", variant != "LoRA, bias all") for variant in VARIANTS]
+    runs += [(1, "LoRA", "bf16", False), (1, "LoRA", "fp32", False), (4, "LoRA", "fp32", True), (4, "DoRA", "fp32", True)]
     model = [
-        dict(kind="llama-8b", layers=layers, batch=batch, seq=2048, rank=32, adapter=adapter, autocast=autocast, repeats=repeats)
-        for batch, adapter, autocast in ((1, "fp32", True), (1, "bf16", False), (1, "fp32", False), (4, "fp32", True))
+        dict(
+            kind="llama-8b",
+            variant=variant,
+            layers=layers,
+            batch=batch,
+            seq=2048,
+            rank=32,
+            adapter="bf16" if variant == "LoRA, bias all" else adapter,
+            autocast=autocast,
+            repeats=repeats,
+        )
+        for batch, variant, adapter, autocast in runs
     ]
     return single + model
 
@@ -199,7 +230,7 @@ def describe(result: dict) -> str:
         if result["kind"] == "linear"
         else f"{result['layers']} Llama-8B layers, {result['batch']}x{result['seq']}"
     )
-    head = f"{shape:34} {result['adapter']}{' autocast' if result['autocast'] else '':9}"
+    head = f"{shape:34} {result['variant']:18} {result['adapter']}{' autocast' if result['autocast'] else '':9}"
     if "failed" in result:
         return f"{head} {result['failed']}"
     frozen, ours, theirs = result["frozen"], result["ours"], result["peft"]
@@ -216,6 +247,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark_lora.json"))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--kind", choices=("linear", "llama-8b"), help="only these cases")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a CUDA GPU is required")
@@ -229,6 +261,8 @@ def main() -> None:
     }
     results = []
     for case in cases(arguments.repeats, arguments.layers):
+        if arguments.kind not in (None, case["kind"]):
+            continue
         results.append(run_case(case, lora_fused))
         print(describe(results[-1]), flush=True)
         release_memory()

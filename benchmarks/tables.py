@@ -23,7 +23,7 @@ def cell(measured: dict | None, frozen: dict) -> str:
 def table() -> str:
     """Markdown of every case in the results file."""
     results = json.loads(RESULTS.read_text())["results"]
-    lines = ["| Case | Adapter | Frozen base | lora-fused | PEFT |", "|---|---|---|---|---|"]
+    lines = ["| Case | Variant | Adapter | Frozen base | lora-fused | PEFT |", "|---|---|---|---|---|---|"]
     for r in results:
         if r["kind"] == "linear":
             shape = f"{r['k']}→{r['n']}, {r['m']} tokens"
@@ -32,7 +32,9 @@ def table() -> str:
         adapter = r["adapter"] + (", autocast" if r["autocast"] else "")
         frozen = r["frozen"]
         base = f"{frozen['ms']:.3g} ms, {frozen['peak_gb']:.1f} GB"
-        lines.append(f"| {shape} | {adapter} | {base} | {cell(r['ours'], frozen)} | {cell(r['peft'], frozen)} |")
+        lines.append(
+            f"| {shape} | {r['variant']} | {adapter} | {base} | {cell(r['ours'], frozen)} | {cell(r['peft'], frozen)} |"
+        )
     return "\n".join(lines)
 
 
