@@ -240,7 +240,7 @@ def test_explain_covers_every_module_and_prints(lora_fused):
     rows = lora_fused.explain(kernelized(lora_fused, model))
     names = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     assert {row.module for row in rows} == names and len(rows) == 14
-    assert all(row.fused and row.backend == "reference" and row.group for row in rows)
+    assert all(row.fused and row.backend == "library" and row.group for row in rows)
     text = str(rows)
     assert text.startswith("14 of 14 LoRA modules fused") and "q_proj" in text
 

@@ -162,8 +162,8 @@ def train(model, device, steps=20, autocast=None):
 def test_choice_of_backend(lora_fused):
     choose, gpu, large = lora_fused.backend.choose, torch.device("cuda"), lora_fused.backend.TRITON_FROM
     assert choose(gpu, torch.bfloat16, large) == choose(gpu, torch.float16, large) == "triton"
-    assert choose(gpu, torch.bfloat16, large - 1) == choose(gpu, torch.float32, large) == "reference"
-    assert choose(torch.device("cpu"), torch.bfloat16, large) == "reference"
+    assert choose(gpu, torch.bfloat16, large - 1) == choose(gpu, torch.float32, large) == "library"
+    assert choose(torch.device("cpu"), torch.bfloat16, large) == "library"
 
 
 @pytest.mark.parametrize("checkpointing", (False, True), ids=("", "checkpointing"))

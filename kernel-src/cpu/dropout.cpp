@@ -1,6 +1,6 @@
-// dropout on the CPU: out[m, k] = mask(seed, m, k) · x[m, k] / (1 - p), in out's dtype.
+// dropout on the CPU: out[m, k] = mask(seed, m, k) · x[m, k] / (1 - p), in out's dtype, or += that.
 //
-// Fused: the mask (Philox, see common/dropout.h), the scale and the conversion. The product is
+// Fused: the mask (Philox, see common/dropout.h), the scale, the sum and the conversion. The product is
 // taken in float32 (float64 for float64) and rounded once.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 
 template <typename In, typename Out>
 void drop_rows(Out* out, const In* x, int64_t begin, int64_t end, int64_t cols, uint64_t seed,
-               const lora_fused::Keep& keep) {
+               const lora_fused::Keep& keep, bool accumulate) {
   using Wide = std::conditional_t<std::is_same_v<In, double>, double, float>;
   const Wide scale = static_cast<Wide>(keep.scale);
   for (int64_t row = begin; row < end; ++row)
@@ -30,42 +30,46 @@ void drop_rows(Out* out, const In* x, int64_t begin, int64_t end, int64_t cols, 
       for (int64_t i = 0; i < lanes; ++i) {
         const int64_t at = row * cols + col + i;
         const bool kept = words.word[i] >= keep.threshold;
-        out[at] = static_cast<Out>(kept ? static_cast<Wide>(x[at]) * scale : Wide(0));
+        const Wide value = kept ? static_cast<Wide>(x[at]) * scale : Wide(0);
+        out[at] = static_cast<Out>(accumulate ? static_cast<Wide>(out[at]) + value : value);
       }
     }
 }
 
 template <typename In, typename Out>
-void drop(Tensor& out, const Tensor& x, uint64_t seed, const lora_fused::Keep& keep) {
+void drop(Tensor& out, const Tensor& x, uint64_t seed, const lora_fused::Keep& keep,
+          bool accumulate) {
   const In* from = static_cast<const In*>(x.const_data_ptr());
   Out* to = static_cast<Out*>(out.mutable_data_ptr());
   const int64_t cols = x.size(1);
   const int64_t grain = std::max<int64_t>(1, 16384 / (cols + 1));
   torch::stable::parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {
-    drop_rows<In, Out>(to, from, begin, end, cols, seed, keep);
+    drop_rows<In, Out>(to, from, begin, end, cols, seed, keep, accumulate);
   });
 }
 
 template <typename In>
-void drop_to(Tensor& out, const Tensor& x, uint64_t seed, const lora_fused::Keep& keep) {
+void drop_to(Tensor& out, const Tensor& x, uint64_t seed, const lora_fused::Keep& keep,
+          bool accumulate) {
   switch (out.scalar_type()) {
-    case ScalarType::Float: return drop<In, float>(out, x, seed, keep);
-    case ScalarType::Double: return drop<In, double>(out, x, seed, keep);
-    case ScalarType::BFloat16: return drop<In, torch::headeronly::BFloat16>(out, x, seed, keep);
-    default: return drop<In, torch::headeronly::Half>(out, x, seed, keep);
+    case ScalarType::Float: return drop<In, float>(out, x, seed, keep, accumulate);
+    case ScalarType::Double: return drop<In, double>(out, x, seed, keep, accumulate);
+    case ScalarType::BFloat16: return drop<In, torch::headeronly::BFloat16>(out, x, seed, keep, accumulate);
+    default: return drop<In, torch::headeronly::Half>(out, x, seed, keep, accumulate);
   }
 }
 
 }  // namespace
 
-void dropout_cpu(const Tensor& x, const Tensor& seed, double p, Tensor out) {
+void dropout_cpu(const Tensor& x, const Tensor& seed, double p, Tensor out,
+                  bool accumulate) {
   lora_fused::check_dropout(x, seed, p, out, /*cuda=*/false);
   const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
   const lora_fused::Keep keep(p);
   switch (x.scalar_type()) {
-    case ScalarType::Float: return drop_to<float>(out, x, key, keep);
-    case ScalarType::Double: return drop_to<double>(out, x, key, keep);
-    case ScalarType::BFloat16: return drop_to<torch::headeronly::BFloat16>(out, x, key, keep);
-    default: return drop_to<torch::headeronly::Half>(out, x, key, keep);
+    case ScalarType::Float: return drop_to<float>(out, x, key, keep, accumulate);
+    case ScalarType::Double: return drop_to<double>(out, x, key, keep, accumulate);
+    case ScalarType::BFloat16: return drop_to<torch::headeronly::BFloat16>(out, x, key, keep, accumulate);
+    default: return drop_to<torch::headeronly::Half>(out, x, key, keep, accumulate);
   }
 }

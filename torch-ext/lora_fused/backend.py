@@ -1,6 +1,7 @@
-"""The one place that chooses who computes: Triton for large work on a GPU, PyTorch elsewhere.
+"""The one place that chooses who computes: Triton for large work on a GPU, the library elsewhere.
 
-A backend is a module with the functions of `reference`, `row_norm` excepted. Memory-bound passes are
+`reference` and `triton_ops` are modules of operations, which `compose` puts together. LIBRARY is
+`reference`'s operations chained by one native op, see `library`. Memory-bound passes are
 chosen apart from matrix products: one Triton kernel beats several library ones at any size.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from . import ops, reference
 
 REFERENCE = "reference"
+LIBRARY = "library"
 TRITON = "triton"
 _TRITON_DTYPES = (torch.bfloat16, torch.float16)
 # Multiply-adds of one base product from which its GPU time hides the launches: below, a step
@@ -39,18 +41,23 @@ def choose(device: torch.device, dtype: torch.dtype, work: int) -> str:
     """
     if device.type == "cuda" and dtype in _TRITON_DTYPES and work >= TRITON_FROM and _triton_is_there():
         return TRITON
-    return REFERENCE
+    return LIBRARY
+
+
+def is_library(name: str) -> bool:
+    """Whether the native op may take whole batches."""
+    return name == LIBRARY
 
 
 def get(name: str) -> ModuleType:
-    """The module behind a backend's name."""
-    if name == REFERENCE:
+    """The module of operations behind a backend's name."""
+    if name in (REFERENCE, LIBRARY):
         return reference
     if name == TRITON:
         from . import triton_ops
 
         return triton_ops
-    raise ValueError(f"backend: {name!r} is unknown, expected {REFERENCE!r} or {TRITON!r}")
+    raise ValueError(f"backend: {name!r} is unknown, expected {LIBRARY!r}, {REFERENCE!r} or {TRITON!r}")
 
 
 def pointwise(x: Tensor) -> ModuleType:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import backend as backends
 from .autograd.gated import GatedMLPFunction, forward_gated
-from .autograd.linear import LoraLinearFunction, forward_group, members_of, shaped, without_autocast
+from .autograd.linear import LoraLinearFunction, forward_group, shaped, without_autocast
+from .member import members_of
 from .projection import GatedSpec, GroupSpec, Operands, Projection, ProjectionSpec, flatten
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -20,7 +20,7 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
 
 
 @torch.library.register_fake(add_op_namespace_prefix("dropout"))
-def _dropout_fake(x: Tensor, seed: Tensor, p: float, out: Tensor) -> None:
+def _dropout_fake(x: Tensor, seed: Tensor, p: float, out: Tensor, accumulate: bool = False) -> None:
     return None
 
 
@@ -29,3 +29,20 @@ def dropout(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     ops.dropout(x.contiguous(), mask.seed, mask.p, out)
     return out
+
+
+@torch.library.register_fake(add_op_namespace_prefix("lora_forward"))
+def _lora_forward_fake(x, weights, biases, lora_a, lora_b, scalings, seed, p):
+    ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+    return ys, [x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_a))] if lora_a else []
+
+
+@torch.library.register_fake(add_op_namespace_prefix("lora_backward"))
+def _lora_backward_fake(dys, x, t, weights, lora_a, lora_b, scalings, seed, p, dx, need_dx, needs_a, needs_b):
+    new_dx = [torch.empty_like(x)] if need_dx and dx is None else []
+    das = [torch.empty_like(a) for a, need in zip(lora_a, needs_a) if need]
+    return new_dx, das, [torch.empty_like(b) for b, need in zip(lora_b, needs_b) if need]
+
+
+lora_forward = ops.lora_forward.default
+lora_backward = ops.lora_backward.default

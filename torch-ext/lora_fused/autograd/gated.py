@@ -18,18 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend as backends
+from ..member import Member, members_of
 from ..projection import GatedSpec, flatten, unflatten
-from .linear import (
-    Member,
-    Saved,
-    backward_group,
-    forward_group,
-    is_scaled,
-    members_of,
-    scaled_output,
-    shaped,
-    without_autocast,
-)
+from .linear import Saved, backward_group, forward_group, is_scaled, scaled_output, shaped, without_autocast
 
 
 def _halves(spec: GatedSpec, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
