@@ -14,7 +14,7 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   ops.def("dropout(Tensor x, Tensor seed, float p, Tensor(a!) out, bool accumulate=False) -> ()");
   ops.def(
       "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, "
-      "Tensor[] lora_b, float[] scalings, Tensor? seed, float p) -> (Tensor[], Tensor[])");
+      "Tensor[] lora_b, float[] scalings, Tensor? seed, float p, int[] lead) -> (Tensor[], Tensor[])");
   ops.def(
       "lora_backward(Tensor[] dys, Tensor x, Tensor? t, Tensor[] weights, Tensor[] lora_a, "
       "Tensor[] lora_b, float[] scalings, Tensor? seed, float p, Tensor(a!)? dx, bool need_dx, "

@@ -23,7 +23,8 @@ std::tuple<std::vector<torch::stable::Tensor>, std::vector<torch::stable::Tensor
     const torch::stable::Tensor& x, std::vector<torch::stable::Tensor> weights,
     std::vector<std::optional<torch::stable::Tensor>> biases,
     std::vector<torch::stable::Tensor> lora_a, std::vector<torch::stable::Tensor> lora_b,
-    std::vector<double> scalings, std::optional<torch::stable::Tensor> seed, double p);
+    std::vector<double> scalings, std::optional<torch::stable::Tensor> seed, double p,
+    std::vector<int64_t> lead);
 std::tuple<std::vector<torch::stable::Tensor>, std::vector<torch::stable::Tensor>,
            std::vector<torch::stable::Tensor>>
 lora_backward(std::vector<torch::stable::Tensor> dys, const torch::stable::Tensor& x,

@@ -6,7 +6,7 @@
 // for the members of a batch, whose A's stand below each other, so that x is read once for all t
 // and once for all dA. What Python and the dispatcher would cost between products is saved; the
 // arithmetic is that of reference.py. x [M, K], weight [N, K], A [R, K], B [N, R]; A and B of any
-// dtype are converted to x's, all in one launch. Strided operands go to the library as they are.
+// dtype are converted to x's, all in one launch. y is given as [*lead, N]. Strided operands go to the library as they are.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
@@ -169,20 +169,25 @@ std::tuple<Tensors, Tensors> lora_forward(const Tensor& x, Tensors weights,
                                           std::vector<std::optional<Tensor>> biases,
                                           Tensors lora_a, Tensors lora_b,
                                           std::vector<double> scalings,
-                                          std::optional<Tensor> seed, double p) {
+                                          std::optional<Tensor> seed, double p,
+                                          std::vector<int64_t> lead) {
   Guard guard;
   enter(guard, x);
   const int64_t m = x.size(0);
-  Tensors ys, ts;
+  Tensors results, ys, ts;
+  lead.push_back(0);
   for (size_t i = 0; i < weights.size(); ++i) {
-    Tensor y = empty(x, m, weights[i].size(0), x.scalar_type());
+    const int64_t n = weights[i].size(0);
+    lead.back() = n;
+    results.push_back(torch::stable::new_empty(x, lead, x.scalar_type()));
+    const Tensor y = view(results.back(), m, n, n, 1, 0);
     if (biases[i])
       addmm(y, *biases[i], x, transposed(weights[i]), 1.0, 1.0);
     else
       mm(y, x, transposed(weights[i]));
     ys.push_back(y);
   }
-  if (lora_a.empty()) return {ys, ts};
+  if (lora_a.empty()) return {results, ts};
 
   const Adapters adapters(x, lora_a, lora_b, true, true);
   const Tensor d = dropped(x, seed, p);
@@ -200,7 +205,7 @@ std::tuple<Tensors, Tensors> lora_forward(const Tensor& x, Tensors weights,
     addmm(ys[i], ys[i], columns_of(t, adapters.first[i], adapters.rank(i)),
           transposed(adapters.b[i]), 1.0, 1.0);
   ts.push_back(t);
-  return {ys, ts};
+  return {results, ts};
 }
 
 std::tuple<Tensors, Tensors, Tensors> lora_backward(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import backend as backends
 from .autograd.gated import GatedMLPFunction, forward_gated
-from .autograd.linear import LoraLinearFunction, forward_group, shaped, without_autocast
+from .autograd.linear import LoraLinearFunction, forward_group, without_autocast
 from .member import members_of
 from .projection import GatedSpec, GroupSpec, Operands, Projection, ProjectionSpec, flatten
 
@@ -94,8 +94,8 @@ def compute_group(
         return LoraLinearFunction.apply(group, scalings, token, x, seeds, *flat)
     with without_autocast(x):
         rows = x.reshape(-1, x.shape[-1])
-        outputs, _ = forward_group(group, rows, members_of(group.members, scalings, seeds, flat))
-        return tuple(shaped(y, x.shape) for y in outputs)
+        outputs, _ = forward_group(group, rows, members_of(group.members, scalings, seeds, flat), x.shape[:-1])
+        return tuple(outputs)
 
 
 def compute_gated(
@@ -119,8 +119,8 @@ def compute_gated(
         return GatedMLPFunction.apply(spec, scalings, x, seeds, *flat)
     with without_autocast(x):
         rows = x.reshape(-1, x.shape[-1])
-        y, *_ = forward_gated(spec, rows, members_of(spec.members, scalings, seeds, flat))
-        return shaped(y, x.shape)
+        y, *_ = forward_gated(spec, rows, members_of(spec.members, scalings, seeds, flat), x.shape[:-1])
+        return y
 
 
 def group_spec(x: Tensor, projections: Sequence[Projection], backend: Optional[str] = None) -> GroupSpec:

@@ -26,8 +26,8 @@ def serves(x: Tensor, batch: Sequence[Member], lora_dtype: Optional[torch.dtype]
     return True
 
 
-def project(x: Tensor, batch: Sequence[Member]) -> Outputs:
-    """`compose.project` by one op; for DoRA ys holds z, the gain is the caller's."""
+def project(x: Tensor, batch: Sequence[Member], lead: Sequence[int]) -> Outputs:
+    """`compose.project` by one op, outputs as [*lead, N]; for DoRA ys holds z, the gain is the caller's."""
     lora = [member for member in batch if member.operands.lora_a is not None]
     mask = batch[0].mask
     ys, ts = ops.lora_forward(
@@ -39,6 +39,7 @@ def project(x: Tensor, batch: Sequence[Member]) -> Outputs:
         [member.scaling for member in lora],
         None if mask is None else mask.seed,
         0.0 if mask is None else mask.p,
+        lead,
     )
     return Outputs(ys, [None] * len(batch), ts[0] if ts else None)
 

@@ -32,8 +32,8 @@ def dropout(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.register_fake(add_op_namespace_prefix("lora_forward"))
-def _lora_forward_fake(x, weights, biases, lora_a, lora_b, scalings, seed, p):
-    ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+def _lora_forward_fake(x, weights, biases, lora_a, lora_b, scalings, seed, p, lead):
+    ys = [x.new_empty(*lead, weight.shape[0]) for weight in weights]
     return ys, [x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_a))] if lora_a else []
 
 
@@ -43,6 +43,13 @@ def _lora_backward_fake(dys, x, t, weights, lora_a, lora_b, scalings, seed, p, d
     das = [torch.empty_like(a) for a, need in zip(lora_a, needs_a) if need]
     return new_dx, das, [torch.empty_like(b) for b, need in zip(lora_b, needs_b) if need]
 
+
+# Called inside autograd Functions alone: what the dispatcher does for operands that need a gradient,
+# at every call, has no use there.
+_dispatch = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "IMPL")
+for _name in ("lora_forward", "lora_backward"):
+    for _key in ("Autograd", "ADInplaceOrView"):
+        _dispatch.impl(_name, torch.library.fallthrough_kernel, _key)
 
 lora_forward = ops.lora_forward.default
 lora_backward = ops.lora_backward.default

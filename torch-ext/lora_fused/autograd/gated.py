@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from .. import backend as backends
 from ..member import Member, members_of
 from ..projection import GatedSpec, flatten, unflatten
-from .linear import Saved, backward_group, forward_group, is_scaled, scaled_output, shaped, without_autocast
+from .linear import Saved, backward_group, forward_group, is_scaled, scaled_output, without_autocast
 
 
 def _halves(spec: GatedSpec, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -31,12 +31,12 @@ def _halves(spec: GatedSpec, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]
     return halves[spec.gate_half], halves[1 - spec.gate_half]
 
 
-def forward_gated(spec: GatedSpec, x: Tensor, members: Sequence[Member]):
-    """(y [M, N], outputs of the first group, what both groups keep) for x [M, K]."""
-    outputs, first = forward_group(spec.inputs, x, members[:-1])
+def forward_gated(spec: GatedSpec, x: Tensor, members: Sequence[Member], lead: Sequence[int]):
+    """(y [*lead, N], outputs of the first group, what both groups keep) for x [M, K]."""
+    outputs, first = forward_group(spec.inputs, x, members[:-1], x.shape[:1])
     gate, up = _halves(spec, outputs)
     h = backends.pointwise(x).gated(gate, up, spec.activation)
-    (y,), second = forward_group(spec.output, h, members[-1:])
+    (y,), second = forward_group(spec.output, h, members[-1:], lead)
     return y, outputs, first, second
 
 
@@ -49,14 +49,14 @@ class GatedMLPFunction(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         with without_autocast(x):
             members = members_of(spec.members, scalings, seeds, flat)
-            y, outputs, first, second = forward_gated(spec, rows, members)
+            y, outputs, first, second = forward_gated(spec, rows, members, x.shape[:-1])
         ctx.spec, ctx.scalings, ctx.shape = spec, scalings, x.shape
         ctx.inputs = len(outputs)
         own = [None if is_scaled(member) else output for member, output in zip(members, outputs)]
         kept = [*own, *first.flat(), *second.flat()]
         ctx.kept = len(kept), len(first.flat())
         ctx.save_for_backward(rows, seeds, *kept, *flat)
-        return shaped(y, x.shape)
+        return y
 
     @staticmethod
     @once_differentiable

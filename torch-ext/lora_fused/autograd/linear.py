@@ -67,26 +67,29 @@ def _norm(member: Member) -> Optional[Tensor]:
     return backends.row_norm(weight, p.lora_a, p.lora_b, member.scaling)
 
 
-def _project(group: GroupSpec, x: Tensor, batch: Sequence[Member], norms) -> Outputs:
+def _project(group: GroupSpec, x: Tensor, batch: Sequence[Member], norms, lead) -> Outputs:
     if backends.is_library(group.backend) and library.serves(x, batch, group.lora_dtype):
-        ys, zs, t = library.project(x, batch)
+        ys, zs, t = library.project(x, batch, lead)
         for i, (member, norm) in enumerate(zip(batch, norms)):
             if norm is not None:
-                zs[i], ys[i] = ys[i], scaled_output(member, ys[i], norm)
+                zs[i] = ys[i].view(x.shape[0], ys[i].shape[-1])
+                ys[i] = scaled_output(member, zs[i], norm)
         return Outputs(ys, zs, t)
     gains = [member.gain(norm) for member, norm in zip(batch, norms)]
     return compose.project(backends.get(group.backend), x, batch, gains, group.lora_dtype)
 
 
-def forward_group(group: GroupSpec, x: Tensor, members: Sequence[Member]) -> tuple[list[Tensor], Saved]:
-    """Outputs [M, N] of all members for x [M, K], and what backward needs of them."""
+def forward_group(
+    group: GroupSpec, x: Tensor, members: Sequence[Member], lead: Sequence[int]
+) -> tuple[list[Tensor], Saved]:
+    """Outputs [*lead, N] of all members for x [M, K], and what backward needs of them."""
     saved = Saved([], [None] * len(members), [_norm(member) for member in members])
     outputs: list[Optional[Tensor]] = [None] * len(members)
     for indices in batches_of(members):
-        ys, zs, t = _project(group, x, [members[i] for i in indices], [saved.norms[i] for i in indices])
+        ys, zs, t = _project(group, x, [members[i] for i in indices], [saved.norms[i] for i in indices], lead)
         saved.downs.append(t)
         for i, y, z in zip(indices, ys, zs):
-            outputs[i], saved.zs[i] = y, z
+            outputs[i], saved.zs[i] = shaped(y, lead), z
     return outputs, saved
 
 
@@ -169,13 +172,14 @@ class LoraLinearFunction(torch.autograd.Function):
     def forward(ctx, group: GroupSpec, scalings, token, x: Tensor, seeds: Optional[Tensor], *flat):
         rows = x.reshape(-1, x.shape[-1])
         with without_autocast(x):
-            outputs, saved = forward_group(group, rows, members_of(group.members, scalings, seeds, flat))
+            members = members_of(group.members, scalings, seeds, flat)
+            outputs, saved = forward_group(group, rows, members, x.shape[:-1])
         ctx.group, ctx.scalings, ctx.token, ctx.shape = group, scalings, token, x.shape
         ctx.set_materialize_grads(False)
         kept = saved.flat()
         ctx.kept = len(kept)
         ctx.save_for_backward(rows, seeds, *kept, *flat)
-        return tuple(shaped(y, x.shape) for y in outputs)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -192,9 +196,11 @@ class LoraLinearFunction(torch.autograd.Function):
         return None, None, None, None if dx is None else dx.view(ctx.shape), None, *flatten(grads)
 
 
-def shaped(y: Tensor, shape: torch.Size) -> Tensor:
-    """y [M, N] as [..., N]; not a view, so that the caller may change it in place."""
-    return torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
+def shaped(y: Tensor, lead: Sequence[int]) -> Tensor:
+    """y [M, N] as [*lead, N]; not a view, so that the caller may change it in place."""
+    if y.dim() == len(lead) + 1:
+        return y
+    return torch.ops.aten._unsafe_view(y, (*lead, y.shape[-1]))
 
 
 def without_autocast(x: Tensor):
