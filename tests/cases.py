@@ -181,3 +181,21 @@ def peft_llama(dtype=torch.float32, **config):
         elif "lora_magnitude" in name:
             parameter.data *= 0.8 + 0.4 * torch.rand(parameter.shape, generator=generator).to(parameter)
     return model
+
+
+def assert_computes_gated_mlp(module, found, maths, width):
+    """down(f(gate(x))·up(x)), computed in float64 as `found` says, is what the module computes."""
+    module = module.double()
+    for parameter in module.parameters():
+        assert parameter.numel() > 0
+        torch.nn.init.normal_(parameter, std=0.3)
+    child = module.get_submodule
+    x = torch.randn(3, 5, width, dtype=torch.float64)
+    if found.fused:
+        parts = child(found.gate)(x).chunk(2, dim=-1)
+        gate, up = parts[found.gate_half], parts[1 - found.gate_half]
+    else:
+        gate, up = child(found.gate)(x), child(found.up)(x)
+    ours = child(found.down)(maths.gated(gate, up, found.activation))
+    for mode in (module.train(), module.eval()):
+        torch.testing.assert_close(ours, mode(x), rtol=1e-12, atol=1e-12)

@@ -1,17 +1,16 @@
-"""Which modules are gated MLPs: custom classes, near misses, and the MLPs of transformers.
+"""Which modules are gated MLPs: custom classes and near misses.
 
 A description is believed only as far as down(f(gate(x))·up(x)), computed from it in float64,
 equals what the module computes.
 """
 
 import importlib
-import inspect
 import re
 import threading
-import warnings
 
 import pytest
 import torch
+from cases import assert_computes_gated_mlp
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,27 +23,6 @@ def structure(lora_fused):
 @pytest.fixture(scope="module")
 def maths(lora_fused):
     return importlib.import_module(f"{lora_fused.__name__}.activation")
-
-
-def assert_computes(module, found, maths, width):
-    """The description, computed, is the module's own result."""
-    module = module.double()
-    for parameter in module.parameters():
-        assert parameter.numel() > 0
-        nn.init.normal_(parameter, std=0.3)
-    child = module.get_submodule
-    x = torch.randn(3, 5, width, dtype=torch.float64)
-    if found.fused:
-        parts = child(found.gate)(x).chunk(2, dim=-1)
-        gate, up = parts[found.gate_half], parts[1 - found.gate_half]
-    else:
-        gate, up = child(found.gate)(x), child(found.up)(x)
-    ours = child(found.down)(maths.gated(gate, up, found.activation))
-    for mode in (module.train(), module.eval()):
-        torch.testing.assert_close(ours, mode(x), rtol=1e-12, atol=1e-12)
-
-
-# ---- custom classes ----
 
 
 class Mlp(nn.Module):
@@ -156,7 +134,7 @@ def test_custom_classes(structure, maths, name):
     assert found.fused == (gate == up) and found.gate_half == (name == "second half")
     assert found.activation_modules == (("act",) if name in WITH_MODULE else ())
     assert found.input == "x" and found.optional == (("mask", "*args", "**kwargs") if forward is in_steps else ())
-    assert_computes(module, found, maths, 4)
+    assert_computes_gated_mlp(module, found, maths, 4)
 
 
 MISSES = {
@@ -359,113 +337,3 @@ def test_other_threads_may_run_the_module(structure):
     computed.set()
     thread.join()
     assert type(y) is torch.Tensor and y.requires_grad and found[0].gate == "w1"
-
-
-# ---- transformers ----
-
-RECOGNISED = {
-    "llama.LlamaMLP": "silu",
-    "mistral.MistralMLP": "silu",
-    "qwen2.Qwen2MLP": "silu",
-    "qwen3.Qwen3MLP": "silu",
-    "qwen3_moe.Qwen3MoeMLP": "silu",
-    "gemma.GemmaMLP": "gelu_tanh",
-    "gemma2.Gemma2MLP": "gelu_tanh",
-    "gemma3.Gemma3MLP": "gelu_tanh",
-    "phi3.Phi3MLP": "silu",
-    "olmo.OlmoMLP": "silu",
-    "olmo2.Olmo2MLP": "silu",
-    "granite.GraniteMLP": "silu",
-    "granitemoeshared.GraniteMoeSharedMLP": "silu",
-    "glm.GlmMLP": "silu",
-    "glm4.Glm4MLP": "silu",
-    "stablelm.StableLmMLP": "silu",
-    "cohere.CohereMLP": "silu",
-    "llama4.Llama4TextMLP": "silu",
-    "deepseek_v2.DeepseekV2MLP": "silu",
-    "deepseek_v3.DeepseekV3MLP": "silu",
-    "smollm3.SmolLM3MLP": "silu",
-    "lfm2.Lfm2MLP": "silu",
-    "jamba.JambaMLP": "silu",
-    "mllama.MllamaTextMLP": "silu",
-    "pixtral.PixtralMLP": "gelu",
-    "dinov2.Dinov2SwiGLUFFN": "silu",
-    "zamba.ZambaMLP": "gelu",
-    "recurrent_gemma.RecurrentGemmaMlp": "gelu_tanh",
-}
-FUSED = {"Phi3MLP", "GlmMLP", "Glm4MLP", "GraniteMoeSharedMLP", "Dinov2SwiGLUFFN"}
-NOT_GATED = {
-    "starcoder2.Starcoder2MLP": "dropout",
-    "falcon.FalconMLP": "not a product",
-    "phi.PhiMLP": "not a product",
-    "gpt_neox.GPTNeoXMLP": "not a product",
-    "nemotron.NemotronMLP": "not a product",
-    "arcee.ArceeMLP": "not a product",
-    "clip.CLIPMLP": "not a product",
-    "bitnet.BitNetMLP": "ffn_sub_norm",
-    "modernbert.ModernBertMLP": "drop",
-    "falcon_h1.FalconH1MLP": "mul",
-    "t5.T5DenseGatedActDense": "reads __get__|something else",
-    "moshi.MoshiGatingMLP": "reads __get__",
-    "mixtral.MixtralSparseMoeBlock": "reads __get__",
-    "deepseek_v3.DeepseekV3MoE": "reads __get__",
-    "qwen3_moe.Qwen3MoeSparseMoeBlock": "reads __get__",
-    "llama4.Llama4TextMoe": ".",
-}
-SMALL = dict(hidden_size=16, intermediate_size=24, moe_intermediate_size=24, d_model=16, d_ff=24, ffn_dim=24)
-SMALL |= dict(shared_intermediate_size=24)
-SMALL |= dict(num_local_experts=4, n_routed_experts=4, num_experts=4, num_experts_per_tok=2, mlp_ratio=2)
-
-
-def build(name):
-    """A tiny module of a transformers class from the first of its package's configurations that fits."""
-    package, _, class_name = name.partition(".")
-    modeling = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
-    configuration = importlib.import_module(f"transformers.models.{package}.configuration_{package}")
-    cls, errors = getattr(modeling, class_name), []
-    for _, config_class in inspect.getmembers(configuration, inspect.isclass):
-        for extra in ((), (24,)):
-            try:
-                config = config_class()
-                for key, value in SMALL.items():
-                    if hasattr(config, key):
-                        setattr(config, key, value)
-                return cls(config, *extra)
-            except Exception as error:
-                errors.append(f"{config_class.__name__}: {error}")
-    raise AssertionError(f"{name} cannot be built: {errors}")
-
-
-@pytest.mark.parametrize("name", RECOGNISED)
-def test_gated_mlps_of_transformers(structure, maths, name):
-    module = build(name)
-    found = structure.recognise(module)
-    assert not isinstance(found, str), found
-    assert found.activation == RECOGNISED[name] and found.fused == (name.split(".")[1] in FUSED)
-    assert_computes(module, found, maths, module.get_submodule(found.gate).in_features)
-
-
-@pytest.mark.parametrize("name", NOT_GATED)
-def test_other_mlps_of_transformers(structure, name):
-    found = structure.recognise(build(name))
-    assert isinstance(found, str) and re.search(NOT_GATED[name], found), found
-
-
-def test_every_module_of_small_models(structure, maths):
-    """All modules of whole models: only MLPs are taken for gated MLPs, and rightly."""
-    from transformers import AutoConfig, AutoModel
-
-    shape = dict(SMALL, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=32)
-    names = ("llama", "gemma2", "phi3", "mixtral", "olmo2", "granite", "glm4", "gpt2", "t5", "bert", "opt", "qwen3_moe")
-    seen = {}
-    for name in names:
-        config = AutoConfig.for_model(name, **shape, pad_token_id=0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = AutoModel.from_config(config)
-        for path, module in model.named_modules():
-            found = structure.recognise(module)
-            if not isinstance(found, str):
-                seen.setdefault(name, []).append(path.rsplit(".", 1)[-1])
-                assert_computes(module, found, maths, module.get_submodule(found.gate).in_features)
-    assert seen == dict.fromkeys(("llama", "gemma2", "phi3", "olmo2", "granite", "glm4"), ["mlp", "mlp"])
