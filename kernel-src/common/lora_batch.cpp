@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -76,8 +77,24 @@ void mm(const Tensor& out, const Tensor& a, const Tensor& b) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
+// Straight from the allocator, past the dispatcher.
+Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i)
+    strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  int32_t device_type = 0, device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                  sizes.data(), strides.data(), code,
+                                                  device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
 Tensor empty(const Tensor& like, int64_t rows, int64_t cols, ScalarType dtype) {
-  return torch::stable::new_empty(like, {rows, cols}, dtype);
+  return empty(like, std::vector<int64_t>{rows, cols}, dtype);
 }
 
 // float64 has no kernel of ours: it is there to check results.
@@ -179,7 +196,7 @@ std::tuple<Tensors, Tensors> lora_forward(const Tensor& x, Tensors weights,
   for (size_t i = 0; i < weights.size(); ++i) {
     const int64_t n = weights[i].size(0);
     lead.back() = n;
-    results.push_back(torch::stable::new_empty(x, lead, x.scalar_type()));
+    results.push_back(empty(x, lead, x.scalar_type()));
     const Tensor y = view(results.back(), m, n, n, 1, 0);
     if (biases[i])
       addmm(y, *biases[i], x, transposed(weights[i]), 1.0, 1.0);
