@@ -6,7 +6,8 @@
 // for the members of a batch, whose A's stand below each other, so that x is read once for all t
 // and once for all dA. What Python and the dispatcher would cost between products is saved; the
 // arithmetic is that of reference.py. x [M, K], weight [N, K], A [R, K], B [N, R]; A and B of any
-// dtype are converted to x's, all in one launch. y is given as [*lead, N]. Strided operands go to the library as they are.
+// dtype are converted to x's, all in one launch. y is given as [*lead, N],
+// dy taken as [..., N]. Strided operands go to the library as they are.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
@@ -51,6 +52,13 @@ Tensor rows_of(const Tensor& m, int64_t first, int64_t count) {
 
 Tensor columns_of(const Tensor& m, int64_t first, int64_t count) {
   return view(m, m.size(0), count, m.stride(0), m.stride(1), first * m.stride(1));
+}
+
+// [..., N] as [M, N]; a copy only of what is not contiguous.
+Tensor matrix(const Tensor& dy, int64_t rows) {
+  const Tensor whole = dy.is_contiguous() ? dy : torch::stable::contiguous(dy);
+  const int64_t cols = dy.size(dy.dim() - 1);
+  return view(whole, rows, cols, cols, 1, 0);
 }
 
 // out = beta·add + alpha·a b; add may be out itself, and is not read at beta = 0.
@@ -234,6 +242,7 @@ std::tuple<Tensors, Tensors, Tensors> lora_backward(
   enter(guard, x);
   const int64_t m = x.size(0), k = x.size(1);
   const ScalarType dtype = x.scalar_type();
+  for (Tensor& dy : dys) dy = matrix(dy, m);
   Tensors new_dx, das, dbs;
   bool need_da = false;
   for (bool need : needs_a) need_da = need_da || need;

@@ -45,7 +45,7 @@ def project(x: Tensor, batch: Sequence[Member], lead: Sequence[int]) -> Outputs:
 
 
 def project_backward(x: Tensor, batch: Sequence[Member], t, dys, dx, need_dx: bool, needs) -> Gradients:
-    """`compose.Backward` by one op, for dys after DoRA's gain."""
+    """`compose.Backward` by one op, for dys [..., N] after DoRA's gain."""
     lora = [member for member in batch if member.operands.lora_a is not None]
     needs_a = [need.lora_a for need in needs] if lora else []
     needs_b = [need.lora_b for need in needs] if lora else []

@@ -68,7 +68,6 @@ class GatedMLPFunction(torch.autograd.Function):
         second = Saved.of(kept[inputs + ctx.kept[1] :], 1)
         needs_x, _, *needs_flat = ctx.needs_input_grad[2:]
         needs = unflatten(needs_flat)
-        dy = dy.reshape(-1, dy.shape[-1]).contiguous()
         with without_autocast(rows):
             members = members_of(spec.members, ctx.scalings, seeds, flat)
             outputs = [

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backend as backends
 from .. import compose, library
-from ..member import Gradients, Member, Outputs, batches_of, cat, members_of, split
+from ..member import Member, Outputs, batches_of, cat, members_of, split
 from ..projection import GroupSpec, Operands, flatten, unflatten
 
 
@@ -105,29 +105,30 @@ class _Backward:
     def batch(self, indices: Sequence[int], t: Optional[Tensor], dys, saved: Saved) -> None:
         """Adds the gradients of one batch whose dys are all there."""
         batch, needs = [self.members[i] for i in indices], [self.needs[i] for i in indices]
-        dys = [dys[i] for i in indices]
+        by_library = backends.is_library(self.group.backend) and library.serves(self.x, batch, self.group.lora_dtype)
+        scaled = any(member.operands.magnitude is not None for member in batch)
+        dys = [dys[i] if by_library and not scaled else rows_of(dys[i]) for i in indices]
         gains = [member.gain(saved.norms[i]) for i, member in zip(indices, batch)]
         lora_dys, dms = list(dys), [None] * len(batch)
         for j, (i, gain) in enumerate(zip(indices, gains)):
             if gain is not None:
                 lora_dys[j], dm = backends.pointwise(dys[j]).scale_sum(dys[j], saved.zs[i], gain)
                 dms[j] = dm.div_(saved.norms[i])
-        self.dx, das, dbs = self._project_backward(batch, t, dys, lora_dys, gains, needs)
+        if by_library:
+            gradients = library.project_backward(self.x, batch, t, lora_dys, self.dx, self.needs_x, needs)
+        else:
+            composed = compose.Backward(backends.get(self.group.backend), self.x, batch, self.group.lora_dtype)
+            gradients = composed.run(t, dys, lora_dys, gains, self.dx, self.needs_x, needs)
+        self.dx, das, dbs = gradients
         for j, i in enumerate(indices):
             self.grads[i] = self._operand_grads(batch[j], needs[j], dys[j], lora_dys[j], dms[j])._replace(
                 lora_a=das[j], lora_b=dbs[j]
             )
 
-    def _project_backward(self, batch, t, dys, lora_dys, gains, needs) -> Gradients:
-        if backends.is_library(self.group.backend) and library.serves(self.x, batch, self.group.lora_dtype):
-            return library.project_backward(self.x, batch, t, lora_dys, self.dx, self.needs_x, needs)
-        composed = compose.Backward(backends.get(self.group.backend), self.x, batch, self.group.lora_dtype)
-        return composed.run(t, dys, lora_dys, gains, self.dx, self.needs_x, needs)
-
     def _operand_grads(self, member: Member, needs: Operands, dy, lora_dy, dm) -> Operands:
         """Of everything but A and B."""
         p, ops = member.operands, backends.get(self.group.backend)
-        db = ops.token_sum(dy) if needs.bias or needs.lora_bias else None
+        db = ops.token_sum(rows_of(dy)) if needs.bias or needs.lora_bias else None
         return Operands(
             weight=self._weight_grad(ops, member, dy, lora_dy) if needs.weight else None,
             bias=db.to(p.bias.dtype) if needs.bias else None,
@@ -138,7 +139,7 @@ class _Backward:
     def _weight_grad(self, ops, member: Member, dy, lora_dy) -> Tensor:
         p = member.operands
         if p.magnitude is None or member.mask is None:
-            dw = ops.outer(lora_dy, self.x, p.weight.dtype)
+            dw = ops.outer(rows_of(lora_dy), self.x, p.weight.dtype)
         else:
             dw = ops.outer(dy, self.x, p.weight.dtype) + ops.outer(lora_dy - dy, self.x, p.weight.dtype, member.mask)
         return dw.t() if member.transposed else dw
@@ -147,7 +148,7 @@ class _Backward:
 def backward_group(
     group: GroupSpec, x: Tensor, members: Sequence[Member], saved: Saved, dys, needs_x: bool, needs
 ) -> tuple[Optional[Tensor], list[Operands]]:
-    """(dx [M, K] or None, gradients of every member's operands) for dys [M, N], None where an output
+    """(dx [M, K] or None, gradients of every member's operands) for dys [..., N], None where an output
     was not used."""
     backward = _Backward(group, x, members, needs_x, needs)
     for indices, t in zip(batches_of(members), saved.downs):
@@ -187,7 +188,6 @@ class LoraLinearFunction(torch.autograd.Function):
         rows, seeds, *rest = ctx.saved_tensors
         kept, flat = rest[: ctx.kept], rest[ctx.kept :]
         needs_x, _, *needs_flat = ctx.needs_input_grad[3:]
-        dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]).contiguous() for dy in dys]
         with without_autocast(rows):
             members = members_of(ctx.group.members, ctx.scalings, seeds, flat)
             saved = Saved.of(kept, len(members))
@@ -201,6 +201,11 @@ def shaped(y: Tensor, lead: Sequence[int]) -> Tensor:
     if y.dim() == len(lead) + 1:
         return y
     return torch.ops.aten._unsafe_view(y, (*lead, y.shape[-1]))
+
+
+def rows_of(dy: Tensor) -> Tensor:
+    """dy [..., N] as contiguous [M, N]."""
+    return dy.reshape(-1, dy.shape[-1]).contiguous()
 
 
 def without_autocast(x: Tensor):
