@@ -12,8 +12,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstdio>
 
 #include "../../torch-ext/torch_binding.h"
 #include "../common/row_norm_check.h"
@@ -108,6 +106,11 @@ __global__ void row_norm_finish_kernel(float* __restrict__ out,
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Asked first: the dispatcher's own answer takes microseconds of host time.
+Tensor in_rows(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 Matrix matrix(const Tensor& t) {
   const auto dtype = t.scalar_type();
   return {t.const_data_ptr(),
@@ -129,13 +132,13 @@ int device_attribute(cudaDeviceAttr which, int device) {
 
 // Fills in the buffers that fit `limit` bytes of shared memory, the deepest first, B read once
 // before B read again for every tile. Returns the bytes, 0 where nothing fits.
-int64_t plan(RowNormArgs& p, int64_t kcols, int64_t limit) {
-  const int64_t w_bytes = kRows * kcols * (p.w_dtype == kFloat ? 4 : 2);
+int64_t plan(RowNormArgs& p, int64_t limit) {
+  const int64_t w_bytes = kRows * kCols * (p.w_dtype == kFloat ? 4 : 2);
   const int64_t b_all = std::min(p.steps, 2 * p.period);
   for (const bool resident : {true, false})
     for (const int w_buffers : {2, 1})
       for (const int stages : {4, 3, 2}) {
-        const int64_t bytes = w_buffers * w_bytes + stages * kRanks * kcols * 2 +
+        const int64_t bytes = w_buffers * w_bytes + stages * kRanks * kCols * 2 +
                               (resident ? b_all : stages) * kBStep;
         if (bytes > limit || w_buffers * p.steps < stages) continue;
         p.b_resident = resident;
@@ -147,8 +150,6 @@ int64_t plan(RowNormArgs& p, int64_t kcols, int64_t limit) {
   return 0;
 }
 
-using Kernel = void (*)(float*, RowNormArgs);
-
 }  // namespace
 
 Tensor row_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
@@ -156,8 +157,7 @@ Tensor row_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& l
   lora_fused::check_row_norm(weight, lora_a, lora_b, /*cuda=*/true);
   const int device = weight.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor wt = torch::stable::contiguous(weight), at = torch::stable::contiguous(lora_a),
-               bt = torch::stable::contiguous(lora_b);
+  const Tensor wt = in_rows(weight), at = in_rows(lora_a), bt = in_rows(lora_b);
   const Matrix w = matrix(wt), a = matrix(at), b = matrix(bt);
   const int64_t n = w.rows, k = w.cols;
   Tensor out = torch::stable::new_empty(wt, {n}, ScalarType::Float);
@@ -176,31 +176,19 @@ Tensor row_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& l
 
   const int64_t block_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int64_t all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  int col_warps = w.dtype != kFloat && p.steps >= 4 && block_limit >= 200 * 1024 ? 4 : 2;
-  if (const char* s = std::getenv("RN_WARPS")) col_warps = std::atoi(s);
-  const int64_t fixed = col_warps * kRows * 4;  // the kernel's row sums
-  int per_sm = col_warps == 2 ? 2 : 1;
-  int64_t bytes = plan(p, 64 * col_warps, std::min(block_limit, all / per_sm - 1024) - fixed);
-  if (bytes == 0) per_sm = 1, bytes = plan(p, 64 * col_warps, block_limit - fixed);
-  if (const char* s = std::getenv("RN_PLAN")) {
-    int resident;
-    std::sscanf(s, "%d,%d,%d", &resident, &p.w_buffers, &p.stages);
-    p.b_resident = resident;
-    p.w_lead = std::min(p.stages - 1, (p.w_buffers - 1) * p.steps);
-    bytes = p.w_buffers * (kRows * 64 * col_warps * (p.w_dtype == kFloat ? 4 : 2)) +
-            p.stages * kRanks * 64 * col_warps * 2 +
-            (resident ? std::min(p.steps, 2 * p.period) : p.stages) * kBStep;
-    per_sm = bytes <= all / 2 - 1024 && col_warps == 2 ? 2 : 1;
-  }
+  constexpr int64_t kFixed = 2 * kRows * 4;  // the kernel's row sums
+  int per_sm = 2;
+  int64_t bytes = plan(p, std::min(block_limit, all / per_sm - 1024) - kFixed);
+  if (bytes == 0) per_sm = 1, bytes = plan(p, block_limit - kFixed);
   STD_TORCH_CHECK(bytes > 0, "row_norm: needs 98 KiB of shared memory a block");
   p.row_blocks = ceil_div(n, kRows);
-  p.col_tiles = ceil_div(k, 64 * col_warps);
+  p.col_tiles = ceil_div(k, kCols);
   const int64_t blocks =
       std::min(p.row_blocks * p.col_tiles,
                int64_t{per_sm} * device_attribute(cudaDevAttrMultiProcessorCount, device));
 
   // One buffer: partial sums, scales, parts; every piece a multiple of 16 bytes.
-  const int64_t ranks = int64_t{period} * kRanks, lda = p.col_tiles * 64 * col_warps;
+  const int64_t ranks = int64_t{period} * kRanks, lda = p.col_tiles * kCols;
   const int64_t sums = (blocks + p.row_blocks) * kRows, scales = p.row_blocks * kRows + lda;
   const int64_t parts = (lda + n) * 2 * ranks / 2;  // in floats
   Tensor buffer =
@@ -228,14 +216,12 @@ Tensor row_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& l
     p.row_scale = row_scale, p.col_scale = col_scale;
   }
 
-  const bool bfloat16 = direct && a.dtype == kBFloat16;
-  const Kernel kernel =
-      col_warps == 4
-          ? (bfloat16 ? row_norm_fwd_kernel<__nv_bfloat16, 4> : row_norm_fwd_kernel<__half, 4>)
-          : (bfloat16 ? row_norm_fwd_kernel<__nv_bfloat16, 2> : row_norm_fwd_kernel<__half, 2>);
-  STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+  const auto kernel = direct && a.dtype == kBFloat16 ? row_norm_fwd_kernel<__nv_bfloat16>
+                                                     : row_norm_fwd_kernel<__half>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(bytes)));
-  kernel<<<static_cast<unsigned>(blocks), 64 * col_warps, bytes, stream>>>(partial, p);
+  kernel<<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(partial, p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   row_norm_finish_kernel<<<static_cast<unsigned>(ceil_div(n, 256)), 256, 0, stream>>>(
       static_cast<float*>(out.mutable_data_ptr()), partial, n, p.row_blocks, p.col_tiles,
