@@ -149,3 +149,28 @@ def test_bad_dtype(row_norm, position, name):
     operands[position] = operands[position].double()
     with pytest.raises(RuntimeError, match=rf"{name} of shape .* must be float32"):
         row_norm(*operands, 1.0)
+
+
+@pytest.mark.parametrize("dtypes", [
+    (torch.float16,) * 3,
+    (torch.float16, torch.float32, torch.float32),
+    (torch.float16, torch.float16, torch.float32),
+], ids=str)
+@pytest.mark.parametrize("shape", [(256, 512, 64), (130, 264, 136), (100, 1032, 384)], ids=str)
+def test_triton(lora_fused, device, monkeypatch, shape, dtypes):
+    kernels = pytest.importorskip("triton") and lora_fused.backend.get("triton")
+    operands = [t.to(device) for t in make(*shape, dtypes)]
+    if device == "cpu":  # the interpreter: no bfloat16 dot, no limit
+        monkeypatch.setitem(kernels.row_norm.__globals__, "shared_memory", lambda device: 2**20)
+        if dtypes[1] != dtypes[2] or dtypes[1] == torch.float32:
+            pytest.skip("the interpreter's bfloat16 dot is wrong")
+    assert kernels.row_norm_fits(*operands)
+    norm = kernels.row_norm(*operands, 0.7)
+    check(norm.cpu(), [t.cpu() for t in operands], 0.7)
+    assert torch.equal(norm, kernels.row_norm(*operands, 0.7))
+
+
+def test_triton_leaves_what_it_cannot_read(lora_fused):
+    kernels = pytest.importorskip("triton") and lora_fused.backend.get("triton")
+    for shape, dtype in (((64, 65, 128), torch.float16), ((64, 64, 129), torch.float16), ((64, 64, 128), torch.float32)):
+        assert not kernels.row_norm_fits(*make(*shape, (dtype,) * 3))

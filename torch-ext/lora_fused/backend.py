@@ -22,7 +22,7 @@ TRITON_FROM = 2**37
 
 
 @functools.lru_cache(maxsize=None)
-def _triton_is_there() -> bool:
+def triton_is_there() -> bool:
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -36,7 +36,7 @@ def choose(device: torch.device, dtype: torch.dtype, work: int) -> str:
     Large half-precision products on a GPU go to Triton. float32 stays with the vendor's matrix
     products, which follow torch's own TF32 setting.
     """
-    if device.type == "cuda" and dtype in _TRITON_DTYPES and work >= TRITON_FROM and _triton_is_there():
+    if device.type == "cuda" and dtype in _TRITON_DTYPES and work >= TRITON_FROM and triton_is_there():
         return TRITON
     return REFERENCE
 
