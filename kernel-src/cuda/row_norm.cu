@@ -15,7 +15,7 @@
 
 #include "../../torch-ext/torch_binding.h"
 #include "../common/row_norm_check.h"
-#include "row_norm_kernel.cuh"
+#include "row_norm_kernel.h"
 
 namespace {
 

@@ -7,6 +7,8 @@ cannot fill the GPU; the partial sums are added in a fixed order.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -77,6 +79,12 @@ def _halves(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([a_low, a_high, a_high]), torch.cat([b_high, b_low, b_high], dim=1)
 
 
+@functools.lru_cache(maxsize=None)
+def _programs(device: torch.device) -> int:
+    """Programs that run at once: one a multiprocessor, by its shared memory."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def _splits(row_blocks: int, col_tiles: int, programs: int) -> int:
     """Parts of K that finish first: rounds of programs times tiles in each, plus a third of a
     tile for a program's start and end."""
@@ -92,8 +100,8 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
     lora_a, lora_b = _halves(lora_a, lora_b)
     n, k = weight.shape
     row_blocks, col_tiles = triton.cdiv(n, BLOCK_N), triton.cdiv(k, BLOCK_K)
-    programs = torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 1
-    tiles_per_split = triton.cdiv(col_tiles, _splits(row_blocks, col_tiles, programs))
+    splits = _splits(row_blocks, col_tiles, _programs(weight.device))
+    tiles_per_split = triton.cdiv(col_tiles, splits)
     splits = triton.cdiv(col_tiles, tiles_per_split)
     partial = torch.empty((splits, n), dtype=torch.float32, device=weight.device)
     with on_device(weight):

@@ -1,11 +1,12 @@
 // The tensor-core kernel of row_norm: one pass over W, B·A only in accumulators.
 //
-// A block walks a contiguous range of tiles of 128×128, along K first. For
-// each tile it multiplies B [128, ranks] by A [ranks, 128] in steps of 32 ranks (mma.sync,
-// fp32 accumulators, 64×64 a warp), then adds the W tile and sums squares by row. A, B and W
-// reach shared memory by cp.async: A in a ring of `stages` steps, W in `w_buffers` tiles, B
-// once per row block where it fits and step by step beside A where not. Shared memory is
-// swizzled in 16-byte chunks so that ldmatrix meets no bank conflict.
+// A block of 2×2 warps walks a contiguous range of 128×128 tiles, along K first. For each tile
+// it multiplies B [128, ranks] by A [ranks, 128] in steps of 32 ranks (mma.sync, fp32
+// accumulators, 64×64 a warp), then adds the W tile and sums squares by row. All three reach
+// shared memory by cp.async: A in a ring of `stages` steps, W in `w_buffers` tiles, B once per
+// row block where it fits and step by step beside A where not. Shared memory is swizzled in
+// 16-byte chunks so that ldmatrix meets no bank conflict. Threads keep running pointers: index
+// arithmetic at every step cost more issue slots than the products.
 #pragma once
 
 #include <cuda_bf16.h>
