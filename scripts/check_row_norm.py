@@ -1,4 +1,4 @@
-"""The CUDA row norm on a GPU: against float64 on odd shapes, then timed against one read of W."""
+"""row_norm on a GPU: against float64 on odd shapes, then timed against one read of W."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import itertools
 import pathlib
 import statistics
 import sys
+import time
 
 import torch
 from kernels import get_local_kernel
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SHAPES = ((1, 1, 1), (17, 33, 3), (130, 257, 16), (257, 1000, 33), (64, 129, 100), (511, 513, 512))
+SHAPES = ((1, 1, 1), (17, 33, 3), (130, 257, 16), (257, 1000, 33), (64, 129, 100), (511, 513, 512),
+          (300, 1032, 72), (520, 776, 384), (2048, 16384, 512))  # the last goes to Triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TIMED = ((4096, 4096, 32), (14336, 4096, 32), (8192, 8192, 384), (8192, 28672, 384))
+LINEARS = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
+TIMED = tuple((*nk, r) for nk in LINEARS for r in (16, 32, 64)) + (
+    (8192, 8192, 384), (8192, 28672, 384), (28672, 8192, 384))
+ADAPTERS = (torch.bfloat16, torch.float32)  # of a bfloat16 base; PEFT keeps float32
+CACHE = 256 * 2**20  # more than any L2: inputs rotate through this much memory
 
 
 def draw(n, k, r, weight_dtype, adapter_dtype):
@@ -45,27 +51,52 @@ def main() -> None:
     print(f"row_norm: worst relative error against float64 {check(lora_fused):.2g}")
     if sanitize:
         return
-    copy = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    bandwidth = 2 * copy.numel() / median_ms(lambda: copy.clone()) / 1e9
-    for n, k, r in TIMED:
-        w, a, b = draw(n, k, r, torch.bfloat16, torch.float32)
-        ms = median_ms(lambda: lora_fused.row_norm(w, a, b, 0.7))
-        floor = w.numel() * w.element_size() / bandwidth / 1e9
-        print(f"row_norm {n}x{k}, rank {r}: {ms:.3f} ms, one read of W {floor:.3f} ms ({bandwidth:.2f} TB/s)")
+    source = torch.ones(2**28, device="cuda")
+    target = torch.empty_like(source)  # a kernel: the copy engine of a graph is slower
+    bandwidth = 2 * source.nbytes / microseconds(lambda x: torch.neg(x, out=target), [source]) / 1e6
+    print(f"read and write {bandwidth:.2f} TB/s; floor: one read of W at that rate; sum: torch's W.sum()")
+    print("     N      K    R adapter        us   TB/s  x floor  x sum  dense us  host us")
+    for (n, k, r), adapter in itertools.product(TIMED, ADAPTERS):
+        first = draw(n, k, r, torch.bfloat16, adapter)
+        size = first[0].numel() * first[0].element_size()
+        inputs = [first] + [draw(n, k, r, torch.bfloat16, adapter) for _ in range(min(8, 1 + CACHE // size))]
+        fused = microseconds(lambda x: lora_fused.row_norm(*x, 0.7), inputs)
+        read = microseconds(lambda x: x[0].sum(), inputs)
+        dense = microseconds(lambda x: (x[0] + 0.7 * (x[2] @ x[1])).norm(dim=1), inputs)
+        print(f"{n:6} {k:6} {r:4} {str(adapter)[6:]:8} {fused:9.1f} {size / fused / 1e6:6.2f} "
+              f"{fused * bandwidth * 1e6 / size:8.2f} {fused / read:6.2f} {dense:9.1f} "
+              f"{host_microseconds(lambda: lora_fused.row_norm(*first, 0.7)):8.1f}", flush=True)
 
 
-def median_ms(function, repeats=20) -> float:
-    for _ in range(3):
-        function()
+def microseconds(function, inputs, repeats=7) -> float:
+    """Median GPU time of a call over inputs in turn, from replays of a graph: no host time."""
+    for x in inputs:
+        function(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for x in inputs + inputs:
+            function(x)
     times = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        function()
+        graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+        times.append(start.elapsed_time(end) * 1e3 / (2 * len(inputs)))
+    return statistics.median(times[1:])
+
+
+def host_microseconds(function, calls=20) -> float:
+    """Time to enqueue a call."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / calls * 1e6
 
 
 if __name__ == "__main__":

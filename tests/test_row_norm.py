@@ -9,8 +9,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (N, K, R): tile edges of 4 and 32 rows, 16 columns; odd, empty and large-rank cases.
 SHAPES = [(1, 1, 1), (4, 16, 8), (37, 129, 3), (64, 256, 16), (65, 257, 33), (130, 1000, 512),
           (7, 33, 0), (5, 0, 4), (0, 7, 3)]
+# On a GPU whole tiles, whole 16-byte rows and neither; several row blocks and splits of K.
+LARGE = [(256, 512, 64), (129, 1032, 72), (300, 4104, 8), (1000, 776, 384), (513, 2560, 200), (65, 1001, 640)]
 # fp32 sums of K·R products: 2e-6 is 16 times fp32's rounding error.
 RTOL = 2e-6
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fresh memory is NaN, so an element that an op leaves out shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def make(n, k, r, dtypes=(torch.float32,) * 3):
@@ -32,8 +42,10 @@ def check(norm, operands, scaling):
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def row_norm(lora_fused, request):
     """The op on each device this machine has: operands and result live on the CPU."""
-    def call(*args):
+    def call(*args, unaligned=False):
         operands = [t.to(request.param) for t in args[:3]]
+        if unaligned:
+            operands = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in operands]
         return lora_fused._ops.ops.row_norm(*operands, *args[3:]).cpu()
     return call
 
@@ -50,6 +62,37 @@ def test_shapes(row_norm, shape):
 def test_dtypes(row_norm, dtypes):
     operands = make(37, 129, 3, dtypes)
     check(row_norm(*operands, 1.5), operands, 1.5)
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("dtypes", [
+    (torch.bfloat16,) * 3,
+    (torch.float16,) * 3,
+    (torch.float32, torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float32,) * 3,
+], ids=str)
+def test_large(row_norm, shape, dtypes):
+    operands = make(*shape, dtypes)
+    first = row_norm(*operands, 0.7)
+    check(first, operands, 0.7)
+    assert torch.equal(first, row_norm(*operands, 0.7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unaligned_rows(row_norm, dtype):
+    """A base address that no vector load can take."""
+    operands = make(70, 264, 24, (dtype,) * 3)
+    check(row_norm(*operands, 0.7, unaligned=True), operands, 0.7)
+
+
+@pytest.mark.parametrize("factor_a, factor_b", [(1e-20, 1e20), (1e15, 1e-15), (1e-6, 1.0), (0.0, 1.0)])
+def test_adapters_beyond_half_range(row_norm, factor_a, factor_b):
+    """float32 adapters keep their range and, next to their largest entries, their precision."""
+    weight, lora_a, lora_b = make(40, 300, 20)
+    lora_a = lora_a * factor_a * 10.0 ** torch.linspace(-3, 3, 300)
+    lora_b = lora_b * factor_b * 10.0 ** torch.linspace(-3, 3, 40)[:, None]
+    check(row_norm(weight, lora_a, lora_b, 0.7), (weight, lora_a, lora_b), 0.7)
 
 
 @pytest.mark.parametrize("scaling", [0.0, -2.0, 64.0])
@@ -106,3 +149,28 @@ def test_bad_dtype(row_norm, position, name):
     operands[position] = operands[position].double()
     with pytest.raises(RuntimeError, match=rf"{name} of shape .* must be float32"):
         row_norm(*operands, 1.0)
+
+
+@pytest.mark.parametrize("dtypes", [
+    (torch.float16,) * 3,
+    (torch.float16, torch.float32, torch.float32),
+    (torch.float16, torch.float16, torch.float32),
+], ids=str)
+@pytest.mark.parametrize("shape", [(256, 512, 64), (130, 264, 136), (100, 1032, 384)], ids=str)
+def test_triton(lora_fused, device, monkeypatch, shape, dtypes):
+    kernels = pytest.importorskip("triton") and lora_fused.backend.get("triton")
+    operands = [t.to(device) for t in make(*shape, dtypes)]
+    if device == "cpu":  # the interpreter: no bfloat16 dot, no limit
+        monkeypatch.setitem(kernels.row_norm.__globals__, "shared_memory", lambda device: 2**20)
+        if dtypes[1] != dtypes[2] or dtypes[1] == torch.float32:
+            pytest.skip("the interpreter's bfloat16 dot is wrong")
+    assert kernels.row_norm_fits(*operands)
+    norm = kernels.row_norm(*operands, 0.7)
+    check(norm.cpu(), [t.cpu() for t in operands], 0.7)
+    assert torch.equal(norm, kernels.row_norm(*operands, 0.7))
+
+
+def test_triton_leaves_what_it_cannot_read(lora_fused):
+    kernels = pytest.importorskip("triton") and lora_fused.backend.get("triton")
+    for shape, dtype in (((64, 65, 128), torch.float16), ((64, 64, 129), torch.float16), ((64, 64, 128), torch.float32)):
+        assert not kernels.row_norm_fits(*make(*shape, (dtype,) * 3))

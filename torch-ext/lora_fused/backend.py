@@ -22,10 +22,14 @@ _TRITON_DTYPES = (torch.bfloat16, torch.float16)
 # Multiply-adds of one base product from which its GPU time hides the launches: below, a step
 # waits for the host, and two library products cost it less than two Triton launches.
 TRITON_FROM = 2**37
+# On an H200 Triton halves the CUDA op's GPU time at rank 384, equals it at 128 and is behind at
+# 64, for 130 to 220 µs more host time: it gets large ranks of large weights (N·K·R products).
+ROW_NORM_TRITON_FROM_RANK = 128
+ROW_NORM_TRITON_FROM = 2**34
 
 
 @functools.lru_cache(maxsize=None)
-def _triton_is_there() -> bool:
+def triton_is_there() -> bool:
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -39,7 +43,7 @@ def choose(device: torch.device, dtype: torch.dtype, work: int) -> str:
     Large half-precision products on a GPU go to Triton. float32 stays with the vendor's matrix
     products, which follow torch's own TF32 setting.
     """
-    if device.type == "cuda" and dtype in _TRITON_DTYPES and work >= TRITON_FROM and _triton_is_there():
+    if device.type == "cuda" and dtype in _TRITON_DTYPES and work >= TRITON_FROM and triton_is_there():
         return TRITON
     return LIBRARY
 
@@ -63,12 +67,22 @@ def get(name: str) -> ModuleType:
 def pointwise(x: Tensor) -> ModuleType:
     """The module for passes over x that multiply no matrices: `gated`, `gated_backward`, `scale`,
     `scale_sum`."""
-    triton_can = x.is_cuda and x.dtype in _TRITON_DTYPES and _triton_is_there()
+    triton_can = x.is_cuda and x.dtype in _TRITON_DTYPES and triton_is_there()
     return get(TRITON if triton_can else REFERENCE)
 
 
 def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """‖W + s·B·A‖ by row: the native op, in float32; float64 operands have none and stay exact."""
+    """‖W + s·B·A‖ by row: the C++ or CUDA op, Triton for large ranks, in float32; float64 operands have
+    no kernel and stay exact."""
     if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype):
         return reference.row_norm(weight, lora_a, lora_b, scaling)
+    if _row_norm_pays_in_triton(weight, lora_a.shape[0]):
+        kernels = get(TRITON)
+        if kernels.row_norm_fits(weight, lora_a, lora_b):
+            return kernels.row_norm(weight, lora_a, lora_b, scaling)
     return ops.row_norm(weight, lora_a, lora_b, scaling)
+
+
+def _row_norm_pays_in_triton(weight: Tensor, rank: int) -> bool:
+    large = rank >= ROW_NORM_TRITON_FROM_RANK and weight.numel() * rank >= ROW_NORM_TRITON_FROM
+    return weight.is_cuda and large and triton_is_there()

@@ -147,8 +147,8 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
     """‖W + s·B·A‖ by row, the norm of DoRA, without forming B·A.
 
     weight [N, K], lora_a [R, K], lora_b [N, R] in float32, bfloat16 or float16; float32 sums;
-    the result is [N] in float32, detached. Native C++ on the CPU and CUDA on a GPU. float64
-    operands are computed in float64, B·A formed.
+    the result is [N] in float32, detached. C++ on the CPU, CUDA and, for large ranks, Triton on a
+    GPU. float64 operands are computed in float64, B·A formed.
 
     Raises ValueError or TypeError naming the tensor, what was seen and what was expected.
     Source: Liu et al. 2024, arXiv:2402.09353, equation 5.
