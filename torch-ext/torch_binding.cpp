@@ -13,12 +13,21 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   ops.def("row_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
   ops.def("dropout(Tensor x, Tensor seed, float p, Tensor(a!) out, bool accumulate=False) -> ()");
   ops.def(
-      "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, "
-      "Tensor[] lora_b, float[] scalings, Tensor? seed, float p, int[] lead) -> (Tensor[], Tensor[])");
+      "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
+      "Tensor?[] lora_b, float[] scalings, Tensor? seeds, float[] dropouts) -> (Tensor[], Tensor)");
   ops.def(
-      "lora_backward(Tensor[] dys, Tensor x, Tensor? t, Tensor[] weights, Tensor[] lora_a, "
-      "Tensor[] lora_b, float[] scalings, Tensor? seed, float p, Tensor(a!)? dx, bool need_dx, "
-      "bool[] needs_a, bool[] needs_b) -> (Tensor[], Tensor[], Tensor[])");
+      "lora_backward(Tensor?[] dys, Tensor x, Tensor t, Tensor[] weights, Tensor?[] lora_a, "
+      "Tensor?[] lora_b, float[] scalings, Tensor? seeds, float[] dropouts, Tensor(a!)? dx, "
+      "bool need_dx, bool[] needs_a, bool[] needs_b) -> (Tensor[], Tensor[], Tensor[])");
+  ops.def(
+      "gated_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
+      "Tensor?[] lora_b, float[] scalings, Tensor? seeds, float[] dropouts, int activation, "
+      "int gate_half) -> (Tensor, Tensor[], Tensor[])");
+  ops.def(
+      "gated_backward(Tensor dy, Tensor x, Tensor[] outputs, Tensor[] ts, Tensor[] weights, "
+      "Tensor?[] lora_a, Tensor?[] lora_b, float[] scalings, Tensor? seeds, float[] dropouts, "
+      "int activation, int gate_half, bool need_dx, bool[] needs_a, bool[] needs_b) "
+      "-> (Tensor[], Tensor[], Tensor[])");
 }
 
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
@@ -26,6 +35,8 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("dropout", TORCH_BOX(&dropout_cpu));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
+  ops.impl("gated_forward", TORCH_BOX(&gated_forward));
+  ops.impl("gated_backward", TORCH_BOX(&gated_backward));
 }
 
 #if defined(CUDA_KERNEL)
@@ -34,6 +45,8 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("dropout", TORCH_BOX(&dropout_cuda));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
+  ops.impl("gated_forward", TORCH_BOX(&gated_forward));
+  ops.impl("gated_backward", TORCH_BOX(&gated_backward));
 }
 #endif
 

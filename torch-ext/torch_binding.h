@@ -19,18 +19,31 @@ void dropout_cpu(const torch::stable::Tensor& x, const torch::stable::Tensor& se
 void dropout_cuda(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p,
                   torch::stable::Tensor out, bool accumulate);
 
-std::tuple<std::vector<torch::stable::Tensor>, std::vector<torch::stable::Tensor>> lora_forward(
-    const torch::stable::Tensor& x, std::vector<torch::stable::Tensor> weights,
-    std::vector<std::optional<torch::stable::Tensor>> biases,
-    std::vector<torch::stable::Tensor> lora_a, std::vector<torch::stable::Tensor> lora_b,
-    std::vector<double> scalings, std::optional<torch::stable::Tensor> seed, double p,
-    std::vector<int64_t> lead);
-std::tuple<std::vector<torch::stable::Tensor>, std::vector<torch::stable::Tensor>,
-           std::vector<torch::stable::Tensor>>
-lora_backward(std::vector<torch::stable::Tensor> dys, const torch::stable::Tensor& x,
-              std::optional<torch::stable::Tensor> t, std::vector<torch::stable::Tensor> weights,
-              std::vector<torch::stable::Tensor> lora_a,
-              std::vector<torch::stable::Tensor> lora_b, std::vector<double> scalings,
-              std::optional<torch::stable::Tensor> seed, double p,
-              std::optional<torch::stable::Tensor> dx, bool need_dx, std::vector<bool> needs_a,
-              std::vector<bool> needs_b);
+// Lists of projections: kernel-src/common/lora_group.cpp says what they hold.
+namespace lora_fused {
+using Tensors = std::vector<torch::stable::Tensor>;
+using Optionals = std::vector<std::optional<torch::stable::Tensor>>;
+using Gradients = std::tuple<Tensors, Tensors, Tensors>;
+}  // namespace lora_fused
+
+std::tuple<lora_fused::Tensors, torch::stable::Tensor> lora_forward(
+    const torch::stable::Tensor& x, lora_fused::Tensors weights, lora_fused::Optionals biases,
+    lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, std::vector<double> scalings,
+    std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts);
+lora_fused::Gradients lora_backward(
+    lora_fused::Optionals dys, const torch::stable::Tensor& x, const torch::stable::Tensor& t,
+    lora_fused::Tensors weights, lora_fused::Optionals lora_a, lora_fused::Optionals lora_b,
+    std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
+    std::vector<double> dropouts, std::optional<torch::stable::Tensor> dx, bool need_dx,
+    std::vector<bool> needs_a, std::vector<bool> needs_b);
+std::tuple<torch::stable::Tensor, lora_fused::Tensors, lora_fused::Tensors> gated_forward(
+    const torch::stable::Tensor& x, lora_fused::Tensors weights, lora_fused::Optionals biases,
+    lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, std::vector<double> scalings,
+    std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts, int64_t activation,
+    int64_t gate_half);
+lora_fused::Gradients gated_backward(
+    const torch::stable::Tensor& dy, const torch::stable::Tensor& x, lora_fused::Tensors outputs,
+    lora_fused::Tensors ts, lora_fused::Tensors weights, lora_fused::Optionals lora_a,
+    lora_fused::Optionals lora_b, std::vector<double> scalings,
+    std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts, int64_t activation,
+    int64_t gate_half, bool need_dx, std::vector<bool> needs_a, std::vector<bool> needs_b);

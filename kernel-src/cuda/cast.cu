@@ -12,7 +12,7 @@
 
 #include <algorithm>
 
-#include "../common/lora_batch.h"
+#include "../common/lora_group.h"
 
 namespace {
 

@@ -67,13 +67,12 @@ def _norm(member: Member) -> Optional[Tensor]:
     return backends.row_norm(weight, p.lora_a, p.lora_b, member.scaling)
 
 
-def _project(group: GroupSpec, x: Tensor, batch: Sequence[Member], norms, lead) -> Outputs:
+def _project(group: GroupSpec, x: Tensor, batch: Sequence[Member], norms) -> Outputs:
     if backends.is_library(group.backend) and library.serves(x, batch, group.lora_dtype):
-        ys, zs, t = library.project(x, batch, lead)
+        ys, zs, t = library.project(x, batch)
         for i, (member, norm) in enumerate(zip(batch, norms)):
             if norm is not None:
-                zs[i] = ys[i].view(x.shape[0], ys[i].shape[-1])
-                ys[i] = scaled_output(member, zs[i], norm)
+                zs[i], ys[i] = ys[i], scaled_output(member, ys[i], norm)
         return Outputs(ys, zs, t)
     gains = [member.gain(norm) for member, norm in zip(batch, norms)]
     return compose.project(backends.get(group.backend), x, batch, gains, group.lora_dtype)
@@ -86,7 +85,7 @@ def forward_group(
     saved = Saved([], [None] * len(members), [_norm(member) for member in members])
     outputs: list[Optional[Tensor]] = [None] * len(members)
     for indices in batches_of(members):
-        ys, zs, t = _project(group, x, [members[i] for i in indices], [saved.norms[i] for i in indices], lead)
+        ys, zs, t = _project(group, x, [members[i] for i in indices], [saved.norms[i] for i in indices])
         saved.downs.append(t)
         for i, y, z in zip(indices, ys, zs):
             outputs[i], saved.zs[i] = shaped(y, lead), z
