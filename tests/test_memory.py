@@ -1,0 +1,244 @@
+"""What a fused call keeps and makes: the table "Saved for backward" of docs/design.md is read here
+and compared with the saved-tensor hooks; nothing as large as the weight is made on the way; under
+autocast every parameter is cast once."""
+
+import contextlib
+import pathlib
+import re
+from collections import Counter
+
+import pytest
+import torch
+from cases import randomise_adapters
+from kernels import Mode, kernelize
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DESIGN = pathlib.Path(__file__).resolve().parent.parent / "docs" / "design.md"
+
+# Every symbol and product of symbols that the table names has a size of its own, and few tokens
+# make every activation smaller than any weight.
+SIZES = dict(M=5, K=67, N=96, I=110, R=3)
+SMALLEST_WEIGHT = min(SIZES["N"], SIZES["I"]) * SIZES["K"]
+
+
+class One(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(SIZES["K"], SIZES["N"])
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+class Three(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(SIZES["K"], SIZES["N"]) for _ in range(3))
+
+    def forward(self, x):
+        return self.q(x), self.k(x), self.v(x)
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up = nn.Linear(SIZES["K"], SIZES["I"]), nn.Linear(SIZES["K"], SIZES["I"])
+        self.down = nn.Linear(SIZES["I"], SIZES["N"])
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+# One per row of the table: the modules, and PEFT's configuration; None for no adapter at all.
+VARIANTS = {
+    "LoRA": (One, {}),
+    "LoRA, dropout": (One, dict(lora_dropout=0.3)),
+    "LoRA, lora_bias": (One, dict(lora_bias=True)),
+    "LoRA, bias trained": (One, dict(bias="all")),
+    "DoRA": (One, dict(use_dora=True)),
+    "DoRA, dropout": (One, dict(use_dora=True, lora_dropout=0.3)),
+    "group of three, LoRA": (Three, {}),
+    "group of three, LoRA, dropout": (Three, dict(lora_dropout=0.3)),
+    "group of three, DoRA": (Three, dict(use_dora=True)),
+    "gated MLP, LoRA": (Gated, {}),
+    "gated MLP, LoRA, dropout": (Gated, dict(lora_dropout=0.3)),
+    "gated MLP, DoRA": (Gated, dict(use_dora=True)),
+    "frozen linear": (One, None),
+}
+ADAPTED = [name for name, (_, config) in VARIANTS.items() if config is not None]
+# (base, adapter, under autocast). float64 has no native row norm and forms B·A: not here.
+PRECISIONS = {
+    "fp32": (torch.float32, torch.float32, False),
+    "bf16": (torch.bfloat16, torch.bfloat16, False),
+    "bf16, fp32 adapter": (torch.bfloat16, torch.float32, False),
+    "bf16, fp32 adapter, autocast": (torch.bfloat16, torch.float32, True),
+}
+
+
+class Wrapped(nn.Module):
+    """`kernelize` looks for gated MLPs below a model's root."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def build(lora_fused, device, variant, base=torch.float32, adapter=torch.float32):
+    """(kernelized model that has seen two passes, so that groups run, x with a gradient)"""
+    make, config = VARIANTS[variant]
+    model = Wrapped(make()).to(device, base).requires_grad_(False)
+    x = torch.randn(SIZES["M"], SIZES["K"], device=device).to(base).requires_grad_()
+    if config is None:
+        return model, x
+    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    config = LoraConfig(r=SIZES["R"], target_modules=targets, **config)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    randomise_adapters(model, adapter)
+    lora_fused.register_peft_layers()
+    model = kernelize(model.train(), mode=Mode.TRAINING, device=device)
+    for _ in range(2):
+        model(x.detach().clone())
+    rows = lora_fused.explain(model)
+    assert all(row.fused for row in rows), str(rows)
+    expected = {One: "single", Three: "q+k+v", Gated: "base_model.model.inner"}[make]
+    assert {row.group for row in rows} == {expected}
+    return model, x
+
+
+def storage(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+def storages_of(tensors):
+    return {storage(t) for t in tensors if t.numel()}
+
+
+def saved_tensors(model, x):
+    """(what one call saves besides parameters and x, one per storage; how often x is saved)"""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        result = model(x)  # the result is alive here, so no storage is given twice
+    parameters = storages_of(model.parameters())
+    others = {storage(t): t for t in saved if storage(t) not in parameters}
+    times_x = sum(storage(t) == storage(x) for t in saved)
+    others.pop(storage(x), None)
+    del result
+    return list(others.values()), times_x
+
+
+def table():
+    """{variant: (times x is saved, sorted shapes)} as the document says."""
+    section = DESIGN.read_text().split("## Saved for backward")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    return {variant: ({"once": 1, "no": 0}[x], shapes_in(saved)) for variant, x, saved in rows[2:]}
+
+
+def shapes_in(text):
+    """Sorted shapes of `t [M, 2R], z [M, N]`, evaluated; `-` for none."""
+    names = re.sub(r"\[[^]]*\]", "", text)
+    assert text == "-" or re.fullmatch(r"(\w+ ,? ?)+", names), f"cannot read {text!r}"
+    shapes = [part.split(",") for part in re.findall(r"\[([^]]*)\]", text)]
+    return sorted(tuple(evaluate(size.strip()) for size in shape) for shape in shapes)
+
+
+def evaluate(size):
+    """3R, N or 1."""
+    factor, symbol = re.fullmatch(r"(\d*)([A-Z]?)", size).groups()
+    return int(factor or 1) * SIZES.get(symbol, 1)
+
+
+def test_the_table_has_a_row_for_every_variant():
+    assert set(table()) == set(VARIANTS)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_for_backward(lora_fused, device, variant):
+    """Exactly the table: parameters are saved as themselves, and nothing else is."""
+    times_x, shapes = table()[variant]
+    others, seen_x = saved_tensors(*build(lora_fused, device, variant))
+    assert sorted(tuple(t.shape) for t in others) == shapes
+    assert seen_x == times_x
+
+
+@pytest.mark.parametrize("variant", ADAPTED)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_saved_dtypes(lora_fused, device, variant, precision):
+    """In half precision nothing of M·N or M·I elements is kept wider than the base."""
+    base, adapter, autocast = PRECISIONS[precision]
+    model, x = build(lora_fused, device, variant, base, adapter)
+    with scope(device, autocast):
+        others, _ = saved_tensors(model, x)
+    wide = [t for t in others if t.dim() == 2 and min(t.shape[1], SIZES["N"]) == SIZES["N"]]
+    assert all(t.dtype == base for t in wide), [(t.dtype, tuple(t.shape)) for t in wide]
+
+
+def scope(device, autocast):
+    return torch.autocast(device, dtype=torch.bfloat16) if autocast else contextlib.nullcontext()
+
+
+class Watch(TorchDispatchMode):
+    """The largest tensor that any operation makes, and how often each parameter is cast to half."""
+
+    def __init__(self, parameters):
+        super().__init__()
+        self.names = {storage(p): name for name, p in parameters}
+        self.largest, self.by = 0, None
+        self.casts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        before = storages_of(t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and storage(tensor) not in before and tensor.numel() > self.largest:
+                self.largest, self.by = tensor.numel(), func
+        source = {"aten::_to_copy": 0, "aten::copy_": 1}.get(func._schema.name)
+        if source is not None and result.dtype in (torch.bfloat16, torch.float16):
+            name = self.names.get(storage(args[source]))
+            if name is not None and args[source].dtype != result.dtype:
+                self.casts[name] += 1
+        return result
+
+
+def loss_of(result):
+    outputs = result if isinstance(result, tuple) else (result,)
+    return sum(y.float().sum() for y in outputs)
+
+
+@pytest.mark.parametrize("variant", ADAPTED)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nothing_as_large_as_a_weight_is_made(lora_fused, device, variant, precision):
+    """No B·A, no merged weight, no copy of one: forward and backward."""
+    base, adapter, autocast = PRECISIONS[precision]
+    model, x = build(lora_fused, device, variant, base, adapter)
+    with Watch(model.named_parameters()) as watch:
+        with scope(device, autocast):
+            result = model(x)
+        loss_of(result).backward()
+    assert x.grad is not None
+    assert 0 < watch.largest < SMALLEST_WEIGHT, f"{watch.by} made {watch.largest} elements"
+
+
+def test_the_watch_sees_a_product_of_the_adapter(lora_fused):
+    """PEFT's DoRA forms B·A: the same probe finds it in its forward."""
+    model, x = build(lora_fused, "cpu", "DoRA")
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    with Watch(model.named_parameters()) as watch:
+        model(x)
+    assert watch.largest >= SMALLEST_WEIGHT
+
+
+@pytest.mark.parametrize("variant", ADAPTED)
+@pytest.mark.parametrize("base", (torch.float32, torch.bfloat16), ids=str)
+def test_one_cast_of_a_parameter_under_autocast(lora_fused, device, variant, base):
+    model, x = build(lora_fused, device, variant, base)
+    with Watch(model.named_parameters()) as watch, scope(device, True):
+        model(x)
+    assert not watch.casts or max(watch.casts.values()) == 1, watch.casts
+    if base == torch.float32:  # so the probe sees casts where there must be some
+        assert any("base_layer.weight" in name for name in watch.casts)
