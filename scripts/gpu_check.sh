@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The GPU test run: build, every test, compute-sanitizer on the CUDA op, then the benchmark.
+# The GPU test run: build, every test, compute-sanitizer on the CUDA ops, benchmark, loss curves.
 # Uses an existing environment ($PYTHON, default python3), needs no network, writes to $OUT.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -11,7 +11,7 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 make build PYTHON="$PYTHON" || exit 1
 
 # Most of the time goes into compiling Triton kernels: in parallel where pytest-xdist is installed.
-"$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 8) || parallel=()
+"$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 12) || parallel=()
 "$PYTHON" -m pytest -q -p no:cacheprovider "${parallel[@]}" tests >"$OUT/tests.log" 2>&1
 tests=$?
 
@@ -19,6 +19,8 @@ if command -v compute-sanitizer >/dev/null; then
     compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" scripts/check_row_norm.py --sanitize >"$OUT/sanitizer.log" 2>&1
     sanitizer=$?
+    compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$PYTHON" scripts/check_group.py >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
 else
     sanitizer="not installed"
 fi
@@ -26,9 +28,12 @@ fi
 row_norm=$?
 "$PYTHON" benchmarks/benchmark_lora.py --out "$OUT/benchmark_lora.json" >"$OUT/benchmark.log" 2>&1
 benchmark=$?
+"$PYTHON" benchmarks/train_curves.py --out "$OUT/train_curves.json" >"$OUT/curves.log" 2>&1
+curves=$?
 
 grep -E '^(FAILED|ERROR)|passed|failed' "$OUT/tests.log" | tail -40
 tail -5 "$OUT/sanitizer.log" 2>/dev/null
-cat "$OUT/row_norm.log" "$OUT/benchmark.log"
-echo "exit codes: tests $tests, sanitizer $sanitizer, row_norm $row_norm, benchmark $benchmark"
-[ "$tests" = 0 ] && [ "$row_norm" = 0 ] && [ "$benchmark" = 0 ] && [ "$sanitizer" != 9 ]
+grep 'ERROR SUMMARY' "$OUT/sanitizer.log"
+cat "$OUT/row_norm.log" "$OUT/benchmark.log" "$OUT/curves.log"
+echo "exit codes: tests $tests, sanitizer $sanitizer, row_norm $row_norm, benchmark $benchmark, curves $curves"
+[ "$tests" = 0 ] && [ "$row_norm" = 0 ] && [ "$benchmark" = 0 ] && [ "$curves" = 0 ] && [ "$sanitizer" != 9 ]

@@ -392,6 +392,15 @@ def test_a_graph_that_is_dropped_holds_nothing_up(lora_fused):
     assert functions(inner(ours)(x.clone())) == 1
 
 
+def test_the_same_input_in_every_pass(lora_fused):
+    """As a benchmark or a CUDA graph has it: the first sibling's next call begins a new pass."""
+    model, x = heads(), torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
+    ours = kernelized(lora_fused, model)
+    for _ in range(2):
+        inner(ours)(x).sum().backward()
+    assert functions(inner(ours)(x)) == 1
+
+
 def test_threads_do_not_mix(lora_fused):
     model = heads()
     ours = learned(lora_fused, model, torch.randn(5, 32, dtype=torch.float64))

@@ -194,14 +194,12 @@ def _forget() -> None:
 
 
 def _observe(module: nn.Module, x: Tensor) -> None:
-    seen = _calls.seen_x() if _calls.seen_x is not None else None
-    if seen is x and _calls.seen_version == x._version:
-        ref = weakref.ref(module)
-        if ref not in _calls.seen:
-            _calls.seen.append(ref)
+    seen, ref = _calls.seen_x() if _calls.seen_x is not None else None, weakref.ref(module)
+    if seen is x and _calls.seen_version == x._version and ref not in _calls.seen:
+        _calls.seen.append(ref)
         return
-    _note_siblings()
-    _calls.seen_x, _calls.seen_version, _calls.seen = weakref.ref(x), x._version, [weakref.ref(module)]
+    _note_siblings()  # another input, or another pass over the same one
+    _calls.seen_x, _calls.seen_version, _calls.seen = weakref.ref(x), x._version, [ref]
 
 
 def _note_siblings() -> None:

@@ -1,0 +1,66 @@
+"""The native ops of LoRA groups and gated MLPs on a GPU, small and odd: for compute-sanitizer.
+
+Every kernel of ours behind them runs (conversions, dropout, gated activation), forward and backward,
+and the results are compared with the same on the CPU in float64.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import torch
+from kernels import get_local_kernel
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHAPES = ((1, 8, 8, 1), (7, 33, 20, 3), (65, 130, 96, 16), (70, 67, 129, 5))
+UNIT = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+
+
+def draw(generator, *shape):
+    return torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
+
+
+def results(lora_fused, operands, device, dtype, adapter, activation) -> list[torch.Tensor]:
+    """Outputs and gradients of a group of two and of a gated MLP, without dropout."""
+    x, gate, up, down = [
+        [tensor.to(device, adapter if i in (1, 2) else dtype).requires_grad_(i in (1, 2)) for i, tensor in enumerate(each)]
+        for each in operands
+    ]
+    x = x[0].detach().requires_grad_()
+    projections = [
+        lora_fused.Projection(lora_fused.Operands(weight, None, a, b), 0.5) for weight, a, b in (gate, up, down)
+    ]
+    with torch.autocast(device, dtype=dtype, enabled=dtype != adapter and dtype != torch.float64):
+        ys = lora_fused.lora_linear_group(x, projections[:2], backend="library")
+        y = lora_fused.functional.compute_gated(x, projections[:2], projections[2], activation, backend="library")
+    (ys[0].float().sum() + ys[1].float().square().sum() + y.float().sum()).backward()
+    leaves = [x] + [tensor for each in (gate, up, down) for tensor in each[1:]]
+    return [*ys, y, *(leaf.grad for leaf in leaves)]
+
+
+def main() -> None:
+    lora_fused = get_local_kernel(ROOT / "build")
+    generator = torch.Generator().manual_seed(0)
+    for m, k, n, r in SHAPES:
+        adapters = [(draw(generator, n, k), draw(generator, r, k), draw(generator, n, r)) for _ in range(2)]
+        down = (draw(generator, k, n), draw(generator, r, n), draw(generator, k, r))
+        operands = [(draw(generator, m, k),), *adapters, down]
+        for dtype, adapter in ((torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.float16,) * 2):
+            for activation in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
+                ours = results(lora_fused, operands, "cuda", dtype, adapter, activation)
+                truth = results(lora_fused, operands, "cpu", torch.float64, torch.float64, activation)
+                for value, exact in zip(ours, truth):
+                    error = (value.double().cpu() - exact).norm() / exact.norm().clamp(min=1e-6)
+                    assert error <= UNIT[dtype], (m, k, n, r, dtype, activation, error)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            x = draw(generator, m, k).to("cuda", dtype)
+            out = torch.full_like(x, float("nan"))
+            lora_fused._ops.ops.dropout(x, torch.tensor([m], device="cuda"), 0.3, out)
+            lora_fused._ops.ops.dropout(x, torch.tensor([m], device="cuda"), 0.3, out, True)
+            assert torch.isfinite(out).all()
+    torch.cuda.synchronize()
+    print("groups, gated MLPs and dropout: as in float64 on the CPU")
+
+
+if __name__ == "__main__":
+    main()
