@@ -1,7 +1,7 @@
 # Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test clean gpu-check cuda-compile
+.PHONY: help venv build demo test conformance clean gpu-check cuda-compile
 
 ifdef PYTHON
 READY :=
@@ -32,6 +32,9 @@ demo: build  ## fine-tune with PEFT alone and kernelized, and compare
 
 test: build  ## run the tests
 	$(PYTHON) -m pytest tests
+
+conformance: build  ## run PEFT's own LoRA tests with and without the kernel (SDIST=file: no download)
+	$(PYTHON) scripts/conformance.py $(if $(SDIST),--sdist $(SDIST))
 
 gpu-check: build  ## check parity and gradients on this machine's GPU
 	PYTHON=$(PYTHON) scripts/gpu_check.sh

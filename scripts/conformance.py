@@ -51,10 +51,8 @@ MODULES = {
     "test_common_gpu.py": LORA,
 }
 QUICK = {
-    "test_custom_models.py": "(TestMultipleActiveAdapters or TestRequiresGrad or TestMixedAdapterBatches) and lora"
-    " or (TestPeftCustomModel and (test_forward_output or disable_adapters or merge_layers) and Vanilla)",
-    "test_lora_variants.py": "",
-    "test_mixed.py": "lora",
+    "test_custom_models.py": "(TestMultipleActiveAdapters or TestRequiresGrad or TestMixedAdapterBatches"
+    f" or (TestPeftCustomModel and test_disable_adapters)) and ({LORA})",
 }
 MIN_FUSED = 0.5
 

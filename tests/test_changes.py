@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import Case, peft_linear
 from kernels import Mode, kernelize
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 CASE = Case((6,), 32, 16, 4, bias=True)
@@ -28,6 +28,36 @@ def pair(lora_fused, request, device):
     ours = kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device=device)
     assert lora_fused.explain(ours)[0].fused
     return model, ours, torch.randn(6, 32, device=device)
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.4))
+def test_dora_changes_nothing_at_initialisation(lora_fused, device, dropout):
+    """As with PEFT: a norm summed in another order gives no gain of 1 + 1e-7."""
+    base = nn.Sequential()
+    base.add_module("proj", nn.Linear(1000, 300).to(device))
+    x = torch.randn(50, 1000, device=device)
+    expected = base(x)
+    model = get_peft_model(base, LoraConfig(target_modules=["proj"], use_dora=True, lora_dropout=dropout)).train()
+    lora_fused.register_peft_layers()
+    kernelize(model, mode=Mode.TRAINING, device=device)
+    assert lora_fused.explain(model)[0].fused
+    if device == "cpu":
+        torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-7)
+    gain = lora_fused.ops.gain(model.base_model.model.proj.lora_magnitude_vector["default"].weight.detach(), norm_of(lora_fused, model))
+    assert torch.equal(gain, torch.ones_like(gain))
+
+
+def norm_of(lora_fused, model):
+    layer = layer_of(model)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return lora_fused.row_norm(layer.base_layer.weight, a, b, layer.scaling["default"])
+
+
+def test_gain_keeps_what_is_not_rounding(lora_fused, device):
+    norm = torch.tensor([2.0, 2.0, 2.0, 2.0, 3.0], device=device)
+    magnitude = torch.tensor([2.0, 2.0 + 2**-21, 2.000002, 0.0, -3.0], device=device)
+    expected = torch.tensor([1.0, 1.0, 2.000002 / 2.0, 0.0, -1.0], device=device)
+    assert torch.equal(lora_fused.ops.gain(magnitude, norm), expected)
 
 
 def layer_of(model):

@@ -14,6 +14,11 @@ torch::stable::Tensor row_norm_cuda(const torch::stable::Tensor& weight,
                                     const torch::stable::Tensor& lora_a,
                                     const torch::stable::Tensor& lora_b, double scaling);
 
+torch::stable::Tensor gain_cpu(const torch::stable::Tensor& magnitude,
+                               const torch::stable::Tensor& norm);
+torch::stable::Tensor gain_cuda(const torch::stable::Tensor& magnitude,
+                                const torch::stable::Tensor& norm);
+
 void dropout_cpu(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p,
                  torch::stable::Tensor out, bool accumulate);
 void dropout_cuda(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p,

@@ -7,6 +7,7 @@ from typing import NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
+from . import ops
 from .projection import Mask, Operands, ProjectionSpec, unflatten
 
 
@@ -33,7 +34,7 @@ class Member(NamedTuple):
 
     def gain(self, norm: Optional[Tensor]) -> Optional[Tensor]:
         """g = m / norm for DoRA."""
-        return None if norm is None else self.operands.magnitude.to(norm.dtype) / norm
+        return None if norm is None else ops.gain(self.operands.magnitude, norm)
 
 
 class Outputs(NamedTuple):

@@ -19,6 +19,16 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
     return ops.row_norm(weight, lora_a, lora_b, scaling)
 
 
+@torch.library.register_fake(add_op_namespace_prefix("gain"))
+def _gain_fake(magnitude: Tensor, norm: Tensor) -> Tensor:
+    return torch.empty_like(norm)
+
+
+def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """magnitude / norm [N] in norm's dtype, and exactly 1 where they differ by the norm's rounding alone."""
+    return ops.gain(magnitude.to(norm.dtype).contiguous(), norm)
+
+
 @torch.library.register_fake(add_op_namespace_prefix("dropout"))
 def _dropout_fake(x: Tensor, seed: Tensor, p: float, out: Tensor, accumulate: bool = False) -> None:
     return None
