@@ -41,8 +41,8 @@ def test_dora_changes_nothing_at_initialisation(lora_fused, device, dropout):
     lora_fused.register_peft_layers()
     kernelize(model, mode=Mode.TRAINING, device=device)
     assert lora_fused.explain(model)[0].fused
-    if device == "cpu":
-        torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-7)
+    if device == "cpu" and not dropout:
+        assert torch.equal(model(x), expected)
     gain = lora_fused.ops.gain(model.base_model.model.proj.lora_magnitude_vector["default"].weight.detach(), norm_of(lora_fused, model))
     assert torch.equal(gain, torch.ones_like(gain))
 

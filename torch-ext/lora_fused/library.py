@@ -48,10 +48,8 @@ def _lists(x: Tensor, batch: Sequence[Member]) -> tuple:
     )
 
 
-def project(x: Tensor, batch: Sequence[Member]) -> Outputs:
-    """`compose.project` by one op; for DoRA ys holds z, the gain is the caller's."""
-    scaled = [member.operands.magnitude is not None for member in batch]
-    biases = [None if dora else member.bias(x.dtype) for dora, member in zip(scaled, batch)]
+def project(x: Tensor, batch: Sequence[Member], biases: Sequence[Optional[Tensor]]) -> Outputs:
+    """`compose.project` by one op; for DoRA ys holds z + b, the gain is the caller's."""
     ys, t = ops.lora_forward(x, [member.weight(x.dtype) for member in batch], biases, *_lists(x, batch))
     return Outputs(ys, [None] * len(batch), t)
 

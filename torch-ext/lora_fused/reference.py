@@ -73,8 +73,15 @@ def up_add_scaled(
     x: Tensor, weight: Tensor, t: Tensor, up: Tensor, gain: Tensor, bias: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
     """(y, z) with z = x weightᵀ + t upᵀ and y = z∘g + b."""
-    z = up_add(x, weight, t, up)
-    return scale(z, gain, bias), z
+    return rescale(up_add(x, weight, t, up, bias), gain, bias)
+
+
+def rescale(y: Tensor, gain: Tensor, bias: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    """(z∘g + b, z) for y = z + b [M, N]; exactly y where g is 1."""
+    if bias is None:
+        return scale(y, gain), y
+    z = y - bias
+    return (y + z * (gain - 1)).to(y.dtype), z
 
 
 def scale_sum(dy: Tensor, z: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:

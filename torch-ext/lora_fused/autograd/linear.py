@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend as backends
-from .. import compose, library
+from .. import compose, library, reference
 from ..member import Member, Outputs, batches_of, cat, members_of, split
 from ..projection import GroupSpec, Operands, flatten, unflatten
 
@@ -69,10 +69,11 @@ def _norm(member: Member) -> Optional[Tensor]:
 
 def _project(group: GroupSpec, x: Tensor, batch: Sequence[Member], norms) -> Outputs:
     if backends.is_library(group.backend) and library.serves(x, batch, group.lora_dtype):
-        ys, zs, t = library.project(x, batch)
+        biases = [member.bias(x.dtype) for member in batch]
+        ys, zs, t = library.project(x, batch, biases)
         for i, (member, norm) in enumerate(zip(batch, norms)):
             if norm is not None:
-                zs[i], ys[i] = ys[i], scaled_output(member, ys[i], norm)
+                ys[i], zs[i] = reference.rescale(ys[i], member.gain(norm), biases[i])
         return Outputs(ys, zs, t)
     gains = [member.gain(norm) for member, norm in zip(batch, norms)]
     return compose.project(backends.get(group.backend), x, batch, gains, group.lora_dtype)
