@@ -11,4 +11,4 @@ import tables
 def test_readme_agrees_with_the_results():
     readme = tables.README.read_text()
     assert tables.with_table(readme) == readme
-    assert "| Llama-8B shape, 32 layers, 1×2048 | fp32, autocast |" in readme
+    assert "| Llama-8B shape, 32 layers, 1×2048 | LoRA | fp32, autocast |" in readme
