@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 def pair(left, right):
     """Outputs joined by their features; PEFT's DoRA makes a matrix of a vector."""
-    return torch.cat(torch.broadcast_tensors(left, right), -1)
+    lead = torch.broadcast_shapes(left.shape[:-1], right.shape[:-1])
+    return torch.cat((left.expand(*lead, -1), right.expand(*lead, -1)), -1)
 
 
 class Stack(nn.Module):
