@@ -28,6 +28,7 @@ fi
 row_norm=$?
 "$PYTHON" benchmarks/benchmark_lora.py --out "$OUT/benchmark_lora.json" >"$OUT/benchmark.log" 2>&1
 benchmark=$?
+"$PYTHON" benchmarks/benchmark_embedding.py --out "$OUT/benchmark_embedding.json" >>"$OUT/benchmark.log" 2>&1 || benchmark=$?
 "$PYTHON" benchmarks/train_curves.py --out "$OUT/train_curves.json" >"$OUT/curves.log" 2>&1
 curves=$?
 

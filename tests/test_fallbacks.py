@@ -181,11 +181,11 @@ def test_subclass_of_the_lora_layer(lora_fused):
     assert_peft_runs(lora_fused, model, "no fused layer for")
 
 
-def test_embedding_has_a_row(lora_fused):
+def test_convolution_has_a_row(lora_fused):
     model = nn.Sequential()
-    model.add_module("table", nn.Embedding(20, 8))
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=["table"], init_lora_weights=False))
-    assert_peft_runs(lora_fused, model, "no fused layer for", torch.randint(0, 20, (6,)))
+    model.add_module("conv", nn.Conv1d(4, 8, 3))
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["conv"], init_lora_weights=False))
+    assert_peft_runs(lora_fused, model, "no fused layer for", torch.randn(2, 4, 6))
 
 
 def test_hooks_and_replaced_forwards(lora_fused):

@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import ops, reference, reference_embedding
+from .table import Table
 
 REFERENCE = "reference"
 LIBRARY = "library"
@@ -86,3 +87,20 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
 def _row_norm_pays_in_triton(weight: Tensor, rank: int) -> bool:
     large = rank >= ROW_NORM_TRITON_FROM_RANK and weight.numel() * rank >= ROW_NORM_TRITON_FROM
     return weight.is_cuda and large and triton_is_there()
+
+
+def choose_embedding(table: Table) -> str:
+    """Name of the backend for an embedding.
+
+    The library everywhere until the Triton kernels have run on a GPU: so far they are only compiled
+    for one, and tested in the interpreter. They are meant for a GPU at any size except in float64,
+    since what the library needs ten passes for is memory-bound.
+    """
+    return REFERENCE
+
+
+def get_embedding(name: str) -> ModuleType:
+    """The module with `column_norm`, `gather_add`, `gather_backward` and `scatter_rows`, as
+    `reference_embedding` defines them, behind a backend's name."""
+    ops = get(name)
+    return reference_embedding if ops is reference else ops

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from . import functional, mlp_state, peft_state, siblings
+from . import functional, functional_embedding, mlp_state, peft_embedding, peft_state, siblings
 
 
 class LoraLinear(nn.Module):
@@ -57,3 +57,17 @@ def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if isinstance(state, str):
         return type(module).forward(module, x)
     return functional.compute_gated(x, state.inputs, state.output, state.activation, state.gate_half)
+
+
+class LoraEmbedding(nn.Module):
+    """LoRA and DoRA for `peft.tuners.lora.Embedding`, y as `lora_embedding` defines it: fused where the
+    module's state allows, and PEFT's own forward otherwise (`explain` says which and why)."""
+
+    can_torch_compile = False
+    has_backward = True
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        state = peft_embedding.read_embedding(self)
+        if isinstance(state, str) or peft_embedding.embedding_call_reason(state, x, args, kwargs):
+            return type(self).forward(self, x, *args, **kwargs)
+        return functional_embedding.compute_table(x, *state)

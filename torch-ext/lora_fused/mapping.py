@@ -11,7 +11,7 @@ from typing import Callable, Iterator, Optional, Sequence
 import torch
 from torch import nn
 
-from . import backend, layers, mlp_state, peft_state, siblings
+from . import backend, layers, mlp_state, peft_embedding, peft_state, siblings
 
 _DEVICES = ("cpu", "cuda")
 _CLASS_ATTRIBUTES = ("kernel_layer_name", "kernel_condition")
@@ -35,7 +35,7 @@ class LoadedLayer:
 
 
 def _mapping() -> dict:
-    mapped = (layers.LoraLinear, *layers.GATED_MLP_BY_INPUT.values())
+    mapped = (layers.LoraLinear, layers.LoraEmbedding, *layers.GATED_MLP_BY_INPUT.values())
     return {layer.__name__: {device: LoadedLayer(layer) for device in _DEVICES} for layer in mapped}
 
 
@@ -52,8 +52,9 @@ class _Marks:
         replace_kernel_forward_from_hub(cls, layer_name, condition=condition)
 
     def mark_all(self) -> None:
-        """PEFT's linear, and the roots of models, at which their gated MLPs are looked for."""
+        """PEFT's linear and embedding, and the roots of models, at which their gated MLPs are looked for."""
         self.mark(peft_state.linear_class(), layers.LoraLinear.__name__, peft_state.is_plain_linear)
+        self.mark(peft_embedding.embedding_class(), layers.LoraEmbedding.__name__, peft_embedding.is_plain_embedding)
         for root in peft_state.root_classes():
             self.mark(root, layers.LoraGatedMLP.__name__, self.find_gated_mlps)
 
@@ -187,15 +188,16 @@ def _gated_mlps(names: dict[nn.Module, str]) -> dict[nn.Module, str]:
 
 
 def _explain_module(name: str, module: nn.Module, rows: int, names: dict[nn.Module, str], mlp: Optional[str]) -> Row:
-    layer = layers.LoraLinear
     unfused = Row(name, type(module).__name__, fused=False, backend=None, group=None, reason=None)
+    if peft_embedding.is_plain_embedding(module):
+        return _explain_embedding(name, module, unfused)
+    layer = layers.LoraLinear
     if not peft_state.is_plain_linear(module):
         kind = f"{type(module).__module__}.{type(module).__name__}"
         return _because(unfused, f"no fused layer for {kind}")
-    bound = module.__dict__.get("forward")
-    if getattr(bound, "__func__", None) is not layer.forward:
-        other = "another tool set its forward" if bound is not None and not _is_original(module, bound) else None
-        return _because(unfused, other or "not kernelized: call register_peft_layers(), then kernelize(model)")
+    reason = _unmapped_reason(module, layer)
+    if reason:
+        return _because(unfused, reason)
     state = peft_state.read_linear(module)
     if isinstance(state, str):
         return _because(unfused, state)
@@ -224,3 +226,29 @@ def _is_original(module: nn.Module, bound) -> bool:
 
 def _because(row: Row, reason: str) -> Row:
     return Row(row.module, row.layer, row.fused, row.backend, row.group, reason)
+
+
+def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> Optional[str]:
+    """Why the layer's forward is not the one that a module runs; None where it is."""
+    bound = module.__dict__.get("forward")
+    if getattr(bound, "__func__", None) is layer.forward:
+        return None
+    if bound is not None and not _is_original(module, bound):
+        return "another tool set its forward"
+    return "not kernelized: call register_peft_layers(), then kernelize(model)"
+
+
+def _explain_embedding(name: str, module: nn.Module, unfused: Row) -> Row:
+    layer = layers.LoraEmbedding
+    reason = _unmapped_reason(module, layer)
+    if reason:
+        return _because(unfused, reason)
+    state = peft_embedding.read_embedding(module)
+    if isinstance(state, str):
+        return _because(unfused, state)
+    example = torch.empty((0,), dtype=torch.int64, device=state.table.weight.device)
+    reason = peft_embedding.embedding_call_reason(state, example, (), {})
+    if reason:
+        return _because(unfused, reason)
+    chosen = backend.choose_embedding(state.table)
+    return Row(name, layer.__name__, fused=True, backend=chosen, group="single", reason=None)

@@ -1,0 +1,184 @@
+"""Embeddings: frozen table, PEFT and lora-fused in one process, LoRA and DoRA, forward + backward.
+
+Every trainable parameter is changed in place before each step, as training does. Each case is
+checked first, output and every gradient, against PEFT's; a case that fails has no speed to report.
+Beside the times stands the floor of DoRA's norm: one read of the table, measured in the same run. A
+GPU is required.
+
+    python benchmarks/benchmark_embedding.py --out results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+
+import kernels
+import peft
+import torch
+import triton
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+VOCABULARY, RANK, SCALING = 151936, 32, 2.0
+TOLERANCE = 1.5e-2  # ‖ours - PEFT's‖ / ‖PEFT's‖ of the output and of each gradient, bfloat16
+
+
+class Model(torch.nn.Module):
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.table = torch.nn.Embedding(VOCABULARY, hidden, device="cuda", dtype=torch.bfloat16)
+        self.table.weight.data.normal_(std=0.5)
+
+    def forward(self, ids):
+        return self.table(ids)
+
+
+def adapt(model: Model, adapter_dtype, dora: bool):
+    config = peft.LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=["table"], use_dora=dora)
+    model = peft.get_peft_model(model.requires_grad_(False), config, autocast_adapter_dtype=False)
+    for name, p in model.named_parameters():
+        if "magnitude" in name:
+            p.data = (p.data.float() * (0.5 + torch.rand(p.shape, device="cuda"))).to(adapter_dtype)
+        elif p.requires_grad:
+            p.data = (torch.randn(p.shape, device="cuda") * RANK**-0.5).to(adapter_dtype)
+    return model
+
+
+def timed(step, before, repeats: int) -> dict:
+    """Median milliseconds of `step`, `before` outside of the clock, and the peak of memory."""
+    for _ in range(3):
+        before()
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        before()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return {"ms": statistics.median(times), "min_ms": min(times), "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+
+
+def measure(model, ids, dy, repeats: int) -> dict:
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def change():
+        with torch.no_grad():
+            torch._foreach_mul_(trained, 1.0 + 1e-6)
+        for p in trained:
+            p.grad = None
+
+    return timed(lambda: model(ids).backward(dy), change, repeats)
+
+
+def results_of(model, ids, dy) -> dict:
+    for p in model.parameters():
+        p.grad = None
+    y = model(ids)
+    y.backward(dy)
+    return {"y": y.detach(), **{name: p.grad for name, p in model.named_parameters() if p.requires_grad}}
+
+
+def differences(ours: dict, theirs: dict) -> dict:
+    def distance(name):
+        truth = theirs[name].double()
+        return ((ours[name].double() - truth).norm() / truth.norm()).item()
+
+    return {name: distance(name) for name in theirs}
+
+
+def norm_and_floor(table, lora_fused, hidden: int, adapter_dtype, repeats: int) -> dict:
+    """The norm alone, and beside it the time that one read of the table takes."""
+    a = torch.randn(RANK, VOCABULARY, device="cuda").to(adapter_dtype)
+    b = torch.randn(hidden, RANK, device="cuda").to(adapter_dtype)
+    flat = table.view(torch.int32).view(-1)
+    copy_from, copy_to = flat[: flat.numel() // 2], torch.empty_like(flat[: flat.numel() // 2])
+    norm = lora_fused.backend.get("triton").column_norm
+    result = {
+        "norm_ms": timed(lambda: norm(table, a, b, SCALING), lambda: None, repeats)["ms"],
+        # A copy of half the table moves as many bytes as one read of all of it.
+        "floor_ms": timed(lambda: copy_to.copy_(copy_from), lambda: None, repeats)["ms"],
+    }
+    return result
+
+
+def run_case(model, ids, dy, lora_fused, repeats: int) -> dict:
+    theirs = results_of(model, ids, dy)
+    with lora_fused.use_peft_layers():
+        kernels.kernelize(model, mode=kernels.Mode.TRAINING)
+    explained = lora_fused.explain(model)
+    assert all(row.fused for row in explained), str(explained)
+    result = {"backend": explained[0].backend, "difference": differences(results_of(model, ids, dy), theirs)}
+    del theirs
+    if not max(result["difference"].values()) <= TOLERANCE:
+        return {**result, "failed": "not the same result as PEFT: no speed reported"}
+    result["ours"] = measure(model, ids, dy, repeats)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    result["peft"] = measure(model, ids, dy, repeats)
+    return result
+
+
+def describe(case: dict) -> str:
+    head = f"H={case['hidden']:5} tokens {case['tokens']:6} {'DoRA' if case['dora'] else 'LoRA'} {case['adapter']}"
+    if "failed" in case:
+        return f"{head} {case['failed']}: {case['difference']}"
+    ours, theirs = case["ours"], case["peft"]
+    return (
+        f"{head} frozen {case['frozen_ms']:6.3f} | ours {ours['ms']:7.3f} ms {ours['peak_gb']:5.2f} GB | "
+        f"PEFT {theirs['ms']:7.3f} ms {theirs['peak_gb']:5.2f} GB | {theirs['ms'] / ours['ms']:5.2f}x"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", type=pathlib.Path, default=ROOT / "build", help="build folder to load")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark_embedding.json"))
+    parser.add_argument("--repeats", type=int, default=30)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a CUDA GPU is required")
+    lora_fused = kernels.get_local_kernel(arguments.kernel)
+    environment = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "peft": peft.__version__,
+    }
+    torch.manual_seed(0)
+    results, floors = [], []
+    for hidden in (2560, 4096):
+        base = Model(hidden)
+        for adapter in ("fp32", "bf16"):
+            dtype = torch.float32 if adapter == "fp32" else torch.bfloat16
+            floor = norm_and_floor(base.table.weight.data, lora_fused, hidden, dtype, arguments.repeats)
+            floors.append({"hidden": hidden, "adapter": adapter, **floor})
+            print(f"H={hidden} {adapter}: norm {floor['norm_ms']:.3f} ms, one read {floor['floor_ms']:.3f} ms", flush=True)
+            for dora in (False, True):
+                for tokens in (2048, 64, 65536):
+                    ids = torch.randint(0, VOCABULARY, (1, tokens), device="cuda")
+                    dy = torch.randn(1, tokens, hidden, device="cuda", dtype=torch.bfloat16)
+                    frozen = timed(lambda: base(ids), lambda: None, arguments.repeats)["ms"]  # noqa: B023
+                    model = adapt(base, dtype, dora)
+                    case = {"hidden": hidden, "tokens": tokens, "dora": dora, "adapter": adapter, "frozen_ms": frozen}
+                    results.append({**case, **run_case(model, ids, dy, lora_fused, arguments.repeats)})
+                    print(describe(results[-1]), flush=True)
+                    base = model.unload()
+                    del model, ids, dy
+                    torch.cuda.empty_cache()
+                    written = {"environment": environment, "norm": floors, "results": results}
+                    arguments.out.write_text(json.dumps(written, indent=1))
+        del base
+        torch.cuda.empty_cache()
+    if any("failed" in case for case in results):
+        raise SystemExit("parity failed")
+
+
+if __name__ == "__main__":
+    main()

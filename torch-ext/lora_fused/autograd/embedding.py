@@ -1,0 +1,80 @@
+"""One autograd Function for an embedding with LoRA or DoRA.
+
+Forward, for tokens i:   y = e·g∘(W[i] + s·A[:, i]ᵀ Bᵀ)      g = m / ‖W + s·(B·A)ᵀ‖ by column
+Backward, dy' = g∘dy:    dA[:, v] = Σ over tokens of v of s·e·(dy' B)    dB = s·e·dy'ᵀ A[:, i]ᵀ
+                         dm = Σ dy∘y / (g·norm)                          dW[v] = Σ e·dy'
+
+g is 1 for LoRA; the norm is detached and computed at every forward, since every optimizer step
+changes it. padding_idx gets no gradient in dA and dW; dB and dm have its tokens' part. Saved for
+backward: ids, A[:, i]ᵀ [M, R] where B is trained, the norm [H] and the operands themselves; W[i] is
+gathered again for dm. g is exactly 1 where m and the norm differ by the norm's rounding alone, so DoRA
+at initialisation changes nothing. (Hu et al. 2021, arXiv:2106.09685, equation 3; Liu et al. 2024,
+arXiv:2402.09353, equations 5 and 11.)
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import backend as backends
+from .. import ops, reference_embedding
+from ..table import Table, TableSpec
+from .linear import without_autocast
+
+
+def forward_table(ids: Tensor, table: Table, spec: TableSpec, keep: bool):
+    """(y, rows or None, norm or None)."""
+    kernels = backends.get_embedding(spec.backend)
+    norm = None
+    if table.magnitude is not None:
+        norm = kernels.column_norm(table.weight, table.lora_a, table.lora_b, spec.scaling)
+    y, rows = kernels.gather_add(ids, table, spec, _gain(table, norm), keep)
+    return y, rows, norm
+
+
+def _gain(table: Table, norm: Optional[Tensor]) -> Optional[Tensor]:
+    return None if norm is None else ops.gain(table.magnitude, norm)
+
+
+class LoraEmbeddingFunction(torch.autograd.Function):
+    """Apply as `(spec, ids, *table)`; gives [*ids.shape, H] in the table's dtype. Double backward
+    raises. Autocast is off inside: the result's dtype does not depend on it."""
+
+    @staticmethod
+    def forward(ctx, spec: TableSpec, ids: Tensor, *tensors: Optional[Tensor]):
+        table = Table(*tensors)
+        needs = Table(*ctx.needs_input_grad[2:])
+        with without_autocast(table.weight):
+            y, rows, norm = forward_table(ids, table, spec, needs.lora_b or needs.magnitude)
+        ctx.spec = spec
+        ctx.save_for_backward(ids, rows, norm, *tensors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        ids, rows, norm, *tensors = ctx.saved_tensors
+        spec, table, needs = ctx.spec, Table(*tensors), Table(*ctx.needs_input_grad[2:])
+        kernels = backends.get_embedding(spec.backend)
+        ids, dy = ids.reshape(-1), dy.reshape(-1, dy.shape[-1]).contiguous()
+        dw = da = None
+        with without_autocast(dy):
+            gain = _gain(table, norm)
+            drows, db, dm = kernels.gather_backward(dy, ids, rows, table, spec, gain, norm, needs)
+            if needs.lora_a:
+                da = kernels.scatter_rows(drows, ids, table.lora_a, spec.padding_idx)
+            if needs.weight:
+                dw = _weight_grad(dy, ids, table, spec, gain)
+        return None, None, dw, da, db, dm, None
+
+
+def _weight_grad(dy: Tensor, ids: Tensor, table: Table, spec: TableSpec, gain: Optional[Tensor]) -> Tensor:
+    weight = table.weight
+    if gain is not None:
+        dy = (dy * gain).to(weight.dtype)
+    dy = dy * reference_embedding.own_scale(table, spec, weight.dtype)
+    return reference_embedding.scatter_table(dy, ids, weight.shape[0], spec.padding_idx)
