@@ -47,7 +47,7 @@ def uses_fused_function(result):
         node = queue.pop()
         if node is None or node in seen:
             continue
-        if "LoraLinearFunction" in node.name() or "PlainGroupFunction" in node.name():
+        if "LoraLinearFunction" in node.name() or "NativeGroupFunction" in node.name():
             return True
         seen.add(node)
         queue.extend(parent for parent, _ in node.next_functions)

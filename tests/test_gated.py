@@ -78,7 +78,7 @@ def explained(lora_fused, model):
 
 
 def is_one_function(y):
-    return y.grad_fn.name() in ("GatedMLPFunctionBackward", "PlainGatedFunctionBackward")
+    return y.grad_fn.name() in ("GatedMLPFunctionBackward", "NativeGatedFunctionBackward")
 
 
 def step(model, x, **scope):

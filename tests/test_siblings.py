@@ -58,7 +58,7 @@ def functions(result):
         if node is not None and node not in seen:
             seen.add(node)
             queue.extend(parent for parent, _ in node.next_functions)
-    return sum("LoraLinearFunction" in node.name() or "PlainGroupFunction" in node.name() for node in seen)
+    return sum("LoraLinearFunction" in node.name() or "NativeGroupFunction" in node.name() for node in seen)
 
 
 def step(model, x, **call):

@@ -20,7 +20,6 @@ LAYERS = (
     "functional_embedding",
     "autograd",
     "compose",
-    "library",
     "backend",
     "triton_ops",
     "reference",

@@ -14,27 +14,33 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   ops.def("gain(Tensor magnitude, Tensor norm) -> Tensor");
   ops.def("dropout(Tensor x, Tensor seed, float p, Tensor(a!) out, bool accumulate=False) -> ()");
   ops.def(
-      "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
-      "Tensor?[] lora_b, float[] scalings, Tensor? seeds, float[] dropouts) -> (Tensor[], Tensor)");
+      "dora_gains(Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[] magnitudes, "
+      "float[] scalings) -> (Tensor[], Tensor[])");
   ops.def(
-      "lora_backward(Tensor?[] dys, Tensor x, Tensor t, Tensor[] weights, Tensor?[] lora_a, "
-      "Tensor?[] lora_b, float[] scalings, Tensor? seeds, float[] dropouts, Tensor(a!)? dx, "
-      "bool need_dx, bool[] needs_a, bool[] needs_b) -> (Tensor[], Tensor[], Tensor[])");
+      "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
+      "Tensor?[] lora_b, Tensor?[] gains, float[] scalings, Tensor? seeds, float[] dropouts) "
+      "-> (Tensor[], Tensor[], Tensor)");
+  ops.def(
+      "lora_backward(Tensor?[] dys, Tensor x, Tensor t, Tensor[] us, Tensor[] weights, "
+      "Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, Tensor?[] norms, "
+      "float[] scalings, Tensor? seeds, float[] dropouts, bool need_dx, int[] needs) "
+      "-> (Tensor[], Tensor[])");
   ops.def(
       "gated_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
-      "Tensor?[] lora_b, float[] scalings, Tensor? seeds, float[] dropouts, int activation, "
-      "int gate_half) -> (Tensor, Tensor[], Tensor[])");
+      "Tensor?[] lora_b, Tensor?[] gains, float[] scalings, Tensor? seeds, float[] dropouts, "
+      "int activation, int gate_half) -> (Tensor, Tensor[], Tensor[], Tensor[])");
   ops.def(
-      "gated_backward(Tensor dy, Tensor x, Tensor[] outputs, Tensor[] ts, Tensor[] weights, "
-      "Tensor?[] lora_a, Tensor?[] lora_b, float[] scalings, Tensor? seeds, float[] dropouts, "
-      "int activation, int gate_half, bool need_dx, bool[] needs_a, bool[] needs_b) "
-      "-> (Tensor[], Tensor[], Tensor[])");
+      "gated_backward(Tensor dy, Tensor x, Tensor[] outputs, Tensor[] us, Tensor[] ts, "
+      "Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, "
+      "Tensor?[] norms, float[] scalings, Tensor? seeds, float[] dropouts, int activation, "
+      "int gate_half, bool need_dx, int[] needs) -> (Tensor[], Tensor[])");
 }
 
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("row_norm", TORCH_BOX(&row_norm_cpu));
   ops.impl("gain", TORCH_BOX(&gain_cpu));
   ops.impl("dropout", TORCH_BOX(&dropout_cpu));
+  ops.impl("dora_gains", TORCH_BOX(&dora_gains));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
   ops.impl("gated_forward", TORCH_BOX(&gated_forward));
@@ -46,6 +52,7 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("row_norm", TORCH_BOX(&row_norm_cuda));
   ops.impl("gain", TORCH_BOX(&gain_cuda));
   ops.impl("dropout", TORCH_BOX(&dropout_cuda));
+  ops.impl("dora_gains", TORCH_BOX(&dora_gains));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
   ops.impl("gated_forward", TORCH_BOX(&gated_forward));

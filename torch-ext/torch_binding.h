@@ -24,31 +24,37 @@ void dropout_cpu(const torch::stable::Tensor& x, const torch::stable::Tensor& se
 void dropout_cuda(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p,
                   torch::stable::Tensor out, bool accumulate);
 
-// Lists of projections: kernel-src/common/lora_group.cpp says what they hold.
+// Lists of projections: kernel-src/common/lora_group.cpp and gated_mlp.cpp say what they hold.
 namespace lora_fused {
 using Tensors = std::vector<torch::stable::Tensor>;
 using Optionals = std::vector<std::optional<torch::stable::Tensor>>;
-using Gradients = std::tuple<Tensors, Tensors, Tensors>;
 }  // namespace lora_fused
 
-std::tuple<lora_fused::Tensors, torch::stable::Tensor> lora_forward(
+std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_gains(
+    lora_fused::Tensors weights, lora_fused::Tensors lora_a, lora_fused::Tensors lora_b,
+    lora_fused::Tensors magnitudes, std::vector<double> scalings);
+std::tuple<lora_fused::Tensors, lora_fused::Tensors, torch::stable::Tensor> lora_forward(
     const torch::stable::Tensor& x, lora_fused::Tensors weights, lora_fused::Optionals biases,
-    lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, std::vector<double> scalings,
-    std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts);
-lora_fused::Gradients lora_backward(
-    lora_fused::Optionals dys, const torch::stable::Tensor& x, const torch::stable::Tensor& t,
-    lora_fused::Tensors weights, lora_fused::Optionals lora_a, lora_fused::Optionals lora_b,
+    lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals gains,
     std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
-    std::vector<double> dropouts, std::optional<torch::stable::Tensor> dx, bool need_dx,
-    std::vector<bool> needs_a, std::vector<bool> needs_b);
-std::tuple<torch::stable::Tensor, lora_fused::Tensors, lora_fused::Tensors> gated_forward(
-    const torch::stable::Tensor& x, lora_fused::Tensors weights, lora_fused::Optionals biases,
-    lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, std::vector<double> scalings,
-    std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts, int64_t activation,
-    int64_t gate_half);
-lora_fused::Gradients gated_backward(
+    std::vector<double> dropouts);
+std::tuple<lora_fused::Tensors, lora_fused::Tensors> lora_backward(
+    lora_fused::Optionals dys, const torch::stable::Tensor& x, const torch::stable::Tensor& t,
+    lora_fused::Tensors us, lora_fused::Tensors weights, lora_fused::Optionals biases,
+    lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals gains,
+    lora_fused::Optionals norms, std::vector<double> scalings,
+    std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts, bool need_dx,
+    std::vector<int64_t> needs);
+std::tuple<torch::stable::Tensor, lora_fused::Tensors, lora_fused::Tensors, lora_fused::Tensors>
+gated_forward(const torch::stable::Tensor& x, lora_fused::Tensors weights,
+              lora_fused::Optionals biases, lora_fused::Optionals lora_a,
+              lora_fused::Optionals lora_b, lora_fused::Optionals gains,
+              std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
+              std::vector<double> dropouts, int64_t activation, int64_t gate_half);
+std::tuple<lora_fused::Tensors, lora_fused::Tensors> gated_backward(
     const torch::stable::Tensor& dy, const torch::stable::Tensor& x, lora_fused::Tensors outputs,
-    lora_fused::Tensors ts, lora_fused::Tensors weights, lora_fused::Optionals lora_a,
-    lora_fused::Optionals lora_b, std::vector<double> scalings,
+    lora_fused::Tensors us, lora_fused::Tensors ts, lora_fused::Tensors weights,
+    lora_fused::Optionals biases, lora_fused::Optionals lora_a, lora_fused::Optionals lora_b,
+    lora_fused::Optionals gains, lora_fused::Optionals norms, std::vector<double> scalings,
     std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts, int64_t activation,
-    int64_t gate_half, bool need_dx, std::vector<bool> needs_a, std::vector<bool> needs_b);
+    int64_t gate_half, bool need_dx, std::vector<int64_t> needs);

@@ -1,4 +1,5 @@
-// What lora_group.cpp needs of the device: many small conversions at once, the gated activation.
+// What lora_group.cpp and gated_mlp.cpp need of a device: passes over activations, many small
+// conversions at once, and the products of a dropped input. M tokens, N features out, R rank.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -8,6 +9,8 @@
 
 namespace lora_fused {
 
+using MaybeTensor = std::optional<torch::stable::Tensor>;
+
 // One conversion: contiguous tensors of the same number of elements.
 struct Cast {
   torch::stable::Tensor from, to;
@@ -15,20 +18,82 @@ struct Cast {
 
 enum Activation : int64_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
 
+// DoRA's gain on the value u before it, which holds the bias b: g∘(u - b) + b, in the order that
+// leaves u unchanged where g is 1. Vectors [N]: the gain in float32 (float64 for float64), the bias
+// in u's dtype.
+struct Gain {
+  MaybeTensor gain, bias;
+};
+
 // Matrices [M, I] with contiguous rows: gate and up may be halves of wider ones, and so may their
-// gradients. Without dh the forward, h = f(gate)·up; else dgate, dup and h.
+// gradients. Without dh the forward, h = f(gate)·up; else dgate, dup and h. Gate and up are values
+// before the gain where a gain is given.
 struct Gated {
   torch::stable::Tensor gate, up, h;
-  std::optional<torch::stable::Tensor> dh, dgate, dup;
+  MaybeTensor dh, dgate, dup;
   int64_t activation;
+  Gain gate_gain, up_gain;
+};
+
+// y = g∘(u - b) + b, or y += (g - 1)∘u where `add`; u and y [M, N] contiguous.
+struct Scale {
+  torch::stable::Tensor u, y;
+  Gain gain;
+  bool add;
+};
+
+// One pass over dy [M, N], contiguous: scaled = g∘dy, excess = (g - 1)∘dy, dots = Σ dy∘(u - b) / norm
+// and sums = Σ dy over tokens. What is not there is not computed; dots and sums [N] are in float32
+// (float64 for float64), each a sum in a fixed order.
+struct TokenSums {
+  torch::stable::Tensor dy;
+  MaybeTensor u, norm, scaled, excess, dots, sums;
+  Gain gain;
+};
+
+// A projection's mask over its input [M, K]: Philox, see dropout.h.
+struct Dropped {
+  torch::stable::Tensor seed;
+  double p;
+};
+
+// t [M, R] = scaling · dropped(x) aᵀ for a [R, K]; rows of t may be strided.
+struct DroppedDown {
+  torch::stable::Tensor x, a, t;
+  double scaling;
+  Dropped mask;
+};
+
+// da [R, K] = dtᵀ dropped(x); rows of dt [M, R] may be strided.
+struct DroppedOuter {
+  torch::stable::Tensor dt, x, da;
+  Dropped mask;
+};
+
+// dropped(dt a), a term of dx [M, K]; without a mask dt a.
+struct DroppedUp {
+  torch::stable::Tensor dt, a;
+  std::optional<Dropped> mask;
 };
 
 void gated_cpu(const Gated& gated);
+void scale_cpu(const Scale& scale);
+void token_sums_cpu(const TokenSums& sums);
 
 #if defined(CUDA_KERNEL)
 // All conversions in as few launches as their number allows.
 void cast_all_cuda(const std::vector<Cast>& casts);
 void gated_cuda(const Gated& gated);
+void scale_cuda(const Scale& scale);
+void token_sums_cuda(const TokenSums& sums);
+
+// Each list is one launch; its entries share M, K and dtype. Half precision; every row of x, a, t and
+// dt starts on 16 bytes and p < 1, as `dropped_serves` asks of each of them.
+bool dropped_serves(const torch::stable::Tensor& matrix);
+void dropped_down_cuda(const std::vector<DroppedDown>& entries);
+void dropped_outer_cuda(const std::vector<DroppedOuter>& entries);
+// dx += the sum of all terms.
+void dropped_up_add_cuda(const torch::stable::Tensor& dx, const std::vector<DroppedUp>& terms);
 #endif
 
 }  // namespace lora_fused

@@ -22,6 +22,16 @@ T* row(const std::optional<Tensor>& t, int64_t i) {
   return t ? static_cast<T*>(t->mutable_data_ptr()) + i * t->stride(0) : nullptr;
 }
 
+// g∘(u - b) + b at one column, as if it had been stored.
+template <typename T, typename Wide>
+Wide gained(Wide u, const lora_fused::Gain& g, int64_t j) {
+  if (!g.gain) return u;
+  const Wide gain = static_cast<const Wide*>(g.gain->const_data_ptr())[j];
+  if (!g.bias) return static_cast<Wide>(static_cast<T>(u * gain));
+  const Wide bias = static_cast<Wide>(static_cast<const T*>(g.bias->const_data_ptr())[j]);
+  return static_cast<Wide>(static_cast<T>(u + (u - bias) * (gain - 1)));
+}
+
 template <typename T>
 void run(const lora_fused::Gated& g) {
   using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -31,9 +41,10 @@ void run(const lora_fused::Gated& g) {
       const T *gate = row<T>(g.gate, i), *up = row<T>(g.up, i), *dh = row<T>(g.dh, i);
       T *h = row<T>(g.h, i), *dgate = row<T>(g.dgate, i), *dup = row<T>(g.dup, i);
       for (int64_t j = 0; j < cols; ++j) {
-        const Wide u = static_cast<Wide>(up[j]);
+        const Wide u = gained<T, Wide>(static_cast<Wide>(up[j]), g.up_gain, j);
         Wide value, slope;
-        lora_fused::value_and_slope<Wide>(static_cast<Wide>(gate[j]), g.activation, value, slope);
+        lora_fused::value_and_slope<Wide>(gained<T, Wide>(static_cast<Wide>(gate[j]), g.gate_gain, j),
+                                          g.activation, value, slope);
         h[j] = static_cast<T>(value * u);
         if (dh) {
           const Wide d = static_cast<Wide>(dh[j]);

@@ -3,9 +3,6 @@
 // Fused: the mask (Philox, see common/dropout.h), the scale, the sum and the conversion. One thread per
 // four columns, one Philox block each. The seed stays on the GPU: no synchronisation, and a CUDA
 // graph that draws a new seed replays a new mask.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,29 +13,16 @@
 
 #include "../../torch-ext/torch_binding.h"
 #include "../common/dropout.h"
+#include "columns.h"
 
 namespace {
 
+using namespace lora_fused;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 16;  // more work is looped over
-
-__device__ __forceinline__ double widen(double v) { return v; }
-__device__ __forceinline__ float widen(float v) { return v; }
-__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
-
-template <typename Out, typename Wide>
-__device__ __forceinline__ Out narrow(Wide v) {
-  if constexpr (std::is_same_v<Out, __nv_bfloat16>)
-    return __float2bfloat16(static_cast<float>(v));
-  else if constexpr (std::is_same_v<Out, __half>)
-    return __float2half(static_cast<float>(v));
-  else
-    return static_cast<Out>(v);
-}
 
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kThreads)

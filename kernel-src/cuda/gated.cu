@@ -3,9 +3,6 @@
 // Fused: value, slope, both gradients and h again; bound by traffic. float32 inside (float64 for
 // float64), one rounding. A thread takes eight neighbouring columns, in one 16-byte access of half
 // precision where every row starts on such a boundary.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,69 +12,23 @@
 
 #include "../common/activation.h"
 #include "../common/lora_group.h"
+#include "columns.h"
 
 namespace {
 
+using namespace lora_fused;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kThreads = 256, kColumns = 8;
+constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 16;  // more work is looped over
-
-__device__ __forceinline__ double widen(double v) { return v; }
-__device__ __forceinline__ float widen(float v) { return v; }
-__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
-
-template <typename T, typename Wide>
-__device__ __forceinline__ T narrow(Wide v) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    return __float2bfloat16(v);
-  else if constexpr (std::is_same_v<T, __half>)
-    return __float2half(v);
-  else
-    return v;
-}
-
-template <typename T>
-struct alignas(sizeof(T) * kColumns > 16 ? 16 : sizeof(T) * kColumns) Columns {
-  T value[kColumns];
-};
-
-template <typename T>
-struct Matrix {
-  T* data;
-  int64_t stride;
-};
-
-template <typename T>
-__device__ __forceinline__ void load(Columns<T>& to, const Matrix<T>& m, int64_t row, int64_t col,
-                                     int64_t count, bool aligned) {
-  const T* from = m.data + row * m.stride + col;
-  if (aligned) {
-    to = *reinterpret_cast<const Columns<T>*>(from);
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < kColumns; ++j) to.value[j] = j < count ? from[j] : T(0.0f);
-}
-
-template <typename T>
-__device__ __forceinline__ void store(const Matrix<T>& m, const Columns<T>& from, int64_t row,
-                                      int64_t col, int64_t count, bool aligned) {
-  T* to = m.data + row * m.stride + col;
-  if (aligned) {
-    *reinterpret_cast<Columns<T>*>(to) = from;
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < kColumns; ++j)
-    if (j < count) to[j] = from.value[j];
-}
 
 template <typename T>
 struct Arguments {
+  using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
   Matrix<T> gate, up, h, dh, dgate, dup;
+  const Wide *gate_gain, *up_gain;
+  const T *gate_bias, *up_bias;
   int64_t cols, blocks, total;
   bool aligned;
 };
@@ -96,9 +47,11 @@ __global__ void __launch_bounds__(kThreads) gated_kernel(const __grid_constant__
     if (kBackward) load(dh, a.dh, row, col, count, aligned);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      const Wide u = widen(up.value[j]);
-      Wide value, slope;
-      lora_fused::value_and_slope<Wide>(widen(gate.value[j]), kActivation, value, slope);
+      const int64_t at = min(col + j, a.cols - 1);
+      Wide u = widen(up.value[j]), g = widen(gate.value[j]), value, slope;
+      if (a.gate_gain != nullptr) g = rounded<T>(gained<T>(g, a.gate_gain[at], a.gate_bias, at));
+      if (a.up_gain != nullptr) u = rounded<T>(gained<T>(u, a.up_gain[at], a.up_bias, at));
+      value_and_slope<Wide>(g, kActivation, value, slope);
       h.value[j] = narrow<T, Wide>(value * u);
       if (kBackward) {
         const Wide d = widen(dh.value[j]);
@@ -112,15 +65,6 @@ __global__ void __launch_bounds__(kThreads) gated_kernel(const __grid_constant__
       store(a.dup, dup, row, col, count, aligned);
     }
   }
-}
-
-template <typename T>
-Matrix<T> matrix(const std::optional<Tensor>& t, bool& aligned) {
-  if (!t) return {nullptr, 0};
-  T* data = static_cast<T*>(t->mutable_data_ptr());
-  aligned = aligned && reinterpret_cast<uintptr_t>(data) % alignof(Columns<T>) == 0 &&
-            t->stride(0) * sizeof(T) % alignof(Columns<T>) == 0;
-  return {data, t->stride(0)};
 }
 
 template <typename T, int kActivation>
@@ -138,6 +82,10 @@ void run(const lora_fused::Gated& g, cudaStream_t stream) {
   Arguments<T> a{matrix<T>(g.gate, aligned),  matrix<T>(g.up, aligned),
                  matrix<T>(g.h, aligned),     matrix<T>(g.dh, aligned),
                  matrix<T>(g.dgate, aligned), matrix<T>(g.dup, aligned)};
+  a.gate_gain = vector<typename Arguments<T>::Wide>(g.gate_gain.gain);
+  a.up_gain = vector<typename Arguments<T>::Wide>(g.up_gain.gain);
+  a.gate_bias = vector<T>(g.gate_gain.bias);
+  a.up_bias = vector<T>(g.up_gain.bias);
   a.aligned = aligned;
   a.cols = g.h.size(1);
   a.blocks = (a.cols + kColumns - 1) / kColumns;

@@ -1,7 +1,7 @@
 """The one place that chooses who computes: Triton for large work on a GPU, the library elsewhere.
 
-`reference` and `triton_ops` are modules of operations, which `compose` puts together. LIBRARY is
-`reference`'s operations chained by one native op, see `library`. Memory-bound passes are
+`reference` and `triton_ops` are modules of operations, which `compose` puts together. LIBRARY is one
+native op a direction, see `autograd.native`, and where that does not serve `reference`'s operations. Memory-bound passes are
 chosen apart from matrix products: one Triton kernel beats several library ones at any size.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def choose(device: torch.device, dtype: torch.dtype, work: int) -> str:
 
 
 def is_library(name: str) -> bool:
-    """Whether the native op may take whole batches."""
+    """Whether the native op may take whole groups."""
     return name == LIBRARY
 
 
@@ -82,6 +83,27 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
         if kernels.row_norm_fits(weight, lora_a, lora_b):
             return kernels.row_norm(weight, lora_a, lora_b, scaling)
     return ops.row_norm(weight, lora_a, lora_b, scaling)
+
+
+def dora_gains(weights, lora_a, lora_b, magnitudes, scalings) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
+    """(‖W + s·B·A‖ by row, magnitude over it) of each member, None for both where it has no magnitude."""
+    norms: list[Optional[Tensor]] = [None] * len(weights)
+    gains: list[Optional[Tensor]] = [None] * len(weights)
+    batch = []
+    for i, magnitude in enumerate(magnitudes):
+        if magnitude is None:
+            continue
+        double = torch.float64 in (weights[i].dtype, lora_a[i].dtype, lora_b[i].dtype)
+        if double or _row_norm_pays_in_triton(weights[i], lora_a[i].shape[0]):
+            norms[i] = row_norm(weights[i], lora_a[i], lora_b[i], scalings[i])
+            gains[i] = ops.gain(magnitude, norms[i])
+        else:
+            batch.append(i)
+    if batch:
+        fields = ([field[i] for i in batch] for field in (weights, lora_a, lora_b, magnitudes, scalings))
+        for i, norm, gain in zip(batch, *ops.dora_gains(*fields)):
+            norms[i], gains[i] = norm, gain
+    return norms, gains
 
 
 def _row_norm_pays_in_triton(weight: Tensor, rank: int) -> bool:

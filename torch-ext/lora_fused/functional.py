@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
-from . import library
 from .activation import ACTIVATIONS
 from .autograd.gated import GatedMLPFunction, forward_gated
 from .autograd.linear import LoraLinearFunction, forward_group, without_autocast
-from .autograd.plain import PlainGatedFunction, PlainGroupFunction
+from .autograd.native import NativeGatedFunction, NativeGroupFunction, takes
 from .member import members_of
 from .projection import GatedSpec, GroupSpec, Operands, Projection, ProjectionSpec, flatten
 
@@ -92,10 +91,9 @@ def compute_group(
     x = x.to(group.lora_dtype or x.dtype)
     seeds = draw_seeds(x.device, projections, share_mask)
     scalings = tuple(projection.scaling for projection in projections)
-    if _is_plain(x, projections, group):
-        dropouts, flat = [spec.dropout for spec in group.members], library.by_field(projections)
-        return PlainGroupFunction.apply(scalings, dropouts, token, x, seeds, *flat)
     flat = flatten([projection.operands for projection in projections])
+    if _is_native(x, projections, group):
+        return NativeGroupFunction.apply(group.members, scalings, token, x, seeds, *flat)
     if torch.is_grad_enabled():
         return LoraLinearFunction.apply(group, scalings, token, x, seeds, *flat)
     with without_autocast(x):
@@ -120,11 +118,10 @@ def compute_gated(
     x = x.to(spec.inputs.lora_dtype or x.dtype)
     seeds = draw_seeds(x.device, projections)
     scalings = tuple(projection.scaling for projection in projections)
-    if _is_plain(x, projections, spec.inputs) and spec.output.backend == spec.inputs.backend:
-        dropouts, flat = [member.dropout for member in spec.members], library.by_field(projections)
-        code = ACTIVATIONS.index(activation)
-        return PlainGatedFunction.apply(scalings, dropouts, code, gate_half, x, seeds, *flat)
     flat = flatten([projection.operands for projection in projections])
+    if _is_native(x, projections, spec.inputs) and spec.output.backend == spec.inputs.backend:
+        code = ACTIVATIONS.index(activation)
+        return NativeGatedFunction.apply(spec.members, scalings, code, gate_half, x, seeds, *flat)
     if torch.is_grad_enabled():
         return GatedMLPFunction.apply(spec, scalings, x, seeds, *flat)
     with without_autocast(x):
@@ -133,10 +130,10 @@ def compute_gated(
         return y
 
 
-def _is_plain(x: Tensor, projections: Sequence[Projection], group: GroupSpec) -> bool:
+def _is_native(x: Tensor, projections: Sequence[Projection], group: GroupSpec) -> bool:
     if not backends.is_library(group.backend):
         return False
-    return all(library.is_plain(projection, x.dtype, group.lora_dtype) for projection in projections)
+    return all(takes(projection, x.dtype, group.lora_dtype) for projection in projections)
 
 
 def group_spec(x: Tensor, projections: Sequence[Projection], backend: Optional[str] = None) -> GroupSpec:

@@ -7,7 +7,6 @@ from typing import NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from . import ops
 from .projection import Mask, Operands, ProjectionSpec, unflatten
 
 
@@ -31,10 +30,6 @@ class Member(NamedTuple):
             scaled = lora_bias * self.scaling
             bias = scaled if bias is None else bias + scaled
         return None if bias is None else bias.to(dtype)
-
-    def gain(self, norm: Optional[Tensor]) -> Optional[Tensor]:
-        """g = m / norm for DoRA."""
-        return None if norm is None else ops.gain(self.operands.magnitude, norm)
 
 
 class Outputs(NamedTuple):

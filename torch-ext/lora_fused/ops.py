@@ -41,49 +41,72 @@ def dropout(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
     return out
 
 
+@torch.library.register_fake(add_op_namespace_prefix("dora_gains"))
+def _dora_gains_fake(weights, lora_a, lora_b, magnitudes, scalings):
+    norms = [weight.new_empty(weight.shape[0], dtype=torch.float32) for weight in weights]
+    return norms, [torch.empty_like(norm) for norm in norms]
+
+
+def dora_gains(weights, lora_a, lora_b, magnitudes, scalings) -> tuple[list[Tensor], list[Tensor]]:
+    """(`row_norm`, `gain`) of each member, in float32."""
+    magnitudes = [magnitude.to(torch.float32).contiguous() for magnitude in magnitudes]
+    return ops.dora_gains(weights, lora_a, lora_b, magnitudes, scalings)
+
+
 @torch.library.register_fake(add_op_namespace_prefix("lora_forward"))
-def _lora_forward_fake(x, weights, biases, lora_a, lora_b, scalings, seeds, dropouts):
+def _lora_forward_fake(x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts):
+    rows = x[..., 0].numel()
     ranks = sum(a.shape[0] for a in lora_a if a is not None)
     ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    return ys, x.new_empty(x[..., 0].numel(), ranks)
+    us = [x.new_empty(rows, weight.shape[0]) for weight, gain in zip(weights, gains) if gain is not None]
+    return ys, us, x.new_empty(rows, ranks)
 
 
-def _gradients(x, dys, lora_a, lora_b, need_dx, needs_a, needs_b):
-    """Fakes of (dx), dA's and dB's as the native ops give them."""
-    used = [dy is not None for dy in dys]
-    das = [torch.empty_like(a) for a, need, use in zip(lora_a, needs_a, used) if need and use]
-    dbs = [torch.empty_like(b) for b, need, use in zip(lora_b, needs_b, used) if need and use]
-    return [torch.empty_like(x)] if need_dx else [], das, dbs
+def _gradients(x, used, weights, lora_a, lora_b, need_dx, needs):
+    """Fakes of (dx) and of the gradients as the native ops give them."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    grads = []
+    for use, weight, a, b, need in zip(used, weights, lora_a, lora_b, needs):
+        if not use:
+            continue
+        grads += [torch.empty_like(a)] if need & 1 else []
+        grads += [torch.empty_like(b)] if need & 2 else []
+        grads += [x.new_empty(weight.shape[0], dtype=wide) for bit in (4, 8) if need & bit]
+    return [torch.empty_like(x)] if need_dx else [], grads
 
 
 @torch.library.register_fake(add_op_namespace_prefix("lora_backward"))
 def _lora_backward_fake(
-    dys, x, t, weights, lora_a, lora_b, scalings, seeds, dropouts, dx, need_dx, needs_a, needs_b
+    dys, x, t, us, weights, biases, lora_a, lora_b, gains, norms, scalings, seeds, dropouts, need_dx, needs
 ):
-    return _gradients(x, dys, lora_a, lora_b, need_dx and dx is None, needs_a, needs_b)
+    return _gradients(x, [dy is not None for dy in dys], weights, lora_a, lora_b, need_dx, needs)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_forward"))
-def _gated_forward_fake(x, weights, biases, lora_a, lora_b, scalings, seeds, dropouts, activation, gate_half):
+def _gated_forward_fake(
+    x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, activation, gate_half
+):
     rows = x[..., 0].numel()
     ranks = [0 if a is None else a.shape[0] for a in lora_a]
     outputs = [x.new_empty(rows, weight.shape[0]) for weight in weights[:-1]]
     ts = [x.new_empty(rows, sum(ranks[:-1])), x.new_empty(rows, ranks[-1])]
-    return x.new_empty(*x.shape[:-1], weights[-1].shape[0]), outputs, ts
+    kept = [gain is not None and (p > 0 or i == len(gains) - 1) for i, (gain, p) in enumerate(zip(gains, dropouts))]
+    us = [x.new_empty(rows, weight.shape[0]) for weight, keep in zip(weights, kept) if keep]
+    return x.new_empty(*x.shape[:-1], weights[-1].shape[0]), outputs, us, ts
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_backward"))
 def _gated_backward_fake(
-    dy, x, outputs, ts, weights, lora_a, lora_b, scalings, seeds, dropouts, activation, gate_half,
-    need_dx, needs_a, needs_b,
+    dy, x, outputs, us, ts, weights, biases, lora_a, lora_b, gains, norms, scalings, seeds, dropouts, activation,
+    gate_half, need_dx, needs,
 ):  # fmt: skip
-    return _gradients(x, [dy] * len(weights), lora_a, lora_b, need_dx, needs_a, needs_b)
+    return _gradients(x, [True] * len(weights), weights, lora_a, lora_b, need_dx, needs)
 
 
 # Called inside autograd Functions alone: what the dispatcher does for operands that need a gradient,
 # at every call, has no use there.
 _dispatch = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "IMPL")
-for _name in ("lora_forward", "lora_backward", "gated_forward", "gated_backward"):
+for _name in ("dora_gains", "lora_forward", "lora_backward", "gated_forward", "gated_backward"):
     for _key in ("Autograd", "ADInplaceOrView"):
         _dispatch.impl(_name, torch.library.fallthrough_kernel, _key)
 

@@ -11,8 +11,8 @@ Backward, with dy' = g∘dy (dy for LoRA) and D the dropout of the forward, as a
     dt = s·dy' B    dB = dy'ᵀ t    dA = dtᵀ d    db = Σ dy    db_B = s·Σ dy    dm = Σ dy∘z / norm
     dx = Σ over projections of dy' W + D(dt A), or of dy W + D(((g - 1)∘dy) W + dt A)
 
-Saved for backward: x once for the group, t [M, R], for DoRA z [M, N] and the norm [N], the seeds of
-the masks and the operands themselves. Masks are drawn again, nothing of size N×K is formed (dW only
+Saved for backward: x once for the group, t [M, R], for DoRA z [M, N], the norm and the gain [N], the
+seeds of the masks and the operands themselves. Masks are drawn again, nothing of size N×K is formed (dW only
 where a base weight is trainable). Members without dropout share one product x [A₁; A₂; …]ᵀ, one
 dtᵀ x and one dt A. (Hu et al. 2021, arXiv:2106.09685, equation 3; Liu et al. 2024,
 arXiv:2402.09353, equations 5 and 11.)
@@ -28,25 +28,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend as backends
-from .. import compose, library, reference
-from ..member import Member, Outputs, batches_of, cat, members_of, split
+from .. import compose
+from ..member import Member, batches_of, cat, members_of, split
 from ..projection import GroupSpec, Operands, flatten, unflatten
 
 
 class Saved(NamedTuple):
-    """What forward keeps for backward: t of each batch, z and norm of each member (DoRA)."""
+    """What forward keeps for backward: t of each batch; z, norm and gain of each member (DoRA)."""
 
     downs: list[Optional[Tensor]]
     zs: list[Optional[Tensor]]
     norms: list[Optional[Tensor]]
+    gains: list[Optional[Tensor]]
 
     def flat(self) -> list[Optional[Tensor]]:
-        return [*self.downs, *self.zs, *self.norms]
+        return [*self.downs, *self.zs, *self.norms, *self.gains]
 
     @classmethod
     def of(cls, flat: Sequence[Optional[Tensor]], members: int) -> Saved:
-        zs = len(flat) - 2 * members
-        return cls(list(flat[:zs]), list(flat[zs : zs + members]), list(flat[zs + members :]))
+        zs = len(flat) - 3 * members
+        parts = [list(flat[zs + i * members : zs + (i + 1) * members]) for i in range(3)]
+        return cls(list(flat[:zs]), *parts)
 
 
 def is_scaled(member: Member) -> bool:
@@ -54,39 +56,29 @@ def is_scaled(member: Member) -> bool:
     return member.operands.magnitude is not None and member.mask is None
 
 
-def scaled_output(member: Member, z: Tensor, norm: Tensor) -> Tensor:
+def scaled_output(member: Member, z: Tensor, gain: Tensor) -> Tensor:
     """y = g∘z + b of a member that `is_scaled`."""
-    return backends.pointwise(z).scale(z, member.gain(norm), member.bias(z.dtype))
+    return backends.pointwise(z).scale(z, gain, member.bias(z.dtype))
 
 
-def _norm(member: Member) -> Optional[Tensor]:
-    p = member.operands
-    if p.magnitude is None:
-        return None
-    weight = p.weight.t() if member.transposed else p.weight
-    return backends.row_norm(weight, p.lora_a, p.lora_b, member.scaling)
-
-
-def _project(group: GroupSpec, x: Tensor, batch: Sequence[Member], norms) -> Outputs:
-    if backends.is_library(group.backend) and library.serves(x, batch, group.lora_dtype):
-        biases = [member.bias(x.dtype) for member in batch]
-        ys, zs, t = library.project(x, batch, biases)
-        for i, (member, norm) in enumerate(zip(batch, norms)):
-            if norm is not None:
-                ys[i], zs[i] = reference.rescale(ys[i], member.gain(norm), biases[i])
-        return Outputs(ys, zs, t)
-    gains = [member.gain(norm) for member, norm in zip(batch, norms)]
-    return compose.project(backends.get(group.backend), x, batch, gains, group.lora_dtype)
+def _gains(members: Sequence[Member]) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
+    """(norms, gains), None for plain LoRA."""
+    operands = [member.operands for member in members]
+    weights = [p.weight.t() if member.transposed else p.weight for member, p in zip(members, operands)]
+    fields = ([getattr(p, name) for p in operands] for name in ("lora_a", "lora_b", "magnitude"))
+    return backends.dora_gains(weights, *fields, [member.scaling for member in members])
 
 
 def forward_group(
     group: GroupSpec, x: Tensor, members: Sequence[Member], lead: Sequence[int]
 ) -> tuple[list[Tensor], Saved]:
     """Outputs [*lead, N] of all members for x [M, K], and what backward needs of them."""
-    saved = Saved([], [None] * len(members), [_norm(member) for member in members])
+    saved = Saved([], [None] * len(members), *_gains(members))
     outputs: list[Optional[Tensor]] = [None] * len(members)
     for indices in batches_of(members):
-        ys, zs, t = _project(group, x, [members[i] for i in indices], [saved.norms[i] for i in indices])
+        gains = [saved.gains[i] for i in indices]
+        batch = [members[i] for i in indices]
+        ys, zs, t = compose.project(backends.get(group.backend), x, batch, gains, group.lora_dtype)
         saved.downs.append(t)
         for i, y, z in zip(indices, ys, zs):
             outputs[i], saved.zs[i] = shaped(y, lead), z
@@ -105,20 +97,15 @@ class _Backward:
     def batch(self, indices: Sequence[int], t: Optional[Tensor], dys, saved: Saved) -> None:
         """Adds the gradients of one batch whose dys are all there."""
         batch, needs = [self.members[i] for i in indices], [self.needs[i] for i in indices]
-        by_library = backends.is_library(self.group.backend) and library.serves(self.x, batch, self.group.lora_dtype)
-        scaled = any(member.operands.magnitude is not None for member in batch)
-        dys = [dys[i] if by_library and not scaled else rows_of(dys[i]) for i in indices]
-        gains = [member.gain(saved.norms[i]) for i, member in zip(indices, batch)]
+        dys = [rows_of(dys[i]) for i in indices]
+        gains = [saved.gains[i] for i in indices]
         lora_dys, dms = list(dys), [None] * len(batch)
         for j, (i, gain) in enumerate(zip(indices, gains)):
             if gain is not None:
                 lora_dys[j], dm = backends.pointwise(dys[j]).scale_sum(dys[j], saved.zs[i], gain)
                 dms[j] = dm.div_(saved.norms[i])
-        if by_library:
-            gradients = library.project_backward(self.x, batch, t, lora_dys, self.dx, self.needs_x, needs)
-        else:
-            composed = compose.Backward(backends.get(self.group.backend), self.x, batch, self.group.lora_dtype)
-            gradients = composed.run(t, dys, lora_dys, gains, self.dx, self.needs_x, needs)
+        composed = compose.Backward(backends.get(self.group.backend), self.x, batch, self.group.lora_dtype)
+        gradients = composed.run(t, dys, lora_dys, gains, self.dx, self.needs_x, needs)
         self.dx, das, dbs = gradients
         for j, i in enumerate(indices):
             self.grads[i] = self._operand_grads(batch[j], needs[j], dys[j], lora_dys[j], dms[j])._replace(
@@ -128,7 +115,7 @@ class _Backward:
     def _operand_grads(self, member: Member, needs: Operands, dy, lora_dy, dm) -> Operands:
         """Of everything but A and B."""
         p, ops = member.operands, backends.get(self.group.backend)
-        db = ops.token_sum(rows_of(dy)) if needs.bias or needs.lora_bias else None
+        db = ops.token_sum(dy) if needs.bias or needs.lora_bias else None
         return Operands(
             weight=self._weight_grad(ops, member, dy, lora_dy) if needs.weight else None,
             bias=db.to(p.bias.dtype) if needs.bias else None,
@@ -139,7 +126,7 @@ class _Backward:
     def _weight_grad(self, ops, member: Member, dy, lora_dy) -> Tensor:
         p = member.operands
         if p.magnitude is None or member.mask is None:
-            dw = ops.outer(rows_of(lora_dy), self.x, p.weight.dtype)
+            dw = ops.outer(lora_dy, self.x, p.weight.dtype)
         else:
             dw = ops.outer(dy, self.x, p.weight.dtype) + ops.outer(lora_dy - dy, self.x, p.weight.dtype, member.mask)
         return dw.t() if member.transposed else dw

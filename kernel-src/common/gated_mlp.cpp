@@ -1,0 +1,126 @@
+// A gated MLP y = down(f(gate(x))·up(x)) as one op a direction: the groups of lora_group.cpp with the
+// activation between them.
+//
+//   h = f(gate)·up     (dgate, dup) = dh·(up·f'(gate), f(gate))     dh = down's dx
+//
+// Gate and up may be the halves of one projection. The activation and h are computed again in
+// backward. DoRA's gain on gate and up rides in the activation's pass where they have no dropout:
+// their y is never written, `outputs` holds u.
+#include <tuple>
+
+#include "../../torch-ext/torch_binding.h"
+#include "projections.h"
+
+using namespace lora_fused;
+
+namespace {
+
+void run_gated(const Gated& gated) {
+#if defined(CUDA_KERNEL)
+  if (gated.h.is_cuda()) return gated_cuda(gated);
+#endif
+  gated_cpu(gated);
+}
+
+Tensor half_of(const Tensor& both, int64_t half) {
+  const int64_t width = both.size(1) / 2;
+  return columns_of(both, half * width, width);
+}
+
+MaybeTensor half_of(const MaybeTensor& vector, int64_t half) {
+  if (!vector) return std::nullopt;
+  const int64_t width = vector->numel() / 2, one = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(vector->get(), 1, &width, &one, half * width, &handle));
+  return Tensor(handle);
+}
+
+// Gate and up among the outputs [M, I] or [M, 2I] of the first group.
+struct Halves {
+  bool together;
+  int64_t gate_half;
+
+  std::tuple<Tensor, Tensor> of(const Tensors& outputs) const {
+    if (!together) return {outputs[0], outputs[1]};
+    return {half_of(outputs[0], gate_half), half_of(outputs[0], 1 - gate_half)};
+  }
+
+  Gain gain(const Members& in, int64_t which) const {
+    const size_t member = together ? 0 : static_cast<size_t>(which);
+    if (!in.scaled(member)) return {};
+    const Gain whole = in.gain_of(member);
+    if (!together) return whole;
+    const int64_t half = which == 0 ? gate_half : 1 - gate_half;
+    return {half_of(whole.gain, half), half_of(whole.bias, half)};
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensors, Tensors, Tensors> gated_forward(
+    const Tensor& x, Tensors weights, Optionals biases, Optionals lora_a, Optionals lora_b, Optionals gains,
+    std::vector<double> scalings, std::optional<Tensor> seeds, std::vector<double> dropouts, int64_t activation,
+    int64_t gate_half) {
+  const OnDevice device(x);
+  const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts};
+  const size_t inputs = weights.size() - 1;
+  const Members in(lists, 0, inputs), out(lists, inputs, 1);
+  const Halves halves{inputs == 1, gate_half};
+  const Tensor rows = matrix(x);
+  Outputs first = project(rows, rows, in, /*scaled_too=*/false);
+  const auto [gate, up] = halves.of(first.ys);
+  const Tensor h = fresh_like(gate);
+  run_gated({gate, up, h, {}, {}, {}, activation, halves.gain(in, 0), halves.gain(in, 1)});
+  Outputs last = project(h, x, out, /*scaled_too=*/true);
+  Tensors us;  // of members whose output is not their u, and of down
+  size_t next_u = 0;
+  for (size_t i = 0; i < inputs; ++i) {
+    if (!in.gain(i)) continue;
+    if (in.masked(i)) us.push_back(first.us[next_u]);
+    ++next_u;
+  }
+  us.insert(us.end(), last.us.begin(), last.us.end());
+  return {last.ys[0], first.ys, us, Tensors{first.t, last.t}};
+}
+
+std::tuple<Tensors, Tensors> gated_backward(const Tensor& dy, const Tensor& x, Tensors outputs, Tensors us,
+                                            Tensors ts, Tensors weights, Optionals biases, Optionals lora_a,
+                                            Optionals lora_b, Optionals gains, Optionals norms,
+                                            std::vector<double> scalings, std::optional<Tensor> seeds,
+                                            std::vector<double> dropouts, int64_t activation, int64_t gate_half,
+                                            bool need_dx, std::vector<int64_t> needs) {
+  const OnDevice device(x);
+  const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts};
+  const size_t inputs = weights.size() - 1;
+  const Members in(lists, 0, inputs), out(lists, inputs, 1);
+  const Halves halves{inputs == 1, gate_half};
+  const auto [gate, up] = halves.of(outputs);
+  Tensors first_us, last_us;
+  size_t next_u = 0;
+  for (size_t i = 0; i < inputs; ++i)
+    if (in.gain(i)) first_us.push_back(in.masked(i) ? us[next_u++] : outputs[i]);
+  if (out.gain(0)) last_us.push_back(us[next_u]);
+
+  Tensors dx, grads, last_grads;
+  Tensors d_outputs;
+  const Tensor h = fresh_like(gate);
+  {
+    const Tensor dh = fresh_like(gate);
+    const Backward last(out, h, {{dy}, last_us, norms, needs, /*need_dx=*/true});
+    last.input(dh, /*add=*/false);
+    for (const Tensor& output : outputs) d_outputs.push_back(fresh_like(output));
+    const auto [dgate, dup] = halves.of(d_outputs);
+    run_gated({gate, up, h, dh, dgate, dup, activation, halves.gain(in, 0), halves.gain(in, 1)});
+    last.parameters(h, ts[1], last_grads);
+  }
+  const Tensor rows = matrix(x);
+  const Backward first(in, rows, {Optionals(d_outputs.begin(), d_outputs.end()), first_us, norms, needs, need_dx});
+  if (need_dx) {
+    dx.push_back(empty_as(x, rows.size(1)));
+    first.input(view(dx[0], rows.size(0), rows.size(1), rows.size(1), 1, 0), /*add=*/false);
+  }
+  first.parameters(rows, ts[0], grads);
+  grads.insert(grads.end(), last_grads.begin(), last_grads.end());
+  return {dx, grads};
+}

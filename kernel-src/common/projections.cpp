@@ -1,0 +1,305 @@
+// The forward and the backward of projections that share an input, see projections.h.
+#include "projections.h"
+
+#include "dropout.h"
+#include "../../torch-ext/torch_binding.h"
+
+namespace lora_fused {
+
+namespace {
+
+// float64 has no conversion kernel of ours: it is there to check results.
+void cast_all(const std::vector<Cast>& casts) {
+  std::vector<Cast> fused;
+  for (const auto& cast : casts) {
+    const bool exact = cast.from.scalar_type() == ScalarType::Double ||
+                       cast.to.scalar_type() == ScalarType::Double;
+    if (cast.to.is_cuda() && !exact)
+      fused.push_back(cast);
+    else
+      TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(cast.to.get(), cast.from.get(), 0));
+  }
+#if defined(CUDA_KERNEL)
+  if (!fused.empty()) cast_all_cuda(fused);
+#endif
+}
+
+void drop(const Tensor& x, const Dropped& mask, const Tensor& out, bool accumulate) {
+#if defined(CUDA_KERNEL)
+  if (x.is_cuda()) return dropout_cuda(x, mask.seed, mask.p, out, accumulate);
+#endif
+  dropout_cpu(x, mask.seed, mask.p, out, accumulate);
+}
+
+void scale(const Scale& work) {
+#if defined(CUDA_KERNEL)
+  if (work.y.is_cuda()) return scale_cuda(work);
+#endif
+  scale_cpu(work);
+}
+
+void sum_tokens(const TokenSums& work) {
+#if defined(CUDA_KERNEL)
+  if (work.dy.is_cuda()) return token_sums_cuda(work);
+#endif
+  token_sums_cpu(work);
+}
+
+// Whether the kernels that draw the mask in registers take these operands.
+bool mask_is_fused(const Dropped& mask, std::initializer_list<const Tensor*> operands) {
+#if defined(CUDA_KERNEL)
+  if (mask.p >= 1.0) return false;
+  for (const Tensor* operand : operands)
+    if (!operand->is_cuda() || !dropped_serves(*operand)) return false;
+  return true;
+#else
+  return false;
+#endif
+}
+
+Tensor dropped(const Tensor& x, const Dropped& mask) {
+  const Tensor d = fresh_like(x);
+  drop(x, mask, d, /*accumulate=*/false);
+  return d;
+}
+
+}  // namespace
+
+Dropped Members::mask(size_t i) const {
+  const int64_t one = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(lists_.seeds->get(), 1, &one, &one,
+                                                        static_cast<int64_t>(first_ + i), &handle));
+  return {Tensor(handle), lists_.dropouts[first_ + i]};
+}
+
+bool Members::any_masked() const {
+  for (size_t i = 0; i < count_; ++i)
+    if (masked(i)) return true;
+  return false;
+}
+
+Adapters::Adapters(const Tensor& x, const Members& members, bool need_a, bool need_b) {
+  const ScalarType dtype = x.scalar_type();
+  std::vector<Cast> casts;
+  first.push_back(0);
+  for (size_t i = 0; i < members.count(); ++i) first.push_back(first.back() + members.rank(i));
+  if (need_a && ranks() > 0) {
+    for (size_t i = 0; i < members.count(); ++i)
+      if (members.rank(i) == ranks() && members.a(i)->scalar_type() == dtype) a = *members.a(i);
+    if (!a) {
+      a = empty(x, {ranks(), x.size(1)}, dtype);
+      for (size_t i = 0; i < members.count(); ++i)
+        if (members.a(i)) casts.push_back({torch::stable::contiguous(*members.a(i)), a_of(i)});
+    }
+  }
+  for (size_t i = 0; i < members.count(); ++i) {
+    b.push_back(members.b(i));
+    if (!need_b || !b[i] || b[i]->scalar_type() == dtype) continue;
+    b[i] = empty(x, {b[i]->size(0), b[i]->size(1)}, dtype);
+    casts.push_back({torch::stable::contiguous(*members.b(i)), *b[i]});
+  }
+  if (!casts.empty()) cast_all(casts);
+}
+
+namespace {
+
+// t of all members, and D(x) of those whose base product takes it as well.
+Tensor project_down(const Tensor& x, const Members& members, const Adapters& adapters, Optionals& drops) {
+  const Tensor t = empty(x, {x.size(0), adapters.ranks()}, x.scalar_type());
+  std::optional<double> shared;
+  bool share = !members.any_masked();
+  for (size_t i = 0; share && i < members.count(); ++i) {
+    if (!members.a(i)) continue;
+    share = !shared || *shared == members.scaling(i);
+    shared = members.scaling(i);
+  }
+  if (share) {
+    if (shared) addmm(t, t, x, transposed(*adapters.a), 0.0, *shared);
+    return t;
+  }
+  std::vector<DroppedDown> fused;
+  for (size_t i = 0; i < members.count(); ++i) {
+    if (!members.a(i)) continue;
+    const Tensor part = adapters.part(t, i), a = adapters.a_of(i);
+    if (members.masked(i) && !members.gain(i) && mask_is_fused(members.mask(i), {&x, &a})) {
+      fused.push_back({x, a, part, members.scaling(i), members.mask(i)});
+      continue;
+    }
+    if (members.masked(i)) drops[i] = dropped(x, members.mask(i));
+    addmm(part, part, drops[i] ? *drops[i] : x, transposed(a), 0.0, members.scaling(i));
+  }
+#if defined(CUDA_KERNEL)
+  if (!fused.empty()) dropped_down_cuda(fused);
+#endif
+  return t;
+}
+
+}  // namespace
+
+Outputs project(const Tensor& x, const Tensor& like, const Members& members, bool scaled_too) {
+  const Adapters adapters(x, members, true, true);
+  Optionals drops(members.count());
+  Outputs out{{}, {}, project_down(x, members, adapters, drops)};
+  for (size_t i = 0; i < members.count(); ++i) {
+    const int64_t n = members.weight(i).size(0);
+    const auto product = [&](const Tensor& input, const Tensor& y, const MaybeTensor& bias) {
+      std::vector<Term> terms{{input, transposed(members.weight(i))}};
+      if (members.b(i)) terms.push_back({adapters.part(out.t, i), transposed(*adapters.b[i])});
+      multiply(y, terms, bias, /*add=*/false);
+    };
+    const Tensor result = empty_as(like, n), y = view(result, x.size(0), n, n, 1, 0);
+    product(x, y, members.bias(i));
+    if (!members.gain(i)) {
+      out.ys.push_back(result);
+      continue;
+    }
+    if (members.masked(i)) {
+      const Tensor u = fresh_like(y);
+      product(*drops[i], u, std::nullopt);
+      scale({u, y, members.gain_of(i), /*add=*/true});
+      out.us.push_back(u);
+      out.ys.push_back(result);
+      continue;
+    }
+    out.us.push_back(y);
+    out.ys.push_back(scaled_too ? empty_as(like, n) : result);
+    if (scaled_too) scale({y, view(out.ys.back(), x.size(0), n, n, 1, 0), members.gain_of(i), /*add=*/false});
+  }
+  return out;
+}
+
+Backward::Backward(const Members& members, const Tensor& x, const Given& given)
+    : members_(members),
+      needs_(given.needs),
+      need_dx_(given.need_dx),
+      x_(x),
+      lora_dys_(members.count()),
+      excesses_(members.count()),
+      dots_(members.count()),
+      sums_(members.count()),
+      adapters_(x, members, given.need_dx, true) {
+  size_t next_u = 0;
+  bool any_dt = need_dx_;
+  for (size_t i = 0; i < members.count(); ++i) {
+    dys_.push_back(given.dys[i] ? MaybeTensor(matrix(*given.dys[i])) : std::nullopt);
+    const MaybeTensor u = members.gain(i) ? MaybeTensor(given.us[next_u++]) : std::nullopt;
+    if (dys_[i]) pass_over_dy(i, u, given.norms[members.index(i)]);
+    any_dt = any_dt || needs(i, kNeedA);
+  }
+  if (adapters_.ranks() == 0 || !any_dt) return;
+  dt_ = empty(x, {x.size(0), adapters_.ranks()}, x.scalar_type());
+  for (size_t i = 0; i < members.count(); ++i) {
+    if (!members.a(i)) continue;
+    Tensor part = adapters_.part(*dt_, i);
+    if (dys_[i])
+      addmm(part, part, *lora_dys_[i], *adapters_.b[i], 0.0, members.scaling(i));
+    else
+      torch::stable::zero_(part);
+  }
+}
+
+// g∘dy, and what else of dy is wanted, in one pass; plain LoRA needs none.
+void Backward::pass_over_dy(size_t i, const MaybeTensor& u, const MaybeTensor& norm) {
+  const Tensor& dy = *dys_[i];
+  const auto vector = [&] {
+    return empty(dy, {dy.size(1)}, dy.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  };
+  TokenSums work{dy};
+  work.gain = members_.gain_of(i);
+  if (needs(i, kNeedBias)) work.sums = sums_[i] = vector();
+  if (u) {
+    work.scaled = lora_dys_[i] = fresh_like(dy);
+    if (members_.masked(i) && need_dx_) work.excess = excesses_[i] = fresh_like(dy);
+    if (needs(i, kNeedMagnitude)) {
+      work.u = u;
+      work.norm = norm;
+      work.dots = dots_[i] = vector();
+    }
+  } else {
+    lora_dys_[i] = dy;
+  }
+  if (work.sums || work.scaled) sum_tokens(work);
+}
+
+void Backward::input(const Tensor& dx, bool add) const {
+  std::vector<Term> terms;
+  std::vector<size_t> masked;
+  const bool share = !members_.any_masked();
+  for (size_t i = 0; i < members_.count(); ++i) {
+    if (!dys_[i]) continue;
+    terms.push_back({members_.scaled(i) ? *lora_dys_[i] : *dys_[i], members_.weight(i)});
+    if (!members_.a(i) || share) continue;
+    if (members_.masked(i))
+      masked.push_back(i);
+    else
+      terms.push_back({adapters_.part(*dt_, i), adapters_.a_of(i)});
+  }
+  if (dt_ && share) terms.push_back({*dt_, *adapters_.a});
+  multiply(dx, terms, std::nullopt, add);
+  if (!masked.empty()) add_dropped(dx, masked);
+}
+
+void Backward::add_dropped(const Tensor& dx, const std::vector<size_t>& which) const {
+  std::vector<DroppedUp> fused;
+  for (const size_t i : which) {
+    const Tensor dt = adapters_.part(*dt_, i), a = adapters_.a_of(i);
+    const Dropped mask = members_.mask(i);
+    if (!excesses_[i] && mask_is_fused(mask, {&dx, &dt, &a})) {
+      fused.push_back({dt, a, mask});
+      continue;
+    }
+    const Tensor delta = fresh_like(dx);
+    std::vector<Term> terms{{dt, a}};
+    if (excesses_[i]) terms.insert(terms.begin(), {*excesses_[i], members_.weight(i)});
+    multiply(delta, terms, std::nullopt, /*add=*/false);
+    drop(delta, mask, dx, /*accumulate=*/true);
+  }
+#if defined(CUDA_KERNEL)
+  if (!fused.empty()) dropped_up_add_cuda(dx, fused);
+#endif
+}
+
+void Backward::parameters(const Tensor& x, const Tensor& t, Tensors& grads) const {
+  std::vector<Cast> casts;
+  // left right in `dtype`: as the library can, or by a conversion of the product in x's dtype.
+  const auto product = [&](const Tensor& left, const Tensor& right, ScalarType dtype) {
+    const Tensor wanted = empty(x, {left.size(0), right.size(1)}, dtype);
+    if (mm_to_float(wanted, left, right)) return wanted;
+    const bool same = dtype == x.scalar_type();
+    const Tensor own = same ? wanted : empty(x, {left.size(0), right.size(1)}, x.scalar_type());
+    mm(own, left, right);
+    if (!same) casts.push_back({own, wanted});
+    return wanted;
+  };
+  const bool share = !members_.any_masked();
+  std::vector<DroppedOuter> fused;
+  std::optional<Tensor> all;  // dA of all members
+  for (size_t i = 0; i < members_.count(); ++i) {
+    if (needs(i, kNeedA)) {
+      const ScalarType dtype = members_.a(i)->scalar_type();
+      const Tensor dt = adapters_.part(*dt_, i);
+      if (members_.masked(i) && mask_is_fused(members_.mask(i), {&x, &dt})) {
+        grads.push_back(empty(x, {dt.size(1), x.size(1)}, dtype));
+        fused.push_back({dt, x, grads.back(), members_.mask(i)});
+      } else if (members_.masked(i)) {
+        grads.push_back(product(transposed(dt), dropped(x, members_.mask(i)), dtype));
+      } else if (!share) {
+        grads.push_back(product(transposed(dt), x, dtype));
+      } else {
+        if (!all || all->scalar_type() != dtype) all = product(transposed(*dt_), x, dtype);
+        grads.push_back(rows_of(*all, adapters_.first[i], members_.rank(i)));
+      }
+    }
+    if (needs(i, kNeedB))
+      grads.push_back(product(transposed(*lora_dys_[i]), adapters_.part(t, i), members_.b(i)->scalar_type()));
+    if (needs(i, kNeedBias)) grads.push_back(*sums_[i]);
+    if (needs(i, kNeedMagnitude)) grads.push_back(*dots_[i]);
+  }
+#if defined(CUDA_KERNEL)
+  if (!fused.empty()) dropped_outer_cuda(fused);
+#endif
+  if (!casts.empty()) cast_all(casts);
+}
+
+}  // namespace lora_fused

@@ -1,0 +1,109 @@
+// Projections that share an input: the forward and the backward of a group, from library products and
+// the passes of lora_group.h. lora_group.cpp says what they compute.
+#pragma once
+
+#include "lora_group.h"
+#include "products.h"
+
+namespace lora_fused {
+
+// What a gradient is wanted of, by member: bits of the ops' `needs`.
+enum Need : int64_t { kNeedA = 1, kNeedB = 2, kNeedBias = 4, kNeedMagnitude = 8 };
+
+// The lists that every op takes, one element a projection.
+struct Lists {
+  const Tensors& weights;
+  const Optionals &biases, &lora_a, &lora_b, &gains;
+  const std::vector<double>& scalings;
+  const std::optional<Tensor>& seeds;
+  const std::vector<double>& dropouts;
+};
+
+// [first, first + count) of them, which share an input.
+class Members {
+ public:
+  Members(const Lists& lists, size_t first, size_t count) : lists_(lists), first_(first), count_(count) {}
+
+  size_t count() const { return count_; }
+  size_t index(size_t i) const { return first_ + i; }
+  const Tensor& weight(size_t i) const { return lists_.weights[first_ + i]; }
+  const std::optional<Tensor>& bias(size_t i) const { return lists_.biases[first_ + i]; }
+  const std::optional<Tensor>& a(size_t i) const { return lists_.lora_a[first_ + i]; }
+  const std::optional<Tensor>& b(size_t i) const { return lists_.lora_b[first_ + i]; }
+  const std::optional<Tensor>& gain(size_t i) const { return lists_.gains[first_ + i]; }
+  double scaling(size_t i) const { return lists_.scalings[first_ + i]; }
+  bool masked(size_t i) const { return lists_.dropouts[first_ + i] != 0.0; }
+  int64_t rank(size_t i) const { return a(i) ? a(i)->size(0) : 0; }
+  Dropped mask(size_t i) const;
+
+  // What DoRA's gain acts on: with a mask the bias stays outside.
+  Gain gain_of(size_t i) const { return {gain(i), masked(i) ? std::nullopt : bias(i)}; }
+  // DoRA whose output is the gain of what one product gives.
+  bool scaled(size_t i) const { return gain(i) && !masked(i); }
+  bool any_masked() const;
+
+ private:
+  const Lists& lists_;
+  size_t first_, count_;
+};
+
+// The members' adapters in x's dtype: all A's below each other [Σ R, K], and every B.
+struct Adapters {
+  Adapters(const Tensor& x, const Members& members, bool need_a, bool need_b);
+
+  int64_t ranks() const { return first.back(); }
+  Tensor a_of(size_t i) const { return rows_of(*a, first[i], first[i + 1] - first[i]); }
+  // A member's columns of t or dt [M, Σ R].
+  Tensor part(const Tensor& t, size_t i) const { return columns_of(t, first[i], first[i + 1] - first[i]); }
+
+  std::optional<Tensor> a;
+  Optionals b;
+  std::vector<int64_t> first;  // of each member's ranks, and their total at the end
+};
+
+struct Outputs {
+  Tensors ys;    // shaped as asked; empty where `scaled_too` was false and the member is scaled
+  Tensors us;    // [M, N] before the gain, of every member that has one
+  Tensor t;      // [M, Σ R]
+};
+
+// For x [M, K]; ys are shaped as `like` is but for the last dimension. Without `scaled_too` a scaled
+// member's y is left out, and its place in ys holds u.
+Outputs project(const Tensor& x, const Tensor& like, const Members& members, bool scaled_too);
+
+// The backward of `project`, in the two steps that a gated MLP needs apart.
+class Backward {
+ public:
+  struct Given {
+    Optionals dys;  // [..., N], none where an output was not used
+    Tensors us;
+    const Optionals& norms;  // of the op's list, for DoRA
+    const std::vector<int64_t>& needs;
+    bool need_dx;
+  };
+
+  // `x` gives dtype and shape alone: it need not be filled before `parameters`.
+  Backward(const Members& members, const Tensor& x, const Given& given);
+
+  // dx [M, K] = the members' part, or += where `add`.
+  void input(const Tensor& dx, bool add) const;
+
+  // Appends the gradients that are wanted: of each member in turn A, B, bias, magnitude. A and B in
+  // their own dtype, the sums in float32 (float64 for float64).
+  void parameters(const Tensor& x, const Tensor& t, Tensors& grads) const;
+
+ private:
+  bool needs(size_t i, Need need) const { return dys_[i] && (needs_[members_.index(i)] & need) != 0; }
+  void pass_over_dy(size_t i, const MaybeTensor& u, const MaybeTensor& norm);
+  void add_dropped(const Tensor& dx, const std::vector<size_t>& which) const;
+
+  const Members& members_;
+  const std::vector<int64_t>& needs_;
+  bool need_dx_;
+  Tensor x_;
+  Optionals dys_, lora_dys_, excesses_, dots_, sums_;  // by member, [M, N] and [N]
+  Adapters adapters_;
+  std::optional<Tensor> dt_;
+};
+
+}  // namespace lora_fused

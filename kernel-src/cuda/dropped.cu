@@ -1,0 +1,429 @@
+// The products of a dropped input on CUDA, the mask drawn in registers (Philox, see common/dropout.h):
+//
+//   down    t = s·D(x) Aᵀ          outer   dA = dtᵀ D(x)          up_add   dx += Σ D(dt A)
+//
+// with D(x) = mask ∘ x / (1 - p), rounded as if it had been stored. Fused: D(x) is never written, and all
+// members of a group are one launch, each with a mask of its own. Bound by the mask's integer
+// arithmetic, about 20 operations an element, and by one read of x. Tensor cores (mma.sync), float32
+// sums; every sum has one owner, so results are deterministic.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+#include "../common/dropout.h"
+#include "../common/lora_group.h"
+#include "columns.h"
+#include "mma.h"
+
+namespace {
+
+using namespace lora_fused;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kEntries = 16;  // of one launch
+
+struct Mask {
+  const int64_t* seed;  // null for no mask
+  uint32_t threshold;
+  float scale;
+};
+
+template <typename T>
+struct Entry {
+  const T *x, *a, *dt;  // [M, K], [R, K], [M, R]
+  void* out;            // t in T, or da
+  int64_t x_stride, a_stride, t_stride;
+  int ranks;
+  bool out_is_float;
+  float scaling;
+  Mask mask;
+};
+
+template <typename T>
+struct Arguments {
+  Entry<T> entry[kEntries];
+  T* dx;
+  int64_t rows, cols;
+  int entries;
+};
+
+template <typename T>
+__device__ __forceinline__ Columns<T> zeros() {
+  Columns<T> c;
+  *reinterpret_cast<uint4*>(&c) = uint4{0, 0, 0, 0};
+  return c;
+}
+
+// Eight columns of a row from `from`, dropped; zeros where !valid.
+template <typename T>
+__device__ __forceinline__ Columns<T> dropped(Columns<T> x, uint64_t seed, const Mask& mask, int64_t row, int64_t col) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Words words = philox(seed, row, static_cast<uint32_t>(col / 4 + half));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      T& value = x.value[4 * half + j];
+      value = words.word[j] >= mask.threshold ? narrow<T, float>(widen(value) * mask.scale) : T(0.0f);
+    }
+  }
+  return x;
+}
+
+template <typename T>
+__device__ __forceinline__ Columns<T> load_if(const T* from, bool valid) {
+  return valid ? *reinterpret_cast<const Columns<T>*>(from) : zeros<T>();
+}
+
+__device__ __forceinline__ const uint32_t* bits(const void* p) { return static_cast<const uint32_t*>(p); }
+
+// t for 16 tokens and up to 8·kTiles ranks of one entry. The warps take turns at blocks of 32 columns;
+// a lane loads eight neighbouring columns of x and of A, which only permutes the sum's order.
+template <typename T, int kTiles>
+__global__ void __launch_bounds__(kThreads) dropped_down_fwd_kernel(const __grid_constant__ Arguments<T> args) {
+  __shared__ float shared[kWarps][16][8 * kTiles];
+  const Entry<T>& e = args.entry[blockIdx.y];
+  const int first_rank = blockIdx.z * 8 * kTiles;
+  if (first_rank >= e.ranks) return;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * 16 + g;
+  const uint64_t seed = static_cast<uint64_t>(*e.mask.seed);
+  const T* const x = e.x + row * e.x_stride;
+  float acc[kTiles][4] = {};
+#pragma unroll 2
+  for (int64_t col = 32 * warp + 8 * q; col - 8 * q < args.cols; col += 32 * kWarps) {
+    const bool inside = col < args.cols;
+    Columns<T> low = load_if(x + col, inside && row < args.rows);
+    Columns<T> high = load_if(x + 8 * e.x_stride + col, inside && row + 8 < args.rows);
+    Columns<T> a[kTiles];
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const int rank = first_rank + 8 * i + g;
+      a[i] = load_if(e.a + rank * e.a_stride + col, inside && rank < e.ranks);
+    }
+    low = dropped(low, seed, e.mask, row, col);
+    high = dropped(high, seed, e.mask, row + 8, col);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      const uint32_t left[4] = {bits(&low)[2 * step], bits(&high)[2 * step], bits(&low)[2 * step + 1],
+                                bits(&high)[2 * step + 1]};
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i)
+        multiply<T>(acc[i], left, bits(&a[i])[2 * step], bits(&a[i])[2 * step + 1]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    const int rank = 8 * i + 2 * q;
+    *reinterpret_cast<float2*>(&shared[warp][g][rank]) = {acc[i][0], acc[i][1]};
+    *reinterpret_cast<float2*>(&shared[warp][g + 8][rank]) = {acc[i][2], acc[i][3]};
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < 16 * 8 * kTiles; i += kThreads) {
+    const int token = i / (8 * kTiles), rank = i % (8 * kTiles);
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * 16 + token;
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += shared[w][token][rank];
+    if (at < args.rows && first_rank + rank < e.ranks)
+      static_cast<T*>(e.out)[at * e.t_stride + first_rank + rank] = narrow<T, float>(total * e.scaling);
+  }
+}
+
+constexpr int kOuterCols = 32, kOuterRanks = 32, kOuterRows = 32;  // of a block; of a warp's step
+constexpr int kOuterPitch = kOuterCols + 8;  // elements of a row in shared memory: no bank conflicts
+
+// dA [32 ranks, 32 columns] of one entry. The warps take turns at 32 tokens, each with a stage of its own
+// in shared memory, from which ldmatrix transposes both operands.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) dropped_outer_bwd_kernel(const __grid_constant__ Arguments<T> args) {
+  union Shared {
+    T stage[kWarps][2][kOuterRows][kOuterPitch];
+    float sums[kWarps][kOuterRanks][kOuterCols];
+  };
+  __shared__ __align__(16) Shared shared;
+  const Entry<T>& e = args.entry[blockIdx.y];
+  const int first_rank = blockIdx.z * kOuterRanks;
+  if (first_rank >= e.ranks) return;
+  const int64_t first_col = static_cast<int64_t>(blockIdx.x) * kOuterCols;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint64_t seed = static_cast<uint64_t>(*e.mask.seed);
+  T(*const xs)[kOuterPitch] = shared.stage[warp][0];
+  T(*const ts)[kOuterPitch] = shared.stage[warp][1];
+  // A row's 32 elements are four pieces: lane / 4 is the first of four rows eight apart.
+  const int piece = 8 * (lane % 4), first_row = lane / 4;
+  const int64_t col = first_col + piece;
+  const bool col_inside = col < args.cols, rank_inside = first_rank + piece < e.ranks;
+  float acc[2][4][4] = {};
+  Columns<T> x[4], dt[4];
+  const auto fetch = [&](int64_t start) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = start + first_row + 8 * i;
+      x[i] = load_if(e.x + row * e.x_stride + col, row < args.rows && col_inside);
+      dt[i] = load_if(e.dt + row * e.t_stride + first_rank + piece, row < args.rows && rank_inside);
+    }
+  };
+  int64_t start = kOuterRows * warp;
+  fetch(start);
+  for (; start < args.rows; start += kOuterRows * kWarps) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = first_row + 8 * i;
+      *reinterpret_cast<Columns<T>*>(&xs[row][piece]) = dropped(x[i], seed, e.mask, start + row, col);
+      *reinterpret_cast<Columns<T>*>(&ts[row][piece]) = dt[i];
+    }
+    __syncwarp();
+    fetch(start + kOuterRows * kWarps);
+#pragma unroll
+    for (int step = 0; step < kOuterRows; step += 16) {
+      // Matrices of eight tokens by eight ranks or columns, in the order of the fragments' registers.
+      uint32_t left[2][4], right[2][4];
+      const int token = step + lane % 8;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        load_matrices<true>(left[i], shared_address(&ts[token + 8 * (lane / 16)][16 * i + 8 * (lane / 8 % 2)]));
+        load_matrices<true>(right[i], shared_address(&xs[token + 8 * (lane / 8 % 2)][16 * i + 8 * (lane / 16)]));
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          multiply<T>(acc[i][j], left[i], right[j / 2][2 * (j % 2)], right[j / 2][2 * (j % 2) + 1]);
+    }
+    __syncwarp();
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int rank = 16 * i + lane / 4, at = 8 * j + 2 * (lane % 4);
+      *reinterpret_cast<float2*>(&shared.sums[warp][rank][at]) = {acc[i][j][0], acc[i][j][1]};
+      *reinterpret_cast<float2*>(&shared.sums[warp][rank + 8][at]) = {acc[i][j][2], acc[i][j][3]};
+    }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kOuterRanks * kOuterCols; i += kThreads) {
+    const int rank = i / kOuterCols, at = i % kOuterCols;
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += shared.sums[w][rank][at];
+    if (first_rank + rank >= e.ranks || first_col + at >= args.cols) continue;
+    const int64_t place = (first_rank + rank) * args.cols + first_col + at;
+    if (e.out_is_float)
+      static_cast<float*>(e.out)[place] = total;
+    else
+      static_cast<T*>(e.out)[place] = narrow<T, float>(total);
+  }
+}
+
+constexpr int kUpRows = 64, kUpCols = 64, kUpPitch = kUpCols + 8;
+
+// dx [64, 64] += all entries' terms; a warp has 16 rows by 32 columns. A's columns are stored so that
+// two neighbouring tiles of eight give a lane four neighbouring columns, one Philox block.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) dropped_up_add_bwd_kernel(const __grid_constant__ Arguments<T> args) {
+  __shared__ __align__(16) T as[32][kUpPitch];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kUpRows + warp / 2 * 16;
+  const int64_t first_col = static_cast<int64_t>(blockIdx.x) * kUpCols;
+  const int warp_col = warp % 2 * 32;
+  float total[4][4] = {};
+  for (int n = 0; n < args.entries; ++n) {
+    const Entry<T>& e = args.entry[n];
+    float acc[4][4] = {};
+    for (int first_rank = 0; first_rank < e.ranks; first_rank += 32) {
+      __syncthreads();
+      {
+        const int rank = threadIdx.x / 8, piece = 8 * (threadIdx.x % 8);
+        const int64_t col = first_col + piece;
+        const Columns<T> a = load_if(e.a + (first_rank + rank) * e.a_stride + col,
+                                     first_rank + rank < e.ranks && col < args.cols);
+        // Columns 4u + 2v + {0, 1} of sixteen go to place 8v + 2u.
+        const int base = piece / 16 * 16 + piece % 16 / 2;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          *reinterpret_cast<uint32_t*>(&as[rank][base + i / 2 * 2 + i % 2 * 8]) = bits(&a)[i];
+      }
+      __syncthreads();
+      // A lane's eight neighbouring ranks are those of its two steps: rows of A are read to match.
+      const int rank = first_rank + 8 * q;
+      const auto row_of = [&](int64_t row) {
+        return load_if(e.dt + row * e.t_stride + rank, row < args.rows && rank < e.ranks);
+      };
+      const Columns<T> low = row_of(first_row + g), high = row_of(first_row + g + 8);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const uint32_t left[4] = {bits(&low)[2 * step], bits(&high)[2 * step], bits(&low)[2 * step + 1],
+                                  bits(&high)[2 * step + 1]};
+        const int in_tile = lane % 8, second = lane / 8 % 2;
+        const int from = 8 * (in_tile / 2) + in_tile % 2 + 2 * second + 4 * step;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t right[4];
+          load_matrices<true>(right, shared_address(&as[from][warp_col + 16 * i + 8 * (lane / 16)]));
+          multiply<T>(acc[2 * i], left, right[0], right[1]);
+          multiply<T>(acc[2 * i + 1], left, right[2], right[3]);
+        }
+      }
+    }
+    const bool masked = e.mask.seed != nullptr;
+    const uint64_t seed = masked ? static_cast<uint64_t>(*e.mask.seed) : 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int high = 0; high < 2; ++high) {
+        float value[4] = {acc[2 * i][2 * high], acc[2 * i][2 * high + 1], acc[2 * i + 1][2 * high],
+                          acc[2 * i + 1][2 * high + 1]};
+        if (masked) {
+          const int64_t col = first_col + warp_col + 16 * i + 4 * q;
+          const Words words = philox(seed, first_row + g + 8 * high, static_cast<uint32_t>(col / 4));
+#pragma unroll
+          for (int j = 0; j < 4; ++j) value[j] = words.word[j] >= e.mask.threshold ? value[j] * e.mask.scale : 0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) total[2 * i + high][j] += value[j];
+      }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int high = 0; high < 2; ++high) {
+      const int64_t row = first_row + g + 8 * high, col = first_col + warp_col + 16 * i + 4 * q;
+      if (row >= args.rows || col >= args.cols) continue;
+      struct alignas(8) Four {
+        T value[4];
+      };
+      Four* const place = reinterpret_cast<Four*>(args.dx + row * args.cols + col);
+      Four dx = *place;
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        dx.value[j] = narrow<T, float>(widen(dx.value[j]) + total[2 * i + high][j]);
+      *place = dx;
+    }
+}
+
+cudaStream_t stream_of(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+Mask mask_of(const std::optional<Dropped>& dropped) {
+  if (!dropped) return {nullptr, 0, 1.0f};
+  const Keep keep(dropped->p);
+  return {static_cast<const int64_t*>(dropped->seed.const_data_ptr()), static_cast<uint32_t>(keep.threshold),
+          static_cast<float>(keep.scale)};
+}
+
+template <typename T>
+const T* read(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <typename T>
+Entry<T> entry_of(const DroppedDown& d) {
+  Entry<T> e{};
+  e.x = read<T>(d.x), e.a = read<T>(d.a), e.out = d.t.mutable_data_ptr();
+  e.x_stride = d.x.stride(0), e.a_stride = d.a.stride(0), e.t_stride = d.t.stride(0);
+  e.ranks = static_cast<int>(d.a.size(0));
+  e.scaling = static_cast<float>(d.scaling);
+  e.mask = mask_of(d.mask);
+  return e;
+}
+
+template <typename T>
+Entry<T> entry_of(const DroppedOuter& d) {
+  Entry<T> e{};
+  e.x = read<T>(d.x), e.dt = read<T>(d.dt), e.out = d.da.mutable_data_ptr();
+  e.x_stride = d.x.stride(0), e.t_stride = d.dt.stride(0);
+  e.ranks = static_cast<int>(d.dt.size(1));
+  e.out_is_float = d.da.scalar_type() == ScalarType::Float;
+  e.mask = mask_of(d.mask);
+  return e;
+}
+
+template <typename T>
+Entry<T> entry_of(const DroppedUp& d) {
+  Entry<T> e{};
+  e.a = read<T>(d.a), e.dt = read<T>(d.dt);
+  e.a_stride = d.a.stride(0), e.t_stride = d.dt.stride(0);
+  e.ranks = static_cast<int>(d.a.size(0));
+  e.mask = mask_of(d.mask);
+  return e;
+}
+
+unsigned blocks(int64_t work, int64_t block) { return static_cast<unsigned>((work + block - 1) / block); }
+
+template <typename T>
+void launch(const Arguments<T>& args, const DroppedDown*, int ranks, cudaStream_t stream) {
+  const dim3 grid(blocks(args.rows, 16), args.entries, blocks(ranks, ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64));
+  if (ranks <= 16)
+    dropped_down_fwd_kernel<T, 2><<<grid, kThreads, 0, stream>>>(args);
+  else if (ranks <= 32)
+    dropped_down_fwd_kernel<T, 4><<<grid, kThreads, 0, stream>>>(args);
+  else
+    dropped_down_fwd_kernel<T, 8><<<grid, kThreads, 0, stream>>>(args);
+}
+
+template <typename T>
+void launch(const Arguments<T>& args, const DroppedOuter*, int ranks, cudaStream_t stream) {
+  const dim3 grid(blocks(args.cols, kOuterCols), args.entries, blocks(ranks, kOuterRanks));
+  dropped_outer_bwd_kernel<T><<<grid, kThreads, 0, stream>>>(args);
+}
+
+template <typename T>
+void launch(const Arguments<T>& args, const DroppedUp*, int, cudaStream_t stream) {
+  const dim3 grid(blocks(args.cols, kUpCols), blocks(args.rows, kUpRows));
+  dropped_up_add_bwd_kernel<T><<<grid, kThreads, 0, stream>>>(args);
+}
+
+// `like` [M, K] has the tokens and columns that all entries share.
+template <typename T, typename Work>
+void run(const std::vector<Work>& works, const Tensor& like, void* dx) {
+  if (like.numel() == 0) return;
+  for (size_t first = 0; first < works.size(); first += kEntries) {
+    Arguments<T> args{};
+    args.dx = static_cast<T*>(dx);
+    args.rows = like.size(0);
+    args.cols = like.size(1);
+    int ranks = 1;
+    for (size_t i = first; i < std::min(works.size(), first + kEntries); ++i) {
+      args.entry[args.entries] = entry_of<T>(works[i]);
+      ranks = std::max(ranks, args.entry[args.entries++].ranks);
+    }
+    launch(args, works.data(), ranks, stream_of(like));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+}
+
+template <typename Work>
+void run_as(const std::vector<Work>& works, const Tensor& like, void* dx) {
+  if (like.scalar_type() == ScalarType::BFloat16) return run<__nv_bfloat16>(works, like, dx);
+  run<__half>(works, like, dx);
+}
+
+}  // namespace
+
+bool lora_fused::dropped_serves(const Tensor& matrix) {
+  const auto dtype = matrix.scalar_type();
+  return (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) && matrix.stride(1) == 1 &&
+         matrix.size(1) % kColumns == 0 && matrix.stride(0) % kColumns == 0 &&
+         reinterpret_cast<uintptr_t>(matrix.const_data_ptr()) % 16 == 0;
+}
+
+void lora_fused::dropped_down_cuda(const std::vector<DroppedDown>& entries) {
+  run_as(entries, entries[0].x, nullptr);
+}
+
+void lora_fused::dropped_outer_cuda(const std::vector<DroppedOuter>& entries) {
+  run_as(entries, entries[0].x, nullptr);
+}
+
+void lora_fused::dropped_up_add_cuda(const Tensor& dx, const std::vector<DroppedUp>& terms) {
+  run_as(terms, dx, dx.mutable_data_ptr());
+}

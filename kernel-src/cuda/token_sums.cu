@@ -1,0 +1,211 @@
+// DoRA's passes over outputs and their gradients on CUDA, and sums over tokens.
+//
+//   scale       y = g∘(u - b) + b, or y += (g - 1)∘u
+//   token_sums  g∘dy, (g - 1)∘dy, Σ dy∘(u - b) / norm, Σ dy: dy and u are read once
+//
+// Bound by traffic. A block of token_sums owns 256 columns of a share of the tokens; a second
+// kernel adds the shares in order, so sums are deterministic.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+#include "../common/lora_group.h"
+#include "columns.h"
+
+namespace {
+
+using namespace lora_fused;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kThreads = 256;
+constexpr int64_t kMaxBlocks = 1 << 16;  // more work is looped over
+
+template <typename T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+struct ScaleArguments {
+  Matrix<T> u, y;
+  const Wide<T>* gain;
+  const T* bias;
+  int64_t cols, blocks, total;
+  bool aligned, add;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) scale_fwd_kernel(const __grid_constant__ ScaleArguments<T> a) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < a.total; i += step) {
+    const int64_t row = i / a.blocks, col = kColumns * (i - row * a.blocks);
+    const int64_t count = min(static_cast<int64_t>(kColumns), a.cols - col);
+    const bool aligned = a.aligned && count == kColumns;
+    Columns<T> u, y;
+    load(u, a.u, row, col, count, aligned);
+    if (a.add) load(y, a.y, row, col, count, aligned);
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const int64_t at = min(col + j, a.cols - 1);
+      const Wide<T> value = widen(u.value[j]), gain = a.gain[at];
+      if (a.add)
+        y.value[j] = narrow<T, Wide<T>>(widen(y.value[j]) + value * (gain - 1));
+      else
+        y.value[j] = narrow<T, Wide<T>>(gained<T>(value, gain, a.bias, at));
+    }
+    store(a.y, y, row, col, count, aligned);
+  }
+}
+
+template <typename T>
+struct SumArguments {
+  Matrix<T> dy, u, scaled, excess;
+  const Wide<T>*gain, *norm;
+  const T* bias;
+  Wide<T>*dots, *sums;                  // [N]
+  Wide<T>*dot_shares, *sum_shares;      // [shares, N]
+  int64_t rows, cols, shares, share_rows;
+  bool aligned;
+};
+
+constexpr int kWarps = kThreads / 32, kBlockColumns = 32 * kColumns;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) token_sums_fwd_kernel(const __grid_constant__ SumArguments<T> a) {
+  __shared__ Wide<T> shared[kWarps][kBlockColumns];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlockColumns, col = first + lane * kColumns;
+  const int64_t count = min(static_cast<int64_t>(kColumns), a.cols - col);
+  const bool aligned = a.aligned && count == kColumns;
+  const bool has_u = a.u.data != nullptr, has_gain = a.gain != nullptr;
+  Wide<T> dots[kColumns] = {}, sums[kColumns] = {}, gain[kColumns], bias[kColumns];
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+    const int64_t at = min(col + j, a.cols - 1);
+    gain[j] = has_gain ? a.gain[at] : Wide<T>(1);
+    bias[j] = a.bias != nullptr ? widen(a.bias[at]) : Wide<T>(0);
+  }
+  const int64_t start = blockIdx.y * a.share_rows, stop = min(start + a.share_rows, a.rows);
+  if (count > 0) {
+#pragma unroll 2
+    for (int64_t row = start + warp; row < stop; row += kWarps) {
+      Columns<T> dy, u, scaled, excess;
+      load(dy, a.dy, row, col, count, aligned);
+      if (has_u) load(u, a.u, row, col, count, aligned);
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        const Wide<T> d = widen(dy.value[j]);
+        sums[j] += d;
+        if (has_u) dots[j] += d * (widen(u.value[j]) - bias[j]);
+        scaled.value[j] = narrow<T, Wide<T>>(d * gain[j]);
+        excess.value[j] = narrow<T, Wide<T>>(d * (gain[j] - 1));
+      }
+      if (a.scaled.data != nullptr) store(a.scaled, scaled, row, col, count, aligned);
+      if (a.excess.data != nullptr) store(a.excess, excess, row, col, count, aligned);
+    }
+  }
+  const auto reduce = [&](const Wide<T>(&mine)[kColumns], Wide<T>* shares) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) shared[warp][lane * kColumns + j] = mine[j];
+    __syncthreads();
+    Wide<T> total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += shared[w][threadIdx.x];
+    if (first + threadIdx.x < a.cols) shares[blockIdx.y * a.cols + first + threadIdx.x] = total;
+    __syncthreads();
+  };
+  if (a.dots != nullptr) reduce(dots, a.dot_shares);
+  if (a.sums != nullptr) reduce(sums, a.sum_shares);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) token_sums_reduce_kernel(const __grid_constant__ SumArguments<T> a) {
+  const int64_t col = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (col >= a.cols) return;
+  Wide<T> dots = 0, sums = 0;
+  for (int64_t share = 0; share < a.shares; ++share) {
+    if (a.dots != nullptr) dots += a.dot_shares[share * a.cols + col];
+    if (a.sums != nullptr) sums += a.sum_shares[share * a.cols + col];
+  }
+  if (a.dots != nullptr) a.dots[col] = dots / a.norm[col];
+  if (a.sums != nullptr) a.sums[col] = sums;
+}
+
+cudaStream_t stream_of(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+template <typename V>
+V* data(const MaybeTensor& t) {
+  return t ? static_cast<V*>(t->mutable_data_ptr()) : nullptr;
+}
+
+template <typename T>
+void run(const Scale& s) {
+  bool aligned = true;
+  ScaleArguments<T> a{matrix<T>(s.u, aligned), matrix<T>(s.y, aligned)};
+  a.gain = vector<Wide<T>>(s.gain.gain);
+  a.bias = vector<T>(s.gain.bias);
+  a.cols = s.y.size(1);
+  a.blocks = (a.cols + kColumns - 1) / kColumns;
+  a.total = s.y.size(0) * a.blocks;
+  a.aligned = aligned;
+  a.add = s.add;
+  if (a.total == 0) return;
+  const int64_t grid = std::min((a.total + kThreads - 1) / kThreads, kMaxBlocks);
+  scale_fwd_kernel<T><<<static_cast<unsigned>(grid), kThreads, 0, stream_of(s.y)>>>(a);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename T>
+void run(const TokenSums& s) {
+  bool aligned = true;
+  SumArguments<T> a{matrix<T>(s.dy, aligned), matrix<T>(s.u, aligned), matrix<T>(s.scaled, aligned),
+                    matrix<T>(s.excess, aligned)};
+  a.gain = vector<Wide<T>>(s.gain.gain);
+  a.norm = vector<Wide<T>>(s.norm);
+  a.bias = vector<T>(s.gain.bias);
+  a.dots = data<Wide<T>>(s.dots);
+  a.sums = data<Wide<T>>(s.sums);
+  a.rows = s.dy.size(0);
+  a.cols = s.dy.size(1);
+  a.aligned = aligned;
+  if (a.cols == 0) return;
+  // About 1024 blocks, of at least 32 tokens each.
+  const int64_t blocks = (a.cols + kBlockColumns - 1) / kBlockColumns;
+  const int64_t wanted = std::max<int64_t>(1, 1024 / blocks);
+  a.share_rows = std::max<int64_t>(32, (a.rows + wanted - 1) / wanted);
+  a.shares = std::max<int64_t>(1, (a.rows + a.share_rows - 1) / a.share_rows);
+  const bool summed = a.dots != nullptr || a.sums != nullptr;
+  const auto dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+  const Tensor shares = torch::stable::new_empty(s.dy, {summed ? 2 : 0, a.shares, a.cols}, dtype);
+  a.dot_shares = static_cast<Wide<T>*>(shares.mutable_data_ptr());
+  a.sum_shares = a.dot_shares + a.shares * a.cols;
+  const cudaStream_t stream = stream_of(s.dy);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(a.shares));
+  token_sums_fwd_kernel<T><<<grid, kThreads, 0, stream>>>(a);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  if (!summed) return;
+  const unsigned reducers = static_cast<unsigned>((a.cols + kThreads - 1) / kThreads);
+  token_sums_reduce_kernel<T><<<reducers, kThreads, 0, stream>>>(a);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename Work>
+void run_as(const Work& work, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return run<float>(work);
+    case ScalarType::Double: return run<double>(work);
+    case ScalarType::BFloat16: return run<__nv_bfloat16>(work);
+    default: return run<__half>(work);
+  }
+}
+
+}  // namespace
+
+void lora_fused::scale_cuda(const Scale& s) { run_as(s, s.y.scalar_type()); }
+void lora_fused::token_sums_cuda(const TokenSums& s) { run_as(s, s.dy.scalar_type()); }
