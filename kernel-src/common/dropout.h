@@ -1,9 +1,10 @@
 // The dropout mask and the input checks that the CPU and the CUDA op share.
 //
 // The mask is a function of (seed, row, column) alone, so that every backend, tile size and pass
-// draws the same one and nothing is stored: Philox4x32-10 (Salmon et al. 2011,
-// doi 10.1145/2063384.2063405) with key = seed and counter = (column / 4, row, row >> 32, 0);
-// word column % 4 of its result keeps the element if it is at least p·2³².
+// draws the same one and nothing is stored: Philox4x32-7 (Salmon et al. 2011,
+// doi 10.1145/2063384.2063405, who find seven rounds enough for BigCrush) with key = seed and counter =
+// (column / 8, row, row >> 32, 0). Its 128 bits are eight numbers of 16, low half first; number
+// column % 8 keeps the element if it is at least p·2¹⁶, rounded: p is resolved to 2⁻¹⁷.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -20,8 +21,11 @@
 
 namespace lora_fused {
 
+constexpr int kMaskColumns = 8;  // of one Philox block
+
 struct Words {
   uint32_t word[4];
+  LORA_FUSED_HD uint32_t number(int i) const { return i % 2 == 0 ? word[i / 2] & 0xffffu : word[i / 2] >> 16; }
 };
 
 LORA_FUSED_HD uint32_t high_product(uint32_t a, uint32_t b) {
@@ -35,7 +39,7 @@ LORA_FUSED_HD Words philox(uint64_t seed, uint64_t row, uint32_t column_block) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     const uint32_t high0 = high_product(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
     const uint32_t high2 = high_product(0xCD9E8D57u, c2), low2 = 0xCD9E8D57u * c2;
     c0 = high2 ^ c1 ^ key0;
@@ -48,13 +52,12 @@ LORA_FUSED_HD Words philox(uint64_t seed, uint64_t row, uint32_t column_block) {
   return {{c0, c1, c2, c3}};
 }
 
-// Drops everything at p = 1, where no 32-bit word is at least p·2³².
+// Drops everything at p = 1, where no number of 16 bits is at least 2¹⁶.
 struct Keep {
-  uint64_t threshold;
+  uint32_t threshold;
   double scale;
   explicit Keep(double p)
-      : threshold(static_cast<uint64_t>(std::ceil(p * 4294967296.0))),
-        scale(p < 1.0 ? 1.0 / (1.0 - p) : 0.0) {}
+      : threshold(static_cast<uint32_t>(std::nearbyint(p * 65536.0))), scale(p < 1.0 ? 1.0 / (1.0 - p) : 0.0) {}
 };
 
 inline bool is_dropout_dtype(torch::headeronly::ScalarType dtype) {

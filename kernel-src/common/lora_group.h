@@ -88,7 +88,7 @@ void scale_cuda(const Scale& scale);
 void token_sums_cuda(const TokenSums& sums);
 
 // Each list is one launch; its entries share M, K and dtype. Half precision; every row of x, a, t and
-// dt starts on 16 bytes and p < 1, as `dropped_serves` asks of each of them.
+// dt starts on 16 bytes, as `dropped_serves` asks of each of them.
 bool dropped_serves(const torch::stable::Tensor& matrix);
 void dropped_down_cuda(const std::vector<DroppedDown>& entries);
 void dropped_outer_cuda(const std::vector<DroppedOuter>& entries);

@@ -46,9 +46,8 @@ void sum_tokens(const TokenSums& work) {
 }
 
 // Whether the kernels that draw the mask in registers take these operands.
-bool mask_is_fused(const Dropped& mask, std::initializer_list<const Tensor*> operands) {
+bool mask_is_fused(std::initializer_list<const Tensor*> operands) {
 #if defined(CUDA_KERNEL)
-  if (mask.p >= 1.0) return false;
   for (const Tensor* operand : operands)
     if (!operand->is_cuda() || !dropped_serves(*operand)) return false;
   return true;
@@ -122,7 +121,7 @@ Tensor project_down(const Tensor& x, const Members& members, const Adapters& ada
   for (size_t i = 0; i < members.count(); ++i) {
     if (!members.a(i)) continue;
     const Tensor part = adapters.part(t, i), a = adapters.a_of(i);
-    if (members.masked(i) && !members.gain(i) && mask_is_fused(members.mask(i), {&x, &a})) {
+    if (members.masked(i) && !members.gain(i) && mask_is_fused({&x, &a})) {
       fused.push_back({x, a, part, members.scaling(i), members.mask(i)});
       continue;
     }
@@ -245,7 +244,7 @@ void Backward::add_dropped(const Tensor& dx, const std::vector<size_t>& which) c
   for (const size_t i : which) {
     const Tensor dt = adapters_.part(*dt_, i), a = adapters_.a_of(i);
     const Dropped mask = members_.mask(i);
-    if (!excesses_[i] && mask_is_fused(mask, {&dx, &dt, &a})) {
+    if (!excesses_[i] && mask_is_fused({&dx, &dt, &a})) {
       fused.push_back({dt, a, mask});
       continue;
     }
@@ -279,7 +278,7 @@ void Backward::parameters(const Tensor& x, const Tensor& t, Tensors& grads) cons
     if (needs(i, kNeedA)) {
       const ScalarType dtype = members_.a(i)->scalar_type();
       const Tensor dt = adapters_.part(*dt_, i);
-      if (members_.masked(i) && mask_is_fused(members_.mask(i), {&x, &dt})) {
+      if (members_.masked(i) && mask_is_fused({&x, &dt})) {
         grads.push_back(empty(x, {dt.size(1), x.size(1)}, dtype));
         fused.push_back({dt, x, grads.back(), members_.mask(i)});
       } else if (members_.masked(i)) {

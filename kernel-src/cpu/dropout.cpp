@@ -24,12 +24,13 @@ void drop_rows(Out* out, const In* x, int64_t begin, int64_t end, int64_t cols, 
   using Wide = std::conditional_t<std::is_same_v<In, double>, double, float>;
   const Wide scale = static_cast<Wide>(keep.scale);
   for (int64_t row = begin; row < end; ++row)
-    for (int64_t col = 0; col < cols; col += 4) {
-      const auto words = lora_fused::philox(seed, row, static_cast<uint32_t>(col / 4));
-      const int64_t lanes = std::min<int64_t>(4, cols - col);
-      for (int64_t i = 0; i < lanes; ++i) {
+    for (int64_t col = 0; col < cols; col += lora_fused::kMaskColumns) {
+      const auto words =
+          lora_fused::philox(seed, row, static_cast<uint32_t>(col / lora_fused::kMaskColumns));
+      const int lanes = static_cast<int>(std::min<int64_t>(lora_fused::kMaskColumns, cols - col));
+      for (int i = 0; i < lanes; ++i) {
         const int64_t at = row * cols + col + i;
-        const bool kept = words.word[i] >= keep.threshold;
+        const bool kept = words.number(i) >= keep.threshold;
         const Wide value = kept ? static_cast<Wide>(x[at]) * scale : Wide(0);
         out[at] = static_cast<Out>(accumulate ? static_cast<Wide>(out[at]) + value : value);
       }

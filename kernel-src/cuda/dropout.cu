@@ -1,7 +1,7 @@
 // dropout on CUDA: out[m, k] = mask(seed, m, k) · x[m, k] / (1 - p), in out's dtype, or += that.
 //
-// Fused: the mask (Philox, see common/dropout.h), the scale, the sum and the conversion. One thread per
-// four columns, one Philox block each. The seed stays on the GPU: no synchronisation, and a CUDA
+// Fused: the mask (Philox, see common/dropout.h), the scale, the sum and the conversion. A thread takes
+// eight neighbouring columns, one Philox block. The seed stays on the GPU: no synchronisation, and a CUDA
 // graph that draws a new seed replays a new mask.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
@@ -25,38 +25,51 @@ constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 16;  // more work is looped over
 
 template <typename In, typename Out>
-__global__ void __launch_bounds__(kThreads)
-    dropout_fwd_kernel(Out* __restrict__ out, const In* __restrict__ x,
-                       const int64_t* __restrict__ seed, int64_t cols, int64_t blocks,
-                       int64_t total, lora_fused::Keep keep, bool accumulate) {
+struct Arguments {
+  Matrix<In> x;
+  Matrix<Out> out;
+  const int64_t* seed;
+  int64_t cols, blocks, total;
+  lora_fused::Keep keep;
+  bool aligned, accumulate;
+};
+
+template <typename In, typename Out>
+__global__ void __launch_bounds__(kThreads) dropout_fwd_kernel(const __grid_constant__ Arguments<In, Out> a) {
   using Wide = std::conditional_t<std::is_same_v<In, double>, double, float>;
-  const uint64_t key = static_cast<uint64_t>(*seed);
-  const Wide scale = static_cast<Wide>(keep.scale);
+  const uint64_t key = static_cast<uint64_t>(*a.seed);
+  const Wide scale = static_cast<Wide>(a.keep.scale);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total; i += step) {
-    const int64_t row = i / blocks, col = 4 * (i - row * blocks);
-    const auto words = lora_fused::philox(key, row, static_cast<uint32_t>(col / 4));
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < a.total; i += step) {
+    const int64_t row = i / a.blocks, col = kColumns * (i - row * a.blocks);
+    const int64_t count = min(static_cast<int64_t>(kColumns), a.cols - col);
+    const bool aligned = a.aligned && count == kColumns;
+    Columns<In> x;
+    Columns<Out> out;
+    load(x, a.x, row, col, count, aligned);
+    if (a.accumulate) load(out, a.out, row, col, count, aligned);
+    const auto words = lora_fused::philox(key, row, static_cast<uint32_t>(col / lora_fused::kMaskColumns));
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (col + j >= cols) break;
-      const int64_t at = row * cols + col + j;
-      const bool kept = words.word[j] >= keep.threshold;
-      const Wide value = kept ? widen(x[at]) * scale : Wide(0);
-      out[at] = narrow<Out, Wide>(accumulate ? static_cast<Wide>(widen(out[at])) + value : value);
+    for (int j = 0; j < kColumns; ++j) {
+      const Wide value = words.number(j) >= a.keep.threshold ? widen(x.value[j]) * scale : Wide(0);
+      out.value[j] =
+          narrow<Out, Wide>(a.accumulate ? static_cast<Wide>(widen(out.value[j])) + value : value);
     }
+    store(a.out, out, row, col, count, aligned);
   }
 }
 
 template <typename In, typename Out>
 void drop(Tensor& out, const Tensor& x, const Tensor& seed, double p, bool accumulate,
           cudaStream_t stream) {
-  const int64_t cols = x.size(1), blocks = (cols + 3) / 4, total = x.size(0) * blocks;
-  if (total == 0) return;
-  const int64_t grid = std::min((total + kThreads - 1) / kThreads, kMaxBlocks);
-  dropout_fwd_kernel<In, Out><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(
-      static_cast<Out*>(out.mutable_data_ptr()), static_cast<const In*>(x.const_data_ptr()),
-      static_cast<const int64_t*>(seed.const_data_ptr()), cols, blocks, total,
-      lora_fused::Keep(p), accumulate);
+  bool aligned = true;
+  Arguments<In, Out> a{matrix<In>(x, aligned), matrix<Out>(out, aligned),
+                       static_cast<const int64_t*>(seed.const_data_ptr()), x.size(1),
+                       (x.size(1) + kColumns - 1) / kColumns, 0, lora_fused::Keep(p), aligned, accumulate};
+  a.total = x.size(0) * a.blocks;
+  if (a.total == 0) return;
+  const int64_t grid = std::min((a.total + kThreads - 1) / kThreads, kMaxBlocks);
+  dropout_fwd_kernel<In, Out><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

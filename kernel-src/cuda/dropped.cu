@@ -4,7 +4,7 @@
 //
 // with D(x) = mask ∘ x / (1 - p), rounded as if it had been stored. Fused: D(x) is never written, and all
 // members of a group are one launch, each with a mask of its own. Bound by the mask's integer
-// arithmetic, about 20 operations an element, and by one read of x. Tensor cores (mma.sync), float32
+// arithmetic, some ten operations an element, and by one read of x. Tensor cores (mma.sync), float32
 // sums; every sum has one owner, so results are deterministic.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>
@@ -52,31 +52,22 @@ struct Arguments {
   int entries;
 };
 
-template <typename T>
-__device__ __forceinline__ Columns<T> zeros() {
-  Columns<T> c;
-  *reinterpret_cast<uint4*>(&c) = uint4{0, 0, 0, 0};
-  return c;
-}
-
-// Eight columns of a row from `from`, dropped; zeros where !valid.
+// Eight columns of a row, dropped.
 template <typename T>
 __device__ __forceinline__ Columns<T> dropped(Columns<T> x, uint64_t seed, const Mask& mask, int64_t row, int64_t col) {
+  const Words words = philox(seed, row, static_cast<uint32_t>(col / kMaskColumns));
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const Words words = philox(seed, row, static_cast<uint32_t>(col / 4 + half));
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      T& value = x.value[4 * half + j];
-      value = words.word[j] >= mask.threshold ? narrow<T, float>(widen(value) * mask.scale) : T(0.0f);
-    }
-  }
+  for (int j = 0; j < kColumns; ++j)
+    x.value[j] = words.number(j) >= mask.threshold ? narrow<T, float>(widen(x.value[j]) * mask.scale) : T(0.0f);
   return x;
 }
 
+// Eight columns from base + offset, zeros where !valid. No branch: loads would wait for each other.
 template <typename T>
-__device__ __forceinline__ Columns<T> load_if(const T* from, bool valid) {
-  return valid ? *reinterpret_cast<const Columns<T>*>(from) : zeros<T>();
+__device__ __forceinline__ Columns<T> load_if(const T* base, int64_t offset, bool valid) {
+  uint4 bits = *reinterpret_cast<const uint4*>(base + (valid ? offset : 0));
+  if (!valid) bits = uint4{0, 0, 0, 0};
+  return *reinterpret_cast<const Columns<T>*>(&bits);
 }
 
 __device__ __forceinline__ const uint32_t* bits(const void* p) { return static_cast<const uint32_t*>(p); }
@@ -92,18 +83,18 @@ __global__ void __launch_bounds__(kThreads) dropped_down_fwd_kernel(const __grid
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * 16 + g;
   const uint64_t seed = static_cast<uint64_t>(*e.mask.seed);
-  const T* const x = e.x + row * e.x_stride;
+  const int64_t x_row = row * e.x_stride;
   float acc[kTiles][4] = {};
 #pragma unroll 2
   for (int64_t col = 32 * warp + 8 * q; col - 8 * q < args.cols; col += 32 * kWarps) {
     const bool inside = col < args.cols;
-    Columns<T> low = load_if(x + col, inside && row < args.rows);
-    Columns<T> high = load_if(x + 8 * e.x_stride + col, inside && row + 8 < args.rows);
+    Columns<T> low = load_if(e.x, x_row + col, inside && row < args.rows);
+    Columns<T> high = load_if(e.x, x_row + 8 * e.x_stride + col, inside && row + 8 < args.rows);
     Columns<T> a[kTiles];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const int rank = first_rank + 8 * i + g;
-      a[i] = load_if(e.a + rank * e.a_stride + col, inside && rank < e.ranks);
+      a[i] = load_if(e.a, rank * e.a_stride + col, inside && rank < e.ranks);
     }
     low = dropped(low, seed, e.mask, row, col);
     high = dropped(high, seed, e.mask, row + 8, col);
@@ -164,8 +155,8 @@ __global__ void __launch_bounds__(kThreads) dropped_outer_bwd_kernel(const __gri
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t row = start + first_row + 8 * i;
-      x[i] = load_if(e.x + row * e.x_stride + col, row < args.rows && col_inside);
-      dt[i] = load_if(e.dt + row * e.t_stride + first_rank + piece, row < args.rows && rank_inside);
+      x[i] = load_if(e.x, row * e.x_stride + col, row < args.rows && col_inside);
+      dt[i] = load_if(e.dt, row * e.t_stride + first_rank + piece, row < args.rows && rank_inside);
     }
   };
   int64_t start = kOuterRows * warp;
@@ -224,7 +215,7 @@ __global__ void __launch_bounds__(kThreads) dropped_outer_bwd_kernel(const __gri
 constexpr int kUpRows = 64, kUpCols = 64, kUpPitch = kUpCols + 8;
 
 // dx [64, 64] += all entries' terms; a warp has 16 rows by 32 columns. A's columns are stored so that
-// two neighbouring tiles of eight give a lane four neighbouring columns, one Philox block.
+// the four tiles of eight give a lane eight neighbouring columns, one Philox block.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) dropped_up_add_bwd_kernel(const __grid_constant__ Arguments<T> args) {
   __shared__ __align__(16) T as[32][kUpPitch];
@@ -232,7 +223,8 @@ __global__ void __launch_bounds__(kThreads) dropped_up_add_bwd_kernel(const __gr
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kUpRows + warp / 2 * 16;
   const int64_t first_col = static_cast<int64_t>(blockIdx.x) * kUpCols;
   const int warp_col = warp % 2 * 32;
-  float total[4][4] = {};
+  const int64_t col = first_col + warp_col + 8 * q;
+  float total[2][kColumns] = {};
   for (int n = 0; n < args.entries; ++n) {
     const Entry<T>& e = args.entry[n];
     float acc[4][4] = {};
@@ -240,20 +232,18 @@ __global__ void __launch_bounds__(kThreads) dropped_up_add_bwd_kernel(const __gr
       __syncthreads();
       {
         const int rank = threadIdx.x / 8, piece = 8 * (threadIdx.x % 8);
-        const int64_t col = first_col + piece;
-        const Columns<T> a = load_if(e.a + (first_rank + rank) * e.a_stride + col,
-                                     first_rank + rank < e.ranks && col < args.cols);
-        // Columns 4u + 2v + {0, 1} of sixteen go to place 8v + 2u.
-        const int base = piece / 16 * 16 + piece % 16 / 2;
+        const Columns<T> a = load_if(e.a, (first_rank + rank) * e.a_stride + first_col + piece,
+                                     first_rank + rank < e.ranks && first_col + piece < args.cols);
+        // Columns 8u + 2v + {0, 1} of 32 go to place 8v + 2u.
+        const int base = piece / 32 * 32 + piece % 32 / 4;
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          *reinterpret_cast<uint32_t*>(&as[rank][base + i / 2 * 2 + i % 2 * 8]) = bits(&a)[i];
+        for (int i = 0; i < 4; ++i) *reinterpret_cast<uint32_t*>(&as[rank][base + 8 * i]) = bits(&a)[i];
       }
       __syncthreads();
       // A lane's eight neighbouring ranks are those of its two steps: rows of A are read to match.
       const int rank = first_rank + 8 * q;
       const auto row_of = [&](int64_t row) {
-        return load_if(e.dt + row * e.t_stride + rank, row < args.rows && rank < e.ranks);
+        return load_if(e.dt, row * e.t_stride + rank, row < args.rows && rank < e.ranks);
       };
       const Columns<T> low = row_of(first_row + g), high = row_of(first_row + g + 8);
 #pragma unroll
@@ -274,37 +264,26 @@ __global__ void __launch_bounds__(kThreads) dropped_up_add_bwd_kernel(const __gr
     const bool masked = e.mask.seed != nullptr;
     const uint64_t seed = masked ? static_cast<uint64_t>(*e.mask.seed) : 0;
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int high = 0; high < 2; ++high) {
+      const Words words = masked ? philox(seed, first_row + g + 8 * high, static_cast<uint32_t>(col / kMaskColumns))
+                                 : Words{};
 #pragma unroll
-      for (int high = 0; high < 2; ++high) {
-        float value[4] = {acc[2 * i][2 * high], acc[2 * i][2 * high + 1], acc[2 * i + 1][2 * high],
-                          acc[2 * i + 1][2 * high + 1]};
-        if (masked) {
-          const int64_t col = first_col + warp_col + 16 * i + 4 * q;
-          const Words words = philox(seed, first_row + g + 8 * high, static_cast<uint32_t>(col / 4));
-#pragma unroll
-          for (int j = 0; j < 4; ++j) value[j] = words.word[j] >= e.mask.threshold ? value[j] * e.mask.scale : 0.0f;
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) total[2 * i + high][j] += value[j];
+      for (int j = 0; j < kColumns; ++j) {
+        const float value = acc[j / 2][2 * high + j % 2] * e.mask.scale;
+        total[high][j] += words.number(j) >= e.mask.threshold ? value : 0.0f;
       }
+    }
   }
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int high = 0; high < 2; ++high) {
+    const int64_t row = first_row + g + 8 * high;
+    if (row >= args.rows || col >= args.cols) continue;
+    Columns<T>* const place = reinterpret_cast<Columns<T>*>(args.dx + row * args.cols + col);
+    Columns<T> dx = *place;
 #pragma unroll
-    for (int high = 0; high < 2; ++high) {
-      const int64_t row = first_row + g + 8 * high, col = first_col + warp_col + 16 * i + 4 * q;
-      if (row >= args.rows || col >= args.cols) continue;
-      struct alignas(8) Four {
-        T value[4];
-      };
-      Four* const place = reinterpret_cast<Four*>(args.dx + row * args.cols + col);
-      Four dx = *place;
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        dx.value[j] = narrow<T, float>(widen(dx.value[j]) + total[2 * i + high][j]);
-      *place = dx;
-    }
+    for (int j = 0; j < kColumns; ++j) dx.value[j] = narrow<T, float>(widen(dx.value[j]) + total[high][j]);
+    *place = dx;
+  }
 }
 
 cudaStream_t stream_of(const Tensor& t) {
@@ -316,7 +295,7 @@ cudaStream_t stream_of(const Tensor& t) {
 Mask mask_of(const std::optional<Dropped>& dropped) {
   if (!dropped) return {nullptr, 0, 1.0f};
   const Keep keep(dropped->p);
-  return {static_cast<const int64_t*>(dropped->seed.const_data_ptr()), static_cast<uint32_t>(keep.threshold),
+  return {static_cast<const int64_t*>(dropped->seed.const_data_ptr()), keep.threshold,
           static_cast<float>(keep.scale)};
 }
 

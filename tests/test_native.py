@@ -1,0 +1,130 @@
+"""The native ops of groups and gated MLPs against the same in float64, members that differ in everything,
+on this machine's device: masks given, memory poisoned, every gradient."""
+
+import pytest
+import torch
+from cases import UNIT, relative
+
+# tokens, features in; whole tiles, parts of tiles, more tokens than a block has, columns that no kernel of
+# masks in registers takes (33).
+SHAPES = ((1, 64), (37, 200), (300, 1024), (70, 33), (1030, 96))
+# Of three members: features out, rank, dropout, DoRA, base bias.
+GROUPS = {
+    "masks": ((72, 8, 0.1, False, False), (40, 16, 0.3, False, True), (64, 32, 0.5, False, False)),
+    "ranks": ((72, 64, 0.1, False, False), (48, 72, 0.3, False, False), (64, 160, 0.2, False, False)),
+    "mixed": ((72, 16, 0.2, True, True), (40, 24, 0.0, True, True), (64, 8, 0.4, False, True)),
+    "odd": ((31, 5, 0.2, False, True), (17, 3, 0.0, False, False), (9, 7, 0.9, True, False)),
+    "no masks": ((72, 16, 0.0, True, False), (40, 40, 0.0, False, True), (64, 8, 0.0, False, False)),
+}
+DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16))
+FIELDS = ("weight", "bias", "lora_a", "lora_b", "lora_bias", "magnitude")
+
+
+def draw(generator, *shape):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5
+
+
+def operands_of(generator, k, n, rank, dora, bias):
+    weight, a, b = draw(generator, n, k), draw(generator, rank, k), draw(generator, n, rank)
+    magnitude = (weight + 0.5 * b @ a).norm(dim=1) * (1 + 0.3 * torch.rand(n, generator=generator)) if dora else None
+    return [weight, draw(generator, n) if bias else None, a, b, None, magnitude]
+
+
+def poison(device):
+    """What is freed here is what the ops are given next."""
+    if device == "cuda":
+        torch.full((64 * 2**20,), float("nan"), device=device)
+
+
+def flat_on(operands, device, dtype, adapter):
+    flat = []
+    for each in operands:
+        for name, tensor in zip(FIELDS, each):
+            wanted = dtype if name in ("weight", "bias") else adapter
+            flat.append(None if tensor is None else tensor.to(device, wanted).requires_grad_(name != "weight"))
+    return flat
+
+
+def backward(ys, dys, x, flat):
+    torch.autograd.backward(ys, dys)
+    grads = [x.grad, *(tensor.grad for tensor in flat if tensor is not None and tensor.requires_grad)]
+    return [*ys, *grads]
+
+
+def compare(ours, truth, dtype, stored):
+    assert len(ours) == len(truth)
+    for i, (value, exact) in enumerate(zip(ours, truth)):
+        error, peak = relative(value, exact)
+        bound = stored * UNIT[dtype] + exact.numel() ** 0.5 * 2.0**-24
+        assert error <= bound and peak <= 8 * bound, f"result {i} of shape {tuple(exact.shape)}: {error:.3g}, {peak:.3g}"
+
+
+@pytest.mark.parametrize("dtype,adapter", DTYPES, ids=str)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("m,k", SHAPES)
+def test_group(lora_fused, device, m, k, group, dtype, adapter):
+    """Given the rounded operands, every result is within a few roundings of float64's."""
+    generator = torch.Generator().manual_seed(m)
+    specs = [lora_fused.ProjectionSpec(p) for _, _, p, _, _ in GROUPS[group]]
+    operands = [operands_of(generator, k, n, r, dora, bias) for n, r, _, dora, bias in GROUPS[group]]
+    operands = [[None if t is None else t.to(dtype).double() for t in each] for each in operands]
+    x, seeds = draw(generator, m, k).to(dtype).double(), torch.tensor([5, 2**40 + 1, 77])
+    dys = [draw(generator, m, n).to(dtype).double() for n, *_ in GROUPS[group]]
+
+    def run(device, dtype, adapter):
+        flat, own = flat_on(operands, device, dtype, adapter), x.to(device, dtype).requires_grad_()
+        given = [dy.to(device, dtype) for dy in dys]
+        poison(device)
+        function = lora_fused.autograd.native.NativeGroupFunction
+        ys = function.apply(specs, (0.5, 0.7, 0.5), None, own, seeds.to(device), *flat)
+        return backward(ys, given, own, flat)
+
+    compare(run(device, dtype, adapter), run("cpu", torch.float64, torch.float64), dtype, stored=4)
+
+
+@pytest.mark.parametrize("dtype,adapter", DTYPES, ids=str)
+@pytest.mark.parametrize("gate_half", (None, 0, 1))
+@pytest.mark.parametrize("dora", (False, True))
+@pytest.mark.parametrize("p", (0.0, 0.3))
+def test_gated(lora_fused, device, p, dora, gate_half, dtype, adapter):
+    generator = torch.Generator().manual_seed(1)
+    m, k, i, n = 130, 96, 136, 72
+    outs = (i, i) if gate_half is None else (2 * i,)
+    operands = [operands_of(generator, k, out, 16, dora, dora) for out in outs]
+    operands.append(operands_of(generator, i, n, 8, dora, False))
+    operands = [[None if t is None else t.to(dtype).double() for t in each] for each in operands]
+    specs = [lora_fused.ProjectionSpec(p)] * len(operands)
+    x, dy = (draw(generator, m, c).to(dtype).double() for c in (k, n))
+    seeds = torch.tensor([5, 2**40 + 1, 77])[: len(operands)]
+
+    def run(device, dtype, adapter):
+        flat, own = flat_on(operands, device, dtype, adapter), x.to(device, dtype).requires_grad_()
+        given = dy.to(device, dtype)
+        poison(device)
+        function = lora_fused.autograd.native.NativeGatedFunction
+        y = function.apply(specs, (0.5,) * len(specs), 0, gate_half or 0, own, seeds.to(device), *flat)
+        return backward([y], [given], own, flat)
+
+    compare(run(device, dtype, adapter), run("cpu", torch.float64, torch.float64), dtype, stored=8)
+
+
+def test_float64_is_the_formula(lora_fused):
+    """The yardstick above, without masks, against autograd through the formula itself."""
+    generator = torch.Generator().manual_seed(2)
+    operands = [operands_of(generator, 20, 12, 4, True, True)]
+    x, dy = draw(generator, 9, 20), draw(generator, 9, 12)
+
+    def run(forward):
+        flat, own = flat_on(operands, "cpu", torch.float64, torch.float64), x.clone().requires_grad_()
+        return backward([forward(own, *flat)], [dy], own, flat)
+
+    def formula(x, weight, bias, a, b, _, magnitude):
+        gain = magnitude / (weight + 0.5 * b @ a).norm(dim=1).detach()
+        return gain * (x @ weight.t() + 0.5 * x @ a.t() @ b.t()) + bias
+
+    def native(x, *flat):
+        specs = [lora_fused.ProjectionSpec()]
+        return lora_fused.autograd.native.NativeGroupFunction.apply(specs, (0.5,), None, x, None, *flat)[0]
+
+    for ours, exact in zip(run(native), run(formula)):
+        assert max(relative(ours, exact)) <= 1e-12
