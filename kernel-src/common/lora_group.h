@@ -11,9 +11,10 @@ namespace lora_fused {
 
 using MaybeTensor = std::optional<torch::stable::Tensor>;
 
-// One conversion: contiguous tensors of the same number of elements.
+// One conversion, `from` [rows, cols] contiguous: `to` has its shape, or [cols, rows] where transposed.
 struct Cast {
   torch::stable::Tensor from, to;
+  bool transposed = false;
 };
 
 enum Activation : int64_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
@@ -57,23 +58,25 @@ struct Dropped {
   double p;
 };
 
-// t [M, R] = scaling · dropped(x) aᵀ for a [R, K]; rows of t may be strided.
-struct DroppedDown {
+// t [M, R] = scaling · dropped(x) aᵀ for x [M, C] and a [R, C]; rows of t may be strided.
+struct SkinnyDown {
   torch::stable::Tensor x, a, t;
   double scaling;
-  Dropped mask;
+  std::optional<Dropped> mask;
 };
 
-// da [R, K] = dtᵀ dropped(x); rows of dt [M, R] may be strided.
-struct DroppedOuter {
-  torch::stable::Tensor dt, x, da;
-  Dropped mask;
+// out = tᵀ dropped(x) for t [M, R] and x [M, C], rows of t strided or not: [R, C], or [C, R] where
+// transposed, in x's dtype or float32.
+struct SkinnyOuter {
+  torch::stable::Tensor t, x, out;
+  bool transposed;
+  std::optional<Dropped> mask;
 };
 
-// dropped(dt a), a term of dx [M, K]; without a mask dt a.
+// dropped(dt a), a term of dx [M, K].
 struct DroppedUp {
   torch::stable::Tensor dt, a;
-  std::optional<Dropped> mask;
+  Dropped mask;
 };
 
 void gated_cpu(const Gated& gated);
@@ -87,11 +90,11 @@ void gated_cuda(const Gated& gated);
 void scale_cuda(const Scale& scale);
 void token_sums_cuda(const TokenSums& sums);
 
-// Each list is one launch; its entries share M, K and dtype. Half precision; every row of x, a, t and
-// dt starts on 16 bytes, as `dropped_serves` asks of each of them.
-bool dropped_serves(const torch::stable::Tensor& matrix);
-void dropped_down_cuda(const std::vector<DroppedDown>& entries);
-void dropped_outer_cuda(const std::vector<DroppedOuter>& entries);
+// Each list is one launch; its entries share M and dtype. Half precision; every row of x, a, t and dt
+// starts on 16 bytes, as `skinny_serves` asks of each of them.
+bool skinny_serves(const torch::stable::Tensor& matrix);
+void skinny_down_cuda(const std::vector<SkinnyDown>& entries);
+void skinny_outer_cuda(const std::vector<SkinnyOuter>& entries);
 // dx += the sum of all terms.
 void dropped_up_add_cuda(const torch::stable::Tensor& dx, const std::vector<DroppedUp>& terms);
 #endif

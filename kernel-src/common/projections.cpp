@@ -45,15 +45,24 @@ void sum_tokens(const TokenSums& work) {
   token_sums_cpu(work);
 }
 
-// Whether the kernels that draw the mask in registers take these operands.
-bool mask_is_fused(std::initializer_list<const Tensor*> operands) {
+// Whether the kernels of skinny products take these operands.
+bool is_skinny(std::initializer_list<const Tensor*> operands) {
 #if defined(CUDA_KERNEL)
   for (const Tensor* operand : operands)
-    if (!operand->is_cuda() || !dropped_serves(*operand)) return false;
+    if (!operand->is_cuda() || !skinny_serves(*operand)) return false;
   return true;
 #else
   return false;
 #endif
+}
+
+// Up to so many tokens a step waits for the host, and one launch for all skinny products of a group is
+// worth more than the library's best product for each.
+constexpr int64_t kOneLaunchTokens = 4096, kOneLaunchRank = 64;
+
+bool waits_for_host(const Tensor& x) {
+  const auto dtype = x.scalar_type();
+  return x.is_cuda() && (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) && x.size(0) <= kOneLaunchTokens;
 }
 
 Tensor dropped(const Tensor& x, const Dropped& mask) {
@@ -78,7 +87,7 @@ bool Members::any_masked() const {
   return false;
 }
 
-Adapters::Adapters(const Tensor& x, const Members& members, bool need_a, bool need_b) {
+Adapters::Adapters(const Tensor& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b) {
   const ScalarType dtype = x.scalar_type();
   std::vector<Cast> casts;
   first.push_back(0);
@@ -94,9 +103,12 @@ Adapters::Adapters(const Tensor& x, const Members& members, bool need_a, bool ne
   }
   for (size_t i = 0; i < members.count(); ++i) {
     b.push_back(members.b(i));
-    if (!need_b || !b[i] || b[i]->scalar_type() == dtype) continue;
-    b[i] = empty(x, {b[i]->size(0), b[i]->size(1)}, dtype);
-    casts.push_back({torch::stable::contiguous(*members.b(i)), *b[i]});
+    if (!need_b || !b[i] || (b[i]->scalar_type() == dtype && layout_of_b == kAsStored)) continue;
+    const int64_t n = b[i]->size(0), r = b[i]->size(1);
+    const bool turned = layout_of_b == kTransposed;
+    const Tensor copy = turned ? empty(x, {r, n}, dtype) : empty(x, {n, r}, dtype);
+    casts.push_back({torch::stable::contiguous(*members.b(i)), copy, turned});
+    b[i] = turned ? transposed(copy) : copy;
   }
   if (!casts.empty()) cast_all(casts);
 }
@@ -117,11 +129,11 @@ Tensor project_down(const Tensor& x, const Members& members, const Adapters& ada
     if (shared) addmm(t, t, x, transposed(*adapters.a), 0.0, *shared);
     return t;
   }
-  std::vector<DroppedDown> fused;
+  std::vector<SkinnyDown> fused;
   for (size_t i = 0; i < members.count(); ++i) {
     if (!members.a(i)) continue;
     const Tensor part = adapters.part(t, i), a = adapters.a_of(i);
-    if (members.masked(i) && !members.gain(i) && mask_is_fused({&x, &a})) {
+    if (members.masked(i) && !members.gain(i) && is_skinny({&x, &a})) {
       fused.push_back({x, a, part, members.scaling(i), members.mask(i)});
       continue;
     }
@@ -129,7 +141,7 @@ Tensor project_down(const Tensor& x, const Members& members, const Adapters& ada
     addmm(part, part, drops[i] ? *drops[i] : x, transposed(a), 0.0, members.scaling(i));
   }
 #if defined(CUDA_KERNEL)
-  if (!fused.empty()) dropped_down_cuda(fused);
+  if (!fused.empty()) skinny_down_cuda(fused);
 #endif
   return t;
 }
@@ -177,7 +189,7 @@ Backward::Backward(const Members& members, const Tensor& x, const Given& given)
       excesses_(members.count()),
       dots_(members.count()),
       sums_(members.count()),
-      adapters_(x, members, given.need_dx, true) {
+      adapters_(x, members, given.need_dx, true, waits_for_host(x) ? Adapters::kTransposed : Adapters::kAsStored) {
   size_t next_u = 0;
   bool any_dt = need_dx_;
   for (size_t i = 0; i < members.count(); ++i) {
@@ -186,16 +198,29 @@ Backward::Backward(const Members& members, const Tensor& x, const Given& given)
     if (dys_[i]) pass_over_dy(i, u, given.norms[members.index(i)]);
     any_dt = any_dt || needs(i, kNeedA);
   }
-  if (adapters_.ranks() == 0 || !any_dt) return;
-  dt_ = empty(x, {x.size(0), adapters_.ranks()}, x.scalar_type());
-  for (size_t i = 0; i < members.count(); ++i) {
-    if (!members.a(i)) continue;
+  if (adapters_.ranks() > 0 && any_dt) project_down();
+}
+
+// dt = s·dy' B of all members.
+void Backward::project_down() {
+  dt_ = empty(x_, {x_.size(0), adapters_.ranks()}, x_.scalar_type());
+  std::vector<SkinnyDown> fused;
+  for (size_t i = 0; i < members_.count(); ++i) {
+    if (!members_.a(i)) continue;
     Tensor part = adapters_.part(*dt_, i);
-    if (dys_[i])
-      addmm(part, part, *lora_dys_[i], *adapters_.b[i], 0.0, members.scaling(i));
-    else
+    if (!dys_[i]) {
       torch::stable::zero_(part);
+      continue;
+    }
+    const Tensor b = transposed(*adapters_.b[i]);
+    if (waits_for_host(x_) && members_.rank(i) <= kOneLaunchRank && is_skinny({&*lora_dys_[i], &b}))
+      fused.push_back({*lora_dys_[i], b, part, members_.scaling(i), std::nullopt});
+    else
+      addmm(part, part, *lora_dys_[i], *adapters_.b[i], 0.0, members_.scaling(i));
   }
+#if defined(CUDA_KERNEL)
+  if (!fused.empty()) skinny_down_cuda(fused);
+#endif
 }
 
 // g∘dy, and what else of dy is wanted, in one pass; plain LoRA needs none.
@@ -244,7 +269,7 @@ void Backward::add_dropped(const Tensor& dx, const std::vector<size_t>& which) c
   for (const size_t i : which) {
     const Tensor dt = adapters_.part(*dt_, i), a = adapters_.a_of(i);
     const Dropped mask = members_.mask(i);
-    if (!excesses_[i] && mask_is_fused({&dx, &dt, &a})) {
+    if (!excesses_[i] && is_skinny({&dx, &dt, &a})) {
       fused.push_back({dt, a, mask});
       continue;
     }
@@ -272,31 +297,43 @@ void Backward::parameters(const Tensor& x, const Tensor& t, Tensors& grads) cons
     return wanted;
   };
   const bool share = !members_.any_masked();
-  std::vector<DroppedOuter> fused;
+  std::vector<SkinnyOuter> fused;
+  // tᵀ D(input), or its transpose, with all others of its kind.
+  const auto one_launch = [&](const Tensor& t, const Tensor& input, ScalarType dtype, bool turned,
+                              const std::optional<Dropped>& mask) {
+    if (!mask && !(waits_for_host(x) && t.size(1) <= kOneLaunchRank)) return false;
+    if (dtype != ScalarType::Float && dtype != x.scalar_type()) return false;
+    if (!is_skinny({&t, &input})) return false;
+    const int64_t rank = t.size(1), cols = input.size(1);
+    grads.push_back(turned ? empty(x, {cols, rank}, dtype) : empty(x, {rank, cols}, dtype));
+    fused.push_back({t, input, grads.back(), turned, mask});
+    return true;
+  };
   std::optional<Tensor> all;  // dA of all members
   for (size_t i = 0; i < members_.count(); ++i) {
     if (needs(i, kNeedA)) {
       const ScalarType dtype = members_.a(i)->scalar_type();
       const Tensor dt = adapters_.part(*dt_, i);
-      if (members_.masked(i) && mask_is_fused({&x, &dt})) {
-        grads.push_back(empty(x, {dt.size(1), x.size(1)}, dtype));
-        fused.push_back({dt, x, grads.back(), members_.mask(i)});
-      } else if (members_.masked(i)) {
-        grads.push_back(product(transposed(dt), dropped(x, members_.mask(i)), dtype));
-      } else if (!share) {
-        grads.push_back(product(transposed(dt), x, dtype));
-      } else {
+      const auto mask = members_.masked(i) ? std::optional<Dropped>(members_.mask(i)) : std::nullopt;
+      const bool done = one_launch(dt, x, dtype, /*turned=*/false, mask);
+      if (!done && (mask || !share)) {
+        grads.push_back(product(transposed(dt), mask ? dropped(x, *mask) : x, dtype));
+      } else if (!done) {
         if (!all || all->scalar_type() != dtype) all = product(transposed(*dt_), x, dtype);
         grads.push_back(rows_of(*all, adapters_.first[i], members_.rank(i)));
       }
     }
-    if (needs(i, kNeedB))
-      grads.push_back(product(transposed(*lora_dys_[i]), adapters_.part(t, i), members_.b(i)->scalar_type()));
+    if (needs(i, kNeedB)) {
+      const ScalarType dtype = members_.b(i)->scalar_type();
+      const Tensor part = adapters_.part(t, i);
+      if (!one_launch(part, *lora_dys_[i], dtype, /*turned=*/true, std::nullopt))
+        grads.push_back(product(transposed(*lora_dys_[i]), part, dtype));
+    }
     if (needs(i, kNeedBias)) grads.push_back(*sums_[i]);
     if (needs(i, kNeedMagnitude)) grads.push_back(*dots_[i]);
   }
 #if defined(CUDA_KERNEL)
-  if (!fused.empty()) dropped_outer_cuda(fused);
+  if (!fused.empty()) skinny_outer_cuda(fused);
 #endif
   if (!casts.empty()) cast_all(casts);
 }

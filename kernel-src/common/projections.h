@@ -47,9 +47,11 @@ class Members {
   size_t first_, count_;
 };
 
-// The members' adapters in x's dtype: all A's below each other [Σ R, K], and every B.
+// The members' adapters in x's dtype: all A's below each other [Σ R, K], and every B [N, R], as [R, N]
+// in memory where asked for.
 struct Adapters {
-  Adapters(const Tensor& x, const Members& members, bool need_a, bool need_b);
+  enum Layout { kAsStored, kTransposed };
+  Adapters(const Tensor& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b = kAsStored);
 
   int64_t ranks() const { return first.back(); }
   Tensor a_of(size_t i) const { return rows_of(*a, first[i], first[i + 1] - first[i]); }
@@ -95,6 +97,7 @@ class Backward {
  private:
   bool needs(size_t i, Need need) const { return dys_[i] && (needs_[members_.index(i)] & need) != 0; }
   void pass_over_dy(size_t i, const MaybeTensor& u, const MaybeTensor& norm);
+  void project_down();
   void add_dropped(const Tensor& dx, const std::vector<size_t>& which) const;
 
   const Members& members_;

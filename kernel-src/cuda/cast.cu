@@ -1,8 +1,9 @@
-// Many small conversions between float32, bfloat16 and float16 in one launch.
+// Many small conversions between float32, bfloat16 and float16 in one launch, some transposed.
 //
-// Fused: the copies of all A's and B's of a batch to the dtype of the products, and of all
+// Fused: the copies of all A's and B's of a batch to the dtype and layout of the products, and of all
 // gradients back. Each tensor is cut into pieces; grid.y is the tensor, grid.x its pieces. A thread takes
-// four neighbouring elements.
+// four neighbouring elements, or one row of a tensor that is transposed: of a rank's length, so that
+// its lines stay in L1, while neighbouring threads write neighbouring elements.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -28,9 +29,9 @@ enum Dtype : int { kFloat, kBFloat16, kHalf };
 struct Piece {
   const void* from;
   void* to;
-  int64_t count;
+  int64_t rows, cols;  // of `from`
   int from_dtype, to_dtype;
-  bool vector;  // both start on 16 bytes
+  bool transposed, vector;  // vector: both start on 16 bytes
 };
 
 struct Pieces {
@@ -81,16 +82,34 @@ __device__ __forceinline__ void store_four(const Piece& p, int64_t i, float4 v) 
   }
 }
 
+__device__ __forceinline__ void transpose_row(const Piece& p, int64_t row) {
+  int64_t col = 0;
+  if (p.vector && p.cols % kElements == 0)
+    for (; col < p.cols; col += kElements) {
+      const float4 four = load_four(p, row * p.cols + col);
+      store(p, col * p.rows + row, four.x);
+      store(p, (col + 1) * p.rows + row, four.y);
+      store(p, (col + 2) * p.rows + row, four.z);
+      store(p, (col + 3) * p.rows + row, four.w);
+    }
+  for (; col < p.cols; ++col) store(p, col * p.rows + row, load(p, row * p.cols + col));
+}
+
 __global__ void __launch_bounds__(kThreads) cast_fwd_kernel(const __grid_constant__ Pieces pieces) {
   const Piece& p = pieces.piece[blockIdx.y];
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (int64_t i = first * kElements; i < p.count; i += step * kElements) {
-    if (p.vector && i + kElements <= p.count) {
+  if (p.transposed) {
+    for (int64_t row = first; row < p.rows; row += step) transpose_row(p, row);
+    return;
+  }
+  const int64_t count = p.rows * p.cols;
+  for (int64_t i = first * kElements; i < count; i += step * kElements) {
+    if (p.vector && i + kElements <= count) {
       store_four(p, i, load_four(p, i));
       continue;
     }
-    for (int64_t j = i; j < min(i + kElements, p.count); ++j) store(p, j, load(p, j));
+    for (int64_t j = i; j < min(i + kElements, count); ++j) store(p, j, load(p, j));
   }
 }
 
@@ -106,7 +125,9 @@ Piece piece_of(const lora_fused::Cast& cast) {
   Piece p{};
   p.from = cast.from.const_data_ptr();
   p.to = cast.to.mutable_data_ptr();
-  p.count = cast.to.numel();
+  p.rows = cast.from.size(0);
+  p.cols = cast.from.size(1);
+  p.transposed = cast.transposed;
   p.from_dtype = code(cast.from);
   p.to_dtype = code(cast.to);
   p.vector = (reinterpret_cast<uintptr_t>(p.from) | reinterpret_cast<uintptr_t>(p.to)) % 16 == 0;
@@ -126,7 +147,8 @@ void lora_fused::cast_all_cuda(const std::vector<Cast>& casts) {
     int64_t most = 1;  // threads
     for (size_t i = 0; i < tensors; ++i) {
       pieces.piece[i] = piece_of(casts[first + i]);
-      most = std::max(most, (pieces.piece[i].count + kElements - 1) / kElements);
+      const Piece& p = pieces.piece[i];
+      most = std::max(most, p.transposed ? p.rows : (p.rows * p.cols + kElements - 1) / kElements);
     }
     const int64_t blocks = std::min((most + kThreads - 1) / kThreads, kPieces);
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(tensors));

@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) token_sums_fwd_kernel(const __grid_c
   }
   const int64_t start = blockIdx.y * a.share_rows, stop = min(start + a.share_rows, a.rows);
   if (count > 0) {
-#pragma unroll 2
+#pragma unroll 4
     for (int64_t row = start + warp; row < stop; row += kWarps) {
       Columns<T> dy, u, scaled, excess;
       load(dy, a.dy, row, col, count, aligned);
@@ -120,14 +120,25 @@ __global__ void __launch_bounds__(kThreads) token_sums_fwd_kernel(const __grid_c
   if (a.sums != nullptr) reduce(sums, a.sum_shares);
 }
 
+constexpr int kReduceColumns = 32, kReduceParts = kThreads / kReduceColumns;
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) token_sums_reduce_kernel(const __grid_constant__ SumArguments<T> a) {
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (col >= a.cols) return;
+  __shared__ Wide<T> shared[2][kReduceParts][kReduceColumns];
+  const int lane = threadIdx.x % kReduceColumns, part = threadIdx.x / kReduceColumns;
+  const int64_t col = static_cast<int64_t>(blockIdx.x) * kReduceColumns + lane;
   Wide<T> dots = 0, sums = 0;
-  for (int64_t share = 0; share < a.shares; ++share) {
+  for (int64_t share = part; col < a.cols && share < a.shares; share += kReduceParts) {
     if (a.dots != nullptr) dots += a.dot_shares[share * a.cols + col];
     if (a.sums != nullptr) sums += a.sum_shares[share * a.cols + col];
+  }
+  shared[0][part][lane] = dots;
+  shared[1][part][lane] = sums;
+  __syncthreads();
+  if (part != 0 || col >= a.cols) return;
+  for (int i = 1; i < kReduceParts; ++i) {
+    dots += shared[0][i][lane];
+    sums += shared[1][i][lane];
   }
   if (a.dots != nullptr) a.dots[col] = dots / a.norm[col];
   if (a.sums != nullptr) a.sums[col] = sums;
@@ -175,9 +186,9 @@ void run(const TokenSums& s) {
   a.cols = s.dy.size(1);
   a.aligned = aligned;
   if (a.cols == 0) return;
-  // About 1024 blocks, of at least 32 tokens each.
+  // About 512 blocks, of at least 32 tokens each.
   const int64_t blocks = (a.cols + kBlockColumns - 1) / kBlockColumns;
-  const int64_t wanted = std::max<int64_t>(1, 1024 / blocks);
+  const int64_t wanted = std::max<int64_t>(1, 512 / blocks);
   a.share_rows = std::max<int64_t>(32, (a.rows + wanted - 1) / wanted);
   a.shares = std::max<int64_t>(1, (a.rows + a.share_rows - 1) / a.share_rows);
   const bool summed = a.dots != nullptr || a.sums != nullptr;
@@ -190,7 +201,7 @@ void run(const TokenSums& s) {
   token_sums_fwd_kernel<T><<<grid, kThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (!summed) return;
-  const unsigned reducers = static_cast<unsigned>((a.cols + kThreads - 1) / kThreads);
+  const unsigned reducers = static_cast<unsigned>((a.cols + kReduceColumns - 1) / kReduceColumns);
   token_sums_reduce_kernel<T><<<reducers, kThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -1,11 +1,12 @@
-// The products of a dropped input on CUDA, the mask drawn in registers (Philox, see common/dropout.h):
+// Products of activations with an adapter's rank on CUDA, those of a whole group in one launch each:
 //
-//   down    t = s·D(x) Aᵀ          outer   dA = dtᵀ D(x)          up_add   dx += Σ D(dt A)
+//   down    t = s·D(x) Aᵀ          outer   dA = dtᵀ D(x), dB = dy'ᵀ t          up_add   dx += Σ D(dt A)
 //
-// with D(x) = mask ∘ x / (1 - p), rounded as if it had been stored. Fused: D(x) is never written, and all
-// members of a group are one launch, each with a mask of its own. Bound by the mask's integer
-// arithmetic, some ten operations an element, and by one read of x. Tensor cores (mma.sync), float32
-// sums; every sum has one owner, so results are deterministic.
+// with D(x) = mask ∘ x / (1 - p), rounded as if it had been stored, or x. Fused: the mask is drawn in
+// registers (Philox, see common/dropout.h), D(x) is never written, gradients are written in their own
+// dtype and layout. Bound by one read of x and, with a mask, by its integer arithmetic, some ten
+// operations an element. Tensor cores (mma.sync), float32 sums; every sum has one owner, so results
+// are deterministic.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
@@ -35,11 +36,11 @@ struct Mask {
 
 template <typename T>
 struct Entry {
-  const T *x, *a, *dt;  // [M, K], [R, K], [M, R]
-  void* out;            // t in T, or da
-  int64_t x_stride, a_stride, t_stride;
+  const T *x, *a, *t;  // [M, C], [R, C], [M, R]; up_add: a and t
+  void* out;           // down: t in T; outer: [R, C] or [C, R]
+  int64_t x_stride, a_stride, t_stride, cols;
   int ranks;
-  bool out_is_float;
+  bool out_is_float, transposed;
   float scaling;
   Mask mask;
 };
@@ -48,13 +49,15 @@ template <typename T>
 struct Arguments {
   Entry<T> entry[kEntries];
   T* dx;
-  int64_t rows, cols;
+  int64_t rows;
   int entries;
 };
 
-// Eight columns of a row, dropped.
+// Eight columns of a row, dropped where there is a mask.
 template <typename T>
-__device__ __forceinline__ Columns<T> dropped(Columns<T> x, uint64_t seed, const Mask& mask, int64_t row, int64_t col) {
+__device__ __forceinline__ Columns<T> dropped(Columns<T> x, uint64_t seed, const Mask& mask, int64_t row,
+                                              int64_t col) {
+  if (mask.seed == nullptr) return x;
   const Words words = philox(seed, row, static_cast<uint32_t>(col / kMaskColumns));
 #pragma unroll
   for (int j = 0; j < kColumns; ++j)
@@ -70,24 +73,28 @@ __device__ __forceinline__ Columns<T> load_if(const T* base, int64_t offset, boo
   return *reinterpret_cast<const Columns<T>*>(&bits);
 }
 
+__device__ __forceinline__ uint64_t seed_of(const Mask& mask) {
+  return mask.seed == nullptr ? 0 : static_cast<uint64_t>(*mask.seed);
+}
+
 __device__ __forceinline__ const uint32_t* bits(const void* p) { return static_cast<const uint32_t*>(p); }
 
 // t for 16 tokens and up to 8·kTiles ranks of one entry. The warps take turns at blocks of 32 columns;
 // a lane loads eight neighbouring columns of x and of A, which only permutes the sum's order.
 template <typename T, int kTiles>
-__global__ void __launch_bounds__(kThreads) dropped_down_fwd_kernel(const __grid_constant__ Arguments<T> args) {
+__global__ void __launch_bounds__(kThreads) skinny_down_fwd_kernel(const __grid_constant__ Arguments<T> args) {
   __shared__ float shared[kWarps][16][8 * kTiles];
   const Entry<T>& e = args.entry[blockIdx.y];
   const int first_rank = blockIdx.z * 8 * kTiles;
   if (first_rank >= e.ranks) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * 16 + g;
-  const uint64_t seed = static_cast<uint64_t>(*e.mask.seed);
+  const uint64_t seed = seed_of(e.mask);
   const int64_t x_row = row * e.x_stride;
   float acc[kTiles][4] = {};
 #pragma unroll 2
-  for (int64_t col = 32 * warp + 8 * q; col - 8 * q < args.cols; col += 32 * kWarps) {
-    const bool inside = col < args.cols;
+  for (int64_t col = 32 * warp + 8 * q; col - 8 * q < e.cols; col += 32 * kWarps) {
+    const bool inside = col < e.cols;
     Columns<T> low = load_if(e.x, x_row + col, inside && row < args.rows);
     Columns<T> high = load_if(e.x, x_row + 8 * e.x_stride + col, inside && row + 8 < args.rows);
     Columns<T> a[kTiles];
@@ -128,35 +135,35 @@ __global__ void __launch_bounds__(kThreads) dropped_down_fwd_kernel(const __grid
 constexpr int kOuterCols = 32, kOuterRanks = 32, kOuterRows = 32;  // of a block; of a warp's step
 constexpr int kOuterPitch = kOuterCols + 8;  // elements of a row in shared memory: no bank conflicts
 
-// dA [32 ranks, 32 columns] of one entry. The warps take turns at 32 tokens, each with a stage of its own
+// 32 ranks by 32 columns of one entry. The warps take turns at 32 tokens, each with a stage of its own
 // in shared memory, from which ldmatrix transposes both operands.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) dropped_outer_bwd_kernel(const __grid_constant__ Arguments<T> args) {
+__global__ void __launch_bounds__(kThreads) skinny_outer_bwd_kernel(const __grid_constant__ Arguments<T> args) {
   union Shared {
     T stage[kWarps][2][kOuterRows][kOuterPitch];
-    float sums[kWarps][kOuterRanks][kOuterCols];
+    float sums[kWarps][kOuterRanks][kOuterCols + 1];
   };
   __shared__ __align__(16) Shared shared;
   const Entry<T>& e = args.entry[blockIdx.y];
   const int first_rank = blockIdx.z * kOuterRanks;
-  if (first_rank >= e.ranks) return;
   const int64_t first_col = static_cast<int64_t>(blockIdx.x) * kOuterCols;
+  if (first_rank >= e.ranks || first_col >= e.cols) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint64_t seed = static_cast<uint64_t>(*e.mask.seed);
+  const uint64_t seed = seed_of(e.mask);
   T(*const xs)[kOuterPitch] = shared.stage[warp][0];
   T(*const ts)[kOuterPitch] = shared.stage[warp][1];
   // A row's 32 elements are four pieces: lane / 4 is the first of four rows eight apart.
   const int piece = 8 * (lane % 4), first_row = lane / 4;
   const int64_t col = first_col + piece;
-  const bool col_inside = col < args.cols, rank_inside = first_rank + piece < e.ranks;
+  const bool col_inside = col < e.cols, rank_inside = first_rank + piece < e.ranks;
   float acc[2][4][4] = {};
-  Columns<T> x[4], dt[4];
+  Columns<T> x[4], t[4];
   const auto fetch = [&](int64_t start) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t row = start + first_row + 8 * i;
       x[i] = load_if(e.x, row * e.x_stride + col, row < args.rows && col_inside);
-      dt[i] = load_if(e.dt, row * e.t_stride + first_rank + piece, row < args.rows && rank_inside);
+      t[i] = load_if(e.t, row * e.t_stride + first_rank + piece, row < args.rows && rank_inside);
     }
   };
   int64_t start = kOuterRows * warp;
@@ -166,7 +173,7 @@ __global__ void __launch_bounds__(kThreads) dropped_outer_bwd_kernel(const __gri
     for (int i = 0; i < 4; ++i) {
       const int row = first_row + 8 * i;
       *reinterpret_cast<Columns<T>*>(&xs[row][piece]) = dropped(x[i], seed, e.mask, start + row, col);
-      *reinterpret_cast<Columns<T>*>(&ts[row][piece]) = dt[i];
+      *reinterpret_cast<Columns<T>*>(&ts[row][piece]) = t[i];
     }
     __syncwarp();
     fetch(start + kOuterRows * kWarps);
@@ -194,17 +201,20 @@ __global__ void __launch_bounds__(kThreads) dropped_outer_bwd_kernel(const __gri
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int rank = 16 * i + lane / 4, at = 8 * j + 2 * (lane % 4);
-      *reinterpret_cast<float2*>(&shared.sums[warp][rank][at]) = {acc[i][j][0], acc[i][j][1]};
-      *reinterpret_cast<float2*>(&shared.sums[warp][rank + 8][at]) = {acc[i][j][2], acc[i][j][3]};
+#pragma unroll
+      for (int n = 0; n < 4; ++n) shared.sums[warp][rank + n / 2 * 8][at + n % 2] = acc[i][j][n];
     }
   __syncthreads();
   for (int i = threadIdx.x; i < kOuterRanks * kOuterCols; i += kThreads) {
-    const int rank = i / kOuterCols, at = i % kOuterCols;
+    // Neighbouring threads write neighbouring elements.
+    const int rank = e.transposed ? i % kOuterRanks : i / kOuterCols;
+    const int at = e.transposed ? i / kOuterRanks : i % kOuterCols;
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += shared.sums[w][rank][at];
-    if (first_rank + rank >= e.ranks || first_col + at >= args.cols) continue;
-    const int64_t place = (first_rank + rank) * args.cols + first_col + at;
+    if (first_rank + rank >= e.ranks || first_col + at >= e.cols) continue;
+    const int64_t place = e.transposed ? (first_col + at) * e.ranks + first_rank + rank
+                                       : (first_rank + rank) * e.cols + first_col + at;
     if (e.out_is_float)
       static_cast<float*>(e.out)[place] = total;
     else
@@ -223,7 +233,7 @@ __global__ void __launch_bounds__(kThreads) dropped_up_add_bwd_kernel(const __gr
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kUpRows + warp / 2 * 16;
   const int64_t first_col = static_cast<int64_t>(blockIdx.x) * kUpCols;
   const int warp_col = warp % 2 * 32;
-  const int64_t col = first_col + warp_col + 8 * q;
+  const int64_t col = first_col + warp_col + 8 * q, cols = args.entry[0].cols;
   float total[2][kColumns] = {};
   for (int n = 0; n < args.entries; ++n) {
     const Entry<T>& e = args.entry[n];
@@ -233,7 +243,7 @@ __global__ void __launch_bounds__(kThreads) dropped_up_add_bwd_kernel(const __gr
       {
         const int rank = threadIdx.x / 8, piece = 8 * (threadIdx.x % 8);
         const Columns<T> a = load_if(e.a, (first_rank + rank) * e.a_stride + first_col + piece,
-                                     first_rank + rank < e.ranks && first_col + piece < args.cols);
+                                     first_rank + rank < e.ranks && first_col + piece < cols);
         // Columns 8u + 2v + {0, 1} of 32 go to place 8v + 2u.
         const int base = piece / 32 * 32 + piece % 32 / 4;
 #pragma unroll
@@ -243,7 +253,7 @@ __global__ void __launch_bounds__(kThreads) dropped_up_add_bwd_kernel(const __gr
       // A lane's eight neighbouring ranks are those of its two steps: rows of A are read to match.
       const int rank = first_rank + 8 * q;
       const auto row_of = [&](int64_t row) {
-        return load_if(e.dt, row * e.t_stride + rank, row < args.rows && rank < e.ranks);
+        return load_if(e.t, row * e.t_stride + rank, row < args.rows && rank < e.ranks);
       };
       const Columns<T> low = row_of(first_row + g), high = row_of(first_row + g + 8);
 #pragma unroll
@@ -261,12 +271,10 @@ __global__ void __launch_bounds__(kThreads) dropped_up_add_bwd_kernel(const __gr
         }
       }
     }
-    const bool masked = e.mask.seed != nullptr;
-    const uint64_t seed = masked ? static_cast<uint64_t>(*e.mask.seed) : 0;
+    const uint64_t seed = seed_of(e.mask);
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
-      const Words words = masked ? philox(seed, first_row + g + 8 * high, static_cast<uint32_t>(col / kMaskColumns))
-                                 : Words{};
+      const Words words = philox(seed, first_row + g + 8 * high, static_cast<uint32_t>(col / kMaskColumns));
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const float value = acc[j / 2][2 * high + j % 2] * e.mask.scale;
@@ -277,8 +285,8 @@ __global__ void __launch_bounds__(kThreads) dropped_up_add_bwd_kernel(const __gr
 #pragma unroll
   for (int high = 0; high < 2; ++high) {
     const int64_t row = first_row + g + 8 * high;
-    if (row >= args.rows || col >= args.cols) continue;
-    Columns<T>* const place = reinterpret_cast<Columns<T>*>(args.dx + row * args.cols + col);
+    if (row >= args.rows || col >= cols) continue;
+    Columns<T>* const place = reinterpret_cast<Columns<T>*>(args.dx + row * cols + col);
     Columns<T> dx = *place;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) dx.value[j] = narrow<T, float>(widen(dx.value[j]) + total[high][j]);
@@ -305,10 +313,11 @@ const T* read(const Tensor& t) {
 }
 
 template <typename T>
-Entry<T> entry_of(const DroppedDown& d) {
+Entry<T> entry_of(const SkinnyDown& d) {
   Entry<T> e{};
   e.x = read<T>(d.x), e.a = read<T>(d.a), e.out = d.t.mutable_data_ptr();
   e.x_stride = d.x.stride(0), e.a_stride = d.a.stride(0), e.t_stride = d.t.stride(0);
+  e.cols = d.x.size(1);
   e.ranks = static_cast<int>(d.a.size(0));
   e.scaling = static_cast<float>(d.scaling);
   e.mask = mask_of(d.mask);
@@ -316,12 +325,14 @@ Entry<T> entry_of(const DroppedDown& d) {
 }
 
 template <typename T>
-Entry<T> entry_of(const DroppedOuter& d) {
+Entry<T> entry_of(const SkinnyOuter& d) {
   Entry<T> e{};
-  e.x = read<T>(d.x), e.dt = read<T>(d.dt), e.out = d.da.mutable_data_ptr();
-  e.x_stride = d.x.stride(0), e.t_stride = d.dt.stride(0);
-  e.ranks = static_cast<int>(d.dt.size(1));
-  e.out_is_float = d.da.scalar_type() == ScalarType::Float;
+  e.x = read<T>(d.x), e.t = read<T>(d.t), e.out = d.out.mutable_data_ptr();
+  e.x_stride = d.x.stride(0), e.t_stride = d.t.stride(0);
+  e.cols = d.x.size(1);
+  e.ranks = static_cast<int>(d.t.size(1));
+  e.out_is_float = d.out.scalar_type() == ScalarType::Float;
+  e.transposed = d.transposed;
   e.mask = mask_of(d.mask);
   return e;
 }
@@ -329,8 +340,9 @@ Entry<T> entry_of(const DroppedOuter& d) {
 template <typename T>
 Entry<T> entry_of(const DroppedUp& d) {
   Entry<T> e{};
-  e.a = read<T>(d.a), e.dt = read<T>(d.dt);
+  e.a = read<T>(d.a), e.t = read<T>(d.dt);
   e.a_stride = d.a.stride(0), e.t_stride = d.dt.stride(0);
+  e.cols = d.a.size(1);
   e.ranks = static_cast<int>(d.a.size(0));
   e.mask = mask_of(d.mask);
   return e;
@@ -338,48 +350,55 @@ Entry<T> entry_of(const DroppedUp& d) {
 
 unsigned blocks(int64_t work, int64_t block) { return static_cast<unsigned>((work + block - 1) / block); }
 
+// The most that an entry has of each.
+struct Extent {
+  int64_t cols = 0;
+  int ranks = 1;
+};
+
 template <typename T>
-void launch(const Arguments<T>& args, const DroppedDown*, int ranks, cudaStream_t stream) {
-  const dim3 grid(blocks(args.rows, 16), args.entries, blocks(ranks, ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64));
-  if (ranks <= 16)
-    dropped_down_fwd_kernel<T, 2><<<grid, kThreads, 0, stream>>>(args);
-  else if (ranks <= 32)
-    dropped_down_fwd_kernel<T, 4><<<grid, kThreads, 0, stream>>>(args);
+void launch(const Arguments<T>& args, const SkinnyDown*, Extent most, cudaStream_t stream) {
+  const int tile = most.ranks <= 16 ? 16 : most.ranks <= 32 ? 32 : 64;
+  const dim3 grid(blocks(args.rows, 16), args.entries, blocks(most.ranks, tile));
+  if (tile == 16)
+    skinny_down_fwd_kernel<T, 2><<<grid, kThreads, 0, stream>>>(args);
+  else if (tile == 32)
+    skinny_down_fwd_kernel<T, 4><<<grid, kThreads, 0, stream>>>(args);
   else
-    dropped_down_fwd_kernel<T, 8><<<grid, kThreads, 0, stream>>>(args);
+    skinny_down_fwd_kernel<T, 8><<<grid, kThreads, 0, stream>>>(args);
 }
 
 template <typename T>
-void launch(const Arguments<T>& args, const DroppedOuter*, int ranks, cudaStream_t stream) {
-  const dim3 grid(blocks(args.cols, kOuterCols), args.entries, blocks(ranks, kOuterRanks));
-  dropped_outer_bwd_kernel<T><<<grid, kThreads, 0, stream>>>(args);
+void launch(const Arguments<T>& args, const SkinnyOuter*, Extent most, cudaStream_t stream) {
+  const dim3 grid(blocks(most.cols, kOuterCols), args.entries, blocks(most.ranks, kOuterRanks));
+  skinny_outer_bwd_kernel<T><<<grid, kThreads, 0, stream>>>(args);
 }
 
 template <typename T>
-void launch(const Arguments<T>& args, const DroppedUp*, int, cudaStream_t stream) {
-  const dim3 grid(blocks(args.cols, kUpCols), blocks(args.rows, kUpRows));
+void launch(const Arguments<T>& args, const DroppedUp*, Extent most, cudaStream_t stream) {
+  const dim3 grid(blocks(most.cols, kUpCols), blocks(args.rows, kUpRows));
   dropped_up_add_bwd_kernel<T><<<grid, kThreads, 0, stream>>>(args);
 }
 
-// `like` [M, K] has the tokens and columns that all entries share.
 template <typename T, typename Work>
 void run(const std::vector<Work>& works, const Tensor& like, void* dx) {
-  if (like.numel() == 0) return;
-  for (size_t first = 0; first < works.size(); first += kEntries) {
+  const int64_t rows = like.size(0);
+  for (size_t first = 0; rows > 0 && first < works.size(); first += kEntries) {
     Arguments<T> args{};
     args.dx = static_cast<T*>(dx);
-    args.rows = like.size(0);
-    args.cols = like.size(1);
-    int ranks = 1;
+    args.rows = rows;
+    Extent most;
     for (size_t i = first; i < std::min(works.size(), first + kEntries); ++i) {
-      args.entry[args.entries] = entry_of<T>(works[i]);
-      ranks = std::max(ranks, args.entry[args.entries++].ranks);
+      const Entry<T>& entry = args.entry[args.entries++] = entry_of<T>(works[i]);
+      most.cols = std::max(most.cols, entry.cols);
+      most.ranks = std::max(most.ranks, entry.ranks);
     }
-    launch(args, works.data(), ranks, stream_of(like));
+    launch(args, works.data(), most, stream_of(like));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }
 
+// `like` has the tokens and the dtype that all entries share.
 template <typename Work>
 void run_as(const std::vector<Work>& works, const Tensor& like, void* dx) {
   if (like.scalar_type() == ScalarType::BFloat16) return run<__nv_bfloat16>(works, like, dx);
@@ -388,18 +407,18 @@ void run_as(const std::vector<Work>& works, const Tensor& like, void* dx) {
 
 }  // namespace
 
-bool lora_fused::dropped_serves(const Tensor& matrix) {
+bool lora_fused::skinny_serves(const Tensor& matrix) {
   const auto dtype = matrix.scalar_type();
   return (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) && matrix.stride(1) == 1 &&
-         matrix.size(1) % kColumns == 0 && matrix.stride(0) % kColumns == 0 &&
+         matrix.size(1) % kColumns == 0 && matrix.stride(0) % kColumns == 0 && matrix.size(0) > 0 &&
          reinterpret_cast<uintptr_t>(matrix.const_data_ptr()) % 16 == 0;
 }
 
-void lora_fused::dropped_down_cuda(const std::vector<DroppedDown>& entries) {
+void lora_fused::skinny_down_cuda(const std::vector<SkinnyDown>& entries) {
   run_as(entries, entries[0].x, nullptr);
 }
 
-void lora_fused::dropped_outer_cuda(const std::vector<DroppedOuter>& entries) {
+void lora_fused::skinny_outer_cuda(const std::vector<SkinnyOuter>& entries) {
   run_as(entries, entries[0].x, nullptr);
 }
 
