@@ -81,6 +81,23 @@ Dropped Members::mask(size_t i) const {
   return {Tensor(handle), lists_.dropouts[first_ + i]};
 }
 
+Tensor Members::weight(size_t i, ScalarType dtype) const {
+  const Tensor& stored = lists_.weights[first_ + i];
+  if (lists_.quantized.empty() || quantized(i)[0] == 0) return stored;
+  const int64_t* q = quantized(i);
+  const Tensor* scales = lists_.scales.data() + q[5];
+  const auto nested = [&](int which) { return q[4] > 0 ? MaybeTensor(scales[which]) : std::nullopt; };
+  const Tensor weight = empty(stored, {q[1], q[2]}, dtype);
+#if defined(CUDA_KERNEL)
+  if (stored.is_cuda()) {
+    dequantize_4bit_cuda(stored, scales[0], nested(1), nested(2), nested(3), q[3], q[4], q[0] == 2, 0, weight);
+    return weight;
+  }
+#endif
+  dequantize_4bit_cpu(stored, scales[0], nested(1), nested(2), nested(3), q[3], q[4], q[0] == 2, 0, weight);
+  return weight;
+}
+
 bool Members::any_masked() const {
   for (size_t i = 0; i < count_; ++i)
     if (masked(i)) return true;
@@ -153,9 +170,10 @@ Outputs project(const Tensor& x, const Tensor& like, const Members& members, boo
   Optionals drops(members.count());
   Outputs out{{}, {}, project_down(x, members, adapters, drops)};
   for (size_t i = 0; i < members.count(); ++i) {
-    const int64_t n = members.weight(i).size(0);
+    const int64_t n = members.outputs(i);
+    const Tensor weight = members.weight(i, x.scalar_type());
     const auto product = [&](const Tensor& input, const Tensor& y, const MaybeTensor& bias) {
-      std::vector<Term> terms{{input, transposed(members.weight(i))}};
+      std::vector<Term> terms{{input, transposed(weight)}};
       if (members.b(i)) terms.push_back({adapters.part(out.t, i), transposed(*adapters.b[i])});
       multiply(y, terms, bias, /*add=*/false);
     };
@@ -247,20 +265,21 @@ void Backward::pass_over_dy(size_t i, const MaybeTensor& u, const MaybeTensor& n
 }
 
 void Backward::input(const Tensor& dx, bool add) const {
-  std::vector<Term> terms;
   std::vector<size_t> masked;
   const bool share = !members_.any_masked();
   for (size_t i = 0; i < members_.count(); ++i) {
     if (!dys_[i]) continue;
-    terms.push_back({members_.scaled(i) ? *lora_dys_[i] : *dys_[i], members_.weight(i)});
+    // One after another, so that one quantised weight at a time is there in floating point.
+    const Tensor& dy = members_.scaled(i) ? *lora_dys_[i] : *dys_[i];
+    multiply(dx, {{dy, members_.weight(i, x_.scalar_type())}}, std::nullopt, add);
+    add = true;
     if (!members_.a(i) || share) continue;
     if (members_.masked(i))
       masked.push_back(i);
     else
-      terms.push_back({adapters_.part(*dt_, i), adapters_.a_of(i)});
+      multiply(dx, {{adapters_.part(*dt_, i), adapters_.a_of(i)}}, std::nullopt, add);
   }
-  if (dt_ && share) terms.push_back({*dt_, *adapters_.a});
-  multiply(dx, terms, std::nullopt, add);
+  if (dt_ && share) multiply(dx, {{*dt_, *adapters_.a}}, std::nullopt, add);
   if (!masked.empty()) add_dropped(dx, masked);
 }
 
@@ -275,7 +294,7 @@ void Backward::add_dropped(const Tensor& dx, const std::vector<size_t>& which) c
     }
     const Tensor delta = fresh_like(dx);
     std::vector<Term> terms{{dt, a}};
-    if (excesses_[i]) terms.insert(terms.begin(), {*excesses_[i], members_.weight(i)});
+    if (excesses_[i]) terms.insert(terms.begin(), {*excesses_[i], members_.weight(i, x_.scalar_type())});
     multiply(delta, terms, std::nullopt, /*add=*/false);
     drop(delta, mask, dx, /*accumulate=*/true);
   }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from typing import NamedTuple, Optional, Union
 
+import torch
 from torch import Tensor, nn
 
 from . import mlp_structure, peft_state
@@ -56,10 +57,10 @@ def projections_of(module: nn.Module, structure: GatedMLP) -> tuple[nn.Module, .
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module is a gated MLP with a PEFT LoRA linear in it."""
-    if not any(peft_state.is_plain_linear(child) for child in module.children()):
+    if not any(peft_state.is_lora_linear(child) for child in module.children()):
         return False
     structure = structure_of(module)
-    return not isinstance(structure, str) and any(map(peft_state.is_plain_linear, projections_of(module, structure)))
+    return not isinstance(structure, str) and any(map(peft_state.is_lora_linear, projections_of(module, structure)))
 
 
 def read_mlp(
@@ -84,11 +85,14 @@ def read_mlp(
             # The last takes the product of the first ones' outputs, in x's dtype and on its device.
             given = check_features and part is not parts[-1] and x.dim() > 0
             features = x.shape[-1] if given else _features(adapted.projection)
-            adapted = peft_state.input_reason(adapted, x, features) or adapted
+            adapted = peft_state.input_reason(adapted, x, features) or _called(adapted, x, check_features) or adapted
         if isinstance(adapted, str):
             return f"{_name(module, part)}: {adapted}"
         projections.append(adapted.projection)
     *inputs, output = projections
+    quantised = [p.spec.quantized is not None for p in projections]
+    if any(quantised) and not all(quantised) and torch.is_autocast_enabled(x.device.type):
+        return "quantised and other projections under autocast, whose results differ in dtype"
     width = _outputs(inputs[0]) // 2 if structure.fused else _outputs(inputs[0])
     if any(_outputs(p) != (2 * width if structure.fused else width) for p in inputs) or _features(output) != width:
         return "gate, up and down do not fit together"
@@ -96,11 +100,15 @@ def read_mlp(
 
 
 def _read_part(part: nn.Module, linear_layer: type) -> Union[peft_state.Adapted, str]:
-    if not peft_state.is_plain_linear(part):
+    if not peft_state.is_lora_linear(part):
         return peft_state.read_plain(part)
     if getattr(part.__dict__.get("forward"), "__func__", None) is not linear_layer.forward:
         return "not kernelized"
     return peft_state.hooks_reason("the layer", part) or peft_state.read_linear(part)
+
+
+def _called(adapted: peft_state.Adapted, x: Tensor, check_features: bool) -> Optional[str]:
+    return peft_state.called_reason(adapted, x, None if check_features else peft_state.FEW_ROWS + 1)
 
 
 def _name(module: nn.Module, part: nn.Module) -> str:
@@ -108,8 +116,8 @@ def _name(module: nn.Module, part: nn.Module) -> str:
 
 
 def _features(projection: Projection) -> int:
-    return projection.operands.weight.shape[0 if projection.spec.transposed else 1]
+    return projection.shape[1]
 
 
 def _outputs(projection: Projection) -> int:
-    return projection.operands.weight.shape[1 if projection.spec.transposed else 0]
+    return projection.shape[0]
