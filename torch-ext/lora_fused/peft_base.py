@@ -108,11 +108,12 @@ def _read_4bit(base: nn.Module) -> Union[Base, str]:
         shape, state.blocksize, 0 if nested is None else nested.blocksize, state.quant_type == "fp4", state.dtype
     )
     bias, compute = base._parameters["bias"], base.compute_dtype
+    if device == "cpu" and shape[1] % state.blocksize != 0:
+        called = "base called: rows of broken blocks, which bitsandbytes reads in its own way on the CPU"
+        return Base(Operands(None, bias), shape, called=called)
     called = None
     if not base.compute_type_is_set:
         called = "base called: its first input decides what it computes in"
-    elif device == "cpu" and shape[1] % state.blocksize != 0:
-        called = "base called: rows of broken blocks, which bitsandbytes takes apart in its own way on the CPU"
     elif device not in ("cpu", "cuda"):
         called = f"base called: no kernel for {device}"
     elif bias is not None and compute is not None and bias.dtype != compute:

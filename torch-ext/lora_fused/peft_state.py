@@ -314,4 +314,5 @@ def called_reason(adapted: Adapted, x: Tensor, rows: Optional[int] = None) -> Op
         return f"base called: it computes in {base.compute or x.dtype}, the adapter in {dtype}"
     if rows is None:
         rows = x.numel() // max(x.shape[-1], 1)
-    return f"base called: up to {FEW_ROWS} rows" if rows <= FEW_ROWS else None
+    few = rows <= FEW_ROWS and delta_reason(adapted.projection) is None
+    return f"base called: up to {FEW_ROWS} rows" if few else None

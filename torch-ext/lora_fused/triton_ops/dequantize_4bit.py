@@ -15,23 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..projection import FourBit, Operands
+from ..reference import code_4bit
 from .launch import on_device
 
 BLOCK = 2048  # bytes of a program: 16 of each of 128 threads
 
-_NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-_FP4_HALF = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 0.5, 2 / 12, 0.25)
-
-
-@functools.lru_cache(maxsize=None)
-def _code(fp4: bool, device: torch.device) -> Tensor:
-    values = (*_FP4_HALF, *(-value for value in _FP4_HALF)) if fp4 else _NF4
-    return torch.tensor(values, dtype=torch.float32, device=device)
+_code = functools.lru_cache(maxsize=None)(code_4bit)
 
 
 @triton.jit
