@@ -107,6 +107,9 @@ def llama(device, names=None, compute=torch.float32, seed=1, **config):
     model = get_peft_model(model, LoraConfig(**{**options, **config}), autocast_adapter_dtype=False)
     torch.manual_seed(seed)
     randomise_adapters(model, torch.float32)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 0.1
     return model.train(), torch.randint(0, 64, (2, 12), device=device)
 
 

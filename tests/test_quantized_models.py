@@ -100,13 +100,14 @@ def test_checkpointing(lora_fused, device, reentrant, config):
 
 @pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=("lora", "dora"))
 def test_twenty_steps_and_back_to_plain_peft(lora_fused, device, config, tmp_path):
-    """Losses of PEFT for 20 steps of AdamW; the saved adapter gives the same logits in plain PEFT."""
+    """Losses of PEFT for 20 steps of AdamW; the saved adapter gives the same logits in plain PEFT. In
+    training mode throughout: in evaluation bitsandbytes may compute in bfloat16 on a CPU."""
 
     def train(fused):
         model, ids = quantised.llama(device, **config)
         if fused:
             quantised.fuse(lora_fused, model, device)
-        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-2)
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
         losses = []
         for _ in range(20):
             optimizer.zero_grad()
@@ -120,11 +121,11 @@ def test_twenty_steps_and_back_to_plain_peft(lora_fused, device, config, tmp_pat
     ours_model, _, ours = train(True)
     assert theirs[-1] < theirs[0] - 0.3
     torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-4)
-    ours_model.eval().save_pretrained(tmp_path)
+    ours_model.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = ours_model(ids).logits
     plain, _ = quantised.llama(device, seed=9)
-    plain = PeftModel.from_pretrained(plain.unload(), tmp_path, autocast_adapter_dtype=False).eval()
+    plain = PeftModel.from_pretrained(plain.unload(), tmp_path, autocast_adapter_dtype=False).train()
     assert type(plain.base_model.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-4, atol=1e-4)
