@@ -157,6 +157,8 @@ def _read_8bit(base: nn.Module) -> Union[Base, str]:
         weight = base._parameters["weight"]
         absmax = base.state.SCB if base.state.SCB is not None else getattr(weight, "SCB", None)
         shape = (base.out_features, base.in_features)
+        if absmax is None and weight.dtype == torch.int8:
+            return Broken("the scales of the int8 weight are missing")
         known = (
             weight.dtype == torch.int8
             and absmax is not None
