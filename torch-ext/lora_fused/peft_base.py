@@ -155,7 +155,8 @@ def _read_8bit(base: nn.Module) -> Union[Base, str]:
     """Activations are quantised too, so the product is the layer's own; DoRA's norm needs the weight."""
     with torch._C.DisableTorchFunctionSubclass():
         weight = base._parameters["weight"]
-        absmax = base.state.SCB if base.state.SCB is not None else getattr(weight, "SCB", None)
+        waiting = getattr(weight, "CB", None) is not None  # the layer's next call takes over the weight's scales
+        absmax = getattr(weight, "SCB", None) if waiting else base.state.SCB
         shape = (base.out_features, base.in_features)
         if absmax is None and weight.dtype == torch.int8:
             return Broken("the scales of the int8 weight are missing")
