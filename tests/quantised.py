@@ -97,11 +97,12 @@ def step(model, x, dy, autocast=None):
     return y.detach(), {"x": x.grad, **grads}
 
 
-def llama(device, names=None, compute=torch.float32, seed=1, **config):
-    """(the tiny Llama under PEFT, its linears, or those of `names`, in four bits; ids)"""
+def llama(device, names=None, compute=torch.float32, seed=1, stored=None, **config):
+    """(the tiny Llama under PEFT, its linears, or those of `names`, in four bits, quantised from `stored`
+    where that is another dtype than they compute in; ids)"""
     model = tiny_llama(compute, intermediate_size=128).to(device)
     head, model.lm_head = model.lm_head, nn.Identity()
-    replace(model, lambda linear: four_bit(linear, compute, device), names)
+    replace(model, lambda linear: four_bit(linear.to(stored or compute), compute, device), names)
     model.lm_head = head
     options = dict(r=4, lora_alpha=8, target_modules=LINEARS, task_type="CAUSAL_LM")
     model = get_peft_model(model, LoraConfig(**{**options, **config}), autocast_adapter_dtype=False)

@@ -118,8 +118,7 @@ def dequantize_4bit(operands: Operands, quantized: FourBit, first: int, out: Ten
     weight, absmax = operands.weight, operands.absmax
     nested = operands.nested_absmax, operands.nested_code, operands.offset
     sizes = quantized.blocksize, quantized.nested_blocksize, quantized.fp4
-    with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameter is a subclass
-        ops.dequantize_4bit(weight, absmax, *nested, *sizes, first, out)
+    ops.dequantize_4bit(weight, absmax, *nested, *sizes, first, out)
     return out
 
 

@@ -125,8 +125,20 @@ for _name in ("dora_gains", "lora_forward", "lora_backward", "gated_forward", "g
     for _key in ("Autograd", "ADInplaceOrView"):
         _dispatch.impl(_name, torch.library.fallthrough_kernel, _key)
 
-dequantize_4bit = ops.dequantize_4bit.default
-lora_forward = ops.lora_forward.default
-lora_backward = ops.lora_backward.default
-gated_forward = ops.gated_forward.default
-gated_backward = ops.gated_backward.default
+
+
+def _past_subclasses(op):
+    """An op whose operands may be bitsandbytes' parameters: a subclass of a tensor that would be asked first."""
+
+    def call(*args):
+        with torch._C.DisableTorchFunctionSubclass():
+            return op(*args)
+
+    return call
+
+
+dequantize_4bit = _past_subclasses(ops.dequantize_4bit.default)
+lora_forward = _past_subclasses(ops.lora_forward.default)
+lora_backward = _past_subclasses(ops.lora_backward.default)
+gated_forward = _past_subclasses(ops.gated_forward.default)
+gated_backward = _past_subclasses(ops.gated_backward.default)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend as backends
-from .. import base, compose, ops
+from .. import base, compose
 from ..member import Member, batches_of, cat, members_of, split
 from ..projection import GroupSpec, Operands, flatten, unflatten
 
@@ -64,15 +64,9 @@ def scaled_output(member: Member, z: Tensor, gain: Tensor) -> Tensor:
 def _gains(members: Sequence[Member]) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
     """(norms, gains), None for plain LoRA."""
     operands = [member.operands for member in members]
-    dense = [None if member.quantized else p.magnitude for member, p in zip(members, operands)]
     weights = [p.weight.t() if member.transposed else p.weight for member, p in zip(members, operands)]
-    fields = ([getattr(p, name) for p in operands] for name in ("lora_a", "lora_b"))
-    norms, gains = backends.dora_gains(weights, *fields, dense, [member.scaling for member in members])
-    for i, (member, p) in enumerate(zip(members, operands)):
-        if member.quantized is not None and p.magnitude is not None:
-            norms[i] = base.row_norm(p, member.quantized, member.scaling)
-            gains[i] = ops.gain(p.magnitude, norms[i])
-    return norms, gains
+    scalings = [member.scaling for member in members]
+    return base.dora_gains(weights, operands, [member.quantized for member in members], scalings)
 
 
 def forward_group(

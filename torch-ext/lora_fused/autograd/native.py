@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backend as backends
 from .. import base, ops
-from ..projection import OPERANDS_PER_PROJECTION, Operands, Projection, ProjectionSpec
+from ..projection import OPERANDS_PER_PROJECTION, Operands, Projection, ProjectionSpec, unflatten
 
 _TRAINED = Operands._fields[:6]  # what follows are scales of a quantised weight
 _NEED_A, _NEED_B, _NEED_BIAS, _NEED_MAGNITUDE = 1, 2, 4, 8
@@ -72,17 +72,9 @@ class _Arguments:
 
     def gains(self) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
         """(norms, gains) of each member, None for plain LoRA."""
-        dense = [None if form else magnitude for form, magnitude in zip(self.formats, self.magnitudes)]
-        norms, gains = backends.dora_gains(self.weights, *self.adapters, dense, self.scalings)
-        for i, form in enumerate(self.formats):
-            if form is not None and self.magnitudes[i] is not None:
-                norms[i] = base.row_norm(self.operands(i), form, self.scalings[i])
-                gains[i] = ops.gain(self.magnitudes[i], norms[i])
-        return norms, gains
-
-    def operands(self, i: int) -> Operands:
-        """Those of one member."""
-        return Operands(*self.flat[i * OPERANDS_PER_PROJECTION : (i + 1) * OPERANDS_PER_PROJECTION])
+        if not any(self.formats):
+            return backends.dora_gains(self.weights, *self.adapters, self.magnitudes, self.scalings)
+        return base.dora_gains(self.weights, unflatten(self.flat), self.formats, self.scalings)
 
 
 def _needs(flags: Sequence[bool]) -> list[int]:

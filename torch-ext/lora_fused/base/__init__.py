@@ -6,10 +6,13 @@ it again. The allocator hands the same memory to one weight after another, strea
 
 from __future__ import annotations
 
+from typing import Optional, Sequence
+
 import torch
 from torch import Tensor
 
 from .. import backend as backends
+from .. import ops
 from ..projection import FourBit, Operands, Quantized
 from . import eight_bit, four_bit
 
@@ -40,3 +43,17 @@ def row_norm(operands: Operands, quantized: Quantized, scaling: float) -> Tensor
         norms.append(backends.row_norm(weight, operands.lora_a, operands.lora_b[first : first + count], scaling))
         del weight
     return norms[0] if len(norms) == 1 else torch.cat(norms)
+
+
+def dora_gains(
+    weights: Sequence[Tensor], operands: Sequence[Operands], formats: Sequence[Optional[Quantized]], scalings
+) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
+    """`backend.dora_gains` of members of which some are quantised; weights [N, K] are those of the others."""
+    dense = [None if form is not None else p.magnitude for form, p in zip(formats, operands)]
+    adapters = [p.lora_a for p in operands], [p.lora_b for p in operands]
+    norms, gains = backends.dora_gains(weights, *adapters, dense, scalings)
+    for i, (form, p) in enumerate(zip(formats, operands)):
+        if form is not None and p.magnitude is not None:
+            norms[i] = row_norm(p, form, scalings[i])
+            gains[i] = ops.gain(p.magnitude, norms[i])
+    return norms, gains
