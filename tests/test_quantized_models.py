@@ -223,7 +223,7 @@ def test_dequantised_weights_die_with_their_product(lora_fused, device, monkeypa
     gc.collect()
     assert len(alive) == 14 and not any(ref() is not None for ref in alive)
     loss.backward()
-    assert len(alive) == 28 and max(most) <= 2
+    assert len(alive) == 14 + 11 and max(most) <= 2  # ids need no gradient
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
