@@ -67,7 +67,8 @@ class _Arguments:
             if lora_bias is not None:
                 scaled = lora_bias * self.scalings[i]
                 whole = scaled if wholes[i] is None else wholes[i] + scaled
-                wholes[i] = whole.to(self.weights[i].dtype)
+                form = self.formats[i]
+                wholes[i] = whole.to(self.weights[i].dtype if form is None else form.dtype)
         return wholes
 
     def gains(self) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
