@@ -3,6 +3,7 @@ installed here."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import bitsandbytes as bnb
@@ -86,11 +87,24 @@ def dequantised(layer):
     return layer.weight.data * scale.view(-1, 1) / 127
 
 
+@contextlib.contextmanager
+def as_on_gpu(device, autocast):
+    """Autocast to a dtype, or none. PEFT's layers on quantised bases ask for a GPU's autocast on any device
+    and compute otherwise without it: both are on."""
+    before = torch.is_autocast_enabled("cuda")
+    with torch.autocast(device, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        torch.set_autocast_enabled("cuda", autocast is not None)
+        try:
+            yield
+        finally:
+            torch.set_autocast_enabled("cuda", before)
+
+
 def step(model, x, dy, autocast=None):
     """(y, gradients by name, x's included) of one pass."""
     model.zero_grad()
     x = x.detach().clone().requires_grad_()
-    with torch.autocast(x.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+    with as_on_gpu(x.device.type, autocast):
         y = model(x)
     y.backward(dy.to(y.dtype))
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}

@@ -67,7 +67,9 @@ def passes(model, x, dy, autocast):
     for parameter in model.parameters():
         parameter.grad = None
     x = x.clone().requires_grad_()
-    with torch.autocast("cpu", dtype=BF16, enabled=autocast):
+    import quantised
+
+    with quantised.as_on_gpu("cpu", BF16 if autocast else None):
         y = model(x)
     y.backward(dy.to(y.dtype))
     return {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in model.named_parameters() if p.requires_grad}}

@@ -112,7 +112,7 @@ def test_triton_twin(lora_fused, poisoned, device, quant_type, nested, dtype):
         (dict(absmax=torch.zeros(32)), "absmax must be contiguous uint8 of at least 32 elements, got 32"),
         (dict(out=torch.empty(32, 64, dtype=torch.int32)), "out must be contiguous float32, bfloat16 or float16"),
     ),
-    ids=str,
+    ids=range(8),
 )
 def test_the_op_refuses(lora_fused, device, change, message):
     """What would read past the end of a tensor raises, and says what it saw."""

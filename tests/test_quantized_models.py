@@ -20,7 +20,7 @@ ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 def run(model, ids, autocast=None):
     """(logits, gradients) of one training step's forward and backward."""
     model.zero_grad()
-    with torch.autocast(ids.device.type, dtype=autocast or BF16, enabled=autocast is not None):
+    with quantised.as_on_gpu(ids.device.type, autocast):
         out = model(ids, labels=ids)
     out.loss.backward()
     return out.logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
@@ -50,9 +50,10 @@ def test_llama(lora_fused, device, names, config):
 
 
 @pytest.mark.parametrize("names", (None, {"q_proj", "v_proj", "gate_proj", "down_proj"}), ids=("all", "mixed"))
-def test_llama_under_autocast(lora_fused, device, names):
+@pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=("lora", "dora"))
+def test_llama_under_autocast(lora_fused, device, names, config):
     """float32 activations, bf16 products; a mixed MLP runs its own forward, its projections fused."""
-    model, ids = quantised.llama(device, names, compute=BF16)
+    model, ids = quantised.llama(device, names, compute=BF16, **config)
     for name, parameter in model.named_parameters():  # as prepare_model_for_kbit_training leaves them
         if "norm" in name or "embed" in name:
             parameter.data = parameter.data.float()
@@ -62,7 +63,7 @@ def test_llama_under_autocast(lora_fused, device, names):
     for _ in range(2):
         ours = run(model, ids, BF16)
     assert ours[0].dtype == theirs[0].dtype
-    with torch.autocast(device, dtype=BF16):
+    with quantised.as_on_gpu(device, BF16):
         rows = lora_fused.explain(model, rows=ids.numel())
     assert all(row.fused for row in rows), str(rows)
     flat = [{"logits": result[0], **result[1]} for result in (ours, theirs, truth)]
@@ -168,13 +169,14 @@ def test_small_inputs_do_not_dequantise(lora_fused, device, monkeypatch):
     model, ids = quantised.llama(device)
     quantised.fuse(lora_fused, model, device)
     calls = []
-    own = lora_fused.functional_delta.add_delta
-    monkeypatch.setattr(lora_fused.functional_delta, "add_delta", lambda *args: calls.append(args) or own(*args))
+    for owner, name in ((lora_fused.siblings, "compute"), (lora_fused.functional, "compute_gated")):
+        own = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, own=own: calls.append(args) or own(*args))
     with torch.no_grad():
         model(ids[:1, :1])
-        assert len(calls) == 14
+        assert not calls
         model(ids)
-        assert len(calls) == 14
+        assert len(calls) == 10  # four projections and one gated MLP a layer
 
 
 # Saved for backward: the packed weight and its scales, never a weight in floating point.

@@ -1,9 +1,8 @@
 // Four-bit weights to floating point on CUDA, see common/four_bit.h.
 //
 // Fused: nested absmax and values in one launch. Bound by memory: half a byte read and an element
-// written per value. A thread takes kUnroll groups of eight values: four bytes in, 16 bytes (32 of
-// float32) out, neighbouring threads side by side, all reads of a thread in flight at once. The
-// 16 values of the code stand in shared memory, one a bank. Operands that are not aligned, and
+// written per value. A thread takes 32 values in groups of eight, four of float32: four or two bytes
+// in, 16 out, neighbouring threads side by side, all reads of a thread in flight at once. The 16 values of the code stand in shared memory, one a bank. Operands that are not aligned, and
 // the last values of a weight, go byte by byte.
 #include "../common/four_bit.h"
 
@@ -16,6 +15,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <type_traits>
+
 #include "../../torch-ext/torch_binding.h"
 
 namespace {
@@ -23,8 +24,10 @@ namespace {
 using lora_fused::FourBit;
 using torch::headeronly::ScalarType;
 
-constexpr int kThreads = 256, kUnroll = 4, kGroup = 8;
-constexpr int kPerBlock = kThreads * kUnroll * kGroup;
+constexpr int kThreads = 256, kPerThread = 32, kPerBlock = kThreads * kPerThread;
+// Values of a group: 16 bytes out, so that a warp's store is contiguous.
+template <typename T>
+constexpr int kGroup = 16 / sizeof(T);
 
 __device__ const float kCodes[2][16] = {LORA_FUSED_NF4_CODE, LORA_FUSED_FP4_CODE};
 
@@ -44,12 +47,14 @@ __device__ __forceinline__ float absmax_of(const FourBit& p, int64_t block) {
 
 template <typename T>
 struct alignas(16) Group {
-  T value[kGroup];
+  T value[kGroup<T>];
 };
 
 template <typename T, bool kNested, bool kVector>
 __global__ void __launch_bounds__(kThreads)
     dequantize_4bit_fwd_kernel(const __grid_constant__ FourBit p) {
+  constexpr int kValues = kGroup<T>, kUnroll = kPerThread / kValues;
+  using Bytes = std::conditional_t<kValues == 8, uint32_t, uint16_t>;  // of a group
   __shared__ float code[16];
   if (threadIdx.x < 16) code[threadIdx.x] = kCodes[p.fp4][threadIdx.x];
   const int64_t start = int64_t{blockIdx.x} * kPerBlock, flat = p.first + start;
@@ -62,21 +67,21 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       // Without a branch, so that no read waits for another: what is past the end reads the start.
-      const int at = (u * kThreads + threadIdx.x) * kGroup;
-      const int64_t from = at + kGroup <= left ? flat + at : p.first;
-      bytes[u] = __ldg(reinterpret_cast<const uint32_t*>(p.packed + from / 2));
+      const int at = (u * kThreads + threadIdx.x) * kValues;
+      const int64_t from = at + kValues <= left ? flat + at : p.first;
+      bytes[u] = __ldg(reinterpret_cast<const Bytes*>(p.packed + from / 2));
       absmax[u] = absmax_of<kNested>(p, from >> p.shift);
     }
   }
   __syncthreads();
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int at = (u * kThreads + threadIdx.x) * kGroup;
+    const int at = (u * kThreads + threadIdx.x) * kValues;
     if (at >= left) return;
-    if (kVector && at + kGroup <= left) {
+    if (kVector && at + kValues <= left) {
       Group<T> group;
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {  // the high half of each byte comes first
+      for (int i = 0; i < kValues; ++i) {  // the high half of each byte comes first
         const uint32_t q = (bytes[u] >> (4 * (i ^ 1))) & 15;
         convert(&group.value[i], __fmul_rn(code[q], absmax[u]));
       }
@@ -84,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
       continue;
     }
 #pragma unroll 1
-    for (int i = at; i < min(at + kGroup, left); ++i) {
+    for (int i = at; i < min(at + kValues, left); ++i) {
       const uint32_t byte = packed[i / 2], q = i % 2 ? byte & 15 : byte >> 4;
       convert(out + i, __fmul_rn(code[q], absmax_of<kNested>(p, (flat + i) >> p.shift)));
     }
@@ -126,8 +131,8 @@ void dequantize_4bit_cuda(const torch::stable::Tensor& packed,
   const auto aligned = [](const void* data, int64_t bytes) {
     return reinterpret_cast<uintptr_t>(data) % bytes == 0;
   };
-  // A group of eight values lies in one block.
-  const bool vector = p.count >= kGroup && p.first % kGroup == 0 && blocksize % kGroup == 0 &&
+  // A group lies in one block, and there is one.
+  const bool vector = p.count >= 8 && p.first % 8 == 0 && blocksize % 8 == 0 &&
                       aligned(p.packed, 4) && aligned(p.out, 16);
   if (out.scalar_type() == ScalarType::Float)
     run<float>(p, vector, stream);

@@ -43,8 +43,8 @@ def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> to
         called = peft_state.called_reason(state, x)
         if called is None:
             y = siblings.compute(module, x, state.projection, LoraLinear)
-            return y.to(x.dtype) if state.base.quantized is not None else y  # as bitsandbytes does
-        reason = peft_state.delta_reason(state.projection)
+            return y if state.base.quantized is None else y.to(peft_state.result_dtype(state, x))
+        reason = peft_state.own_reason(state, called)
         if reason is None:
             base = peft_state.call_base(module, x)
             promotes = state.promotes and torch.is_autocast_enabled()
@@ -84,7 +84,7 @@ def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if isinstance(state, str):
         return type(module).forward(module, x)
     y = functional.compute_gated(x, state.inputs, state.output, state.activation, state.gate_half)
-    return y.to(x.dtype) if state.output.spec.quantized is not None else y
+    return y if state.result_dtype is None else y.to(state.result_dtype)
 
 
 class LoraEmbedding(nn.Module):

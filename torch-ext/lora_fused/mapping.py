@@ -217,9 +217,9 @@ def _explain_module(name: str, module: nn.Module, rows: int, names: dict[nn.Modu
         return _because(unfused, reason)
     called = peft_state.called_reason(state, example, rows)
     if called:
-        reason = peft_state.delta_reason(state.projection)
+        reason = peft_state.own_reason(state, called)
         if reason:
-            return _because(unfused, f"{reason} ({called})")
+            return _because(unfused, reason if reason == called else f"{reason} ({called})")
         return Row(name, layer.__name__, fused=True, backend=BASE_CALLED, group="single", reason=called)
     autocast = torch.is_autocast_enabled(example.device.type)
     dtype = torch.get_autocast_dtype(example.device.type) if autocast else example.dtype

@@ -18,12 +18,14 @@ from .projection import Projection
 
 
 class AdaptedMLP(NamedTuple):
-    """Gate and up, or the one projection that holds both; down; the activation between them."""
+    """Gate and up, or the one projection that holds both; down; the activation between them; the dtype of
+    the module's result where its projections are quantised."""
 
     inputs: tuple[Projection, ...]
     output: Projection
     activation: str
     gate_half: int
+    result_dtype: Optional[torch.dtype]
 
 
 class _Recognised(NamedTuple):
@@ -77,7 +79,7 @@ def read_mlp(
         reason = peft_state.hooks_reason(name, module._modules[name])
         if reason:
             return reason
-    projections = []
+    projections, result_dtype = [], x.dtype
     parts = projections_of(module, structure)
     for part in parts:
         adapted = _read_part(part, linear_layer)
@@ -89,6 +91,7 @@ def read_mlp(
         if isinstance(adapted, str):
             return f"{_name(module, part)}: {adapted}"
         projections.append(adapted.projection)
+        result_dtype = torch.promote_types(result_dtype, peft_state.result_dtype(adapted, x))
     *inputs, output = projections
     quantised = [p.spec.quantized is not None for p in projections]
     if any(quantised) and not all(quantised) and torch.is_autocast_enabled(x.device.type):
@@ -96,7 +99,8 @@ def read_mlp(
     width = _outputs(inputs[0]) // 2 if structure.fused else _outputs(inputs[0])
     if any(_outputs(p) != (2 * width if structure.fused else width) for p in inputs) or _features(output) != width:
         return "gate, up and down do not fit together"
-    return AdaptedMLP(tuple(inputs), output, structure.activation, structure.gate_half)
+    result_dtype = result_dtype if all(quantised) else None
+    return AdaptedMLP(tuple(inputs), output, structure.activation, structure.gate_half, result_dtype)
 
 
 def _read_part(part: nn.Module, linear_layer: type) -> Union[peft_state.Adapted, str]:

@@ -22,8 +22,11 @@ _DENSE_FIELDS = Operands._fields[:6]
 _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-# Up to so many rows bitsandbytes multiplies with four-bit weights as they are, on any GPU.
+# Up to so many rows bitsandbytes multiplies with four-bit weights as they are, on any GPU. Without a
+# gradient to come that is the fastest there is, and with PEFT's own forward around it (H100, host time
+# included: 169 µs a linear, ours 220 to 260); a step with its backward is faster fused (613 µs, 821).
 FEW_ROWS = 4
+BASE_OF_FEW_ROWS = f"base called: up to {FEW_ROWS} rows without a gradient"
 
 
 class Kind(NamedTuple):
@@ -314,5 +317,20 @@ def called_reason(adapted: Adapted, x: Tensor, rows: Optional[int] = None) -> Op
         return f"base called: it computes in {base.compute or x.dtype}, the adapter in {dtype}"
     if rows is None:
         rows = x.numel() // max(x.shape[-1], 1)
-    few = rows <= FEW_ROWS and delta_reason(adapted.projection) is None
-    return f"base called: up to {FEW_ROWS} rows" if few else None
+    few = rows <= FEW_ROWS and not torch.is_grad_enabled() and delta_reason(adapted.projection) is None
+    return BASE_OF_FEW_ROWS if few else None
+
+
+def own_reason(adapted: Adapted, called: str) -> Optional[str]:
+    """Why PEFT's own forward runs where the base is called for the reason `called`."""
+    plain = called is BASE_OF_FEW_ROWS and adapted.projection.operands.magnitude is None
+    return called if plain else delta_reason(adapted.projection)
+
+
+def result_dtype(adapted: Adapted, x: Tensor) -> torch.dtype:
+    """The dtype of PEFT's result on a quantised base: bitsandbytes casts back to x's, and under autocast for
+    GPUs PEFT's layers on it let DoRA's magnitude widen that."""
+    magnitude = adapted.projection.operands.magnitude
+    if magnitude is None or not (adapted.promotes and torch.is_autocast_enabled()):
+        return x.dtype
+    return torch.promote_types(x.dtype, magnitude.dtype)
