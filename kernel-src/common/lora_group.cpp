@@ -39,12 +39,12 @@ std::tuple<Tensors, Tensors> lora_backward(Optionals dys, const Tensor& x, const
   const OnDevice device(x);
   const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts};
   const Members members(lists, 0, weights.size());
-  const Tensor rows = matrix(x);
+  const View rows = matrix(x);
   const Backward backward(members, rows, {dys, us, norms, needs, need_dx});
   Tensors dx, grads;
   if (need_dx) {
     dx.push_back(empty_as(x, rows.size(1)));
-    backward.input(view(dx[0], rows.size(0), rows.size(1), rows.size(1), 1, 0), /*add=*/false);
+    backward.input(matrix(dx[0]));
   }
   backward.parameters(rows, t, grads);
   return {dx, grads};

@@ -23,7 +23,6 @@ namespace {
 
 using namespace lora_fused;
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kEntries = 16;  // of one launch
@@ -294,7 +293,7 @@ __global__ void __launch_bounds__(kThreads) dropped_up_add_bwd_kernel(const __gr
   }
 }
 
-cudaStream_t stream_of(const Tensor& t) {
+cudaStream_t stream_of(const View& t) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
@@ -308,7 +307,7 @@ Mask mask_of(const std::optional<Dropped>& dropped) {
 }
 
 template <typename T>
-const T* read(const Tensor& t) {
+const T* read(const View& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 
@@ -381,7 +380,7 @@ void launch(const Arguments<T>& args, const DroppedUp*, Extent most, cudaStream_
 }
 
 template <typename T, typename Work>
-void run(const std::vector<Work>& works, const Tensor& like, void* dx) {
+void run(const std::vector<Work>& works, const View& like, void* dx) {
   const int64_t rows = like.size(0);
   for (size_t first = 0; rows > 0 && first < works.size(); first += kEntries) {
     Arguments<T> args{};
@@ -400,14 +399,14 @@ void run(const std::vector<Work>& works, const Tensor& like, void* dx) {
 
 // `like` has the tokens and the dtype that all entries share.
 template <typename Work>
-void run_as(const std::vector<Work>& works, const Tensor& like, void* dx) {
+void run_as(const std::vector<Work>& works, const View& like, void* dx) {
   if (like.scalar_type() == ScalarType::BFloat16) return run<__nv_bfloat16>(works, like, dx);
   run<__half>(works, like, dx);
 }
 
 }  // namespace
 
-bool lora_fused::skinny_serves(const Tensor& matrix) {
+bool lora_fused::skinny_serves(const View& matrix) {
   const auto dtype = matrix.scalar_type();
   return (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) && matrix.stride(1) == 1 &&
          matrix.size(1) % kColumns == 0 && matrix.stride(0) % kColumns == 0 && matrix.size(0) > 0 &&
@@ -422,6 +421,6 @@ void lora_fused::skinny_outer_cuda(const std::vector<SkinnyOuter>& entries) {
   run_as(entries, entries[0].x, nullptr);
 }
 
-void lora_fused::dropped_up_add_cuda(const Tensor& dx, const std::vector<DroppedUp>& terms) {
+void lora_fused::dropped_up_add_cuda(const View& dx, const std::vector<DroppedUp>& terms) {
   run_as(terms, dx, dx.mutable_data_ptr());
 }
