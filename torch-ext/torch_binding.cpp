@@ -14,6 +14,9 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   ops.def("gain(Tensor magnitude, Tensor norm) -> Tensor");
   ops.def("dropout(Tensor x, Tensor seed, float p, Tensor(a!) out, bool accumulate=False) -> ()");
   ops.def(
+      "gemm(Tensor[] a, Tensor[] b, bool b_rows_are_n, Tensor(a!) out, Tensor? bias=None, "
+      "Tensor? gain=None, Tensor(b!)? z=None, bool accumulate=False) -> ()");
+  ops.def(
       "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
       "Tensor?[] lora_b, float[] scalings, Tensor? seeds, float[] dropouts) -> (Tensor[], Tensor)");
   ops.def(
@@ -46,6 +49,7 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("row_norm", TORCH_BOX(&row_norm_cuda));
   ops.impl("gain", TORCH_BOX(&gain_cuda));
   ops.impl("dropout", TORCH_BOX(&dropout_cuda));
+  ops.impl("gemm", TORCH_BOX(&gemm_cuda));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
   ops.impl("gated_forward", TORCH_BOX(&gated_forward));
