@@ -31,34 +31,19 @@ using lora_fused::kGemmSegments;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-#ifndef V_SKEW
-#define V_SKEW 0
-#endif
-#ifndef V_GROUP
-#define V_GROUP 8
-#endif
-#ifndef V_CLUSTER
-#define V_CLUSTER 2
-#endif
-#ifndef V_STAGES
-#define V_STAGES 4
-#endif
 
 constexpr int kBlockM = 128, kBlockK = 64;  // 64 elements of 2 bytes: one row of a swizzle
 constexpr int kPart = 16;                   // K of one wgmma
-constexpr int kCluster = V_CLUSTER;         // blocks of neighbouring rows that share b
-constexpr int kBand = V_GROUP;              // clusters of rows whose tiles run side by side: L2
+constexpr int kCluster = 2;                 // blocks of neighbouring rows that share b
 constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
 constexpr int kConsumerWarps = 4 * kConsumers;
-constexpr int kSlabBytes = 16 * 128;  // staging of 16 rows x 64 columns of out
-constexpr int kSlabs = 2 + (4 - V_STAGES) * 3;  // a warp
-constexpr int kRingBytes = V_STAGES * 48 * 1024;
+constexpr int kSlabs = 2, kSlabBytes = 16 * 128;  // a warp's staging: 16 rows x 64 columns each
 
 template <int kBlockN>
 struct Layout {
   static constexpr int a_bytes = kBlockM * kBlockK * 2, b_bytes = kBlockN * kBlockK * 2;
   static constexpr int stage_bytes = a_bytes + b_bytes;
-  static constexpr int stages = kRingBytes / stage_bytes;
+  static constexpr int stages = 192 * 1024 / stage_bytes;
   static constexpr int staging = stages * stage_bytes;
   static constexpr int barriers = staging + kConsumerWarps * kSlabs * kSlabBytes;
   static constexpr int bytes = barriers + 2 * stages * 8 + 1024;  // to align the base
@@ -68,28 +53,30 @@ static_assert(Layout<256>::bytes <= 227 * 1024 && Layout<128>::bytes <= 227 * 10
 struct Arguments {
   CUtensorMap a[kGemmSegments], b[kGemmSegments], out, z;
   int steps_of[kGemmSegments];  // K steps of each segment
-  int segments, steps, last_parts;  // their sum; products of kPart in the very last step
-  int tiles_m, tiles_n;  // in clusters along M
+  int segments, steps;          // the sum of theirs
+  int tiles_m, tiles_n;         // in clusters along M
   int n;
   bool accumulate;
   const void* bias;
   const float* gain;  // with z
 };
 
-// First row and column of a block's tile.
+// First row and column of a block's tile. Neighbours in time share a and b in L2: bands of rows.
 template <int kBlockN>
 __device__ __forceinline__ int2 place_of(const Arguments& args, int tile, int rank) {
+  constexpr int kBand = 8;
   const int band = tile / (kBand * args.tiles_n), within = tile - band * kBand * args.tiles_n;
   const int high = min(args.tiles_m - band * kBand, kBand);
   const int cluster_m = band * kBand + within % high;
   return make_int2((cluster_m * kCluster + rank) * kBlockM, within / high * kBlockN);
 }
 
+template <int kStages>
 struct Ring {
   int stage = 0;
   uint32_t phase = 0;
-  __device__ __forceinline__ void advance(int stages) {
-    if (++stage == stages) {
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
       stage = 0;
       phase ^= 1;
     }
@@ -102,18 +89,12 @@ __device__ __forceinline__ void produce(const Arguments& args, uint32_t base, in
   using L = Layout<kBlockN>;
   constexpr int kShare = kBlockN / kCluster;  // columns of b that this block loads
   constexpr uint16_t kAll = (1 << kCluster) - 1;
-  const auto load_b = [](uint32_t to, const CUtensorMap* map, int inner, int outer, uint32_t full) {
-    if constexpr (kCluster > 1)
-      tensor_load_multicast(to, map, inner, outer, full, kAll);
-    else
-      tensor_load(to, map, inner, outer, full);
-  };
-  Ring ring;
+  Ring<L::stages> ring;
   for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n;
        tile += gridDim.x / kCluster) {
     const int2 place = place_of<kBlockN>(args, tile, rank);
     for (int s = 0; s < args.segments; ++s) {
-      for (int step = 0; step < args.steps_of[s]; ++step, ring.advance(L::stages)) {
+      for (int step = 0; step < args.steps_of[s]; ++step, ring.advance()) {
         const uint32_t full = base + L::barriers + 8 * ring.stage, empty = full + 8 * L::stages;
         const uint32_t a = base + ring.stage * L::stage_bytes;
         const uint32_t b = a + L::a_bytes + rank * (L::b_bytes / kCluster);
@@ -122,11 +103,11 @@ __device__ __forceinline__ void produce(const Arguments& args, uint32_t base, in
         barrier_arrive_expect(full, L::stage_bytes);
         tensor_load(a, &args.a[s], k, place.x, full);
         if constexpr (kRowsAreN) {
-          load_b(b, &args.b[s], k, n, full);
+          tensor_load_multicast(b, &args.b[s], k, n, full, kAll);
         } else {
 #pragma unroll
           for (int i = 0; i < kShare / 64; ++i)
-            load_b(b + i * 64 * kBlockK * 2, &args.b[s], n + 64 * i, k, full);
+            tensor_load_multicast(b + i * 64 * kBlockK * 2, &args.b[s], n + 64 * i, k, full, kAll);
         }
       }
     }
@@ -187,49 +168,33 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
   const auto release = [&](int stage) {
     if (lane < kCluster) barrier_arrive_cluster(empty + 8 * stage);
   };
-  Ring ring;
+  Ring<L::stages> ring;
   int turn = 0;
   float acc[kBlockN / 2];
 
-  const auto multiply = [&](int parts, int keep) {
-    barrier_wait(full + 8 * ring.stage, ring.phase);
-    const uint32_t stage = base + ring.stage * L::stage_bytes;
-    const uint64_t a = matrix_descriptor(stage + group * 64 * 128, 0, 1024);
-    const uint64_t b = matrix_descriptor(stage + L::a_bytes, kBlockK * 128, 1024);
-    constexpr uint64_t kNextA = kPart * 2 >> 4, kNextB = (kRowsAreN ? kPart * 2 : kPart * 128) >> 4;
-    wgmma_fence();
-#pragma unroll
-    for (int part = 0; part < kBlockK / kPart; ++part)
-      if (part < parts)
-        wgmma<T, !kRowsAreN>(acc, a + part * kNextA, b + part * kNextB, part == 0 ? keep : 1);
-    wgmma_commit();
-  };
-
-#if V_SKEW
-  if (group == 1) {
-    barrier_wait(full, 0);
-    const long long start = clock64();
-    while (clock64() - start < V_SKEW) {
-    }
-  }
-#endif
   for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n;
        tile += gridDim.x / kCluster) {
     const int2 place = place_of<kBlockN>(args, tile, rank);
-    int before = -1;
-    for (int step = 0; step + 1 < args.steps; ++step) {
-      multiply(kBlockK / kPart, step > 0);
+    int before = 0;  // the stage of the step before, whose product may still run
+    for (int step = 0; step < args.steps; ++step) {
+      barrier_wait(full + 8 * ring.stage, ring.phase);
+      const uint32_t stage = base + ring.stage * L::stage_bytes;
+      const uint64_t a = matrix_descriptor(stage + group * 64 * 128, 0, 1024);
+      const uint64_t b = matrix_descriptor(stage + L::a_bytes, kBlockK * 128, 1024);
+      constexpr uint64_t kNextA = kPart * 2 >> 4;
+      constexpr uint64_t kNextB = (kRowsAreN ? kPart * 2 : kPart * 128) >> 4;
+      wgmma_fence();
+#pragma unroll
+      for (int part = 0; part < kBlockK / kPart; ++part)
+        wgmma<T, !kRowsAreN>(acc, a + part * kNextA, b + part * kNextB, step + part > 0);
+      wgmma_commit();
       wgmma_wait<1>();
-      if (before >= 0) release(before);
+      if (step > 0) release(before);
       before = ring.stage;
-      ring.advance(L::stages);
+      ring.advance();
     }
-    multiply(args.last_parts, args.steps > 1);
-    wgmma_wait<1>();
-    if (before >= 0) release(before);
     wgmma_wait<0>();
-    release(ring.stage);
-    ring.advance(L::stages);
+    release(before);
     keep_below(acc);
 
     const int row = place.x + warp * 16;
@@ -251,7 +216,7 @@ __global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant
   extern __shared__ uint8_t shared[];
   const uint32_t base =
       (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023) / 1024 * 1024;
-  const int rank = kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
+  const int rank = static_cast<int>(cluster_rank());
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < L::stages; ++stage) {
       barrier_init(base + L::barriers + 8 * stage, 1);
@@ -328,10 +293,8 @@ void launch(const Gemm& gemm, int multiprocessors) {
     const GemmSegment& segment = gemm.segments[s];
     encode(args.a[s], segment.a, kBlockM);
     encode(args.b[s], segment.b, kRowsAreN ? kBlockN / kCluster : kBlockK);
-    const int k = static_cast<int>(segment.a.size(1));
-    args.steps_of[s] = tiles(k, kBlockK);
+    args.steps_of[s] = tiles(segment.a.size(1), kBlockK);
     args.steps += args.steps_of[s];
-    args.last_parts = tiles(k - (args.steps_of[s] - 1) * kBlockK, kPart);
   }
   encode(args.out, gemm.out, 16);
   if (gemm.z) encode(args.z, *gemm.z, 16);
@@ -367,20 +330,16 @@ void launch(const Gemm& gemm, int multiprocessors) {
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
 }
 
-// Narrow tiles take half the time of wide ones and a tenth more, which pays where they fill
+// Narrow tiles take half the time of wide ones and a fifth more, which pays where they fill
 // multiprocessors that wide ones leave idle.
 template <typename T, bool kRowsAreN>
 void launch(const Gemm& gemm) {
   const int count = attribute(cudaDevAttrMultiProcessorCount, gemm.out.get_device_index());
-  const int rows = tiles(gemm.out.size(0), kBlockM * kCluster);
   const auto rounds = [&](int width) {
-    return tiles(int64_t(rows) * tiles(gemm.out.size(1), width), count / kCluster);
+    const int64_t rows = tiles(gemm.out.size(0), kBlockM * kCluster);
+    return tiles(rows * tiles(gemm.out.size(1), width), count / kCluster);
   };
-#if defined(V_FORCE)
-  const bool narrow = V_FORCE == 128;
-#else
-  const bool narrow = 11 * rounds(128) < 20 * rounds(256);
-#endif
+  const bool narrow = 12 * rounds(128) < 20 * rounds(256);
   if (narrow)
     launch<T, 128, kRowsAreN>(gemm, count);
   else
@@ -409,7 +368,7 @@ bool gemm_sm90_serves(const Gemm& gemm) {
       gemm.segments.size() > kGemmSegments)
     return false;
   const ScalarType dtype = out.scalar_type();
-  const int64_t m = out.size(0), n = out.size(1), limit = int64_t(1) << 30;
+  const int64_t m = out.size(0), n = out.size(1), limit = int64_t(1) << 22;
   if (!(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) || m < 1 || n < 1 ||
       m > limit || n > limit || n % 8 != 0 || !fits(out, out, m, n))
     return false;
