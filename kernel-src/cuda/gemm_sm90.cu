@@ -6,7 +6,7 @@
 // A block makes tiles of 128 x kBlockN of out until none is left. One warp of it loads 64 columns of
 // a and of b a step into a ring of shared memory stages; two warpgroups multiply them, 64 rows each,
 // and know nothing of segments. Two blocks with neighbouring rows form a cluster, and each loads
-// half of the b that both need. The stores of a tile overlap the loads of the next. Everything is
+// half of the b that both need. The stores of a tile overlap the products of the next. Everything is
 // 128-byte swizzled; ragged edges and ranks are what the copy engine fills with zeros or leaves out.
 #include "gemm_sm90.h"
 
@@ -114,29 +114,40 @@ __device__ __forceinline__ void produce(const Arguments& args, uint32_t base, in
   }
 }
 
-// One warp: its 16 rows of 64 columns to out by way of a slab. Elements as wgmma holds them.
+// 64 columns of a tile as pairs of T, from how wgmma holds them.
 template <typename T>
-__device__ __forceinline__ void store_slab(const CUtensorMap* map, bool add, const float* acc,
-                                           uint32_t staging, int& turn, int row, int col) {
-  const int lane = threadIdx.x % 32;
-  const uint32_t slab = staging + turn * kSlabBytes;
-  if (lane == 0) store_wait_read<kSlabs - 1>();
-  __syncwarp();
+__device__ __forceinline__ void pack_slab(uint32_t* pairs, const float* acc) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t chunk = (2 * i + lane / 16) ^ (lane % 8);
-    matrix_store(slab + lane % 16 * 128 + chunk * 16, pack<T>(acc[8 * i], acc[8 * i + 1]),
-                 pack<T>(acc[8 * i + 2], acc[8 * i + 3]), pack<T>(acc[8 * i + 4], acc[8 * i + 5]),
-                 pack<T>(acc[8 * i + 6], acc[8 * i + 7]));
-  }
-  async_proxy_fence();
-  __syncwarp();
-  if (lane == 0) {
-    add ? tensor_add(map, slab, col, row) : tensor_store(map, slab, col, row);
-    store_commit();
-  }
-  turn = turn + 1 == kSlabs ? 0 : turn + 1;
+  for (int i = 0; i < 16; ++i) pairs[i] = pack<T>(acc[2 * i], acc[2 * i + 1]);
 }
+
+// A warp's staging and what it stores from there.
+struct Staging {
+  uint32_t slabs;
+  int turn = 0;
+
+  // 16 rows of 64 columns to the matrix behind `map`.
+  __device__ __forceinline__ void store(const CUtensorMap* map, bool add, const uint32_t* pairs,
+                                        int row, int col) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t slab = slabs + turn * kSlabBytes;
+    if (lane == 0) store_wait_read<kSlabs - 1>();
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t chunk = (2 * i + lane / 16) ^ (lane % 8);
+      matrix_store(slab + lane % 16 * 128 + chunk * 16, pairs[4 * i], pairs[4 * i + 1],
+                   pairs[4 * i + 2], pairs[4 * i + 3]);
+    }
+    async_proxy_fence();
+    __syncwarp();
+    if (lane == 0) {
+      add ? tensor_add(map, slab, col, row) : tensor_store(map, slab, col, row);
+      store_commit();
+    }
+    turn = turn + 1 == kSlabs ? 0 : turn + 1;
+  }
+};
 
 // acc = gain∘acc + bias in 64 columns.
 template <typename T>
@@ -156,6 +167,15 @@ __device__ __forceinline__ void scale_and_shift(const Arguments& args, float* ac
   }
 }
 
+// Lines of bias and gain that the end of a tile will read.
+template <typename T, int kBlockN>
+__device__ __forceinline__ void prefetch_vectors(const Arguments& args, int col) {
+  const int line = threadIdx.x % 128, n = col + line * (128 / sizeof(float));
+  if (args.gain && line < kBlockN / 32 && n < args.n) prefetch_l1(args.gain + n);
+  if (args.bias && line < kBlockN / 32 && n < args.n)
+    prefetch_l1(static_cast<const T*>(args.bias) + n);
+}
+
 // One warpgroup: the products and the stores of its rows of the block's tiles.
 template <typename T, int kBlockN, bool kRowsAreN>
 __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, int rank) {
@@ -164,17 +184,24 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
   const uint32_t full = base + L::barriers;
   // One lane of every warp tells one block of the cluster that a stage has been read.
   const uint32_t empty = cluster_address(full + 8 * L::stages, lane % kCluster);
-  const uint32_t staging = base + L::staging + warp * kSlabs * kSlabBytes;
   const auto release = [&](int stage) {
     if (lane < kCluster) barrier_arrive_cluster(empty + 8 * stage);
   };
   Ring<L::stages> ring;
-  int turn = 0;
   float acc[kBlockN / 2];
+  // The tile before, rounded: its stores go out behind the first products of this one.
+  constexpr int kParts = kBlockN / 64;
+  uint32_t held[kBlockN / 4];
+  int held_row = -1, held_col = 0;
+  Staging staging{base + L::staging + warp * kSlabs * kSlabBytes};
+  const auto store_held = [&](int part) {
+    staging.store(&args.out, args.accumulate, held + 16 * part, held_row, held_col + 64 * part);
+  };
 
   for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n;
        tile += gridDim.x / kCluster) {
     const int2 place = place_of<kBlockN>(args, tile, rank);
+    prefetch_vectors<T, kBlockN>(args, place.y);
     int before = 0;  // the stage of the step before, whose product may still run
     for (int step = 0; step < args.steps; ++step) {
       barrier_wait(full + 8 * ring.stage, ring.phase);
@@ -188,6 +215,11 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
       for (int part = 0; part < kBlockK / kPart; ++part)
         wgmma<T, !kRowsAreN>(acc, a + part * kNextA, b + part * kNextB, step + part > 0);
       wgmma_commit();
+      if (step < kParts && held_row >= 0) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+          if (part == step) store_held(part);
+      }
       wgmma_wait<1>();
       if (step > 0) release(before);
       before = ring.stage;
@@ -197,15 +229,23 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
     release(before);
     keep_below(acc);
 
-    const int row = place.x + warp * 16;
 #pragma unroll
-    for (int c = 0; c < kBlockN / 64; ++c) {
-      const int col = place.y + 64 * c;
-      if (args.gain) store_slab<T>(&args.z, false, acc + 32 * c, staging, turn, row, col);
-      if (args.gain || args.bias) scale_and_shift<T>(args, acc + 32 * c, col);
-      store_slab<T>(&args.out, args.accumulate, acc + 32 * c, staging, turn, row, col);
+    for (int part = 0; part < kParts; ++part) {
+      if (part >= args.steps && held_row >= 0) store_held(part);
+      const int row = place.x + warp * 16, col = place.y + 64 * part;
+      if (args.gain) {
+        uint32_t pairs[16];
+        pack_slab<T>(pairs, acc + 32 * part);
+        staging.store(&args.z, false, pairs, row, col);
+      }
+      if (args.gain || args.bias) scale_and_shift<T>(args, acc + 32 * part, col);
+      pack_slab<T>(held + 16 * part, acc + 32 * part);
     }
+    held_row = place.x + warp * 16;
+    held_col = place.y;
   }
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) store_held(part);
   if (lane == 0) store_wait_all();
 }
 

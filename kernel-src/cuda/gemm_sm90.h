@@ -130,7 +130,11 @@ __device__ __forceinline__ void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- registers and matrix stores
+// ---- registers, matrix stores, caches
+
+__device__ __forceinline__ void prefetch_l1(const void* line) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(line));
+}
 
 template <int kRegisters>
 __device__ __forceinline__ void registers_raise() {
