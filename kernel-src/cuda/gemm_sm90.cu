@@ -149,21 +149,25 @@ struct Staging {
   }
 };
 
-// acc = gain∘acc + bias in 64 columns.
+// acc = gain∘acc + bias in 64 columns; all loads before the first use. Past the last column,
+// which is not stored, the last one's values serve.
 template <typename T>
 __device__ __forceinline__ void scale_and_shift(const Arguments& args, float* acc, int col) {
   const T* bias = static_cast<const T*>(args.bias);
+  const auto column = [&](int j) { return min(col + 8 * j + 2 * int(threadIdx.x % 4), args.n - 2); };
+  if (args.gain) {
+    float2 g[8];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const int n = col + 8 * j + 2 * (threadIdx.x % 4);
-    float2 g{1, 1}, b{0, 0};
-    if (args.gain && n < args.n) g = *reinterpret_cast<const float2*>(args.gain + n);
-    if (bias && n < args.n) b = unpack<T>(*reinterpret_cast<const uint32_t*>(bias + n));
+    for (int j = 0; j < 8; ++j) g[j] = *reinterpret_cast<const float2*>(args.gain + column(j));
 #pragma unroll
-    for (int half = 0; half < 4; half += 2) {
-      acc[4 * j + half] = g.x * acc[4 * j + half] + b.x;
-      acc[4 * j + half + 1] = g.y * acc[4 * j + half + 1] + b.y;
-    }
+    for (int i = 0; i < 32; ++i) acc[i] *= i % 2 ? g[i / 4].y : g[i / 4].x;
+  }
+  if (bias) {
+    uint32_t b[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) b[j] = *reinterpret_cast<const uint32_t*>(bias + column(j));
+#pragma unroll
+    for (int i = 0; i < 32; ++i) acc[i] += i % 2 ? unpack<T>(b[i / 4]).y : unpack<T>(b[i / 4]).x;
   }
 }
 
@@ -173,7 +177,7 @@ __device__ __forceinline__ void prefetch_vectors(const Arguments& args, int col)
   const int line = threadIdx.x % 128, n = col + line * (128 / sizeof(float));
   if (args.gain && line < kBlockN / 32 && n < args.n) prefetch_l1(args.gain + n);
   if (args.bias && line < kBlockN / 32 && n < args.n)
-    prefetch_l1(static_cast<const T*>(args.bias) + n);
+    prefetch_l1(static_cast<const T*>(args.bias) + n);  // each line of it twice
 }
 
 // One warpgroup: the products and the stores of its rows of the block's tiles.
