@@ -17,6 +17,9 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "dora_gains(Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[] magnitudes, "
       "float[] scalings) -> (Tensor[], Tensor[])");
   ops.def(
+      "gemm(Tensor[] a, Tensor[] b, bool b_rows_are_n, Tensor(a!) out, Tensor? bias=None, "
+      "Tensor? gain=None, Tensor(b!)? z=None, bool accumulate=False) -> ()");
+  ops.def(
       "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
       "Tensor?[] lora_b, Tensor?[] gains, float[] scalings, Tensor? seeds, float[] dropouts) "
       "-> (Tensor[], Tensor[], Tensor)");
@@ -53,6 +56,7 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("gain", TORCH_BOX(&gain_cuda));
   ops.impl("dropout", TORCH_BOX(&dropout_cuda));
   ops.impl("dora_gains", TORCH_BOX(&dora_gains));
+  ops.impl("gemm", TORCH_BOX(&gemm_cuda));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
   ops.impl("gated_forward", TORCH_BOX(&gated_forward));

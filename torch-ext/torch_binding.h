@@ -58,3 +58,9 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors> gated_backward(
     lora_fused::Optionals gains, lora_fused::Optionals norms, std::vector<double> scalings,
     std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts, int64_t activation,
     int64_t gate_half, bool need_dx, std::vector<int64_t> needs);
+
+// kernel-src/common/gemm.h says what it computes; an error where gemm_sm90_serves refuses.
+void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n,
+               torch::stable::Tensor out, std::optional<torch::stable::Tensor> bias,
+               std::optional<torch::stable::Tensor> gain, std::optional<torch::stable::Tensor> z,
+               bool accumulate);

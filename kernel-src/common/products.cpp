@@ -1,6 +1,8 @@
 // Sums of matrix products, see products.h.
 #include "products.h"
 
+#include "gemm.h"
+
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -24,6 +26,21 @@ void addmm(const Tensor& out, const Tensor& add, const Tensor& a, const Tensor& 
 #endif
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), add.get(), a.get(), b.get(), beta, alpha));
 }
+
+#if defined(CUDA_KERNEL)
+// From about one tile of 128 × 128 a multiprocessor; measured down to 2048 × 1024. A single term is the
+// library's: it needs no second pass over out.
+constexpr int64_t kGemmElements = int64_t{1} << 21;
+
+// The sum of terms as one launch of our own, its epilogue still to be filled in.
+std::optional<Gemm> gemm_of(const View& out, const std::vector<Term>& terms) {
+  if (!out.is_cuda() || terms.size() < 2 || out.numel() < kGemmElements) return std::nullopt;
+  const bool rows_are_n = terms[0].b.stride(0) == 1;
+  Gemm gemm{{}, rows_are_n, out};
+  for (const Term& term : terms) gemm.segments.push_back({term.a, rows_are_n ? term.b.transposed() : term.b});
+  return gemm;
+}
+#endif
 
 }  // namespace
 
@@ -81,8 +98,16 @@ void multiply(const View& out, const View& a, const View& b, double alpha, bool 
   addmm(to, to, a.tensor(), b.tensor(), add ? 1.0 : 0.0, alpha);
 }
 
-void multiply(const View& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias, bool add) {
-  bool fresh = !add;
+void multiply(const View& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias) {
+#if defined(CUDA_KERNEL)
+  const std::optional<Gemm> gemm = gemm_of(out, terms);
+  if (gemm) {
+    Gemm whole = *gemm;
+    whole.bias = bias;
+    if (gemm_sm90_serves(whole)) return gemm_sm90(whole);
+  }
+#endif
+  bool fresh = true;
   for (const Term& term : terms) {
     if (fresh && bias)
       addmm(out.tensor(), *bias, term.a.tensor(), term.b.tensor(), 1.0, 1.0);
@@ -90,6 +115,20 @@ void multiply(const View& out, const std::vector<Term>& terms, const std::option
       multiply(out, term.a, term.b, 1.0, !fresh);
     fresh = false;
   }
+}
+
+bool multiply_scaled(const View& out, const View& z, const std::vector<Term>& terms, const Tensor& gain) {
+#if defined(CUDA_KERNEL)
+  std::optional<Gemm> gemm = gemm_of(out, terms);
+  if (!gemm) return false;
+  gemm->gain = gain;
+  gemm->z = z;
+  if (!gemm_sm90_serves(*gemm)) return false;
+  gemm_sm90(*gemm);
+  return true;
+#else
+  return false;
+#endif
 }
 
 }  // namespace lora_fused

@@ -45,8 +45,12 @@ struct Term {
   View a, b;
 };
 
-// out [M, N] = the sum of all terms + bias [N]; with `add` the sum is added to out, and no bias.
-void multiply(const View& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias, bool add);
+// out [M, N] = the sum of all terms + bias [N]: one launch of our own GEMM where it serves and is faster
+// than the library's products one after another.
+void multiply(const View& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias);
+
+// z [M, N] = the sum of all terms and out = gain∘z, gain [N] in float32, where one launch does both.
+bool multiply_scaled(const View& out, const View& z, const std::vector<Term>& terms, const Tensor& gain);
 
 #if defined(CUDA_KERNEL)
 // out = alpha·a b + beta·out by cuBLAS itself, on the current stream of torch's handle. False where it

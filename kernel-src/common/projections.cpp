@@ -158,29 +158,29 @@ Outputs project(const View& x, const Tensor& like, const Members& members, bool 
   Outputs out{{}, {}, project_down(x, members, adapters, drops)};
   for (size_t i = 0; i < members.count(); ++i) {
     const int64_t n = members.weight(i).size(0);
-    const auto product = [&](const View& input, const View& y, const MaybeTensor& bias) {
-      std::vector<Term> terms{{input, View(members.weight(i)).transposed()}};
-      if (members.b(i)) terms.push_back({adapters.part(out.t, i), adapters.b[i]->transposed()});
-      multiply(y, terms, bias, /*add=*/false);
+    const auto terms = [&](const View& input) {
+      std::vector<Term> sum{{input, View(members.weight(i)).transposed()}};
+      if (members.b(i)) sum.push_back({adapters.part(out.t, i), adapters.b[i]->transposed()});
+      return sum;
     };
     const Tensor result = empty_as(like, n);
     const View y(result, x.size(0), n, n, 1);
-    product(x, y, members.bias(i));
-    if (!members.gain(i)) {
+    if (!members.scaled(i)) {
+      multiply(y, terms(x), members.bias(i));
       out.ys.push_back(result);
-      continue;
-    }
-    if (members.masked(i)) {
+      if (!members.gain(i)) continue;
       const Tensor u = fresh_like(y);
-      product(*drops[i], u, std::nullopt);
+      multiply(u, terms(*drops[i]), std::nullopt);
       scale({u, y, members.gain_of(i), /*add=*/true});
       out.us.push_back(u);
-      out.ys.push_back(result);
       continue;
     }
-    out.us.push_back(y.tensor());
-    out.ys.push_back(scaled_too ? empty_as(like, n) : result);
-    if (scaled_too) scale({y, View(out.ys.back(), x.size(0), n, n, 1), members.gain_of(i), /*add=*/false});
+    const Tensor u = scaled_too ? fresh_like(y) : y.tensor();
+    out.us.push_back(u);
+    out.ys.push_back(result);
+    if (scaled_too && !members.bias(i) && multiply_scaled(y, u, terms(x), *members.gain(i))) continue;
+    multiply(u, terms(x), members.bias(i));
+    if (scaled_too) scale({u, y, members.gain_of(i), /*add=*/false});
   }
   return out;
 }
@@ -268,7 +268,7 @@ void Backward::input(const View& dx) const {
       terms.push_back({adapters_.part(*dt_, i), adapters_.a_of(i)});
   }
   if (dt_ && share) terms.push_back({*dt_, *adapters_.a});
-  multiply(dx, terms, std::nullopt, /*add=*/false);
+  multiply(dx, terms, std::nullopt);
   if (!masked.empty()) add_dropped(dx, masked);
 }
 
@@ -284,7 +284,7 @@ void Backward::add_dropped(const View& dx, const std::vector<size_t>& which) con
     const View delta = fresh_like(dx);
     std::vector<Term> terms{{dt, a}};
     if (excesses_[i]) terms.insert(terms.begin(), {*excesses_[i], members_.weight(i)});
-    multiply(delta, terms, std::nullopt, /*add=*/false);
+    multiply(delta, terms, std::nullopt);
     drop(delta, mask, dx, /*accumulate=*/true);
   }
 #if defined(CUDA_KERNEL)

@@ -42,12 +42,17 @@ def triton_is_there() -> bool:
 def choose(device: torch.device, dtype: torch.dtype, work: int) -> str:
     """Name of the backend for x on `device`, computed in `dtype`, with `work` = M·N·K.
 
-    Large half-precision products on a GPU go to Triton. float32 stays with the vendor's matrix
-    products, which follow torch's own TF32 setting.
+    Large half-precision products on a GPU go to Triton, but on Hopper, where the native op has a product
+    of its own with the LoRA terms inside. float32 stays with the vendor's matrix products, which
+    follow torch's own TF32 setting.
     """
-    if device.type == "cuda" and dtype in _TRITON_DTYPES and work >= TRITON_FROM and triton_is_there():
-        return TRITON
-    return LIBRARY
+    large = device.type == "cuda" and dtype in _TRITON_DTYPES and work >= TRITON_FROM
+    return TRITON if large and not _is_hopper(device) and triton_is_there() else LIBRARY
+
+
+@functools.lru_cache(maxsize=None)
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def is_library(name: str) -> bool:
