@@ -43,6 +43,7 @@ def run(model, x, dy, autocast=None):
 def test_layer_matches_peft(lora_fused, device, monkeypatch, case, base, adapter, variant, autocast, backend):
     if backend == "triton":
         monkeypatch.setattr(lora_fused.backend, "TRITON_FROM", 0)
+        monkeypatch.setattr(lora_fused.backend, "is_hopper", lambda device: False)
     model, _ = peft_linear(case, base, adapter, device, **VARIANTS[variant])
     compare_with_peft(lora_fused, device, model, case, base, autocast)
 
@@ -159,8 +160,11 @@ def train(model, device, steps=20, autocast=None):
     return losses
 
 
-def test_choice_of_backend(lora_fused):
+def test_choice_of_backend(lora_fused, monkeypatch):
     choose, gpu, large = lora_fused.backend.choose, torch.device("cuda"), lora_fused.backend.TRITON_FROM
+    monkeypatch.setattr(lora_fused.backend, "is_hopper", lambda device: True)
+    assert choose(gpu, torch.bfloat16, large) == "library"
+    monkeypatch.setattr(lora_fused.backend, "is_hopper", lambda device: False)
     assert choose(gpu, torch.bfloat16, large) == choose(gpu, torch.float16, large) == "triton"
     assert choose(gpu, torch.bfloat16, large - 1) == choose(gpu, torch.float32, large) == "library"
     assert choose(torch.device("cpu"), torch.bfloat16, large) == "library"

@@ -47,11 +47,11 @@ def choose(device: torch.device, dtype: torch.dtype, work: int) -> str:
     follow torch's own TF32 setting.
     """
     large = device.type == "cuda" and dtype in _TRITON_DTYPES and work >= TRITON_FROM
-    return TRITON if large and not _is_hopper(device) and triton_is_there() else LIBRARY
+    return TRITON if large and not is_hopper(device) and triton_is_there() else LIBRARY
 
 
 @functools.lru_cache(maxsize=None)
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
