@@ -21,11 +21,17 @@ if command -v compute-sanitizer >/dev/null; then
     sanitizer=$?
     compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" scripts/check_group.py >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
+    compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
+        "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_native.py -k "37-200 or test_gated" \
+        >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
+    compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$PYTHON" scripts/check_gemm.py --sanitize >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
 else
     sanitizer="not installed"
 fi
 "$PYTHON" scripts/check_row_norm.py >"$OUT/row_norm.log" 2>&1
 row_norm=$?
+"$PYTHON" scripts/check_gemm.py >>"$OUT/row_norm.log" 2>&1 || row_norm=$?
 "$PYTHON" benchmarks/benchmark_lora.py --out "$OUT/benchmark_lora.json" >"$OUT/benchmark.log" 2>&1
 benchmark=$?
 "$PYTHON" benchmarks/benchmark_embedding.py --out "$OUT/benchmark_embedding.json" >>"$OUT/benchmark.log" 2>&1 || benchmark=$?
