@@ -4,8 +4,8 @@
     python scripts/conformance.py --quick    a part of it, as the project's own tests run it
 
 PEFT's source distribution is downloaded once into .conformance/, or given with --sdist; the models that
-the tests ask the Hub for are built there (scripts/conformance_hub.py). All modules run twice, alone and
-with scripts/conformance_plugin.py kernelizing every model. A test that fails only with the kernel is
+the tests ask the Hub for are built there (scripts/conformance_hub.py). All modules run twice at the same
+time, alone and with scripts/conformance_plugin.py kernelizing every model. A test that fails only with the kernel is
 run again alone, both ways, before it counts. The report goes to .conformance/report.json; the exit
 status is 1 if anything fails only with the kernel, if a module ran nothing, or if fewer than MIN_FUSED
 of the calls were fused.
@@ -24,6 +24,9 @@ import sys
 import tarfile
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".conformance"
@@ -35,12 +38,10 @@ MODULES = {
     "test_arrow.py": ALL,
     "test_auto.py": LORA,
     "test_bdlora.py": ALL,
-    "test_common_gpu.py": LORA,
     "test_custom_models.py": LORA,
     "test_decoder_models.py": LORA,
     "test_encoder_decoder_models.py": LORA,
     "test_feature_extraction_models.py": LORA,
-    "test_gpu_examples.py": LORA,
     "test_initialization.py": ALL,
     "test_integrations.py": ALL,
     "test_lora_conversion.py": ALL,
@@ -52,7 +53,6 @@ MODULES = {
     "test_low_level_api.py": ALL,
     "test_mixed.py": ALL,
     "test_other.py": ALL,
-    "test_quantization.py": LORA,
     "test_seq_classifier.py": LORA,
     "test_stablediffusion.py": LORA,
     "test_target_parameters.py": ALL,
@@ -60,9 +60,9 @@ MODULES = {
     "test_trainable_tokens.py": ALL,
     "test_tuners_utils.py": ALL,
     "test_velora.py": ALL,
-    "test_vision_models.py": LORA,
     "test_xlora.py": ALL,
 }
+ON_GPU = {"test_common_gpu.py": ALL, "test_gpu_examples.py": ALL}
 QUICK = {"test_custom_models.py": LORA}
 QUICK_CLASSES = ("TestMultipleActiveAdapters", "TestRequiresGrad", "TestMixedAdapterBatches")
 # Many of PEFT's cases are merged, disabled or have several adapters, which stay PEFT's to compute.
@@ -103,7 +103,7 @@ def run(tests: list[str], folder: pathlib.Path, kernel: bool, workers: int, choi
             env["CONFORMANCE_BUILD"] = str(ROOT / "build")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         command += ["-p", "conformance_plugin", "-o", "addopts=", "-W", "ignore", "--tb=short", *tests]
-        if workers > 1:
+        if workers:
             command += ["-n", str(workers), "--dist", "load"]
         done = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True)
         outcomes, calls = {}, collections.Counter()
@@ -119,7 +119,7 @@ def run(tests: list[str], folder: pathlib.Path, kernel: bool, workers: int, choi
 
 def fails_only_with_the_kernel(test: str, folder: pathlib.Path) -> bool:
     """Whether a test that seemed to do so does, run alone and again."""
-    (again, _), (base, _) = (run([test], folder, kernel, 1, {}) for kernel in (True, False))
+    (again, _), (base, _) = (run([test], folder, kernel, 0, {}) for kernel in (True, False))
     fails = not again or any(each["outcome"] == "failed" for each in again.values())
     return fails and not any(each["outcome"] == "failed" for each in base.values())
 
@@ -170,20 +170,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a part that takes about a minute")
     parser.add_argument("--sdist", type=pathlib.Path, help="PEFT's source distribution, where it cannot be downloaded")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", nargs="+", metavar="MODULE", help="modules of PEFT's tests", choices=MODULES)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="processes")
+    parser.add_argument("--only", nargs="+", metavar="MODULE", help="modules of PEFT's tests", choices=MODULES | ON_GPU)
     arguments = parser.parse_args()
     if not (ROOT / "build").is_dir():
         parser.error("no build folder: run `make build` first")
     folder = sdist(arguments.sdist)
-    modules = QUICK if arguments.quick else MODULES
+    modules = QUICK if arguments.quick else MODULES | (ON_GPU if torch.cuda.is_available() else {})
     if arguments.only:
-        modules = {module: MODULES[module] for module in arguments.only}
+        modules = {module: (MODULES | ON_GPU)[module] for module in arguments.only}
     if not arguments.quick:
         build_models()
     choice = {"modules": modules, "classes": QUICK_CLASSES if arguments.quick else ()}
     tests, started = [f"tests/{module}" for module in modules], time.time()
-    (alone, _), (ours, calls) = (run(tests, folder, kernel, arguments.workers, choice) for kernel in (False, True))
+    workers = max(1, arguments.workers // 2)
+    with ThreadPoolExecutor(2) as pool:
+        both = pool.map(lambda kernel: run(tests, folder, kernel, workers, choice), (False, True))
+        (alone, _), (ours, calls) = both
     report = {}
     for module in modules:
         report[module] = compare(module, by_module(alone, module), by_module(ours, module), folder)

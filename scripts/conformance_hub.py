@@ -36,8 +36,10 @@ SIZES = dict(
     eos_token_id=2,
 )
 GPT2 = dict(n_embd=32, n_head=4, n_layer=2, n_positions=256, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2)
-OPT = dict(SIZES, ffn_dim=48, word_embed_proj_dim=32)
+OPT = dict(SIZES, hidden_size=16, ffn_dim=48, word_embed_proj_dim=16)
+OPT_125M = dict(SIZES, num_hidden_layers=12, ffn_dim=48, word_embed_proj_dim=32)
 T5 = dict(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+T5 |= dict(pad_token_id=0, eos_token_id=2)
 BART = dict(
     vocab_size=VOCABULARY,
     d_model=32,
@@ -56,8 +58,8 @@ BART = dict(
 )
 MOE = dict(SIZES, num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, head_dim=8)
 CLIP_TEXT = dict(SIZES, projection_dim=32)
-BLOOM = dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-LLAMA = dict(SIZES)
+BLOOM = dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=5, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+LLAMA = dict(SIZES, num_key_value_heads=4)
 GEMMA3 = dict(SIZES, head_dim=8)
 MAMBA = dict(vocab_size=VOCABULARY, hidden_size=32, state_size=8, num_hidden_layers=2, pad_token_id=0)
 
@@ -73,9 +75,9 @@ MODELS = {
     "trl-internal-testing/tiny-Qwen3ForCausalLM": ("qwen3", "Qwen3ForCausalLM", dict(LLAMA, head_dim=8)),
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": ("gemma3_text", "Gemma3ForCausalLM", GEMMA3),
     "peft-internal-testing/tiny-random-OPTForCausalLM": ("opt", "OPTForCausalLM", OPT),
-    "peft-internal-testing/opt-125m": ("opt", "OPTForCausalLM", OPT),
-    "facebook/opt-125m": ("opt", "OPTForCausalLM", OPT),
-    "facebook/opt-350m": ("opt", "OPTForCausalLM", OPT),
+    "peft-internal-testing/opt-125m": ("opt", "OPTForCausalLM", OPT_125M),
+    "facebook/opt-125m": ("opt", "OPTForCausalLM", OPT_125M),
+    "facebook/opt-350m": ("opt", "OPTForCausalLM", OPT_125M),
     "peft-internal-testing/tiny-random-gpt2": ("gpt2", "GPT2LMHeadModel", GPT2),
     "hf-internal-testing/tiny-random-gpt2": ("gpt2", "GPT2LMHeadModel", GPT2),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("gpt2", "GPT2LMHeadModel", GPT2),
@@ -110,11 +112,6 @@ MODELS = {
     "hf-internal-testing/Mixtral-tiny": ("mixtral", "MixtralForCausalLM", MOE),
     "tiiuae/falcon-mamba-tiny-dev": ("falcon_mamba", "FalconMambaForCausalLM", MAMBA),
     "peft-internal-testing/tiny-clip-text-2": ("clip_text_model", "CLIPTextModelWithProjection", CLIP_TEXT),
-    "peft-internal-testing/tiny-random-ResNetForImageClassification": (
-        "resnet",
-        "ResNetForImageClassification",
-        dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3),
-    ),
 }
 
 # repository of a LoRA adapter: (repository of its model, options of LoraConfig)
@@ -156,9 +153,8 @@ def build_model(folder: pathlib.Path, model_type: str, class_name: str, sizes: d
 
     torch.manual_seed(0)
     known = transformers.AutoConfig.for_model(model_type)
-    config = transformers.AutoConfig.for_model(
-        model_type, **{name: value for name, value in sizes.items() if hasattr(known, name)}
-    )
+    used = {name: value for name, value in sizes.items() if name not in SIZES or hasattr(known, name)}
+    config = transformers.AutoConfig.for_model(model_type, **used)
     model = getattr(transformers, class_name)(config)
     model.save_pretrained(folder)
     if hasattr(config, "vocab_size"):

@@ -29,6 +29,9 @@ def device():
 @pytest.fixture
 def on_device(device):
     """Tensors and modules that a test makes are on this machine's device, and so is its model."""
+    if device == "cpu":
+        yield
+        return
     with torch.device(device):
         yield
 

@@ -6,12 +6,13 @@ import threading
 
 import pytest
 import torch
-from cases import DrawnDropout, peft_llama, randomise_adapters
+from cases import DEVICE, DrawnDropout, peft_llama, randomise_adapters
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.usefixtures("on_device")
 NAMES = ("q", "k", "v")
 
 
@@ -43,7 +44,7 @@ def heads(dtype=torch.float64, second=None, **config):
 
 def kernelized(lora_fused, model):
     lora_fused.register_peft_layers()
-    return kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device="cpu")
+    return kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device=DEVICE)
 
 
 def inner(model):
@@ -122,7 +123,7 @@ def test_members_of_several_kinds(lora_fused):
         layer = getattr(inner(model), name)
         for adapter, drop in layer.lora_dropout.items():
             if isinstance(drop, nn.Dropout):
-                layer.lora_dropout[adapter] = DrawnDropout(lora_fused, drop.p, x.shape, "cpu", i, 3)
+                layer.lora_dropout[adapter] = DrawnDropout(lora_fused, drop.p, x.shape, DEVICE, i, 3)
     torch.manual_seed(5)
     y, grads = step(ours, x)
     assert functions(y) == 1
@@ -248,7 +249,7 @@ def test_autocast_for_one_sibling(lora_fused):
     class Mixed(Heads):
         def forward(self, x):
             q = self.q(x)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(DEVICE, dtype=torch.bfloat16):
                 k = self.k(x)
             return torch.cat([q, k.float(), self.v(x)], -1)
 
@@ -407,7 +408,7 @@ def test_threads_do_not_mix(lora_fused):
     failures = []
 
     def work(seed):
-        x = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
         for _ in range(20):
             with torch.no_grad(), contextlib.suppress(StopIteration):
                 if not torch.allclose(inner(ours)(x), inner(model)(x), rtol=1e-12):
