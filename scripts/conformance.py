@@ -171,6 +171,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a part that takes about a minute")
     parser.add_argument("--sdist", type=pathlib.Path, help="PEFT's source distribution, where it cannot be downloaded")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="processes")
+    parser.add_argument("--without", nargs="+", metavar="WORD", default=[], help="leave out tests with a word in their name")
     parser.add_argument("--only", nargs="+", metavar="MODULE", help="modules of PEFT's tests", choices=MODULES | ON_GPU)
     arguments = parser.parse_args()
     if not (ROOT / "build").is_dir():
@@ -181,7 +182,7 @@ def main() -> int:
         modules = {module: (MODULES | ON_GPU)[module] for module in arguments.only}
     if not arguments.quick:
         build_models()
-    choice = {"modules": modules, "classes": QUICK_CLASSES if arguments.quick else ()}
+    choice = {"modules": modules, "classes": QUICK_CLASSES if arguments.quick else (), "without": arguments.without}
     tests, started = [f"tests/{module}" for module in modules], time.time()
     workers = max(1, arguments.workers // 2)
     with ThreadPoolExecutor(2) as pool:

@@ -109,7 +109,7 @@ def test_members_that_differ_run_as_one(lora_fused, config):
 
 
 def test_members_of_several_kinds(lora_fused):
-    """DoRA beside LoRA, dropout beside none, adapters of several dtypes, one projection not adapted."""
+    """DoRA beside LoRA, dropout beside none, different adapters active."""
     model = heads(torch.float32, target_modules=["q", "v"])
     model.add_adapter("default_k", LoraConfig(r=3, use_dora=True, lora_dropout=0.4, target_modules=["k"]))
     model.base_model.set_adapter(["default", "default_k"])
@@ -276,6 +276,25 @@ def test_an_exception_between_siblings(lora_fused):
     for _ in range(3):
         result = step(ours, x)
         assert_same(result, step(model, x))
+    assert functions(result[0]) == 1
+
+
+def test_a_hook_that_raises_between_siblings(lora_fused):
+    model, x = heads(), torch.randn(5, 32, dtype=torch.float64)
+    ours = learned(lora_fused, model, x)
+
+    def fails(module, args, y):
+        raise KeyError("k")
+
+    handle = inner(ours).k.register_forward_hook(fails)
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            step(ours, x)
+    handle.remove()
+    other = torch.randn(5, 32, dtype=torch.float64)
+    for each in (x, other, x):
+        result = step(ours, each)
+        assert_same(result, step(model, each))
     assert functions(result[0]) == 1
 
 
