@@ -63,8 +63,14 @@ MODULES = {
     "test_xlora.py": ALL,
 }
 ON_GPU = {"test_common_gpu.py": ALL, "test_gpu_examples.py": ALL}
-QUICK = {"test_custom_models.py": LORA}
-QUICK_CLASSES = ("TestMultipleActiveAdapters", "TestRequiresGrad", "TestMixedAdapterBatches")
+QUICK = {"test_custom_models.py": LORA, "test_initialization.py": ALL}
+QUICK_CLASSES = (
+    "TestMultipleActiveAdapters",
+    "TestRequiresGrad",
+    "TestMixedAdapterBatches",
+    "TestPeftFsdpStateDict",
+    "TestHotSwapping",
+)
 # Many of PEFT's cases are merged, disabled or have several adapters, which stay PEFT's to compute.
 MIN_FUSED = 0.25
 

@@ -7,9 +7,14 @@ import pytest
 import torch
 from cases import DEVICE, peft_llama
 from kernels import Mode, kernelize
+from peft import LoraConfig, get_peft_model
 from test_adapters import tokens
 from test_fallbacks import explain, kernelized
+from test_gated import assert_same as assert_same_mlp
+from test_gated import glu, mlp_of
+from test_gated import step as mlp_step
 from test_siblings import assert_same, functions, heads, inner, learned, step
+from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -50,6 +55,31 @@ def test_hooks_of_accelerate(lora_fused, first):
     for each in (model, ours):
         accelerate.hooks.remove_hook_from_module(inner(each).k)
     assert_same(step(ours, x), step(model, x))
+
+
+def test_a_hook_on_a_gated_mlp_stays(lora_fused):
+    """Its projections are fused alone, inside the forward that the hook found."""
+    model, x = glu(), torch.randn(5, 32, dtype=torch.float64)
+    ours = copy.deepcopy(model)
+    for each in (model, ours):
+        accelerate.hooks.add_hook_to_module(mlp_of(each), Tripled())
+    ours = kernelized(lora_fused, ours)
+    for _ in range(2):
+        assert_same_mlp(mlp_step(ours, x), mlp_step(model, x))
+    rows = explain(lora_fused, ours)
+    assert all(row.fused and row.layer == "LoraLinear" for row in rows), str(rows)
+
+
+def test_a_hook_on_an_embedding_stays(lora_fused):
+    base = nn.Sequential()
+    base.add_module("table", nn.Embedding(20, 8))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["table"], init_lora_weights=False))
+    ours, ids = copy.deepcopy(model), torch.arange(5)
+    for each in (model, ours):
+        accelerate.hooks.add_hook_to_module(inner(each).table, Tripled())
+    ours = kernelized(lora_fused, ours)
+    assert torch.equal(ours(ids), model(ids))
+    assert explain(lora_fused, ours)[0].reason == "another tool set its forward"
 
 
 @pytest.mark.parametrize("first", (True, False), ids=("offloaded first", "kernelized first"))
