@@ -29,7 +29,7 @@ def nothing_runs(lora_fused, monkeypatch):
     def ran(*args, **kwargs):
         raise AssertionError("a kernel ran")
 
-    for name in ("lora_forward", "row_norm", "gain", "dropout"):
+    for name in ("lora_forward", "dora_gains", "row_norm", "gain", "dropout"):
         if hasattr(lora_fused.ops, name):
             monkeypatch.setattr(lora_fused.ops, name, ran)
     for module in (lora_fused.reference, lora_fused.functional):
