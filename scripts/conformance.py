@@ -5,10 +5,10 @@
 
 PEFT's source distribution is downloaded once into .conformance/, or given with --sdist; the models that
 the tests ask the Hub for are built there (scripts/conformance_hub.py). All modules run twice at the same
-time, alone and with scripts/conformance_plugin.py kernelizing every model. A test that fails only with the kernel is
-run again alone, both ways, before it counts. The report goes to .conformance/report.json; the exit
-status is 1 if anything fails only with the kernel, if a module ran nothing, or if fewer than MIN_FUSED
-of the calls were fused.
+time, alone and with scripts/conformance_plugin.py kernelizing every model. A test that fails only with
+the kernel is run again alone, both ways, before it counts. The report goes to .conformance/report.json;
+the exit status is 1 if anything fails only with the kernel, if a module ran nothing, or if fewer than
+MIN_FUSED of the calls were fused.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a part that takes about a minute")
     parser.add_argument("--sdist", type=pathlib.Path, help="PEFT's source distribution, where it cannot be downloaded")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="processes")
-    parser.add_argument("--without", nargs="+", metavar="WORD", default=[], help="leave out tests with a word in their name")
+    parser.add_argument("--without", nargs="+", metavar="WORD", default=[], help="words in names of tests to leave out")
     parser.add_argument("--only", nargs="+", metavar="MODULE", help="modules of PEFT's tests", choices=MODULES | ON_GPU)
     arguments = parser.parse_args()
     if not (ROOT / "build").is_dir():

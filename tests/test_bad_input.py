@@ -56,7 +56,7 @@ WRONG_SHAPES = (
 )
 
 
-@pytest.mark.parametrize("name,shape,message", WRONG_SHAPES, ids=lambda v: str(v) if isinstance(v, (str, tuple)) else "")
+@pytest.mark.parametrize("name,shape,message", WRONG_SHAPES, ids=str)
 def test_wrong_shapes(lora_fused, nothing_runs, name, shape, message):
     given = tensors(*(() if name in REQUIRED else (name,))) | {name: torch.randn(shape)}
     named = "lora_b" if name == "lora_a" and shape == (0, 32) else name

@@ -200,7 +200,8 @@ class Watch(TorchDispatchMode):
                 self.largest, self.by = tensor.numel(), func
         if self.x is not None and any(storage(self.x) == each for each in before):
             made = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
-            self.widened_x += [func for t in made if t.shape == self.x.shape and t.dtype.itemsize > self.x.dtype.itemsize]
+            wide = [t for t in made if t.dtype.itemsize > self.x.dtype.itemsize]
+            self.widened_x += [func for t in wide if t.shape == self.x.shape]
         source = {"aten::_to_copy": 0, "aten::copy_": 1}.get(func._schema.name)
         if source is not None and result.dtype in (torch.bfloat16, torch.float16):
             name = self.names.get(storage(args[source]))

@@ -110,12 +110,12 @@ def test_members_that_differ_run_as_one(lora_fused, config):
 
 def test_members_of_several_kinds(lora_fused):
     """DoRA beside LoRA, dropout beside none, different adapters active."""
-    model = heads(torch.float32, target_modules=["q", "v"])
+    model = heads(torch.float64, target_modules=["q", "v"])
     model.add_adapter("default_k", LoraConfig(r=3, use_dora=True, lora_dropout=0.4, target_modules=["k"]))
     model.base_model.set_adapter(["default", "default_k"])
-    randomise_adapters(model, torch.float32)
+    randomise_adapters(model, torch.float64)
     inner(model).v.lora_dropout["default"] = nn.Dropout(0.2)
-    x = torch.randn(3, 32)
+    x = torch.randn(3, 32, dtype=torch.float64)
     ours = kernelized(lora_fused, model)
     step(ours, x)
     torch.manual_seed(5)

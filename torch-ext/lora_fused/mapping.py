@@ -70,7 +70,8 @@ class _Marks:
             structure = mlp_state.structure_of(module)
             layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
             if layer is not None and not structure.optional:
-                self.mark(cls, layer.__name__, functools.partial(_is_free, layer, functools.partial(_is_adapted_instance, cls)))
+                adapted = functools.partial(_is_adapted_instance, cls)
+                self.mark(cls, layer.__name__, functools.partial(_is_free, layer, adapted))
         return False
 
     def restore(self) -> None:
