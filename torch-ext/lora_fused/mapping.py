@@ -53,8 +53,10 @@ class _Marks:
 
     def mark_all(self) -> None:
         """PEFT's linear and embedding, and the roots of models, at which their gated MLPs are looked for."""
-        self.mark(peft_state.linear_class(), layers.LoraLinear.__name__, peft_state.is_plain_linear)
-        self.mark(peft_embedding.embedding_class(), layers.LoraEmbedding.__name__, peft_embedding.is_plain_embedding)
+        linear = functools.partial(_is_free, layers.LoraLinear, peft_state.is_plain_linear)
+        embedding = functools.partial(_is_free, layers.LoraEmbedding, peft_embedding.is_plain_embedding)
+        self.mark(peft_state.linear_class(), layers.LoraLinear.__name__, linear)
+        self.mark(peft_embedding.embedding_class(), layers.LoraEmbedding.__name__, embedding)
         for root in peft_state.root_classes():
             self.mark(root, layers.LoraGatedMLP.__name__, self.find_gated_mlps)
 
@@ -68,7 +70,8 @@ class _Marks:
             structure = mlp_state.structure_of(module)
             layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
             if layer is not None and not structure.optional:
-                self.mark(cls, layer.__name__, functools.partial(_is_adapted_instance, cls))
+                adapted = functools.partial(_is_adapted_instance, cls)
+                self.mark(cls, layer.__name__, functools.partial(_is_free, layer, adapted))
         return False
 
     def restore(self) -> None:
@@ -77,6 +80,16 @@ class _Marks:
                 delattr(cls, name)
             for name, value in attributes.items():
                 setattr(cls, name, value)
+
+
+def _is_free(layer: type[nn.Module], serves: Callable[[nn.Module], bool], module: nn.Module) -> bool:
+    """Whether `layer` may take a module's forward: nobody's is lost. Another tool (accelerate's hooks,
+    X-LoRA) keeps its own, which `kernelize` would drop; a forward of the layer's name is an earlier one
+    of this kernel's."""
+    bound = module.__dict__.get("forward")
+    name = getattr(getattr(bound, "__func__", None), "__qualname__", None)
+    free = bound is None or _is_original(module, bound) or name == layer.forward.__qualname__
+    return free and serves(module)
 
 
 def _is_adapted_instance(cls: type, module: nn.Module) -> bool:

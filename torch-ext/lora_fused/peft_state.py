@@ -107,7 +107,8 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
         return "DoRA on a trained Conv1D weight, whose gradient PEFT detaches in part"
     magnitude = None if dora is None else dora._parameters["weight"]
     operands = Operands(weight, bias, a["weight"], b["weight"], b["bias"], magnitude)
-    reason = _tensor_reason(operands, _shape(base, transposed))
+    shape = _shape(base, transposed)
+    reason = _tensor_reason(operands, shape) or _fit_reason(operands, *(reversed(shape) if transposed else shape))
     if reason:
         return reason
     return Adapted(Projection(operands, float(scaling), _spec(p, transposed)), module.cast_input_dtype_enabled)
@@ -185,6 +186,16 @@ def _tensor_reason(operands: Operands, shape: tuple[int, int]) -> Optional[str]:
             return f"{name} is on {tensor.device}, the base weight on {device}"
     if operands.weight.shape != shape:
         return f"weight has shape {tuple(operands.weight.shape)} (sharded or replaced)"
+    return None
+
+
+def _fit_reason(operands: Operands, n: int, k: int) -> Optional[str]:
+    """An adapter that does not fit gets PEFT's own error."""
+    a, b, magnitude = operands.lora_a.shape, operands.lora_b.shape, operands.magnitude
+    if len(a) != 2 or a[1] != k or b != (n, a[0]):
+        return f"lora_A has shape {tuple(a)} and lora_B {tuple(b)}, which do not fit"
+    if magnitude is not None and magnitude.shape != (n,):
+        return f"the magnitude has shape {tuple(magnitude.shape)}, which does not fit"
     return None
 
 
