@@ -11,7 +11,6 @@ import itertools
 import pathlib
 import random
 import statistics
-import sys
 
 import torch
 from check_row_norm import CACHE, host_microseconds
@@ -61,11 +60,13 @@ def check(gemm, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue:
         wrong = ~((value.double() - exact).abs() <= ROUNDING[dtype] * (size if value is out else exact.abs()) + slack)
         if wrong.any():
             at = wrong.nonzero()[0].tolist()
-            sys.exit(f"gemm {m}x{n}, k {ks}, b {'[N, k]' if rows_are_n else '[k, N]'}, {epilogue}, {dtype}: {name} wrong "
-                     f"in {int(wrong.sum())} places, first {at}: {value[at[0], at[1]].item()} for {exact[at[0], at[1]].item()}")
+            raise AssertionError(
+                f"gemm {m}x{n}, k {ks}, b {'[N, k]' if rows_are_n else '[k, N]'}, {epilogue}, {dtype}: {name} wrong in "
+                f"{int(wrong.sum())} places, first {at}: {value[at[0], at[1]].item()} for {exact[at[0], at[1]].item()}"
+            )
         around = value._base
         if not (around[m:].isnan().all() and around[:m, n:].isnan().all()):
-            sys.exit(f"gemm {m}x{n}, k {ks}: wrote outside {name}")
+            raise AssertionError(f"gemm {m}x{n}, k {ks}: wrote outside {name}")
 
 
 def check_all(gemm, shapes) -> int:
@@ -127,7 +128,7 @@ def library(count: int, rows_are_n: bool):
 
 
 def contenders(gemms: dict, segments: int, rows_are_n: bool, up_add=None) -> dict:
-    """`segments` counts the LoRA term, which is the last."""
+    """`segments` counts the LoRA terms, which are the last, as one."""
     table = {"library, no LoRA": library(segments - 1, rows_are_n), "library": library(segments, rows_are_n)}
     if up_add is not None and segments == 2:
         stored = (lambda b: b) if rows_are_n else (lambda b: b.t())

@@ -28,13 +28,10 @@ void addmm(const Tensor& out, const Tensor& add, const Tensor& a, const Tensor& 
 }
 
 #if defined(CUDA_KERNEL)
-// From about one tile of 128 × 128 a multiprocessor; measured down to 2048 × 1024. A single term is the
+// The sum of terms as one launch of our own, its epilogue still to be filled in. A single term is the
 // library's: it needs no second pass over out.
-constexpr int64_t kGemmElements = int64_t{1} << 21;
-
-// The sum of terms as one launch of our own, its epilogue still to be filled in.
 std::optional<Gemm> gemm_of(const View& out, const std::vector<Term>& terms) {
-  if (!out.is_cuda() || terms.size() < 2 || out.numel() < kGemmElements) return std::nullopt;
+  if (!out.is_cuda() || terms.size() < 2 || !gemm_sm90_pays(out)) return std::nullopt;
   const bool rows_are_n = terms[0].b.stride(0) == 1;
   Gemm gemm{{}, rows_are_n, out};
   for (const Term& term : terms) gemm.segments.push_back({term.a, rows_are_n ? term.b.transposed() : term.b});
