@@ -108,7 +108,8 @@ def run(tests: list[str], folder: pathlib.Path, kernel: bool, workers: int, choi
         if kernel:
             env["CONFORMANCE_BUILD"] = str(ROOT / "build")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += ["-p", "conformance_plugin", "-o", "addopts=", "-W", "ignore", "--tb=short", *tests]
+        command += ["-p", "conformance_plugin", "--continue-on-collection-errors", "-o", "addopts="]
+        command += ["-W", "ignore", "--tb=short", *tests]
         if workers:
             command += ["-n", str(workers), "--dist", "load"]
         done = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True)
