@@ -23,6 +23,7 @@ LAYERS = (
     "backend",
     "triton_ops",
     "reference",
+    "cuda_embedding",
     "reference_embedding",
     "mlp_state",
     "mlp_structure",

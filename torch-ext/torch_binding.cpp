@@ -37,6 +37,14 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, "
       "Tensor?[] norms, float[] scalings, Tensor? seeds, float[] dropouts, int activation, "
       "int gate_half, bool need_dx, int[] needs) -> (Tensor[], Tensor[])");
+  ops.def("column_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
+  ops.def(
+      "embedding_forward(Tensor ids, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? gain, "
+      "Tensor? scale, float scaling, float number, bool keep) -> (Tensor, Tensor)");
+  ops.def(
+      "embedding_backward(Tensor dy, Tensor ids, Tensor? rows, Tensor weight, Tensor lora_a, "
+      "Tensor lora_b, Tensor? magnitude, Tensor? gain, Tensor? norm, Tensor? scale, float scaling, "
+      "float number, int padding, bool need_a, bool need_b, bool need_m) -> Tensor[]");
 }
 
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
@@ -61,6 +69,9 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
   ops.impl("gated_forward", TORCH_BOX(&gated_forward));
   ops.impl("gated_backward", TORCH_BOX(&gated_backward));
+  ops.impl("column_norm", TORCH_BOX(&column_norm_cuda));
+  ops.impl("embedding_forward", TORCH_BOX(&embedding_forward_cuda));
+  ops.impl("embedding_backward", TORCH_BOX(&embedding_backward_cuda));
 }
 #endif
 

@@ -203,7 +203,7 @@ def _gated_mlps(names: dict[nn.Module, str]) -> dict[nn.Module, str]:
 def _explain_module(name: str, module: nn.Module, rows: int, names: dict[nn.Module, str], mlp: Optional[str]) -> Row:
     unfused = Row(name, type(module).__name__, fused=False, backend=None, group=None, reason=None)
     if peft_embedding.is_plain_embedding(module):
-        return _explain_embedding(name, module, unfused)
+        return _explain_embedding(name, module, rows, unfused)
     layer = layers.LoraLinear
     if not peft_state.is_plain_linear(module):
         kind = f"{type(module).__module__}.{type(module).__name__}"
@@ -251,7 +251,7 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> Optional[str]
     return "not kernelized: call register_peft_layers(), then kernelize(model)"
 
 
-def _explain_embedding(name: str, module: nn.Module, unfused: Row) -> Row:
+def _explain_embedding(name: str, module: nn.Module, rows: int, unfused: Row) -> Row:
     layer = layers.LoraEmbedding
     reason = _unmapped_reason(module, layer)
     if reason:
@@ -263,5 +263,5 @@ def _explain_embedding(name: str, module: nn.Module, unfused: Row) -> Row:
     reason = peft_embedding.embedding_call_reason(state, example, (), {})
     if reason:
         return _because(unfused, reason)
-    chosen = backend.choose_embedding(state.table)
+    chosen = backend.choose_embedding(state.table, rows)
     return Row(name, layer.__name__, fused=True, backend=chosen, group="single", reason=None)
