@@ -1,6 +1,7 @@
 """Frozen base, PEFT and lora-fused in one process: time and peak memory, forward + backward.
 
-Every trainable parameter is changed in place before each step, as training does. Each case is
+Every trainable parameter is changed in place before each step, as training does, and steps are queued
+one after another without a wait between them; a step's time is between two events on the GPU. Each case is
 checked against PEFT first (output and gradient norm); a case that fails has no speed to report.
 Dropout masks differ between the two, so its outputs are compared without it. A GPU is required.
 
@@ -120,16 +121,16 @@ def measure(model, inputs, autocast, repeats):
         step(model, inputs, autocast)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    times = []
+    pairs = []
     for _ in range(repeats):
         change_parameters(model)
         inputs["leaf"].grad = None
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+        pairs[-1][0].record()
         step(model, inputs, autocast)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+        pairs[-1][1].record()
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) for start, end in pairs]
     return {"ms": statistics.median(times), "min_ms": min(times), "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
@@ -185,6 +186,8 @@ def run_case(case: dict, lora_fused) -> dict:
     if "failed" in result:
         return result
     base = build(lambda: make_model(case))
+    if case.get("checkpointing"):
+        base.train().gradient_checkpointing_enable({"use_reentrant": False})
     result["frozen"] = measure(base, inputs, autocast, case["repeats"])
     model = adapt(base, case, dtype)
     fuse(model, lora_fused)
@@ -205,8 +208,9 @@ def cases(repeats: int, layers: int) -> list[dict]:
         for k, n in ((4096, 4096), (4096, 14336), (14336, 4096))
         for adapter, autocast in (("fp32", True), ("bf16", False))
     ]
-    runs = [(1, variant, "fp32", variant != "LoRA, bias all") for variant in VARIANTS]
-    runs += [(1, "LoRA", "bf16", False), (1, "LoRA", "fp32", False), (4, "LoRA", "fp32", True), (4, "DoRA", "fp32", True)]
+    runs = [(1, variant, "fp32", variant != "LoRA, bias all", False) for variant in VARIANTS]
+    runs += [(1, "LoRA", "bf16", False, False), (1, "LoRA", "fp32", False, False)]
+    runs += [(4, variant, "fp32", True, checkpointing) for checkpointing in (False, True) for variant in ("LoRA", "DoRA")]
     model = [
         dict(
             kind="llama-8b",
@@ -217,9 +221,10 @@ def cases(repeats: int, layers: int) -> list[dict]:
             rank=32,
             adapter="bf16" if variant == "LoRA, bias all" else adapter,
             autocast=autocast,
+            checkpointing=checkpointing,
             repeats=repeats,
         )
-        for batch, variant, adapter, autocast in runs
+        for batch, variant, adapter, autocast, checkpointing in runs
     ]
     return single + model
 
@@ -230,7 +235,8 @@ def describe(result: dict) -> str:
         if result["kind"] == "linear"
         else f"{result['layers']} Llama-8B layers, {result['batch']}x{result['seq']}"
     )
-    head = f"{shape:34} {result['variant']:18} {result['adapter']}{' autocast' if result['autocast'] else '':9}"
+    shape += ", checkpointing" if result.get("checkpointing") else ""
+    head = f"{shape:50} {result['variant']:18} {result['adapter']}{' autocast' if result['autocast'] else '':9}"
     if "failed" in result:
         return f"{head} {result['failed']}"
     frozen, ours, theirs = result["frozen"], result["ours"], result["peft"]

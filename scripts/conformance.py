@@ -3,11 +3,12 @@
     python scripts/conformance.py            everything that concerns LoRA
     python scripts/conformance.py --quick    a part of it, as the project's own tests run it
 
-PEFT's source distribution is downloaded once into .conformance/, or given with --sdist. Each module
-runs twice in processes of its own, alone and with scripts/conformance_plugin.py kernelizing every
-model. A test that fails only with the kernel is run again alone, both ways, before it counts.
-The report goes to .conformance/report.json; the exit status is 1 if anything fails only with the
-kernel, if a module ran nothing, or if fewer than MIN_FUSED of the calls were fused.
+PEFT's source distribution is downloaded once into .conformance/, or given with --sdist; the models that
+the tests ask the Hub for are built there (scripts/conformance_hub.py). All modules run twice at the same
+time, alone and with scripts/conformance_plugin.py kernelizing every model. A test that fails only with
+the kernel is run again alone, both ways, before it counts. The report goes to .conformance/report.json;
+the exit status is 1 if anything fails only with the kernel, if a module ran nothing, or if fewer than
+MIN_FUSED of the calls were fused.
 """
 
 from __future__ import annotations
@@ -22,37 +23,54 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".conformance"
 VERSION, SHA256 = "0.21.2", "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc856203456142e"
-# (module, -k expression); what is left out concerns no LoRA layer, or needs hardware of its own.
-LORA = "lora or Lora or LoRA or dora or Dora or DoRA"
+
+# Of a module all tests (ALL) or those that name LoRA; methods that only contain the word are others'.
+ALL, LORA = "all", "lora"
 MODULES = {
+    "test_arrow.py": ALL,
+    "test_auto.py": LORA,
+    "test_bdlora.py": ALL,
     "test_custom_models.py": LORA,
-    "test_lora_variants.py": "",
-    "test_initialization.py": "",
-    "test_mixed.py": "",
-    "test_velora.py": "",
-    "test_bdlora.py": "",
-    "test_lora_ga.py": "",
-    "test_low_level_api.py": "",
-    "test_target_parameters.py": "",
-    "test_tuners_utils.py": LORA,
-    "test_lora_conversion.py": "",
-    "test_arrow.py": "",
-    "test_loraplus.py": "",
-    "test_lorafa.py": "",
-    "test_trainable_tokens.py": LORA,
-    "test_other.py": LORA,
-    "test_xlora.py": "",
     "test_decoder_models.py": LORA,
-    "test_gpu_examples.py": LORA,
-    "test_common_gpu.py": LORA,
+    "test_encoder_decoder_models.py": LORA,
+    "test_feature_extraction_models.py": LORA,
+    "test_initialization.py": ALL,
+    "test_integrations.py": ALL,
+    "test_lora_conversion.py": ALL,
+    "test_lora_ga.py": ALL,
+    "test_lora_intruders.py": ALL,
+    "test_lora_variants.py": ALL,
+    "test_lorafa.py": ALL,
+    "test_loraplus.py": ALL,
+    "test_low_level_api.py": ALL,
+    "test_mixed.py": ALL,
+    "test_other.py": ALL,
+    "test_seq_classifier.py": LORA,
+    "test_stablediffusion.py": LORA,
+    "test_target_parameters.py": ALL,
+    "test_token_classification_qa.py": LORA,
+    "test_trainable_tokens.py": ALL,
+    "test_tuners_utils.py": ALL,
+    "test_velora.py": ALL,
+    "test_xlora.py": ALL,
 }
-QUICK = {
-    "test_custom_models.py": f"(TestMultipleActiveAdapters or TestRequiresGrad or TestMixedAdapterBatches) and ({LORA})",
-}
+ON_GPU = {"test_common_gpu.py": ALL, "test_gpu_examples.py": ALL}
+QUICK = {"test_custom_models.py": LORA, "test_initialization.py": ALL}
+QUICK_CLASSES = (
+    "TestMultipleActiveAdapters",
+    "TestRequiresGrad",
+    "TestMixedAdapterBatches",
+    "TestPeftFsdpStateDict",
+    "TestHotSwapping",
+)
 # Many of PEFT's cases are merged, disabled or have several adapters, which stay PEFT's to compute.
 MIN_FUSED = 0.25
 
@@ -79,20 +97,21 @@ def sdist(given: pathlib.Path | None) -> pathlib.Path:
     return folder
 
 
-def run(tests: list[str], folder: pathlib.Path, kernel: bool, workers: int, keep: str = "") -> tuple[dict, dict]:
-    """(outcome of every test, calls by layer) of one pytest run in PEFT's folder."""
+def run(tests: list[str], folder: pathlib.Path, kernel: bool, workers: int, choice: dict) -> tuple[dict, dict]:
+    """(outcome of every test, calls by layer) of one pytest run in PEFT's folder. `choice` says what of
+    the modules runs, as the plugin reads it."""
     with tempfile.TemporaryDirectory() as out:
-        env = os.environ | {"CONFORMANCE_OUT": out, "TOKENIZERS_PARALLELISM": "false"}
+        env = os.environ | {"CONFORMANCE_OUT": out, "CONFORMANCE_CHOICE": json.dumps(choice)}
+        env |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_HOME": str(CACHE / "hf")}
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "scripts"), env.get("PYTHONPATH", "")])
         env.pop("CONFORMANCE_BUILD", None)
         if kernel:
             env["CONFORMANCE_BUILD"] = str(ROOT / "build")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += ["-p", "conformance_plugin", "-o", "addopts=", "-W", "ignore", "--tb=short", *tests]
-        if workers > 1:
-            command += ["-n", str(workers), "--dist", "loadfile" if len(tests) > workers else "load"]
-        if keep:
-            command += ["-k", keep]
+        command += ["-p", "conformance_plugin", "--continue-on-collection-errors", "-o", "addopts="]
+        command += ["-W", "ignore", "--tb=short", *tests]
+        if workers:
+            command += ["-n", str(workers), "--dist", "load"]
         done = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True)
         outcomes, calls = {}, collections.Counter()
         for path in pathlib.Path(out).glob("*.json"):
@@ -105,68 +124,94 @@ def run(tests: list[str], folder: pathlib.Path, kernel: bool, workers: int, keep
         return outcomes, calls
 
 
-def compare(module: str, keep: str, folder: pathlib.Path, workers: int) -> dict:
+def fails_only_with_the_kernel(test: str, folder: pathlib.Path) -> bool:
+    """Whether a test that seemed to do so does, run alone and again."""
+    (again, _), (base, _) = (run([test], folder, kernel, 0, {}) for kernel in (True, False))
+    fails = not again or any(each["outcome"] == "failed" for each in again.values())
+    return fails and not any(each["outcome"] == "failed" for each in base.values())
+
+
+def compare(module: str, alone: dict, ours: dict, folder: pathlib.Path) -> dict:
     """Counts of one test module and the tests that fail only with the kernel."""
-    alone, _ = run([f"tests/{module}"], folder, False, workers, keep)
-    ours, calls = run([f"tests/{module}"], folder, True, workers, keep)
     only, flaky = {}, 0
     for test in sorted(set(alone) | set(ours)):
         theirs = alone.get(test, {"outcome": "not run"})["outcome"]
         result = ours.get(test, {"outcome": "failed", "error": "not run with the kernel"})
         if result["outcome"] == "failed" and theirs != "failed":
-            again, _ = run([test], folder, True, 1)
-            base, _ = run([test], folder, False, 1)
-            fails = any(each["outcome"] == "failed" for each in again.values()) or not again
-            if fails and not any(each["outcome"] == "failed" for each in base.values()):
+            if fails_only_with_the_kernel(test, folder):
                 only[test] = result["error"]
             else:
                 flaky += 1
     count = collections.Counter(result["outcome"] for result in ours.values())
-    both = sum(r["outcome"] == "failed" and alone.get(t, {}).get("outcome") == "failed" for t, r in ours.items())
+    both = [t for t, r in ours.items() if r["outcome"] == "failed" and alone.get(t, {}).get("outcome") == "failed"]
     return {
         "run": len(ours),
         "passed": count["passed"],
         "skipped": count["skipped"] + count["xfail"],
         "needs the Hub": count["needs the Hub"],
-        "failed both ways": both,
+        "failed both ways": {test: ours[test]["error"] for test in sorted(both)},
         "flaky": flaky,
         "failed only with the kernel": only,
-        "calls": calls,
     }
+
+
+def by_module(outcomes: dict, module: str) -> dict:
+    return {test: result for test, result in outcomes.items() if test.split("::")[0].endswith(f"/{module}")}
+
+
+def size(value) -> int:
+    return len(value) if isinstance(value, dict) else value
+
+
+def build_models() -> None:
+    """Fills .conformance/hf/hub, in a process of its own: it is not to load what the tests load."""
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(CACHE / "hf")}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "scripts" / "conformance_hub.py"), str(CACHE / "hf" / "hub")]
+    done = subprocess.run(command, env=env, text=True, capture_output=True)
+    print(done.stdout, end="", flush=True)
+    if done.returncode:
+        sys.exit(f"the models cannot be built\n{done.stderr}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a part that takes about a minute")
     parser.add_argument("--sdist", type=pathlib.Path, help="PEFT's source distribution, where it cannot be downloaded")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", help="one module of PEFT's tests")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="processes")
+    parser.add_argument("--without", nargs="+", metavar="WORD", default=[], help="words in names of tests to leave out")
+    parser.add_argument("--only", nargs="+", metavar="MODULE", help="modules of PEFT's tests", choices=MODULES | ON_GPU)
     arguments = parser.parse_args()
     if not (ROOT / "build").is_dir():
         parser.error("no build folder: run `make build` first")
     folder = sdist(arguments.sdist)
-    modules = QUICK if arguments.quick else MODULES
+    modules = QUICK if arguments.quick else MODULES | (ON_GPU if torch.cuda.is_available() else {})
     if arguments.only:
-        modules = {arguments.only: MODULES[arguments.only]}
-    report, calls = {}, collections.Counter()
-    for module, keep in modules.items():
-        report[module] = compare(module, keep, folder, arguments.workers)
-        calls.update(report[module].pop("calls"))
-        shown = {key: value if not isinstance(value, dict) else len(value) for key, value in report[module].items()}
-        print(f"{module:28}", ", ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
+        modules = {module: (MODULES | ON_GPU)[module] for module in arguments.only}
+    if not arguments.quick:
+        build_models()
+    choice = {"modules": modules, "classes": QUICK_CLASSES if arguments.quick else (), "without": arguments.without}
+    tests, started = [f"tests/{module}" for module in modules], time.time()
+    workers = max(1, arguments.workers // 2)
+    with ThreadPoolExecutor(2) as pool:
+        both = pool.map(lambda kernel: run(tests, folder, kernel, workers, choice), (False, True))
+        (alone, _), (ours, calls) = both
+    report = {}
+    for module in modules:
+        report[module] = compare(module, by_module(alone, module), by_module(ours, module), folder)
+        print(f"{module:34}", ", ".join(f"{key} {size(value)}" for key, value in report[module].items()), flush=True)
         for test, error in report[module]["failed only with the kernel"].items():
             print(f"    {test}\n        {error}")
-    total = {key: sum(each[key] for each in report.values()) for key in ("run", "passed", "needs the Hub", "failed both ways", "flaky")}
-    only = sum(len(each["failed only with the kernel"]) for each in report.values())
+    keys = ("run", "passed", "skipped", "needs the Hub", "failed both ways", "flaky", "failed only with the kernel")
+    total = {key: sum(size(each[key]) for each in report.values()) for key in keys}
     fused = sum(count for name, count in calls.items() if name.endswith(": fused"))
     share = fused / max(1, sum(calls.values()))
     (CACHE / "report.json").write_text(json.dumps({"modules": report, "calls": calls, "total": total}, indent=1))
-    print(", ".join(f"{key} {value}" for key, value in total.items()) + f", failed only with the kernel {only}")
+    print(f"{time.time() - started:.0f} s:", ", ".join(f"{key} {value}" for key, value in total.items()))
     print(f"{share:.0%} of {sum(calls.values())} calls fused:", ", ".join(f"{k} {v}" for k, v in sorted(calls.items())))
     nothing_ran = [module for module, each in report.items() if not each["run"]]
     if nothing_ran:
         print("no test ran in", ", ".join(nothing_ran))
-    return 1 if only or nothing_ran or share < MIN_FUSED else 0
+    return 1 if total["failed only with the kernel"] or nothing_ran or share < MIN_FUSED else 0
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Loaded with `-p conformance_plugin`. With CONFORMANCE_BUILD (a build folder) in the environment the
 layers of that build take PEFT's forwards; without it PEFT runs alone. Results and counts of a process
-go to a JSON file of its own in CONFORMANCE_OUT. Nothing may leave the machine in either case: a test
-that needs the Hub fails at once, and is told by that.
+go to a JSON file of its own in CONFORMANCE_OUT; what runs of each module is in CONFORMANCE_CHOICE. Nothing
+may leave the machine: models come from the cache that scripts/conformance_hub.py filled, and a
+test that needs more of the Hub fails at once, and is told by that.
 """
 
 from __future__ import annotations
@@ -14,13 +15,26 @@ import json
 import os
 import pathlib
 import socket
+import sys
 import threading
 
+import conformance_hub
+import datasets
 import pytest
+import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 BUILD, OUT = os.environ.get("CONFORMANCE_BUILD"), pathlib.Path(os.environ["CONFORMANCE_OUT"])
-NEEDS_HUB = ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "offline mode", "not a local folder", "no network here")
+CHOICE = json.loads(os.environ.get("CONFORMANCE_CHOICE", "{}"))
+# Methods of PEFT that are not LoRA, in whose names the word is.
+OTHER_METHODS = ("adalora", "vblora", "randlora", "delora", "gralora", "tinylora", "unilora")
+NEEDS_HUB = (
+    "OfflineModeIsEnabled",
+    "LocalEntryNotFoundError",
+    "offline mode",
+    "not a local folder",
+    "no network here",
+    "adapter model file not found in peft-internal-testing/",
+)
 
 outcomes: dict[str, dict] = {}
 calls: collections.Counter = collections.Counter()
@@ -30,18 +44,23 @@ _inside = threading.local()
 def _refuse(self, address):
     if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "localhost", "::1"):
         raise OSError("no network here")
+NEEDS_HUB += ("adapter model file not found in peft-internal-testing/",)
     return _connect(self, address)
 
 
 _connect, socket.socket.connect = socket.socket.connect, _refuse
+datasets.load_dataset = conformance_hub.load_dataset
 
 
 def count_calls(layer: type, peft_classes: tuple[type, ...]) -> None:
-    """Counts each call of a layer as fused, or as PEFT's own where it called what it replaces."""
+    """Counts each call of a layer as fused, or as PEFT's own where it called what it replaces. Not what
+    torch.compile traces: a count would be a graph break."""
     ours = layer.forward
 
     @functools.wraps(ours)
     def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return ours(self, *args, **kwargs)
         before, _inside.fell_back = getattr(_inside, "fell_back", False), False
         try:
             return ours(self, *args, **kwargs)
@@ -59,10 +78,39 @@ def count_originals(cls: type) -> None:
 
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
-        _inside.fell_back = True
+        if not torch.compiler.is_compiling():
+            _inside.fell_back = True
         return original(self, *args, **kwargs)
 
     cls.forward = forward
+
+
+def count_gated(layer: type) -> None:
+    """A gated MLP's own forward is its class's; that `compute_gated` was reached tells."""
+    ours = layer.forward
+
+    @functools.wraps(ours)
+    def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return ours(self, *args, **kwargs)
+        before, _inside.gated = getattr(_inside, "gated", False), False
+        try:
+            return ours(self, *args, **kwargs)
+        finally:
+            calls[f"LoraGatedMLP: {'fused' if _inside.gated else 'own forward'}"] += 1
+            _inside.gated = before
+
+    layer.forward = forward
+
+
+def note_gated(functional) -> None:
+    compute = functional.compute_gated
+
+    def compute_gated(*args, **kwargs):
+        _inside.gated = True
+        return compute(*args, **kwargs)
+
+    functional.compute_gated = compute_gated
 
 
 def kernelize_what_peft_adapts() -> None:
@@ -71,18 +119,19 @@ def kernelize_what_peft_adapts() -> None:
     from peft.tuners.tuners_utils import BaseTuner
 
     lora_fused = kernels.get_local_kernel(pathlib.Path(BUILD))
-    originals = {"LoraLinear": (Linear,), "LoraEmbedding": (Embedding,)}
-    for name in ("LoraLinear", "LoraEmbedding"):
-        if hasattr(lora_fused.layers, name):
-            count_calls(getattr(lora_fused.layers, name), originals[name])
+    count_calls(lora_fused.layers.LoraLinear, (Linear,))
+    count_calls(lora_fused.layers.LoraEmbedding, (Embedding,))
+    note_gated(lora_fused.functional)
+    for layer in lora_fused.layers.GATED_MLP_BY_INPUT.values():
+        count_gated(layer)
     lora_fused.register_peft_layers()
-    inject = BaseTuner.inject_adapter
+    inject, default = BaseTuner.inject_adapter, "cuda" if torch.cuda.is_available() else "cpu"
 
     def inject_adapter(self, model, *args, **kwargs):
         result = inject(self, model, *args, **kwargs)
         parameter = next(model.parameters(), None)
-        if parameter is not None and parameter.device.type in ("cpu", "cuda"):
-            kernels.kernelize(self, mode=kernels.Mode.TRAINING, device=parameter.device.type)
+        device = default if parameter is None or parameter.is_meta else parameter.device.type
+        kernels.kernelize(self, mode=kernels.Mode.TRAINING, device=device)
         return result
 
     BaseTuner.inject_adapter = inject_adapter
@@ -90,6 +139,42 @@ def kernelize_what_peft_adapts() -> None:
 
 if BUILD:
     kernelize_what_peft_adapts()
+
+
+def is_chosen(nodeid: str) -> bool:
+    """Whether a test is one that CONFORMANCE_CHOICE asks for."""
+    path, _, name = nodeid.partition("::")
+    if not CHOICE:
+        return True
+    if any(word in name for word in CHOICE["without"]):
+        return False
+    if CHOICE["classes"] and not name.startswith(tuple(f"{each}::" for each in CHOICE["classes"])):
+        return False
+    if CHOICE["modules"][path.rpartition("/")[2]] == "all":
+        return True
+    name = name.lower()
+    for method in OTHER_METHODS:
+        name = name.replace(method, "")
+    return "lora" in name or "dora" in name
+
+
+class _EverythingWasSeen(dict):
+    """PEFT's tests go online for a model that they ask for the first time: there is none."""
+
+    def __contains__(self, key):
+        return True
+
+    def __missing__(self, key):
+        return 0
+
+
+def pytest_collection_modifyitems(config, items):
+    chosen = [item for item in items if is_chosen(item.nodeid)]
+    config.hook.pytest_deselected(items=[item for item in items if not is_chosen(item.nodeid)])
+    items[:] = chosen
+    utils = sys.modules.get("tests.testing_utils")
+    if utils is not None:
+        utils._HUB_MODEL_ACCESSES = _EverythingWasSeen()
 
 
 @pytest.hookimpl(hookwrapper=True)

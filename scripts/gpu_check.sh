@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The GPU test run: build, every test, compute-sanitizer on the CUDA ops, benchmark, loss curves.
+# The GPU test run: build, every test, PEFT's own tests where $SDIST has them, compute-sanitizer on the
+# CUDA ops, benchmark, loss curves.
 # Uses an existing environment ($PYTHON, default python3), needs no network, writes to $OUT.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -11,9 +12,18 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 make build PYTHON="$PYTHON" || exit 1
 
 # Most of the time goes into compiling Triton kernels: in parallel where pytest-xdist is installed.
-"$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 12) || parallel=()
+"$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 12 --dist loadgroup) || parallel=()
 "$PYTHON" -m pytest -q -p no:cacheprovider "${parallel[@]}" tests >"$OUT/tests.log" 2>&1
 tests=$?
+
+if [ -n "${SDIST:-}" ]; then
+    "$PYTHON" scripts/conformance.py --sdist "$SDIST" --workers 14 >"$OUT/conformance.log" 2>&1
+    conformance=$?
+    cp .conformance/report.json "$OUT/conformance.json"
+else
+    conformance=0
+    echo "not run: no SDIST" >"$OUT/conformance.log"
+fi
 
 if command -v compute-sanitizer >/dev/null; then
     compute-sanitizer --tool memcheck --error-exitcode 9 \
@@ -21,11 +31,17 @@ if command -v compute-sanitizer >/dev/null; then
     sanitizer=$?
     compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" scripts/check_group.py >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
+    compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
+        "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_native.py -k "37-200 or test_gated" \
+        >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
+    compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$PYTHON" scripts/check_gemm.py --sanitize >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
 else
     sanitizer="not installed"
 fi
 "$PYTHON" scripts/check_row_norm.py >"$OUT/row_norm.log" 2>&1
 row_norm=$?
+"$PYTHON" scripts/check_gemm.py >>"$OUT/row_norm.log" 2>&1 || row_norm=$?
 "$PYTHON" benchmarks/benchmark_lora.py --out "$OUT/benchmark_lora.json" >"$OUT/benchmark.log" 2>&1
 benchmark=$?
 "$PYTHON" benchmarks/benchmark_embedding.py --out "$OUT/benchmark_embedding.json" >>"$OUT/benchmark.log" 2>&1 || benchmark=$?
@@ -35,6 +51,6 @@ curves=$?
 grep -E '^(FAILED|ERROR)|passed|failed' "$OUT/tests.log" | tail -40
 tail -5 "$OUT/sanitizer.log" 2>/dev/null
 grep 'ERROR SUMMARY' "$OUT/sanitizer.log"
-cat "$OUT/row_norm.log" "$OUT/benchmark.log" "$OUT/curves.log"
-echo "exit codes: tests $tests, sanitizer $sanitizer, row_norm $row_norm, benchmark $benchmark, curves $curves"
-[ "$tests" = 0 ] && [ "$row_norm" = 0 ] && [ "$benchmark" = 0 ] && [ "$curves" = 0 ] && [ "$sanitizer" != 9 ]
+cat "$OUT/conformance.log" "$OUT/row_norm.log" "$OUT/benchmark.log" "$OUT/curves.log"
+echo "exit codes: tests $tests, conformance $conformance, sanitizer $sanitizer, row_norm $row_norm, benchmark $benchmark, curves $curves"
+[ "$tests" = 0 ] && [ "$conformance" = 0 ] && [ "$row_norm" = 0 ] && [ "$benchmark" = 0 ] && [ "$curves" = 0 ] && [ "$sanitizer" != 9 ]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -106,7 +108,7 @@ def assert_as_good(name: str, ours, theirs, truth, unit_of: torch.dtype, terms: 
         assert mine <= bound, f"{name}: {kind} error {mine:.3g}, bound {bound:.3g}, PEFT {peft:.3g}"
 
 
-def peft_linear(case: Case, base_dtype, adapter_dtype, device="cpu", **config):
+def peft_linear(case: Case, base_dtype, adapter_dtype, device=DEVICE, **config):
     """A `peft.tuners.lora.Linear` with random A and B (B is never zero), a magnitude away from the norm
     where there is one, and a frozen base; in training mode."""
     from peft import LoraConfig, get_peft_model
@@ -181,18 +183,19 @@ def tiny_llama(dtype=torch.float32, **overrides):
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def peft_llama(dtype=torch.float32, **config):
-    """The tiny Llama with LoRA on all linears, B drawn at random, magnitudes away from the norm."""
+def peft_llama(dtype=torch.float32, shape=None, **config):
+    """The tiny Llama, of another `shape` where given, with LoRA on all linears, B drawn at random, magnitudes
+    away from the norm."""
     from peft import LoraConfig, get_peft_model
 
     options = dict(r=4, lora_alpha=8, target_modules=LINEARS, task_type="CAUSAL_LM")
-    model = get_peft_model(tiny_llama(dtype), LoraConfig(**{**options, **config}))
+    model = get_peft_model(tiny_llama(dtype, **(shape or {})), LoraConfig(**{**options, **config}))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter)
         elif "lora_magnitude" in name:
-            parameter.data *= 0.8 + 0.4 * torch.rand(parameter.shape, generator=generator).to(parameter)
+            parameter.data *= 0.8 + 0.4 * torch.rand(parameter.shape, generator=generator, device="cpu").to(parameter)
     return model
 
 

@@ -26,6 +26,16 @@ def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def on_device(device):
+    """Tensors and modules that a test makes are on this machine's device, and so is its model."""
+    if device == "cpu":
+        yield
+        return
+    with torch.device(device):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

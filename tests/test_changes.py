@@ -5,6 +5,7 @@ DoRA's norm depends on W, A, B and the scaling, so a stale one shows at the next
 
 import copy
 
+import bitsandbytes
 import pytest
 import torch
 from cases import Case, peft_linear
@@ -17,6 +18,9 @@ OPTIMIZERS = {
     "sgd": dict(cls=torch.optim.SGD, lr=0.1),
     "adamw-foreach": dict(cls=torch.optim.AdamW, lr=0.1, foreach=True),
     "adamw-fused": dict(cls=torch.optim.AdamW, lr=0.1, fused=True),
+    # 8 bits from 16 elements on; they write past the version counter.
+    "adamw-8bit": dict(cls=bitsandbytes.optim.AdamW8bit, lr=0.1, min_8bit_size=16),
+    "lion-8bit": dict(cls=bitsandbytes.optim.Lion8bit, lr=0.1, min_8bit_size=16),
 }
 
 
@@ -154,6 +158,14 @@ def test_another_adapter(pair):
         model.add_adapter("second", LoraConfig(r=3, use_dora=True, target_modules=["proj"], init_lora_weights=False))
     assert_follows(pair, lambda layer: layer.set_adapter("second"))
     assert_follows(pair, lambda layer: layer.set_adapter("default"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_moved_to_another_device(pair):
+    plain, ours, x = pair
+    for device in ("cpu", "cuda"):
+        plain, ours, x = plain.to(device), ours.to(device), x.to(device)
+        torch.testing.assert_close(ours(x), plain(x))
 
 
 def test_moved_to_another_dtype(pair):

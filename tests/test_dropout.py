@@ -119,6 +119,23 @@ def test_reproducible_under_manual_seed_and_new_at_every_step(lora_fused, device
     assert torch.equal(model.eval()(x), model(x))
 
 
+def test_masks_of_two_steps_are_independent(lora_fused, device):
+    """As are its rows, in a layer that shows its mask."""
+    model, x = trained(lora_fused, device), torch.ones(4096, 32, device=device)
+    layer = model.base_model.model.proj
+    layer.base_layer.weight.data.zero_()
+    layer.lora_A["default"].weight.data = torch.eye(4, 32, device=device)
+    layer.lora_B["default"].weight.data = torch.eye(16, 4, device=device)
+    steps = [model(x)[:, :4] != 0 for _ in range(4)]
+    bound = 5 * 0.5 / steps[0].numel() ** 0.5
+    for i, kept in enumerate(steps):
+        assert abs(kept.double().mean().item() - 0.5) < bound
+        for other in steps[:i]:
+            assert abs((kept == other).double().mean().item() - 0.5) < bound
+        for shift in (1, 2, 7):
+            assert abs((kept[shift:] == kept[:-shift]).double().mean().item() - 0.5) < 1.1 * bound
+
+
 def test_the_generator_that_torch_restores_is_the_one_used(lora_fused, device):
     """fork_rng and checkpoint restore the device's generator; Python's own does not matter."""
     import random

@@ -279,14 +279,17 @@ def test_norm_without_a_table_sized_transient(lora_fused):
     assert 0 < max(size for size in sizes) <= lora_fused.reference_embedding.NORM_CHUNK * h
 
 
-TRITON_DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if torch.cuda.is_available() else ())
+HALVES = (torch.float16,) + ((torch.bfloat16,) if torch.cuda.is_available() else ())
+KERNELS = [("triton", case, dtype) for case in CASES for dtype in (torch.float32, *HALVES)]
+if torch.cuda.is_available():
+    KERNELS += [("cuda", case, dtype) for case in CASES for dtype in HALVES if case.h % 8 == 0]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("backend,case,dtype", KERNELS, ids=str)
 @pytest.mark.parametrize("scale", (1.0, 7.3, "tensor"))
 @pytest.mark.parametrize("dora", VARIANTS, ids=("lora", "dora"))
-def test_triton_is_as_good_as_the_reference(lora_fused, poisoned, device, case, dtype, scale, dora):
+@pytest.mark.parametrize("half_adapter", (False, True))
+def test_kernels_are_as_good_as_the_reference(lora_fused, poisoned, device, backend, case, dtype, scale, dora, half_adapter):
     """Forward and every gradient through the autograd Function, float64 truth."""
     pytest.importorskip("triton")
     ids = draw_ids(case, device, torch.int32)
@@ -296,7 +299,8 @@ def test_triton_is_as_good_as_the_reference(lora_fused, poisoned, device, case, 
         torch.manual_seed(1)
         shapes = ((case.v, case.h), (case.r, case.v), (case.h, case.r), (case.h,))
         w, a, b, m = [torch.randn(shape, device=device) for shape in shapes]
-        w, a, b, m = cast(w.to(dtype)), cast(a), cast(b * case.r**-0.5), cast(m)
+        adapter = dtype if half_adapter else torch.float32
+        w, a, b, m = cast(w.to(dtype)), cast(a.to(adapter)), cast((b * case.r**-0.5).to(adapter)), cast(m)
         tensors = [t.requires_grad_() for t in ((w, a, b, m) if dora else (w, a, b))]
         y = lora_fused.lora_embedding(
             ids, w, a, b, case.scaling, magnitude=m if dora else None, embed_scale=e, padding_idx=case.padding, backend=backend
@@ -308,7 +312,7 @@ def test_triton_is_as_good_as_the_reference(lora_fused, poisoned, device, case, 
         e = e.to(dtype)
     truth, theirs = draw("reference", lambda t: t.double()), draw("reference", lambda t: t)
     terms = case.v + case.h + case.r + ids.numel()
-    for name, value in draw("triton", lambda t: t).items():
+    for name, value in draw(backend, lambda t: t).items():
         assert_as_good(name, value, theirs[name], truth[name], dtype, terms=terms)
 
 
@@ -335,14 +339,17 @@ def test_triton_sums_repeated_tokens_and_spreads_no_nan(lora_fused, device):
 
 
 def test_choice_of_backend(lora_fused):
-    table = lora_fused.table.Table(torch.empty(3, 2), torch.empty(1, 3), torch.empty(2, 1))
-    assert lora_fused.backend.choose_embedding(table) == "reference"
+    choose, up_to = lora_fused.backend.choose_embedding, lora_fused.backend.CUDA_EMBEDDING_TOKENS
+    table = lora_fused.table.Table(torch.empty(16, 8), torch.empty(1, 16), torch.empty(8, 1))
+    assert choose(table, 5) == "reference"
     if torch.cuda.is_available():
         on_gpu = lora_fused.table.Table(*(t.cuda() for t in table[:3]))
-        assert lora_fused.backend.choose_embedding(on_gpu) == "triton"
-        assert lora_fused.backend.choose_embedding(on_gpu._replace(lora_a=on_gpu.lora_a.double())) == "reference"
-    with pytest.raises(ValueError, match="^backend: 'cutlass'"):
-        lora_fused.lora_embedding(torch.tensor([1]), *table[:3], 1.0, backend="cutlass")
+        assert choose(on_gpu, up_to) == "cuda" and choose(on_gpu, up_to + 1) == "triton"
+        assert choose(on_gpu._replace(lora_a=on_gpu.lora_a.t().contiguous().t()), 5) == "triton"
+        assert choose(on_gpu._replace(lora_a=on_gpu.lora_a.double()), 5) == "reference"
+    for backend in ("cutlass", "cuda"):
+        with pytest.raises(ValueError, match=f"^backend: '{backend}'"):
+            lora_fused.lora_embedding(torch.tensor([1]), *table[:3], 1.0, backend=backend)
 
 
 OUT_OF_RANGE = """

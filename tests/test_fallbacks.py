@@ -5,18 +5,19 @@ import warnings
 
 import pytest
 import torch
-from cases import Case, peft_linear, peft_llama
+from cases import DEVICE, Case, peft_linear, peft_llama
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import KasaConfig, MontecloraConfig, VeloraConfig
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("on_device")
 CASE = Case((6,), 32, 16, 4, bias=True)
 
 
 def kernelized(lora_fused, model):
     lora_fused.register_peft_layers()
-    return kernelize(model, mode=Mode.TRAINING, device="cpu")
+    return kernelize(model, mode=Mode.TRAINING, device=DEVICE)
 
 
 def explain(lora_fused, model):
@@ -261,6 +262,6 @@ def test_use_peft_layers_restores_the_class(lora_fused):
     before = {name: Linear.__dict__.get(name) for name in ("kernel_layer_name", "kernel_condition")}
     model, _ = peft_linear(CASE, torch.float32, torch.float32)
     with lora_fused.use_peft_layers():
-        model = kernelize(model, mode=Mode.TRAINING, device="cpu")
+        model = kernelize(model, mode=Mode.TRAINING, device=DEVICE)
     assert {name: Linear.__dict__.get(name) for name in before} == before
     assert explain(lora_fused, model)[0].fused

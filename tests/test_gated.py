@@ -6,12 +6,13 @@ import warnings
 import pytest
 import torch
 import transformers
-from cases import DrawnDropout, assert_as_good, randomise_adapters
+from cases import DEVICE, DrawnDropout, assert_as_good, randomise_adapters
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.usefixtures("on_device")
 SMALL = dict(
     vocab_size=64,
     hidden_size=32,
@@ -66,7 +67,7 @@ def mlp_of(model):
     return model.base_model.model.mlp
 
 
-def kernelized(lora_fused, model, device="cpu"):
+def kernelized(lora_fused, model, device=DEVICE):
     lora_fused.register_peft_layers()
     return kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device=device)
 
@@ -150,7 +151,7 @@ def test_dropout(lora_fused, config):
     torch.manual_seed(4)
     for index, (name, features) in enumerate((("w1", 32), ("w3", 32), ("w2", 48))):
         drops = getattr(mlp_of(model), name).lora_dropout
-        drops["default"] = DrawnDropout(lora_fused, 0.3, (5, features), "cpu", index, 3)
+        drops["default"] = DrawnDropout(lora_fused, 0.3, (5, features), DEVICE, index, 3)
     torch.manual_seed(4)
     assert_same(step(ours, x), step(model, x))
 
@@ -282,7 +283,7 @@ def test_use_peft_layers_restores_every_class(lora_fused):
     if before:
         del GLU.kernel_layer_name, GLU.kernel_condition
     with lora_fused.use_peft_layers():
-        ours = kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device="cpu")
+        ours = kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device=DEVICE)
         assert "kernel_layer_name" in GLU.__dict__
     assert "kernel_layer_name" not in GLU.__dict__ and "kernel_condition" not in GLU.__dict__
     assert is_one_function(step(ours, torch.randn(5, 32, dtype=torch.float64))["y"])

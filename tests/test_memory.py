@@ -182,10 +182,12 @@ def scope(device, autocast):
 
 
 class Watch(TorchDispatchMode):
-    """The largest tensor that any operation makes, and how often each parameter is cast to half."""
+    """The largest tensor that any operation makes, how often each parameter is cast to half, and whether
+    x is copied to a wider dtype."""
 
-    def __init__(self, parameters):
+    def __init__(self, parameters, x=None):
         super().__init__()
+        self.x, self.widened_x = x, []
         self.names = {storage(p): name for name, p in parameters}
         self.largest, self.by = 0, None
         self.casts = Counter()
@@ -196,6 +198,10 @@ class Watch(TorchDispatchMode):
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and storage(tensor) not in before and tensor.numel() > self.largest:
                 self.largest, self.by = tensor.numel(), func
+        if self.x is not None and any(storage(self.x) == each for each in before):
+            made = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+            wide = [t for t in made if t.dtype.itemsize > self.x.dtype.itemsize]
+            self.widened_x += [func for t in wide if t.shape == self.x.shape]
         source = {"aten::_to_copy": 0, "aten::copy_": 1}.get(func._schema.name)
         if source is not None and result.dtype in (torch.bfloat16, torch.float16):
             name = self.names.get(storage(args[source]))
@@ -242,3 +248,24 @@ def test_one_cast_of_a_parameter_under_autocast(lora_fused, device, variant, bas
     assert not watch.casts or max(watch.casts.values()) == 1, watch.casts
     if base == torch.float32:  # so the probe sees casts where there must be some
         assert any("base_layer.weight" in name for name in watch.casts)
+
+
+@pytest.mark.parametrize("variant", ADAPTED)
+def test_autocast_makes_no_wide_copy_of_x(lora_fused, device, variant):
+    """And the LoRA path computes in half precision: t is kept so."""
+    model, x = build(lora_fused, device, variant, torch.bfloat16, torch.float32)
+    with Watch(model.named_parameters(), x) as watch, scope(device, True):
+        others, _ = saved_tensors(model, x)
+    assert not watch.widened_x
+    ranks = [t for t in others if t.dim() == 2 and t.shape[1] in (SIZES["R"], 2 * SIZES["R"], 3 * SIZES["R"])]
+    assert ranks and all(t.dtype == torch.bfloat16 for t in ranks)
+
+
+def test_the_watch_sees_a_wide_copy_of_x(lora_fused):
+    """PEFT casts x to the adapter's dtype."""
+    model, x = build(lora_fused, "cpu", "LoRA", torch.bfloat16, torch.float32)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    with Watch(model.named_parameters(), x) as watch:
+        model(x)
+    assert watch.widened_x

@@ -8,6 +8,8 @@ from cases import UNIT, relative
 # tokens, features in; whole tiles, parts of tiles, more tokens than a block has, columns that no kernel of
 # masks in registers takes (33).
 SHAPES = ((1, 64), (37, 200), (300, 1024), (70, 33), (1030, 96))
+# Large enough for our own GEMM where the GPU has it, in the forward and in the backward.
+LARGE = (2100, 1000)
 # Of three members: features out, rank, dropout, DoRA, base bias.
 GROUPS = {
     "masks": ((72, 8, 0.1, False, False), (40, 16, 0.3, False, True), (64, 32, 0.5, False, False)),
@@ -15,6 +17,11 @@ GROUPS = {
     "mixed": ((72, 16, 0.2, True, True), (40, 24, 0.0, True, True), (64, 8, 0.4, False, True)),
     "odd": ((31, 5, 0.2, False, True), (17, 3, 0.0, False, False), (9, 7, 0.9, True, False)),
     "no masks": ((72, 16, 0.0, True, False), (40, 40, 0.0, False, True), (64, 8, 0.0, False, False)),
+}
+LARGE_GROUPS = {
+    "plain": ((1032, 8, 0.0, False, False), (1024, 32, 0.0, False, True), (1000, 64, 0.0, False, False)),
+    "DoRA": ((1032, 16, 0.0, True, False), (1024, 32, 0.0, True, True), (1000, 24, 0.0, False, False)),
+    "masks": ((1032, 16, 0.2, True, False), (1024, 32, 0.1, False, True), (1000, 24, 0.0, False, False)),
 }
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16))
 FIELDS = ("weight", "bias", "lora_a", "lora_b", "lora_bias", "magnitude")
@@ -64,12 +71,22 @@ def compare(ours, truth, dtype, stored):
 @pytest.mark.parametrize("m,k", SHAPES)
 def test_group(lora_fused, device, m, k, group, dtype, adapter):
     """Given the rounded operands, every result is within a few roundings of float64's."""
+    check_group(lora_fused, device, m, k, GROUPS[group], dtype, adapter)
+
+
+@pytest.mark.parametrize("dtype,adapter", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("group", LARGE_GROUPS)
+def test_large_group(lora_fused, device, group, dtype, adapter):
+    check_group(lora_fused, device, *LARGE, LARGE_GROUPS[group], dtype, adapter)
+
+
+def check_group(lora_fused, device, m, k, group, dtype, adapter):
     generator = torch.Generator().manual_seed(m)
-    specs = [lora_fused.ProjectionSpec(p) for _, _, p, _, _ in GROUPS[group]]
-    operands = [operands_of(generator, k, n, r, dora, bias) for n, r, _, dora, bias in GROUPS[group]]
+    specs = [lora_fused.ProjectionSpec(p) for _, _, p, _, _ in group]
+    operands = [operands_of(generator, k, n, r, dora, bias) for n, r, _, dora, bias in group]
     operands = [[None if t is None else t.to(dtype).double() for t in each] for each in operands]
     x, seeds = draw(generator, m, k).to(dtype).double(), torch.tensor([5, 2**40 + 1, 77])
-    dys = [draw(generator, m, n).to(dtype).double() for n, *_ in GROUPS[group]]
+    dys = [draw(generator, m, n).to(dtype).double() for n, *_ in group]
 
     def run(device, dtype, adapter):
         flat, own = flat_on(operands, device, dtype, adapter), x.to(device, dtype).requires_grad_()

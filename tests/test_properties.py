@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import networks
 import pytest
 import torch
+from cases import DEVICE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernels import Mode, kernelize
@@ -22,6 +23,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 LONGER = os.environ.get("LORA_FUSED_EXAMPLES")
+pytestmark = pytest.mark.usefixtures("on_device")
 PROFILE = settings(
     max_examples=int(LONGER or 150),
     derandomize=LONGER is None,
@@ -125,13 +127,15 @@ def plans(draw, dropout=False, training=None):
 def draw_x(plan, number):
     generator = torch.Generator().manual_seed(plan.seed + number)
     k = plan.sizes[0]
+
+    def normal(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu").to(DEVICE)
+
     if plan.layout == "strided":
-        return torch.randn(*plan.lead, 2 * k, dtype=torch.float64, generator=generator)[..., ::2]
+        return normal(*plan.lead, 2 * k)[..., ::2]
     if plan.layout == "transposed":
-        return torch.randn(k, *reversed(plan.lead), dtype=torch.float64, generator=generator).permute(
-            *reversed(range(len(plan.lead) + 1))
-        )
-    return torch.randn(*plan.lead, k, dtype=torch.float64, generator=generator)
+        return normal(k, *reversed(plan.lead)).permute(*reversed(range(len(plan.lead) + 1)))
+    return normal(*plan.lead, k)
 
 
 def layers_of(model):
@@ -191,7 +195,8 @@ def run(model, plan, number):
     leaf = x.detach().requires_grad_(plan.x_needs_grad)
     y = model(leaf)
     if y.requires_grad:
-        weights = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(plan.seed))
+        generator = torch.Generator().manual_seed(plan.seed)
+        weights = torch.randn(y.shape, dtype=y.dtype, generator=generator, device="cpu").to(y.device)
         (y * weights).sum().backward()
     assert torch.equal(x, before), "x was written to"
     return {"y": y.detach(), "dx": leaf.grad, **{name: p.grad for name, p in model.named_parameters()}}
@@ -229,7 +234,7 @@ def assert_close(ours, theirs, exact):
 
 def kernelized(lora_fused, model):
     lora_fused.register_peft_layers()
-    return kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device="cpu")
+    return kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device=DEVICE)
 
 
 def compare(lora_fused, plan, counts):

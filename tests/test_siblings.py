@@ -6,12 +6,13 @@ import threading
 
 import pytest
 import torch
-from cases import DrawnDropout, peft_llama, randomise_adapters
+from cases import DEVICE, DrawnDropout, peft_llama, randomise_adapters
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.usefixtures("on_device")
 NAMES = ("q", "k", "v")
 
 
@@ -43,7 +44,7 @@ def heads(dtype=torch.float64, second=None, **config):
 
 def kernelized(lora_fused, model):
     lora_fused.register_peft_layers()
-    return kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device="cpu")
+    return kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device=DEVICE)
 
 
 def inner(model):
@@ -108,13 +109,13 @@ def test_members_that_differ_run_as_one(lora_fused, config):
 
 
 def test_members_of_several_kinds(lora_fused):
-    """DoRA beside LoRA, dropout beside none, adapters of several dtypes, one projection not adapted."""
-    model = heads(torch.float32, target_modules=["q", "v"])
+    """DoRA beside LoRA, dropout beside none, different adapters active."""
+    model = heads(torch.float64, target_modules=["q", "v"])
     model.add_adapter("default_k", LoraConfig(r=3, use_dora=True, lora_dropout=0.4, target_modules=["k"]))
     model.base_model.set_adapter(["default", "default_k"])
-    randomise_adapters(model, torch.float32)
+    randomise_adapters(model, torch.float64)
     inner(model).v.lora_dropout["default"] = nn.Dropout(0.2)
-    x = torch.randn(3, 32)
+    x = torch.randn(3, 32, dtype=torch.float64)
     ours = kernelized(lora_fused, model)
     step(ours, x)
     torch.manual_seed(5)
@@ -122,7 +123,7 @@ def test_members_of_several_kinds(lora_fused):
         layer = getattr(inner(model), name)
         for adapter, drop in layer.lora_dropout.items():
             if isinstance(drop, nn.Dropout):
-                layer.lora_dropout[adapter] = DrawnDropout(lora_fused, drop.p, x.shape, "cpu", i, 3)
+                layer.lora_dropout[adapter] = DrawnDropout(lora_fused, drop.p, x.shape, DEVICE, i, 3)
     torch.manual_seed(5)
     y, grads = step(ours, x)
     assert functions(y) == 1
@@ -248,7 +249,7 @@ def test_autocast_for_one_sibling(lora_fused):
     class Mixed(Heads):
         def forward(self, x):
             q = self.q(x)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(DEVICE, dtype=torch.bfloat16):
                 k = self.k(x)
             return torch.cat([q, k.float(), self.v(x)], -1)
 
@@ -275,6 +276,25 @@ def test_an_exception_between_siblings(lora_fused):
     for _ in range(3):
         result = step(ours, x)
         assert_same(result, step(model, x))
+    assert functions(result[0]) == 1
+
+
+def test_a_hook_that_raises_between_siblings(lora_fused):
+    model, x = heads(), torch.randn(5, 32, dtype=torch.float64)
+    ours = learned(lora_fused, model, x)
+
+    def fails(module, args, y):
+        raise KeyError("k")
+
+    handle = inner(ours).k.register_forward_hook(fails)
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            step(ours, x)
+    handle.remove()
+    other = torch.randn(5, 32, dtype=torch.float64)
+    for each in (x, other, x):
+        result = step(ours, each)
+        assert_same(result, step(model, each))
     assert functions(result[0]) == 1
 
 
@@ -407,7 +427,7 @@ def test_threads_do_not_mix(lora_fused):
     failures = []
 
     def work(seed):
-        x = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
         for _ in range(20):
             with torch.no_grad(), contextlib.suppress(StopIteration):
                 if not torch.allclose(inner(ours)(x), inner(model)(x), rtol=1e-12):

@@ -26,6 +26,7 @@ LAYERS = (
     "backend",
     "triton_ops",
     "reference",
+    "cuda_embedding",
     "reference_embedding",
     "mlp_state",
     "mlp_structure",

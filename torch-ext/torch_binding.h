@@ -75,3 +75,26 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors> gated_backward(
     std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts,
     lora_fused::Tensors scales, std::vector<int64_t> quantized, int64_t activation,
     int64_t gate_half, bool need_dx, std::vector<int64_t> needs);
+
+// kernel-src/common/gemm.h says what it computes; an error where gemm_sm90_serves refuses.
+void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n,
+               torch::stable::Tensor out, std::optional<torch::stable::Tensor> bias,
+               std::optional<torch::stable::Tensor> gain, std::optional<torch::stable::Tensor> z,
+               bool accumulate);
+
+// On CUDA alone: the CPU computes an embedding with the library's products.
+torch::stable::Tensor column_norm_cuda(const torch::stable::Tensor& weight,
+                                       const torch::stable::Tensor& lora_a,
+                                       const torch::stable::Tensor& lora_b, double scaling);
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> embedding_forward_cuda(
+    const torch::stable::Tensor& ids, const torch::stable::Tensor& weight,
+    const torch::stable::Tensor& lora_a, const torch::stable::Tensor& lora_b,
+    std::optional<torch::stable::Tensor> gain, std::optional<torch::stable::Tensor> scale,
+    double scaling, double number, bool keep);
+lora_fused::Tensors embedding_backward_cuda(
+    const torch::stable::Tensor& dy, const torch::stable::Tensor& ids,
+    std::optional<torch::stable::Tensor> rows, const torch::stable::Tensor& weight,
+    const torch::stable::Tensor& lora_a, const torch::stable::Tensor& lora_b,
+    std::optional<torch::stable::Tensor> magnitude, std::optional<torch::stable::Tensor> gain,
+    std::optional<torch::stable::Tensor> norm, std::optional<torch::stable::Tensor> scale,
+    double scaling, double number, int64_t padding, bool need_a, bool need_b, bool need_m);

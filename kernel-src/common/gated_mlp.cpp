@@ -22,12 +22,12 @@ void run_gated(const Gated& gated) {
   gated_cpu(gated);
 }
 
-Tensor half_of(const Tensor& both, int64_t half) {
+View half_of(const View& both, int64_t half) {
   const int64_t width = both.size(1) / 2;
-  return columns_of(both, half * width, width);
+  return both.columns(half * width, width);
 }
 
-MaybeTensor half_of(const MaybeTensor& vector, int64_t half) {
+MaybeTensor half_of_vector(const MaybeTensor& vector, int64_t half) {
   if (!vector) return std::nullopt;
   const int64_t width = vector->numel() / 2, one = 1;
   AtenTensorHandle handle = nullptr;
@@ -41,7 +41,7 @@ struct Halves {
   bool together;
   int64_t gate_half;
 
-  std::tuple<Tensor, Tensor> of(const Tensors& outputs) const {
+  std::tuple<View, View> of(const Tensors& outputs) const {
     if (!together) return {outputs[0], outputs[1]};
     return {half_of(outputs[0], gate_half), half_of(outputs[0], 1 - gate_half)};
   }
@@ -52,7 +52,7 @@ struct Halves {
     const Gain whole = in.gain_of(member);
     if (!together) return whole;
     const int64_t half = which == 0 ? gate_half : 1 - gate_half;
-    return {half_of(whole.gain, half), half_of(whole.bias, half)};
+    return {half_of_vector(whole.gain, half), half_of_vector(whole.bias, half)};
   }
 };
 
@@ -67,10 +67,10 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> gated_forward(
   const size_t inputs = weights.size() - 1;
   const Members in(lists, 0, inputs), out(lists, inputs, 1);
   const Halves halves{inputs == 1, gate_half};
-  const Tensor rows = matrix(x);
-  Outputs first = project(rows, rows, in, /*scaled_too=*/false);
+  const View rows = matrix(x);
+  Outputs first = project(rows, rows.tensor(), in, /*scaled_too=*/false);
   const auto [gate, up] = halves.of(first.ys);
-  const Tensor h = fresh_like(gate);
+  const View h = fresh_like(gate);
   run_gated({gate, up, h, {}, {}, {}, activation, halves.gain(in, 0), halves.gain(in, 1)});
   Outputs last = project(h, x, out, /*scaled_too=*/true);
   Tensors us;  // of members whose output is not their u, and of down
@@ -105,21 +105,21 @@ std::tuple<Tensors, Tensors> gated_backward(const Tensor& dy, const Tensor& x, T
 
   Tensors dx, grads, last_grads;
   Tensors d_outputs;
-  const Tensor h = fresh_like(gate);
+  const View h = fresh_like(gate);
   {
-    const Tensor dh = fresh_like(gate);
-    const Backward last(out, h, {{dy}, last_us, norms, needs, /*need_dx=*/true});
-    last.input(dh, /*add=*/false);
+    const View dh = fresh_like(gate);
+    const Backward last(out, h, {Optionals{dy}, last_us, norms, needs, /*need_dx=*/true});
+    last.input(dh);
     for (const Tensor& output : outputs) d_outputs.push_back(fresh_like(output));
     const auto [dgate, dup] = halves.of(d_outputs);
     run_gated({gate, up, h, dh, dgate, dup, activation, halves.gain(in, 0), halves.gain(in, 1)});
     last.parameters(h, ts[1], last_grads);
   }
-  const Tensor rows = matrix(x);
+  const View rows = matrix(x);
   const Backward first(in, rows, {Optionals(d_outputs.begin(), d_outputs.end()), first_us, norms, needs, need_dx});
   if (need_dx) {
     dx.push_back(empty_as(x, rows.size(1)));
-    first.input(view(dx[0], rows.size(0), rows.size(1), rows.size(1), 1, 0), /*add=*/false);
+    first.input(matrix(dx[0]));
   }
   first.parameters(rows, ts[0], grads);
   grads.insert(grads.end(), last_grads.begin(), last_grads.end());

@@ -13,7 +13,8 @@
 // once for all dA. What Python and the dispatcher would cost between products is saved; the
 // arithmetic is that of reference.py. x [..., K], weight [N, K] of any strides, A [R, K], B [N, R]; A
 // and B of any dtype are converted to x's, all in one launch; gains [N] come from `dora_gains`. A weight in
-// four bits is made floating point for its own product, forward and backward (projections.h).
+// four bits is made floating point for its own product (projections.h), in backward all of a group
+// for theirs, which may be one launch.
 #include <tuple>
 
 #include "../../torch-ext/torch_binding.h"
@@ -42,12 +43,12 @@ std::tuple<Tensors, Tensors> lora_backward(Optionals dys, const Tensor& x, const
   const OnDevice device(x);
   const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized};
   const Members members(lists, 0, weights.size());
-  const Tensor rows = matrix(x);
+  const View rows = matrix(x);
   const Backward backward(members, rows, {dys, us, norms, needs, need_dx});
   Tensors dx, grads;
   if (need_dx) {
     dx.push_back(empty_as(x, rows.size(1)));
-    backward.input(view(dx[0], rows.size(0), rows.size(1), rows.size(1), 1, 0), /*add=*/false);
+    backward.input(matrix(dx[0]));
   }
   backward.parameters(rows, t, grads);
   return {dx, grads};

@@ -7,13 +7,15 @@
 #include <optional>
 #include <vector>
 
+#include "view.h"
+
 namespace lora_fused {
 
 using MaybeTensor = std::optional<torch::stable::Tensor>;
 
 // One conversion, `from` [rows, cols] contiguous: `to` has its shape, or [cols, rows] where transposed.
 struct Cast {
-  torch::stable::Tensor from, to;
+  View from, to;
   bool transposed = false;
 };
 
@@ -30,15 +32,15 @@ struct Gain {
 // gradients. Without dh the forward, h = f(gate)·up; else dgate, dup and h. Gate and up are values
 // before the gain where a gain is given.
 struct Gated {
-  torch::stable::Tensor gate, up, h;
-  MaybeTensor dh, dgate, dup;
+  View gate, up, h;
+  MaybeView dh, dgate, dup;
   int64_t activation;
   Gain gate_gain, up_gain;
 };
 
 // y = g∘(u - b) + b, or y += (g - 1)∘u where `add`; u and y [M, N] contiguous.
 struct Scale {
-  torch::stable::Tensor u, y;
+  View u, y;
   Gain gain;
   bool add;
 };
@@ -47,8 +49,9 @@ struct Scale {
 // and sums = Σ dy over tokens. What is not there is not computed; dots and sums [N] are in float32
 // (float64 for float64), each a sum in a fixed order.
 struct TokenSums {
-  torch::stable::Tensor dy;
-  MaybeTensor u, norm, scaled, excess, dots, sums;
+  View dy;
+  MaybeView u, scaled, excess;
+  MaybeTensor norm, dots, sums;
   Gain gain;
 };
 
@@ -60,7 +63,7 @@ struct Dropped {
 
 // t [M, R] = scaling · dropped(x) aᵀ for x [M, C] and a [R, C]; rows of t may be strided.
 struct SkinnyDown {
-  torch::stable::Tensor x, a, t;
+  View x, a, t;
   double scaling;
   std::optional<Dropped> mask;
 };
@@ -68,14 +71,14 @@ struct SkinnyDown {
 // out = tᵀ dropped(x) for t [M, R] and x [M, C], rows of t strided or not: [R, C], or [C, R] where
 // transposed, in x's dtype or float32.
 struct SkinnyOuter {
-  torch::stable::Tensor t, x, out;
+  View t, x, out;
   bool transposed;
   std::optional<Dropped> mask;
 };
 
 // dropped(dt a), a term of dx [M, K].
 struct DroppedUp {
-  torch::stable::Tensor dt, a;
+  View dt, a;
   Dropped mask;
 };
 
@@ -92,11 +95,11 @@ void token_sums_cuda(const TokenSums& sums);
 
 // Each list is one launch; its entries share M and dtype. Half precision; every row of x, a, t and dt
 // starts on 16 bytes, as `skinny_serves` asks of each of them.
-bool skinny_serves(const torch::stable::Tensor& matrix);
+bool skinny_serves(const View& matrix);
 void skinny_down_cuda(const std::vector<SkinnyDown>& entries);
 void skinny_outer_cuda(const std::vector<SkinnyOuter>& entries);
 // dx += the sum of all terms.
-void dropped_up_add_cuda(const torch::stable::Tensor& dx, const std::vector<DroppedUp>& terms);
+void dropped_up_add_cuda(const View& dx, const std::vector<DroppedUp>& terms);
 #endif
 
 }  // namespace lora_fused

@@ -1,6 +1,8 @@
 // The forward and the backward of projections that share an input, see projections.h.
 #include "projections.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include "dropout.h"
 #include "../../torch-ext/torch_binding.h"
 
@@ -17,18 +19,18 @@ void cast_all(const std::vector<Cast>& casts) {
     if (cast.to.is_cuda() && !exact)
       fused.push_back(cast);
     else
-      TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(cast.to.get(), cast.from.get(), 0));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(cast.to.tensor().get(), cast.from.tensor().get(), 0));
   }
 #if defined(CUDA_KERNEL)
   if (!fused.empty()) cast_all_cuda(fused);
 #endif
 }
 
-void drop(const Tensor& x, const Dropped& mask, const Tensor& out, bool accumulate) {
+void drop(const View& x, const Dropped& mask, const View& out, bool accumulate) {
 #if defined(CUDA_KERNEL)
-  if (x.is_cuda()) return dropout_cuda(x, mask.seed, mask.p, out, accumulate);
+  if (x.is_cuda()) return dropout_cuda(x.tensor(), mask.seed, mask.p, out.tensor(), accumulate);
 #endif
-  dropout_cpu(x, mask.seed, mask.p, out, accumulate);
+  dropout_cpu(x.tensor(), mask.seed, mask.p, out.tensor(), accumulate);
 }
 
 void scale(const Scale& work) {
@@ -46,9 +48,9 @@ void sum_tokens(const TokenSums& work) {
 }
 
 // Whether the kernels of skinny products take these operands.
-bool is_skinny(std::initializer_list<const Tensor*> operands) {
+bool is_skinny(std::initializer_list<const View*> operands) {
 #if defined(CUDA_KERNEL)
-  for (const Tensor* operand : operands)
+  for (const View* operand : operands)
     if (!operand->is_cuda() || !skinny_serves(*operand)) return false;
   return true;
 #else
@@ -58,15 +60,15 @@ bool is_skinny(std::initializer_list<const Tensor*> operands) {
 
 // Up to so many tokens a step waits for the host, and one launch for all skinny products of a group is
 // worth more than the library's best product for each.
-constexpr int64_t kOneLaunchTokens = 4096, kOneLaunchRank = 64;
+constexpr int64_t kOneLaunchTokens = 1024, kOneLaunchRank = 64;
 
-bool waits_for_host(const Tensor& x) {
+bool waits_for_host(const View& x) {
   const auto dtype = x.scalar_type();
   return x.is_cuda() && (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) && x.size(0) <= kOneLaunchTokens;
 }
 
-Tensor dropped(const Tensor& x, const Dropped& mask) {
-  const Tensor d = fresh_like(x);
+View dropped(const View& x, const Dropped& mask) {
+  const View d = fresh_like(x);
   drop(x, mask, d, /*accumulate=*/false);
   return d;
 }
@@ -104,7 +106,7 @@ bool Members::any_masked() const {
   return false;
 }
 
-Adapters::Adapters(const Tensor& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b) {
+Adapters::Adapters(const View& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b) {
   const ScalarType dtype = x.scalar_type();
   std::vector<Cast> casts;
   first.push_back(0);
@@ -113,19 +115,19 @@ Adapters::Adapters(const Tensor& x, const Members& members, bool need_a, bool ne
     for (size_t i = 0; i < members.count(); ++i)
       if (members.rank(i) == ranks() && members.a(i)->scalar_type() == dtype) a = *members.a(i);
     if (!a) {
-      a = empty(x, {ranks(), x.size(1)}, dtype);
+      a = empty(x.base(), {ranks(), x.size(1)}, dtype);
       for (size_t i = 0; i < members.count(); ++i)
         if (members.a(i)) casts.push_back({torch::stable::contiguous(*members.a(i)), a_of(i)});
     }
   }
   for (size_t i = 0; i < members.count(); ++i) {
-    b.push_back(members.b(i));
+    b.push_back(members.b(i) ? MaybeView(*members.b(i)) : std::nullopt);
     if (!need_b || !b[i] || (b[i]->scalar_type() == dtype && layout_of_b == kAsStored)) continue;
     const int64_t n = b[i]->size(0), r = b[i]->size(1);
     const bool turned = layout_of_b == kTransposed;
-    const Tensor copy = turned ? empty(x, {r, n}, dtype) : empty(x, {n, r}, dtype);
+    const View copy = turned ? empty(x.base(), {r, n}, dtype) : empty(x.base(), {n, r}, dtype);
     casts.push_back({torch::stable::contiguous(*members.b(i)), copy, turned});
-    b[i] = turned ? transposed(copy) : copy;
+    b[i] = turned ? copy.transposed() : copy;
   }
   if (!casts.empty()) cast_all(casts);
 }
@@ -133,8 +135,10 @@ Adapters::Adapters(const Tensor& x, const Members& members, bool need_a, bool ne
 namespace {
 
 // t of all members, and D(x) of those whose base product takes it as well.
-Tensor project_down(const Tensor& x, const Members& members, const Adapters& adapters, Optionals& drops) {
-  const Tensor t = empty(x, {x.size(0), adapters.ranks()}, x.scalar_type());
+Tensor project_down(const View& x, const Members& members, const Adapters& adapters,
+                    std::vector<MaybeView>& drops) {
+  const Tensor whole = empty(x.base(), {x.size(0), adapters.ranks()}, x.scalar_type());
+  const View t = whole;
   std::optional<double> shared;
   bool share = !members.any_masked();
   for (size_t i = 0; share && i < members.count(); ++i) {
@@ -143,62 +147,63 @@ Tensor project_down(const Tensor& x, const Members& members, const Adapters& ada
     shared = members.scaling(i);
   }
   if (share) {
-    if (shared) addmm(t, t, x, transposed(*adapters.a), 0.0, *shared);
-    return t;
+    if (shared) multiply(t, x, adapters.a->transposed(), *shared, /*add=*/false);
+    return whole;
   }
   std::vector<SkinnyDown> fused;
   for (size_t i = 0; i < members.count(); ++i) {
     if (!members.a(i)) continue;
-    const Tensor part = adapters.part(t, i), a = adapters.a_of(i);
+    const View part = adapters.part(t, i), a = adapters.a_of(i);
     if (members.masked(i) && !members.gain(i) && is_skinny({&x, &a})) {
       fused.push_back({x, a, part, members.scaling(i), members.mask(i)});
       continue;
     }
     if (members.masked(i)) drops[i] = dropped(x, members.mask(i));
-    addmm(part, part, drops[i] ? *drops[i] : x, transposed(a), 0.0, members.scaling(i));
+    multiply(part, drops[i] ? *drops[i] : x, a.transposed(), members.scaling(i), /*add=*/false);
   }
 #if defined(CUDA_KERNEL)
   if (!fused.empty()) skinny_down_cuda(fused);
 #endif
-  return t;
+  return whole;
 }
 
 }  // namespace
 
-Outputs project(const Tensor& x, const Tensor& like, const Members& members, bool scaled_too) {
+Outputs project(const View& x, const Tensor& like, const Members& members, bool scaled_too) {
   const Adapters adapters(x, members, true, true);
-  Optionals drops(members.count());
+  std::vector<MaybeView> drops(members.count());
   Outputs out{{}, {}, project_down(x, members, adapters, drops)};
   for (size_t i = 0; i < members.count(); ++i) {
     const int64_t n = members.outputs(i);
     const Tensor weight = members.weight(i, x.scalar_type());
-    const auto product = [&](const Tensor& input, const Tensor& y, const MaybeTensor& bias) {
-      std::vector<Term> terms{{input, transposed(weight)}};
-      if (members.b(i)) terms.push_back({adapters.part(out.t, i), transposed(*adapters.b[i])});
-      multiply(y, terms, bias, /*add=*/false);
+    const auto terms = [&](const View& input) {
+      std::vector<Term> sum{{input, View(weight).transposed()}};
+      if (members.b(i)) sum.push_back({adapters.part(out.t, i), adapters.b[i]->transposed()});
+      return sum;
     };
-    const Tensor result = empty_as(like, n), y = view(result, x.size(0), n, n, 1, 0);
-    product(x, y, members.bias(i));
-    if (!members.gain(i)) {
+    const Tensor result = empty_as(like, n);
+    const View y(result, x.size(0), n, n, 1);
+    if (!members.scaled(i)) {
+      multiply(y, terms(x), members.bias(i));
       out.ys.push_back(result);
-      continue;
-    }
-    if (members.masked(i)) {
+      if (!members.gain(i)) continue;
       const Tensor u = fresh_like(y);
-      product(*drops[i], u, std::nullopt);
+      multiply(u, terms(*drops[i]), std::nullopt);
       scale({u, y, members.gain_of(i), /*add=*/true});
       out.us.push_back(u);
-      out.ys.push_back(result);
       continue;
     }
-    out.us.push_back(y);
-    out.ys.push_back(scaled_too ? empty_as(like, n) : result);
-    if (scaled_too) scale({y, view(out.ys.back(), x.size(0), n, n, 1, 0), members.gain_of(i), /*add=*/false});
+    const Tensor u = scaled_too ? fresh_like(y) : y.tensor();
+    out.us.push_back(u);
+    out.ys.push_back(result);
+    if (scaled_too && !members.bias(i) && multiply_scaled(y, u, terms(x), *members.gain(i))) continue;
+    multiply(u, terms(x), members.bias(i));
+    if (scaled_too) scale({u, y, members.gain_of(i), /*add=*/false});
   }
   return out;
 }
 
-Backward::Backward(const Members& members, const Tensor& x, const Given& given)
+Backward::Backward(const Members& members, const View& x, const Given& given)
     : members_(members),
       needs_(given.needs),
       need_dx_(given.need_dx),
@@ -211,8 +216,8 @@ Backward::Backward(const Members& members, const Tensor& x, const Given& given)
   size_t next_u = 0;
   bool any_dt = need_dx_;
   for (size_t i = 0; i < members.count(); ++i) {
-    dys_.push_back(given.dys[i] ? MaybeTensor(matrix(*given.dys[i])) : std::nullopt);
-    const MaybeTensor u = members.gain(i) ? MaybeTensor(given.us[next_u++]) : std::nullopt;
+    dys_.push_back(given.dys[i] ? MaybeView(matrix(*given.dys[i])) : std::nullopt);
+    const MaybeView u = members.gain(i) ? MaybeView(given.us[next_u++]) : std::nullopt;
     if (dys_[i]) pass_over_dy(i, u, given.norms[members.index(i)]);
     any_dt = any_dt || needs(i, kNeedA);
   }
@@ -221,20 +226,22 @@ Backward::Backward(const Members& members, const Tensor& x, const Given& given)
 
 // dt = s·dy' B of all members.
 void Backward::project_down() {
-  dt_ = empty(x_, {x_.size(0), adapters_.ranks()}, x_.scalar_type());
+  const Tensor whole = empty(x_.base(), {x_.size(0), adapters_.ranks()}, x_.scalar_type());
+  dt_ = whole;
   std::vector<SkinnyDown> fused;
   for (size_t i = 0; i < members_.count(); ++i) {
     if (!members_.a(i)) continue;
-    Tensor part = adapters_.part(*dt_, i);
+    const View part = adapters_.part(*dt_, i);
     if (!dys_[i]) {
-      torch::stable::zero_(part);
+      Tensor unused = part.tensor();
+      torch::stable::zero_(unused);
       continue;
     }
-    const Tensor b = transposed(*adapters_.b[i]);
+    const View b = adapters_.b[i]->transposed();
     if (waits_for_host(x_) && members_.rank(i) <= kOneLaunchRank && is_skinny({&*lora_dys_[i], &b}))
       fused.push_back({*lora_dys_[i], b, part, members_.scaling(i), std::nullopt});
     else
-      addmm(part, part, *lora_dys_[i], *adapters_.b[i], 0.0, members_.scaling(i));
+      multiply(part, *lora_dys_[i], *adapters_.b[i], members_.scaling(i), /*add=*/false);
   }
 #if defined(CUDA_KERNEL)
   if (!fused.empty()) skinny_down_cuda(fused);
@@ -242,17 +249,18 @@ void Backward::project_down() {
 }
 
 // g∘dy, and what else of dy is wanted, in one pass; plain LoRA needs none.
-void Backward::pass_over_dy(size_t i, const MaybeTensor& u, const MaybeTensor& norm) {
-  const Tensor& dy = *dys_[i];
+void Backward::pass_over_dy(size_t i, const MaybeView& u, const MaybeTensor& norm) {
+  const View& dy = *dys_[i];
   const auto vector = [&] {
-    return empty(dy, {dy.size(1)}, dy.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+    return empty(dy.base(), {dy.size(1)},
+                 dy.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
   };
   TokenSums work{dy};
   work.gain = members_.gain_of(i);
   if (needs(i, kNeedBias)) work.sums = sums_[i] = vector();
   if (u) {
-    work.scaled = lora_dys_[i] = fresh_like(dy);
-    if (members_.masked(i) && need_dx_) work.excess = excesses_[i] = fresh_like(dy);
+    work.scaled = lora_dys_[i] = View(fresh_like(dy));
+    if (members_.masked(i) && need_dx_) work.excess = excesses_[i] = View(fresh_like(dy));
     if (needs(i, kNeedMagnitude)) {
       work.u = u;
       work.norm = norm;
@@ -264,38 +272,37 @@ void Backward::pass_over_dy(size_t i, const MaybeTensor& u, const MaybeTensor& n
   if (work.sums || work.scaled) sum_tokens(work);
 }
 
-void Backward::input(const Tensor& dx, bool add) const {
+void Backward::input(const View& dx) const {
+  std::vector<Term> terms;
   std::vector<size_t> masked;
   const bool share = !members_.any_masked();
   for (size_t i = 0; i < members_.count(); ++i) {
     if (!dys_[i]) continue;
-    // One after another, so that one quantised weight at a time is there in floating point.
-    const Tensor& dy = members_.scaled(i) ? *lora_dys_[i] : *dys_[i];
-    multiply(dx, {{dy, members_.weight(i, x_.scalar_type())}}, std::nullopt, add);
-    add = true;
+    terms.push_back({members_.scaled(i) ? *lora_dys_[i] : *dys_[i], members_.weight(i, x_.scalar_type())});
     if (!members_.a(i) || share) continue;
     if (members_.masked(i))
       masked.push_back(i);
     else
-      multiply(dx, {{adapters_.part(*dt_, i), adapters_.a_of(i)}}, std::nullopt, add);
+      terms.push_back({adapters_.part(*dt_, i), adapters_.a_of(i)});
   }
-  if (dt_ && share) multiply(dx, {{*dt_, *adapters_.a}}, std::nullopt, add);
+  if (dt_ && share) terms.push_back({*dt_, *adapters_.a});
+  multiply(dx, terms, std::nullopt);
   if (!masked.empty()) add_dropped(dx, masked);
 }
 
-void Backward::add_dropped(const Tensor& dx, const std::vector<size_t>& which) const {
+void Backward::add_dropped(const View& dx, const std::vector<size_t>& which) const {
   std::vector<DroppedUp> fused;
   for (const size_t i : which) {
-    const Tensor dt = adapters_.part(*dt_, i), a = adapters_.a_of(i);
+    const View dt = adapters_.part(*dt_, i), a = adapters_.a_of(i);
     const Dropped mask = members_.mask(i);
     if (!excesses_[i] && is_skinny({&dx, &dt, &a})) {
       fused.push_back({dt, a, mask});
       continue;
     }
-    const Tensor delta = fresh_like(dx);
+    const View delta = fresh_like(dx);
     std::vector<Term> terms{{dt, a}};
     if (excesses_[i]) terms.insert(terms.begin(), {*excesses_[i], members_.weight(i, x_.scalar_type())});
-    multiply(delta, terms, std::nullopt, /*add=*/false);
+    multiply(delta, terms, std::nullopt);
     drop(delta, mask, dx, /*accumulate=*/true);
   }
 #if defined(CUDA_KERNEL)
@@ -303,28 +310,27 @@ void Backward::add_dropped(const Tensor& dx, const std::vector<size_t>& which) c
 #endif
 }
 
-void Backward::parameters(const Tensor& x, const Tensor& t, Tensors& grads) const {
+void Backward::parameters(const View& x, const View& t, Tensors& grads) const {
   std::vector<Cast> casts;
   // left right in `dtype`: as the library can, or by a conversion of the product in x's dtype.
-  const auto product = [&](const Tensor& left, const Tensor& right, ScalarType dtype) {
-    const Tensor wanted = empty(x, {left.size(0), right.size(1)}, dtype);
-    if (mm_to_float(wanted, left, right)) return wanted;
-    const bool same = dtype == x.scalar_type();
-    const Tensor own = same ? wanted : empty(x, {left.size(0), right.size(1)}, x.scalar_type());
-    mm(own, left, right);
-    if (!same) casts.push_back({own, wanted});
+  const auto product = [&](const View& left, const View& right, ScalarType dtype) {
+    const Tensor wanted = empty(x.base(), {left.size(0), right.size(1)}, dtype);
+    const bool direct = dtype == x.scalar_type() || (dtype == ScalarType::Float && gives_float(x));
+    const Tensor own = direct ? wanted : empty(x.base(), {left.size(0), right.size(1)}, x.scalar_type());
+    multiply(own, left, right, 1.0, /*add=*/false);
+    if (!direct) casts.push_back({own, wanted});
     return wanted;
   };
   const bool share = !members_.any_masked();
   std::vector<SkinnyOuter> fused;
   // tᵀ D(input), or its transpose, with all others of its kind.
-  const auto one_launch = [&](const Tensor& t, const Tensor& input, ScalarType dtype, bool turned,
+  const auto one_launch = [&](const View& t, const View& input, ScalarType dtype, bool turned,
                               const std::optional<Dropped>& mask) {
     if (!mask && !(waits_for_host(x) && t.size(1) <= kOneLaunchRank)) return false;
     if (dtype != ScalarType::Float && dtype != x.scalar_type()) return false;
     if (!is_skinny({&t, &input})) return false;
     const int64_t rank = t.size(1), cols = input.size(1);
-    grads.push_back(turned ? empty(x, {cols, rank}, dtype) : empty(x, {rank, cols}, dtype));
+    grads.push_back(empty(x.base(), {turned ? cols : rank, turned ? rank : cols}, dtype));
     fused.push_back({t, input, grads.back(), turned, mask});
     return true;
   };
@@ -332,21 +338,21 @@ void Backward::parameters(const Tensor& x, const Tensor& t, Tensors& grads) cons
   for (size_t i = 0; i < members_.count(); ++i) {
     if (needs(i, kNeedA)) {
       const ScalarType dtype = members_.a(i)->scalar_type();
-      const Tensor dt = adapters_.part(*dt_, i);
+      const View dt = adapters_.part(*dt_, i);
       const auto mask = members_.masked(i) ? std::optional<Dropped>(members_.mask(i)) : std::nullopt;
       const bool done = one_launch(dt, x, dtype, /*turned=*/false, mask);
       if (!done && (mask || !share)) {
-        grads.push_back(product(transposed(dt), mask ? dropped(x, *mask) : x, dtype));
+        grads.push_back(product(dt.transposed(), mask ? dropped(x, *mask) : x, dtype));
       } else if (!done) {
-        if (!all || all->scalar_type() != dtype) all = product(transposed(*dt_), x, dtype);
-        grads.push_back(rows_of(*all, adapters_.first[i], members_.rank(i)));
+        if (!all || all->scalar_type() != dtype) all = product(dt_->transposed(), x, dtype);
+        grads.push_back(View(*all).rows(adapters_.first[i], members_.rank(i)).tensor());
       }
     }
     if (needs(i, kNeedB)) {
       const ScalarType dtype = members_.b(i)->scalar_type();
-      const Tensor part = adapters_.part(t, i);
+      const View part = adapters_.part(t, i);
       if (!one_launch(part, *lora_dys_[i], dtype, /*turned=*/true, std::nullopt))
-        grads.push_back(product(transposed(*lora_dys_[i]), part, dtype));
+        grads.push_back(product(lora_dys_[i]->transposed(), part, dtype));
     }
     if (needs(i, kNeedBias)) grads.push_back(*sums_[i]);
     if (needs(i, kNeedMagnitude)) grads.push_back(*dots_[i]);

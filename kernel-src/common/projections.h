@@ -65,15 +65,15 @@ class Members {
 // in memory where asked for.
 struct Adapters {
   enum Layout { kAsStored, kTransposed };
-  Adapters(const Tensor& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b = kAsStored);
+  Adapters(const View& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b = kAsStored);
 
   int64_t ranks() const { return first.back(); }
-  Tensor a_of(size_t i) const { return rows_of(*a, first[i], first[i + 1] - first[i]); }
+  View a_of(size_t i) const { return a->rows(first[i], first[i + 1] - first[i]); }
   // A member's columns of t or dt [M, Σ R].
-  Tensor part(const Tensor& t, size_t i) const { return columns_of(t, first[i], first[i + 1] - first[i]); }
+  View part(const View& t, size_t i) const { return t.columns(first[i], first[i + 1] - first[i]); }
 
-  std::optional<Tensor> a;
-  Optionals b;
+  MaybeView a;
+  std::vector<MaybeView> b;
   std::vector<int64_t> first;  // of each member's ranks, and their total at the end
 };
 
@@ -85,7 +85,7 @@ struct Outputs {
 
 // For x [M, K]; ys are shaped as `like` is but for the last dimension. Without `scaled_too` a scaled
 // member's y is left out, and its place in ys holds u.
-Outputs project(const Tensor& x, const Tensor& like, const Members& members, bool scaled_too);
+Outputs project(const View& x, const Tensor& like, const Members& members, bool scaled_too);
 
 // The backward of `project`, in the two steps that a gated MLP needs apart.
 class Backward {
@@ -99,28 +99,29 @@ class Backward {
   };
 
   // `x` gives dtype and shape alone: it need not be filled before `parameters`.
-  Backward(const Members& members, const Tensor& x, const Given& given);
+  Backward(const Members& members, const View& x, const Given& given);
 
-  // dx [M, K] = the members' part, or += where `add`.
-  void input(const Tensor& dx, bool add) const;
+  // dx [M, K] of all members.
+  void input(const View& dx) const;
 
   // Appends the gradients that are wanted: of each member in turn A, B, bias, magnitude. A and B in
   // their own dtype, the sums in float32 (float64 for float64).
-  void parameters(const Tensor& x, const Tensor& t, Tensors& grads) const;
+  void parameters(const View& x, const View& t, Tensors& grads) const;
 
  private:
   bool needs(size_t i, Need need) const { return dys_[i] && (needs_[members_.index(i)] & need) != 0; }
-  void pass_over_dy(size_t i, const MaybeTensor& u, const MaybeTensor& norm);
+  void pass_over_dy(size_t i, const MaybeView& u, const MaybeTensor& norm);
   void project_down();
-  void add_dropped(const Tensor& dx, const std::vector<size_t>& which) const;
+  void add_dropped(const View& dx, const std::vector<size_t>& which) const;
 
   const Members& members_;
   const std::vector<int64_t>& needs_;
   bool need_dx_;
-  Tensor x_;
-  Optionals dys_, lora_dys_, excesses_, dots_, sums_;  // by member, [M, N] and [N]
+  View x_;
+  std::vector<MaybeView> dys_, lora_dys_, excesses_;  // by member, [M, N]
+  Optionals dots_, sums_;                              // [N]
   Adapters adapters_;
-  std::optional<Tensor> dt_;
+  MaybeView dt_;
 };
 
 }  // namespace lora_fused

@@ -15,10 +15,9 @@
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <typename T>
-T* row(const std::optional<Tensor>& t, int64_t i) {
+T* row(const lora_fused::MaybeView& t, int64_t i) {
   return t ? static_cast<T*>(t->mutable_data_ptr()) + i * t->stride(0) : nullptr;
 }
 

@@ -16,16 +16,20 @@ namespace {
 
 using namespace lora_fused;
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 constexpr int64_t kBlock = 256;  // columns of a thread's turn: rows of a block are short runs
 
-template <typename T>
-T* data(const MaybeTensor& t) {
+template <typename T, typename Maybe>
+T* data(const std::optional<Maybe>& t) {
   return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
+}
+
+template <typename T>
+T* data(const View& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
 }
 
 template <typename T>

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) cast_fwd_kernel(const __grid_constan
   }
 }
 
-int code(const torch::stable::Tensor& t) {
+int code(const lora_fused::View& t) {
   const auto dtype = t.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
                       dtype == ScalarType::Half,

@@ -11,6 +11,8 @@
 #include <optional>
 #include <type_traits>
 
+#include "../common/view.h"
+
 namespace lora_fused {
 
 constexpr int kColumns = 8;
@@ -85,7 +87,7 @@ const T* vector(const std::optional<torch::stable::Tensor>& t) {
 
 // `aligned` becomes false where the matrix allows no whole access.
 template <typename T>
-Matrix<T> matrix(const std::optional<torch::stable::Tensor>& t, bool& aligned) {
+Matrix<T> matrix(const std::optional<View>& t, bool& aligned) {
   if (!t) return {nullptr, 0};
   T* data = static_cast<T*>(t->mutable_data_ptr());
   aligned = aligned && reinterpret_cast<uintptr_t>(data) % alignof(Columns<T>) == 0 &&

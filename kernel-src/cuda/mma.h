@@ -18,6 +18,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// 16 bytes from global to shared memory, zeros where !valid.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0));
+}
+
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t from) {
   if constexpr (kTransposed)
@@ -54,6 +60,23 @@ __device__ __forceinline__ float2 pair(uint32_t bits, __nv_bfloat16) {
 }
 __device__ __forceinline__ float2 pair(uint32_t bits, __half) {
   return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+}
+
+__device__ __forceinline__ uint32_t pack(float x, float y) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+template <typename H>
+__device__ __forceinline__ uint32_t pack(H x, H y) {
+  return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&x)) |
+         static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&y)) << 16;
+}
+
+// x and y as two bfloat16 pairs, high and low: 16 bits of each.
+__device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& low) {
+  high = pack(x, y);
+  const float2 rounded = pair(high, __nv_bfloat16());
+  low = pack(x - rounded.x, y - rounded.y);
 }
 
 }  // namespace lora_fused

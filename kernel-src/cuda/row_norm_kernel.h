@@ -44,12 +44,6 @@ struct RowNormArgs {
   bool b_resident;
 };
 
-// 16 bytes from global to shared memory, zeros where !valid.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0));
-}
-
 __device__ __forceinline__ void wait_for_all_but(int groups) {
   if (groups == 0)
     asm volatile("cp.async.wait_group 0;\n" ::: "memory");

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) token_sums_reduce_kernel(const __gri
   if (a.sums != nullptr) a.sums[col] = sums;
 }
 
-cudaStream_t stream_of(const Tensor& t) {
+cudaStream_t stream_of(const View& t) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
@@ -193,7 +193,7 @@ void run(const TokenSums& s) {
   a.shares = std::max<int64_t>(1, (a.rows + a.share_rows - 1) / a.share_rows);
   const bool summed = a.dots != nullptr || a.sums != nullptr;
   const auto dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-  const Tensor shares = torch::stable::new_empty(s.dy, {summed ? 2 : 0, a.shares, a.cols}, dtype);
+  const Tensor shares = torch::stable::new_empty(s.dy.base(), {summed ? 2 : 0, a.shares, a.cols}, dtype);
   a.dot_shares = static_cast<Wide<T>*>(shares.mutable_data_ptr());
   a.sum_shares = a.dot_shares + a.shares * a.cols;
   const cudaStream_t stream = stream_of(s.dy);

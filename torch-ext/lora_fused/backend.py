@@ -14,13 +14,14 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from . import ops, reference, reference_embedding
+from . import cuda_embedding, ops, reference, reference_embedding
 from .projection import FourBit, Operands
 from .table import Table
 
 REFERENCE = "reference"
 LIBRARY = "library"
 TRITON = "triton"
+CUDA = "cuda"  # of embeddings alone
 _TRITON_DTYPES = (torch.bfloat16, torch.float16)
 # Multiply-adds of one base product from which its GPU time hides the launches: below, a step
 # waits for the host, and two library products cost it less than two Triton launches.
@@ -29,6 +30,9 @@ TRITON_FROM = 2**37
 # 64, for 130 to 220 µs more host time: it gets large ranks of large weights (N·K·R products).
 ROW_NORM_TRITON_FROM_RANK = 128
 ROW_NORM_TRITON_FROM = 2**34
+# Multiply-adds of an embedding's delta (M·H·R), and tokens, up to which the native ops compute it.
+CUDA_EMBEDDING_UP_TO = 2**30
+CUDA_EMBEDDING_TOKENS = 8192
 
 
 @functools.lru_cache(maxsize=None)
@@ -43,12 +47,17 @@ def triton_is_there() -> bool:
 def choose(device: torch.device, dtype: torch.dtype, work: int) -> str:
     """Name of the backend for x on `device`, computed in `dtype`, with `work` = M·N·K.
 
-    Large half-precision products on a GPU go to Triton. float32 stays with the vendor's matrix
-    products, which follow torch's own TF32 setting.
+    Large half-precision products on a GPU go to Triton, but on Hopper, where the native op has a product
+    of its own with the LoRA terms inside. float32 stays with the vendor's matrix products, which
+    follow torch's own TF32 setting.
     """
-    if device.type == "cuda" and dtype in _TRITON_DTYPES and work >= TRITON_FROM and triton_is_there():
-        return TRITON
-    return LIBRARY
+    large = device.type == "cuda" and dtype in _TRITON_DTYPES and work >= TRITON_FROM
+    return TRITON if large and not is_hopper(device) and triton_is_there() else LIBRARY
+
+
+@functools.lru_cache(maxsize=None)
+def is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def is_library(name: str) -> bool:
@@ -122,18 +131,35 @@ def dequantize_4bit(operands: Operands, quantized: FourBit, first: int, out: Ten
     return out
 
 
-def choose_embedding(table: Table) -> str:
-    """Name of the backend for an embedding.
+def choose_embedding(table: Table, tokens: int) -> str:
+    """Name of the backend for an embedding of this many tokens.
 
-    The library everywhere until the Triton kernels have run on a GPU: so far they are only compiled
-    for one, and tested in the interpreter. They are meant for a GPU at any size except in float64,
-    since what the library needs ten passes for is memory-bound.
+    On a GPU the native ops up to a size, since a step with few tokens waits for the host, and Triton's
+    tensor cores beyond it or where the ops do not fit; float64 and the CPU stay with the library.
     """
-    return REFERENCE
+    weight = table.weight
+    if not weight.is_cuda or any(tensor is not None and tensor.dtype == torch.float64 for tensor in table):
+        return REFERENCE
+    small = tokens <= CUDA_EMBEDDING_TOKENS and tokens * table.lora_b.numel() <= CUDA_EMBEDDING_UP_TO
+    if small and cuda_embedding.fits(table):
+        return CUDA
+    return TRITON if triton_is_there() else REFERENCE
 
 
 def get_embedding(name: str) -> ModuleType:
-    """The module with `column_norm`, `gather_add`, `gather_backward` and `scatter_rows`, as
-    `reference_embedding` defines them, behind a backend's name."""
+    """The module with `column_norm`, `gather_add` and, but for CUDA, which has `gradients`, with
+    `gather_backward` and `scatter_rows`, as `reference_embedding` defines them."""
+    if name == CUDA:
+        return cuda_embedding
     ops = get(name)
     return reference_embedding if ops is reference else ops
+
+
+def column_norm(name: str, table: Table, scaling: float) -> Tensor:
+    """‖W + s·(B·A)ᵀ‖ by column: on a GPU the native op wherever it takes the table."""
+    kernels = get_embedding(name)
+    if kernels is not reference_embedding and cuda_embedding.norm_fits(table):
+        kernels = cuda_embedding
+    elif kernels is cuda_embedding:
+        kernels = get(TRITON) if triton_is_there() else reference_embedding
+    return kernels.column_norm(table.weight, table.lora_a, table.lora_b, scaling)

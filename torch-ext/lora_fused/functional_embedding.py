@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
+from . import cuda_embedding
 from .autograd.embedding import LoraEmbeddingFunction, forward_table
 from .autograd.linear import without_autocast
 from .table import Table, TableSpec
@@ -43,8 +44,8 @@ def lora_embedding(
     a tensor of one element, cast to the dtype of what it multiplies. The result is
     [*ids.shape, H] in weight's dtype, also under autocast. Gradients come in each tensor's own dtype
     and are dense and deterministic; those of A and W are zero at `padding_idx`, that of B is not.
-    The reference backend multiplies the adapter in its own dtype; Triton rounds it to weight's and
-    sums in float32. Saved for backward: ids, A[:, i]ᵀ, the norm and the operands.
+    The reference backend multiplies the adapter in its own dtype, the native ops to 16 bits; Triton
+    rounds it to weight's and sums in float32. Saved for backward: ids, A[:, i]ᵀ, the norm and the operands.
 
     Raises ValueError or TypeError naming the tensor, what was seen and what was expected. An id
     outside the vocabulary gives torch's own IndexError on the CPU and, as torch does, a device-side
@@ -63,6 +64,8 @@ def lora_embedding(
         if not -rows <= padding_idx < rows:
             raise ValueError(f"padding_idx: {padding_idx}, expected one of the {rows} rows of weight")
         padding_idx %= rows
+    if backend == backends.CUDA and not cuda_embedding.fits(table):
+        raise ValueError("backend: 'cuda' takes contiguous half-precision tables on a GPU, H a multiple of 8")
     return compute_table(ids, table, float(scaling), padding_idx, float(number), backend)
 
 
@@ -76,7 +79,7 @@ def compute_table(
 ) -> Tensor:
     """`lora_embedding` on operands that are known to be right."""
     if backend is None:
-        backend = backends.choose_embedding(table)
+        backend = backends.choose_embedding(table, ids.numel())
     spec = TableSpec(scaling, padding_idx, scale, backend)
     if torch.is_grad_enabled():
         return LoraEmbeddingFunction.apply(spec, ids, *table)

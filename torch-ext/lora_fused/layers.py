@@ -1,7 +1,8 @@
 """The layers that `kernelize` maps onto PEFT modules: stateless, `forward` alone.
 
 `kernelize` binds a forward on each instance, so `self` is PEFT's own module here and
-`type(self).forward(self, ...)` is PEFT's own forward.
+`type(self).forward(self, ...)` is PEFT's own forward. That is what torch.compile gets as well: what
+runs together is observed from call to call, which no graph can hold.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class LoraLinearOfX(nn.Module):
 
 
 def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        return type(module).forward(module, x, *args, **kwargs)
     state = peft_state.read_linear(module)
     reason = state if isinstance(state, str) else peft_state.call_reason(state, x, args, kwargs)
     if reason is None:
@@ -80,6 +83,8 @@ GATED_MLP_BY_INPUT = {"x": LoraGatedMLP, "hidden_states": LoraGatedMLPOfHiddenSt
 
 
 def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        return type(module).forward(module, x)
     state = mlp_state.read_mlp(module, x, LoraLinear)
     if isinstance(state, str):
         return type(module).forward(module, x)
@@ -95,6 +100,8 @@ class LoraEmbedding(nn.Module):
     has_backward = True
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return type(self).forward(self, x, *args, **kwargs)
         state = peft_embedding.read_embedding(self)
         if isinstance(state, str) or peft_embedding.embedding_call_reason(state, x, args, kwargs):
             return type(self).forward(self, x, *args, **kwargs)

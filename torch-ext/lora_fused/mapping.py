@@ -57,8 +57,9 @@ class _Marks:
         """PEFT's linears and embedding, and the roots of models, at which their gated MLPs are looked for."""
         for cls, kind in peft_state.linear_kinds().items():
             layer = layers.LoraLinearOfX if kind.only_x else layers.LoraLinear
-            self.mark(cls, layer.__name__, peft_state.is_lora_linear)
-        self.mark(peft_embedding.embedding_class(), layers.LoraEmbedding.__name__, peft_embedding.is_plain_embedding)
+            self.mark(cls, layer.__name__, functools.partial(_is_free, layer, peft_state.is_lora_linear))
+        embedding = functools.partial(_is_free, layers.LoraEmbedding, peft_embedding.is_plain_embedding)
+        self.mark(peft_embedding.embedding_class(), layers.LoraEmbedding.__name__, embedding)
         for root in peft_state.root_classes():
             self.mark(root, layers.LoraGatedMLP.__name__, self.find_gated_mlps)
 
@@ -73,7 +74,8 @@ class _Marks:
             structure = mlp_state.structure_of(module)
             layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
             if layer is not None and not structure.optional:
-                self.mark(cls, layer.__name__, functools.partial(_is_adapted_instance, cls))
+                adapted = functools.partial(_is_adapted_instance, cls)
+                self.mark(cls, layer.__name__, functools.partial(_is_free, layer, adapted))
         return False
 
     def restore(self) -> None:
@@ -82,6 +84,16 @@ class _Marks:
                 delattr(cls, name)
             for name, value in attributes.items():
                 setattr(cls, name, value)
+
+
+def _is_free(layer: type[nn.Module], serves: Callable[[nn.Module], bool], module: nn.Module) -> bool:
+    """Whether `layer` may take a module's forward: nobody's is lost. Another tool (accelerate's hooks,
+    X-LoRA) keeps its own, which `kernelize` would drop; a forward of the layer's name is an earlier one
+    of this kernel's."""
+    bound = module.__dict__.get("forward")
+    name = getattr(getattr(bound, "__func__", None), "__qualname__", None)
+    free = bound is None or _is_original(module, bound) or name == layer.forward.__qualname__
+    return free and serves(module)
 
 
 def _is_adapted_instance(cls: type, module: nn.Module) -> bool:
@@ -199,7 +211,7 @@ def _gated_mlps(names: dict[nn.Module, str]) -> dict[nn.Module, str]:
 def _explain_module(name: str, module: nn.Module, rows: int, names: dict[nn.Module, str], mlp: Optional[str]) -> Row:
     unfused = Row(name, type(module).__name__, fused=False, backend=None, group=None, reason=None)
     if peft_embedding.is_plain_embedding(module):
-        return _explain_embedding(name, module, unfused)
+        return _explain_embedding(name, module, rows, unfused)
     if not peft_state.is_lora_linear(module):
         kind = f"{type(module).__module__}.{type(module).__name__}"
         return _because(unfused, f"no fused layer for {kind}")
@@ -262,7 +274,7 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> Optional[str]
     return "not kernelized: call register_peft_layers(), then kernelize(model)"
 
 
-def _explain_embedding(name: str, module: nn.Module, unfused: Row) -> Row:
+def _explain_embedding(name: str, module: nn.Module, rows: int, unfused: Row) -> Row:
     layer = layers.LoraEmbedding
     reason = _unmapped_reason(module, layer)
     if reason:
@@ -274,5 +286,5 @@ def _explain_embedding(name: str, module: nn.Module, unfused: Row) -> Row:
     reason = peft_embedding.embedding_call_reason(state, example, (), {})
     if reason:
         return _because(unfused, reason)
-    chosen = backend.choose_embedding(state.table)
+    chosen = backend.choose_embedding(state.table, rows)
     return Row(name, layer.__name__, fused=True, backend=chosen, group="single", reason=None)

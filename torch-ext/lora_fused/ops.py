@@ -118,14 +118,35 @@ def _gated_backward_fake(
     return _gradients(x, [True] * len(weights), _widths(weights, quantized), lora_a, lora_b, need_dx, needs)
 
 
+@torch.library.register_fake(add_op_namespace_prefix("column_norm"))
+def _column_norm_fake(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    return weight.new_empty(weight.shape[1], dtype=torch.float32)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("embedding_forward"))
+def _embedding_forward_fake(ids, weight, lora_a, lora_b, gain, scale, scaling, number, keep):
+    rows = weight.new_empty(ids.numel() if keep else 0, lora_a.shape[0], dtype=torch.float32)
+    return weight.new_empty(*ids.shape, weight.shape[1]), rows
+
+
+@torch.library.register_fake(add_op_namespace_prefix("embedding_backward"))
+def _embedding_backward_fake(
+    dy, ids, rows, weight, lora_a, lora_b, magnitude, gain, norm, scale, scaling, number, padding,
+    need_a, need_b, need_m,
+):  # fmt: skip
+    wanted = ((lora_a, need_a), (lora_b, need_b), (magnitude, need_m))
+    return [torch.empty_like(tensor) for tensor, need in wanted if need]
+
+
 # Called inside autograd Functions alone: what the dispatcher does for operands that need a gradient,
 # at every call, has no use there.
 _dispatch = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "IMPL")
-for _name in ("dora_gains", "lora_forward", "lora_backward", "gated_forward", "gated_backward", "dequantize_4bit"):
+for _name in (
+    "dora_gains", "lora_forward", "lora_backward", "gated_forward", "gated_backward", "column_norm",
+    "embedding_forward", "embedding_backward", "dequantize_4bit",
+):  # fmt: skip
     for _key in ("Autograd", "ADInplaceOrView"):
         _dispatch.impl(_name, torch.library.fallthrough_kernel, _key)
-
-
 
 def _past_subclasses(op):
     """An op whose operands may be bitsandbytes' parameters: a subclass of a tensor that would be asked first."""
@@ -142,3 +163,6 @@ lora_forward = _past_subclasses(ops.lora_forward.default)
 lora_backward = _past_subclasses(ops.lora_backward.default)
 gated_forward = _past_subclasses(ops.gated_forward.default)
 gated_backward = _past_subclasses(ops.gated_backward.default)
+column_norm = ops.column_norm.default
+embedding_forward = ops.embedding_forward.default
+embedding_backward = ops.embedding_backward.default

@@ -176,6 +176,8 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
     magnitude = None if dora is None else dora._parameters["weight"]
     operands = known._replace(lora_a=a["weight"], lora_b=b["weight"], lora_bias=b["bias"], magnitude=magnitude)
     reason = _tensor_reason(operands, base, transposed)
+    if reason is None and base.shape is not None:
+        reason = _fit_reason(operands, *base.shape)
     if reason:
         return reason
     projection = Projection(operands, float(scaling), _spec(p, transposed, base.quantized))
@@ -245,6 +247,16 @@ def _tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> 
             return f"{name} is on {tensor.device}, the base weight on {device}"
     if dense and operands.weight.shape != (base.shape[::-1] if transposed else base.shape):
         return f"weight has shape {tuple(operands.weight.shape)} (sharded or replaced)"
+    return None
+
+
+def _fit_reason(operands: Operands, n: int, k: int) -> Optional[str]:
+    """An adapter that does not fit gets PEFT's own error."""
+    a, b, magnitude = operands.lora_a.shape, operands.lora_b.shape, operands.magnitude
+    if len(a) != 2 or a[1] != k or b != (n, a[0]):
+        return f"lora_A has shape {tuple(a)} and lora_B {tuple(b)}, which do not fit"
+    if magnitude is not None and magnitude.shape != (n,):
+        return f"the magnitude has shape {tuple(magnitude.shape)}, which does not fit"
     return None
 
 

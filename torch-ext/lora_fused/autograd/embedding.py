@@ -28,11 +28,8 @@ from .linear import without_autocast
 
 def forward_table(ids: Tensor, table: Table, spec: TableSpec, keep: bool):
     """(y, rows or None, norm or None)."""
-    kernels = backends.get_embedding(spec.backend)
-    norm = None
-    if table.magnitude is not None:
-        norm = kernels.column_norm(table.weight, table.lora_a, table.lora_b, spec.scaling)
-    y, rows = kernels.gather_add(ids, table, spec, _gain(table, norm), keep)
+    norm = None if table.magnitude is None else backends.column_norm(spec.backend, table, spec.scaling)
+    y, rows = backends.get_embedding(spec.backend).gather_add(ids, table, spec, _gain(table, norm), keep)
     return y, rows, norm
 
 
@@ -55,21 +52,35 @@ class LoraEmbeddingFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor):
-        ids, rows, norm, *tensors = ctx.saved_tensors
-        spec, table, needs = ctx.spec, Table(*tensors), Table(*ctx.needs_input_grad[2:])
-        kernels = backends.get_embedding(spec.backend)
-        ids, dy = ids.reshape(-1), dy.reshape(-1, dy.shape[-1]).contiguous()
-        dw = da = None
-        with without_autocast(dy):
-            gain = _gain(table, norm)
-            drows, db, dm = kernels.gather_backward(dy, ids, rows, table, spec, gain, norm, needs)
-            if needs.lora_a:
-                da = kernels.scatter_rows(drows, ids, table.lora_a, spec.padding_idx)
-            if needs.weight:
-                dw = _weight_grad(dy, ids, table, spec, gain)
-        return None, None, dw, da, db, dm, None
+        # The decorator's no_grad costs host time that a plain backward need not spend.
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+def _backward(ctx, dy: Tensor):
+    ids, rows, norm, *tensors = ctx.saved_tensors
+    spec, table, needs = ctx.spec, Table(*tensors), Table(*ctx.needs_input_grad[2:])
+    dw = None
+    with without_autocast(dy):
+        gain = _gain(table, norm)
+        da, db, dm = _gradients(dy, ids, rows, table, spec, gain, norm, needs)
+        if needs.weight:
+            dw = _weight_grad(dy.reshape(-1, dy.shape[-1]), ids.reshape(-1), table, spec, gain)
+    return None, None, dw, da, db, dm, None
+
+
+_backward_once = once_differentiable(_backward)
+
+
+def _gradients(dy, ids, rows, table: Table, spec: TableSpec, gain, norm, needs: Table):
+    """(dA, dB, dm), None where `needs` has False."""
+    kernels = backends.get_embedding(spec.backend)
+    if spec.backend == backends.CUDA:
+        return kernels.gradients(dy, ids, rows, table, spec, gain, norm, needs)
+    ids, dy = ids.reshape(-1), dy.reshape(-1, dy.shape[-1]).contiguous()
+    drows, db, dm = kernels.gather_backward(dy, ids, rows, table, spec, gain, norm, needs)
+    da = kernels.scatter_rows(drows, ids, table.lora_a, spec.padding_idx) if needs.lora_a else None
+    return da, db, dm
 
 
 def _weight_grad(dy: Tensor, ids: Tensor, table: Table, spec: TableSpec, gain: Optional[Tensor]) -> Tensor:

@@ -1,0 +1,46 @@
+// One matrix product out of several: the LoRA terms beside the base product, in one accumulator.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "view.h"
+
+namespace lora_fused {
+
+// a [M, k] with contiguous rows; b [N, k] or [k, N] with contiguous rows, as Gemm says.
+struct GemmSegment {
+  View a, b;
+};
+
+// acc = Σ aᵢ bᵢ over the segments, summed in float32; then one of
+//   out = acc + bias      bias [N] in out's dtype, or none
+//   out += acc            accumulate: acc is rounded to out's dtype before it is added
+//   z = acc, out = gain∘acc + bias     gain [N] in float32, z as out
+// out [M, N] with contiguous rows; every matrix bfloat16, or every one float16.
+struct Gemm {
+  std::vector<GemmSegment> segments;
+  bool b_rows_are_n;  // b is [N, k] in every segment; else [k, N] in every one
+  View out;
+  bool accumulate = false;
+  std::optional<torch::stable::Tensor> bias, gain;
+  MaybeView z = std::nullopt;
+};
+
+#if defined(CUDA_KERNEL)
+constexpr int kGemmSegments = 8;
+
+// Whether gemm_sm90 takes it: compute capability 9.0, one half dtype, up to 8 segments, base
+// addresses and row strides that are multiples of 16 bytes, N a multiple of 8, nothing empty.
+bool gemm_sm90_serves(const Gemm& gemm);
+// Whether it is faster than the library's products one after another, for at least two segments:
+// out is large enough that its tiles fill the multiprocessors. docs/performance.md says from where.
+bool gemm_sm90_pays(const View& out);
+// One launch on the current stream of out's device, which has to be the current device. Neither
+// allocates nor waits. For what gemm_sm90_serves alone.
+void gemm_sm90(const Gemm& gemm);
+#endif
+
+}  // namespace lora_fused

@@ -1,0 +1,131 @@
+// Sums of matrix products, see products.h.
+#include "products.h"
+
+#include "gemm.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#if defined(CUDA_KERNEL)
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#endif
+
+namespace lora_fused {
+
+namespace {
+
+// out = beta·add + alpha·a b; add may be out itself, and is not read at beta = 0.
+void addmm(const Tensor& out, const Tensor& add, const Tensor& a, const Tensor& b, double beta, double alpha) {
+#if defined(CUDA_KERNEL)
+  if (out.is_cuda()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), add.get(), a.get(), b.get(), beta, alpha));
+    return;
+  }
+#endif
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), add.get(), a.get(), b.get(), beta, alpha));
+}
+
+#if defined(CUDA_KERNEL)
+// The sum of terms as one launch of our own, its epilogue still to be filled in. A single term is the
+// library's: it needs no second pass over out.
+std::optional<Gemm> gemm_of(const View& out, const std::vector<Term>& terms) {
+  if (!out.is_cuda() || terms.size() < 2 || !gemm_sm90_pays(out)) return std::nullopt;
+  const bool rows_are_n = terms[0].b.stride(0) == 1;
+  Gemm gemm{{}, rows_are_n, out};
+  for (const Term& term : terms) gemm.segments.push_back({term.a, rows_are_n ? term.b.transposed() : term.b});
+  return gemm;
+}
+#endif
+
+}  // namespace
+
+int64_t rows_in(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  return rows;
+}
+
+View matrix(const Tensor& y) {
+  const Tensor whole = y.is_contiguous() ? y : torch::stable::contiguous(y);
+  const int64_t cols = y.size(y.dim() - 1);
+  return View(whole, rows_in(y), cols, cols, 1);
+}
+
+Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i)
+    strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  int32_t device_type = 0, device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                  sizes.data(), strides.data(), code,
+                                                  device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+Tensor fresh_like(const View& m) { return empty(m.base(), {m.size(0), m.size(1)}, m.scalar_type()); }
+
+Tensor empty_as(const Tensor& of, int64_t cols) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d + 1 < of.dim(); ++d) sizes.push_back(of.size(d));
+  sizes.push_back(cols);
+  return empty(of, sizes, of.scalar_type());
+}
+
+bool gives_float(const View& a) {
+  return a.is_cuda() && (a.scalar_type() == ScalarType::BFloat16 || a.scalar_type() == ScalarType::Half);
+}
+
+void multiply(const View& out, const View& a, const View& b, double alpha, bool add) {
+#if defined(CUDA_KERNEL)
+  if (out.is_cuda() && blas_gemm(out, a, b, static_cast<float>(alpha), add ? 1.0f : 0.0f)) return;
+  if (out.scalar_type() != a.scalar_type()) {  // a fresh product, unscaled
+    const Tensor to = out.tensor(), left = a.tensor(), right = b.tensor();
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cuda_mm_dtype_out(to.get(), left.get(), right.get(), aoti_torch_dtype_float32()));
+    return;
+  }
+#endif
+  const Tensor to = out.tensor();
+  addmm(to, to, a.tensor(), b.tensor(), add ? 1.0 : 0.0, alpha);
+}
+
+void multiply(const View& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias) {
+#if defined(CUDA_KERNEL)
+  const std::optional<Gemm> gemm = gemm_of(out, terms);
+  if (gemm) {
+    Gemm whole = *gemm;
+    whole.bias = bias;
+    if (gemm_sm90_serves(whole)) return gemm_sm90(whole);
+  }
+#endif
+  bool fresh = true;
+  for (const Term& term : terms) {
+    if (fresh && bias)
+      addmm(out.tensor(), *bias, term.a.tensor(), term.b.tensor(), 1.0, 1.0);
+    else
+      multiply(out, term.a, term.b, 1.0, !fresh);
+    fresh = false;
+  }
+}
+
+bool multiply_scaled(const View& out, const View& z, const std::vector<Term>& terms, const Tensor& gain) {
+#if defined(CUDA_KERNEL)
+  std::optional<Gemm> gemm = gemm_of(out, terms);
+  if (!gemm) return false;
+  gemm->gain = gain;
+  gemm->z = z;
+  if (!gemm_sm90_serves(*gemm)) return false;
+  gemm_sm90(*gemm);
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace lora_fused

@@ -1,0 +1,99 @@
+// column_norm on CUDA: out[h] = sqrt(sum_v (W[v,h] + s * sum_r B[h,r] A[r,v])^2), fp32 [H].
+//
+// W [V,H] in bf16 or fp16, H a multiple of 8; A [R,V], B [H,R] of one dtype, fp32, bf16 or fp16,
+// R up to 64; all contiguous. The vocabulary is dealt out to as many blocks as the GPU holds; a
+// last kernel adds each column's partial sums in a fixed order, so results are deterministic on a
+// given GPU. column_norm_kernel.h has the kernel and what it rounds.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+#include "../../torch-ext/torch_binding.h"
+#include "column_norm_kernel.h"
+#include "tensors.h"
+
+namespace {
+
+using namespace lora_fused::column_norm;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kBlocks = 2, kTileRows = 64;  // blocks a multiprocessor; rows of a tile
+
+template <typename W, typename P, int kSteps>
+void run(Args p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
+  using S = Shape<P, kSteps, kTileRows, kSteps <= 2 ? 2 : 3>;
+  const auto kernel = column_norm_fwd_kernel<W, P, S, kBlocks>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
+  p.tiles = static_cast<int>((p.v + S::kRows - 1) / S::kRows);
+  const int columns = (p.h + S::kCols - 1) / S::kCols;
+  const int splits = std::clamp(kBlocks * multiprocessors / columns, 1, std::max(p.tiles, 1));
+  const Tensor partial = lora_fused::empty_on(norm, {splits, int64_t{p.h}}, ScalarType::Float);
+  p.partial = static_cast<float*>(partial.mutable_data_ptr());
+  kernel<<<dim3(columns, splits), kThreads, S::kBytes, stream>>>(p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  column_norm_finish_kernel<<<(p.h + 127) / 128, 128, 0, stream>>>(
+      static_cast<float*>(norm.mutable_data_ptr()), p.partial, p.h, splits);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename W, typename P>
+void run_rank(const Args& p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
+  (p.r <= 32 ? run<W, P, 2> : run<W, P, 4>)(p, norm, multiprocessors, stream);
+}
+
+template <typename W>
+void run_adapter(const Args& p, ScalarType dtype, const Tensor& norm, int multiprocessors,
+                 cudaStream_t stream) {
+  (dtype == ScalarType::Float      ? run_rank<W, float>
+   : dtype == ScalarType::BFloat16 ? run_rank<W, __nv_bfloat16>
+                                   : run_rank<W, __half>)(p, norm, multiprocessors, stream);
+}
+
+bool is_half(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+}  // namespace
+
+Tensor column_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+                        double scaling) {
+  STD_TORCH_CHECK(weight.dim() == 2 && lora_a.dim() == 2 && lora_b.dim() == 2 &&
+                      lora_a.size(1) == weight.size(0) && lora_b.size(0) == weight.size(1) &&
+                      lora_a.size(0) == lora_b.size(1),
+                  "column_norm: expected weight [V, H], lora_a [R, V], lora_b [H, R]");
+  STD_TORCH_CHECK(lora_a.size(0) >= 1 && lora_a.size(0) <= 64,
+                  "lora_a: expected a rank of 1 to 64, got ", lora_a.size(0));
+  const auto dtype = lora_a.scalar_type();
+  STD_TORCH_CHECK(is_half(weight.scalar_type()), "weight: expected bfloat16 or float16");
+  STD_TORCH_CHECK((is_half(dtype) || dtype == ScalarType::Float) && lora_b.scalar_type() == dtype,
+                  "lora_a, lora_b: expected one dtype, float32, bfloat16 or float16");
+  for (const Tensor* t : {&weight, &lora_a, &lora_b})
+    STD_TORCH_CHECK(t->is_cuda() && t->get_device_index() == weight.get_device_index() &&
+                        t->is_contiguous(),
+                    "column_norm: expected contiguous tensors on one GPU");
+  STD_TORCH_CHECK(weight.size(1) % 8 == 0 &&
+                      reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0,
+                  "weight: expected rows of a multiple of 8 elements, 16-byte aligned");
+  const int device = weight.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Args p{};
+  p.w = weight.const_data_ptr(), p.a = lora_a.const_data_ptr(), p.b = lora_b.const_data_ptr();
+  p.scaling = static_cast<float>(scaling);
+  p.v = weight.size(0), p.h = static_cast<int>(weight.size(1));
+  p.r = static_cast<int>(lora_a.size(0));
+  p.a_vector = reinterpret_cast<uintptr_t>(p.a) % 16 == 0 &&
+               p.v * (dtype == ScalarType::Float ? 4 : 2) % 16 == 0;
+  const Tensor norm = lora_fused::empty_on(weight, {p.h}, ScalarType::Float);
+  if (p.h == 0) return norm;
+  int multiprocessors = 0;
+  STD_CUDA_CHECK(
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  (weight.scalar_type() == ScalarType::BFloat16 ? run_adapter<__nv_bfloat16> : run_adapter<__half>)(
+      p, dtype, norm, multiprocessors, lora_fused::stream_of(weight));
+  return norm;
+}

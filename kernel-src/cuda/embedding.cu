@@ -1,0 +1,230 @@
+// An adapted embedding on CUDA, one op a direction: embedding_kernels.h says what they compute.
+//
+// Fused: the gather of W and A, the rank-r product, scale and gain forward; all of dA, dB and dm
+// backward, with nothing between the launches but this file. Operands are contiguous, H a multiple
+// of 8 and rows 16-byte aligned; W in bfloat16 or float16, A and B in float32 too, gain and norm in
+// float32. An id out of range stops the kernel with a device-side assertion, as torch's own does.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+#include "../../torch-ext/torch_binding.h"
+#include "embedding_kernels.h"
+#include "tensors.h"
+
+namespace {
+
+using namespace lora_fused::embedding;
+using lora_fused::empty_on;
+using lora_fused::stream_of;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+int code(const Tensor& t, const char* name) {
+  const auto dtype = t.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+                      dtype == ScalarType::Half,
+                  name, ": expected float32, bfloat16 or float16");
+  return dtype == ScalarType::Float ? kFloat : dtype == ScalarType::BFloat16 ? kBFloat16 : kHalf;
+}
+
+void check(const Tensor& t, const char* name, const Tensor& weight) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == weight.get_device_index(), name,
+                  ": expected on weight's GPU");
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected contiguous");
+}
+
+const float* floats(const Optional& t, const char* name, const Tensor& weight) {
+  if (!t) return nullptr;
+  check(*t, name, weight);
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->numel() == weight.size(1), name,
+                  ": expected [H] in float32");
+  return static_cast<const float*>(t->const_data_ptr());
+}
+
+Args arguments(const Tensor& ids, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+               const Optional& scale, double scaling, double number) {
+  check(ids, "ids", weight);
+  check(weight, "weight", weight);
+  check(lora_a, "lora_a", weight);
+  check(lora_b, "lora_b", weight);
+  STD_TORCH_CHECK(
+      ids.scalar_type() == ScalarType::Long || ids.scalar_type() == ScalarType::Int,
+      "ids: expected int64 or int32");
+  STD_TORCH_CHECK(weight.dim() == 2 && lora_a.dim() == 2 && lora_b.dim() == 2 &&
+                      lora_a.size(1) == weight.size(0) && lora_b.size(0) == weight.size(1) &&
+                      lora_a.size(0) == lora_b.size(1) && lora_a.size(0) > 0,
+                  "embedding: expected weight [V, H], lora_a [R, V], lora_b [H, R]");
+  STD_TORCH_CHECK(weight.size(0) <= INT32_MAX && weight.size(1) <= INT32_MAX / 64,
+                  "weight: expected fewer rows and columns");
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::BFloat16 ||
+                      weight.scalar_type() == ScalarType::Half,
+                  "weight: expected bfloat16 or float16");
+  STD_TORCH_CHECK(weight.size(1) % 8 == 0 &&
+                      reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0,
+                  "weight: expected rows of a multiple of 8 elements, 16-byte aligned");
+  Args p{};
+  p.ids = ids.const_data_ptr(), p.wide = ids.scalar_type() == ScalarType::Long;
+  p.w = weight.const_data_ptr();
+  p.a = {lora_a.const_data_ptr(), code(lora_a, "lora_a")};
+  p.b = {lora_b.const_data_ptr(), code(lora_b, "lora_b")};
+  if (scale) {
+    check(*scale, "scale", weight);
+    p.scale = {scale->const_data_ptr(), code(*scale, "scale")};
+  }
+  p.scaling = static_cast<float>(scaling), p.number = static_cast<float>(number);
+  p.m = ids.numel(), p.v = weight.size(0);
+  p.h = static_cast<int>(weight.size(1)), p.r = static_cast<int>(lora_a.size(0));
+  return p;
+}
+
+unsigned ceil_div(int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); }
+
+template <typename T, typename P>
+void run_forward(const Tensor& y, float* rows, const Args& p, cudaStream_t stream) {
+  // Enough blocks to fill a GPU first, then more tokens for each reading of B.
+  const unsigned columns = ceil_div(p.h, kForwardCols);
+  const int64_t steps = ceil_div(p.m, kForwardTokens);
+  const int tokens =
+      static_cast<int>(std::clamp<int64_t>(steps * columns / 1024, 1, 16)) * kForwardTokens;
+  gather_add_fwd_kernel<T, P><<<dim3(columns, ceil_div(p.m, tokens)), kForwardThreads, 0, stream>>>(
+      static_cast<T*>(y.mutable_data_ptr()), rows, tokens, p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename T>
+void run_forward_adapter(const Tensor& y, float* rows, const Args& p, cudaStream_t stream) {
+  (p.b.dtype == kFloat      ? run_forward<T, float>
+   : p.b.dtype == kBFloat16 ? run_forward<T, __nv_bfloat16>
+                            : run_forward<T, __half>)(y, rows, p, stream);
+}
+
+// Parts that a sum is cut into, so that few blocks fill the GPU too.
+int parts_of(int64_t blocks, int64_t pieces, int64_t at_most) {
+  return static_cast<int>(
+      std::clamp<int64_t>(320 / std::max<int64_t>(blocks, 1), 1, std::min(pieces, at_most)));
+}
+
+struct Wanted {
+  void *da, *db, *dm;  // null where they are not
+  int dm_dtype;
+};
+
+// Parts of H and of the tokens so that few tokens or columns fill the GPU too.
+template <typename T>
+void run_backward(const Wanted& wanted, const Tensor& dy, const float* kept, int64_t padding,
+                  const Args& p, cudaStream_t stream) {
+  const int ranks = static_cast<int>(ceil_div(p.r, kRanks));
+  RowsArgs rows{};
+  ColumnsArgs columns{};
+  Tensor drows, partial;
+  int rows_blocks = 0, columns_blocks = 0, zero_blocks = 0;
+  int64_t bytes = 0;
+  if (wanted.da != nullptr) {
+    const int64_t pieces = ceil_div(p.h, kWarpCols);
+    rows.blocks = static_cast<int>(ceil_div(p.m, kRowsTokens));
+    const int parts = parts_of(rows.blocks, pieces, 8);
+    rows.cols = static_cast<int>(ceil_div(pieces, parts)) * kWarpCols;
+    rows.parts = static_cast<int>(ceil_div(p.h, rows.cols));
+    drows = empty_on(dy, {rows.parts, p.m, int64_t{p.r}}, ScalarType::Float);
+    rows.drows = static_cast<float*>(drows.mutable_data_ptr());
+    rows_blocks = rows.blocks * rows.parts * ranks;
+    bytes = p.r * p.v * (p.a.dtype == kFloat ? 4 : 2);
+    zero_blocks = static_cast<int>(std::clamp<int64_t>(bytes / (16 * kBackwardThreads), 1, 256));
+  }
+  if (wanted.db != nullptr || wanted.dm != nullptr) {
+    const int64_t pieces = std::max<int64_t>(ceil_div(p.m, kColumnsTokens), 1);
+    columns.blocks = static_cast<int>(ceil_div(p.h, kColumns));
+    const int parts = parts_of(columns.blocks * ranks, pieces, 16);
+    columns.tokens = static_cast<int>(ceil_div(pieces, parts)) * kColumnsTokens;
+    columns.parts = static_cast<int>(ceil_div(pieces * kColumnsTokens, columns.tokens));
+    partial = empty_on(dy, {columns.parts, int64_t{p.h} * (p.r + 1)}, ScalarType::Float);
+    columns.sums = static_cast<float*>(partial.mutable_data_ptr());
+    columns.bases =
+        wanted.dm != nullptr ? columns.sums + int64_t{columns.parts} * p.h * p.r : nullptr;
+    columns.rows = kept;
+    columns_blocks = columns.blocks * columns.parts * ranks;
+  }
+  products_bwd_kernel<T>
+      <<<rows_blocks + columns_blocks + zero_blocks, kBackwardThreads, 0, stream>>>(
+          static_cast<const T*>(dy.const_data_ptr()), rows, rows_blocks, columns, columns_blocks,
+          static_cast<char*>(wanted.da), bytes, p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const int64_t warps = (wanted.da != nullptr ? p.m : 0) + (columns.sums != nullptr ? p.h : 0);
+  if (warps == 0) return;
+  const FinishArgs finish{wanted.db, wanted.dm, wanted.dm_dtype,
+                          std::is_same_v<T, __half> ? kHalf : kBFloat16};
+  finish_bwd_kernel<<<ceil_div(warps * 32, kBackwardThreads), kBackwardThreads, 0, stream>>>(
+      wanted.da, rows, padding, finish, columns, p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> embedding_forward_cuda(const Tensor& ids, const Tensor& weight,
+                                                  const Tensor& lora_a, const Tensor& lora_b,
+                                                  Optional gain, Optional scale, double scaling,
+                                                  double number, bool keep) {
+  Args p = arguments(ids, weight, lora_a, lora_b, scale, scaling, number);
+  p.gain = floats(gain, "gain", weight);
+  const int dtype = code(weight, "weight");
+  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < ids.dim(); ++d) sizes.push_back(ids.size(d));
+  sizes.push_back(p.h);
+  const Tensor y = empty_on(weight, sizes, weight.scalar_type());
+  const Tensor rows = empty_on(weight, {keep ? p.m : 0, int64_t{p.r}}, ScalarType::Float);
+  if (y.numel() == 0) return {y, rows};
+  float* kept = keep ? static_cast<float*>(rows.mutable_data_ptr()) : nullptr;
+  (dtype == kBFloat16 ? run_forward_adapter<__nv_bfloat16> : run_forward_adapter<__half>)(
+      y, kept, p, stream_of(weight));
+  return {y, rows};
+}
+
+lora_fused::Tensors embedding_backward_cuda(const Tensor& dy_any, const Tensor& ids, Optional rows,
+                                            const Tensor& weight, const Tensor& lora_a,
+                                            const Tensor& lora_b, Optional magnitude, Optional gain,
+                                            Optional norm, Optional scale, double scaling,
+                                            double number, int64_t padding, bool need_a,
+                                            bool need_b, bool need_m) {
+  Args p = arguments(ids, weight, lora_a, lora_b, scale, scaling, number);
+  p.gain = floats(gain, "gain", weight);
+  p.norm = floats(norm, "norm", weight);
+  const int dtype = code(weight, "weight");
+  const Tensor dy = dy_any.is_contiguous() ? dy_any : torch::stable::contiguous(dy_any);
+  check(dy, "dy", weight);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(dy.const_data_ptr()) % 16 == 0,
+                  "dy: expected 16-byte aligned");
+  STD_TORCH_CHECK(dy.scalar_type() == weight.scalar_type() && dy.numel() == p.m * p.h,
+                  "dy: expected [*ids.shape, H] in weight's dtype");
+  const float* kept = nullptr;
+  if (need_b || need_m) {
+    STD_TORCH_CHECK(rows.has_value(), "rows: expected where dB or dm are wanted");
+    check(*rows, "rows", weight);
+    STD_TORCH_CHECK(rows->scalar_type() == ScalarType::Float && rows->numel() == p.m * p.r,
+                    "rows: expected [M, R] in float32");
+    kept = static_cast<const float*>(rows->const_data_ptr());
+  }
+  STD_TORCH_CHECK(!need_m || (magnitude && p.norm != nullptr), "dm: expected magnitude and norm");
+  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
+  lora_fused::Tensors gradients;
+  Wanted wanted{};
+  const auto add = [&](const std::vector<int64_t>& sizes, ScalarType as) {
+    gradients.push_back(empty_on(weight, sizes, as));
+    return gradients.back().mutable_data_ptr();
+  };
+  if (need_a) wanted.da = add({int64_t{p.r}, p.v}, lora_a.scalar_type());
+  if (need_b) wanted.db = add({int64_t{p.h}, int64_t{p.r}}, lora_b.scalar_type());
+  if (need_m) {
+    wanted.dm_dtype = code(*magnitude, "magnitude");
+    wanted.dm = add({int64_t{p.h}}, magnitude->scalar_type());
+  }
+  if (!gradients.empty())
+    (dtype == kBFloat16 ? run_backward<__nv_bfloat16> : run_backward<__half>)(
+        wanted, dy, kept, padding, p, stream_of(weight));
+  return gradients;
+}

@@ -1,0 +1,181 @@
+"""The Hopper product with LoRA terms inside, on a GPU: against float64, then timed against the library.
+
+Inputs lie in larger buffers full of NaN, and outputs are NaN before a call: what is read or left out by
+mistake shows. Timed over random inputs larger than the L2, contenders in turn, GPU time alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import pathlib
+import random
+import statistics
+
+import torch
+from check_row_norm import CACHE, host_microseconds
+from torch import Tensor
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# M, N, k of every segment
+SMALL = ((1, 8, (8,)), (128, 256, (64,)), (64, 128, (64, 16)), (129, 264, (72, 16)), (300, 520, (256, 8, 8)),
+         (255, 128, (1024, 32)))
+LARGER = ((257, 1000, (520, 24)), (1000, 776, (2048, 16, 8, 64, 32, 40, 128, 8)), (4096, 1024, (512, 96)),
+          (2300, 4104, (1000, 200, 48)), (2048, 4096, (4096, 1024, 1024, 96)), (70000, 264, (128, 32)))
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a last place
+EPILOGUES = ("plain", "bias", "accumulate", "gain", "gain and bias")
+LINEARS = ((4096, 4096), (4096, 14336), (14336, 4096))  # in, out
+
+
+def padded(rows: int, cols: int, dtype, fill=None) -> Tensor:
+    """[rows, cols] with NaN around it; `fill`: its own value, random unless given."""
+    whole = torch.full((rows + 3, (cols + 7) // 8 * 8 + 8), float("nan"), device="cuda", dtype=dtype)
+    part = whole[:rows, :cols]
+    return part.normal_() if fill is None else part.fill_(fill)
+
+
+def check(gemm, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue: str, dtype) -> None:
+    a = [padded(m, k, dtype) for k in ks]
+    b = [padded(n, k, dtype) if rows_are_n else padded(k, n, dtype) for k in ks]
+    bias = padded(1, n, dtype)[0] if "bias" in epilogue else None
+    gain = padded(1, n, torch.float32)[0] if "gain" in epilogue else None
+    accumulate = epilogue == "accumulate"
+    out = padded(m, n, dtype, None if accumulate else float("nan"))
+    z = padded(m, n, dtype, float("nan")) if gain is not None else None
+    acc = sum(x.double() @ (y.double().t() if rows_are_n else y.double()) for x, y in zip(a, b))
+    truth = acc * gain.double() if gain is not None else acc
+    if bias is not None:
+        truth = truth + bias.double()
+    if accumulate:
+        truth = truth + out.double()
+    # One rounding, and that of acc where it is added to out; in float32 one truncation a wgmma.
+    size = truth.abs() + (acc.abs() if accumulate else 0)
+    slack = sum(ks) / 16 * 2.0**-23 * acc.square().mean().sqrt()
+    if gain is not None:
+        slack = slack * gain.double().abs().clamp(min=1)
+    gemm(a, b, rows_are_n, out, bias, gain, z, accumulate)
+    for name, value, exact in (("out", out, truth), ("z", z, acc)):
+        if value is None:
+            continue
+        wrong = ~((value.double() - exact).abs() <= ROUNDING[dtype] * (size if value is out else exact.abs()) + slack)
+        if wrong.any():
+            at = wrong.nonzero()[0].tolist()
+            raise AssertionError(
+                f"gemm {m}x{n}, k {ks}, b {'[N, k]' if rows_are_n else '[k, N]'}, {epilogue}, {dtype}: {name} wrong in "
+                f"{int(wrong.sum())} places, first {at}: {value[at[0], at[1]].item()} for {exact[at[0], at[1]].item()}"
+            )
+        around = value._base
+        if not (around[m:].isnan().all() and around[:m, n:].isnan().all()):
+            raise AssertionError(f"gemm {m}x{n}, k {ks}: wrote outside {name}")
+
+
+def check_all(gemm, shapes) -> int:
+    count = 0
+    for shape, rows_are_n, epilogue, dtype in itertools.product(shapes, (True, False), EPILOGUES, ROUNDING):
+        check(gemm, *shape, rows_are_n, epilogue, dtype)
+        count += 1
+    torch.cuda.synchronize()
+    return count
+
+
+def medians(contenders: dict, inputs: list, rounds: int = 15) -> dict[str, float]:
+    """Microseconds of a call of each, from graphs over all inputs, replayed in random order: the clock follows the load."""
+    graphs = {}
+    for name, function in contenders.items():
+        for x in inputs:
+            function(*x)
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for x in inputs:
+                function(*x)
+    times = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, graph in random.sample(list(graphs.items()), len(graphs)):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end) * 1e3 / len(inputs))
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
+
+
+def draw(m: int, n: int, ks: tuple[int, ...], rows_are_n: bool) -> list:
+    """Enough sets of (a, b, out) to pass the L2."""
+    size = 2 * (m * n + sum(ks) * (m + n))
+    randn = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    return [
+        (
+            [randn(m, k) for k in ks],
+            [randn(n, k) if rows_are_n else randn(k, n) for k in ks],
+            torch.empty(m, n, device="cuda", dtype=torch.bfloat16),
+        )
+        for _ in range(min(8, 1 + CACHE // size))
+    ]
+
+
+def library(count: int, rows_are_n: bool):
+    """The first `count` segments as products of the library, all but the first added in place."""
+    stored = (lambda b: b.t()) if rows_are_n else (lambda b: b)
+
+    def run(a, b, out):
+        torch.mm(a[0], stored(b[0]), out=out)
+        for x, y in zip(a[1:count], b[1:count]):
+            out.addmm_(x, stored(y))
+
+    return run
+
+
+def contenders(gemms: dict, segments: int, rows_are_n: bool, up_add=None) -> dict:
+    """`segments` counts the LoRA terms, which are the last, as one."""
+    table = {"library, no LoRA": library(segments - 1, rows_are_n), "library": library(segments, rows_are_n)}
+    if up_add is not None and segments == 2:
+        stored = (lambda b: b) if rows_are_n else (lambda b: b.t())
+        table["triton"] = lambda a, b, out: up_add(a[0], stored(b[0]), a[1], stored(b[1]))
+    for name, gemm in gemms.items():
+        table[name] = lambda a, b, out, gemm=gemm: gemm(a, b, rows_are_n, out)
+    first = next(iter(gemms.values()))
+    table["gemm, no LoRA"] = lambda a, b, out: first(a[:-1], b[:-1], rows_are_n, out)
+    return table
+
+
+def report(gemms: dict, up_add, tokens, ranks, linears=LINEARS) -> None:
+    groups = [((k,), n, "forward") for k, n in linears] + [((n,), k, "backward") for k, n in linears]
+    groups += [((4096,), 1024, "forward"), ((4096, 1024, 1024), 4096, "backward")]
+    print("direction       M      N  k                    r  us and TFLOP/s of the arithmetic with LoRA")
+    for m, (ks, n, direction), r in itertools.product(tokens, groups, ranks):
+        rank = r * len(ks)
+        inputs = draw(m, n, (*ks, rank), direction == "forward")
+        times = medians(contenders(gemms, len(ks) + 1, direction == "forward", up_add), inputs)
+        flops = 2 * m * n * (sum(ks) + rank)
+        cells = "  ".join(f"{name} {t:.1f} {flops / t / 1e6:.0f}" for name, t in times.items())
+        print(f"{direction:9} {m:7} {n:6}  {'+'.join(map(str, ks)):15} {rank:4}  {cells}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sanitize", action="store_true", help="small checks only, for a run under compute-sanitizer")
+    sanitize = parser.parse_args().sanitize
+    from kernels import get_local_kernel
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        print("gemm: for compute capability 9.0 alone, not run")
+        return
+    lora_fused = get_local_kernel(ROOT / "build")
+    gemm = lora_fused._ops.ops.gemm
+    print(f"gemm: {check_all(gemm, SMALL)} small cases right", flush=True)
+    if sanitize:
+        return
+    print(f"gemm: {check_all(gemm, LARGER)} larger cases right", flush=True)
+    x = draw(128, 256, (64, 16), True)[0]
+    host = host_microseconds(lambda: gemm(*x[:2], True, x[2]))
+    print(f"gemm: {host:.1f} us of host time, the dispatcher's included")
+    from importlib import import_module
+
+    up_add = import_module(f"{lora_fused.__name__}.triton_ops.up_add").up_add
+    report({"gemm": gemm}, up_add, (2048, 8192), (16, 32, 64))
+
+
+if __name__ == "__main__":
+    main()

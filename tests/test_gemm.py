@@ -1,0 +1,72 @@
+"""Sums of products in one launch, on the GPUs that have it: scripts/check_gemm.py says what is compared."""
+
+import pathlib
+import sys
+
+import pytest
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "scripts"))
+
+import check_gemm
+
+SERVED = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.skipif(not SERVED, reason="needs a Hopper GPU")
+
+
+@pytest.fixture
+def gemm(lora_fused):
+    return lora_fused._ops.ops.gemm
+
+
+@pytest.mark.parametrize("shape", check_gemm.SMALL + check_gemm.LARGER, ids=str)
+@pytest.mark.parametrize("rows_are_n", (True, False), ids=("b [N, k]", "b [k, N]"))
+@pytest.mark.parametrize("epilogue", check_gemm.EPILOGUES)
+@pytest.mark.parametrize("dtype", check_gemm.ROUNDING, ids=str)
+def test_as_in_float64(gemm, shape, rows_are_n, epilogue, dtype):
+    check_gemm.check(gemm, *shape, rows_are_n, epilogue, dtype)
+
+
+def operands(m=64, n=128, k=32, dtype=torch.bfloat16):
+    randn = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
+    return [randn(m, k)], [randn(n, k)], randn(m, n)
+
+
+def test_in_a_graph(gemm):
+    """A replay reads its inputs anew."""
+    a, b, out = operands()
+    gemm(a, b, True, out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gemm(a, b, True, out)
+    a[0].normal_()
+    graph.replay()
+    torch.testing.assert_close(out, a[0] @ b[0].t())
+
+
+def single(*, n=128, dtype=torch.bfloat16, count=1, bias=False, gain=False, accumulate=False, shift=0):
+    a, b, out = operands(n=n, dtype=dtype)
+    if shift:
+        a = [torch.zeros(a[0].numel() + shift, device="cuda", dtype=dtype)[shift:].view_as(a[0])]
+    vector = torch.ones(n, device="cuda", dtype=dtype) if bias else None
+    return a * count, b * count, True, out, vector, torch.ones(n, device="cuda") if gain else None, None, accumulate
+
+
+REFUSED = {
+    "float32": dict(dtype=torch.float32),
+    "N of 132": dict(n=132),
+    "nine segments": dict(count=9),
+    "address of 8 bytes": dict(shift=4),
+    "gain without z": dict(gain=True),
+    "bias added to out": dict(bias=True, accumulate=True),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_what_it_does_not_serve(gemm, case):
+    arguments = single(**REFUSED[case])
+    before = arguments[3].clone()
+    with pytest.raises(RuntimeError, match="gemm: not for"):
+        gemm(*arguments)
+    assert torch.equal(arguments[3], before)

@@ -1,0 +1,113 @@
+"""Beside other tools: kernelizing again, accelerate's hooks, weights on meta, torch.compile."""
+
+import copy
+
+import accelerate
+import pytest
+import torch
+from cases import DEVICE, peft_llama
+from kernels import Mode, kernelize
+from peft import LoraConfig, get_peft_model
+from test_adapters import tokens
+from test_fallbacks import explain, kernelized
+from test_gated import assert_same as assert_same_mlp
+from test_gated import glu, mlp_of
+from test_gated import step as mlp_step
+from test_siblings import assert_same, functions, heads, inner, learned, step
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("on_device")
+
+
+def test_kernelizing_again(lora_fused):
+    """As transformers does at train() and eval(): the registration is global, so nothing reverts."""
+    model, x = heads(), torch.randn(5, 32, dtype=torch.float64)
+    ours = learned(lora_fused, model, x)
+    for mode in (Mode.INFERENCE, Mode.TRAINING, Mode.INFERENCE):
+        kernelize(ours.train(mode == Mode.TRAINING), mode=mode, device=DEVICE)
+        assert all(row.fused for row in explain(lora_fused, ours))
+        result = step(ours, x)
+        assert_same(result, step(model, x))
+        assert functions(result[0]) == 1
+
+
+class Tripled(accelerate.hooks.ModelHook):
+    def post_forward(self, module, output):
+        return 3 * output
+
+
+@pytest.mark.parametrize("first", (True, False), ids=("hook first", "kernelized first"))
+def test_hooks_of_accelerate(lora_fused, first):
+    """They replace a module's forward and keep the one they found."""
+    model, x = heads(), torch.randn(5, 32, dtype=torch.float64)
+    ours = copy.deepcopy(model)
+    if not first:
+        ours = learned(lora_fused, ours, x)
+    for each in (model, ours):
+        accelerate.hooks.add_hook_to_module(inner(each).k, Tripled())
+    if first:
+        lora_fused.register_peft_layers()
+        kernelize(ours, mode=Mode.TRAINING, device=DEVICE)
+    for _ in range(3):
+        assert_same(step(ours, x), step(model, x))
+    reasons = {row.module.rpartition(".")[2]: row.reason for row in explain(lora_fused, ours)}
+    assert reasons == {"q": None, "k": "another tool set its forward", "v": None}
+    for each in (model, ours):
+        accelerate.hooks.remove_hook_from_module(inner(each).k)
+    assert_same(step(ours, x), step(model, x))
+
+
+def test_a_hook_on_a_gated_mlp_stays(lora_fused):
+    """Its projections are fused alone, inside the forward that the hook found."""
+    model, x = glu(), torch.randn(5, 32, dtype=torch.float64)
+    ours = copy.deepcopy(model)
+    for each in (model, ours):
+        accelerate.hooks.add_hook_to_module(mlp_of(each), Tripled())
+    ours = kernelized(lora_fused, ours)
+    for _ in range(2):
+        assert_same_mlp(mlp_step(ours, x), mlp_step(model, x))
+    rows = explain(lora_fused, ours)
+    assert all(row.fused and row.layer == "LoraLinear" for row in rows), str(rows)
+
+
+def test_a_hook_on_an_embedding_stays(lora_fused):
+    base = nn.Sequential()
+    base.add_module("table", nn.Embedding(20, 8))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["table"], init_lora_weights=False))
+    ours, ids = copy.deepcopy(model), torch.arange(5)
+    for each in (model, ours):
+        accelerate.hooks.add_hook_to_module(inner(each).table, Tripled())
+    ours = kernelized(lora_fused, ours)
+    assert torch.equal(ours(ids), model(ids))
+    assert explain(lora_fused, ours)[0].reason == "another tool set its forward"
+
+
+@pytest.mark.parametrize("first", (True, False), ids=("offloaded first", "kernelized first"))
+def test_weights_on_meta_until_a_hook_fires(lora_fused, first):
+    model = peft_llama().eval()
+    ours = copy.deepcopy(model) if first else kernelized(lora_fused, copy.deepcopy(model))
+    accelerate.cpu_offload(ours, execution_device=torch.device(DEVICE))
+    if first:
+        lora_fused.register_peft_layers()
+        kernelize(ours, mode=Mode.INFERENCE, device=DEVICE)
+    assert any(p.is_meta for p in ours.parameters())
+    assert not any(row.fused for row in explain(lora_fused, ours))
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(ours(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
+@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
+def test_a_compiled_model_runs_peft_s_forward(lora_fused, backend):
+    """Compiled in one graph, and trained; outside of the compiler the model is fused."""
+    model = peft_llama()
+    ours = kernelized(lora_fused, copy.deepcopy(model))
+    torch.compiler.reset()
+    compiled = torch.compile(ours, backend=backend, fullgraph=True)
+    grads = []
+    for each in (model, compiled):
+        loss = each(input_ids=tokens(), labels=tokens()).loss
+        loss.backward()
+        grads.append([p.grad for p in each.parameters() if p.requires_grad])
+    torch.testing.assert_close(grads[1], grads[0])
+    assert all(row.fused for row in explain(lora_fused, ours))
