@@ -137,7 +137,7 @@ def test_float64_is_the_formula(lora_fused):
         flat, own = flat_on(operands, "cpu", torch.float64, torch.float64), x.clone().requires_grad_()
         return backward([forward(own, *flat)], [dy], own, flat)
 
-    def formula(x, weight, bias, a, b, _, magnitude):
+    def formula(x, weight, bias, a, b, _, magnitude, *scales):
         gain = magnitude / (weight + 0.5 * b @ a).norm(dim=1).detach()
         return gain * (x @ weight.t() + 0.5 * x @ a.t() @ b.t()) + bias
 
