@@ -42,6 +42,19 @@ CASES = (
     Case((2, 21), 40, 56, 6, conv1d=True),
 )
 
+# On quantised bases. On the CPU bitsandbytes takes rows of broken blocks apart in its own way, so that
+# it is called there: K is a multiple of the blocksize where the product is to be ours.
+QUANTISED_CASES = (
+    Case((1,), 64, 64, 8),
+    Case((0,), 64, 32, 4, bias=True),
+    Case((4,), 128, 48, 5),
+    Case((40,), 64, 80, 1),
+    Case((7,), 128, 100, 3, bias=True),
+    Case((2, 65), 192, 130, 16),
+    Case((3, 2, 11), 256, 71, 33, bias=True),
+)
+BROKEN_ROWS = (Case((40,), 96, 70, 4), Case((2, 9), 33, 17, 5, bias=True))
+
 # What PEFT's configuration makes of a linear, each alone and together where PEFT allows it.
 VARIANTS = {
     "lora": {},

@@ -17,26 +17,32 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "dora_gains(Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[] magnitudes, "
       "float[] scalings) -> (Tensor[], Tensor[])");
   ops.def(
+      "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, "
+      "Tensor? offset, int blocksize, int nested_blocksize, bool fp4, int first, Tensor(a!) out) "
+      "-> ()");
+  ops.def(
       "gemm(Tensor[] a, Tensor[] b, bool b_rows_are_n, Tensor(a!) out, Tensor? bias=None, "
       "Tensor? gain=None, Tensor(b!)? z=None, bool accumulate=False) -> ()");
   ops.def(
       "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
-      "Tensor?[] lora_b, Tensor?[] gains, float[] scalings, Tensor? seeds, float[] dropouts) "
+      "Tensor?[] lora_b, Tensor?[] gains, float[] scalings, Tensor? seeds, float[] dropouts, "
+      "Tensor[] scales, int[] quantized) "
       "-> (Tensor[], Tensor[], Tensor)");
   ops.def(
       "lora_backward(Tensor?[] dys, Tensor x, Tensor t, Tensor[] us, Tensor[] weights, "
       "Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, Tensor?[] norms, "
-      "float[] scalings, Tensor? seeds, float[] dropouts, bool need_dx, int[] needs) "
+      "float[] scalings, Tensor? seeds, float[] dropouts, Tensor[] scales, int[] quantized, "
+      "bool need_dx, int[] needs) "
       "-> (Tensor[], Tensor[])");
   ops.def(
       "gated_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
       "Tensor?[] lora_b, Tensor?[] gains, float[] scalings, Tensor? seeds, float[] dropouts, "
-      "int activation, int gate_half) -> (Tensor, Tensor[], Tensor[], Tensor[])");
+      "Tensor[] scales, int[] quantized, int activation, int gate_half) -> (Tensor, Tensor[], Tensor[], Tensor[])");
   ops.def(
       "gated_backward(Tensor dy, Tensor x, Tensor[] outputs, Tensor[] us, Tensor[] ts, "
       "Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, "
-      "Tensor?[] norms, float[] scalings, Tensor? seeds, float[] dropouts, int activation, "
-      "int gate_half, bool need_dx, int[] needs) -> (Tensor[], Tensor[])");
+      "Tensor?[] norms, float[] scalings, Tensor? seeds, float[] dropouts, Tensor[] scales, "
+      "int[] quantized, int activation, int gate_half, bool need_dx, int[] needs) -> (Tensor[], Tensor[])");
   ops.def("column_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
   ops.def(
       "embedding_forward(Tensor ids, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? gain, "
@@ -52,6 +58,7 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("gain", TORCH_BOX(&gain_cpu));
   ops.impl("dropout", TORCH_BOX(&dropout_cpu));
   ops.impl("dora_gains", TORCH_BOX(&dora_gains));
+  ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_cpu));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
   ops.impl("gated_forward", TORCH_BOX(&gated_forward));
@@ -64,6 +71,7 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("gain", TORCH_BOX(&gain_cuda));
   ops.impl("dropout", TORCH_BOX(&dropout_cuda));
   ops.impl("dora_gains", TORCH_BOX(&dora_gains));
+  ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_cuda));
   ops.impl("gemm", TORCH_BOX(&gemm_cuda));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));

@@ -24,6 +24,20 @@ void dropout_cpu(const torch::stable::Tensor& x, const torch::stable::Tensor& se
 void dropout_cuda(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p,
                   torch::stable::Tensor out, bool accumulate);
 
+void dequantize_4bit_cpu(const torch::stable::Tensor& packed, const torch::stable::Tensor& absmax,
+                         std::optional<torch::stable::Tensor> nested_absmax,
+                         std::optional<torch::stable::Tensor> nested_code,
+                         std::optional<torch::stable::Tensor> offset, int64_t blocksize,
+                         int64_t nested_blocksize, bool fp4, int64_t first,
+                         torch::stable::Tensor out);
+void dequantize_4bit_cuda(const torch::stable::Tensor& packed,
+                          const torch::stable::Tensor& absmax,
+                          std::optional<torch::stable::Tensor> nested_absmax,
+                          std::optional<torch::stable::Tensor> nested_code,
+                          std::optional<torch::stable::Tensor> offset, int64_t blocksize,
+                          int64_t nested_blocksize, bool fp4, int64_t first,
+                          torch::stable::Tensor out);
+
 // Lists of projections: kernel-src/common/lora_group.cpp and gated_mlp.cpp say what they hold.
 namespace lora_fused {
 using Tensors = std::vector<torch::stable::Tensor>;
@@ -37,26 +51,29 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors, torch::stable::Tensor> lora
     const torch::stable::Tensor& x, lora_fused::Tensors weights, lora_fused::Optionals biases,
     lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals gains,
     std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
-    std::vector<double> dropouts);
+    std::vector<double> dropouts, lora_fused::Tensors scales, std::vector<int64_t> quantized);
 std::tuple<lora_fused::Tensors, lora_fused::Tensors> lora_backward(
     lora_fused::Optionals dys, const torch::stable::Tensor& x, const torch::stable::Tensor& t,
     lora_fused::Tensors us, lora_fused::Tensors weights, lora_fused::Optionals biases,
     lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals gains,
     lora_fused::Optionals norms, std::vector<double> scalings,
-    std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts, bool need_dx,
+    std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts,
+    lora_fused::Tensors scales, std::vector<int64_t> quantized, bool need_dx,
     std::vector<int64_t> needs);
 std::tuple<torch::stable::Tensor, lora_fused::Tensors, lora_fused::Tensors, lora_fused::Tensors>
 gated_forward(const torch::stable::Tensor& x, lora_fused::Tensors weights,
               lora_fused::Optionals biases, lora_fused::Optionals lora_a,
               lora_fused::Optionals lora_b, lora_fused::Optionals gains,
               std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
-              std::vector<double> dropouts, int64_t activation, int64_t gate_half);
+              std::vector<double> dropouts, lora_fused::Tensors scales,
+              std::vector<int64_t> quantized, int64_t activation, int64_t gate_half);
 std::tuple<lora_fused::Tensors, lora_fused::Tensors> gated_backward(
     const torch::stable::Tensor& dy, const torch::stable::Tensor& x, lora_fused::Tensors outputs,
     lora_fused::Tensors us, lora_fused::Tensors ts, lora_fused::Tensors weights,
     lora_fused::Optionals biases, lora_fused::Optionals lora_a, lora_fused::Optionals lora_b,
     lora_fused::Optionals gains, lora_fused::Optionals norms, std::vector<double> scalings,
-    std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts, int64_t activation,
+    std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts,
+    lora_fused::Tensors scales, std::vector<int64_t> quantized, int64_t activation,
     int64_t gate_half, bool need_dx, std::vector<int64_t> needs);
 
 // kernel-src/common/gemm.h says what it computes; an error where gemm_sm90_serves refuses.

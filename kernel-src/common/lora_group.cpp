@@ -12,7 +12,9 @@
 // Without dropout the members' A's stand below each other, so that x is read once for all t and
 // once for all dA. What Python and the dispatcher would cost between products is saved; the
 // arithmetic is that of reference.py. x [..., K], weight [N, K] of any strides, A [R, K], B [N, R]; A
-// and B of any dtype are converted to x's, all in one launch; gains [N] come from `dora_gains`.
+// and B of any dtype are converted to x's, all in one launch; gains [N] come from `dora_gains`. A weight in
+// four bits is made floating point for its own product (projections.h), in backward all of a group
+// for theirs, which may be one launch.
 #include <tuple>
 
 #include "../../torch-ext/torch_binding.h"
@@ -23,9 +25,10 @@ using namespace lora_fused;
 std::tuple<Tensors, Tensors, Tensor> lora_forward(const Tensor& x, Tensors weights, Optionals biases,
                                                   Optionals lora_a, Optionals lora_b, Optionals gains,
                                                   std::vector<double> scalings, std::optional<Tensor> seeds,
-                                                  std::vector<double> dropouts) {
+                                                  std::vector<double> dropouts, Tensors scales,
+                                                  std::vector<int64_t> quantized) {
   const OnDevice device(x);
-  const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts};
+  const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized};
   Outputs out = project(matrix(x), x, Members(lists, 0, weights.size()), /*scaled_too=*/true);
   return {out.ys, out.us, out.t};
 }
@@ -34,10 +37,11 @@ std::tuple<Tensors, Tensors> lora_backward(Optionals dys, const Tensor& x, const
                                            Tensors weights, Optionals biases, Optionals lora_a,
                                            Optionals lora_b, Optionals gains, Optionals norms,
                                            std::vector<double> scalings, std::optional<Tensor> seeds,
-                                           std::vector<double> dropouts, bool need_dx,
+                                           std::vector<double> dropouts, Tensors scales,
+                                           std::vector<int64_t> quantized, bool need_dx,
                                            std::vector<int64_t> needs) {
   const OnDevice device(x);
-  const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts};
+  const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized};
   const Members members(lists, 0, weights.size());
   const View rows = matrix(x);
   const Backward backward(members, rows, {dys, us, norms, needs, need_dx});

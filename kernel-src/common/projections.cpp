@@ -83,6 +83,23 @@ Dropped Members::mask(size_t i) const {
   return {Tensor(handle), lists_.dropouts[first_ + i]};
 }
 
+Tensor Members::weight(size_t i, ScalarType dtype) const {
+  const Tensor& stored = lists_.weights[first_ + i];
+  if (lists_.quantized.empty() || quantized(i)[0] == 0) return stored;
+  const int64_t* q = quantized(i);
+  const Tensor* scales = lists_.scales.data() + q[5];
+  const auto nested = [&](int which) { return q[4] > 0 ? MaybeTensor(scales[which]) : std::nullopt; };
+  const Tensor weight = empty(stored, {q[1], q[2]}, dtype);
+#if defined(CUDA_KERNEL)
+  if (stored.is_cuda()) {
+    dequantize_4bit_cuda(stored, scales[0], nested(1), nested(2), nested(3), q[3], q[4], q[0] == 2, 0, weight);
+    return weight;
+  }
+#endif
+  dequantize_4bit_cpu(stored, scales[0], nested(1), nested(2), nested(3), q[3], q[4], q[0] == 2, 0, weight);
+  return weight;
+}
+
 bool Members::any_masked() const {
   for (size_t i = 0; i < count_; ++i)
     if (masked(i)) return true;
@@ -157,9 +174,10 @@ Outputs project(const View& x, const Tensor& like, const Members& members, bool 
   std::vector<MaybeView> drops(members.count());
   Outputs out{{}, {}, project_down(x, members, adapters, drops)};
   for (size_t i = 0; i < members.count(); ++i) {
-    const int64_t n = members.weight(i).size(0);
+    const int64_t n = members.outputs(i);
+    const Tensor weight = members.weight(i, x.scalar_type());
     const auto terms = [&](const View& input) {
-      std::vector<Term> sum{{input, View(members.weight(i)).transposed()}};
+      std::vector<Term> sum{{input, View(weight).transposed()}};
       if (members.b(i)) sum.push_back({adapters.part(out.t, i), adapters.b[i]->transposed()});
       return sum;
     };
@@ -260,7 +278,7 @@ void Backward::input(const View& dx) const {
   const bool share = !members_.any_masked();
   for (size_t i = 0; i < members_.count(); ++i) {
     if (!dys_[i]) continue;
-    terms.push_back({members_.scaled(i) ? *lora_dys_[i] : *dys_[i], members_.weight(i)});
+    terms.push_back({members_.scaled(i) ? *lora_dys_[i] : *dys_[i], members_.weight(i, x_.scalar_type())});
     if (!members_.a(i) || share) continue;
     if (members_.masked(i))
       masked.push_back(i);
@@ -283,7 +301,7 @@ void Backward::add_dropped(const View& dx, const std::vector<size_t>& which) con
     }
     const View delta = fresh_like(dx);
     std::vector<Term> terms{{dt, a}};
-    if (excesses_[i]) terms.insert(terms.begin(), {*excesses_[i], members_.weight(i)});
+    if (excesses_[i]) terms.insert(terms.begin(), {*excesses_[i], members_.weight(i, x_.scalar_type())});
     multiply(delta, terms, std::nullopt);
     drop(delta, mask, dx, /*accumulate=*/true);
   }

@@ -17,7 +17,15 @@ struct Lists {
   const std::vector<double>& scalings;
   const std::optional<Tensor>& seeds;
   const std::vector<double>& dropouts;
+  // Of weights in four bits: kQuantizedFields numbers a projection and the scales they point to; both
+  // are empty where no weight is quantised.
+  const Tensors& scales;
+  const std::vector<int64_t>& quantized;
 };
+
+// format (0 floating point, 1 NF4, 2 FP4), N, K, blocksize, nested_blocksize, index in scales of absmax,
+// which nested_absmax, nested_code and offset follow where nested_blocksize is not 0.
+constexpr size_t kQuantizedFields = 6;
 
 // [first, first + count) of them, which share an input.
 class Members {
@@ -26,7 +34,11 @@ class Members {
 
   size_t count() const { return count_; }
   size_t index(size_t i) const { return first_ + i; }
-  const Tensor& weight(size_t i) const { return lists_.weights[first_ + i]; }
+  // [N, K] in `dtype`; of a quantised weight a copy that lives as long as its caller keeps it.
+  Tensor weight(size_t i, ScalarType dtype) const;
+  int64_t outputs(size_t i) const {
+    return lists_.quantized.empty() || quantized(i)[0] == 0 ? lists_.weights[first_ + i].size(0) : quantized(i)[1];
+  }
   const std::optional<Tensor>& bias(size_t i) const { return lists_.biases[first_ + i]; }
   const std::optional<Tensor>& a(size_t i) const { return lists_.lora_a[first_ + i]; }
   const std::optional<Tensor>& b(size_t i) const { return lists_.lora_b[first_ + i]; }
@@ -43,6 +55,8 @@ class Members {
   bool any_masked() const;
 
  private:
+  const int64_t* quantized(size_t i) const { return lists_.quantized.data() + kQuantizedFields * (first_ + i); }
+
   const Lists& lists_;
   size_t first_, count_;
 };

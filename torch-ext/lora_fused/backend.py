@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_embedding, ops, reference, reference_embedding
+from .projection import FourBit, Operands
 from .table import Table
 
 REFERENCE = "reference"
@@ -118,6 +119,16 @@ def dora_gains(weights, lora_a, lora_b, magnitudes, scalings) -> tuple[list[Opti
 def _row_norm_pays_in_triton(weight: Tensor, rank: int) -> bool:
     large = rank >= ROW_NORM_TRITON_FROM_RANK and weight.numel() * rank >= ROW_NORM_TRITON_FROM
     return weight.is_cuda and large and triton_is_there()
+
+
+def dequantize_4bit(operands: Operands, quantized: FourBit, first: int, out: Tensor) -> Tensor:
+    """Elements [first, first + out.numel()) of a flat four-bit weight written to `out` (contiguous
+    float32, bfloat16 or float16): the C++ or CUDA op. first is even."""
+    weight, absmax = operands.weight, operands.absmax
+    nested = operands.nested_absmax, operands.nested_code, operands.offset
+    sizes = quantized.blocksize, quantized.nested_blocksize, quantized.fp4
+    ops.dequantize_4bit(weight, absmax, *nested, *sizes, first, out)
+    return out
 
 
 def choose_embedding(table: Table, tokens: int) -> str:

@@ -81,7 +81,7 @@ class Backward:
         return Gradients(dx, das, dbs)
 
     def _input_grad(self, member: Member, dy, lora_dy, gain, dt, dx) -> Tensor:
-        ops, weight = self.ops, member.weight(dy.dtype).t()
+        ops, weight = self.ops, member.weight_of_backward(dy.dtype).t()
         up = None if dt is None else cat([each.operands.lora_a for each in self.batch], 0).t()
         if member.mask is None or gain is None:
             return ops.up_add(lora_dy, weight, dt, up, mask=member.mask, out=dx)

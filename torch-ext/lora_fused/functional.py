@@ -142,7 +142,7 @@ def group_spec(x: Tensor, projections: Sequence[Projection], backend: Optional[s
     lora_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     if backend is None:
         tokens = x.numel() // max(x.shape[-1], 1)
-        work = tokens * max(projection.operands.weight.numel() for projection in projections)
+        work = tokens * max(math.prod(projection.shape) for projection in projections)
         backend = backends.choose(x.device, lora_dtype or x.dtype, work)
     return GroupSpec(tuple(projection.spec for projection in projections), backend, lora_dtype)
 

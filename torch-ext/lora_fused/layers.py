@@ -10,24 +10,51 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from . import functional, functional_embedding, mlp_state, peft_embedding, peft_state, siblings
+from . import functional, functional_delta, functional_embedding, mlp_state, peft_embedding, peft_state, siblings
 
 
 class LoraLinear(nn.Module):
-    """LoRA and DoRA for `peft.tuners.lora.Linear`, y as `lora_linear` defines it: fused where the
-    module's state allows, together with its siblings, and PEFT's own forward otherwise (`explain`
-    says which and why)."""
+    """LoRA and DoRA for PEFT's linears, `peft.tuners.lora.Linear` and those on quantised bases, y as
+    `lora_linear` defines it: fused where the module's state allows, together with its siblings; the base
+    module called and the delta fused where the base is of an unknown format; PEFT's own forward
+    otherwise (`explain` says which and why). Raises ValueError, naming the module, where its quantised
+    weight is damaged or on another device than x."""
 
     can_torch_compile = False
     has_backward = True
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            return type(self).forward(self, x, *args, **kwargs)
-        state = peft_state.read_linear(self)
-        if isinstance(state, str) or peft_state.call_reason(state, x, args, kwargs):
-            return type(self).forward(self, x, *args, **kwargs)
-        return siblings.compute(self, x, state.projection, LoraLinear)
+        return _linear(self, x, args, kwargs)
+
+
+class LoraLinearOfX(nn.Module):
+    """`LoraLinear` for PEFT's linears whose forward takes x alone."""
+
+    can_torch_compile = False
+    has_backward = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _linear(self, x, (), {})
+
+
+def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        return type(module).forward(module, x, *args, **kwargs)
+    state = peft_state.read_linear(module)
+    reason = state if isinstance(state, str) else peft_state.call_reason(state, x, args, kwargs)
+    if reason is None:
+        called = peft_state.called_reason(state, x)
+        if called is None:
+            y = siblings.compute(module, x, state.projection, LoraLinear)
+            return y if state.base.quantized is None else y.to(peft_state.result_dtype(state, x))
+        reason = peft_state.own_reason(state, called)
+        if reason is None:
+            base = peft_state.call_base(module, x)
+            promotes = state.promotes and torch.is_autocast_enabled()
+            return functional_delta.add_delta(base, x, state.projection, promotes)
+    if isinstance(reason, peft_state.Broken):
+        raise ValueError(f"{peft_state.name_of(module)}: {reason}")
+    return type(module).forward(module, x, *args, **kwargs)
 
 
 class LoraGatedMLP(nn.Module):
@@ -61,7 +88,8 @@ def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     state = mlp_state.read_mlp(module, x, LoraLinear)
     if isinstance(state, str):
         return type(module).forward(module, x)
-    return functional.compute_gated(x, state.inputs, state.output, state.activation, state.gate_half)
+    y = functional.compute_gated(x, state.inputs, state.output, state.activation, state.gate_half)
+    return y if state.result_dtype is None else y.to(state.result_dtype)
 
 
 class LoraEmbedding(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Callable, Iterator, Optional, Sequence
@@ -14,6 +15,7 @@ from torch import nn
 from . import backend, layers, mlp_state, peft_embedding, peft_state, siblings
 
 _DEVICES = ("cpu", "cuda")
+BASE_CALLED = "base called"  # in place of a backend
 _CLASS_ATTRIBUTES = ("kernel_layer_name", "kernel_condition")
 
 
@@ -35,7 +37,7 @@ class LoadedLayer:
 
 
 def _mapping() -> dict:
-    mapped = (layers.LoraLinear, layers.LoraEmbedding, *layers.GATED_MLP_BY_INPUT.values())
+    mapped = (layers.LoraLinear, layers.LoraLinearOfX, layers.LoraEmbedding, *layers.GATED_MLP_BY_INPUT.values())
     return {layer.__name__: {device: LoadedLayer(layer) for device in _DEVICES} for layer in mapped}
 
 
@@ -52,10 +54,11 @@ class _Marks:
         replace_kernel_forward_from_hub(cls, layer_name, condition=condition)
 
     def mark_all(self) -> None:
-        """PEFT's linear and embedding, and the roots of models, at which their gated MLPs are looked for."""
-        linear = functools.partial(_is_free, layers.LoraLinear, peft_state.is_plain_linear)
+        """PEFT's linears and embedding, and the roots of models, at which their gated MLPs are looked for."""
+        for cls, kind in peft_state.linear_kinds().items():
+            layer = layers.LoraLinearOfX if kind.only_x else layers.LoraLinear
+            self.mark(cls, layer.__name__, functools.partial(_is_free, layer, peft_state.is_lora_linear))
         embedding = functools.partial(_is_free, layers.LoraEmbedding, peft_embedding.is_plain_embedding)
-        self.mark(peft_state.linear_class(), layers.LoraLinear.__name__, linear)
         self.mark(peft_embedding.embedding_class(), layers.LoraEmbedding.__name__, embedding)
         for root in peft_state.root_classes():
             self.mark(root, layers.LoraGatedMLP.__name__, self.find_gated_mlps)
@@ -63,6 +66,7 @@ class _Marks:
     def find_gated_mlps(self, root: nn.Module) -> bool:
         """Marks the classes of the adapted gated MLPs in `root`, which `kernelize` visits after it.
         Not for `root` itself: always False."""
+        peft_state.note_names(root)
         for module in root.modules():
             cls = type(module)
             if "kernel_layer_name" in cls.__dict__ or not mlp_state.is_adapted(module):
@@ -126,7 +130,9 @@ def use_peft_layers() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Row:
-    """One LoRA module: `fused` with its `backend` and `group`, or PEFT's forward and the `reason`."""
+    """One LoRA module: `fused` with its `backend` and `group`, or PEFT's forward and the `reason`. Where
+    the backend is "base called" the delta is fused and the base module's own forward runs, for the
+    `reason`."""
 
     module: str
     layer: str
@@ -193,8 +199,10 @@ def _gated_mlps(names: dict[nn.Module, str]) -> dict[nn.Module, str]:
         if not any(forward is layer.forward for layer in layers.GATED_MLP_BY_INPUT.values()):
             continue
         parts = mlp_state.projections_of(module, mlp_state.structure_of(module))
-        weight = next(part for part in parts if peft_state.is_plain_linear(part)).get_base_layer().weight
-        example = torch.empty((1, 0), dtype=weight.dtype, device=weight.device)
+        state = peft_state.read_linear(next(part for part in parts if peft_state.is_lora_linear(part)))
+        if isinstance(state, str):
+            continue
+        example = _example(state)
         if not isinstance(mlp_state.read_mlp(module, example, layers.LoraLinear, check_features=False), str):
             found.update({part: name for part in parts})
     return found
@@ -204,27 +212,42 @@ def _explain_module(name: str, module: nn.Module, rows: int, names: dict[nn.Modu
     unfused = Row(name, type(module).__name__, fused=False, backend=None, group=None, reason=None)
     if peft_embedding.is_plain_embedding(module):
         return _explain_embedding(name, module, rows, unfused)
-    layer = layers.LoraLinear
-    if not peft_state.is_plain_linear(module):
+    if not peft_state.is_lora_linear(module):
         kind = f"{type(module).__module__}.{type(module).__name__}"
         return _because(unfused, f"no fused layer for {kind}")
+    kind = peft_state.linear_kinds()[type(module)]
+    layer = layers.LoraLinearOfX if kind.only_x else layers.LoraLinear
     reason = _unmapped_reason(module, layer)
     if reason:
         return _because(unfused, reason)
     state = peft_state.read_linear(module)
     if isinstance(state, str):
         return _because(unfused, state)
-    weight, spec = state.projection.operands.weight, state.projection.spec
-    example = torch.empty((0, weight.shape[0 if spec.transposed else 1]), dtype=weight.dtype, device=weight.device)
+    example = _example(state)
     reason = peft_state.call_reason(state, example, (), {})
     if reason:
         return _because(unfused, reason)
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-    chosen = backend.choose(weight.device, dtype, rows * weight.numel())
+    called = peft_state.called_reason(state, example, rows)
+    if called:
+        reason = peft_state.own_reason(state, called)
+        if reason:
+            return _because(unfused, reason if reason == called else f"{reason} ({called})")
+        return Row(name, layer.__name__, fused=True, backend=BASE_CALLED, group="single", reason=called)
+    autocast = torch.is_autocast_enabled(example.device.type)
+    dtype = torch.get_autocast_dtype(example.device.type) if autocast else example.dtype
+    chosen = backend.choose(example.device, dtype, rows * math.prod(state.projection.shape))
     if mlp is not None:
         return Row(name, layers.LoraGatedMLP.__name__, fused=True, backend=chosen, group=mlp, reason=None)
     return Row(name, layer.__name__, fused=True, backend=chosen, group=_group_name(module, names), reason=None)
+
+
+def _example(state: peft_state.Adapted) -> torch.Tensor:
+    """An x without rows that fits a projection: in the dtype of its base, the adapter's where that is unknown."""
+    operands, base = state.projection.operands, state.base
+    known = operands.weight if operands.weight is not None else operands.lora_a
+    dtype = known.dtype if base.quantized is None else base.compute or base.quantized.dtype
+    features = operands.lora_a.shape[1] if base.shape is None else base.shape[1]
+    return torch.empty((0, features), dtype=dtype, device=known.device)
 
 
 def _group_name(module: nn.Module, names: dict[nn.Module, str]) -> str:

@@ -7,7 +7,8 @@ from typing import NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from .projection import Mask, Operands, ProjectionSpec, unflatten
+from . import base
+from .projection import Mask, Operands, ProjectionSpec, Quantized, unflatten
 
 
 class Member(NamedTuple):
@@ -17,11 +18,21 @@ class Member(NamedTuple):
     scaling: float
     mask: Optional[Mask]
     transposed: bool
+    quantized: Optional[Quantized] = None
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The base weight as [N, K] in the dtype of the base product."""
+        """The base weight as [N, K] in the dtype of the base product; of a quantised one a copy, to be
+        let go after the product."""
+        if self.quantized is not None:
+            return base.dequantize(self.operands, self.quantized, dtype)
         weight = self.operands.weight.to(dtype)
         return weight.t() if self.transposed else weight
+
+    def weight_of_backward(self, dtype: torch.dtype) -> Tensor:
+        """`weight`, for dy W: of a quantised one rounded to its own dtype first, as bitsandbytes does."""
+        if self.quantized is None or self.quantized.dtype == dtype:
+            return self.weight(dtype)
+        return base.dequantize(self.operands, self.quantized, self.quantized.dtype).to(dtype)
 
     def bias(self, dtype: torch.dtype) -> Optional[Tensor]:
         """b + s·b_B."""
@@ -52,7 +63,13 @@ def members_of(specs: Sequence[ProjectionSpec], scalings, seeds: Optional[Tensor
     """The members of a group; seeds [members] are there where one of them has dropout."""
     keys = seeds.split(1) if seeds is not None else ()
     return [
-        Member(operands, scaling, Mask(keys[i], spec.dropout) if spec.dropout > 0 else None, spec.transposed)
+        Member(
+            operands,
+            scaling,
+            Mask(keys[i], spec.dropout) if spec.dropout > 0 else None,
+            spec.transposed,
+            spec.quantized,
+        )
         for i, (spec, scaling, operands) in enumerate(zip(specs, scalings, unflatten(flat)))
     ]
 

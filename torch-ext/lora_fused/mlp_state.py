@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from typing import NamedTuple, Optional, Union
 
+import torch
 from torch import Tensor, nn
 
 from . import mlp_structure, peft_state
@@ -17,12 +18,14 @@ from .projection import Projection
 
 
 class AdaptedMLP(NamedTuple):
-    """Gate and up, or the one projection that holds both; down; the activation between them."""
+    """Gate and up, or the one projection that holds both; down; the activation between them; the dtype of
+    the module's result where its projections are quantised."""
 
     inputs: tuple[Projection, ...]
     output: Projection
     activation: str
     gate_half: int
+    result_dtype: Optional[torch.dtype]
 
 
 class _Recognised(NamedTuple):
@@ -56,10 +59,10 @@ def projections_of(module: nn.Module, structure: GatedMLP) -> tuple[nn.Module, .
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module is a gated MLP with a PEFT LoRA linear in it."""
-    if not any(peft_state.is_plain_linear(child) for child in module.children()):
+    if not any(peft_state.is_lora_linear(child) for child in module.children()):
         return False
     structure = structure_of(module)
-    return not isinstance(structure, str) and any(map(peft_state.is_plain_linear, projections_of(module, structure)))
+    return not isinstance(structure, str) and any(map(peft_state.is_lora_linear, projections_of(module, structure)))
 
 
 def read_mlp(
@@ -76,7 +79,7 @@ def read_mlp(
         reason = peft_state.hooks_reason(name, module._modules[name])
         if reason:
             return reason
-    projections = []
+    projections, result_dtype = [], x.dtype
     parts = projections_of(module, structure)
     for part in parts:
         adapted = _read_part(part, linear_layer)
@@ -84,23 +87,32 @@ def read_mlp(
             # The last takes the product of the first ones' outputs, in x's dtype and on its device.
             given = check_features and part is not parts[-1] and x.dim() > 0
             features = x.shape[-1] if given else _features(adapted.projection)
-            adapted = peft_state.input_reason(adapted, x, features) or adapted
+            adapted = peft_state.input_reason(adapted, x, features) or _called(adapted, x, check_features) or adapted
         if isinstance(adapted, str):
             return f"{_name(module, part)}: {adapted}"
         projections.append(adapted.projection)
+        result_dtype = torch.promote_types(result_dtype, peft_state.result_dtype(adapted, x))
     *inputs, output = projections
+    quantised = [p.spec.quantized is not None for p in projections]
+    if any(quantised) and not all(quantised) and torch.is_autocast_enabled(x.device.type):
+        return "quantised and other projections under autocast, whose results differ in dtype"
     width = _outputs(inputs[0]) // 2 if structure.fused else _outputs(inputs[0])
     if any(_outputs(p) != (2 * width if structure.fused else width) for p in inputs) or _features(output) != width:
         return "gate, up and down do not fit together"
-    return AdaptedMLP(tuple(inputs), output, structure.activation, structure.gate_half)
+    result_dtype = result_dtype if all(quantised) else None
+    return AdaptedMLP(tuple(inputs), output, structure.activation, structure.gate_half, result_dtype)
 
 
 def _read_part(part: nn.Module, linear_layer: type) -> Union[peft_state.Adapted, str]:
-    if not peft_state.is_plain_linear(part):
+    if not peft_state.is_lora_linear(part):
         return peft_state.read_plain(part)
     if getattr(part.__dict__.get("forward"), "__func__", None) is not linear_layer.forward:
         return "not kernelized"
     return peft_state.hooks_reason("the layer", part) or peft_state.read_linear(part)
+
+
+def _called(adapted: peft_state.Adapted, x: Tensor, check_features: bool) -> Optional[str]:
+    return peft_state.called_reason(adapted, x, None if check_features else peft_state.FEW_ROWS + 1)
 
 
 def _name(module: nn.Module, part: nn.Module) -> str:
@@ -108,8 +120,8 @@ def _name(module: nn.Module, part: nn.Module) -> str:
 
 
 def _features(projection: Projection) -> int:
-    return projection.operands.weight.shape[0 if projection.spec.transposed else 1]
+    return projection.shape[1]
 
 
 def _outputs(projection: Projection) -> int:
-    return projection.operands.weight.shape[1 if projection.spec.transposed else 0]
+    return projection.shape[0]

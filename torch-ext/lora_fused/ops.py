@@ -53,54 +53,69 @@ def dora_gains(weights, lora_a, lora_b, magnitudes, scalings) -> tuple[list[Tens
     return ops.dora_gains(weights, lora_a, lora_b, magnitudes, scalings)
 
 
+@torch.library.register_fake(add_op_namespace_prefix("dequantize_4bit"))
+def _dequantize_4bit_fake(
+    packed, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize, fp4, first, out
+) -> None:
+    return None
+
+
 @torch.library.register_fake(add_op_namespace_prefix("lora_forward"))
-def _lora_forward_fake(x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts):
+def _lora_forward_fake(x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized):
     rows = x[..., 0].numel()
     ranks = sum(a.shape[0] for a in lora_a if a is not None)
-    ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    us = [x.new_empty(rows, weight.shape[0]) for weight, gain in zip(weights, gains) if gain is not None]
+    widths = _widths(weights, quantized)
+    ys = [x.new_empty(*x.shape[:-1], n) for n in widths]
+    us = [x.new_empty(rows, n) for n, gain in zip(widths, gains) if gain is not None]
     return ys, us, x.new_empty(rows, ranks)
 
 
-def _gradients(x, used, weights, lora_a, lora_b, need_dx, needs):
+def _widths(weights, quantized) -> list[int]:
+    """N of each weight, as kernel-src/common/projections.h has it."""
+    return [quantized[6 * i + 1] if quantized and quantized[6 * i] else w.shape[0] for i, w in enumerate(weights)]
+
+
+def _gradients(x, used, widths, lora_a, lora_b, need_dx, needs):
     """Fakes of (dx) and of the gradients as the native ops give them."""
     wide = torch.promote_types(x.dtype, torch.float32)
     grads = []
-    for use, weight, a, b, need in zip(used, weights, lora_a, lora_b, needs):
+    for use, n, a, b, need in zip(used, widths, lora_a, lora_b, needs):
         if not use:
             continue
         grads += [torch.empty_like(a)] if need & 1 else []
         grads += [torch.empty_like(b)] if need & 2 else []
-        grads += [x.new_empty(weight.shape[0], dtype=wide) for bit in (4, 8) if need & bit]
+        grads += [x.new_empty(n, dtype=wide) for bit in (4, 8) if need & bit]
     return [torch.empty_like(x)] if need_dx else [], grads
 
 
 @torch.library.register_fake(add_op_namespace_prefix("lora_backward"))
 def _lora_backward_fake(
-    dys, x, t, us, weights, biases, lora_a, lora_b, gains, norms, scalings, seeds, dropouts, need_dx, needs
-):
-    return _gradients(x, [dy is not None for dy in dys], weights, lora_a, lora_b, need_dx, needs)
+    dys, x, t, us, weights, biases, lora_a, lora_b, gains, norms, scalings, seeds, dropouts, scales, quantized,
+    need_dx, needs,
+):  # fmt: skip
+    return _gradients(x, [dy is not None for dy in dys], _widths(weights, quantized), lora_a, lora_b, need_dx, needs)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_forward"))
 def _gated_forward_fake(
-    x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, activation, gate_half
+    x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, activation, gate_half
 ):
     rows = x[..., 0].numel()
     ranks = [0 if a is None else a.shape[0] for a in lora_a]
-    outputs = [x.new_empty(rows, weight.shape[0]) for weight in weights[:-1]]
+    widths = _widths(weights, quantized)
+    outputs = [x.new_empty(rows, n) for n in widths[:-1]]
     ts = [x.new_empty(rows, sum(ranks[:-1])), x.new_empty(rows, ranks[-1])]
     kept = [gain is not None and (p > 0 or i == len(gains) - 1) for i, (gain, p) in enumerate(zip(gains, dropouts))]
-    us = [x.new_empty(rows, weight.shape[0]) for weight, keep in zip(weights, kept) if keep]
-    return x.new_empty(*x.shape[:-1], weights[-1].shape[0]), outputs, us, ts
+    us = [x.new_empty(rows, n) for n, keep in zip(widths, kept) if keep]
+    return x.new_empty(*x.shape[:-1], widths[-1]), outputs, us, ts
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_backward"))
 def _gated_backward_fake(
-    dy, x, outputs, us, ts, weights, biases, lora_a, lora_b, gains, norms, scalings, seeds, dropouts, activation,
-    gate_half, need_dx, needs,
+    dy, x, outputs, us, ts, weights, biases, lora_a, lora_b, gains, norms, scalings, seeds, dropouts, scales,
+    quantized, activation, gate_half, need_dx, needs,
 ):  # fmt: skip
-    return _gradients(x, [True] * len(weights), weights, lora_a, lora_b, need_dx, needs)
+    return _gradients(x, [True] * len(weights), _widths(weights, quantized), lora_a, lora_b, need_dx, needs)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("column_norm"))
@@ -128,15 +143,26 @@ def _embedding_backward_fake(
 _dispatch = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "IMPL")
 for _name in (
     "dora_gains", "lora_forward", "lora_backward", "gated_forward", "gated_backward", "column_norm",
-    "embedding_forward", "embedding_backward",
+    "embedding_forward", "embedding_backward", "dequantize_4bit",
 ):  # fmt: skip
     for _key in ("Autograd", "ADInplaceOrView"):
         _dispatch.impl(_name, torch.library.fallthrough_kernel, _key)
 
-lora_forward = ops.lora_forward.default
-lora_backward = ops.lora_backward.default
-gated_forward = ops.gated_forward.default
-gated_backward = ops.gated_backward.default
+def _past_subclasses(op):
+    """An op whose operands may be bitsandbytes' parameters: a subclass of a tensor that would be asked first."""
+
+    def call(*args):
+        with torch._C.DisableTorchFunctionSubclass():
+            return op(*args)
+
+    return call
+
+
+dequantize_4bit = _past_subclasses(ops.dequantize_4bit.default)
+lora_forward = _past_subclasses(ops.lora_forward.default)
+lora_backward = _past_subclasses(ops.lora_backward.default)
+gated_forward = _past_subclasses(ops.gated_forward.default)
+gated_backward = _past_subclasses(ops.gated_backward.default)
 column_norm = ops.column_norm.default
 embedding_forward = ops.embedding_forward.default
 embedding_backward = ops.embedding_backward.default

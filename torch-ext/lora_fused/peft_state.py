@@ -1,27 +1,70 @@
-"""The only file that knows PEFT's attribute names: a module becomes a projection, or the reason
-why PEFT's own forward runs. Read anew at every call, so nothing here can go stale.
+"""With `peft_base` and `peft_embedding` the only files that know PEFT's attribute names: a module
+becomes a projection, or the reason why PEFT's own forward runs. Read anew at every call, so nothing
+here can go stale.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import weakref
 from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .projection import Operands, Projection, ProjectionSpec
+from .peft_base import Base, Broken, read_base
+from .projection import Operands, Projection, ProjectionSpec, Quantized
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
+_DENSE_FIELDS = Operands._fields[:6]
 _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+# Up to so many rows bitsandbytes multiplies with four-bit weights as they are, on any GPU. Without a
+# gradient to come that is the fastest there is, and with PEFT's own forward around it (H100, host time
+# included: 169 µs a linear, ours 220 to 260); a step with its backward is faster fused (613 µs, 821).
+FEW_ROWS = 4
+BASE_OF_FEW_ROWS = f"base called: up to {FEW_ROWS} rows without a gradient"
+
+
+class Kind(NamedTuple):
+    """One of PEFT's LoRA linears: where its class is, whether its forward takes x alone, whether its base
+    is of a kind of its own, and whether under autocast its result may be wider than its base's."""
+
+    module: str
+    name: str
+    only_x: bool = False
+    opaque: bool = False
+    promotes: bool = False
+
+
+_KINDS = (
+    Kind("layer", "Linear"),
+    Kind("bnb", "Linear4bit", promotes=True),
+    Kind("bnb", "Linear8bitLt", promotes=True),
+    Kind("gptq", "GPTQLoraLinear", only_x=True, opaque=True),
+    Kind("awq", "AwqLoraLinear", only_x=True, opaque=True, promotes=True),
+    Kind("aqlm", "AqlmLoraLinear", only_x=True, opaque=True),
+    Kind("eetq", "EetqLoraLinear", only_x=True, opaque=True, promotes=True),
+    Kind("hqq", "HqqLoraLinear", opaque=True, promotes=True),
+    Kind("torchao", "TorchaoLoraLinear", opaque=True),
+)
+
+
 class Adapted(NamedTuple):
-    """A projection ready to compute, and whether PEFT casts x to the adapter's dtype."""
+    """A projection ready to compute.
+
+    casts_input: whether PEFT casts x to the adapter's dtype.
+    base: what is known of the base layer.
+    promotes: as `Kind` has it.
+    """
 
     projection: Projection
     casts_input: bool
+    base: Base
+    promotes: bool = False
 
 
 def is_lora_module(module: nn.Module) -> bool:
@@ -31,18 +74,42 @@ def is_lora_module(module: nn.Module) -> bool:
     return isinstance(module, LoraLayer)
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module is PEFT's LoRA linear itself and no subclass, which may compute otherwise."""
-    from peft.tuners.lora import Linear
+@functools.lru_cache(maxsize=None)
+def linear_kinds() -> dict[type, Kind]:
+    """PEFT's LoRA linears that can be imported here, and what they are."""
+    found = {}
+    for kind in _KINDS:
+        try:
+            cls = getattr(importlib.import_module(f"peft.tuners.lora.{kind.module}"), kind.name, None)
+        except ImportError:  # its quantisation library is not here
+            continue
+        if cls is not None:
+            found[cls] = kind
+    return found
 
-    return type(module) is Linear
+
+def is_lora_linear(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's LoRA linears itself and no subclass, which may compute otherwise."""
+    return type(module) in linear_kinds()
 
 
-def linear_class() -> type[nn.Module]:
-    """PEFT's LoRA linear, the class that `LoraLinear` takes the forward of."""
-    from peft.tuners.lora import Linear
+_names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
-    return Linear
+
+def note_names(root: nn.Module) -> None:
+    """Remembers what LoRA modules are called in a model, for errors that they raise."""
+    _names.update((module, name) for name, module in root.named_modules() if is_lora_linear(module))
+
+
+def name_of(module: nn.Module) -> str:
+    """A LoRA module's name in the model that was kernelized, else its class and size."""
+    return _names.get(module) or f"{type(module).__name__}({module.in_features}, {module.out_features})"
+
+
+def call_base(module: nn.Module, x: Tensor) -> Tensor:
+    """The base module's own result for x."""
+    own = module._modules.get("quant_linear_module")  # what PEFT calls where it is there
+    return (module._modules["base_layer"] if own is None else own)(x)
 
 
 def root_classes() -> tuple[type[nn.Module], ...]:
@@ -54,7 +121,7 @@ def root_classes() -> tuple[type[nn.Module], ...]:
 
 
 def read_linear(module: nn.Module) -> Union[Adapted, str]:
-    """The projection that a `peft.tuners.lora.Linear` computes now, or why it is PEFT's to compute."""
+    """The projection that one of PEFT's LoRA linears computes now, or why it is PEFT's to compute."""
     if module.disable_adapters:
         return "adapters are disabled"
     if module.merged:
@@ -70,21 +137,22 @@ def read_linear(module: nn.Module) -> Union[Adapted, str]:
 def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
     # Straight from the registries: nn.Module.__getattr__ would cost more than the checks do.
     modules = module._modules
-    base = modules["base_layer"]
+    layer, kind = modules["base_layer"], linear_kinds()[type(module)]
     dropout = modules["lora_dropout"]._modules[name]
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-    parts = {"base_layer": base, "lora_A": lora_a, "lora_B": lora_b, "lora_dropout": dropout}
+    parts = {"lora_A": lora_a, "lora_B": lora_b, "lora_dropout": dropout}
     dora = None
     if name in module.lora_variant:
         variant = module.lora_variant[name]
         if type(variant) is not _dora_variant():
             return f"LoRA variant {type(variant).__name__}"
         dora = parts["lora_magnitude_vector"] = modules["lora_magnitude_vector"]._modules[name]
-    transposed = module.fan_in_fan_out
-    if type(base) is not nn.Linear and not (transposed and _is_conv1d(base)):
-        return f"unknown base layer {type(base).__name__}"
-    if transposed and type(base) is nn.Linear:
-        return "fan_in_fan_out on a Linear"
+    transposed = getattr(module, "fan_in_fan_out", False)
+    base = read_base(layer, transposed, kind.opaque)
+    if isinstance(base, str):
+        return base
+    if base.called is None:  # a base that is called keeps what others do to its calls
+        parts["base_layer"] = layer
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return f"adapter layers are {type(lora_a).__name__} and {type(lora_b).__name__}, not Linear"
     for part, inner in parts.items():
@@ -102,28 +170,29 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
         return "a bias where PEFT has none"
     if _has_any_global_hook():
         return "hooks on all modules"
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
-    if dora is not None and transposed and weight.requires_grad:
+    known = base.operands
+    if dora is not None and transposed and known.weight.requires_grad:
         return "DoRA on a trained Conv1D weight, whose gradient PEFT detaches in part"
     magnitude = None if dora is None else dora._parameters["weight"]
-    operands = Operands(weight, bias, a["weight"], b["weight"], b["bias"], magnitude)
-    shape = _shape(base, transposed)
-    reason = _tensor_reason(operands, shape) or _fit_reason(operands, *(reversed(shape) if transposed else shape))
+    operands = known._replace(lora_a=a["weight"], lora_b=b["weight"], lora_bias=b["bias"], magnitude=magnitude)
+    reason = _tensor_reason(operands, base, transposed)
+    if reason is None and base.shape is not None:
+        reason = _fit_reason(operands, *base.shape)
     if reason:
         return reason
-    return Adapted(Projection(operands, float(scaling), _spec(p, transposed)), module.cast_input_dtype_enabled)
+    projection = Projection(operands, float(scaling), _spec(p, transposed, base.quantized))
+    if base.called and delta_reason(projection):
+        return delta_reason(projection)
+    return Adapted(projection, getattr(module, "cast_input_dtype_enabled", True), base, kind.promotes)
 
 
 def read_plain(module: nn.Module) -> Union[Adapted, str]:
-    """The base product of an `nn.Linear` that has no adapter, or why it must be called itself."""
-    if type(module) is not nn.Linear:
-        return f"{type(module).__name__}, not Linear"
-    reason = bypass_reason("the linear", module)
-    if reason:
-        return reason
-    operands = Operands(module._parameters["weight"], module._parameters["bias"])
-    reason = _tensor_reason(operands, _shape(module, False))
-    return reason or Adapted(Projection(operands, 1.0, _spec(0.0, False)), True)
+    """The base product of a linear that has no adapter, or why it must be called itself."""
+    base = read_base(module, False, False)
+    if isinstance(base, str):
+        return base
+    reason = base.called or bypass_reason("the linear", module) or _tensor_reason(base.operands, base)
+    return reason or Adapted(Projection(base.operands, 1.0, _spec(0.0, False, base.quantized)), True, base)
 
 
 @functools.lru_cache(maxsize=None)
@@ -134,18 +203,8 @@ def _dora_variant() -> type:
 
 
 @functools.lru_cache(maxsize=None)
-def _spec(dropout: float, transposed: bool) -> ProjectionSpec:
-    return ProjectionSpec(dropout, transposed)
-
-
-def _is_conv1d(base: nn.Module) -> bool:
-    return type(base).__name__ == "Conv1D" and type(base).__module__ == "transformers.pytorch_utils"
-
-
-def _shape(base: nn.Module, transposed: bool) -> tuple[int, int]:
-    if transposed:
-        return base.nx, base.nf
-    return base.out_features, base.in_features
+def _spec(dropout: float, transposed: bool, quantized: Optional[Quantized]) -> ProjectionSpec:
+    return ProjectionSpec(dropout, transposed, quantized)
 
 
 def _dropout(module: nn.Module, dropout: nn.Module, dora: bool) -> Union[float, str]:
@@ -171,10 +230,12 @@ def hooks_reason(name: str, part: nn.Module) -> Optional[str]:
     return None
 
 
-def _tensor_reason(operands: Operands, shape: tuple[int, int]) -> Optional[str]:
-    device = operands.weight.device
-    for name, tensor in zip(Operands._fields, operands):
-        if tensor is None:
+def _tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> Optional[str]:
+    """Of all tensors, or of the adapter's alone where the weight is not floating-point numbers."""
+    dense = base.quantized is None and operands.weight is not None
+    device = (operands.weight if operands.weight is not None else operands.lora_a).device
+    for name, tensor in zip(_DENSE_FIELDS, operands):
+        if tensor is None or (name == "weight" and not dense) or (name == "bias" and base.called):
             continue
         if type(tensor) not in _PLAIN_TENSORS:
             return f"{name} is a {type(tensor).__name__} (sharded or wrapped)"
@@ -184,7 +245,7 @@ def _tensor_reason(operands: Operands, shape: tuple[int, int]) -> Optional[str]:
             return f"{name} has dtype {tensor.dtype}"
         if tensor.device != device:
             return f"{name} is on {tensor.device}, the base weight on {device}"
-    if operands.weight.shape != shape:
+    if dense and operands.weight.shape != (base.shape[::-1] if transposed else base.shape):
         return f"weight has shape {tuple(operands.weight.shape)} (sharded or replaced)"
     return None
 
@@ -200,7 +261,7 @@ def _fit_reason(operands: Operands, n: int, k: int) -> Optional[str]:
 
 
 def call_reason(adapted: Adapted, x: object, args: tuple, kwargs: dict) -> Optional[str]:
-    """Why this call, with this x, is PEFT's own to compute; None where it is fused."""
+    """Why this call, with this x, is PEFT's own to compute; None where it is fused, its base called or not."""
     if args or kwargs:
         given = ", ".join(kwargs) or "positional arguments"
         return f"the call passes {given}"
@@ -213,22 +274,75 @@ def call_reason(adapted: Adapted, x: object, args: tuple, kwargs: dict) -> Optio
 
 def input_reason(adapted: Adapted, x: Tensor, features: int) -> Optional[str]:
     """Why PEFT computes an input of x's dtype, device and dimensions but with this many features."""
-    operands, spec = adapted.projection.operands, adapted.projection.spec
-    weight, bias = operands.weight, operands.bias
+    operands, base = adapted.projection.operands, adapted.base
     if type(x) not in _PLAIN_TENSORS:
         return f"x is a {type(x).__name__}"
-    if features != weight.shape[0 if spec.transposed else 1]:
+    width = base.shape[1] if base.shape is not None else operands.lora_a.shape[1]
+    if features != width:
         return f"x has shape {tuple(x.shape)}"
     if x.dim() == 1 and operands.magnitude is not None:
         return "DoRA of a vector, of which PEFT makes a matrix"
-    if x.device != weight.device:
-        return f"x is on {x.device}, the base weight on {weight.device}"
+    device = (operands.weight if operands.weight is not None else operands.lora_a).device
+    if x.device != device:
+        text = f"x is on {x.device}, the base weight on {device}"
+        return text if base.quantized is None else Broken(text)
     if torch.is_autocast_enabled(x.device.type):
         double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in (x, *operands))
         return f"autocast with x of {x.dtype} and float64" if double or not x.is_floating_point() else None
-    if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
-        return f"x of {x.dtype} on a base of {weight.dtype} without autocast"
+    dense = base.quantized is None and operands.weight is not None
+    bias = operands.bias
+    if dense and (x.dtype != operands.weight.dtype or (bias is not None and bias.dtype != operands.weight.dtype)):
+        return f"x of {x.dtype} on a base of {operands.weight.dtype} without autocast"
+    if not dense and not x.is_floating_point():
+        return f"x of {x.dtype}"
     adapter = {tensor.dtype for tensor in (operands.lora_a, operands.lora_b, operands.lora_bias) if tensor is not None}
     if len(adapter) > 1 or (adapter and not adapted.casts_input and x.dtype not in adapter):
         return "adapter dtypes differ and input casting does not reconcile them"
     return None
+
+
+def delta_reason(projection: Projection) -> Optional[str]:
+    """Why PEFT computes a projection whose base is called."""
+    operands, _, spec = projection
+    if operands.magnitude is None:
+        return None
+    if spec.quantized is None:
+        return "DoRA on a base that is called, its weight unknown"
+    if spec.dropout > 0.0:
+        return "DoRA with dropout on a base that is called"
+    if operands.bias is not None and operands.bias.requires_grad:
+        return "DoRA with a trained bias on a base that is called"
+    return None
+
+
+def called_reason(adapted: Adapted, x: Tensor, rows: Optional[int] = None) -> Optional[str]:
+    """Why the base's own forward computes the product of a call that `call_reason` lets pass; None where
+    we do. `rows` in place of x's own, where given."""
+    base = adapted.base
+    if base.called or base.quantized is None:
+        return base.called
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if x.dtype not in (dtype, torch.float32):
+        return f"base called: x of {x.dtype} under autocast to {dtype}"
+    if (base.compute or x.dtype) != dtype:
+        return f"base called: it computes in {base.compute or x.dtype}, the adapter in {dtype}"
+    if rows is None:
+        rows = x.numel() // max(x.shape[-1], 1)
+    few = rows <= FEW_ROWS and not torch.is_grad_enabled() and delta_reason(adapted.projection) is None
+    return BASE_OF_FEW_ROWS if few else None
+
+
+def own_reason(adapted: Adapted, called: str) -> Optional[str]:
+    """Why PEFT's own forward runs where the base is called for the reason `called`."""
+    plain = called is BASE_OF_FEW_ROWS and adapted.projection.operands.magnitude is None
+    return called if plain else delta_reason(adapted.projection)
+
+
+def result_dtype(adapted: Adapted, x: Tensor) -> torch.dtype:
+    """The dtype of PEFT's result on a quantised base: bitsandbytes casts back to x's, and under autocast for
+    GPUs PEFT's layers on it let DoRA's magnitude widen that."""
+    magnitude = adapted.projection.operands.magnitude
+    if magnitude is None or not (adapted.promotes and torch.is_autocast_enabled()):
+        return x.dtype
+    return torch.promote_types(x.dtype, magnitude.dtype)

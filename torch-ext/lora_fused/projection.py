@@ -7,7 +7,7 @@ gradient), so a group is described by a hashable `GroupSpec` and a flat tuple of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -16,17 +16,53 @@ from torch import Tensor
 class Operands(NamedTuple):
     """Tensors of one projection: weight [N, K], bias [N], lora_a [R, K], lora_b [N, R],
     lora_bias [N], magnitude [N]. None where the projection has none; without lora_a and lora_b it
-    is the base product alone, with a magnitude it is DoRA."""
+    is the base product alone, with a magnitude it is DoRA.
 
-    weight: Tensor
+    A quantised weight is stored as its `Quantized` says, and comes with absmax, the scale of each
+    block or row. Where absmax itself is quantised, it holds codes and nested_absmax, nested_code and
+    offset are there. A weight of None is the base module's own to multiply with."""
+
+    weight: Optional[Tensor]
     bias: Optional[Tensor] = None
     lora_a: Optional[Tensor] = None
     lora_b: Optional[Tensor] = None
     lora_bias: Optional[Tensor] = None
     magnitude: Optional[Tensor] = None
+    absmax: Optional[Tensor] = None
+    nested_absmax: Optional[Tensor] = None
+    nested_code: Optional[Tensor] = None
+    offset: Optional[Tensor] = None
 
 
 OPERANDS_PER_PROJECTION = len(Operands._fields)
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """A frozen weight of four bits a value, packed as bitsandbytes packs NF4 and FP4
+    (kernel-src/common/four_bit.h has the formula).
+
+    shape: [N, K]. blocksize: values that share one absmax. nested_blocksize: blocks that share one
+    nested_absmax, 0 where absmax is float32 itself. fp4: FP4, else NF4. dtype: of the weight before
+    it was quantised.
+    """
+
+    shape: tuple[int, int]
+    blocksize: int
+    nested_blocksize: int
+    fp4: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """A frozen weight [N, K] in int8, w = q · absmax / 127 with absmax [N] in float32."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+
+
+Quantized = Union[FourBit, EightBit]
 
 
 @dataclass(frozen=True)
@@ -35,10 +71,12 @@ class ProjectionSpec:
 
     dropout: probability with which an element of the LoRA path's input is dropped, 0 for none.
     transposed: the weight is stored [K, N], as `Conv1D` does.
+    quantized: how the weight is stored where it is not as floating-point numbers.
     """
 
     dropout: float = 0.0
     transposed: bool = False
+    quantized: Optional[Quantized] = None
 
 
 class Projection(NamedTuple):
@@ -48,6 +86,14 @@ class Projection(NamedTuple):
     operands: Operands
     scaling: float = 1.0
     spec: ProjectionSpec = ProjectionSpec()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        if self.spec.quantized is not None:
+            return self.spec.quantized.shape
+        n, k = self.operands.weight.shape
+        return (k, n) if self.spec.transposed else (n, k)
 
 
 @dataclass(frozen=True)

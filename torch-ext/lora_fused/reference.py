@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .activation import gated, gated_backward  # noqa: F401  (a backend has them)
-from .projection import Mask
+from .projection import FourBit, Mask, Operands
 
 
 def dropout(x: Tensor, mask: Mask, dtype: Optional[torch.dtype] = None) -> Tensor:
@@ -101,3 +101,32 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
     for tensor in (weight, lora_a, lora_b):
         wide = torch.promote_types(wide, tensor.dtype)
     return torch.linalg.vector_norm(weight.to(wide) + scaling * (lora_b.to(wide) @ lora_a.to(wide)), dim=1)
+
+
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4_HALF = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 0.5, 2 / 12, 0.25)
+
+
+def code_4bit(fp4: bool, device: torch.device) -> Tensor:
+    """The 16 values of FP4 or NF4 in float32."""
+    values = (*_FP4_HALF, *(-value for value in _FP4_HALF)) if fp4 else _NF4
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def dequantize_4bit(operands: Operands, quantized: FourBit, first: int, out: Tensor) -> Tensor:
+    """Elements [first, first + out.numel()) of a flat four-bit weight written to `out`, as
+    kernel-src/common/four_bit.h has the formula: the oracle of the native op."""
+    at = torch.arange(first, first + out.numel(), device=out.device)
+    byte = operands.weight.detach().view(torch.uint8).flatten()[at // 2].long()
+    block = at // quantized.blocksize
+    absmax = operands.absmax[block]
+    if quantized.nested_blocksize > 0:
+        scale = operands.nested_absmax[block // quantized.nested_blocksize]
+        absmax = operands.nested_code[absmax.long()] * scale + operands.offset
+    values = code_4bit(quantized.fp4, out.device)[torch.where(at % 2 == 0, byte >> 4, byte & 15)]
+    return out.copy_((values * absmax).view(out.shape))

@@ -155,7 +155,7 @@ def _ready(sibling: nn.Module, x: Tensor, layer: type) -> Optional[Projection]:
     if getattr(bound, "__func__", None) is not layer.forward or sibling._forward_pre_hooks:
         return None
     state = peft_state.read_linear(sibling)
-    if isinstance(state, str) or peft_state.call_reason(state, x, (), {}):
+    if isinstance(state, str) or peft_state.call_reason(state, x, (), {}) or peft_state.called_reason(state, x):
         return None
     return state.projection
 
@@ -180,11 +180,12 @@ def _same(before: Projection, now: Projection) -> bool:
 
 def _states(projection: Projection) -> tuple[tuple[int, bool], ...]:
     """Of every operand its version and whether it is trained."""
-    return tuple(
-        (-1 if tensor.is_inference() else tensor._version, tensor.requires_grad)
-        for tensor in projection.operands
-        if tensor is not None
-    )
+    with torch._C.DisableTorchFunctionSubclass():  # a quantised weight is a subclass
+        return tuple(
+            (-1 if tensor.is_inference() else tensor._version, tensor.requires_grad)
+            for tensor in projection.operands
+            if tensor is not None
+        )
 
 
 def _forget() -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend as backends
-from .. import compose
+from .. import base, compose
 from ..member import Member, batches_of, cat, members_of, split
 from ..projection import GroupSpec, Operands, flatten, unflatten
 
@@ -65,8 +65,8 @@ def _gains(members: Sequence[Member]) -> tuple[list[Optional[Tensor]], list[Opti
     """(norms, gains), None for plain LoRA."""
     operands = [member.operands for member in members]
     weights = [p.weight.t() if member.transposed else p.weight for member, p in zip(members, operands)]
-    fields = ([getattr(p, name) for p in operands] for name in ("lora_a", "lora_b", "magnitude"))
-    return backends.dora_gains(weights, *fields, [member.scaling for member in members])
+    scalings = [member.scaling for member in members]
+    return base.dora_gains(weights, operands, [member.quantized for member in members], scalings)
 
 
 def forward_group(

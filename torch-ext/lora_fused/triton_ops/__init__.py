@@ -5,6 +5,7 @@ Skinny products over all tokens are plain matrix products, which the library doe
 
 from ..reference import dropout, outer, scale, token_sum
 from .column_norm import column_norm
+from .dequantize_4bit import dequantize_4bit
 from .down import down
 from .gated_act import gated, gated_backward
 from .gather_add import gather_add
@@ -16,6 +17,7 @@ from .up_add import up_add, up_add_scaled
 
 __all__ = [
     "column_norm",
+    "dequantize_4bit",
     "down",
     "dropout",
     "gated",

@@ -1,0 +1,251 @@
+"""QLoRA and QDoRA: the frozen bitsandbytes stack, PEFT and lora-fused in one process.
+
+Three parts: the dequantisation alone, against bitsandbytes' and the GPU's own bandwidth; single linears of
+few rows, the base called against the fused path; an 8B-shaped model in NF4 with double quantisation, forward
++ backward, every trainable parameter changed in place before each step. What does not give bitsandbytes'
+bits or PEFT's results has no speed to report. A GPU is required.
+
+    python benchmarks/benchmark_qlora.py --kernel build --out results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+import time
+
+import benchmark_lora as common
+import bitsandbytes as bnb
+import kernels
+import peft
+import torch
+import transformers
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHAPES = ((1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672))
+CACHE = 256 * 2**20  # more than any L2: inputs rotate through this much memory
+
+
+def graph_us(function, inputs, repeats=7) -> float:
+    """Median GPU time of a call over inputs in turn, from replays of a graph: no host time."""
+    for x in inputs:
+        function(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for x in inputs + inputs:
+            function(x)
+    times = []
+    for _ in range(repeats + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / (2 * len(inputs)))
+    return statistics.median(times[1:])
+
+
+def wall_us(function, calls=30) -> float:
+    """Time of a call in a row of them, host and GPU as they overlap."""
+    for _ in range(5):
+        function()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls * 1e6
+
+
+def quantise(weight):
+    return bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+
+
+def bandwidth() -> float:
+    """Bytes per second, read and written, of a copy by a kernel."""
+    source = torch.ones(2**28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / graph_us(lambda x: torch.neg(x, out=target), [source]) * 1e6
+
+
+def dequantisation(lora_fused, shape, dtype, copy_rate) -> dict:
+    n, k = shape
+    count = min(8, 1 + CACHE // (n * k))
+    stored = [quantise(torch.randn(shape, device="cuda", dtype=dtype) * k**-0.5) for _ in range(count)]
+    outs = [torch.empty(shape, device="cuda", dtype=dtype) for _ in range(count)]
+    inputs = []
+    for (packed, state), out in zip(stored, outs):
+        inner = state.state2
+        operands = lora_fused.Operands(
+            packed, absmax=state.absmax, nested_absmax=inner.absmax, nested_code=inner.code, offset=state.offset
+        )
+        inputs.append((operands, packed, state, out))
+    spec = lora_fused.projection.FourBit(shape, 64, 256, False, dtype)
+    ours = lora_fused.backend.dequantize_4bit(inputs[0][0], spec, 0, outs[0])
+    result = {"kind": "dequantize", "n": n, "k": k, "dtype": str(dtype)[6:]}
+    if not torch.equal(ours, bnb.functional.dequantize_4bit(*stored[0])):
+        return {**result, "failed": "not bitsandbytes' values: no speed reported"}
+    result["ours_us"] = graph_us(lambda x: lora_fused.backend.dequantize_4bit(x[0], spec, 0, x[3]), inputs)
+    result["bitsandbytes_us"] = graph_us(lambda x: bnb.functional.dequantize_4bit(x[1], x[2], out=x[3]), inputs)
+    result["triton_us"] = graph_us(
+        lambda x: lora_fused.backend.get("triton").dequantize_4bit(x[0], spec, 0, x[3]), inputs
+    )
+    written = n * k * outs[0].element_size()
+    result["bytes"] = n * k // 2 + written + n * k // 64
+    result["of_copy_bandwidth"] = result["bytes"] / result["ours_us"] * 1e6 / copy_rate
+    return result
+
+
+def four_bit(linear):
+    new = bnb.nn.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+    )
+    new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=new)
+    return new.cuda()
+
+
+def replace(model):
+    """`model` with its linears in NF4, double-quantised."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Linear:
+                setattr(parent, name, four_bit(child))
+                del child
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def few_rows(lora_fused, k, n, rows, backward) -> dict:
+    """One linear: PEFT, the base called, the fused path, wall time of a call."""
+    case = dict(kind="linear", variant="LoRA", rank=32)
+    model = common.adapt(replace(common.build(lambda: common.SingleLinear(k, n))), case, torch.bfloat16)
+    x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16, requires_grad=backward)
+    dy = torch.randn(rows, n, device="cuda", dtype=torch.bfloat16)
+
+    def run():
+        if backward:
+            model(x).backward(dy)
+        else:
+            with torch.no_grad():
+                model(x)
+
+    result = {"kind": "few rows", "k": k, "n": n, "rows": rows, "backward": backward, "peft_us": wall_us(run)}
+    fuse(model, lora_fused)
+    own = lora_fused.peft_state.FEW_ROWS
+    for name, limit in (("called_us", 2**30), ("fused_us", -1)):
+        lora_fused.peft_state.FEW_ROWS = limit
+        result[name] = wall_us(run)
+    lora_fused.peft_state.FEW_ROWS = own
+    return result
+
+
+def fuse(model, lora_fused) -> None:
+    with lora_fused.use_peft_layers():
+        kernels.kernelize(model, mode=kernels.Mode.TRAINING)
+    rows = lora_fused.explain(model)
+    assert all(row.fused and row.backend != "base called" for row in rows), str(rows)
+
+
+def model_case(case: dict, lora_fused) -> dict:
+    dtype = torch.float32 if case["adapter"] == "fp32" else torch.bfloat16
+    torch.manual_seed(2)
+    x = torch.randn(1, 2048, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    inputs = {"call": {"inputs_embeds": x}, "leaf": x, "dy": torch.randn_like(x)}
+    two = common.adapt(replace(common.build(lambda: common.llama_8b_shape(2, False))), case, dtype)
+    theirs, their_grad = common.norms(two, inputs, case["autocast"])
+    fuse(two, lora_fused)
+    ours, our_grad = common.norms(two, inputs, case["autocast"])
+    del two
+    common.release_memory()
+    difference = ((ours - theirs).double().norm() / theirs.double().norm()).item()
+    result = {**case, "output_difference": difference, "grad_norm": {"peft": their_grad, "ours": our_grad}}
+    if difference > common.TOLERANCE or abs(our_grad / their_grad - 1) > common.TOLERANCE:
+        return {**result, "failed": "not the same result as PEFT: no speed reported"}
+    base = replace(common.build(lambda: common.llama_8b_shape(case["layers"], False)))
+    common.release_memory()
+    result["frozen"] = common.measure(base, inputs, case["autocast"], case["repeats"])
+    model = common.adapt(base, case, dtype)
+    fuse(model, lora_fused)
+    result["ours"] = common.measure(model, inputs, case["autocast"], case["repeats"])
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    result["peft"] = common.measure(model, inputs, case["autocast"], case["repeats"])
+    return result
+
+
+def model_cases(layers: int, repeats: int) -> list[dict]:
+    runs = (("LoRA", "fp32", True), ("DoRA", "fp32", True), ("LoRA", "bf16", False))
+    return [
+        dict(kind="llama-8b", variant=variant, layers=layers, rank=32, adapter=adapter, autocast=autocast, repeats=repeats)
+        for variant, adapter, autocast in runs
+    ]
+
+
+def describe(r: dict) -> str:
+    if r["kind"] == "dequantize":
+        head = f"dequantize {r['n']}x{r['k']} {r['dtype']}"
+        return f"{head:36} " + (
+            r.get("failed")
+            or f"ours {r['ours_us']:7.1f} us ({r['of_copy_bandwidth']:.2f} of a copy's rate), Triton {r['triton_us']:7.1f}, "
+            f"bitsandbytes {r['bitsandbytes_us']:7.1f} ({r['bitsandbytes_us'] / r['ours_us']:.2f}x)"
+        )
+    if r["kind"] == "few rows":
+        head = f"{r['k']}->{r['n']}, {r['rows']} rows{', backward' if r['backward'] else ''}"
+        return f"{head:36} called {r['called_us']:7.1f} us, fused {r['fused_us']:7.1f} us, PEFT {r['peft_us']:7.1f} us"
+    head = f"{r['layers']} layers {r['variant']} {r['adapter']}{' autocast' if r['autocast'] else ''}"
+    if "failed" in r:
+        return f"{head:36} {r['failed']} {r['output_difference']:.3g} {r['grad_norm']}"
+    parts = ", ".join(
+        f"{name} {r[name]['ms']:.1f} ms ({r[name]['ms'] / r['frozen']['ms']:.2f}x) {r[name]['peak_gb']:.2f} GB"
+        for name in ("frozen", "ours", "peft")
+    )
+    return f"{head:36} {parts}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", type=pathlib.Path, default=ROOT / "build", help="build folder to load")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark_qlora.json"))
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--kind", choices=("dequantize", "few rows", "llama-8b"), help="only these cases")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a CUDA GPU is required")
+    lora_fused = kernels.get_local_kernel(arguments.kernel)
+    rate = bandwidth()
+    environment = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "peft": peft.__version__,
+        "bitsandbytes": bnb.__version__,
+        "transformers": transformers.__version__,
+        "copy_tb_per_s": rate / 1e12,
+    }
+    results = []
+
+    def run(kind, make):
+        if arguments.kind not in (None, kind):
+            return
+        results.append(make())
+        print(describe(results[-1]), flush=True)
+        common.release_memory()
+        arguments.out.write_text(json.dumps({"environment": environment, "results": results}, indent=1))
+
+    for shape in SHAPES:
+        for dtype in (torch.bfloat16, torch.float32):
+            run("dequantize", lambda: dequantisation(lora_fused, shape, dtype, rate))
+    for k, n in ((4096, 4096), (4096, 14336)):
+        for rows in (1, 4, 8, 16, 32, 64):
+            run("few rows", lambda: few_rows(lora_fused, k, n, rows, backward=False))
+        for rows in (4, 16):
+            run("few rows", lambda: few_rows(lora_fused, k, n, rows, backward=True))
+    for case in model_cases(arguments.layers, arguments.repeats):
+        run("llama-8b", lambda: model_case(case, lora_fused))
+
+
+if __name__ == "__main__":
+    main()

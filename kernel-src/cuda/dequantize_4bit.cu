@@ -1,0 +1,143 @@
+// Four-bit weights to floating point on CUDA, see common/four_bit.h.
+//
+// Fused: nested absmax and values in one launch. Bound by memory: half a byte read and an element
+// written per value. A thread takes 32 values in groups of eight, four of float32: four or two bytes
+// in, 16 out, neighbouring threads side by side, all reads of a thread in flight at once. The 16 values of the code stand in shared memory, one a bank. Operands that are not aligned, and
+// the last values of a weight, go byte by byte.
+#include "../common/four_bit.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <type_traits>
+
+#include "../../torch-ext/torch_binding.h"
+
+namespace {
+
+using lora_fused::FourBit;
+using torch::headeronly::ScalarType;
+
+constexpr int kThreads = 256, kPerThread = 32, kPerBlock = kThreads * kPerThread;
+// Values of a group: 16 bytes out, so that a warp's store is contiguous.
+template <typename T>
+constexpr int kGroup = 16 / sizeof(T);
+
+__device__ const float kCodes[2][16] = {LORA_FUSED_NF4_CODE, LORA_FUSED_FP4_CODE};
+
+__device__ __forceinline__ void convert(float* out, float value) { *out = value; }
+__device__ __forceinline__ void convert(__nv_bfloat16* out, float value) {
+  *out = __float2bfloat16_rn(value);
+}
+__device__ __forceinline__ void convert(__half* out, float value) { *out = __float2half_rn(value); }
+
+template <bool kNested>
+__device__ __forceinline__ float absmax_of(const FourBit& p, int64_t block) {
+  if constexpr (!kNested) return __ldg(p.absmax + block);
+  const float product = __fmul_rn(__ldg(p.nested_code + __ldg(p.absmax_codes + block)),
+                                  __ldg(p.nested_absmax + (block >> p.nested_shift)));
+  return __fadd_rn(product, __ldg(p.offset));
+}
+
+template <typename T>
+struct alignas(16) Group {
+  T value[kGroup<T>];
+};
+
+template <typename T, bool kNested, bool kVector>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_4bit_fwd_kernel(const __grid_constant__ FourBit p) {
+  constexpr int kValues = kGroup<T>, kUnroll = kPerThread / kValues;
+  using Bytes = std::conditional_t<kValues == 8, uint32_t, uint16_t>;  // of a group
+  __shared__ float code[16];
+  if (threadIdx.x < 16) code[threadIdx.x] = kCodes[p.fp4][threadIdx.x];
+  const int64_t start = int64_t{blockIdx.x} * kPerBlock, flat = p.first + start;
+  const int left = static_cast<int>(min(p.count - start, int64_t{kPerBlock}));
+  const uint8_t* const packed = p.packed + flat / 2;
+  T* const out = static_cast<T*>(p.out) + start;
+  uint32_t bytes[kUnroll];
+  float absmax[kUnroll];
+  if constexpr (kVector) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      // Without a branch, so that no read waits for another: what is past the end reads the start.
+      const int at = (u * kThreads + threadIdx.x) * kValues;
+      const int64_t from = at + kValues <= left ? flat + at : p.first;
+      bytes[u] = __ldg(reinterpret_cast<const Bytes*>(p.packed + from / 2));
+      absmax[u] = absmax_of<kNested>(p, from >> p.shift);
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int at = (u * kThreads + threadIdx.x) * kValues;
+    if (at >= left) return;
+    if (kVector && at + kValues <= left) {
+      Group<T> group;
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {  // the high half of each byte comes first
+        const uint32_t q = (bytes[u] >> (4 * (i ^ 1))) & 15;
+        convert(&group.value[i], __fmul_rn(code[q], absmax[u]));
+      }
+      *reinterpret_cast<Group<T>*>(out + at) = group;
+      continue;
+    }
+#pragma unroll 1
+    for (int i = at; i < min(at + kValues, left); ++i) {
+      const uint32_t byte = packed[i / 2], q = i % 2 ? byte & 15 : byte >> 4;
+      convert(out + i, __fmul_rn(code[q], absmax_of<kNested>(p, (flat + i) >> p.shift)));
+    }
+  }
+}
+
+template <typename T, bool kNested>
+void launch(const FourBit& p, bool vector, cudaStream_t stream) {
+  const unsigned grid = static_cast<unsigned>((p.count + kPerBlock - 1) / kPerBlock);
+  if (vector)
+    dequantize_4bit_fwd_kernel<T, kNested, true><<<grid, kThreads, 0, stream>>>(p);
+  else
+    dequantize_4bit_fwd_kernel<T, kNested, false><<<grid, kThreads, 0, stream>>>(p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename T>
+void run(const FourBit& p, bool vector, cudaStream_t stream) {
+  p.nested_absmax ? launch<T, true>(p, vector, stream) : launch<T, false>(p, vector, stream);
+}
+
+}  // namespace
+
+void dequantize_4bit_cuda(const torch::stable::Tensor& packed,
+                          const torch::stable::Tensor& absmax,
+                          std::optional<torch::stable::Tensor> nested_absmax,
+                          std::optional<torch::stable::Tensor> nested_code,
+                          std::optional<torch::stable::Tensor> offset, int64_t blocksize,
+                          int64_t nested_blocksize, bool fp4, int64_t first,
+                          torch::stable::Tensor out) {
+  STD_TORCH_CHECK(out.is_cuda(), "dequantize_4bit: out must be on a GPU like the other tensors");
+  const FourBit p = lora_fused::four_bit_of(packed, absmax, nested_absmax, nested_code, offset,
+                                            blocksize, nested_blocksize, fp4, first, out);
+  if (p.count == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+  void* stream_ptr = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(out.get_device_index(), &stream_ptr));
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_ptr);
+  const auto aligned = [](const void* data, int64_t bytes) {
+    return reinterpret_cast<uintptr_t>(data) % bytes == 0;
+  };
+  // A group lies in one block, and there is one.
+  const bool vector = p.count >= 8 && p.first % 8 == 0 && blocksize % 8 == 0 &&
+                      aligned(p.packed, 4) && aligned(p.out, 16);
+  if (out.scalar_type() == ScalarType::Float)
+    run<float>(p, vector, stream);
+  else if (out.scalar_type() == ScalarType::BFloat16)
+    run<__nv_bfloat16>(p, vector, stream);
+  else
+    run<__half>(p, vector, stream);
+}

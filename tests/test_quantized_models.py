@@ -1,0 +1,401 @@
+"""Whole models on four-bit bases: groups and gated MLPs, quantised and mixed; training, saving, what is
+kept for backward, streams, and quantisation states that are damaged."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from cases import FACTOR, QUANTISED_CASES, UNIT, Case
+from peft import PeftModel
+from torch import nn
+
+bnb = pytest.importorskip("bitsandbytes")
+import quantised  # noqa: E402
+
+BF16, F32 = torch.bfloat16, torch.float32
+ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def run(model, ids, autocast=None):
+    """(logits, gradients) of one training step's forward and backward."""
+    model.zero_grad()
+    with quantised.as_on_gpu(ids.device.type, autocast):
+        out = model(ids, labels=ids)
+    out.loss.backward()
+    return out.logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_close(ours, theirs, tolerance):
+    for name, (mine, peft) in {"logits": (ours[0], theirs[0]), **{n: (g, theirs[1][n]) for n, g in ours[1].items()}}.items():
+        error = (mine.double() - peft.double()).norm() / peft.double().norm()
+        assert error <= tolerance, (name, error.item())
+
+
+@pytest.mark.parametrize("names", (None, {"q_proj", "v_proj", "gate_proj", "down_proj"}), ids=("all", "mixed"))
+@pytest.mark.parametrize("config", ({}, dict(use_dora=True), dict(bias="all")), ids=str)
+def test_llama(lora_fused, device, names, config):
+    """Quantised and other projections in one group and one gated MLP: logits and all gradients of PEFT."""
+    model, ids = quantised.llama(device, names, **config)
+    theirs = run(model, ids)
+    quantised.fuse(lora_fused, model, device)
+    for _ in range(3):
+        ours = run(model, ids)
+    rows = lora_fused.explain(model, rows=ids.numel())
+    assert all(row.fused and row.backend != "base called" for row in rows), str(rows)
+    groups = {row.module.rpartition(".")[2]: row.group for row in rows}
+    assert groups["q_proj"] == groups["v_proj"] == "q_proj+k_proj+v_proj"
+    assert groups["gate_proj"] == groups["down_proj"] != "single" and groups["gate_proj"].endswith("mlp")
+    assert_close(ours, theirs, 2e-5)
+
+
+@pytest.mark.parametrize("names", (None, {"q_proj", "v_proj", "gate_proj", "down_proj"}), ids=("all", "mixed"))
+@pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=("lora", "dora"))
+def test_llama_under_autocast(lora_fused, device, names, config):
+    """float32 activations, bf16 products; a mixed MLP runs its own forward, its projections fused."""
+    model, ids = quantised.llama(device, names, compute=BF16, **config)
+    for name, parameter in model.named_parameters():  # as prepare_model_for_kbit_training leaves them
+        if "norm" in name or "embed" in name:
+            parameter.data = parameter.data.float()
+    truth = run(quantised.exact(model), ids)
+    theirs = run(model, ids, BF16)
+    quantised.fuse(lora_fused, model, device)
+    for _ in range(2):
+        ours = run(model, ids, BF16)
+    assert ours[0].dtype == theirs[0].dtype
+    with quantised.as_on_gpu(device, BF16):
+        rows = lora_fused.explain(model, rows=ids.numel())
+    assert all(row.fused for row in rows), str(rows)
+    flat = [{"logits": result[0], **result[1]} for result in (ours, theirs, truth)]
+    for name, exact in flat[2].items():
+        mine, peft = ((flat[i][name].double() - exact).norm() / exact.norm() for i in (0, 1))
+        assert mine <= FACTOR * peft + UNIT[BF16], (name, mine.item(), peft.item())
+
+
+def test_a_frozen_quantised_member(lora_fused, device):
+    """A gated MLP of which only gate is adapted: the others are quantised members without an adapter."""
+    model, ids = quantised.llama(device, target_modules=["gate_proj", "q_proj"])
+    theirs = run(model, ids)
+    quantised.fuse(lora_fused, model, device)
+    ours = run(model, ids)
+    rows = lora_fused.explain(model, rows=ids.numel())
+    assert {row.group for row in rows if row.module.endswith("gate_proj")} != {"single"}, str(rows)
+    assert_close(ours, theirs, 2e-5)
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+@pytest.mark.parametrize("config", ({}, dict(lora_dropout=0.2)), ids=str)
+def test_checkpointing(lora_fused, device, reentrant, config):
+    """Weights dequantised again for the recomputation, too: the gradients of a run without it."""
+    model, ids = quantised.llama(device, **config)
+    quantised.fuse(lora_fused, model, device)
+    for _ in range(3):
+        run(model, ids)
+    torch.manual_seed(3)
+    plain = run(model, ids)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
+    torch.manual_seed(3)
+    assert_close(run(model, ids), plain, 1e-6)
+
+
+@pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=("lora", "dora"))
+def test_twenty_steps_and_back_to_plain_peft(lora_fused, device, config, tmp_path):
+    """Losses of PEFT for 20 steps of AdamW; the saved adapter gives the same logits in plain PEFT. In
+    training mode throughout: in evaluation bitsandbytes may compute in bfloat16 on a CPU."""
+
+    def train(fused):
+        model, ids = quantised.llama(device, **config)
+        if fused:
+            quantised.fuse(lora_fused, model, device)
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+        losses = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return model, ids, torch.tensor(losses)
+
+    model, ids, theirs = train(False)
+    ours_model, _, ours = train(True)
+    assert theirs[-1] < theirs[0] - 0.3
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-4)
+    ours_model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = ours_model(ids).logits
+    plain, _ = quantised.llama(device, seed=9)
+    plain = PeftModel.from_pretrained(plain.unload(), tmp_path, autocast_adapter_dtype=False).train()
+    assert type(plain.base_model.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_states_change_after_kernelizing(lora_fused, device):
+    """Disabled, merged, a second adapter, a weight quantised anew: PEFT's results at once."""
+    case = QUANTISED_CASES[5]
+    model = quantised.replace(quantised.One(case, F32, device), lambda m: quantised.four_bit(m, F32, device))
+    model, layer = quantised.adapted(model, case)
+    quantised.fuse(lora_fused, model, device)
+    x = torch.randn(40, case.k, device=device)
+
+    def check():
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), type(layer).forward(layer, x), rtol=1e-5, atol=1e-5)
+
+    check()
+    with model.disable_adapter():
+        check()
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    check()
+    model.base_model.set_adapter(["default", "other"])
+    assert "several active adapters" in lora_fused.explain(model)[0].reason
+    check()
+    model.set_adapter("default")
+    new = quantised.four_bit(nn.Linear(case.k, case.n, device=device), F32, device, quant_type="fp4", blocksize=32)
+    layer.base_layer.weight = new.weight
+    check()
+    layer.base_layer.weight.data = torch.randint_like(new.weight.data, 0, 256)
+    check()
+    model.merge_adapter()
+    check()
+
+
+def test_small_inputs_do_not_dequantise(lora_fused, device, monkeypatch):
+    """Decoding, one row: the base's own product, nothing dequantised by us. In training mode, since in
+    evaluation bitsandbytes packs the weight anew on CPUs with AVX-512 BF16, and it is its own then."""
+    model, ids = quantised.llama(device)
+    quantised.fuse(lora_fused, model, device)
+    calls = []
+    for owner, name in ((lora_fused.siblings, "compute"), (lora_fused.functional, "compute_gated")):
+        own = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, own=own: calls.append(args) or own(*args))
+    with torch.no_grad():
+        model(ids[:1, :1])
+        assert not calls
+        model(ids)
+        assert len(calls) == 10  # four projections and one gated MLP a layer
+
+
+# Saved for backward: the packed weight and its scales, never a weight in floating point.
+
+
+@pytest.mark.parametrize("config", ({}, dict(use_dora=True), dict(lora_dropout=0.1)), ids=str)
+def test_nothing_dequantised_is_saved(lora_fused, device, config):
+    model, ids = quantised.llama(device, **config)
+    quantised.fuse(lora_fused, model, device)
+    for _ in range(3):
+        run(model, ids)
+    known = {t.untyped_storage().data_ptr() for t in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = module.weight.quant_state
+            known |= {t.untyped_storage().data_ptr() for t in (state.absmax, state.offset, state.state2.absmax, state.state2.code)}
+    saved, floats = [], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = model(ids, labels=ids).loss
+    packed = [t for t in saved if t.dtype == torch.uint8]
+    floats = [t for t in saved if t.is_floating_point() and t.untyped_storage().data_ptr() not in known]
+    assert len(packed) >= 14 and {t.untyped_storage().data_ptr() for t in packed} <= known
+    weights = {(64, 64), (32, 64), (128, 64), (64, 128)}
+    assert not [t for t in floats if tuple(t.shape) in weights or tuple(t.shape[::-1]) in weights]
+    loss.backward()
+
+
+def test_dequantised_weights_die_with_their_product(lora_fused, device, monkeypatch):
+    """Weights quantised from another dtype than they compute in go through Python: PEFT's results, and no
+    weight in floating point outlives its product."""
+    model, ids = quantised.llama(device, stored=BF16)
+    theirs = run(model, ids)
+    quantised.fuse(lora_fused, model, device)
+    assert_close(run(model, ids), theirs, 2e-5)
+    alive, most = [], []
+    own = lora_fused.base._rows
+
+    def watched(*args):
+        weight = own(*args)
+        alive.append(weakref.ref(weight))
+        most.append(sum(ref() is not None for ref in alive))
+        return weight
+
+    monkeypatch.setattr(lora_fused.base, "_rows", watched)
+    loss = model(ids, labels=ids).loss
+    gc.collect()
+    assert len(alive) == 14 and not any(ref() is not None for ref in alive)
+    loss.backward()
+    assert len(alive) == 14 + 11 and max(most) <= 2  # ids need no gradient
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_few_dequantised_weights_at_a_time(lora_fused):
+    """Three projections of one input: one weight in floating point during the forward, the group's own,
+    which one launch may need, during the backward, none afterwards."""
+
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(2048, 2048, bias=False) for _ in range(3))
+
+        def forward(self, x):
+            return self.q(x) + self.k(x) + self.v(x)
+
+    model = Three().to("cuda", BF16)
+    model = quantised.replace(model, lambda m: quantised.four_bit(m, BF16, "cuda"))
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(model, LoraConfig(r=8, target_modules=["q", "k", "v"])).train()
+    quantised.fuse(lora_fused, model, "cuda")
+    x = torch.randn(64, 2048, device="cuda", dtype=BF16, requires_grad=True)
+    for _ in range(3):
+        with torch.autocast("cuda", dtype=BF16):
+            y = model(x)
+        y.sum().backward()
+    del y
+    weight = 2048 * 2048 * 2
+    for backward, least, most in ((False, 1, 1.9), (True, 1, 3.9)):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", dtype=BF16):
+            y = model(x)
+        if backward:
+            y.sum().backward()
+        assert least * weight <= torch.cuda.max_memory_allocated() - before < most * weight
+        del y
+
+
+# What is damaged
+
+
+def damage(layer, what, device):
+    base = layer.base_layer
+    state = base.weight.quant_state
+    if what == "blocksize":
+        state.blocksize = 128
+    elif what == "odd blocksize":
+        state.blocksize = 48
+    elif what == "absmax":
+        state.absmax = None
+    elif what == "short absmax":
+        state.absmax = state.absmax[:-1]
+    elif what == "offset":
+        state.offset = None
+    elif what == "packed":
+        base.weight.data = base.weight.data[:-8]
+    elif what == "device":
+        state.absmax = state.absmax.to("meta" if device == "cpu" else "cpu")
+    elif what == "absmax dtype":
+        state.absmax = state.absmax.float()
+    elif what == "nested":
+        state.state2.absmax = state.state2.absmax[:0]
+
+
+DAMAGES = {
+    "blocksize": "absmax has 390 elements, expected 195",
+    "odd blocksize": "blocksize 48, expected one of",
+    "absmax": "absmax is missing",
+    "short absmax": "absmax has 389 elements, expected 390",
+    "offset": "offset is missing",
+    "packed": "packed weight holds 24944 values, expected 24960",
+    "device": "absmax is on",
+    "absmax dtype": "absmax has dtype torch.float32, expected torch.uint8",
+    "nested": "nested absmax has 0 elements, expected 2",
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+@pytest.mark.parametrize("rows", (1, 40))
+def test_damaged_states_name_the_module(lora_fused, device, what, rows):
+    case = QUANTISED_CASES[5]
+    model = quantised.replace(quantised.One(case, F32, device), lambda m: quantised.four_bit(m, F32, device))
+    model, layer = quantised.adapted(model, case)
+    quantised.fuse(lora_fused, model, device)
+    damage(layer, what, device)
+    with pytest.raises(ValueError, match=r"^model\.proj: .*" + DAMAGES[what]):
+        model(torch.randn(rows, case.k, device=device))
+    with pytest.warns(UserWarning, match="none of the 1"):
+        assert DAMAGES[what] in lora_fused.explain(model)[0].reason
+
+
+def test_a_weight_not_quantised_yet(lora_fused):
+    """bitsandbytes quantises when the layer is moved; before that PEFT fails on an assertion."""
+    case = Case((7,), 64, 32, 4)
+    model = quantised.One(case, F32, "cpu")
+    model = quantised.replace(model, lambda m: bnb.nn.Linear4bit(case.k, case.n, bias=False, compute_dtype=F32))
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["proj"]))
+    with pytest.warns(UserWarning):
+        quantised.fuse(lora_fused, model)
+    with pytest.raises(ValueError, match=r"model\.proj: .*not quantised yet"):
+        model(torch.randn(7, case.k))
+
+
+def test_x_on_another_device(lora_fused):
+    case = QUANTISED_CASES[5]
+    model = quantised.replace(quantised.One(case, F32, "cpu"), lambda m: quantised.four_bit(m, F32))
+    model, layer = quantised.adapted(model, case)
+    quantised.fuse(lora_fused, model)
+    with pytest.raises(ValueError, match=r"model\.proj: x is on meta, the base weight on cpu"):
+        model(torch.randn(40, case.k, device="meta"))
+
+
+def test_states_that_are_bitsandbytes_own(lora_fused):
+    """A state that its layer alone holds, and one packed for inference: PEFT's own forward."""
+    case = QUANTISED_CASES[5]
+    model = quantised.replace(quantised.One(case, F32, "cpu"), lambda m: quantised.four_bit(m, F32))
+    model, layer = quantised.adapted(model, case)
+    quantised.fuse(lora_fused, model)
+    state, layer.base_layer.weight.quant_state = layer.base_layer.weight.quant_state, None
+    with pytest.warns(UserWarning):
+        assert "lost its quantisation state" in lora_fused.explain(model)[0].reason
+    assert model(torch.randn(40, case.k)).shape == (40, case.n)  # its forward finds it on the layer
+    assert layer.base_layer.weight.quant_state is state and lora_fused.explain(model)[0].fused
+    state.packing_format_for_cpu = True
+    with pytest.warns(UserWarning):
+        assert "packed for inference" in lora_fused.explain(model)[0].reason
+
+
+# Two things at once
+
+
+def test_two_models_interleaved(lora_fused, device):
+    """Forwards of two models before either's backward: each its own weights."""
+    models = [quantised.llama(device, seed=seed) for seed in (1, 2)]
+    for model, _ in models:
+        for layer in model.modules():
+            if isinstance(layer, bnb.nn.Linear4bit):
+                layer.weight.data = torch.randint_like(layer.weight.data, 0, 256)
+        quantised.fuse(lora_fused, model, device)
+        run(model, models[0][1])
+    ids = models[0][1]
+    alone = [run(model, ids) for model, _ in models]
+    for model, _ in models:
+        model.zero_grad()
+    outs = [model(ids, labels=ids) for model, _ in models]
+    for out in outs:
+        out.loss.backward()
+    for (model, _), out, expected in zip(models, outs, alone):
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        assert_close((out.logits.detach(), grads), expected, 1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_two_streams(lora_fused):
+    """Two models on two streams at once, many times: no weight of one is seen by the other."""
+    models = [quantised.llama("cuda", compute=BF16, seed=seed) for seed in (1, 2)]
+    for model, ids in models:
+        quantised.fuse(lora_fused, model, "cuda")
+        run(model, ids)
+    alone = [run(model, ids) for model, ids in models]
+    streams = [torch.cuda.Stream() for _ in models]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        results = []
+        for stream, (model, ids) in zip(streams, models):
+            with torch.cuda.stream(stream):
+                results.append(run(model, ids))
+        torch.cuda.synchronize()
+        for ours, expected in zip(results, alone):
+            assert_close(ours, expected, 1e-3)

@@ -1,0 +1,59 @@
+"""Quantised base weights: one file per format, what all of them offer here.
+
+A weight in floating point lives for one product: nothing of it is kept for backward, which makes
+it again. The allocator hands the same memory to one weight after another, stream by stream.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backend as backends
+from .. import ops
+from ..projection import FourBit, Operands, Quantized
+from . import eight_bit, four_bit
+
+# Elements of W that `row_norm` has in floating point at a time: 32 MB of bfloat16, which stays in
+# the cache of a large GPU between the two kernels.
+NORM_ELEMENTS = 2**24
+
+
+def _rows(operands: Operands, quantized: Quantized, dtype: torch.dtype, first: int, rows: int) -> Tensor:
+    form = four_bit if isinstance(quantized, FourBit) else eight_bit
+    return form.rows(operands, quantized, dtype, first, rows)
+
+
+def dequantize(operands: Operands, quantized: Quantized, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] in `dtype`."""
+    return _rows(operands, quantized, dtype, 0, quantized.shape[0])
+
+
+def row_norm(operands: Operands, quantized: Quantized, scaling: float) -> Tensor:
+    """‖W + s·B·A‖ by row, [N] in at least float32, with at most NORM_ELEMENTS of W, or eight rows, in
+    floating point at a time, in the dtype that W had before it was quantised."""
+    n, k = quantized.shape
+    rows = max(NORM_ELEMENTS // max(k, 1) // 8 * 8, 8)
+    norms = []
+    for first in range(0, max(n, 1), rows):
+        count = min(rows, n - first)
+        weight = _rows(operands, quantized, quantized.dtype, first, count)
+        norms.append(backends.row_norm(weight, operands.lora_a, operands.lora_b[first : first + count], scaling))
+        del weight
+    return norms[0] if len(norms) == 1 else torch.cat(norms)
+
+
+def dora_gains(
+    weights: Sequence[Tensor], operands: Sequence[Operands], formats: Sequence[Optional[Quantized]], scalings
+) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
+    """`backend.dora_gains` of members of which some are quantised; weights [N, K] are those of the others."""
+    dense = [None if form is not None else p.magnitude for form, p in zip(formats, operands)]
+    adapters = [p.lora_a for p in operands], [p.lora_b for p in operands]
+    norms, gains = backends.dora_gains(weights, *adapters, dense, scalings)
+    for i, (form, p) in enumerate(zip(formats, operands)):
+        if form is not None and p.magnitude is not None:
+            norms[i] = row_norm(p, form, scalings[i])
+            gains[i] = ops.gain(p.magnitude, norms[i])
+    return norms, gains

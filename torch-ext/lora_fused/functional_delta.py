@@ -1,0 +1,31 @@
+"""The LoRA and DoRA delta on a base product that somebody else made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import base as bases
+from .autograd.delta import DeltaFunction, DeltaSpec
+from .functional import draw_seeds
+from .projection import Projection
+
+
+def add_delta(base: Tensor, x: Tensor, projection: Projection, promotes: bool) -> Tensor:
+    """base + the delta of `projection` for x, on operands that are known to be right: base [..., N] the base
+    module's own result for x [..., K]. In base's dtype, or where the delta `promotes` in the widest of
+    base's, its own and the magnitude's. DoRA (without dropout) needs a quantised weight, of which it takes the norm."""
+    operands, scaling, spec = projection
+    device_type = x.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else operands.lora_a.dtype
+    out_dtype = base.dtype
+    for part in (dtype, getattr(operands.magnitude, "dtype", dtype)) if promotes else ():
+        out_dtype = torch.promote_types(out_dtype, part)
+    norm = bias = None
+    if operands.magnitude is not None:
+        with torch.no_grad():
+            norm, bias = bases.row_norm(operands, spec.quantized, scaling), operands.bias
+    adapter = operands.lora_a, operands.lora_b, operands.lora_bias, operands.magnitude
+    delta = DeltaSpec(scaling, spec.dropout, dtype, out_dtype)
+    return DeltaFunction.apply(delta, base, x, draw_seeds(x.device, (projection,)), bias, *adapter, norm)

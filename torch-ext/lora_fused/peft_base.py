@@ -1,0 +1,172 @@
+"""What stands under a LoRA layer: the base's part of `peft_state`. A base layer becomes the operands
+of its product, or the reason why its own forward computes the product ("base called"), or why PEFT's
+forward runs. Read anew at every call, so nothing here can go stale.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from .projection import EightBit, FourBit, Operands, Quantized
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class Broken(str):
+    """Why nobody can compute a module, PEFT neither: calling it raises."""
+
+
+class Base(NamedTuple):
+    """The product of a base layer: operands without an adapter, the shape [N, K] of the weight.
+
+    compute: dtype of the product where the layer has one of its own; its result is cast back to x's.
+    called: why the layer's own forward computes the product; the weight may then be None.
+    """
+
+    operands: Operands
+    shape: Optional[tuple[int, int]]
+    quantized: Optional[Quantized] = None
+    compute: Optional[torch.dtype] = None
+    called: Optional[str] = None
+
+
+def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:
+    """What a base layer computes now; `opaque` where the LoRA layer is one for bases of a kind of its own."""
+    if isinstance(base, _bitsandbytes("Linear4bit")) and _runs(base, "Linear4bit"):
+        return _read_4bit(base)
+    if type(base) is nn.Linear or (transposed and _is_conv1d(base)):
+        weight = base._parameters["weight"]
+        if _is_torchao(weight):
+            return _called(f"{type(weight).__name__}")
+        if transposed and type(base) is nn.Linear:
+            return "fan_in_fan_out on a Linear"
+        shape = (base.nf, base.nx) if transposed else (base.out_features, base.in_features)
+        return Base(Operands(weight, base._parameters["bias"]), shape)
+    if isinstance(base, _bitsandbytes("Linear8bitLt")) and _runs(base, "Linear8bitLt"):
+        return _read_8bit(base)
+    if opaque or _is_fp8(type(base)):
+        return _called(f"{type(base).__name__}")
+    return f"unknown base layer {type(base).__name__}"
+
+
+def _called(kind: str) -> Base:
+    return Base(Operands(None), None, called=f"base called: {kind}")
+
+
+def _bitsandbytes(name: str) -> Union[type, tuple]:
+    """A layer class of bitsandbytes; nothing is one where bitsandbytes is not loaded."""
+    modules = sys.modules.get("bitsandbytes.nn.modules")
+    return () if modules is None else getattr(modules, name)
+
+
+def _runs(base: nn.Module, name: str) -> bool:
+    """Whether a subclass (NF4, FP4) leaves the forward as it is."""
+    return type(base).forward is _bitsandbytes(name).forward
+
+
+def _is_conv1d(base: nn.Module) -> bool:
+    return type(base).__name__ == "Conv1D" and type(base).__module__ == "transformers.pytorch_utils"
+
+
+def _is_torchao(weight: Tensor) -> bool:
+    return type(weight).__module__.startswith("torchao.")
+
+
+def _is_fp8(cls: type) -> bool:
+    return cls.__name__ == "FP8Linear" and cls.__module__ == "transformers.integrations.finegrained_fp8"
+
+
+def _read_4bit(base: nn.Module) -> Union[Base, str]:
+    with torch._C.DisableTorchFunctionSubclass():  # else every look at the weight costs a call
+        weight = base._parameters["weight"]
+        state = getattr(weight, "quant_state", None)
+        shape = (base.out_features, base.in_features)
+        if state is None:
+            if base.quant_state is not None:
+                return "the base weight has lost its quantisation state"  # its forward finds it again
+            return Broken(f"base weight of {weight.dtype}, shape {tuple(weight.shape)}, is not quantised yet: "
+                          "move the layer to its device")  # fmt: skip
+        if weight.is_meta:
+            return "weight is on the meta device"
+        if getattr(state, "packing_format_for_cpu", False):
+            return "the base weight is packed for inference on this CPU"
+        if state.shape is None or tuple(state.shape) != shape:
+            return f"quantised from shape {state.shape}, the layer is {shape}"
+        if state.quant_type not in ("nf4", "fp4") or state.dtype not in _FLOATS:
+            return f"quantisation {state.quant_type} of {state.dtype}"
+        broken = _broken_4bit(weight, state, shape)
+        if broken:
+            return Broken(broken)
+        device = weight.device.type
+    nested = state.state2
+    quantized = FourBit(
+        shape, state.blocksize, 0 if nested is None else nested.blocksize, state.quant_type == "fp4", state.dtype
+    )
+    bias, compute = base._parameters["bias"], base.compute_dtype
+    if device == "cpu" and shape[1] % state.blocksize != 0:
+        called = "base called: rows of broken blocks, which bitsandbytes reads in its own way on the CPU"
+        return Base(Operands(None, bias), shape, called=called)
+    called = None
+    if not base.compute_type_is_set:
+        called = "base called: its first input decides what it computes in"
+    elif device not in ("cpu", "cuda"):
+        called = f"base called: no kernel for {device}"
+    elif bias is not None and compute is not None and bias.dtype != compute:
+        called = f"base called: it casts its bias of {bias.dtype} to {compute} first"
+    more = (None,) * 3 if nested is None else (nested.absmax, nested.code, state.offset)
+    return Base(Operands(weight, bias, None, None, None, None, state.absmax, *more), shape, quantized, compute, called)
+
+
+def _broken_4bit(weight: Tensor, state, shape: tuple[int, int]) -> Optional[str]:
+    """What is wrong with a quantisation state that bitsandbytes would compute garbage from."""
+    values, blocksize = shape[0] * shape[1], state.blocksize
+    if blocksize not in _BLOCKSIZES:
+        return f"blocksize {blocksize}, expected one of {_BLOCKSIZES}"
+    held = 2 * weight.numel() * weight.element_size()
+    if held - values not in (0, 1) or not weight.is_contiguous():
+        return f"packed weight holds {held} values, expected {values} for shape {shape}, contiguous"
+    blocks = -(-values // blocksize)
+    nested = state.state2
+    parts = {"absmax": (state.absmax, torch.float32 if nested is None else torch.uint8, blocks)}
+    if nested is not None:
+        if nested.blocksize not in _BLOCKSIZES:
+            return f"nested blocksize {nested.blocksize}, expected one of {_BLOCKSIZES}"
+        parts["nested absmax"] = (nested.absmax, torch.float32, -(-blocks // nested.blocksize))
+        parts["nested code"] = (nested.code, torch.float32, 256)
+        parts["offset"] = (state.offset, torch.float32, 1)
+    for name, (tensor, dtype, size) in parts.items():
+        if tensor is None:
+            return f"{name} is missing"
+        if tensor.numel() != size:
+            return f"{name} has {tensor.numel()} elements, expected {size} for shape {shape} and blocksize {blocksize}"
+        if tensor.dtype != dtype:
+            return f"{name} has dtype {tensor.dtype}, expected {dtype}"
+        if tensor.device != weight.device:
+            return f"{name} is on {tensor.device}, the packed weight on {weight.device}"
+    return None
+
+
+def _read_8bit(base: nn.Module) -> Union[Base, str]:
+    """Activations are quantised too, so the product is the layer's own; DoRA's norm needs the weight."""
+    with torch._C.DisableTorchFunctionSubclass():
+        weight = base._parameters["weight"]
+        waiting = getattr(weight, "CB", None) is not None  # the layer's next call takes over the weight's scales
+        absmax = getattr(weight, "SCB", None) if waiting else base.state.SCB
+        shape = (base.out_features, base.in_features)
+        if absmax is None and weight.dtype == torch.int8:
+            return Broken("the scales of the int8 weight are missing")
+        known = (
+            weight.dtype == torch.int8
+            and absmax is not None
+            and tuple(weight.shape) == shape
+            and absmax.numel() == shape[0]
+            and absmax.device == weight.device
+        )
+    bias = base._parameters["bias"]
+    operands = Operands(weight, bias, None, None, None, None, absmax) if known else Operands(None, bias)
+    return Base(operands, shape, EightBit(shape) if known else None, called=f"base called: {type(base).__name__}")
