@@ -1,4 +1,4 @@
-"""Writes README's benchmark table from the results in benchmarks/results.
+"""Writes README's benchmark tables from the results in benchmarks/results.
 
 python benchmarks/tables.py
 """
@@ -11,7 +11,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "h200" / "benchmark_lora.json"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- benchmark table: begin -->", "<!-- benchmark table: end -->"
+EMBEDDINGS = ROOT / "benchmarks" / "results" / "h100" / "benchmark_embedding.json"
 
 
 def cell(measured: dict | None, frozen: dict) -> str:
@@ -39,10 +39,31 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def embedding_table() -> str:
+    """Markdown of the embeddings' results, and of the norm beside one read of the table."""
+    results = json.loads(EMBEDDINGS.read_text())
+    lines = ["| H | Variant | Adapter | Tokens | lora-fused | PEFT | PEFT / lora-fused |", "|---|---|---|---|---|---|---|"]
+    for r in results["results"]:
+        ours, theirs = r["ours"], r["peft"]
+        cells = [f"{m['ms']:.2f} ms, {m['peak_gb']:.2f} GB" for m in (ours, theirs)]
+        lines.append(
+            f"| {r['hidden']} | {'DoRA' if r['dora'] else 'LoRA'} | {r['adapter']} | {r['tokens']} | {cells[0]} | {cells[1]} "
+            f"| {theirs['ms'] / ours['ms']:.2f}x |"
+        )
+    lines += ["", "| H | Adapter | DoRA's norm | One read of the table | Ratio |", "|---|---|---|---|---|"]
+    for n in results["norm"]:
+        ratio = n["norm_ms"] / n["floor_ms"]
+        lines.append(f"| {n['hidden']} | {n['adapter']} | {n['norm_ms']:.3f} ms | {n['floor_ms']:.3f} ms | {ratio:.2f}x |")
+    return "\n".join(lines)
+
+
 def with_table(readme: str) -> str:
-    """README's text with the table between its markers made anew."""
-    head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+    """README's text with the tables between their markers made anew."""
+    for name, made in (("benchmark", table), ("embedding", embedding_table)):
+        begin, end = f"<!-- {name} table: begin -->", f"<!-- {name} table: end -->"
+        head, rest = readme.split(begin)
+        readme = f"{head}{begin}\n{made()}\n{end}{rest.split(end)[1]}"
+    return readme
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 import subprocess
 import sys
 import warnings
@@ -338,12 +339,23 @@ def test_triton_sums_repeated_tokens_and_spreads_no_nan(lora_fused, device):
     assert infinite.nonzero().flatten().tolist() == [ids[7].item()]
 
 
+def test_triton_compiles_for_a_gpu_whatever_is_frozen(lora_fused):
+    """The interpreter runs only the branches that are taken; a compiler reads them all."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tests" / "compile_embedding.py"), str(ROOT / "build")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "compiled 20" in done.stdout, done.stderr[-2000:]
+
+
 def test_choice_of_backend(lora_fused):
     choose, up_to = lora_fused.backend.choose_embedding, lora_fused.backend.CUDA_EMBEDDING_TOKENS
     table = lora_fused.table.Table(torch.empty(16, 8), torch.empty(1, 16), torch.empty(8, 1))
     assert choose(table, 5) == "reference"
     if torch.cuda.is_available():
         on_gpu = lora_fused.table.Table(*(t.cuda() for t in table[:3]))
+        assert choose(on_gpu, 5) == "triton"  # float32: the native ops take half-precision tables
+        on_gpu = on_gpu._replace(weight=on_gpu.weight.bfloat16())
         assert choose(on_gpu, up_to) == "cuda" and choose(on_gpu, up_to + 1) == "triton"
         assert choose(on_gpu._replace(lora_a=on_gpu.lora_a.t().contiguous().t()), 5) == "triton"
         assert choose(on_gpu._replace(lora_a=on_gpu.lora_a.double()), 5) == "reference"
@@ -356,8 +368,8 @@ OUT_OF_RANGE = """
 import pathlib, sys, torch
 from kernels import get_local_kernel
 k = get_local_kernel(pathlib.Path(sys.argv[1]))
-w, a, b = torch.randn(8, 16, device="cuda"), torch.randn(2, 8, device="cuda"), torch.randn(16, 2, device="cuda")
-k.lora_embedding(torch.tensor([8], device="cuda"), w, a, b, 1.0)
+w, a, b = torch.randn(12, 16, device="cuda"), torch.randn(2, 12, device="cuda"), torch.randn(16, 2, device="cuda")
+k.lora_embedding(torch.tensor([int(sys.argv[2])], device="cuda"), w.half(), a, b, 1.0, backend=sys.argv[3])
 torch.cuda.synchronize()
 """
 
@@ -365,8 +377,10 @@ torch.cuda.synchronize()
 @pytest.mark.parametrize("bad", (12, -1))
 def test_index_out_of_range(lora_fused, device, bad):
     if device == "cuda":
-        done = subprocess.run([sys.executable, "-c", OUT_OF_RANGE, str(ROOT / "build")], capture_output=True, text=True)
-        assert done.returncode != 0 and "device-side assert" in done.stderr, done.stderr
+        for backend in ("cuda", "triton"):
+            command = [sys.executable, "-c", OUT_OF_RANGE, str(ROOT / "build"), str(bad), backend]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode != 0 and "device-side assert" in done.stderr, done.stderr
         return
     case = Case((3,), 12, 16, 4)
     model = peft_embedding(case)

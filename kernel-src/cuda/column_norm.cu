@@ -21,11 +21,12 @@ using namespace lora_fused::column_norm;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kBlocks = 2, kTileRows = 64;  // blocks a multiprocessor; rows of a tile
+// Blocks a multiprocessor; rows of a tile; stages. Two stages fit 99 KiB, all that small GPUs have.
+constexpr int kBlocks = 2, kTileRows = 64, kRing = 2;
 
 template <typename W, typename P, int kSteps>
 void run(Args p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
-  using S = Shape<P, kSteps, kTileRows, kSteps <= 2 ? 2 : 3>;
+  using S = Shape<P, kSteps, kTileRows, kRing>;
   const auto kernel = column_norm_fwd_kernel<W, P, S, kBlocks>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));

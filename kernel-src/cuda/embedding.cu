@@ -12,7 +12,8 @@
 #include <algorithm>
 
 #include "../../torch-ext/torch_binding.h"
-#include "embedding_kernels.h"
+#include "embedding_backward.h"
+#include "embedding_forward.h"
 #include "tensors.h"
 
 namespace {

@@ -160,6 +160,8 @@ def gather_backward_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     DORA: tl.constexpr,
+    BY_ROWS: tl.constexpr,
+    BY_COLUMNS: tl.constexpr,
     NEEDS_DB: tl.constexpr,
     NEEDS_DM: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -168,17 +170,20 @@ def gather_backward_bwd_kernel(
     on_base = own_scale(scale_ptr, number, w_ptr.dtype.element_ty, HAS_SCALE)
     on_delta = own_scale(scale_ptr, number, b_ptr.dtype.element_ty, HAS_SCALE) * scaling
     pid = tl.program_id(0)
-    if pid < token_programs:
-        _rows_grad(
-            pid, dy_ptr, b_ptr, gain_ptr, drows_ptr, on_delta, M, H, R, stride_bh, stride_br,
-            BLOCK_M, BLOCK_H, BLOCK_R, DORA, PRECISION,
-        )  # fmt: skip
-    else:
-        _columns_grad(
-            pid - token_programs, dy_ptr, ids_ptr, rows_ptr, w_ptr, b_ptr, gain_ptr, norm_ptr, db_ptr, dm_ptr,
-            on_base, on_delta, M, H, R, stride_wv, stride_wh, stride_bh, stride_br,
-            BLOCK_T, BLOCK_C, BLOCK_R, DORA, NEEDS_DB, NEEDS_DM, PRECISION,
-        )  # fmt: skip
+    # Constants around the branches: one whose pointers are None must not even be compiled.
+    if BY_ROWS:
+        if pid < token_programs:
+            _rows_grad(
+                pid, dy_ptr, b_ptr, gain_ptr, drows_ptr, on_delta, M, H, R, stride_bh, stride_br,
+                BLOCK_M, BLOCK_H, BLOCK_R, DORA, PRECISION,
+            )  # fmt: skip
+    if BY_COLUMNS:
+        if pid >= token_programs:
+            _columns_grad(
+                pid - token_programs, dy_ptr, ids_ptr, rows_ptr, w_ptr, b_ptr, gain_ptr, norm_ptr, db_ptr, dm_ptr,
+                on_base, on_delta, M, H, R, stride_wv, stride_wh, stride_bh, stride_br,
+                BLOCK_T, BLOCK_C, BLOCK_R, DORA, NEEDS_DB, NEEDS_DM, PRECISION,
+            )  # fmt: skip
 
 
 BLOCK_M = 16
@@ -237,6 +242,8 @@ def gather_backward(
             BLOCK_C=columns,
             BLOCK_R=rank_block(r),
             DORA=gain is not None,
+            BY_ROWS=needs.lora_a,
+            BY_COLUMNS=needs.lora_b or needs.magnitude,
             NEEDS_DB=needs.lora_b,
             NEEDS_DM=needs.magnitude,
             HAS_SCALE=scale is not None,
