@@ -38,6 +38,8 @@ if command -v compute-sanitizer >/dev/null; then
         "$PYTHON" scripts/check_gemm.py --sanitize >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
     compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" scripts/check_embedding.py cuda >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
+    compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$PYTHON" scripts/check_dequantize.py >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
 else
     sanitizer="not installed"
 fi
@@ -48,6 +50,9 @@ row_norm=$?
 "$PYTHON" benchmarks/benchmark_lora.py --out "$OUT/benchmark_lora.json" >"$OUT/benchmark.log" 2>&1
 benchmark=$?
 "$PYTHON" benchmarks/benchmark_embedding.py --out "$OUT/benchmark_embedding.json" >>"$OUT/benchmark.log" 2>&1 || benchmark=$?
+"$PYTHON" -c 'import bitsandbytes' 2>/dev/null && {
+    "$PYTHON" benchmarks/benchmark_qlora.py --out "$OUT/benchmark_qlora.json" >>"$OUT/benchmark.log" 2>&1 || benchmark=$?
+}
 "$PYTHON" benchmarks/train_curves.py --out "$OUT/train_curves.json" >"$OUT/curves.log" 2>&1
 curves=$?
 

@@ -25,6 +25,7 @@ LARGE_GROUPS = {
 }
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16))
 FIELDS = ("weight", "bias", "lora_a", "lora_b", "lora_bias", "magnitude")
+SCALES = 4  # of a quantised weight, which none of these is
 
 
 def draw(generator, *shape):
@@ -49,6 +50,7 @@ def flat_on(operands, device, dtype, adapter):
         for name, tensor in zip(FIELDS, each):
             wanted = dtype if name in ("weight", "bias") else adapter
             flat.append(None if tensor is None else tensor.to(device, wanted).requires_grad_(name != "weight"))
+        flat += [None] * SCALES
     return flat
 
 
@@ -135,7 +137,7 @@ def test_float64_is_the_formula(lora_fused):
         flat, own = flat_on(operands, "cpu", torch.float64, torch.float64), x.clone().requires_grad_()
         return backward([forward(own, *flat)], [dy], own, flat)
 
-    def formula(x, weight, bias, a, b, _, magnitude):
+    def formula(x, weight, bias, a, b, _, magnitude, *scales):
         gain = magnitude / (weight + 0.5 * b @ a).norm(dim=1).detach()
         return gain * (x @ weight.t() + 0.5 * x @ a.t() @ b.t()) + bias
 
