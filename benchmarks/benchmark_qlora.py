@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import statistics
+import sys
 import time
 
 import benchmark_lora as common
@@ -24,28 +24,11 @@ import torch
 import transformers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from check_row_norm import CACHE, microseconds as graph_us  # noqa: E402
+
 SHAPES = ((1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672))
-CACHE = 256 * 2**20  # more than any L2: inputs rotate through this much memory
-
-
-def graph_us(function, inputs, repeats=7) -> float:
-    """Median GPU time of a call over inputs in turn, from replays of a graph: no host time."""
-    for x in inputs:
-        function(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for x in inputs + inputs:
-            function(x)
-    times = []
-    for _ in range(repeats + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / (2 * len(inputs)))
-    return statistics.median(times[1:])
 
 
 def wall_us(function, calls=30) -> float:

@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "../common/lora_group.h"
+#include "stream.h"
 
 namespace {
 
@@ -137,10 +138,7 @@ Piece piece_of(const lora_fused::Cast& cast) {
 }  // namespace
 
 void lora_fused::cast_all_cuda(const std::vector<Cast>& casts) {
-  void* stream_ptr = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(casts[0].from.get_device_index(), &stream_ptr));
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_ptr);
+  const cudaStream_t stream = stream_of(casts[0].from);
   for (size_t first = 0; first < casts.size(); first += kTensors) {
     const size_t tensors = std::min<size_t>(kTensors, casts.size() - first);
     Pieces pieces{};

@@ -12,8 +12,9 @@
 #include <algorithm>
 
 #include "../../torch-ext/torch_binding.h"
+#include "../common/products.h"
 #include "column_norm_kernel.h"
-#include "tensors.h"
+#include "stream.h"
 
 namespace {
 
@@ -33,7 +34,7 @@ void run(Args p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
   p.tiles = static_cast<int>((p.v + S::kRows - 1) / S::kRows);
   const int columns = (p.h + S::kCols - 1) / S::kCols;
   const int splits = std::clamp(kBlocks * multiprocessors / columns, 1, std::max(p.tiles, 1));
-  const Tensor partial = lora_fused::empty_on(norm, {splits, int64_t{p.h}}, ScalarType::Float);
+  const Tensor partial = lora_fused::empty(norm, {splits, int64_t{p.h}}, ScalarType::Float);
   p.partial = static_cast<float*>(partial.mutable_data_ptr());
   kernel<<<dim3(columns, splits), kThreads, S::kBytes, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -89,7 +90,7 @@ Tensor column_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor
   p.r = static_cast<int>(lora_a.size(0));
   p.a_vector = reinterpret_cast<uintptr_t>(p.a) % 16 == 0 &&
                p.v * (dtype == ScalarType::Float ? 4 : 2) % 16 == 0;
-  const Tensor norm = lora_fused::empty_on(weight, {p.h}, ScalarType::Float);
+  const Tensor norm = lora_fused::empty(weight, {p.h}, ScalarType::Float);
   if (p.h == 0) return norm;
   int multiprocessors = 0;
   STD_CUDA_CHECK(

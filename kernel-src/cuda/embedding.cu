@@ -12,14 +12,15 @@
 #include <algorithm>
 
 #include "../../torch-ext/torch_binding.h"
+#include "../common/products.h"
 #include "embedding_backward.h"
 #include "embedding_forward.h"
-#include "tensors.h"
+#include "stream.h"
 
 namespace {
 
 using namespace lora_fused::embedding;
-using lora_fused::empty_on;
+using lora_fused::empty;
 using lora_fused::stream_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -131,7 +132,7 @@ void run_backward(const Wanted& wanted, const Tensor& dy, const float* kept, int
     const int parts = parts_of(rows.blocks, pieces, 8);
     rows.cols = static_cast<int>(ceil_div(pieces, parts)) * kWarpCols;
     rows.parts = static_cast<int>(ceil_div(p.h, rows.cols));
-    drows = empty_on(dy, {rows.parts, p.m, int64_t{p.r}}, ScalarType::Float);
+    drows = empty(dy, {rows.parts, p.m, int64_t{p.r}}, ScalarType::Float);
     rows.drows = static_cast<float*>(drows.mutable_data_ptr());
     rows_blocks = rows.blocks * rows.parts * ranks;
     bytes = p.r * p.v * (p.a.dtype == kFloat ? 4 : 2);
@@ -143,7 +144,7 @@ void run_backward(const Wanted& wanted, const Tensor& dy, const float* kept, int
     const int parts = parts_of(columns.blocks * ranks, pieces, 16);
     columns.tokens = static_cast<int>(ceil_div(pieces, parts)) * kColumnsTokens;
     columns.parts = static_cast<int>(ceil_div(pieces * kColumnsTokens, columns.tokens));
-    partial = empty_on(dy, {columns.parts, int64_t{p.h} * (p.r + 1)}, ScalarType::Float);
+    partial = empty(dy, {columns.parts, int64_t{p.h} * (p.r + 1)}, ScalarType::Float);
     columns.sums = static_cast<float*>(partial.mutable_data_ptr());
     columns.bases =
         wanted.dm != nullptr ? columns.sums + int64_t{columns.parts} * p.h * p.r : nullptr;
@@ -177,8 +178,8 @@ std::tuple<Tensor, Tensor> embedding_forward_cuda(const Tensor& ids, const Tenso
   std::vector<int64_t> sizes;
   for (int64_t d = 0; d < ids.dim(); ++d) sizes.push_back(ids.size(d));
   sizes.push_back(p.h);
-  const Tensor y = empty_on(weight, sizes, weight.scalar_type());
-  const Tensor rows = empty_on(weight, {keep ? p.m : 0, int64_t{p.r}}, ScalarType::Float);
+  const Tensor y = empty(weight, sizes, weight.scalar_type());
+  const Tensor rows = empty(weight, {keep ? p.m : 0, int64_t{p.r}}, ScalarType::Float);
   if (y.numel() == 0) return {y, rows};
   float* kept = keep ? static_cast<float*>(rows.mutable_data_ptr()) : nullptr;
   (dtype == kBFloat16 ? run_forward_adapter<__nv_bfloat16> : run_forward_adapter<__half>)(
@@ -215,7 +216,7 @@ lora_fused::Tensors embedding_backward_cuda(const Tensor& dy_any, const Tensor& 
   lora_fused::Tensors gradients;
   Wanted wanted{};
   const auto add = [&](const std::vector<int64_t>& sizes, ScalarType as) {
-    gradients.push_back(empty_on(weight, sizes, as));
+    gradients.push_back(empty(weight, sizes, as));
     return gradients.back().mutable_data_ptr();
   };
   if (need_a) wanted.da = add({int64_t{p.r}, p.v}, lora_a.scalar_type());

@@ -13,6 +13,7 @@
 #include "../common/activation.h"
 #include "../common/lora_group.h"
 #include "columns.h"
+#include "stream.h"
 
 namespace {
 
@@ -106,10 +107,7 @@ void run(const lora_fused::Gated& g, cudaStream_t stream) {
 }  // namespace
 
 void lora_fused::gated_cuda(const Gated& g) {
-  void* stream_ptr = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(g.h.get_device_index(), &stream_ptr));
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_ptr);
+  const cudaStream_t stream = stream_of(g.h);
   switch (g.h.scalar_type()) {
     case ScalarType::Float: return run<float>(g, stream);
     case ScalarType::Double: return run<double>(g, stream);

@@ -16,18 +16,13 @@
 
 #include "../common/lora_group.h"
 #include "skinny_kernels.h"
+#include "stream.h"
 
 namespace {
 
 using namespace lora_fused;
 using namespace lora_fused::skinny;
 using torch::headeronly::ScalarType;
-
-cudaStream_t stream_of(const View& t) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 Mask mask_of(const std::optional<Dropped>& dropped) {
   if (!dropped) return {nullptr, 0, 1.0f};

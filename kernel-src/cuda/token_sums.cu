@@ -14,6 +14,7 @@
 
 #include "../common/lora_group.h"
 #include "columns.h"
+#include "stream.h"
 
 namespace {
 
@@ -142,12 +143,6 @@ __global__ void __launch_bounds__(kThreads) token_sums_reduce_kernel(const __gri
   }
   if (a.dots != nullptr) a.dots[col] = dots / a.norm[col];
   if (a.sums != nullptr) a.sums[col] = sums;
-}
-
-cudaStream_t stream_of(const View& t) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
 }
 
 template <typename V>
