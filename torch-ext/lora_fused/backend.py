@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor
@@ -44,15 +44,18 @@ def triton_is_there() -> bool:
     return True
 
 
-def choose(device: torch.device, dtype: torch.dtype, work: int) -> str:
-    """Name of the backend for x on `device`, computed in `dtype`, with `work` = M·N·K.
+def choose(device: torch.device, dtype: torch.dtype, work: int, native: Callable[[], bool] = lambda: True) -> str:
+    """Name of the backend for x on `device`, computed in `dtype`, with `work` = M·N·K; `native` says whether
+    the native op takes the whole group, asked only where it matters.
 
-    Large half-precision products on a GPU go to Triton, but on Hopper, where the native op has a product
-    of its own with the LoRA terms inside. float32 stays with the vendor's matrix products, which
-    follow torch's own TF32 setting.
+    Large half-precision products on a GPU go to Triton, but on Hopper where the native op takes them, since
+    it has a product of its own with the LoRA terms inside. float32 stays with the vendor's matrix
+    products, which follow torch's own TF32 setting.
     """
     large = device.type == "cuda" and dtype in _TRITON_DTYPES and work >= TRITON_FROM
-    return TRITON if large and not is_hopper(device) and triton_is_there() else LIBRARY
+    if not large or not triton_is_there() or (is_hopper(device) and native()):
+        return LIBRARY
+    return TRITON
 
 
 @functools.lru_cache(maxsize=None)

@@ -143,7 +143,12 @@ def group_spec(x: Tensor, projections: Sequence[Projection], backend: Optional[s
     if backend is None:
         tokens = x.numel() // max(x.shape[-1], 1)
         work = tokens * max(math.prod(projection.shape) for projection in projections)
-        backend = backends.choose(x.device, lora_dtype or x.dtype, work)
+        dtype = lora_dtype or x.dtype
+
+        def native() -> bool:
+            return all(takes(projection, dtype, lora_dtype) for projection in projections)
+
+        backend = backends.choose(x.device, dtype, work, native)
     return GroupSpec(tuple(projection.spec for projection in projections), backend, lora_dtype)
 
 

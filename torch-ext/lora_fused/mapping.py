@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import backend, layers, mlp_state, peft_embedding, peft_state, siblings
+from .autograd.native import takes
 
 _DEVICES = ("cpu", "cuda")
 BASE_CALLED = "base called"  # in place of a backend
@@ -234,8 +235,9 @@ def _explain_module(name: str, module: nn.Module, rows: int, names: dict[nn.Modu
             return _because(unfused, reason if reason == called else f"{reason} ({called})")
         return Row(name, layer.__name__, fused=True, backend=BASE_CALLED, group="single", reason=called)
     autocast = torch.is_autocast_enabled(example.device.type)
-    dtype = torch.get_autocast_dtype(example.device.type) if autocast else example.dtype
-    chosen = backend.choose(example.device, dtype, rows * math.prod(state.projection.shape))
+    lora_dtype = torch.get_autocast_dtype(example.device.type) if autocast else None
+    dtype, work = lora_dtype or example.dtype, rows * math.prod(state.projection.shape)
+    chosen = backend.choose(example.device, dtype, work, lambda: takes(state.projection, dtype, lora_dtype))
     if mlp is not None:
         return Row(name, layers.LoraGatedMLP.__name__, fused=True, backend=chosen, group=mlp, reason=None)
     return Row(name, layer.__name__, fused=True, backend=chosen, group=_group_name(module, names), reason=None)
