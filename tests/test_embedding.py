@@ -350,7 +350,7 @@ def test_triton_compiles_for_a_gpu_whatever_is_frozen(lora_fused):
 
 def test_choice_of_backend(lora_fused):
     choose, up_to = lora_fused.backend.choose_embedding, lora_fused.backend.CUDA_EMBEDDING_TOKENS
-    table = lora_fused.table.Table(torch.empty(16, 8), torch.empty(1, 16), torch.empty(8, 1))
+    table = lora_fused.table.Table(torch.empty(16, 8), torch.empty(2, 16), torch.empty(8, 2))
     assert choose(table, 5) == "reference"
     if torch.cuda.is_available():
         on_gpu = lora_fused.table.Table(*(t.cuda() for t in table[:3]))
