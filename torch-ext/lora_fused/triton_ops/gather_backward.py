@@ -3,7 +3,8 @@
 Bound by dy, M·H elements, and W[i] once more for DoRA. The first programs take blocks of tokens and
 run along the hidden dimension (drows); the others take blocks of the hidden dimension and run along the
 tokens (dB, dm). Both read dy, at the same time, so the second read finds much of it in L2. Every
-sum has one owner: deterministic.
+sum has one owner: deterministic. Where g∘B is not exact in dy's half type it enters as two parts:
+terms of one token's drows may cancel, and a single rounding of B would show.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def _rows_grad(
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
     DORA: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tokens = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -60,7 +62,11 @@ def _rows_grad(
             b_at = b_ptr + cols[:, None].to(tl.int64) * stride_bh + ranks[None, :] * stride_br
             b = tl.load(b_at, mask=col_mask[:, None] & rank_mask[None, :], other=0.0).to(tl.float32)
             b *= _gain(gain_ptr, cols, col_mask, DORA)[:, None]
-            total = tl.dot(dy, b.to(dy.dtype), total, input_precision=PRECISION)
+            high = b.to(dy.dtype)
+            if IN_PARTS:
+                low = (b - high.to(tl.float32)).to(dy.dtype)
+                total = tl.dot(dy, low, total, input_precision=PRECISION)
+            total = tl.dot(dy, high, total, input_precision=PRECISION)
         tl.store(drows_ptr + tokens[:, None] * R + ranks[None, :], total * on_delta, mask=live[:, None] & rank_mask[None, :])
 
 
@@ -165,6 +171,7 @@ def gather_backward_bwd_kernel(
     NEEDS_DB: tl.constexpr,
     NEEDS_DM: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     on_base = own_scale(scale_ptr, number, w_ptr.dtype.element_ty, HAS_SCALE)
@@ -175,7 +182,7 @@ def gather_backward_bwd_kernel(
         if pid < token_programs:
             _rows_grad(
                 pid, dy_ptr, b_ptr, gain_ptr, drows_ptr, on_delta, M, H, R, stride_bh, stride_br,
-                BLOCK_M, BLOCK_H, BLOCK_R, DORA, PRECISION,
+                BLOCK_M, BLOCK_H, BLOCK_R, DORA, IN_PARTS, PRECISION,
             )  # fmt: skip
     if BY_COLUMNS:
         if pid >= token_programs:
@@ -247,6 +254,7 @@ def gather_backward(
             NEEDS_DB=needs.lora_b,
             NEEDS_DM=needs.magnitude,
             HAS_SCALE=scale is not None,
+            IN_PARTS=dy.element_size() == 2 and (gain is not None or lora_b.dtype != dy.dtype),
             PRECISION=dot_precision(dy),
             num_warps=4,
             num_stages=4,
