@@ -30,9 +30,6 @@ TRITON_FROM = 2**37
 # 64, for 130 to 220 µs more host time: it gets large ranks of large weights (N·K·R products).
 ROW_NORM_TRITON_FROM_RANK = 128
 ROW_NORM_TRITON_FROM = 2**34
-# Elements of a table from which its norm has the GPU time to hide a Triton launch. At V=151936, H=4096, float32
-# adapters, an H200 needs 0.298 ms for it, one read of the table, and 0.417 ms in the native op.
-COLUMN_NORM_TRITON_FROM = 2**27
 # Multiply-adds of an embedding's delta (M·H·R), and tokens, up to which the native ops compute it.
 CUDA_EMBEDDING_UP_TO = 2**30
 CUDA_EMBEDDING_TOKENS = 8192
@@ -162,12 +159,10 @@ def get_embedding(name: str) -> ModuleType:
 
 
 def column_norm(name: str, table: Table, scaling: float) -> Tensor:
-    """‖W + s·(B·A)ᵀ‖ by column: on a GPU Triton for large tables, the native op for those below that it takes."""
+    """‖W + s·(B·A)ᵀ‖ by column: on a GPU the native op wherever it takes the table."""
     kernels = get_embedding(name)
-    if kernels is not reference_embedding:
-        fits = cuda_embedding.norm_fits(table)
-        if triton_is_there() and (not fits or table.weight.numel() >= COLUMN_NORM_TRITON_FROM):
-            kernels = get(TRITON)
-        else:
-            kernels = cuda_embedding if fits else reference_embedding
+    if kernels is not reference_embedding and cuda_embedding.norm_fits(table):
+        kernels = cuda_embedding
+    elif kernels is cuda_embedding:
+        kernels = get(TRITON) if triton_is_there() else reference_embedding
     return kernels.column_norm(table.weight, table.lora_a, table.lora_b, scaling)
