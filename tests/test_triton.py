@@ -52,6 +52,25 @@ def test_kernels_match_float64(lora_fused, poisoned, device, case, dtype, descri
         assert_as_good(name, ours, theirs, truth, dtype, terms=max(case.k, case.n) + case.r)
 
 
+@pytest.mark.parametrize("backend,adapter", (("library", None), ("library", torch.float32), ("triton", torch.float32)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in MATRIX_CASES if case.lead != (0,)], ids=str)
+def test_dropped_dora_rounds_after_the_gain(lora_fused, poisoned, device, case, dtype, backend, adapter):
+    """A large delta has a large norm and so a small gain: y is far smaller than x weightᵀ + t upᵀ."""
+    kernels = lora_fused.backend.get(backend)
+    x, weight, lora_a, lora_b, bias = operands(case, dtype, adapter or dtype, device)
+    d, gain = x * 1.25, 0.02 * (0.5 + torch.rand(case.n, device=device))
+    t = 50 * kernels.down(d, lora_a, case.scaling)
+    operands64 = [None if v is None else v.double() for v in (x, d, weight, t, lora_b, gain, bias)]
+    x64, d64, weight64, t64, b64, gain64, bias64 = operands64
+    z64 = d64 @ weight64.t() + t64 @ b64.t()
+    y64 = x64 @ weight64.t() + t64 @ b64.t() + (gain64 - 1) * z64 + (0 if bias is None else bias64)
+    y, z = kernels.up_add_dropped(x, d, weight, t, lora_b, gain, bias)
+    for name, ours, truth in (("y", y, y64), ("z", z, z64)):
+        assert ours.dtype == dtype
+        assert_as_good(name, ours, truth.to(dtype), truth, dtype, terms=case.k + case.r)
+
+
 @pytest.mark.parametrize("case", MATRIX_CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_function_on_triton_is_as_good_as_reference(lora_fused, device, case, dtype):

@@ -22,13 +22,16 @@ using namespace lora_fused::column_norm;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Blocks a multiprocessor; rows of a tile; stages. Two stages fit 99 KiB, all that small GPUs have.
-constexpr int kBlocks = 2, kTileRows = 64, kRing = 2;
+// Rows of a tile; stages. Two stages fit 99 KiB, all that small GPUs have.
+constexpr int kTileRows = 64, kRing = 2;
+// Rows up to which a float32 A enters in two parts: beyond, its rounding to bfloat16 changes a norm
+// by 1e-5 (RMS; 4e-4 at 9 rows). One block a multiprocessor, for the registers that takes.
+constexpr int64_t kSplitRows = 8192;
 
-template <typename W, typename P, int kSteps>
+template <typename W, typename P, int kSteps, int kBlocks, bool kSplitA>
 void run(Args p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
   using S = Shape<P, kSteps, kTileRows, kRing>;
-  const auto kernel = column_norm_fwd_kernel<W, P, S, kBlocks>;
+  const auto kernel = column_norm_fwd_kernel<W, P, S, kBlocks, kSplitA>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
   p.tiles = static_cast<int>((p.v + S::kRows - 1) / S::kRows);
@@ -43,17 +46,21 @@ void run(Args p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <typename W, typename P>
+template <typename W, typename P, int kBlocks, bool kSplitA>
 void run_rank(const Args& p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
-  (p.r <= 32 ? run<W, P, 2> : run<W, P, 4>)(p, norm, multiprocessors, stream);
+  (p.r <= 32 ? run<W, P, 2, kBlocks, kSplitA>
+             : run<W, P, 4, kBlocks, kSplitA>)(p, norm, multiprocessors, stream);
 }
 
 template <typename W>
 void run_adapter(const Args& p, ScalarType dtype, const Tensor& norm, int multiprocessors,
                  cudaStream_t stream) {
-  (dtype == ScalarType::Float      ? run_rank<W, float>
-   : dtype == ScalarType::BFloat16 ? run_rank<W, __nv_bfloat16>
-                                   : run_rank<W, __half>)(p, norm, multiprocessors, stream);
+  const bool small = p.v <= kSplitRows;
+  (dtype == ScalarType::Float
+       ? (small ? run_rank<W, float, 1, true> : run_rank<W, float, 2, false>)
+   : dtype == ScalarType::BFloat16 ? run_rank<W, __nv_bfloat16, 2, false>
+                                   : run_rank<W, __half, 2, false>)(p, norm, multiprocessors,
+                                                                    stream);
 }
 
 bool is_half(ScalarType dtype) {

@@ -2,9 +2,10 @@
 //
 // A block owns kCols columns of s·B, kept in registers as mma fragments, and walks through every
 // gridDim.y-th tile of kRows rows. W and A reach shared memory by cp.async in a ring of kStages
-// tiles; each tile of A is made fragments of a half type once for all warps. Float32 B enters as two
-// bfloat16 parts, so only A's rounding is left, which averages out over the vocabulary. A thread
-// keeps two sums for each of its columns: no accumulator outlives a 16×8 product.
+// tiles; each tile of A is made fragments of a half type once for all warps. Float32 B enters as
+// two bfloat16 parts. So does A where kSplitA, for small vocabularies; over a large one its rounding
+// averages out, and a third product would cost more than it gives. A thread keeps two sums for each
+// of its columns: no accumulator outlives a 16×8 product.
 #pragma once
 
 #include "mma.h"
@@ -77,7 +78,7 @@ __device__ __forceinline__ void load_tile(char* stage, const Args& p, int64_t fi
   }
 }
 
-template <typename W, typename P, typename S, int kBlocks>
+template <typename W, typename P, typename S, int kBlocks, bool kSplitA>
 __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(const Args p) {
   using H = Half<P>;
   constexpr bool kSplit = std::is_same_v<P, float>;
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(cons
   extern __shared__ __align__(128) char smem[];
   constexpr int kSlabs = S::kRows / 16, kWarps = kThreads / 32;
   __shared__ float sums_of[kRowWarps][S::kCols];
-  __shared__ uint4 a_parts[kSlabs * kSteps][32];
+  __shared__ uint4 a_parts[kSlabs * kSteps][32], a_low_parts[kSplitA ? kSlabs * kSteps : 1][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_col = warp % kColumnWarps * S::kTiles * 8, row_warp = warp / kColumnWarps;
   const int col0 = blockIdx.x * S::kCols;
@@ -138,24 +139,31 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(cons
     // A's fragments, once for all warps: rows lane / 4 + {0, 8} by ranks as in B.
 #pragma unroll
     for (int i = warp; i < kSlabs * kSteps; i += kWarps) {
-      uint32_t a[4];
+      uint32_t a[4], a_low[4];
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int rank = i % kSteps * 16 + q / 2 * 8 + lane % 4 * 2;
         const P* at = a_tile + rank * S::kALine + i / kSteps * 16 + q % 2 * 8 + lane / 4;
-        a[q] = pack(at[0], at[S::kALine]);
+        if constexpr (kSplitA)
+          split(at[0], at[S::kALine], a[q], a_low[q]);
+        else
+          a[q] = pack(at[0], at[S::kALine]);
       }
       a_parts[i][lane] = uint4{a[0], a[1], a[2], a[3]};
+      if constexpr (kSplitA) a_low_parts[i][lane] = uint4{a_low[0], a_low[1], a_low[2], a_low[3]};
     }
     __syncthreads();
 #pragma unroll
     for (int slab = row_warp * (kSlabs / kRowWarps); slab < (row_warp + 1) * (kSlabs / kRowWarps);
          ++slab) {
       const int row0 = slab * 16;
-      uint32_t a[kSteps][4];
+      uint32_t a[kSteps][4], a_low[kSplitA ? kSteps : 1][4];
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step)
+      for (int step = 0; step < kSteps; ++step) {
         *reinterpret_cast<uint4*>(a[step]) = a_parts[slab * kSteps + step][lane];
+        if constexpr (kSplitA)
+          *reinterpret_cast<uint4*>(a_low[step]) = a_low_parts[slab * kSteps + step][lane];
+      }
 #pragma unroll
       for (int two = 0; two < S::kTiles; two += 2) {
         const int row = row0 + lane % 16, chunk = warp_col / 8 + two + lane / 16;
@@ -167,6 +175,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(cons
           float c[4] = {};
 #pragma unroll
           for (int step = 0; step < kSteps; ++step) {
+            if constexpr (kSplitA)
+              multiply<H>(c, a_low[step], high[two + i][step][0], high[two + i][step][1]);
             if constexpr (kSplit)
               multiply<H>(c, a[step], low[two + i][step][0], low[two + i][step][1]);
             multiply<H>(c, a[step], high[two + i][step][0], high[two + i][step][1]);

@@ -34,10 +34,7 @@ def _project_member(ops: ModuleType, x: Tensor, member: Member, t: Optional[Tens
         return ops.up_add(x, weight, t, lora_b, bias), None
     if member.mask is None:
         return ops.up_add_scaled(x, weight, t, lora_b, gain, bias)
-    lora_b = lora_b.to(t.dtype)  # once for both products
-    z = ops.up_add(ops.dropout(x, member.mask), weight, t, lora_b)
-    y = ops.up_add(x, weight, t, lora_b, bias)
-    return y.add_(ops.scale(z, gain - 1)), z
+    return ops.up_add_dropped(x, ops.dropout(x, member.mask), weight, t, lora_b, gain, bias)
 
 
 def project(ops: ModuleType, x: Tensor, batch: Sequence[Member], gains, dtype: Optional[torch.dtype]) -> Outputs:

@@ -40,7 +40,8 @@ def norm_fits(table: Table) -> bool:
 
 
 def column_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """‖W + s·(B·A)ᵀ‖ by column: [H] in float32. Float32 A enters as bfloat16, B as two of them."""
+    """‖W + s·(B·A)ᵀ‖ by column: [H] in float32. Float32 B enters as two bfloat16 parts, A too but in large
+    vocabularies, over which the rounding of one part averages out."""
     return ops.column_norm(weight, lora_a, lora_b, scaling)
 
 

@@ -76,6 +76,24 @@ def up_add_scaled(
     return rescale(up_add(x, weight, t, up, bias), gain, bias)
 
 
+def up_add_dropped(
+    x: Tensor, d: Tensor, weight: Tensor, t: Tensor, up: Tensor, gain: Tensor, bias: Optional[Tensor] = None
+) -> tuple[Tensor, Tensor]:
+    """(y, z) with z = d weightᵀ + t upᵀ and y = x weightᵀ + t upᵀ + b + (g - 1)∘z.
+
+    y is summed as x weightᵀ + b + (g - 1)∘(d weightᵀ) + g∘(t upᵀ): a large t upᵀ makes the norm large and
+    g small, so a sum rounded before g is applied would cost y its last bits.
+    """
+    z = torch.nn.functional.linear(d, weight)
+    y = torch.nn.functional.linear(x, weight, bias).addcmul_(z, gain - 1)
+    up = up.to(t.dtype)
+    if t.dtype == z.dtype:
+        gained = (up * gain[:, None]).to(up.dtype)
+        return y.addmm_(t, gained.t()), z.addmm_(t, up.t())
+    delta = t @ up.t()
+    return y.addcmul_(delta, gain), z.add_(delta)
+
+
 def rescale(y: Tensor, gain: Tensor, bias: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
     """(z∘g + b, z) for y = z + b [M, N]; exactly y where g is 1."""
     if bias is None:

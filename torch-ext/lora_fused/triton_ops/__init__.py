@@ -13,7 +13,7 @@ from .gather_backward import gather_backward
 from .row_norm import row_norm, row_norm_fits
 from .scale_sum import scale_sum
 from .scatter_rows import scatter_rows
-from .up_add import up_add, up_add_scaled
+from .up_add import up_add, up_add_dropped, up_add_scaled
 
 __all__ = [
     "column_norm",
@@ -32,5 +32,6 @@ __all__ = [
     "scatter_rows",
     "token_sum",
     "up_add",
+    "up_add_dropped",
     "up_add_scaled",
 ]

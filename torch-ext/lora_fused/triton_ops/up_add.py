@@ -206,12 +206,22 @@ def up_add(
 
 
 def up_add_scaled(
-    x: Tensor, weight: Tensor, t: Tensor, up: Tensor, gain: Tensor, bias: Optional[Tensor] = None
+    x: Tensor, weight: Tensor, t: Optional[Tensor], up: Optional[Tensor], gain: Tensor, bias: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
     """(y, z) with z = x weightᵀ + t upᵀ and y = gain∘z + bias, gain [N] in float32; else as `up_add`."""
     y, z = (torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device) for _ in range(2))
     _launch(x, weight, (t, up), bias, y, scaled=(gain, z))
     return y, z
+
+
+def up_add_dropped(
+    x: Tensor, d: Tensor, weight: Tensor, t: Tensor, up: Tensor, gain: Tensor, bias: Optional[Tensor] = None
+) -> tuple[Tensor, Tensor]:
+    """(y, z) with z = d weightᵀ + t upᵀ and y = x weightᵀ + t upᵀ + bias + (gain - 1)∘z, nothing of y rounded
+    before the gain, as in `reference.up_add_dropped`; else as `up_add_scaled`."""
+    y, z = up_add_scaled(d, weight, None, None, gain - 1, bias)
+    y = up_add(x, weight, t, up * gain[:, None], out=y)
+    return y, z.addmm_(t, up.to(t.dtype).t())
 
 
 def _launch(x, weight, lora, bias, y, *, mask=None, add=False, scaled=(None, None), descriptors=True) -> None:
