@@ -54,6 +54,11 @@ def flat_on(operands, device, dtype, adapter):
     return flat
 
 
+def projections_of(lora_fused, flat, scalings, specs):
+    operands = lora_fused.projection.unflatten(flat)
+    return [lora_fused.Projection(*each) for each in zip(operands, scalings, specs)]
+
+
 def backward(ys, dys, x, flat):
     torch.autograd.backward(ys, dys)
     grads = [x.grad, *(tensor.grad for tensor in flat if tensor is not None and tensor.requires_grad)]
@@ -94,8 +99,8 @@ def check_group(lora_fused, device, m, k, group, dtype, adapter):
         flat, own = flat_on(operands, device, dtype, adapter), x.to(device, dtype).requires_grad_()
         given = [dy.to(device, dtype) for dy in dys]
         poison(device)
-        function = lora_fused.autograd.native.NativeGroupFunction
-        ys = function.apply(specs, (0.5, 0.7, 0.5), None, own, seeds.to(device), *flat)
+        projections = projections_of(lora_fused, flat, (0.5, 0.7, 0.5), specs)
+        ys = lora_fused.autograd.native.lora_group(own, projections, seeds.to(device), None)
         return backward(ys, given, own, flat)
 
     compare(run(device, dtype, adapter), run("cpu", torch.float64, torch.float64), dtype, stored=4)
@@ -120,8 +125,8 @@ def test_gated(lora_fused, device, p, dora, gate_half, dtype, adapter):
         flat, own = flat_on(operands, device, dtype, adapter), x.to(device, dtype).requires_grad_()
         given = dy.to(device, dtype)
         poison(device)
-        function = lora_fused.autograd.native.NativeGatedFunction
-        y = function.apply(specs, (0.5,) * len(specs), 0, gate_half or 0, own, seeds.to(device), *flat)
+        projections = projections_of(lora_fused, flat, (0.5,) * len(specs), specs)
+        y = lora_fused.autograd.native.gated_mlp(own, projections, 0, gate_half or 0, seeds.to(device))
         return backward([y], [given], own, flat)
 
     compare(run(device, dtype, adapter), run("cpu", torch.float64, torch.float64), dtype, stored=8)
@@ -142,8 +147,8 @@ def test_float64_is_the_formula(lora_fused):
         return gain * (x @ weight.t() + 0.5 * x @ a.t() @ b.t()) + bias
 
     def native(x, *flat):
-        specs = [lora_fused.ProjectionSpec()]
-        return lora_fused.autograd.native.NativeGroupFunction.apply(specs, (0.5,), None, x, None, *flat)[0]
+        projections = projections_of(lora_fused, flat, (0.5,), [lora_fused.ProjectionSpec()])
+        return lora_fused.autograd.native.lora_group(x, projections, None, None)[0]
 
     for ours, exact in zip(run(native), run(formula)):
         assert max(relative(ours, exact)) <= 1e-12

@@ -207,10 +207,14 @@ def train(model, device, steps=20, autocast=None):
 
 
 def test_choice_of_backend(lora_fused, monkeypatch):
-    choose, gpu, large = lora_fused.backend.choose, torch.device("cuda"), lora_fused.backend.TRITON_FROM
+    gpu, large = torch.device("cuda"), lora_fused.backend.TRITON_FROM
+
+    def choose(device, dtype, work, native=True):
+        return lora_fused.backend.choose(device, dtype, native, lambda: work)
+
     monkeypatch.setattr(lora_fused.backend, "is_hopper", lambda device: True)
     assert choose(gpu, torch.bfloat16, large) == "library"
-    assert choose(gpu, torch.bfloat16, large, lambda: False) == "triton"  # float32 adapters, no autocast
+    assert choose(gpu, torch.bfloat16, large, native=False) == "triton"  # float32 adapters, no autocast
     monkeypatch.setattr(lora_fused.backend, "is_hopper", lambda device: False)
     assert choose(gpu, torch.bfloat16, large) == choose(gpu, torch.float16, large) == "triton"
     assert choose(gpu, torch.bfloat16, large - 1) == choose(gpu, torch.float32, large) == "library"

@@ -44,18 +44,17 @@ def triton_is_there() -> bool:
     return True
 
 
-def choose(device: torch.device, dtype: torch.dtype, work: int, native: Callable[[], bool] = lambda: True) -> str:
-    """Name of the backend for x on `device`, computed in `dtype`, with `work` = M·N·K; `native` says whether
-    the native op takes the whole group, asked only where it matters.
+def choose(device: torch.device, dtype: torch.dtype, native: bool, work: Callable[[], int]) -> str:
+    """Name of the backend for x on `device`, computed in `dtype`; `native` says whether the native op takes
+    the whole group, `work` gives M·N·K and is asked only where it matters.
 
     Large half-precision products on a GPU go to Triton, but on Hopper where the native op takes them, since
     it has a product of its own with the LoRA terms inside. float32 stays with the vendor's matrix
     products, which follow torch's own TF32 setting.
     """
-    large = device.type == "cuda" and dtype in _TRITON_DTYPES and work >= TRITON_FROM
-    if not large or not triton_is_there() or (is_hopper(device) and native()):
+    if device.type != "cuda" or dtype not in _TRITON_DTYPES or (native and is_hopper(device)):
         return LIBRARY
-    return TRITON
+    return TRITON if work() >= TRITON_FROM and triton_is_there() else LIBRARY
 
 
 @functools.lru_cache(maxsize=None)

@@ -12,7 +12,7 @@ from . import backend as backends
 from .activation import ACTIVATIONS
 from .autograd.gated import GatedMLPFunction, forward_gated
 from .autograd.linear import LoraLinearFunction, forward_group, without_autocast
-from .autograd.native import NativeGatedFunction, NativeGroupFunction, takes
+from .autograd.native import gated_mlp, lora_group, takes
 from .member import members_of
 from .projection import GatedSpec, GroupSpec, Operands, Projection, ProjectionSpec, flatten
 
@@ -87,13 +87,14 @@ def compute_group(
     token: object = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear_group` on operands that are known to be right; `token` is kept as the graph is."""
-    group = group_spec(x, projections, backend)
-    x = x.to(group.lora_dtype or x.dtype)
+    lora_dtype, x = _autocast(x)
+    backend, native = _choose(x, projections, lora_dtype, backend)
     seeds = draw_seeds(x.device, projections, share_mask)
+    if native:
+        return lora_group(x, projections, seeds, token)
+    group = GroupSpec(tuple(projection.spec for projection in projections), backend, lora_dtype)
     scalings = tuple(projection.scaling for projection in projections)
     flat = flatten([projection.operands for projection in projections])
-    if _is_native(x, projections, group):
-        return NativeGroupFunction.apply(group.members, scalings, token, x, seeds, *flat)
     if torch.is_grad_enabled():
         return LoraLinearFunction.apply(group, scalings, token, x, seeds, *flat)
     with without_autocast(x):
@@ -113,15 +114,20 @@ def compute_gated(
 ) -> Tensor:
     """down(f(gate(x))·up(x)) on operands that are known to be right: `inputs` are gate and up, or the one
     projection that holds both as halves, `output` is down, f one of `activation.ACTIVATIONS`."""
-    spec = GatedSpec(group_spec(x, inputs, backend), group_spec(x, (output,), backend), activation, gate_half)
     projections = (*inputs, output)
-    x = x.to(spec.inputs.lora_dtype or x.dtype)
+    lora_dtype, x = _autocast(x)
+    of_inputs, native = _choose(x, inputs, lora_dtype, backend)
+    of_output, native_output = _choose(x, (output,), lora_dtype, backend)
     seeds = draw_seeds(x.device, projections)
+    if native and native_output:
+        return gated_mlp(x, projections, ACTIVATIONS.index(activation), gate_half, seeds)
+    groups = (
+        GroupSpec(tuple(projection.spec for projection in part), name, lora_dtype)
+        for part, name in ((inputs, of_inputs), ((output,), of_output))
+    )
+    spec = GatedSpec(*groups, activation, gate_half)
     scalings = tuple(projection.scaling for projection in projections)
     flat = flatten([projection.operands for projection in projections])
-    if _is_native(x, projections, spec.inputs) and spec.output.backend == spec.inputs.backend:
-        code = ACTIVATIONS.index(activation)
-        return NativeGatedFunction.apply(spec.members, scalings, code, gate_half, x, seeds, *flat)
     if torch.is_grad_enabled():
         return GatedMLPFunction.apply(spec, scalings, x, seeds, *flat)
     with without_autocast(x):
@@ -130,31 +136,33 @@ def compute_gated(
         return y
 
 
-def _is_native(x: Tensor, projections: Sequence[Projection], group: GroupSpec) -> bool:
-    if not backends.is_library(group.backend):
-        return False
-    return all(takes(projection, x.dtype, group.lora_dtype) for projection in projections)
-
-
-def group_spec(x: Tensor, projections: Sequence[Projection], backend: Optional[str] = None) -> GroupSpec:
-    """What is fixed about a call with tokens as x has them."""
+def _autocast(x: Tensor) -> tuple[Optional[torch.dtype], Tensor]:
+    """Autocast's dtype where that is on, and x as the group takes it."""
     device_type = x.device.type
-    lora_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if not torch.is_autocast_enabled(device_type):
+        return None, x
+    dtype = torch.get_autocast_dtype(device_type)
+    return dtype, x if x.dtype == dtype else x.to(dtype)
+
+
+def _choose(
+    x: Tensor, projections: Sequence[Projection], lora_dtype: Optional[torch.dtype], backend: Optional[str]
+) -> tuple[str, bool]:
+    """Name of the backend, and whether that is the native op for the whole group."""
+    native = all([takes(projection, x.dtype, lora_dtype) for projection in projections])
     if backend is None:
-        tokens = x.numel() // max(x.shape[-1], 1)
-        work = tokens * max(math.prod(projection.shape) for projection in projections)
-        dtype = lora_dtype or x.dtype
+        backend = backends.choose(x.device, x.dtype, native, lambda: _work(x, projections))
+    return backend, native and backends.is_library(backend)
 
-        def native() -> bool:
-            return all(takes(projection, dtype, lora_dtype) for projection in projections)
 
-        backend = backends.choose(x.device, dtype, work, native)
-    return GroupSpec(tuple(projection.spec for projection in projections), backend, lora_dtype)
+def _work(x: Tensor, projections: Sequence[Projection]) -> int:
+    """M·N·K of the largest."""
+    return math.prod(x.shape[:-1]) * max(math.prod(projection.shape) for projection in projections)
 
 
 def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Optional[Tensor]:
     """int64 [members] from torch's generator for the device, on the device; None without dropout."""
-    if not any(projection.spec.dropout > 0 for projection in projections):
+    if not any([projection.spec.dropout > 0 for projection in projections]):
         return None
     count = len(projections)
     seeds = torch.randint(0, 2**63 - 1, (1 if share_mask else count,), device=device, dtype=torch.int64)

@@ -37,8 +37,6 @@ class Base(NamedTuple):
 
 def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:
     """What a base layer computes now; `opaque` where the LoRA layer is one for bases of a kind of its own."""
-    if isinstance(base, _bitsandbytes("Linear4bit")) and _runs(base, "Linear4bit"):
-        return _read_4bit(base)
     if type(base) is nn.Linear or (transposed and _is_conv1d(base)):
         weight = base._parameters["weight"]
         if _is_torchao(weight):
@@ -47,6 +45,8 @@ def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, st
             return "fan_in_fan_out on a Linear"
         shape = (base.nf, base.nx) if transposed else (base.out_features, base.in_features)
         return Base(Operands(weight, base._parameters["bias"]), shape)
+    if isinstance(base, _bitsandbytes("Linear4bit")) and _runs(base, "Linear4bit"):
+        return _read_4bit(base)
     if isinstance(base, _bitsandbytes("Linear8bitLt")) and _runs(base, "Linear8bitLt"):
         return _read_8bit(base)
     if opaque or _is_fp8(type(base)):

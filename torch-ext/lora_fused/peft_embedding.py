@@ -68,13 +68,13 @@ def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
         if type(variant) is not _dora_variant():
             return f"LoRA variant {type(variant).__name__}"
         dora = modules["lora_magnitude_vector"]._modules[name]
-        reason = bypass_reason("lora_magnitude_vector", dora)
+        reason = bypass_reason(("lora_magnitude_vector",), (dora,))
         if reason:
             return reason
         magnitude = dora._parameters["weight"]
     if name in module.input_fns or name in module.output_fns:
         return "the embedding is sharded by tensor parallelism"
-    reason = _base_reason(base) or bypass_reason("base_layer", base)
+    reason = _base_reason(base) or bypass_reason(("base_layer",), (base,))
     if reason:
         return reason
     if _has_any_global_hook():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import weakref
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .peft_base import Base, Broken, read_base
 from .projection import Operands, Projection, ProjectionSpec, Quantized
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
-_DENSE_FIELDS = Operands._fields[:6]
+_PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector", "base_layer")
 _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -124,13 +124,14 @@ def read_linear(module: nn.Module) -> Union[Adapted, str]:
     """The projection that one of PEFT's LoRA linears computes now, or why it is PEFT's to compute."""
     if module.disable_adapters:
         return "adapters are disabled"
-    if module.merged:
+    if module.merged_adapters:
         return "the adapter is merged into the base weight"
-    names = [name for name in module.active_adapters if name in module.lora_A]
-    if not names:
-        return "no active adapter on this layer"
-    if len(names) > 1:
-        return f"several active adapters ({', '.join(names)})"
+    active, known = module.active_adapter, module._modules["lora_A"]._modules
+    if isinstance(active, str):
+        return _read_adapter(module, active) if active in known else "no active adapter on this layer"
+    names = [name for name in active if name in known]
+    if len(names) != 1:
+        return f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
     return _read_adapter(module, names[0])
 
 
@@ -138,27 +139,23 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
     # Straight from the registries: nn.Module.__getattr__ would cost more than the checks do.
     modules = module._modules
     layer, kind = modules["base_layer"], linear_kinds()[type(module)]
-    dropout = modules["lora_dropout"]._modules[name]
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-    parts = {"lora_A": lora_a, "lora_B": lora_b, "lora_dropout": dropout}
-    dora = None
+    dropout, dora = modules["lora_dropout"]._modules[name], None
     if name in module.lora_variant:
         variant = module.lora_variant[name]
         if type(variant) is not _dora_variant():
             return f"LoRA variant {type(variant).__name__}"
-        dora = parts["lora_magnitude_vector"] = modules["lora_magnitude_vector"]._modules[name]
+        dora = modules["lora_magnitude_vector"]._modules[name]
     transposed = getattr(module, "fan_in_fan_out", False)
     base = read_base(layer, transposed, kind.opaque)
     if isinstance(base, str):
         return base
-    if base.called is None:  # a base that is called keeps what others do to its calls
-        parts["base_layer"] = layer
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return f"adapter layers are {type(lora_a).__name__} and {type(lora_b).__name__}, not Linear"
-    for part, inner in parts.items():
-        reason = bypass_reason(part, inner)
-        if reason:
-            return reason
+    # A base that is called keeps what others do to its calls.
+    watched = bypass_reason(_PARTS, (lora_a, lora_b, dropout, dora, layer if base.called is None else None))
+    if watched:
+        return watched
     p = _dropout(module, dropout, dora is not None)
     if isinstance(p, str):
         return p
@@ -170,11 +167,11 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
         return "a bias where PEFT has none"
     if _has_any_global_hook():
         return "hooks on all modules"
-    known = base.operands
-    if dora is not None and transposed and known.weight.requires_grad:
+    weight, bias, _, _, _, _, *scales = base.operands
+    if dora is not None and transposed and weight.requires_grad:
         return "DoRA on a trained Conv1D weight, whose gradient PEFT detaches in part"
     magnitude = None if dora is None else dora._parameters["weight"]
-    operands = known._replace(lora_a=a["weight"], lora_b=b["weight"], lora_bias=b["bias"], magnitude=magnitude)
+    operands = Operands(weight, bias, a["weight"], b["weight"], b["bias"], magnitude, *scales)
     reason = _tensor_reason(operands, base, transposed)
     if reason is None and base.shape is not None:
         reason = _fit_reason(operands, *base.shape)
@@ -191,7 +188,7 @@ def read_plain(module: nn.Module) -> Union[Adapted, str]:
     base = read_base(module, False, False)
     if isinstance(base, str):
         return base
-    reason = base.called or bypass_reason("the linear", module) or _tensor_reason(base.operands, base)
+    reason = base.called or bypass_reason(("the linear",), (module,)) or _tensor_reason(base.operands, base)
     return reason or Adapted(Projection(base.operands, 1.0, _spec(0.0, False, base.quantized)), True, base)
 
 
@@ -216,11 +213,16 @@ def _dropout(module: nn.Module, dropout: nn.Module, dora: bool) -> Union[float, 
     return float(dropout.p) if dropout.training and (module.training or not dora) else 0.0
 
 
-def bypass_reason(name: str, part: nn.Module) -> Optional[str]:
+def bypass_reason(names: Sequence[str], parts: Sequence[Optional[nn.Module]]) -> Optional[str]:
     """Other tools watch or replace the calls of inner modules; a fused forward would skip them."""
-    if "forward" in part.__dict__:
-        return f"{name} has a forward of its own, set by another tool"
-    return hooks_reason(name, part)
+    for i, part in enumerate(parts):
+        if part is None:
+            continue
+        if "forward" in part.__dict__:
+            return f"{names[i]} has a forward of its own, set by another tool"
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return hooks_reason(names[i], part)
+    return None
 
 
 def hooks_reason(name: str, part: nn.Module) -> Optional[str]:
@@ -232,21 +234,22 @@ def hooks_reason(name: str, part: nn.Module) -> Optional[str]:
 
 def _tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> Optional[str]:
     """Of all tensors, or of the adapter's alone where the weight is not floating-point numbers."""
-    dense = base.quantized is None and operands.weight is not None
-    device = (operands.weight if operands.weight is not None else operands.lora_a).device
-    for name, tensor in zip(_DENSE_FIELDS, operands):
-        if tensor is None or (name == "weight" and not dense) or (name == "bias" and base.called):
+    weight, bias, lora_a = operands[:3]
+    dense = base.quantized is None and weight is not None
+    device = lora_a.device if weight is None else weight.device
+    for i, tensor in enumerate((weight if dense else None, None if base.called else bias, *operands[2:6])):
+        if tensor is None:
             continue
         if type(tensor) not in _PLAIN_TENSORS:
-            return f"{name} is a {type(tensor).__name__} (sharded or wrapped)"
+            return f"{Operands._fields[i]} is a {type(tensor).__name__} (sharded or wrapped)"
         if tensor.is_meta:
-            return f"{name} is on the meta device"
+            return f"{Operands._fields[i]} is on the meta device"
         if tensor.dtype not in _ADAPTER_DTYPES:
-            return f"{name} has dtype {tensor.dtype}"
+            return f"{Operands._fields[i]} has dtype {tensor.dtype}"
         if tensor.device != device:
-            return f"{name} is on {tensor.device}, the base weight on {device}"
-    if dense and operands.weight.shape != (base.shape[::-1] if transposed else base.shape):
-        return f"weight has shape {tuple(operands.weight.shape)} (sharded or replaced)"
+            return f"{Operands._fields[i]} is on {tensor.device}, the base weight on {device}"
+    if dense and weight.shape != (base.shape[::-1] if transposed else base.shape):
+        return f"weight has shape {tuple(weight.shape)} (sharded or replaced)"
     return None
 
 
@@ -265,7 +268,7 @@ def call_reason(adapted: Adapted, x: object, args: tuple, kwargs: dict) -> Optio
     if args or kwargs:
         given = ", ".join(kwargs) or "positional arguments"
         return f"the call passes {given}"
-    if type(x) not in _PLAIN_TENSORS:
+    if not isinstance(x, Tensor):
         return f"x is a {type(x).__name__}"
     if x.dim() < 1:
         return "x has no dimension"
@@ -286,9 +289,11 @@ def input_reason(adapted: Adapted, x: Tensor, features: int) -> Optional[str]:
     if x.device != device:
         text = f"x is on {x.device}, the base weight on {device}"
         return text if base.quantized is None else Broken(text)
-    if torch.is_autocast_enabled(x.device.type):
-        double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in (x, *operands))
-        return f"autocast with x of {x.dtype} and float64" if double or not x.is_floating_point() else None
+    if torch.is_autocast_enabled(device.type):
+        for tensor in (x, *operands[:6]):
+            if tensor is not None and tensor.dtype == torch.float64:
+                return f"autocast with x of {x.dtype} and float64"
+        return None if x.is_floating_point() else f"autocast with x of {x.dtype}"
     dense = base.quantized is None and operands.weight is not None
     bias = operands.bias
     if dense and (x.dtype != operands.weight.dtype or (bias is not None and bias.dtype != operands.weight.dtype)):

@@ -14,6 +14,7 @@ backward pass.
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from typing import NamedTuple, Optional, Sequence
@@ -59,23 +60,19 @@ class _Leader:
         self.group = self.observed if self.changes <= MAX_CHANGES else ()
 
 
-class _Mode(NamedTuple):
-    """What a call depends on besides its operands."""
+# What a call depends on besides its operands: grad mode, whether x needs a gradient, autocast's dtype.
+_Mode = tuple[bool, bool, Optional[torch.dtype]]
 
-    grad: bool
-    x_needs_grad: bool
-    autocast_dtype: Optional[torch.dtype]
 
-    @classmethod
-    def of(cls, x: Tensor) -> _Mode:
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else None
-        return cls(torch.is_grad_enabled(), x.requires_grad, dtype)
+def _mode(x: Tensor) -> _Mode:
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    return torch.is_grad_enabled(), x.requires_grad, dtype
 
 
 class _Result(NamedTuple):
     projection: Projection
-    states: tuple[tuple[int, bool], ...]
+    states: list[tuple[int, bool]]
     y: Tensor
 
 
@@ -100,7 +97,7 @@ def compute(module: nn.Module, x: Tensor, projection: Projection, layer: type) -
     """y of `module`, which `layer` serves, from the group's computation where there is one."""
     if x.is_inference():  # keeps no version, so a change of x would go unseen
         return functional.compute_group(x, (projection,))[0]
-    mode = _Mode.of(x)
+    mode = _mode(x)
     result = _claim(module, x, projection, mode)
     forward = torch._C._current_graph_task_id() == -1
     if forward:
@@ -139,7 +136,7 @@ def _lead(module, leader: _Leader, x: Tensor, projection: Projection, mode: _Mod
                 projections.append(state)
     if _calls.x is not x or _calls.version != x._version or _calls.mode != mode:
         _forget()
-    token = _Token(leader.waiting) if mode.grad else None
+    token = _Token(leader.waiting) if torch.is_grad_enabled() else None
     outputs = functional.compute_group(x, projections, token=token)
     if len(members) > 1:
         _calls.x, _calls.version, _calls.mode = x, x._version, mode
@@ -174,18 +171,24 @@ def _claim(module: nn.Module, x: Tensor, projection: Projection, mode: _Mode) ->
 
 
 def _same(before: Projection, now: Projection) -> bool:
-    same_tensors = all(a is b for a, b in zip(before.operands, now.operands))
+    same_tensors = all(map(operator.is_, before.operands, now.operands))
     return same_tensors and before.scaling == now.scaling and before.spec == now.spec
 
 
-def _states(projection: Projection) -> tuple[tuple[int, bool], ...]:
+def _states(projection: Projection) -> list[tuple[int, bool]]:
     """Of every operand its version and whether it is trained."""
+    if projection.spec.quantized is None:
+        return _states_of(projection)
     with torch._C.DisableTorchFunctionSubclass():  # a quantised weight is a subclass
-        return tuple(
-            (-1 if tensor.is_inference() else tensor._version, tensor.requires_grad)
-            for tensor in projection.operands
-            if tensor is not None
-        )
+        return _states_of(projection)
+
+
+def _states_of(projection: Projection) -> list[tuple[int, bool]]:
+    return [
+        (-1 if tensor.is_inference() else tensor._version, tensor.requires_grad)
+        for tensor in projection.operands
+        if tensor is not None
+    ]
 
 
 def _forget() -> None:

@@ -9,7 +9,7 @@ projections the ops compute.
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from .. import backend as backends
 from .. import base, ops
-from ..projection import OPERANDS_PER_PROJECTION, Operands, Projection, ProjectionSpec, unflatten
+from ..projection import Operands, Projection
 
-_TRAINED = Operands._fields[:6]  # what follows are scales of a quantised weight
 _NEED_A, _NEED_B, _NEED_BIAS, _NEED_MAGNITUDE = 1, 2, 4, 8
+_FIRST_SCALE = Operands._fields.index("absmax")  # from there on the scales of a quantised weight
 
 
 def takes(projection: Projection, dtype: torch.dtype, lora_dtype: Optional[torch.dtype]) -> bool:
@@ -34,148 +34,211 @@ def takes(projection: Projection, dtype: torch.dtype, lora_dtype: Optional[torch
     return lora_a is None or (lora_dtype or lora_a.dtype) == dtype
 
 
-class _Arguments:
-    """What forward and backward pass to the ops, by field, from the operands by member."""
+class _Wanted(NamedTuple):
+    """The gradients of one projection: the ops' bits, and the dtypes of the vectors among them."""
 
-    def __init__(self, specs: Sequence[ProjectionSpec], scalings: Sequence[float], flat):
-        step = OPERANDS_PER_PROJECTION
-        weights, biases, lora_a, lora_b, lora_biases, magnitudes, *scales = (flat[i::step] for i in range(step))
-        self.weights = [w.t() if spec.transposed else w for spec, w in zip(specs, weights)]
-        self.biases, self.lora_biases, self.magnitudes = biases, lora_biases, magnitudes
-        self.adapters = lora_a, lora_b
-        self.scalings, self.dropouts = scalings, [spec.dropout for spec in specs]
-        self.flat = flat
-        self.formats = [spec.quantized for spec in specs]
-        self.scales, self.quantized = [], []
-        if any(self.formats):
-            self._quantize(scales)
-
-    def _quantize(self, scales) -> None:
-        """The ops' `scales` and `quantized` (kernel-src/common/projections.h)."""
-        for i, form in enumerate(self.formats):
-            if form is None:
-                self.quantized += [0] * 6
-                continue
-            kind = 2 if form.fp4 else 1
-            self.quantized += [kind, *form.shape, form.blocksize, form.nested_blocksize, len(self.scales)]
-            self.scales += [field[i] for field in scales if field[i] is not None]
-
-    def whole_biases(self) -> list[Optional[Tensor]]:
-        """b + s·b_B of each member."""
-        wholes = list(self.biases)
-        for i, lora_bias in enumerate(self.lora_biases):
-            if lora_bias is not None:
-                scaled = lora_bias * self.scalings[i]
-                whole = scaled if wholes[i] is None else wholes[i] + scaled
-                form = self.formats[i]
-                wholes[i] = whole.to(self.weights[i].dtype if form is None else form.dtype)
-        return wholes
-
-    def gains(self) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
-        """(norms, gains) of each member, None for plain LoRA."""
-        if not any(self.formats):
-            return backends.dora_gains(self.weights, *self.adapters, self.magnitudes, self.scalings)
-        return base.dora_gains(self.weights, unflatten(self.flat), self.formats, self.scalings)
+    needs: int
+    bias: Optional[torch.dtype]
+    lora_bias: Optional[torch.dtype]
+    magnitude: Optional[torch.dtype]
 
 
-def _needs(flags: Sequence[bool]) -> list[int]:
-    """The ops' bits for each member, from flags for all operands."""
-    bits = []
-    for i in range(0, len(flags), OPERANDS_PER_PROJECTION):
-        _, bias, lora_a, lora_b, lora_bias, magnitude = flags[i : i + len(_TRAINED)]
-        of_a, of_b = _NEED_A if lora_a else 0, _NEED_B if lora_b else 0
-        bits.append(of_a | of_b | (_NEED_BIAS if bias or lora_bias else 0) | (_NEED_MAGNITUDE if magnitude else 0))
-    return bits
+class _Fixed(NamedTuple):
+    """What is no tensor of a call; `quantized` as kernel-src/common/projections.h has it."""
+
+    scalings: tuple[float, ...]
+    dropouts: list[float]
+    quantized: list[int]
+    wanted: list[_Wanted]
 
 
-def _by_operand(grads, needs: Sequence[int], used: Sequence[bool], scalings, flags, flat) -> list[Optional[Tensor]]:
-    """A gradient or None for every operand, from those that the ops give in turn."""
-    found = iter(grads)
-    result: list[Optional[Tensor]] = [None] * len(flat)
-    for i, (need, use) in enumerate(zip(needs, used)):
-        if not use:
+class _Fields(NamedTuple):
+    """Tensors of a call by field, one element a projection, but for `scales`, which are those of all."""
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Optional[Tensor]]
+    lora_a: Sequence[Optional[Tensor]]
+    lora_b: Sequence[Optional[Tensor]]
+    norms: Sequence[Optional[Tensor]]
+    gains: Sequence[Optional[Tensor]]
+    scales: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, saved: Sequence[Optional[Tensor]], count: int) -> _Fields:
+        """From the fields of `count` projections one after another."""
+        last = 6 * count
+        return cls(*(saved[i : i + count] for i in range(0, last, count)), saved[last:])
+
+
+def trained(projections: Sequence[Projection]) -> list[Tensor]:
+    """The operands that need a gradient, in the order in which backward gives them."""
+    found = []
+    for (_, bias, lora_a, lora_b, lora_bias, magnitude, *_), _, _ in projections:
+        for tensor in (lora_a, lora_b, bias, lora_bias, magnitude):
+            if tensor is not None and tensor.requires_grad:
+                found.append(tensor)
+    return found
+
+
+def _wanted(projection: Projection) -> _Wanted:
+    _, bias, lora_a, lora_b, lora_bias, magnitude, *_ = projection.operands
+    needs = 0
+    if lora_a is not None:
+        needs = (_NEED_A if lora_a.requires_grad else 0) | (_NEED_B if lora_b.requires_grad else 0)
+    bias, lora_bias, magnitude = (
+        tensor.dtype if tensor is not None and tensor.requires_grad else None for tensor in (bias, lora_bias, magnitude)
+    )
+    if bias is not None or lora_bias is not None:
+        needs |= _NEED_BIAS
+    return _Wanted(needs if magnitude is None else needs | _NEED_MAGNITUDE, bias, lora_bias, magnitude)
+
+
+def _read(projections: Sequence[Projection]) -> tuple[_Fixed, _Fields, Sequence[Optional[Tensor]]]:
+    """The numbers, the tensors and every b + s·b_B of a call."""
+    all_operands, scalings, specs = zip(*projections)
+    weights, biases, lora_a, lora_b, lora_biases, magnitudes, *_ = zip(*all_operands)
+    formats = [spec.quantized for spec in specs]
+    quantized, scales = _quantized(formats, all_operands) if any(formats) else ([], [])
+    if any([spec.transposed for spec in specs]):
+        weights = [w.t() if spec.transposed else w for spec, w in zip(specs, weights)]
+    norms = gains = (None,) * len(specs)
+    if any([magnitude is not None for magnitude in magnitudes]):
+        if quantized:
+            norms, gains = base.dora_gains(weights, all_operands, formats, scalings)
+        else:
+            norms, gains = backends.dora_gains(weights, lora_a, lora_b, magnitudes, scalings)
+    whole = biases
+    if any([bias is not None for bias in lora_biases]):
+        whole = [_whole_bias(projection) for projection in projections]
+    fixed = _Fixed(scalings, [spec.dropout for spec in specs], quantized, list(map(_wanted, projections)))
+    return fixed, _Fields(weights, biases, lora_a, lora_b, norms, gains, scales), whole
+
+
+def _quantized(formats, all_operands) -> tuple[list[int], list[Tensor]]:
+    """The ops' `quantized` and `scales` (kernel-src/common/projections.h)."""
+    numbers, scales = [], []
+    for form, operands in zip(formats, all_operands):
+        if form is None:
+            numbers += [0] * 6
             continue
-        first = i * OPERANDS_PER_PROJECTION
-        _, bias, lora_a, lora_b, lora_bias, magnitude = range(first, first + len(_TRAINED))
-        if need & _NEED_A:
-            result[lora_a] = next(found)
-        if need & _NEED_B:
-            result[lora_b] = next(found)
-        if need & _NEED_BIAS:
-            db = next(found)
-            result[bias] = db.to(flat[bias].dtype) if flags[bias] else None
-            result[lora_bias] = (db * scalings[i]).to(flat[lora_bias].dtype) if flags[lora_bias] else None
-        if need & _NEED_MAGNITUDE:
-            result[magnitude] = next(found).to(flat[magnitude].dtype)
+        numbers += [2 if form.fp4 else 1, *form.shape, form.blocksize, form.nested_blocksize, len(scales)]
+        scales += [scale for scale in operands[_FIRST_SCALE:] if scale is not None]
+    return numbers, scales
+
+
+def _whole_bias(projection: Projection) -> Optional[Tensor]:
+    operands, scaling, spec = projection
+    if operands.lora_bias is None:
+        return operands.bias
+    scaled = operands.lora_bias * scaling
+    whole = scaled if operands.bias is None else operands.bias + scaled
+    return whole.to(operands.weight.dtype if spec.quantized is None else spec.quantized.dtype)
+
+
+def _by_trained(grads: Sequence[Tensor], fixed: _Fixed, used: Sequence[bool]) -> list[Optional[Tensor]]:
+    """A gradient or None for each of `trained`, from those that the ops give in turn."""
+    found = iter(grads)
+    result: list[Optional[Tensor]] = []
+    for (needs, bias, lora_bias, magnitude), scaling, use in zip(fixed.wanted, fixed.scalings, used):
+        if needs & _NEED_A:
+            result.append(next(found) if use else None)
+        if needs & _NEED_B:
+            result.append(next(found) if use else None)
+        db = next(found) if use and needs & _NEED_BIAS else None
+        if bias is not None:
+            result.append(db.to(bias) if use else None)
+        if lora_bias is not None:
+            result.append((db * scaling).to(lora_bias) if use else None)
+        if magnitude is not None:
+            result.append(next(found).to(magnitude) if use else None)
     return result
 
 
+def _group_forward(projections: Sequence[Projection], x: Tensor, seeds: Optional[Tensor]):
+    fixed, fields, biases = _read(projections)
+    weights, _, lora_a, lora_b, _, gains, scales = fields
+    scalings, dropouts, quantized, _ = fixed
+    outputs = ops.lora_forward(
+        x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized
+    )  # fmt: skip
+    return fixed, fields, outputs
+
+
+def lora_group(x: Tensor, projections: Sequence[Projection], seeds: Optional[Tensor], token: object) -> tuple[Tensor, ...]:
+    """[..., N] of each projection; `token` is kept as `LoraLinearFunction` keeps it."""
+    if torch.is_grad_enabled():
+        return NativeGroupFunction.apply(projections, token, x, seeds, *trained(projections))
+    return tuple(_group_forward(projections, x, seeds)[2][0])
+
+
 class NativeGroupFunction(torch.autograd.Function):
-    """Apply as `(specs, scalings, token, x, seeds, *flatten(operands))`; gives a tuple of [..., N], one per
-    projection. Double backward raises. `token` is kept as `LoraLinearFunction` keeps it."""
+    """Apply as `(projections, token, x, seeds, *trained(projections))`; gives a tuple of [..., N], one per
+    projection. Double backward raises."""
 
     @staticmethod
-    def forward(ctx, specs, scalings, token, x: Tensor, seeds: Optional[Tensor], *flat):
-        arguments = _Arguments(specs, scalings, flat)
-        norms, gains = arguments.gains()
-        ys, us, t = ops.lora_forward(
-            x, arguments.weights, arguments.whole_biases(), *arguments.adapters, gains, scalings, seeds,
-            arguments.dropouts, arguments.scales, arguments.quantized,
-        )  # fmt: skip
-        ctx.specs, ctx.scalings, ctx.token, ctx.us = specs, scalings, token, len(us)
+    def forward(ctx, projections, token, x: Tensor, seeds: Optional[Tensor], *_):
+        ctx.fixed, fields, (ys, us, t) = _group_forward(projections, x, seeds)
+        ctx.token, ctx.us = token, len(us)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, seeds, t, *us, *norms, *gains, *flat)
+        ctx.save_for_backward(x, seeds, t, *us, *[tensor for field in fields for tensor in field])
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys: Optional[Tensor]):
         x, seeds, t, *rest = ctx.saved_tensors
-        us, (norms, gains, flat) = rest[: ctx.us], _parts(rest[ctx.us :], len(dys))
-        arguments, flags = _Arguments(ctx.specs, ctx.scalings, flat), ctx.needs_input_grad[5:]
-        needs, used = _needs(flags), [dy is not None for dy in dys]
+        us, fields, fixed = rest[: ctx.us], _Fields.of(rest[ctx.us :], len(dys)), ctx.fixed
+        used, needs = [dy is not None for dy in dys], [wanted.needs for wanted in fixed.wanted]
         dx, grads = ops.lora_backward(
-            dys, x, t, us, arguments.weights, arguments.biases, *arguments.adapters, gains, norms, ctx.scalings, seeds,
-            arguments.dropouts, arguments.scales, arguments.quantized, ctx.needs_input_grad[3] and any(used), needs,
+            dys, x, t, us, fields.weights, fields.biases, fields.lora_a, fields.lora_b, fields.gains, fields.norms,
+            fixed.scalings, seeds, fixed.dropouts, fields.scales, fixed.quantized,
+            ctx.needs_input_grad[2] and any(used), needs,
         )  # fmt: skip
         ctx.token = None
-        by_operand = _by_operand(grads, needs, used, ctx.scalings, flags, flat)
-        return None, None, None, dx[0] if dx else None, None, *by_operand
+        return None, None, dx[0] if dx else None, None, *_by_trained(grads, fixed, used)
+
+
+def _gated_forward(projections: Sequence[Projection], options: tuple[int, int], x: Tensor, seeds: Optional[Tensor]):
+    fixed, fields, biases = _read(projections)
+    weights, _, lora_a, lora_b, _, gains, scales = fields
+    scalings, dropouts, quantized, _ = fixed
+    outputs = ops.gated_forward(
+        x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, *options
+    )  # fmt: skip
+    return fixed, fields, outputs
+
+
+def gated_mlp(
+    x: Tensor, projections: Sequence[Projection], activation: int, gate_half: int, seeds: Optional[Tensor]
+) -> Tensor:
+    """[..., N] of a gated MLP, down as the last projection and the activation as its index."""
+    options = activation, gate_half
+    if torch.is_grad_enabled():
+        return NativeGatedFunction.apply(projections, options, x, seeds, *trained(projections))
+    return _gated_forward(projections, options, x, seeds)[2][0]
 
 
 class NativeGatedFunction(torch.autograd.Function):
-    """Apply as `(specs, scalings, activation, gate_half, x, seeds, *flatten(operands))` with down as the
-    last projection and the activation as its index; gives [..., N]. Double backward raises."""
+    """Apply as `(projections, (activation, gate_half), x, seeds, *trained(projections))`, see `gated_mlp`.
+    Double backward raises."""
 
     @staticmethod
-    def forward(ctx, specs, scalings, activation: int, gate_half: int, x: Tensor, seeds: Optional[Tensor], *flat):
-        arguments = _Arguments(specs, scalings, flat)
-        norms, gains = arguments.gains()
-        y, outputs, us, ts = ops.gated_forward(
-            x, arguments.weights, arguments.whole_biases(), *arguments.adapters, gains, scalings, seeds,
-            arguments.dropouts, arguments.scales, arguments.quantized, activation, gate_half,
-        )  # fmt: skip
-        ctx.specs, ctx.scalings, ctx.options, ctx.us = specs, scalings, (activation, gate_half), len(us)
-        ctx.save_for_backward(x, seeds, *ts, *outputs, *us, *norms, *gains, *flat)
+    def forward(ctx, projections, options, x: Tensor, seeds: Optional[Tensor], *_):
+        ctx.fixed, fields, (y, outputs, us, ts) = _gated_forward(projections, options, x, seeds)
+        ctx.options, ctx.us = options, len(us)
+        ctx.save_for_backward(x, seeds, *ts, *outputs, *us, *[tensor for field in fields for tensor in field])
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
+        fixed, count = ctx.fixed, len(ctx.fixed.wanted)
         x, seeds, *rest = ctx.saved_tensors
-        count = len(ctx.specs)
         ts, outputs, rest = rest[:2], rest[2 : 1 + count], rest[1 + count :]
-        us, (norms, gains, flat) = rest[: ctx.us], _parts(rest[ctx.us :], count)
-        arguments, flags = _Arguments(ctx.specs, ctx.scalings, flat), ctx.needs_input_grad[6:]
-        needs = _needs(flags)
+        us, fields = rest[: ctx.us], _Fields.of(rest[ctx.us :], count)
         dx, grads = ops.gated_backward(
-            dy, x, outputs, us, ts, arguments.weights, arguments.biases, *arguments.adapters, gains, norms,
-            ctx.scalings, seeds, arguments.dropouts, arguments.scales, arguments.quantized, *ctx.options, ctx.needs_input_grad[4], needs,
+            dy, x, outputs, us, ts, fields.weights, fields.biases, fields.lora_a, fields.lora_b, fields.gains,
+            fields.norms, fixed.scalings, seeds, fixed.dropouts, fields.scales, fixed.quantized, *ctx.options,
+            ctx.needs_input_grad[2], [wanted.needs for wanted in fixed.wanted],
         )  # fmt: skip
-        by_operand = _by_operand(grads, needs, [True] * count, ctx.scalings, flags, flat)
-        return *(None,) * 4, dx[0] if dx else None, None, *by_operand
-
-
-def _parts(saved, count: int):
-    """(norms, gains, operands) of `count` members."""
-    return saved[:count], saved[count : 2 * count], saved[2 * count :]
+        return None, None, dx[0] if dx else None, None, *_by_trained(grads, fixed, [True] * count)
