@@ -3,7 +3,8 @@
 Every trainable parameter is changed in place before each step, as training does, and steps are queued
 one after another without a wait between them; a step's time is between two events on the GPU. Each case is
 checked against PEFT first (output and gradient norm); a case that fails has no speed to report.
-Dropout masks differ between the two, so its outputs are compared without it. A GPU is required.
+Dropout masks differ between the two, so its outputs are compared without it. Cases "in a CUDA graph" replay
+one captured step, so nothing waits for the host. A GPU is required.
 
     python benchmarks/benchmark_lora.py --kernel build --out results.json
 """
@@ -87,9 +88,9 @@ def adapt(model, case: dict, adapter_dtype) -> torch.nn.Module:
     return model
 
 
-def step(model, inputs, autocast: bool):
-    """Forward and backward of the hidden states; dy is random and fixed."""
-    scope = torch.autocast("cuda", dtype=torch.bfloat16) if autocast else contextlib.nullcontext()
+def step(model, inputs, autocast: bool, cache: bool = True):
+    """Forward and backward of the hidden states; dy is random and fixed. `cache`: of autocast's weights."""
+    scope = torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=cache) if autocast else contextlib.nullcontext()
     with scope:
         y = model(**inputs["call"]) if "call" in inputs else model(inputs["x"])
         y = getattr(y, "last_hidden_state", y)
@@ -115,10 +116,28 @@ def norms(model, inputs, autocast):
     return y.detach(), grad
 
 
-def measure(model, inputs, autocast, repeats):
+def captured(model, inputs, autocast):
+    """The replay of a step; parameters and x are read anew at every replay."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step(model, inputs, autocast, cache=False)
+    torch.cuda.current_stream().wait_stream(aside)
+    change_parameters(model)
+    inputs["leaf"].grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(model, inputs, autocast, cache=False)
+    return graph.replay
+
+
+def measure(model, inputs, case):
+    autocast, repeats = case["autocast"], case["repeats"]
+    run = captured(model, inputs, autocast) if case.get("graph") else lambda: step(model, inputs, autocast)
     for _ in range(3):
         change_parameters(model)
-        step(model, inputs, autocast)
+        run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     pairs = []
@@ -127,7 +146,7 @@ def measure(model, inputs, autocast, repeats):
         inputs["leaf"].grad = None
         pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
         pairs[-1][0].record()
-        step(model, inputs, autocast)
+        run()
         pairs[-1][1].record()
     torch.cuda.synchronize()
     times = [start.elapsed_time(end) for start, end in pairs]
@@ -173,7 +192,6 @@ def release_memory() -> None:
 
 def run_case(case: dict, lora_fused) -> dict:
     dtype = torch.float32 if case["adapter"] == "fp32" else torch.bfloat16
-    autocast = case["autocast"]
     torch.manual_seed(2)
     if case["kind"] == "linear":
         x = torch.randn(case["m"], case["k"], device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -188,14 +206,14 @@ def run_case(case: dict, lora_fused) -> dict:
     base = build(lambda: make_model(case))
     if case.get("checkpointing"):
         base.train().gradient_checkpointing_enable({"use_reentrant": False})
-    result["frozen"] = measure(base, inputs, autocast, case["repeats"])
+    result["frozen"] = measure(base, inputs, case)
     model = adapt(base, case, dtype)
     fuse(model, lora_fused)
-    result["ours"] = measure(model, inputs, autocast, case["repeats"])
+    result["ours"] = measure(model, inputs, case)
     for module in model.modules():
         module.__dict__.pop("forward", None)
     try:
-        result["peft"] = measure(model, inputs, autocast, case["repeats"])
+        result["peft"] = measure(model, inputs, case)
     except torch.cuda.OutOfMemoryError:
         result["peft"] = None
     return result
@@ -208,9 +226,10 @@ def cases(repeats: int, layers: int) -> list[dict]:
         for k, n in ((4096, 4096), (4096, 14336), (14336, 4096))
         for adapter, autocast in (("fp32", True), ("bf16", False))
     ]
-    runs = [(1, variant, "fp32", variant != "LoRA, bias all", False) for variant in VARIANTS]
-    runs += [(1, "LoRA", "bf16", False, False), (1, "LoRA", "fp32", False, False)]
-    runs += [(4, variant, "fp32", True, checkpointing) for checkpointing in (False, True) for variant in ("LoRA", "DoRA")]
+    short = [(variant, "fp32", variant != "LoRA, bias all") for variant in VARIANTS] + [("LoRA", "bf16", False)]
+    runs = [(1, *run, False, graph) for graph in (False, True) for run in short]
+    runs.append((1, "LoRA", "fp32", False, False, False))
+    runs += [(4, variant, "fp32", True, cp, False) for cp in (False, True) for variant in ("LoRA", "DoRA")]
     model = [
         dict(
             kind="llama-8b",
@@ -222,9 +241,10 @@ def cases(repeats: int, layers: int) -> list[dict]:
             adapter="bf16" if variant == "LoRA, bias all" else adapter,
             autocast=autocast,
             checkpointing=checkpointing,
+            graph=graph,
             repeats=repeats,
         )
-        for batch, variant, adapter, autocast, checkpointing in runs
+        for batch, variant, adapter, autocast, checkpointing, graph in runs
     ]
     return single + model
 
@@ -235,7 +255,7 @@ def describe(result: dict) -> str:
         if result["kind"] == "linear"
         else f"{result['layers']} Llama-8B layers, {result['batch']}x{result['seq']}"
     )
-    shape += ", checkpointing" if result.get("checkpointing") else ""
+    shape += ", checkpointing" if result.get("checkpointing") else ", CUDA graph" if result.get("graph") else ""
     head = f"{shape:50} {result['variant']:18} {result['adapter']}{' autocast' if result['autocast'] else '':9}"
     if "failed" in result:
         return f"{head} {result['failed']}"

@@ -149,13 +149,13 @@ def model_case(case: dict, lora_fused) -> dict:
         return {**result, "failed": "not the same result as PEFT: no speed reported"}
     base = replace(common.build(lambda: common.llama_8b_shape(case["layers"], False)))
     common.release_memory()
-    result["frozen"] = common.measure(base, inputs, case["autocast"], case["repeats"])
+    result["frozen"] = common.measure(base, inputs, case)
     model = common.adapt(base, case, dtype)
     fuse(model, lora_fused)
-    result["ours"] = common.measure(model, inputs, case["autocast"], case["repeats"])
+    result["ours"] = common.measure(model, inputs, case)
     for module in model.modules():
         module.__dict__.pop("forward", None)
-    result["peft"] = common.measure(model, inputs, case["autocast"], case["repeats"])
+    result["peft"] = common.measure(model, inputs, case)
     return result
 
 

@@ -29,7 +29,7 @@ def table() -> str:
             shape = f"{r['k']}→{r['n']}, {r['m']} tokens"
         else:
             shape = f"Llama-8B shape, {r['layers']} layers, {r['batch']}×{r['seq']}"
-            shape += ", checkpointing" if r.get("checkpointing") else ""
+            shape += ", checkpointing" if r.get("checkpointing") else ", in a CUDA graph" if r.get("graph") else ""
         adapter = r["adapter"] + (", autocast" if r["autocast"] else "")
         frozen = r["frozen"]
         base = f"{frozen['ms']:.3g} ms, {frozen['peak_gb']:.1f} GB"
