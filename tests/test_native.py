@@ -100,10 +100,53 @@ def check_group(lora_fused, device, m, k, group, dtype, adapter):
         given = [dy.to(device, dtype) for dy in dys]
         poison(device)
         projections = projections_of(lora_fused, flat, (0.5, 0.7, 0.5), specs)
-        ys = lora_fused.autograd.native.lora_group(own, projections, seeds.to(device), None)
+        ys = lora_fused.autograd.native.lora_group(own, projections, seeds.to(device))
         return backward(ys, given, own, flat)
 
     compare(run(device, dtype, adapter), run("cpu", torch.float64, torch.float64), dtype, stored=4)
+
+
+# Float32 adapters beside bfloat16 without autocast, of which the ops multiply two parts each.
+EXACT = ((72, 8, 0.0, False, False), (1024, 40, 0.0, False, True), (31, 5, 0.0, False, False))
+EXACT_DORA = ((1024, 16, 0.0, True, True), (72, 40, 0.0, False, False), (1000, 8, 0.0, True, False))
+ADAPTER_UNIT = 2.0**-16
+
+
+def exact_run(lora_fused, operands, x, dys, device, dtype):
+    flat, own = flat_on(operands, device, dtype, dtype), x.to(device, dtype).requires_grad_()
+    if dtype == torch.bfloat16:
+        flat = flat_on(operands, device, dtype, torch.float32)
+    given = [dy.to(device, dtype) for dy in dys]
+    poison(device)
+    projections = projections_of(lora_fused, flat, (0.5, 0.7, 0.5), [lora_fused.ProjectionSpec()] * 3)
+    exact = lora_fused.autograd.native.is_exact(projections, dtype, None)
+    assert exact == (dtype == torch.bfloat16)
+    return backward(lora_fused.autograd.native.lora_group(own, projections, None, exact), given, own, flat), flat
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the ops take them on a CUDA GPU")
+@pytest.mark.parametrize("m,k", (*SHAPES, LARGE))
+@pytest.mark.parametrize("group", (EXACT, EXACT_DORA), ids=("LoRA", "DoRA"))
+def test_float32_adapters_keep_their_precision(lora_fused, m, k, group):
+    """Outputs within bfloat16's rounding, gradients of a LoRA adapter within that of its two parts."""
+    generator = torch.Generator().manual_seed(m)
+    operands = [operands_of(generator, k, n, r, dora, bias) for n, r, _, dora, bias in group]
+    for each in operands:
+        each[:2] = [None if t is None else t.bfloat16().double() for t in each[:2]]
+        each[2:] = [None if t is None else t.float().double() for t in each[2:]]
+    x, *dys = [draw(generator, m, n).bfloat16().double() for n in (k, *(n for n, *_ in group))]
+    ours, flat = exact_run(lora_fused, operands, x, dys, "cuda", torch.bfloat16)
+    truth, _ = exact_run(lora_fused, operands, x, dys, "cpu", torch.float64)
+    trained = [tensor for tensor in flat if tensor is not None and tensor.requires_grad]
+    assert len(ours) == len(truth) == 4 + len(trained)
+    adapters = {id(grad) for i, (*_, dora, _) in enumerate(group) if not dora for grad in
+                (flat[10 * i + 2].grad, flat[10 * i + 3].grad)}  # fmt: skip
+    assert adapters
+    for value, exact in zip(ours, truth):
+        unit = ADAPTER_UNIT if id(value) in adapters else UNIT[torch.bfloat16]
+        error, peak = relative(value, exact)
+        bound = 4 * unit + exact.numel() ** 0.5 * 2.0**-24
+        assert error <= bound and peak <= 8 * bound, f"shape {tuple(exact.shape)}: {error:.3g}, {peak:.3g}"
 
 
 @pytest.mark.parametrize("dtype,adapter", DTYPES, ids=str)
@@ -126,7 +169,7 @@ def test_gated(lora_fused, device, p, dora, gate_half, dtype, adapter):
         given = dy.to(device, dtype)
         poison(device)
         projections = projections_of(lora_fused, flat, (0.5,) * len(specs), specs)
-        y = lora_fused.autograd.native.gated_mlp(own, projections, 0, gate_half or 0, seeds.to(device))
+        y = lora_fused.autograd.native.gated_mlp(own, projections, (0, gate_half or 0), seeds.to(device))
         return backward([y], [given], own, flat)
 
     compare(run(device, dtype, adapter), run("cpu", torch.float64, torch.float64), dtype, stored=8)
@@ -148,7 +191,7 @@ def test_float64_is_the_formula(lora_fused):
 
     def native(x, *flat):
         projections = projections_of(lora_fused, flat, (0.5,), [lora_fused.ProjectionSpec()])
-        return lora_fused.autograd.native.lora_group(x, projections, None, None)[0]
+        return lora_fused.autograd.native.lora_group(x, projections, None)[0]
 
     for ours, exact in zip(run(native), run(formula)):
         assert max(relative(ours, exact)) <= 1e-12

@@ -26,23 +26,23 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
       "Tensor?[] lora_b, Tensor?[] gains, float[] scalings, Tensor? seeds, float[] dropouts, "
-      "Tensor[] scales, int[] quantized) "
+      "Tensor[] scales, int[] quantized, bool exact) "
       "-> (Tensor[], Tensor[], Tensor)");
   ops.def(
       "lora_backward(Tensor?[] dys, Tensor x, Tensor t, Tensor[] us, Tensor[] weights, "
       "Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, Tensor?[] norms, "
-      "float[] scalings, Tensor? seeds, float[] dropouts, Tensor[] scales, int[] quantized, "
+      "float[] scalings, Tensor? seeds, float[] dropouts, Tensor[] scales, int[] quantized, bool exact, "
       "bool need_dx, int[] needs) "
       "-> (Tensor[], Tensor[])");
   ops.def(
       "gated_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
       "Tensor?[] lora_b, Tensor?[] gains, float[] scalings, Tensor? seeds, float[] dropouts, "
-      "Tensor[] scales, int[] quantized, int activation, int gate_half) -> (Tensor, Tensor[], Tensor[], Tensor[])");
+      "Tensor[] scales, int[] quantized, bool exact, int activation, int gate_half) -> (Tensor, Tensor[], Tensor[], Tensor[])");
   ops.def(
       "gated_backward(Tensor dy, Tensor x, Tensor[] outputs, Tensor[] us, Tensor[] ts, "
       "Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, "
       "Tensor?[] norms, float[] scalings, Tensor? seeds, float[] dropouts, Tensor[] scales, "
-      "int[] quantized, int activation, int gate_half, bool need_dx, int[] needs) -> (Tensor[], Tensor[])");
+      "int[] quantized, bool exact, int activation, int gate_half, bool need_dx, int[] needs) -> (Tensor[], Tensor[])");
   ops.def("column_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
   ops.def(
       "embedding_forward(Tensor ids, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? gain, "

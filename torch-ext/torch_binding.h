@@ -51,14 +51,14 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors, torch::stable::Tensor> lora
     const torch::stable::Tensor& x, lora_fused::Tensors weights, lora_fused::Optionals biases,
     lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals gains,
     std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
-    std::vector<double> dropouts, lora_fused::Tensors scales, std::vector<int64_t> quantized);
+    std::vector<double> dropouts, lora_fused::Tensors scales, std::vector<int64_t> quantized, bool exact);
 std::tuple<lora_fused::Tensors, lora_fused::Tensors> lora_backward(
     lora_fused::Optionals dys, const torch::stable::Tensor& x, const torch::stable::Tensor& t,
     lora_fused::Tensors us, lora_fused::Tensors weights, lora_fused::Optionals biases,
     lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals gains,
     lora_fused::Optionals norms, std::vector<double> scalings,
     std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts,
-    lora_fused::Tensors scales, std::vector<int64_t> quantized, bool need_dx,
+    lora_fused::Tensors scales, std::vector<int64_t> quantized, bool exact, bool need_dx,
     std::vector<int64_t> needs);
 std::tuple<torch::stable::Tensor, lora_fused::Tensors, lora_fused::Tensors, lora_fused::Tensors>
 gated_forward(const torch::stable::Tensor& x, lora_fused::Tensors weights,
@@ -66,14 +66,14 @@ gated_forward(const torch::stable::Tensor& x, lora_fused::Tensors weights,
               lora_fused::Optionals lora_b, lora_fused::Optionals gains,
               std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
               std::vector<double> dropouts, lora_fused::Tensors scales,
-              std::vector<int64_t> quantized, int64_t activation, int64_t gate_half);
+              std::vector<int64_t> quantized, bool exact, int64_t activation, int64_t gate_half);
 std::tuple<lora_fused::Tensors, lora_fused::Tensors> gated_backward(
     const torch::stable::Tensor& dy, const torch::stable::Tensor& x, lora_fused::Tensors outputs,
     lora_fused::Tensors us, lora_fused::Tensors ts, lora_fused::Tensors weights,
     lora_fused::Optionals biases, lora_fused::Optionals lora_a, lora_fused::Optionals lora_b,
     lora_fused::Optionals gains, lora_fused::Optionals norms, std::vector<double> scalings,
     std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts,
-    lora_fused::Tensors scales, std::vector<int64_t> quantized, int64_t activation,
+    lora_fused::Tensors scales, std::vector<int64_t> quantized, bool exact, int64_t activation,
     int64_t gate_half, bool need_dx, std::vector<int64_t> needs);
 
 // kernel-src/common/gemm.h says what it computes; an error where gemm_sm90_serves refuses.

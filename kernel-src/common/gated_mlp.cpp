@@ -61,9 +61,9 @@ struct Halves {
 std::tuple<Tensor, Tensors, Tensors, Tensors> gated_forward(
     const Tensor& x, Tensors weights, Optionals biases, Optionals lora_a, Optionals lora_b, Optionals gains,
     std::vector<double> scalings, std::optional<Tensor> seeds, std::vector<double> dropouts, Tensors scales,
-    std::vector<int64_t> quantized, int64_t activation, int64_t gate_half) {
+    std::vector<int64_t> quantized, bool exact, int64_t activation, int64_t gate_half) {
   const OnDevice device(x);
-  const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized};
+  const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact};
   const size_t inputs = weights.size() - 1;
   const Members in(lists, 0, inputs), out(lists, inputs, 1);
   const Halves halves{inputs == 1, gate_half};
@@ -89,10 +89,10 @@ std::tuple<Tensors, Tensors> gated_backward(const Tensor& dy, const Tensor& x, T
                                             Optionals lora_b, Optionals gains, Optionals norms,
                                             std::vector<double> scalings, std::optional<Tensor> seeds,
                                             std::vector<double> dropouts, Tensors scales,
-                                            std::vector<int64_t> quantized, int64_t activation, int64_t gate_half,
+                                            std::vector<int64_t> quantized, bool exact, int64_t activation, int64_t gate_half,
                                             bool need_dx, std::vector<int64_t> needs) {
   const OnDevice device(x);
-  const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized};
+  const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact};
   const size_t inputs = weights.size() - 1;
   const Members in(lists, 0, inputs), out(lists, inputs, 1);
   const Halves halves{inputs == 1, gate_half};

@@ -26,9 +26,9 @@ std::tuple<Tensors, Tensors, Tensor> lora_forward(const Tensor& x, Tensors weigh
                                                   Optionals lora_a, Optionals lora_b, Optionals gains,
                                                   std::vector<double> scalings, std::optional<Tensor> seeds,
                                                   std::vector<double> dropouts, Tensors scales,
-                                                  std::vector<int64_t> quantized) {
+                                                  std::vector<int64_t> quantized, bool exact) {
   const OnDevice device(x);
-  const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized};
+  const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact};
   Outputs out = project(matrix(x), x, Members(lists, 0, weights.size()), /*scaled_too=*/true);
   return {out.ys, out.us, out.t};
 }
@@ -38,10 +38,10 @@ std::tuple<Tensors, Tensors> lora_backward(Optionals dys, const Tensor& x, const
                                            Optionals lora_b, Optionals gains, Optionals norms,
                                            std::vector<double> scalings, std::optional<Tensor> seeds,
                                            std::vector<double> dropouts, Tensors scales,
-                                           std::vector<int64_t> quantized, bool need_dx,
+                                           std::vector<int64_t> quantized, bool exact, bool need_dx,
                                            std::vector<int64_t> needs) {
   const OnDevice device(x);
-  const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized};
+  const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact};
   const Members members(lists, 0, weights.size());
   const View rows = matrix(x);
   const Backward backward(members, rows, {dys, us, norms, needs, need_dx});

@@ -13,10 +13,20 @@ namespace lora_fused {
 
 using MaybeTensor = std::optional<torch::stable::Tensor>;
 
-// One conversion, `from` [rows, cols] contiguous: `to` has its shape, or [cols, rows] where transposed.
+// One conversion, `from` [rows, cols] contiguous: `to` has its shape, its rows strided or not, or is
+// [cols, rows] contiguous where transposed. `rest`: what the conversion leaves out, from - to, instead.
 struct Cast {
   View from, to;
-  bool transposed = false;
+  bool transposed = false, rest = false;
+};
+
+// v = scaling·(first + second), matrices of float32: `high` is v, rounded to its dtype; `again` the same once
+// more, and `low` what the rounding leaves out. Rows of each may be strided.
+struct PartSum {
+  View first, second;
+  double scaling;
+  View high;
+  MaybeView again = std::nullopt, low = std::nullopt;
 };
 
 enum Activation : int64_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
@@ -89,6 +99,7 @@ void token_sums_cpu(const TokenSums& sums);
 #if defined(CUDA_KERNEL)
 // All conversions in as few launches as their number allows.
 void cast_all_cuda(const std::vector<Cast>& casts);
+void part_sums_cuda(const std::vector<PartSum>& sums);
 void gated_cuda(const Gated& gated);
 void scale_cuda(const Scale& scale);
 void token_sums_cuda(const TokenSums& sums);

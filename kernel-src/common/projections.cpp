@@ -106,11 +106,27 @@ bool Members::any_masked() const {
   return false;
 }
 
-Adapters::Adapters(const View& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b) {
+Adapters::Adapters(const View& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b)
+    : parts(members.exact() ? 3 : 1) {
   const ScalarType dtype = x.scalar_type();
   std::vector<Cast> casts;
   first.push_back(0);
   for (size_t i = 0; i < members.count(); ++i) first.push_back(first.back() + members.rank(i));
+  if (members.exact()) {
+    if (need_a && ranks() > 0) a = empty(x.base(), {columns(), x.size(1)}, dtype);
+    for (size_t i = 0; i < members.count(); ++i) {
+      b.push_back(members.b(i) ? MaybeView(empty(x.base(), {members.outputs(i), parts * rank(i)}, dtype)) : std::nullopt);
+      if (!members.b(i)) continue;
+      const Tensor of_a = torch::stable::contiguous(*members.a(i)), of_b = torch::stable::contiguous(*members.b(i));
+      for (int64_t part = 0; part < parts; ++part) {
+        const bool rest = part == 1;
+        if (need_a) casts.push_back({of_a, a->rows(part * ranks() + first[i], rank(i)), false, rest});
+        casts.push_back({of_b, b[i]->columns(part * rank(i), rank(i)), false, rest});
+      }
+    }
+    if (!casts.empty()) cast_all(casts);
+    return;
+  }
   if (need_a && ranks() > 0) {
     for (size_t i = 0; i < members.count(); ++i)
       if (members.rank(i) == ranks() && members.a(i)->scalar_type() == dtype) a = *members.a(i);
@@ -134,11 +150,37 @@ Adapters::Adapters(const View& x, const Members& members, bool need_a, bool need
 
 namespace {
 
+#if defined(CUDA_KERNEL)
+// The parts of scaling·(sum of two columns of `wide`, `apart` from each other) as three columns of `to`.
+PartSum part_sum(const View& wide, int64_t first, int64_t apart, double scaling, const View& to, int64_t at,
+                 int64_t rank) {
+  const int64_t next = to.size(1) / 3;
+  return {wide.columns(first, rank),  wide.columns(first + apart, rank), scaling, to.columns(at, rank),
+          to.columns(next + at, rank), to.columns(2 * next + at, rank)};
+}
+#endif
+
 // t of all members, and D(x) of those whose base product takes it as well.
 Tensor project_down(const View& x, const Members& members, const Adapters& adapters,
                     std::vector<MaybeView>& drops) {
-  const Tensor whole = empty(x.base(), {x.size(0), adapters.ranks()}, x.scalar_type());
+  const Tensor whole = empty(x.base(), {x.size(0), adapters.columns()}, x.scalar_type());
   const View t = whole;
+#if defined(CUDA_KERNEL)
+  if (members.exact()) {
+    const int64_t ranks = adapters.ranks();
+    if (ranks == 0) return whole;
+    const View wide = empty(x.base(), {x.size(0), 2 * ranks}, ScalarType::Float);
+    multiply(wide, x, adapters.a->rows(0, 2 * ranks).transposed(), 1.0, /*add=*/false);
+    std::vector<PartSum> sums;
+    for (size_t i = 0; i < members.count(); ++i) {
+      if (!members.a(i)) continue;
+      const View of_member = adapters.part(t, i);
+      sums.push_back(part_sum(wide, adapters.first[i], ranks, members.scaling(i), of_member, 0, adapters.rank(i)));
+    }
+    part_sums_cuda(sums);
+    return whole;
+  }
+#endif
   std::optional<double> shared;
   bool share = !members.any_masked();
   for (size_t i = 0; share && i < members.count(); ++i) {
@@ -221,7 +263,29 @@ Backward::Backward(const Members& members, const View& x, const Given& given)
     if (dys_[i]) pass_over_dy(i, u, given.norms[members.index(i)]);
     any_dt = any_dt || needs(i, kNeedA);
   }
-  if (adapters_.ranks() > 0 && any_dt) project_down();
+  if (adapters_.ranks() > 0 && any_dt) members.exact() ? project_down_exactly() : project_down();
+}
+
+void Backward::project_down_exactly() {
+  dt_ = empty(x_.base(), {x_.size(0), adapters_.columns()}, x_.scalar_type());
+#if defined(CUDA_KERNEL)
+  std::vector<PartSum> sums;
+  for (size_t i = 0; i < members_.count(); ++i) {
+    if (!members_.a(i)) continue;
+    const int64_t rank = adapters_.rank(i), first = adapters_.first[i];
+    if (!dys_[i]) {
+      for (int64_t part = 0; part < adapters_.parts; ++part) {
+        Tensor unused = dt_->columns(part * adapters_.ranks() + first, rank).tensor();
+        torch::stable::zero_(unused);
+      }
+      continue;
+    }
+    const View wide = empty(x_.base(), {x_.size(0), 2 * rank}, ScalarType::Float);
+    multiply(wide, *lora_dys_[i], adapters_.b[i]->columns(0, 2 * rank), 1.0, /*add=*/false);
+    sums.push_back(part_sum(wide, 0, rank, members_.scaling(i), *dt_, first, rank));
+  }
+  if (!sums.empty()) part_sums_cuda(sums);
+#endif
 }
 
 // dt = s·dy' B of all members.
@@ -310,6 +374,43 @@ void Backward::add_dropped(const View& dx, const std::vector<size_t>& which) con
 #endif
 }
 
+void Backward::parameters_exactly(const View& x, const View& t, Tensors& grads) const {
+#if defined(CUDA_KERNEL)
+  std::vector<PartSum> sums;
+  std::vector<Cast> casts;
+  // first + second, float32, as a gradient of `dtype`.
+  const auto gradient = [&](const View& first, const View& second, ScalarType dtype) {
+    const Tensor sum = empty(x.base(), {first.size(0), first.size(1)}, ScalarType::Float);
+    sums.push_back({first, second, 1.0, sum});
+    if (dtype == ScalarType::Float) return sum;
+    const Tensor wanted = empty(x.base(), {first.size(0), first.size(1)}, dtype);
+    casts.push_back({sum, wanted});
+    return wanted;
+  };
+  MaybeView all;  // (high, rest) of dt, transposed, times x
+  const int64_t ranks = adapters_.ranks();
+  for (size_t i = 0; i < members_.count(); ++i) {
+    const int64_t rank = adapters_.rank(i), first = adapters_.first[i];
+    if (needs(i, kNeedA)) {
+      if (!all) {
+        all = empty(x.base(), {2 * ranks, x.size(1)}, ScalarType::Float);
+        multiply(*all, dt_->columns(ranks, 2 * ranks).transposed(), x, 1.0, /*add=*/false);
+      }
+      grads.push_back(gradient(all->rows(first, rank), all->rows(ranks + first, rank), members_.a(i)->scalar_type()));
+    }
+    if (needs(i, kNeedB)) {
+      const View both = empty(x.base(), {lora_dys_[i]->size(1), 2 * rank}, ScalarType::Float);
+      multiply(both, lora_dys_[i]->transposed(), adapters_.part(t, i).columns(rank, 2 * rank), 1.0, /*add=*/false);
+      grads.push_back(gradient(both.columns(0, rank), both.columns(rank, rank), members_.b(i)->scalar_type()));
+    }
+    if (needs(i, kNeedBias)) grads.push_back(*sums_[i]);
+    if (needs(i, kNeedMagnitude)) grads.push_back(*dots_[i]);
+  }
+  if (!sums.empty()) part_sums_cuda(sums);
+  if (!casts.empty()) cast_all(casts);
+#endif
+}
+
 void Backward::parameters(const View& x, const View& t, Tensors& grads) const {
   std::vector<Cast> casts;
   // left right in `dtype`: as the library can, or by a conversion of the product in x's dtype.
@@ -321,6 +422,7 @@ void Backward::parameters(const View& x, const View& t, Tensors& grads) const {
     if (!direct) casts.push_back({own, wanted});
     return wanted;
   };
+  if (members_.exact()) return parameters_exactly(x, t, grads);
   const bool share = !members_.any_masked();
   std::vector<SkinnyOuter> fused;
   // tᵀ D(input), or its transpose, with all others of its kind.

@@ -21,6 +21,8 @@ struct Lists {
   // are empty where no weight is quantised.
   const Tensors& scales;
   const std::vector<int64_t>& quantized;
+  // Adapters of float32 beside x in bfloat16 on a GPU, without dropout: multiplied as two parts each.
+  bool exact;
 };
 
 // format (0 floating point, 1 NF4, 2 FP4), N, K, blocksize, nested_blocksize, index in scales of absmax,
@@ -53,6 +55,7 @@ class Members {
   // DoRA whose output is the gain of what one product gives.
   bool scaled(size_t i) const { return gain(i) && !masked(i); }
   bool any_masked() const;
+  bool exact() const { return lists_.exact; }
 
  private:
   const int64_t* quantized(size_t i) const { return lists_.quantized.data() + kQuantizedFields * (first_ + i); }
@@ -63,15 +66,24 @@ class Members {
 
 // The members' adapters in x's dtype: all A's below each other [Σ R, K], and every B [N, R], as [R, N]
 // in memory where asked for.
+//
+// Exact, a matrix is the sum of its value rounded and of the rest, which together hold 16 bits of
+// float32's 24. Three products of such parts make one of rank 3R, all but the smallest: adapters as
+// (high, rest, high) and t and dt as (high, high, rest), next to each other along the ranks. A and dt keep
+// each part of all members together, B and t belong to one member.
 struct Adapters {
   enum Layout { kAsStored, kTransposed };
   Adapters(const View& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b = kAsStored);
 
   int64_t ranks() const { return first.back(); }
-  View a_of(size_t i) const { return a->rows(first[i], first[i + 1] - first[i]); }
-  // A member's columns of t or dt [M, Σ R].
-  View part(const View& t, size_t i) const { return t.columns(first[i], first[i + 1] - first[i]); }
+  int64_t rank(size_t i) const { return first[i + 1] - first[i]; }
+  // Columns of t and of dt [M, columns()].
+  int64_t columns() const { return parts * ranks(); }
+  View a_of(size_t i) const { return a->rows(first[i], rank(i)); }
+  // A member's columns of t, and of dt but where exact.
+  View part(const View& t, size_t i) const { return t.columns(parts * first[i], parts * rank(i)); }
 
+  int64_t parts;  // 3 where exact, else 1
   MaybeView a;
   std::vector<MaybeView> b;
   std::vector<int64_t> first;  // of each member's ranks, and their total at the end
@@ -80,7 +92,7 @@ struct Adapters {
 struct Outputs {
   Tensors ys;    // shaped as asked; empty where `scaled_too` was false and the member is scaled
   Tensors us;    // [M, N] before the gain, of every member that has one
-  Tensor t;      // [M, Σ R]
+  Tensor t;      // [M, Σ R], three times as wide where exact
 };
 
 // For x [M, K]; ys are shaped as `like` is but for the last dimension. Without `scaled_too` a scaled
@@ -112,6 +124,8 @@ class Backward {
   bool needs(size_t i, Need need) const { return dys_[i] && (needs_[members_.index(i)] & need) != 0; }
   void pass_over_dy(size_t i, const MaybeView& u, const MaybeTensor& norm);
   void project_down();
+  void project_down_exactly();
+  void parameters_exactly(const View& x, const View& t, Tensors& grads) const;
   void add_dropped(const View& dx, const std::vector<size_t>& which) const;
 
   const Members& members_;

@@ -1,4 +1,5 @@
-// Many small conversions between float32, bfloat16 and float16 in one launch, some transposed.
+// Many small conversions between float32, bfloat16 and float16 in one launch, some transposed, and sums of
+// float32 products as halves and what these leave out.
 //
 // Fused: the copies of all A's and B's of a batch to the dtype and layout of the products, and of all
 // gradients back. Each tensor is cut into pieces; grid.y is the tensor, grid.x its pieces. A thread takes
@@ -22,7 +23,7 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int kThreads = 256, kElements = 4;
-constexpr int kTensors = 16;        // of one launch
+constexpr int kTensors = 32;        // of one launch
 constexpr int64_t kPieces = 1024;   // blocks a tensor; more work is looped over
 
 enum Dtype : int { kFloat, kBFloat16, kHalf };
@@ -31,8 +32,10 @@ struct Piece {
   const void* from;
   void* to;
   int64_t rows, cols;  // of `from`
+  int64_t stride;      // from row to row of `to`, where not transposed
   int from_dtype, to_dtype;
-  bool transposed, vector;  // vector: both start on 16 bytes
+  bool transposed, rest;
+  bool vector;  // four neighbours of `from` go to four neighbours, both aligned
 };
 
 struct Pieces {
@@ -53,6 +56,17 @@ __device__ __forceinline__ void store(const Piece& p, int64_t i, float value) {
     static_cast<__nv_bfloat16*>(p.to)[i] = __float2bfloat16(value);
   else
     static_cast<__half*>(p.to)[i] = __float2half(value);
+}
+
+// What is stored of a value: itself, or what its rounding to the target's dtype leaves out.
+__device__ __forceinline__ float wanted(const Piece& p, float value) {
+  if (!p.rest || p.to_dtype == kFloat) return p.rest ? 0.0f : value;
+  return value - (p.to_dtype == kBFloat16 ? __bfloat162float(__float2bfloat16(value)) : __half2float(__float2half(value)));
+}
+
+// Where element i of `from`, counted row by row, goes in a target that is not transposed.
+__device__ __forceinline__ int64_t target(const Piece& p, int64_t i) {
+  return p.stride == p.cols ? i : i / p.cols * p.stride + i % p.cols;
 }
 
 template <typename Pair>
@@ -107,10 +121,11 @@ __global__ void __launch_bounds__(kThreads) cast_fwd_kernel(const __grid_constan
   const int64_t count = p.rows * p.cols;
   for (int64_t i = first * kElements; i < count; i += step * kElements) {
     if (p.vector && i + kElements <= count) {
-      store_four(p, i, load_four(p, i));
+      const float4 v = load_four(p, i);
+      store_four(p, target(p, i), {wanted(p, v.x), wanted(p, v.y), wanted(p, v.z), wanted(p, v.w)});
       continue;
     }
-    for (int64_t j = i; j < min(i + kElements, count); ++j) store(p, j, load(p, j));
+    for (int64_t j = i; j < min(i + kElements, count); ++j) store(p, target(p, j), wanted(p, load(p, j)));
   }
 }
 
@@ -128,14 +143,81 @@ Piece piece_of(const lora_fused::Cast& cast) {
   p.to = cast.to.mutable_data_ptr();
   p.rows = cast.from.size(0);
   p.cols = cast.from.size(1);
+  p.stride = cast.to.stride(0);
   p.transposed = cast.transposed;
+  p.rest = cast.rest;
   p.from_dtype = code(cast.from);
   p.to_dtype = code(cast.to);
-  p.vector = (reinterpret_cast<uintptr_t>(p.from) | reinterpret_cast<uintptr_t>(p.to)) % 16 == 0;
+  const bool whole_rows = p.transposed || p.stride == p.cols || (p.cols % kElements == 0 && p.stride % kElements == 0);
+  p.vector = whole_rows && (reinterpret_cast<uintptr_t>(p.from) | reinterpret_cast<uintptr_t>(p.to)) % 16 == 0;
   return p;
 }
 
+// One `PartSum`; strides from row to row.
+struct Sum {
+  const float *first, *second;
+  void *high, *again, *low;
+  float scaling;
+  int64_t rows, cols, from_stride, to_stride;
+  bool to_float;
+};
+
+constexpr int kSums = 16;  // of one launch
+
+struct Sums {
+  Sum sum[kSums];
+};
+
+__global__ void __launch_bounds__(kThreads) part_sum_fwd_kernel(const __grid_constant__ Sums sums) {
+  const Sum& s = sums.sum[blockIdx.y];
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads, count = s.rows * s.cols;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
+    const int64_t row = i / s.cols, col = i - row * s.cols;
+    const int64_t from = row * s.from_stride + col, to = row * s.to_stride + col;
+    const float v = s.scaling * (s.first[from] + s.second[from]);
+    if (s.to_float) {
+      static_cast<float*>(s.high)[to] = v;
+      continue;
+    }
+    const __nv_bfloat16 high = __float2bfloat16(v);
+    static_cast<__nv_bfloat16*>(s.high)[to] = high;
+    if (s.again != nullptr) static_cast<__nv_bfloat16*>(s.again)[to] = high;
+    if (s.low != nullptr) static_cast<__nv_bfloat16*>(s.low)[to] = __float2bfloat16(v - __bfloat162float(high));
+  }
+}
+
+Sum sum_of(const lora_fused::PartSum& part) {
+  const auto pointer = [](const lora_fused::MaybeView& view) { return view ? view->mutable_data_ptr() : nullptr; };
+  Sum s{};
+  s.first = static_cast<const float*>(part.first.const_data_ptr());
+  s.second = static_cast<const float*>(part.second.const_data_ptr());
+  s.high = part.high.mutable_data_ptr(), s.again = pointer(part.again), s.low = pointer(part.low);
+  s.scaling = static_cast<float>(part.scaling);
+  s.rows = part.high.size(0), s.cols = part.high.size(1);
+  s.from_stride = part.first.stride(0), s.to_stride = part.high.stride(0);
+  s.to_float = part.high.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(s.to_float || part.high.scalar_type() == ScalarType::BFloat16,
+                  "part_sums: expected float32 or bfloat16");
+  return s;
+}
+
 }  // namespace
+
+void lora_fused::part_sums_cuda(const std::vector<PartSum>& sums) {
+  const cudaStream_t stream = stream_of(sums[0].first);
+  for (size_t first = 0; first < sums.size(); first += kSums) {
+    const size_t count = std::min<size_t>(kSums, sums.size() - first);
+    Sums arguments{};
+    int64_t most = 1;
+    for (size_t i = 0; i < count; ++i) {
+      arguments.sum[i] = sum_of(sums[first + i]);
+      most = std::max(most, arguments.sum[i].rows * arguments.sum[i].cols);
+    }
+    const dim3 grid(static_cast<unsigned>(std::min((most + kThreads - 1) / kThreads, kPieces)), static_cast<unsigned>(count));
+    part_sum_fwd_kernel<<<grid, kThreads, 0, stream>>>(arguments);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+}
 
 void lora_fused::cast_all_cuda(const std::vector<Cast>& casts) {
   const cudaStream_t stream = stream_of(casts[0].from);

@@ -12,7 +12,7 @@ from . import backend as backends
 from .activation import ACTIVATIONS
 from .autograd.gated import GatedMLPFunction, forward_gated
 from .autograd.linear import LoraLinearFunction, forward_group, without_autocast
-from .autograd.native import gated_mlp, lora_group, takes
+from .autograd.native import gated_mlp, is_exact, lora_group, takes
 from .member import members_of
 from .projection import GatedSpec, GroupSpec, Operands, Projection, ProjectionSpec, flatten
 
@@ -91,7 +91,7 @@ def compute_group(
     backend, native = _choose(x, projections, lora_dtype, backend)
     seeds = draw_seeds(x.device, projections, share_mask)
     if native:
-        return lora_group(x, projections, seeds, token)
+        return lora_group(x, projections, seeds, is_exact(projections, x.dtype, lora_dtype), token)
     group = GroupSpec(tuple(projection.spec for projection in projections), backend, lora_dtype)
     scalings = tuple(projection.scaling for projection in projections)
     flat = flatten([projection.operands for projection in projections])
@@ -120,7 +120,8 @@ def compute_gated(
     of_output, native_output = _choose(x, (output,), lora_dtype, backend)
     seeds = draw_seeds(x.device, projections)
     if native and native_output:
-        return gated_mlp(x, projections, ACTIVATIONS.index(activation), gate_half, seeds)
+        options = ACTIVATIONS.index(activation), gate_half
+        return gated_mlp(x, projections, options, seeds, is_exact(projections, x.dtype, lora_dtype))
     groups = (
         GroupSpec(tuple(projection.spec for projection in part), name, lora_dtype)
         for part, name in ((inputs, of_inputs), ((output,), of_output))
@@ -149,7 +150,7 @@ def _choose(
     x: Tensor, projections: Sequence[Projection], lora_dtype: Optional[torch.dtype], backend: Optional[str]
 ) -> tuple[str, bool]:
     """Name of the backend, and whether that is the native op for the whole group."""
-    native = all([takes(projection, x.dtype, lora_dtype) for projection in projections])
+    native = all([takes(projection, x, x.dtype, lora_dtype) for projection in projections])
     if backend is None:
         backend = backends.choose(x.device, x.dtype, native, lambda: _work(x, projections))
     return backend, native and backends.is_library(backend)

@@ -61,13 +61,15 @@ def _dequantize_4bit_fake(
 
 
 @torch.library.register_fake(add_op_namespace_prefix("lora_forward"))
-def _lora_forward_fake(x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized):
+def _lora_forward_fake(
+    x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact
+):
     rows = x[..., 0].numel()
     ranks = sum(a.shape[0] for a in lora_a if a is not None)
     widths = _widths(weights, quantized)
     ys = [x.new_empty(*x.shape[:-1], n) for n in widths]
     us = [x.new_empty(rows, n) for n, gain in zip(widths, gains) if gain is not None]
-    return ys, us, x.new_empty(rows, ranks)
+    return ys, us, x.new_empty(rows, 3 * ranks if exact else ranks)
 
 
 def _widths(weights, quantized) -> list[int]:
@@ -91,17 +93,17 @@ def _gradients(x, used, widths, lora_a, lora_b, need_dx, needs):
 @torch.library.register_fake(add_op_namespace_prefix("lora_backward"))
 def _lora_backward_fake(
     dys, x, t, us, weights, biases, lora_a, lora_b, gains, norms, scalings, seeds, dropouts, scales, quantized,
-    need_dx, needs,
+    exact, need_dx, needs,
 ):  # fmt: skip
     return _gradients(x, [dy is not None for dy in dys], _widths(weights, quantized), lora_a, lora_b, need_dx, needs)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_forward"))
 def _gated_forward_fake(
-    x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, activation, gate_half
+    x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact, activation, gate_half
 ):
     rows = x[..., 0].numel()
-    ranks = [0 if a is None else a.shape[0] for a in lora_a]
+    ranks = [0 if a is None else (3 if exact else 1) * a.shape[0] for a in lora_a]
     widths = _widths(weights, quantized)
     outputs = [x.new_empty(rows, n) for n in widths[:-1]]
     ts = [x.new_empty(rows, sum(ranks[:-1])), x.new_empty(rows, ranks[-1])]
@@ -113,7 +115,7 @@ def _gated_forward_fake(
 @torch.library.register_fake(add_op_namespace_prefix("gated_backward"))
 def _gated_backward_fake(
     dy, x, outputs, us, ts, weights, biases, lora_a, lora_b, gains, norms, scalings, seeds, dropouts, scales,
-    quantized, activation, gate_half, need_dx, needs,
+    quantized, exact, activation, gate_half, need_dx, needs,
 ):  # fmt: skip
     return _gradients(x, [True] * len(weights), _widths(weights, quantized), lora_a, lora_b, need_dx, needs)
 

@@ -23,15 +23,27 @@ _NEED_A, _NEED_B, _NEED_BIAS, _NEED_MAGNITUDE = 1, 2, 4, 8
 _FIRST_SCALE = Operands._fields.index("absmax")  # from there on the scales of a quantised weight
 
 
-def takes(projection: Projection, dtype: torch.dtype, lora_dtype: Optional[torch.dtype]) -> bool:
-    """Whether the ops compute all of a projection in `dtype`: on a frozen base of that dtype, with the
-    LoRA path in it too."""
-    weight, bias, lora_a, *_ = projection.operands
+def takes(projection: Projection, x: Tensor, dtype: torch.dtype, lora_dtype: Optional[torch.dtype]) -> bool:
+    """Whether the ops compute all of a projection of x in `dtype`: on a frozen base of that dtype, with the
+    LoRA path in it too or `is_exact`."""
+    weight, bias, lora_a, lora_b, *_ = projection.operands
     quantized = projection.spec.quantized
     frozen = quantized.dtype == dtype if quantized is not None else weight.dtype == dtype and not weight.requires_grad
     if not frozen or (bias is not None and bias.dtype != dtype):
         return False
-    return lora_a is None or (lora_dtype or lora_a.dtype) == dtype
+    if lora_a is None or (lora_dtype or lora_a.dtype) == dtype:
+        return True
+    # float16 has not the range for what the gradients of float32 adapters hold.
+    exact = dtype == torch.bfloat16 and lora_a.dtype == lora_b.dtype == torch.float32
+    return exact and x.is_cuda and projection.spec.dropout == 0.0
+
+
+def is_exact(projections: Sequence[Projection], dtype: torch.dtype, lora_dtype: Optional[torch.dtype]) -> bool:
+    """Whether the LoRA path of projections that the ops take has more precision than `dtype`: adapters of
+    float32 without autocast, as two parts (kernel-src/common/projections.h)."""
+    if lora_dtype is not None or dtype == torch.float32:
+        return False
+    return any([p.operands.lora_a is not None and p.operands.lora_a.dtype == torch.float32 for p in projections])
 
 
 class _Wanted(NamedTuple):
@@ -49,6 +61,7 @@ class _Fixed(NamedTuple):
     scalings: tuple[float, ...]
     dropouts: list[float]
     quantized: list[int]
+    exact: bool
     wanted: list[_Wanted]
 
 
@@ -93,7 +106,7 @@ def _wanted(projection: Projection) -> _Wanted:
     return _Wanted(needs if magnitude is None else needs | _NEED_MAGNITUDE, bias, lora_bias, magnitude)
 
 
-def _read(projections: Sequence[Projection]) -> tuple[_Fixed, _Fields, Sequence[Optional[Tensor]]]:
+def _read(projections: Sequence[Projection], exact: bool) -> tuple[_Fixed, _Fields, Sequence[Optional[Tensor]]]:
     """The numbers, the tensors and every b + s·b_B of a call."""
     all_operands, scalings, specs = zip(*projections)
     weights, biases, lora_a, lora_b, lora_biases, magnitudes, *_ = zip(*all_operands)
@@ -110,7 +123,8 @@ def _read(projections: Sequence[Projection]) -> tuple[_Fixed, _Fields, Sequence[
     whole = biases
     if any([bias is not None for bias in lora_biases]):
         whole = [_whole_bias(projection) for projection in projections]
-    fixed = _Fixed(scalings, [spec.dropout for spec in specs], quantized, list(map(_wanted, projections)))
+    dropouts = [spec.dropout for spec in specs]
+    fixed = _Fixed(scalings, dropouts, quantized, exact, list(map(_wanted, projections)))
     return fixed, _Fields(weights, biases, lora_a, lora_b, norms, gains, scales), whole
 
 
@@ -154,30 +168,32 @@ def _by_trained(grads: Sequence[Tensor], fixed: _Fixed, used: Sequence[bool]) ->
     return result
 
 
-def _group_forward(projections: Sequence[Projection], x: Tensor, seeds: Optional[Tensor]):
-    fixed, fields, biases = _read(projections)
+def _group_forward(projections: Sequence[Projection], exact: bool, x: Tensor, seeds: Optional[Tensor]):
+    fixed, fields, biases = _read(projections, exact)
     weights, _, lora_a, lora_b, _, gains, scales = fields
-    scalings, dropouts, quantized, _ = fixed
+    scalings, dropouts, quantized, *_ = fixed
     outputs = ops.lora_forward(
-        x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized
+        x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact
     )  # fmt: skip
     return fixed, fields, outputs
 
 
-def lora_group(x: Tensor, projections: Sequence[Projection], seeds: Optional[Tensor], token: object) -> tuple[Tensor, ...]:
-    """[..., N] of each projection; `token` is kept as `LoraLinearFunction` keeps it."""
+def lora_group(
+    x: Tensor, projections: Sequence[Projection], seeds: Optional[Tensor], exact: bool = False, token: object = None
+) -> tuple[Tensor, ...]:
+    """[..., N] of each projection; `exact` as `is_exact` has it, `token` is kept as `LoraLinearFunction` keeps it."""
     if torch.is_grad_enabled():
-        return NativeGroupFunction.apply(projections, token, x, seeds, *trained(projections))
-    return tuple(_group_forward(projections, x, seeds)[2][0])
+        return NativeGroupFunction.apply(projections, exact, token, x, seeds, *trained(projections))
+    return tuple(_group_forward(projections, exact, x, seeds)[2][0])
 
 
 class NativeGroupFunction(torch.autograd.Function):
-    """Apply as `(projections, token, x, seeds, *trained(projections))`; gives a tuple of [..., N], one per
+    """Apply as `(projections, exact, token, x, seeds, *trained(projections))`; gives a tuple of [..., N], one per
     projection. Double backward raises."""
 
     @staticmethod
-    def forward(ctx, projections, token, x: Tensor, seeds: Optional[Tensor], *_):
-        ctx.fixed, fields, (ys, us, t) = _group_forward(projections, x, seeds)
+    def forward(ctx, projections, exact, token, x: Tensor, seeds: Optional[Tensor], *_):
+        ctx.fixed, fields, (ys, us, t) = _group_forward(projections, exact, x, seeds)
         ctx.token, ctx.us = token, len(us)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, seeds, t, *us, *[tensor for field in fields for tensor in field])
@@ -192,39 +208,41 @@ class NativeGroupFunction(torch.autograd.Function):
         dx, grads = ops.lora_backward(
             dys, x, t, us, fields.weights, fields.biases, fields.lora_a, fields.lora_b, fields.gains, fields.norms,
             fixed.scalings, seeds, fixed.dropouts, fields.scales, fixed.quantized,
-            ctx.needs_input_grad[2] and any(used), needs,
+            fixed.exact, ctx.needs_input_grad[3] and any(used), needs,
         )  # fmt: skip
         ctx.token = None
-        return None, None, dx[0] if dx else None, None, *_by_trained(grads, fixed, used)
+        return None, None, None, dx[0] if dx else None, None, *_by_trained(grads, fixed, used)
 
 
-def _gated_forward(projections: Sequence[Projection], options: tuple[int, int], x: Tensor, seeds: Optional[Tensor]):
-    fixed, fields, biases = _read(projections)
+def _gated_forward(
+    projections: Sequence[Projection], exact: bool, options: tuple[int, int], x: Tensor, seeds: Optional[Tensor]
+):
+    fixed, fields, biases = _read(projections, exact)
     weights, _, lora_a, lora_b, _, gains, scales = fields
-    scalings, dropouts, quantized, _ = fixed
+    scalings, dropouts, quantized, *_ = fixed
     outputs = ops.gated_forward(
-        x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, *options
+        x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact, *options
     )  # fmt: skip
     return fixed, fields, outputs
 
 
 def gated_mlp(
-    x: Tensor, projections: Sequence[Projection], activation: int, gate_half: int, seeds: Optional[Tensor]
+    x: Tensor, projections: Sequence[Projection], options: tuple[int, int], seeds: Optional[Tensor], exact: bool = False
 ) -> Tensor:
-    """[..., N] of a gated MLP, down as the last projection and the activation as its index."""
-    options = activation, gate_half
+    """[..., N] of a gated MLP, down as the last projection; options: the activation as its index, and which half
+    of a projection that holds both is the gate. `exact` as `is_exact` has it."""
     if torch.is_grad_enabled():
-        return NativeGatedFunction.apply(projections, options, x, seeds, *trained(projections))
-    return _gated_forward(projections, options, x, seeds)[2][0]
+        return NativeGatedFunction.apply(projections, exact, options, x, seeds, *trained(projections))
+    return _gated_forward(projections, exact, options, x, seeds)[2][0]
 
 
 class NativeGatedFunction(torch.autograd.Function):
-    """Apply as `(projections, (activation, gate_half), x, seeds, *trained(projections))`, see `gated_mlp`.
+    """Apply as `(projections, exact, options, x, seeds, *trained(projections))`, see `gated_mlp`.
     Double backward raises."""
 
     @staticmethod
-    def forward(ctx, projections, options, x: Tensor, seeds: Optional[Tensor], *_):
-        ctx.fixed, fields, (y, outputs, us, ts) = _gated_forward(projections, options, x, seeds)
+    def forward(ctx, projections, exact, options, x: Tensor, seeds: Optional[Tensor], *_):
+        ctx.fixed, fields, (y, outputs, us, ts) = _gated_forward(projections, exact, options, x, seeds)
         ctx.options, ctx.us = options, len(us)
         ctx.save_for_backward(x, seeds, *ts, *outputs, *us, *[tensor for field in fields for tensor in field])
         return y
@@ -238,7 +256,7 @@ class NativeGatedFunction(torch.autograd.Function):
         us, fields = rest[: ctx.us], _Fields.of(rest[ctx.us :], count)
         dx, grads = ops.gated_backward(
             dy, x, outputs, us, ts, fields.weights, fields.biases, fields.lora_a, fields.lora_b, fields.gains,
-            fields.norms, fixed.scalings, seeds, fixed.dropouts, fields.scales, fixed.quantized, *ctx.options,
-            ctx.needs_input_grad[2], [wanted.needs for wanted in fixed.wanted],
+            fields.norms, fixed.scalings, seeds, fixed.dropouts, fields.scales, fixed.quantized, fixed.exact,
+            *ctx.options, ctx.needs_input_grad[3], [wanted.needs for wanted in fixed.wanted],
         )  # fmt: skip
-        return None, None, dx[0] if dx else None, None, *_by_trained(grads, fixed, [True] * count)
+        return None, None, None, dx[0] if dx else None, None, *_by_trained(grads, fixed, [True] * count)
