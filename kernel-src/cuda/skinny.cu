@@ -2,7 +2,7 @@
 //
 //   down    t = s·D(x) Aᵀ          outer   dA = dtᵀ D(x), dB = dy'ᵀ t          up_add   dx += Σ D(dt A)
 //
-// with D(x) = mask ∘ x / (1 - p), rounded as if it had been stored, or x. Fused: the mask is drawn in
+// with D(x) = mask ∘ x / (1 - p), the scale applied to the sum, or x. Fused: the mask is drawn in
 // registers (Philox, see common/dropout.h), D(x) is never written, gradients are written in their own
 // dtype and layout. Bound by one read of x and, with a mask, by its integer arithmetic, some ten
 // operations an element. Tensor cores (mma.sync), float32 sums; every sum has one owner, so results
@@ -24,11 +24,14 @@ using namespace lora_fused;
 using namespace lora_fused::skinny;
 using torch::headeronly::ScalarType;
 
-Mask mask_of(const std::optional<Dropped>& dropped) {
-  if (!dropped) return {nullptr, 0, 1.0f};
+// Sets an entry's mask, and the scaling of its product to `scaling` / (1 - p).
+template <typename T>
+void set_mask(Entry<T>& e, const std::optional<Dropped>& dropped, double scaling) {
+  e.scaling = static_cast<float>(scaling);
+  if (!dropped) return;
   const Keep keep(dropped->p);
-  return {static_cast<const int64_t*>(dropped->seed.const_data_ptr()), keep.threshold,
-          static_cast<float>(keep.scale)};
+  e.scaling = static_cast<float>(scaling * keep.scale);
+  e.mask = {static_cast<const int64_t*>(dropped->seed.const_data_ptr()), std::min(keep.threshold, 0xffffu) << 16};
 }
 
 template <typename T>
@@ -43,8 +46,7 @@ Entry<T> entry_of(const SkinnyDown& d) {
   e.x_stride = d.x.stride(0), e.a_stride = d.a.stride(0), e.t_stride = d.t.stride(0);
   e.cols = d.x.size(1);
   e.ranks = static_cast<int>(d.a.size(0));
-  e.scaling = static_cast<float>(d.scaling);
-  e.mask = mask_of(d.mask);
+  set_mask(e, d.mask, d.scaling);
   return e;
 }
 
@@ -57,7 +59,7 @@ Entry<T> entry_of(const SkinnyOuter& d) {
   e.ranks = static_cast<int>(d.t.size(1));
   e.out_is_float = d.out.scalar_type() == ScalarType::Float;
   e.transposed = d.transposed;
-  e.mask = mask_of(d.mask);
+  set_mask<T>(e, d.mask, 1.0);
   return e;
 }
 
@@ -68,7 +70,7 @@ Entry<T> entry_of(const DroppedUp& d) {
   e.a_stride = d.a.stride(0), e.t_stride = d.dt.stride(0);
   e.cols = d.a.size(1);
   e.ranks = static_cast<int>(d.a.size(0));
-  e.mask = mask_of(d.mask);
+  set_mask<T>(e, d.mask, 1.0);
   return e;
 }
 

@@ -12,10 +12,14 @@ namespace lora_fused::skinny {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kEntries = 16;  // of one launch
 
+// A number of 16 bits keeps its element where, in the upper half of a word, it is at least `threshold`. What
+// is kept is scaled by `Entry::scaling`: nothing is, at p = 1.
 struct Mask {
   const int64_t* seed;  // null for no mask
   uint32_t threshold;
-  float scale;
+
+  __device__ __forceinline__ bool keeps_low(uint32_t word) const { return (word << 16) >= threshold; }
+  __device__ __forceinline__ bool keeps_high(uint32_t word) const { return word >= threshold; }
 };
 
 template <typename T>
@@ -25,7 +29,7 @@ struct Entry {
   int64_t x_stride, a_stride, t_stride, cols;
   int ranks;
   bool out_is_float, transposed;
-  float scaling;
+  float scaling;  // of the product, 1 / (1 - p) in it
   Mask mask;
 };
 
@@ -37,15 +41,16 @@ struct Arguments {
   int entries;
 };
 
-// Eight columns of a row, dropped where there is a mask.
+// Eight columns of a row, or zeros where the mask drops them: two at a time, as bits.
 template <typename T>
-__device__ __forceinline__ Columns<T> dropped(Columns<T> x, uint64_t seed, const Mask& mask, int64_t row,
-                                              int64_t col) {
+__device__ __forceinline__ Columns<T> masked(Columns<T> x, uint64_t seed, const Mask& mask, int64_t row,
+                                             int64_t col) {
   if (mask.seed == nullptr) return x;
   const Words words = philox(seed, row, static_cast<uint32_t>(col / kMaskColumns));
+  uint32_t* const pairs = reinterpret_cast<uint32_t*>(&x);
 #pragma unroll
-  for (int j = 0; j < kColumns; ++j)
-    x.value[j] = words.number(j) >= mask.threshold ? narrow<T, float>(widen(x.value[j]) * mask.scale) : T(0.0f);
+  for (int i = 0; i < kColumns / 2; ++i)
+    pairs[i] &= (mask.keeps_low(words.word[i]) ? 0x0000ffffu : 0u) | (mask.keeps_high(words.word[i]) ? 0xffff0000u : 0u);
   return x;
 }
 
@@ -87,8 +92,8 @@ __global__ void __launch_bounds__(kThreads) skinny_down_fwd_kernel(const __grid_
       const int rank = first_rank + 8 * i + g;
       a[i] = load_if(e.a, rank * e.a_stride + col, inside && rank < e.ranks);
     }
-    low = dropped(low, seed, e.mask, row, col);
-    high = dropped(high, seed, e.mask, row + 8, col);
+    low = masked(low, seed, e.mask, row, col);
+    high = masked(high, seed, e.mask, row + 8, col);
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       const uint32_t left[4] = {bits(&low)[2 * step], bits(&high)[2 * step], bits(&low)[2 * step + 1],
@@ -156,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) skinny_outer_bwd_kernel(const __grid
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = first_row + 8 * i;
-      *reinterpret_cast<Columns<T>*>(&xs[row][piece]) = dropped(x[i], seed, e.mask, start + row, col);
+      *reinterpret_cast<Columns<T>*>(&xs[row][piece]) = masked(x[i], seed, e.mask, start + row, col);
       *reinterpret_cast<Columns<T>*>(&ts[row][piece]) = t[i];
     }
     __syncwarp();
@@ -196,6 +201,7 @@ __global__ void __launch_bounds__(kThreads) skinny_outer_bwd_kernel(const __grid
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += shared.sums[w][rank][at];
+    total *= e.scaling;
     if (first_rank + rank >= e.ranks || first_col + at >= e.cols) continue;
     const int64_t place = e.transposed ? (first_col + at) * e.ranks + first_rank + rank
                                        : (first_rank + rank) * e.cols + first_col + at;
@@ -261,8 +267,10 @@ __global__ void __launch_bounds__(kThreads) dropped_up_add_bwd_kernel(const __gr
       const Words words = philox(seed, first_row + g + 8 * high, static_cast<uint32_t>(col / kMaskColumns));
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        const float value = acc[j / 2][2 * high + j % 2] * e.mask.scale;
-        total[high][j] += words.number(j) >= e.mask.threshold ? value : 0.0f;
+        const uint32_t word = words.word[j / 2];
+        const bool keeps = j % 2 == 0 ? e.mask.keeps_low(word) : e.mask.keeps_high(word);
+        const float sum = fmaf(acc[j / 2][2 * high + j % 2], e.scaling, total[high][j]);
+        total[high][j] = keeps ? sum : total[high][j];
       }
     }
   }
