@@ -82,16 +82,26 @@ struct Extent {
   int ranks = 1;
 };
 
+// Sixteen warps where blocks of eight would leave a GPU of 132 multiprocessors with less than two each.
+template <typename T, int kTiles>
+void launch_down(const Arguments<T>& args, dim3 grid, cudaStream_t stream) {
+  const bool few = static_cast<int64_t>(grid.x) * grid.y * grid.z < 2 * 132;
+  if (few)
+    skinny_down_fwd_kernel<T, kTiles, 16><<<grid, 32 * 16, 0, stream>>>(args);
+  else
+    skinny_down_fwd_kernel<T, kTiles, 8><<<grid, 32 * 8, 0, stream>>>(args);
+}
+
 template <typename T>
 void launch(const Arguments<T>& args, const SkinnyDown*, Extent most, cudaStream_t stream) {
   const int tile = most.ranks <= 16 ? 16 : most.ranks <= 32 ? 32 : 64;
   const dim3 grid(blocks(args.rows, 16), args.entries, blocks(most.ranks, tile));
   if (tile == 16)
-    skinny_down_fwd_kernel<T, 2><<<grid, kThreads, 0, stream>>>(args);
+    launch_down<T, 2>(args, grid, stream);
   else if (tile == 32)
-    skinny_down_fwd_kernel<T, 4><<<grid, kThreads, 0, stream>>>(args);
+    launch_down<T, 4>(args, grid, stream);
   else
-    skinny_down_fwd_kernel<T, 8><<<grid, kThreads, 0, stream>>>(args);
+    skinny_down_fwd_kernel<T, 8, 8><<<grid, 32 * 8, 0, stream>>>(args);
 }
 
 template <typename T>

@@ -70,8 +70,9 @@ __device__ __forceinline__ const uint32_t* bits(const void* p) { return static_c
 
 // t for 16 tokens and up to 8·kTiles ranks of one entry. The warps take turns at blocks of 32 columns;
 // a lane loads eight neighbouring columns of x and of A, which only permutes the sum's order.
-template <typename T, int kTiles>
-__global__ void __launch_bounds__(kThreads) skinny_down_fwd_kernel(const __grid_constant__ Arguments<T> args) {
+template <typename T, int kTiles, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, kWarps > 8 ? 1 : kTiles > 4 ? 2 : 3)
+    skinny_down_fwd_kernel(const __grid_constant__ Arguments<T> args) {
   __shared__ float shared[kWarps][16][8 * kTiles];
   const Entry<T>& e = args.entry[blockIdx.y];
   const int first_rank = blockIdx.z * 8 * kTiles;
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) skinny_down_fwd_kernel(const __grid_
     *reinterpret_cast<float2*>(&shared[warp][g + 8][rank]) = {acc[i][2], acc[i][3]};
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < 16 * 8 * kTiles; i += kThreads) {
+  for (int i = threadIdx.x; i < 16 * 8 * kTiles; i += 32 * kWarps) {
     const int token = i / (8 * kTiles), rank = i % (8 * kTiles);
     const int64_t at = static_cast<int64_t>(blockIdx.x) * 16 + token;
     float total = 0.0f;
@@ -127,7 +128,7 @@ constexpr int kOuterPitch = kOuterCols + 8;  // elements of a row in shared memo
 // 32 ranks by 32 columns of one entry. The warps take turns at 32 tokens, each with a stage of its own
 // in shared memory, from which ldmatrix transposes both operands.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) skinny_outer_bwd_kernel(const __grid_constant__ Arguments<T> args) {
+__global__ void __launch_bounds__(kThreads, 3) skinny_outer_bwd_kernel(const __grid_constant__ Arguments<T> args) {
   union Shared {
     T stage[kWarps][2][kOuterRows][kOuterPitch];
     float sums[kWarps][kOuterRanks][kOuterCols + 1];
