@@ -6,6 +6,7 @@ every call (`peft_state`).
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import NamedTuple, Optional, Union
 
@@ -79,8 +80,8 @@ def read_mlp(
         reason = peft_state.hooks_reason(name, module._modules[name])
         if reason:
             return reason
-    projections, result_dtype = [], x.dtype
     parts = projections_of(module, structure)
+    states = []
     for part in parts:
         adapted = _read_part(part, linear_layer)
         if not isinstance(adapted, str):
@@ -90,16 +91,19 @@ def read_mlp(
             adapted = peft_state.input_reason(adapted, x, features) or _called(adapted, x, check_features) or adapted
         if isinstance(adapted, str):
             return f"{_name(module, part)}: {adapted}"
-        projections.append(adapted.projection)
-        result_dtype = torch.promote_types(result_dtype, peft_state.result_dtype(adapted, x))
-    *inputs, output = projections
-    quantised = [p.spec.quantized is not None for p in projections]
-    if any(quantised) and not all(quantised) and torch.is_autocast_enabled(x.device.type):
-        return "quantised and other projections under autocast, whose results differ in dtype"
-    width = _outputs(inputs[0]) // 2 if structure.fused else _outputs(inputs[0])
-    if any(_outputs(p) != (2 * width if structure.fused else width) for p in inputs) or _features(output) != width:
+        states.append(adapted)
+    result_dtype = None
+    quantised = [state.base.quantized is not None for state in states]
+    if any(quantised):
+        if all(quantised):
+            dtypes = (peft_state.result_dtype(state, x) for state in states)
+            result_dtype = functools.reduce(torch.promote_types, dtypes, x.dtype)
+        elif torch.is_autocast_enabled(x.device.type):
+            return "quantised and other projections under autocast, whose results differ in dtype"
+    *inputs, output = [state.projection for state in states]
+    width, down_width = _outputs(inputs[0]), _features(output)
+    if width != (2 * down_width if structure.fused else down_width) or any([_outputs(p) != width for p in inputs[1:]]):
         return "gate, up and down do not fit together"
-    result_dtype = result_dtype if all(quantised) else None
     return AdaptedMLP(tuple(inputs), output, structure.activation, structure.gate_half, result_dtype)
 
 
