@@ -45,7 +45,7 @@ def main() -> None:
     lora_fused = get_local_kernel(pathlib.Path(sys.argv[1]))
     Table, TableSpec = lora_fused.table.Table, lora_fused.table.TableSpec
     ops, calls = lora_fused.backend.get("triton"), []
-    for name in ("gather_add", "gather_backward"):
+    for name in ("gather_add", "gather_backward", "column_norm"):
         module = sys.modules[f"{ops.__name__}.{name}"]
         for kernel in [attribute for attribute in vars(module) if attribute.endswith("d_kernel")]:
             setattr(module, kernel, Recorder(getattr(module, kernel), calls))
@@ -64,6 +64,8 @@ def main() -> None:
         rows = torch.zeros(m, r, dtype=torch.bfloat16) if keep else None
         dy, needs = torch.zeros(m, h, dtype=torch.bfloat16), Table(False, a, b, magnitude, False)
         ops.gather_backward(dy, ids, rows, table, spec, vector, vector, needs)
+    for dtype in (torch.float32, torch.bfloat16):
+        ops.column_norm(torch.zeros(v, h, dtype=torch.bfloat16), torch.zeros(r, v), torch.zeros(h, r, dtype=dtype), 0.7)
     for call in calls:
         compile_call(*call)
     print(f"compiled {len(calls)}")

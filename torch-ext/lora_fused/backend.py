@@ -32,6 +32,9 @@ ROW_NORM_TRITON_FROM_RANK = 128
 ROW_NORM_TRITON_FROM = 2**34
 # Multiply-adds of an embedding's delta (M·H·R), and tokens, up to which the native ops compute it.
 CUDA_EMBEDDING_UP_TO = 2**30
+# Elements of a table from which Triton reads it faster than the native op (docs/performance.md), and its
+# time hides the launch.
+COLUMN_NORM_TRITON_FROM = 2**28
 CUDA_EMBEDDING_TOKENS = 8192
 
 
@@ -158,10 +161,12 @@ def get_embedding(name: str) -> ModuleType:
 
 
 def column_norm(name: str, table: Table, scaling: float) -> Tensor:
-    """‖W + s·(B·A)ᵀ‖ by column: on a GPU the native op wherever it takes the table."""
+    """‖W + s·(B·A)ᵀ‖ by column: on a GPU Triton for large tables, and the native op wherever it takes others."""
     kernels = get_embedding(name)
-    if kernels is not reference_embedding and cuda_embedding.norm_fits(table):
-        kernels = cuda_embedding
-    elif kernels is cuda_embedding:
-        kernels = get(TRITON) if triton_is_there() else reference_embedding
+    if kernels is not reference_embedding:
+        large = table.weight.numel() >= COLUMN_NORM_TRITON_FROM and triton_is_there()
+        if not large and cuda_embedding.norm_fits(table):
+            kernels = cuda_embedding
+        else:
+            kernels = get(TRITON) if triton_is_there() else reference_embedding
     return kernels.column_norm(table.weight, table.lora_a, table.lora_b, scaling)
