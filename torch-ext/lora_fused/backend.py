@@ -32,8 +32,7 @@ ROW_NORM_TRITON_FROM_RANK = 128
 ROW_NORM_TRITON_FROM = 2**34
 # Multiply-adds of an embedding's delta (M·H·R), and tokens, up to which the native ops compute it.
 CUDA_EMBEDDING_UP_TO = 2**30
-# Elements of a table from which Triton reads it faster than the native op (docs/performance.md), and its
-# time hides the launch.
+# Elements of a table that Triton reads faster than the native op does (docs/performance.md).
 COLUMN_NORM_TRITON_FROM = 2**28
 CUDA_EMBEDDING_TOKENS = 8192
 
@@ -161,11 +160,12 @@ def get_embedding(name: str) -> ModuleType:
 
 
 def column_norm(name: str, table: Table, scaling: float) -> Tensor:
-    """‖W + s·(B·A)ᵀ‖ by column: on a GPU Triton for large tables, and the native op wherever it takes others."""
+    """‖W + s·(B·A)ᵀ‖ by column: on a GPU the native op wherever it takes the table, but Triton for many tokens of
+    a large one, whose time hides its launch."""
     kernels = get_embedding(name)
     if kernels is not reference_embedding:
-        large = table.weight.numel() >= COLUMN_NORM_TRITON_FROM and triton_is_there()
-        if not large and cuda_embedding.norm_fits(table):
+        hidden = name == TRITON and table.weight.numel() >= COLUMN_NORM_TRITON_FROM
+        if not hidden and cuda_embedding.norm_fits(table):
             kernels = cuda_embedding
         else:
             kernels = get(TRITON) if triton_is_there() else reference_embedding
