@@ -12,7 +12,6 @@
 #include <algorithm>
 
 #include "../../torch-ext/torch_binding.h"
-#include "../common/lora_group.h"
 #include "../common/products.h"
 #include "column_norm_kernel.h"
 #include "stream.h"
@@ -29,10 +28,10 @@ constexpr int kTileRows = 64, kRing = 2;
 // by 1e-5 (RMS; 4e-4 at 9 rows). One block a multiprocessor, for the registers that takes.
 constexpr int64_t kSplitRows = 8192;
 
-template <typename W, typename A, typename B, int kSteps, int kBlocks, bool kSplitA>
+template <typename W, typename P, int kSteps, int kBlocks, bool kSplitA>
 void run(Args p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
-  using S = Shape<A, kSteps, kTileRows, kRing>;
-  const auto kernel = column_norm_fwd_kernel<W, A, B, S, kBlocks, kSplitA>;
+  using S = Shape<P, kSteps, kTileRows, kRing>;
+  const auto kernel = column_norm_fwd_kernel<W, P, S, kBlocks, kSplitA>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
   p.tiles = static_cast<int>((p.v + S::kRows - 1) / S::kRows);
@@ -47,21 +46,21 @@ void run(Args p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <typename W, typename A, typename B, int kBlocks, bool kSplitA>
+template <typename W, typename P, int kBlocks, bool kSplitA>
 void run_rank(const Args& p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
-  (p.r <= 32 ? run<W, A, B, 2, kBlocks, kSplitA>
-             : run<W, A, B, 4, kBlocks, kSplitA>)(p, norm, multiprocessors, stream);
+  (p.r <= 32 ? run<W, P, 2, kBlocks, kSplitA>
+             : run<W, P, 4, kBlocks, kSplitA>)(p, norm, multiprocessors, stream);
 }
 
-// `split`: A is float32 still, in `dtype`.
 template <typename W>
-void run_adapter(const Args& p, ScalarType dtype, bool split, const Tensor& norm, int multiprocessors,
+void run_adapter(const Args& p, ScalarType dtype, const Tensor& norm, int multiprocessors,
                  cudaStream_t stream) {
-  using BF16 = __nv_bfloat16;
-  (split                           ? run_rank<W, float, float, 1, true>
-   : dtype == ScalarType::Float    ? run_rank<W, BF16, float, 2, false>
-   : dtype == ScalarType::BFloat16 ? run_rank<W, BF16, BF16, 2, false>
-                                   : run_rank<W, __half, __half, 2, false>)(p, norm, multiprocessors, stream);
+  const bool small = p.v <= kSplitRows;
+  (dtype == ScalarType::Float
+       ? (small ? run_rank<W, float, 1, true> : run_rank<W, float, 2, false>)
+   : dtype == ScalarType::BFloat16 ? run_rank<W, __nv_bfloat16, 2, false>
+                                   : run_rank<W, __half, 2, false>)(p, norm, multiprocessors,
+                                                                    stream);
 }
 
 bool is_half(ScalarType dtype) {
@@ -91,24 +90,19 @@ Tensor column_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor
                   "weight: expected rows of a multiple of 8 elements, 16-byte aligned");
   const int device = weight.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor norm = lora_fused::empty(weight, {weight.size(1)}, ScalarType::Float);
-  if (weight.size(1) == 0) return norm;
-  Tensor a = lora_a;
-  const bool split = dtype == ScalarType::Float && weight.size(0) <= kSplitRows;
-  if (dtype == ScalarType::Float && !split) {  // once, not in every column of blocks
-    a = lora_fused::empty(lora_a, {lora_a.size(0), lora_a.size(1)}, ScalarType::BFloat16);
-    lora_fused::cast_all_cuda({{lora_a, a}});
-  }
   Args p{};
-  p.w = weight.const_data_ptr(), p.a = a.const_data_ptr(), p.b = lora_b.const_data_ptr();
+  p.w = weight.const_data_ptr(), p.a = lora_a.const_data_ptr(), p.b = lora_b.const_data_ptr();
   p.scaling = static_cast<float>(scaling);
   p.v = weight.size(0), p.h = static_cast<int>(weight.size(1));
   p.r = static_cast<int>(lora_a.size(0));
-  p.a_vector = reinterpret_cast<uintptr_t>(p.a) % 16 == 0 && p.v * (split ? 4 : 2) % 16 == 0;
+  p.a_vector = reinterpret_cast<uintptr_t>(p.a) % 16 == 0 &&
+               p.v * (dtype == ScalarType::Float ? 4 : 2) % 16 == 0;
+  const Tensor norm = lora_fused::empty(weight, {p.h}, ScalarType::Float);
+  if (p.h == 0) return norm;
   int multiprocessors = 0;
   STD_CUDA_CHECK(
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   (weight.scalar_type() == ScalarType::BFloat16 ? run_adapter<__nv_bfloat16> : run_adapter<__half>)(
-      p, dtype, split, norm, multiprocessors, lora_fused::stream_of(weight));
+      p, dtype, norm, multiprocessors, lora_fused::stream_of(weight));
   return norm;
 }

@@ -4,8 +4,8 @@
 // gridDim.y-th tile of kRows rows. W and A reach shared memory by cp.async in a ring of kStages
 // tiles; each tile of A is made fragments of a half type once for all warps. Float32 B enters as
 // two bfloat16 parts. So does A where kSplitA, for small vocabularies; over a large one its rounding
-// averages out, and A comes as bfloat16. A thread keeps two sums for each of its columns: no
-// accumulator outlives a 16×8 product.
+// averages out, and a third product would cost more than it gives. A thread keeps two sums for each
+// of its columns: no accumulator outlives a 16×8 product.
 #pragma once
 
 #include "mma.h"
@@ -78,10 +78,10 @@ __device__ __forceinline__ void load_tile(char* stage, const Args& p, int64_t fi
   }
 }
 
-template <typename W, typename A, typename B, typename S, int kBlocks, bool kSplitA>
+template <typename W, typename P, typename S, int kBlocks, bool kSplitA>
 __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(const Args p) {
-  using H = Half<A>;
-  constexpr bool kSplit = std::is_same_v<B, float>;
+  using H = Half<P>;
+  constexpr bool kSplit = std::is_same_v<P, float>;
   constexpr int kSteps = S::kRanks / 16;
   extern __shared__ __align__(128) char smem[];
   constexpr int kSlabs = S::kRows / 16, kWarps = kThreads / 32;
@@ -101,12 +101,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(cons
       for (int half = 0; half < 2; ++half) {
         const int col = col0 + warp_col + tile * 8 + lane / 4;
         const int rank = step * 16 + half * 8 + lane % 4 * 2;
-        B b[2];
+        P b[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i)
           b[i] = col < p.h && rank + i < p.r
-                     ? static_cast<const B*>(p.b)[static_cast<int64_t>(col) * p.r + rank + i]
-                     : B(0.0f);
+                     ? static_cast<const P*>(p.b)[static_cast<int64_t>(col) * p.r + rank + i]
+                     : P(0.0f);
         if constexpr (kSplit)
           split(b[0], b[1], high[tile][step][half], low[tile][step][half]);
         else
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(cons
 #pragma unroll
   for (int stage = 0; stage < S::kStages - 1; ++stage) {
     if (load < p.tiles)
-      load_tile<A, S>(smem + stage * S::kStageBytes, p, int64_t{load} * S::kRows, col0);
+      load_tile<P, S>(smem + stage * S::kStageBytes, p, int64_t{load} * S::kRows, col0);
     load += stride;
     asm volatile("cp.async.commit_group;\n" ::: "memory");
   }
@@ -129,12 +129,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(cons
     __syncthreads();
     const int next = slot == 0 ? S::kStages - 1 : slot - 1;
     if (load < p.tiles)
-      load_tile<A, S>(smem + next * S::kStageBytes, p, int64_t{load} * S::kRows, col0);
+      load_tile<P, S>(smem + next * S::kStageBytes, p, int64_t{load} * S::kRows, col0);
     load += stride;
     asm volatile("cp.async.commit_group;\n" ::: "memory");
 
     const char* stage = smem + slot * S::kStageBytes;
-    const A* a_tile = reinterpret_cast<const A*>(stage + S::kWBytes);
+    const P* a_tile = reinterpret_cast<const P*>(stage + S::kWBytes);
     slot = slot + 1 == S::kStages ? 0 : slot + 1;
     // A's fragments, once for all warps: rows lane / 4 + {0, 8} by ranks as in B.
 #pragma unroll
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(cons
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int rank = i % kSteps * 16 + q / 2 * 8 + lane % 4 * 2;
-        const A* at = a_tile + rank * S::kALine + i / kSteps * 16 + q % 2 * 8 + lane / 4;
+        const P* at = a_tile + rank * S::kALine + i / kSteps * 16 + q % 2 * 8 + lane / 4;
         if constexpr (kSplitA)
           split(at[0], at[S::kALine], a[q], a_low[q]);
         else
