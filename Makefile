@@ -1,7 +1,7 @@
 # Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test conformance clean gpu-check cuda-compile
+.PHONY: help venv build demo test conformance clean gpu-check bench cuda-compile
 
 ifdef PYTHON
 READY :=
@@ -38,6 +38,9 @@ conformance: build  ## run PEFT's own LoRA tests with and without the kernel (SD
 
 gpu-check: build  ## check parity and gradients on this machine's GPU
 	PYTHON=$(PYTHON) scripts/gpu_check.sh
+
+bench: build  ## measure against PEFT and the frozen base on this machine's GPU
+	$(PYTHON) benchmarks/run.py
 
 cuda-compile: $(READY)  ## compile the CUDA sources for every architecture (nvcc and torch headers)
 	@include=$$($(PYTHON) -c "import pathlib, importlib.util as u; print(pathlib.Path(u.find_spec('torch').origin).parent / 'include')"); \

@@ -9,20 +9,28 @@ import json
 import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "h200" / "benchmark_lora.json"
+H200 = ROOT / "benchmarks" / "results" / "h200"
 README = ROOT / "README.md"
-EMBEDDINGS = ROOT / "benchmarks" / "results" / "h100" / "benchmark_embedding.json"
+EARLIER = "†"  # marks cases that were last measured with the sources of commit 7a3b825
 
 
-def cell(measured: dict | None, frozen: dict) -> str:
+def cell(result: dict, who: str) -> str:
+    """Time and peak memory; a graph's replay has its memory elsewhere than where the peak is read."""
+    measured, frozen = result[who], result["frozen"]
     if measured is None:
         return "out of memory"
-    return f"{measured['ms'] / frozen['ms']:.2f}x, {measured['peak_gb']:.1f} GB"
+    time = f"{frozen['ms']:.3g} ms" if who == "frozen" else f"{measured['ms'] / frozen['ms']:.2f}x"
+    return time if result.get("graph") else f"{time}, {measured['peak_gb']:.1f} GB"
+
+
+def read(name: str) -> dict:
+    return json.loads((H200 / name).read_text())
 
 
 def table() -> str:
-    """Markdown of every case in the results file."""
-    results = json.loads(RESULTS.read_text())["results"]
+    """Markdown of every case in the results files."""
+    results = read("benchmark_lora.json")["results"]
+    results += [{**r, "earlier": True} for r in read("benchmark_lora_7a3b825.json")["results"]]
     lines = ["| Case | Variant | Adapter | Frozen base | lora-fused | PEFT |", "|---|---|---|---|---|---|"]
     for r in results:
         if r["kind"] == "linear":
@@ -30,18 +38,16 @@ def table() -> str:
         else:
             shape = f"Llama-8B shape, {r['layers']} layers, {r['batch']}×{r['seq']}"
             shape += ", checkpointing" if r.get("checkpointing") else ", in a CUDA graph" if r.get("graph") else ""
+        shape += EARLIER if r.get("earlier") else ""
         adapter = r["adapter"] + (", autocast" if r["autocast"] else "")
-        frozen = r["frozen"]
-        base = f"{frozen['ms']:.3g} ms, {frozen['peak_gb']:.1f} GB"
-        lines.append(
-            f"| {shape} | {r['variant']} | {adapter} | {base} | {cell(r['ours'], frozen)} | {cell(r['peft'], frozen)} |"
-        )
+        cells = " | ".join(cell(r, who) for who in ("frozen", "ours", "peft"))
+        lines.append(f"| {shape} | {r['variant']} | {adapter} | {cells} |")
     return "\n".join(lines)
 
 
 def embedding_table() -> str:
     """Markdown of the embeddings' results, and of the norm beside one read of the table."""
-    results = json.loads(EMBEDDINGS.read_text())
+    results = read("benchmark_embedding.json")
     lines = ["| H | Variant | Adapter | Tokens | lora-fused | PEFT | PEFT / lora-fused |", "|---|---|---|---|---|---|---|"]
     for r in results["results"]:
         ours, theirs = r["ours"], r["peft"]

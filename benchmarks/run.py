@@ -1,0 +1,33 @@
+"""Every benchmark on this machine's GPU; results go to benchmarks/results/<gpu>/.
+
+    python benchmarks/run.py
+
+On an H200 README's tables are made anew from them.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import torch
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parent
+NAMES = ("benchmark_lora", "benchmark_qlora", "benchmark_embedding")
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("a CUDA GPU is required")
+    gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
+    results = BENCHMARKS / "results" / gpu
+    results.mkdir(parents=True, exist_ok=True)
+    for name in NAMES:
+        subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--out", results / f"{name}.json"], check=True)
+    if gpu == "h200":
+        subprocess.run([sys.executable, BENCHMARKS / "tables.py"], check=True)
+
+
+if __name__ == "__main__":
+    main()
