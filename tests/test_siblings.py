@@ -108,6 +108,17 @@ def test_members_that_differ_run_as_one(lora_fused, config):
     assert {row.group for row in lora_fused.explain(ours)} == {"q+k+v"}
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU multiplies by all A's at once")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_group_changes_no_bit_of_an_output(lora_fused, dtype):
+    """The first pass, each alone, and the later ones, as a group: PEFT's own tests compare two passes."""
+    model = heads(dtype, rank_pattern={}, alpha_pattern={})
+    ours, x = kernelized(lora_fused, model), torch.randn(6, 32, dtype=dtype)
+    first, *later = (step(ours, x)[0] for _ in range(3))
+    assert functions(later[-1]) == 1
+    assert all(torch.equal(first, other) for other in later)
+
+
 def test_members_of_several_kinds(lora_fused):
     """DoRA beside LoRA, dropout beside none, different adapters active."""
     model = heads(torch.float64, target_modules=["q", "v"])

@@ -182,7 +182,8 @@ Tensor project_down(const View& x, const Members& members, const Adapters& adapt
   }
 #endif
   std::optional<double> shared;
-  bool share = !members.any_masked();
+  // On the CPU a member's t is that of the member alone, bit for bit: a group changes no result.
+  bool share = x.is_cuda() && !members.any_masked();
   for (size_t i = 0; share && i < members.count(); ++i) {
     if (!members.a(i)) continue;
     share = !shared || *shared == members.scaling(i);
