@@ -119,8 +119,8 @@ def exact_run(lora_fused, operands, x, dys, device, dtype):
     given = [dy.to(device, dtype) for dy in dys]
     poison(device)
     projections = projections_of(lora_fused, flat, (0.5, 0.7, 0.5), [lora_fused.ProjectionSpec()] * 3)
-    exact = lora_fused.autograd.native.is_exact(projections, dtype, None)
-    assert exact == (dtype == torch.bfloat16)
+    native, exact = lora_fused.autograd.native.takes(projections, dtype, None, is_cuda=True)
+    assert native and exact == (dtype == torch.bfloat16)
     return backward(lora_fused.autograd.native.lora_group(own, projections, None, exact), given, own, flat), flat
 
 
@@ -147,6 +147,33 @@ def test_float32_adapters_keep_their_precision(lora_fused, m, k, group):
         error, peak = relative(value, exact)
         bound = 4 * unit + exact.numel() ** 0.5 * 2.0**-24
         assert error <= bound and peak <= 8 * bound, f"shape {tuple(exact.shape)}: {error:.3g}, {peak:.3g}"
+
+
+def test_what_the_ops_take(lora_fused):
+    bf16, fp32, fp16 = torch.bfloat16, torch.float32, torch.float16
+
+    def taken(dtype, *adapters, autocast=None, p=0.0, is_cuda=True, weight=None):
+        projections = [
+            lora_fused.Projection(
+                lora_fused.Operands(
+                    torch.zeros(3, 4, dtype=weight or dtype), None, torch.zeros(2, 4, dtype=a), torch.zeros(3, 2, dtype=b)
+                ),
+                1.0,
+                lora_fused.ProjectionSpec(p if i == len(adapters) - 1 else 0.0),
+            )
+            for i, (a, b) in enumerate(adapters)
+        ]
+        return tuple(lora_fused.autograd.native.takes(projections, dtype, autocast, is_cuda))
+
+    assert taken(bf16, (bf16, bf16), p=0.1) == taken(fp32, (fp32, fp32), is_cuda=False) == (True, False)
+    assert taken(bf16, (fp32, fp32), autocast=bf16, p=0.1) == (True, False)
+    assert taken(bf16, (fp32, fp32)) == taken(bf16, (fp32, fp32), (bf16, bf16)) == (True, True)
+    refused = (False, False)
+    assert taken(bf16, (fp32, fp32), is_cuda=False) == taken(bf16, (fp32, fp32), p=0.1) == refused
+    # A mask on one member, float32 adapters on the other.
+    assert taken(bf16, (fp32, fp32), (bf16, bf16), p=0.1) == refused
+    assert taken(fp16, (fp32, fp32)) == taken(bf16, (bf16, fp32)) == taken(bf16, (fp32, bf16)) == refused
+    assert taken(bf16, (bf16, bf16), weight=fp32) == taken(fp32, (bf16, bf16)) == refused
 
 
 @pytest.mark.parametrize("dtype,adapter", DTYPES, ids=str)

@@ -113,6 +113,8 @@ Adapters::Adapters(const View& x, const Members& members, bool need_a, bool need
   first.push_back(0);
   for (size_t i = 0; i < members.count(); ++i) first.push_back(first.back() + members.rank(i));
   if (members.exact()) {
+    STD_TORCH_CHECK(dtype == ScalarType::BFloat16 && x.is_cuda() && !members.any_masked(),
+                    "exact: expected x in bfloat16 on a GPU, without dropout");
     if (need_a && ranks() > 0) a = empty(x.base(), {columns(), x.size(1)}, dtype);
     for (size_t i = 0; i < members.count(); ++i) {
       b.push_back(members.b(i) ? MaybeView(empty(x.base(), {members.outputs(i), parts * rank(i)}, dtype)) : std::nullopt);

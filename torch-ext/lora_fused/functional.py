@@ -12,7 +12,7 @@ from . import backend as backends
 from .activation import ACTIVATIONS
 from .autograd.gated import GatedMLPFunction, forward_gated
 from .autograd.linear import LoraLinearFunction, forward_group, without_autocast
-from .autograd.native import gated_mlp, is_exact, lora_group, takes
+from .autograd.native import gated_mlp, lora_group, takes
 from .member import members_of
 from .projection import GatedSpec, GroupSpec, Operands, Projection, ProjectionSpec, flatten
 
@@ -88,10 +88,11 @@ def compute_group(
 ) -> tuple[Tensor, ...]:
     """`lora_linear_group` on operands that are known to be right; `token` is kept as the graph is."""
     lora_dtype, x = _autocast(x)
-    backend, native = _choose(x, projections, lora_dtype, backend)
+    taken = takes(projections, x.dtype, lora_dtype, x.is_cuda)
+    backend = backend or _choose(x, projections, taken.native)
     seeds = draw_seeds(x.device, projections, share_mask)
-    if native:
-        return lora_group(x, projections, seeds, is_exact(projections, x.dtype, lora_dtype), token)
+    if taken.native and backends.is_library(backend):
+        return lora_group(x, projections, seeds, taken.exact, token)
     group = GroupSpec(tuple(projection.spec for projection in projections), backend, lora_dtype)
     scalings = tuple(projection.scaling for projection in projections)
     flat = flatten([projection.operands for projection in projections])
@@ -116,15 +117,14 @@ def compute_gated(
     projection that holds both as halves, `output` is down, f one of `activation.ACTIVATIONS`."""
     projections = (*inputs, output)
     lora_dtype, x = _autocast(x)
-    of_inputs, native = _choose(x, inputs, lora_dtype, backend)
-    of_output, native_output = _choose(x, (output,), lora_dtype, backend)
+    taken = takes(projections, x.dtype, lora_dtype, x.is_cuda)
+    names = [backend or _choose(x, part, taken.native) for part in (inputs, (output,))]
     seeds = draw_seeds(x.device, projections)
-    if native and native_output:
-        options = ACTIVATIONS.index(activation), gate_half
-        return gated_mlp(x, projections, options, seeds, is_exact(projections, x.dtype, lora_dtype))
+    if taken.native and all(map(backends.is_library, names)):
+        return gated_mlp(x, projections, (ACTIVATIONS.index(activation), gate_half), seeds, taken.exact)
     groups = (
         GroupSpec(tuple(projection.spec for projection in part), name, lora_dtype)
-        for part, name in ((inputs, of_inputs), ((output,), of_output))
+        for part, name in zip((inputs, (output,)), names)
     )
     spec = GatedSpec(*groups, activation, gate_half)
     scalings = tuple(projection.scaling for projection in projections)
@@ -146,19 +146,13 @@ def _autocast(x: Tensor) -> tuple[Optional[torch.dtype], Tensor]:
     return dtype, x if x.dtype == dtype else x.to(dtype)
 
 
-def _choose(
-    x: Tensor, projections: Sequence[Projection], lora_dtype: Optional[torch.dtype], backend: Optional[str]
-) -> tuple[str, bool]:
-    """Name of the backend, and whether that is the native op for the whole group."""
-    native = all([takes(projection, x, x.dtype, lora_dtype) for projection in projections])
-    if backend is None:
-        backend = backends.choose(x.device, x.dtype, native, lambda: _work(x, projections))
-    return backend, native and backends.is_library(backend)
+def _choose(x: Tensor, projections: Sequence[Projection], native: bool) -> str:
+    """Name of the backend; `native` says whether the native op takes what is computed together."""
 
+    def work() -> int:
+        return math.prod(x.shape[:-1]) * max(math.prod(projection.shape) for projection in projections)
 
-def _work(x: Tensor, projections: Sequence[Projection]) -> int:
-    """M·N·K of the largest."""
-    return math.prod(x.shape[:-1]) * max(math.prod(projection.shape) for projection in projections)
+    return backends.choose(x.device, x.dtype, native, work)
 
 
 def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Optional[Tensor]:

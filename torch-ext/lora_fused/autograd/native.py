@@ -23,27 +23,36 @@ _NEED_A, _NEED_B, _NEED_BIAS, _NEED_MAGNITUDE = 1, 2, 4, 8
 _FIRST_SCALE = Operands._fields.index("absmax")  # from there on the scales of a quantised weight
 
 
-def takes(projection: Projection, x: Tensor, dtype: torch.dtype, lora_dtype: Optional[torch.dtype]) -> bool:
-    """Whether the ops compute all of a projection of x in `dtype`: on a frozen base of that dtype, with the
-    LoRA path in it too or `is_exact`."""
-    weight, bias, lora_a, lora_b, *_ = projection.operands
-    quantized = projection.spec.quantized
-    frozen = quantized.dtype == dtype if quantized is not None else weight.dtype == dtype and not weight.requires_grad
-    if not frozen or (bias is not None and bias.dtype != dtype):
-        return False
-    if lora_a is None or (lora_dtype or lora_a.dtype) == dtype:
-        return True
-    # float16 has not the range for what the gradients of float32 adapters hold.
-    exact = dtype == torch.bfloat16 and lora_a.dtype == lora_b.dtype == torch.float32
-    return exact and x.is_cuda and projection.spec.dropout == 0.0
+class Taken(NamedTuple):
+    """Whether the ops compute a group, and whether exactly: adapters of float32 beside bfloat16 without autocast,
+    of which they multiply two parts (kernel-src/common/projections.h)."""
+
+    native: bool
+    exact: bool = False
 
 
-def is_exact(projections: Sequence[Projection], dtype: torch.dtype, lora_dtype: Optional[torch.dtype]) -> bool:
-    """Whether the LoRA path of projections that the ops take has more precision than `dtype`: adapters of
-    float32 without autocast, as two parts (kernel-src/common/projections.h)."""
-    if lora_dtype is not None or dtype == torch.float32:
-        return False
-    return any([p.operands.lora_a is not None and p.operands.lora_a.dtype == torch.float32 for p in projections])
+def takes(
+    projections: Sequence[Projection], dtype: torch.dtype, lora_dtype: Optional[torch.dtype], is_cuda: bool
+) -> Taken:
+    """Of projections of an x in `dtype`: the ops compute those on a frozen base of that dtype, with the LoRA path
+    in it too or exactly. Exactly on a GPU and without dropout, and not in float16, which has not the range for what
+    the gradients of float32 adapters hold."""
+    exact = False
+    for (weight, bias, lora_a, lora_b, *_), _, spec in projections:
+        quantized = spec.quantized
+        stored = weight.dtype if quantized is None else quantized.dtype
+        if stored != dtype or (quantized is None and weight.requires_grad):
+            return Taken(False)
+        if bias is not None and bias.dtype != dtype:
+            return Taken(False)
+        if lora_a is None or lora_dtype == dtype or lora_a.dtype == lora_b.dtype == dtype:
+            continue
+        if lora_dtype is not None or dtype != torch.bfloat16 or not lora_a.dtype == lora_b.dtype == torch.float32:
+            return Taken(False)
+        exact = True
+    if exact and (not is_cuda or any([spec.dropout > 0.0 for _, _, spec in projections])):
+        return Taken(False)
+    return Taken(True, exact)
 
 
 class _Wanted(NamedTuple):
@@ -181,7 +190,7 @@ def _group_forward(projections: Sequence[Projection], exact: bool, x: Tensor, se
 def lora_group(
     x: Tensor, projections: Sequence[Projection], seeds: Optional[Tensor], exact: bool = False, token: object = None
 ) -> tuple[Tensor, ...]:
-    """[..., N] of each projection; `exact` as `is_exact` has it, `token` is kept as `LoraLinearFunction` keeps it."""
+    """[..., N] of each projection; `exact` as `Taken` has it, `token` is kept as `LoraLinearFunction` keeps it."""
     if torch.is_grad_enabled():
         return NativeGroupFunction.apply(projections, exact, token, x, seeds, *trained(projections))
     return tuple(_group_forward(projections, exact, x, seeds)[2][0])
@@ -230,7 +239,7 @@ def gated_mlp(
     x: Tensor, projections: Sequence[Projection], options: tuple[int, int], seeds: Optional[Tensor], exact: bool = False
 ) -> Tensor:
     """[..., N] of a gated MLP, down as the last projection; options: the activation as its index, and which half
-    of a projection that holds both is the gate. `exact` as `is_exact` has it."""
+    of a projection that holds both is the gate. `exact` as `Taken` has it."""
     if torch.is_grad_enabled():
         return NativeGatedFunction.apply(projections, exact, options, x, seeds, *trained(projections))
     return _gated_forward(projections, exact, options, x, seeds)[2][0]
