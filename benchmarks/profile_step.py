@@ -13,7 +13,7 @@ import pathlib
 import statistics
 import time
 
-import benchmark_lora as bench
+import compare_lora as bench
 import kernels
 import torch
 from torch.profiler import ProfilerActivity, profile

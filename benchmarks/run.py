@@ -14,7 +14,7 @@ import sys
 import torch
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent
-NAMES = ("benchmark_lora", "benchmark_qlora", "benchmark_embedding")
+NAMES = ("lora", "qlora", "embedding")
 
 
 def main() -> None:
@@ -24,7 +24,8 @@ def main() -> None:
     results = BENCHMARKS / "results" / gpu
     results.mkdir(parents=True, exist_ok=True)
     for name in NAMES:
-        subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--out", results / f"{name}.json"], check=True)
+        out = results / f"benchmark_{name}.json"
+        subprocess.run([sys.executable, BENCHMARKS / f"compare_{name}.py", "--out", out], check=True)
     if gpu == "h200":
         subprocess.run([sys.executable, BENCHMARKS / "tables.py"], check=True)
 

@@ -47,11 +47,11 @@ fi
 row_norm=$?
 "$PYTHON" scripts/check_gemm.py >>"$OUT/row_norm.log" 2>&1 || row_norm=$?
 "$PYTHON" scripts/check_embedding.py >>"$OUT/row_norm.log" 2>&1 || row_norm=$?
-"$PYTHON" benchmarks/benchmark_lora.py --out "$OUT/benchmark_lora.json" >"$OUT/benchmark.log" 2>&1
+"$PYTHON" benchmarks/compare_lora.py --out "$OUT/benchmark_lora.json" >"$OUT/benchmark.log" 2>&1
 benchmark=$?
-"$PYTHON" benchmarks/benchmark_embedding.py --out "$OUT/benchmark_embedding.json" >>"$OUT/benchmark.log" 2>&1 || benchmark=$?
+"$PYTHON" benchmarks/compare_embedding.py --out "$OUT/benchmark_embedding.json" >>"$OUT/benchmark.log" 2>&1 || benchmark=$?
 "$PYTHON" -c 'import bitsandbytes' 2>/dev/null && {
-    "$PYTHON" benchmarks/benchmark_qlora.py --out "$OUT/benchmark_qlora.json" >>"$OUT/benchmark.log" 2>&1 || benchmark=$?
+    "$PYTHON" benchmarks/compare_qlora.py --out "$OUT/benchmark_qlora.json" >>"$OUT/benchmark.log" 2>&1 || benchmark=$?
 }
 "$PYTHON" benchmarks/train_curves.py --out "$OUT/train_curves.json" >"$OUT/curves.log" 2>&1
 curves=$?

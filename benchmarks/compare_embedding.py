@@ -5,7 +5,7 @@ checked first, output and every gradient, against PEFT's; a case that fails has 
 Beside the times stands the floor of DoRA's norm: one read of the table, measured in the same run. A
 GPU is required.
 
-    python benchmarks/benchmark_embedding.py --out results.json
+    python benchmarks/compare_embedding.py --out results.json
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ few rows, the base called against the fused path; an 8B-shaped model in NF4 with
 + backward, every trainable parameter changed in place before each step. What does not give bitsandbytes'
 bits or PEFT's results has no speed to report. A GPU is required.
 
-    python benchmarks/benchmark_qlora.py --kernel build --out results.json
+    python benchmarks/compare_qlora.py --kernel build --out results.json
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pathlib
 import sys
 import time
 
-import benchmark_lora as common
+import compare_lora as common
 import bitsandbytes as bnb
 import kernels
 import peft

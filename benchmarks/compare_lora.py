@@ -6,7 +6,7 @@ checked against PEFT first (output and gradient norm); a case that fails has no 
 Dropout masks differ between the two, so its outputs are compared without it. Cases "in a CUDA graph" replay
 one captured step, so nothing waits for the host. A GPU is required.
 
-    python benchmarks/benchmark_lora.py --kernel build --out results.json
+    python benchmarks/compare_lora.py --kernel build --out results.json
 """
 
 from __future__ import annotations
