@@ -18,11 +18,11 @@ from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops, reference
 from ..projection import Mask
 from .linear import without_autocast
+from .once import once_differentiable
 
 
 class DeltaSpec(NamedTuple):

@@ -18,12 +18,12 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backend as backends
 from .. import ops, reference_embedding
 from ..table import Table, TableSpec
 from .linear import without_autocast
+from .once import once_differentiable
 
 
 def forward_table(ids: Tensor, table: Table, spec: TableSpec, keep: bool):
@@ -52,24 +52,17 @@ class LoraEmbeddingFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
-        # The decorator's no_grad costs host time that a plain backward need not spend.
-        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
-
-
-def _backward(ctx, dy: Tensor):
-    ids, rows, norm, *tensors = ctx.saved_tensors
-    spec, table, needs = ctx.spec, Table(*tensors), Table(*ctx.needs_input_grad[2:])
-    dw = None
-    with without_autocast(dy):
-        gain = _gain(table, norm)
-        da, db, dm = _gradients(dy, ids, rows, table, spec, gain, norm, needs)
-        if needs.weight:
-            dw = _weight_grad(dy.reshape(-1, dy.shape[-1]), ids.reshape(-1), table, spec, gain)
-    return None, None, dw, da, db, dm, None
-
-
-_backward_once = once_differentiable(_backward)
+        ids, rows, norm, *tensors = ctx.saved_tensors
+        spec, table, needs = ctx.spec, Table(*tensors), Table(*ctx.needs_input_grad[2:])
+        dw = None
+        with without_autocast(dy):
+            gain = _gain(table, norm)
+            da, db, dm = _gradients(dy, ids, rows, table, spec, gain, norm, needs)
+            if needs.weight:
+                dw = _weight_grad(dy.reshape(-1, dy.shape[-1]), ids.reshape(-1), table, spec, gain)
+        return None, None, dw, da, db, dm, None
 
 
 def _gradients(dy, ids, rows, table: Table, spec: TableSpec, gain, norm, needs: Table):

@@ -15,12 +15,12 @@ from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backend as backends
 from ..member import Member, members_of
 from ..projection import GatedSpec, flatten, unflatten
 from .linear import Saved, backward_group, forward_group, is_scaled, scaled_output, without_autocast
+from .once import once_differentiable
 
 
 def _halves(spec: GatedSpec, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -25,12 +25,12 @@ from typing import NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backend as backends
 from .. import base, compose
 from ..member import Member, batches_of, cat, members_of, split
 from ..projection import GroupSpec, Operands, flatten, unflatten
+from .once import once_differentiable
 
 
 class Saved(NamedTuple):

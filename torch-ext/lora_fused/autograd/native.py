@@ -13,11 +13,11 @@ from typing import NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backend as backends
 from .. import base, ops
 from ..projection import Operands, Projection
+from .once import once_differentiable
 
 _NEED_A, _NEED_B, _NEED_BIAS, _NEED_MAGNITUDE = 1, 2, 4, 8
 _FIRST_SCALE = Operands._fields.index("absmax")  # from there on the scales of a quantised weight
