@@ -124,10 +124,9 @@ def exact_run(lora_fused, operands, x, dys, device, dtype):
     return backward(lora_fused.autograd.native.lora_group(own, projections, None, exact), given, own, flat), flat
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the ops take them on a CUDA GPU")
 @pytest.mark.parametrize("m,k", (*SHAPES, LARGE))
 @pytest.mark.parametrize("group", (EXACT, EXACT_DORA), ids=("LoRA", "DoRA"))
-def test_float32_adapters_keep_their_precision(lora_fused, m, k, group):
+def test_float32_adapters_keep_their_precision(lora_fused, device, m, k, group):
     """Outputs within bfloat16's rounding, gradients of a LoRA adapter within that of its two parts."""
     generator = torch.Generator().manual_seed(m)
     operands = [operands_of(generator, k, n, r, dora, bias) for n, r, _, dora, bias in group]
@@ -135,7 +134,7 @@ def test_float32_adapters_keep_their_precision(lora_fused, m, k, group):
         each[:2] = [None if t is None else t.bfloat16().double() for t in each[:2]]
         each[2:] = [None if t is None else t.float().double() for t in each[2:]]
     x, *dys = [draw(generator, m, n).bfloat16().double() for n in (k, *(n for n, *_ in group))]
-    ours, flat = exact_run(lora_fused, operands, x, dys, "cuda", torch.bfloat16)
+    ours, flat = exact_run(lora_fused, operands, x, dys, device, torch.bfloat16)
     truth, _ = exact_run(lora_fused, operands, x, dys, "cpu", torch.float64)
     trained = [tensor for tensor in flat if tensor is not None and tensor.requires_grad]
     assert len(ours) == len(truth) == 4 + len(trained)
@@ -191,15 +190,18 @@ def test_gated(lora_fused, device, p, dora, gate_half, dtype, adapter):
     x, dy = (draw(generator, m, c).to(dtype).double() for c in (k, n))
     seeds = torch.tensor([5, 2**40 + 1, 77])[: len(operands)]
 
-    def run(device, dtype, adapter):
+    def run(device, dtype, adapter, exact=False):
         flat, own = flat_on(operands, device, dtype, adapter), x.to(device, dtype).requires_grad_()
         given = dy.to(device, dtype)
         poison(device)
         projections = projections_of(lora_fused, flat, (0.5,) * len(specs), specs)
-        y = lora_fused.autograd.native.gated_mlp(own, projections, (0, gate_half or 0), seeds.to(device))
+        y = lora_fused.autograd.native.gated_mlp(own, projections, (0, gate_half or 0), seeds.to(device), exact)
         return backward([y], [given], own, flat)
 
-    compare(run(device, dtype, adapter), run("cpu", torch.float64, torch.float64), dtype, stored=8)
+    truth = run("cpu", torch.float64, torch.float64)
+    compare(run(device, dtype, adapter), truth, dtype, stored=8)
+    if p == 0.0 and (dtype, adapter) == (torch.bfloat16, torch.float32):
+        compare(run(device, dtype, adapter, exact=True), truth, dtype, stored=8)
 
 
 def test_float64_is_the_formula(lora_fused):

@@ -95,6 +95,8 @@ struct DroppedUp {
 void gated_cpu(const Gated& gated);
 void scale_cpu(const Scale& scale);
 void token_sums_cpu(const TokenSums& sums);
+void rest_cpu(const Cast& cast);  // of one with `rest`, to bfloat16
+void part_sums_cpu(const std::vector<PartSum>& sums);
 
 #if defined(CUDA_KERNEL)
 // All conversions in as few launches as their number allows.

@@ -27,6 +27,14 @@ void addmm(const Tensor& out, const Tensor& add, const Tensor& a, const Tensor& 
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), add.get(), a.get(), b.get(), beta, alpha));
 }
 
+// m in `dtype`, a copy where it is not.
+Tensor as(ScalarType dtype, const View& m) {
+  if (m.scalar_type() == dtype) return m.tensor();
+  const Tensor copy = empty(m.base(), {m.size(0), m.size(1)}, dtype);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), m.tensor().get(), 0));
+  return copy;
+}
+
 #if defined(CUDA_KERNEL)
 // The sum of terms as one launch of our own, its epilogue still to be filled in. A single term is the
 // library's: it needs no second pass over out.
@@ -84,7 +92,7 @@ bool gives_float(const View& a) {
 void multiply(const View& out, const View& a, const View& b, double alpha, bool add) {
 #if defined(CUDA_KERNEL)
   if (out.is_cuda() && blas_gemm(out, a, b, static_cast<float>(alpha), add ? 1.0f : 0.0f)) return;
-  if (out.scalar_type() != a.scalar_type()) {  // a fresh product, unscaled
+  if (out.is_cuda() && out.scalar_type() != a.scalar_type()) {  // a fresh product, unscaled
     const Tensor to = out.tensor(), left = a.tensor(), right = b.tensor();
     TORCH_ERROR_CODE_CHECK(
         aoti_torch_cuda_mm_dtype_out(to.get(), left.get(), right.get(), aoti_torch_dtype_float32()));
@@ -92,7 +100,7 @@ void multiply(const View& out, const View& a, const View& b, double alpha, bool 
   }
 #endif
   const Tensor to = out.tensor();
-  addmm(to, to, a.tensor(), b.tensor(), add ? 1.0 : 0.0, alpha);
+  addmm(to, to, as(out.scalar_type(), a), as(out.scalar_type(), b), add ? 1.0 : 0.0, alpha);
 }
 
 void multiply(const View& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias) {

@@ -35,8 +35,8 @@ Tensor fresh_like(const View& m);
 // [*of's leading dimensions, cols], and it as a matrix.
 Tensor empty_as(const Tensor& of, int64_t cols);
 
-// out = alpha·a b, or out += that; out may be float32 where a and b are half precision on a GPU
-// (`gives_float`). Of a and b rows or columns are contiguous.
+// out = alpha·a b, or out += that; out may be float32 where a and b are half precision: on a GPU one product
+// (`gives_float`), which is fresh. Of a and b rows or columns are contiguous.
 void multiply(const View& out, const View& a, const View& b, double alpha, bool add);
 bool gives_float(const View& a);
 

@@ -18,12 +18,22 @@ void cast_all(const std::vector<Cast>& casts) {
                        cast.to.scalar_type() == ScalarType::Double;
     if (cast.to.is_cuda() && !exact)
       fused.push_back(cast);
+    else if (cast.rest)
+      rest_cpu(cast);
     else
       TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(cast.to.tensor().get(), cast.from.tensor().get(), 0));
   }
 #if defined(CUDA_KERNEL)
   if (!fused.empty()) cast_all_cuda(fused);
 #endif
+}
+
+void sum_parts(const std::vector<PartSum>& sums) {
+  if (sums.empty()) return;
+#if defined(CUDA_KERNEL)
+  if (sums[0].high.is_cuda()) return part_sums_cuda(sums);
+#endif
+  part_sums_cpu(sums);
 }
 
 void drop(const View& x, const Dropped& mask, const View& out, bool accumulate) {
@@ -113,8 +123,8 @@ Adapters::Adapters(const View& x, const Members& members, bool need_a, bool need
   first.push_back(0);
   for (size_t i = 0; i < members.count(); ++i) first.push_back(first.back() + members.rank(i));
   if (members.exact()) {
-    STD_TORCH_CHECK(dtype == ScalarType::BFloat16 && x.is_cuda() && !members.any_masked(),
-                    "exact: expected x in bfloat16 on a GPU, without dropout");
+    STD_TORCH_CHECK(dtype == ScalarType::BFloat16 && !members.any_masked(),
+                    "exact: expected x in bfloat16, without dropout");
     if (need_a && ranks() > 0) a = empty(x.base(), {columns(), x.size(1)}, dtype);
     for (size_t i = 0; i < members.count(); ++i) {
       b.push_back(members.b(i) ? MaybeView(empty(x.base(), {members.outputs(i), parts * rank(i)}, dtype)) : std::nullopt);
@@ -152,7 +162,6 @@ Adapters::Adapters(const View& x, const Members& members, bool need_a, bool need
 
 namespace {
 
-#if defined(CUDA_KERNEL)
 // The parts of scaling·(sum of two columns of `wide`, `apart` from each other) as three columns of `to`.
 PartSum part_sum(const View& wide, int64_t first, int64_t apart, double scaling, const View& to, int64_t at,
                  int64_t rank) {
@@ -160,14 +169,12 @@ PartSum part_sum(const View& wide, int64_t first, int64_t apart, double scaling,
   return {wide.columns(first, rank),  wide.columns(first + apart, rank), scaling, to.columns(at, rank),
           to.columns(next + at, rank), to.columns(2 * next + at, rank)};
 }
-#endif
 
 // t of all members, and D(x) of those whose base product takes it as well.
 Tensor project_down(const View& x, const Members& members, const Adapters& adapters,
                     std::vector<MaybeView>& drops) {
   const Tensor whole = empty(x.base(), {x.size(0), adapters.columns()}, x.scalar_type());
   const View t = whole;
-#if defined(CUDA_KERNEL)
   if (members.exact()) {
     const int64_t ranks = adapters.ranks();
     if (ranks == 0) return whole;
@@ -179,10 +186,9 @@ Tensor project_down(const View& x, const Members& members, const Adapters& adapt
       const View of_member = adapters.part(t, i);
       sums.push_back(part_sum(wide, adapters.first[i], ranks, members.scaling(i), of_member, 0, adapters.rank(i)));
     }
-    part_sums_cuda(sums);
+    sum_parts(sums);
     return whole;
   }
-#endif
   std::optional<double> shared;
   // On the CPU a member's t is that of the member alone, bit for bit: a group changes no result.
   bool share = x.is_cuda() && !members.any_masked();
@@ -271,7 +277,6 @@ Backward::Backward(const Members& members, const View& x, const Given& given)
 
 void Backward::project_down_exactly() {
   dt_ = empty(x_.base(), {x_.size(0), adapters_.columns()}, x_.scalar_type());
-#if defined(CUDA_KERNEL)
   std::vector<PartSum> sums;
   for (size_t i = 0; i < members_.count(); ++i) {
     if (!members_.a(i)) continue;
@@ -287,8 +292,7 @@ void Backward::project_down_exactly() {
     multiply(wide, *lora_dys_[i], adapters_.b[i]->columns(0, 2 * rank), 1.0, /*add=*/false);
     sums.push_back(part_sum(wide, 0, rank, members_.scaling(i), *dt_, first, rank));
   }
-  if (!sums.empty()) part_sums_cuda(sums);
-#endif
+  sum_parts(sums);
 }
 
 // dt = s·dy' B of all members.
@@ -378,7 +382,6 @@ void Backward::add_dropped(const View& dx, const std::vector<size_t>& which) con
 }
 
 void Backward::parameters_exactly(const View& x, const View& t, Tensors& grads) const {
-#if defined(CUDA_KERNEL)
   std::vector<PartSum> sums;
   std::vector<Cast> casts;
   // first + second, float32, as a gradient of `dtype`.
@@ -409,9 +412,8 @@ void Backward::parameters_exactly(const View& x, const View& t, Tensors& grads) 
     if (needs(i, kNeedBias)) grads.push_back(*sums_[i]);
     if (needs(i, kNeedMagnitude)) grads.push_back(*dots_[i]);
   }
-  if (!sums.empty()) part_sums_cuda(sums);
+  sum_parts(sums);
   if (!casts.empty()) cast_all(casts);
-#endif
 }
 
 void Backward::parameters(const View& x, const View& t, Tensors& grads) const {

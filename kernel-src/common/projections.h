@@ -21,7 +21,7 @@ struct Lists {
   // are empty where no weight is quantised.
   const Tensors& scales;
   const std::vector<int64_t>& quantized;
-  // Adapters of float32 beside x in bfloat16 on a GPU, without dropout: multiplied as two parts each.
+  // Adapters of float32 beside x in bfloat16, without dropout: multiplied as two parts each.
   bool exact;
 };
 
