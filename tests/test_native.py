@@ -49,7 +49,7 @@ def flat_on(operands, device, dtype, adapter):
     for each in operands:
         for name, tensor in zip(FIELDS, each):
             wanted = dtype if name in ("weight", "bias") else adapter
-            flat.append(None if tensor is None else tensor.to(device, wanted).requires_grad_(name != "weight"))
+            flat.append(None if tensor is None else tensor.detach().to(device, wanted).requires_grad_(name != "weight"))
         flat += [None] * SCALES
     return flat
 
@@ -96,7 +96,7 @@ def check_group(lora_fused, device, m, k, group, dtype, adapter):
     dys = [draw(generator, m, n).to(dtype).double() for n, *_ in group]
 
     def run(device, dtype, adapter):
-        flat, own = flat_on(operands, device, dtype, adapter), x.to(device, dtype).requires_grad_()
+        flat, own = flat_on(operands, device, dtype, adapter), x.detach().to(device, dtype).requires_grad_()
         given = [dy.to(device, dtype) for dy in dys]
         poison(device)
         projections = projections_of(lora_fused, flat, (0.5, 0.7, 0.5), specs)
@@ -113,7 +113,7 @@ ADAPTER_UNIT = 2.0**-16
 
 
 def exact_run(lora_fused, operands, x, dys, device, dtype):
-    flat, own = flat_on(operands, device, dtype, dtype), x.to(device, dtype).requires_grad_()
+    flat, own = flat_on(operands, device, dtype, dtype), x.detach().to(device, dtype).requires_grad_()
     if dtype == torch.bfloat16:
         flat = flat_on(operands, device, dtype, torch.float32)
     given = [dy.to(device, dtype) for dy in dys]
@@ -191,7 +191,7 @@ def test_gated(lora_fused, device, p, dora, gate_half, dtype, adapter):
     seeds = torch.tensor([5, 2**40 + 1, 77])[: len(operands)]
 
     def run(device, dtype, adapter, exact=False):
-        flat, own = flat_on(operands, device, dtype, adapter), x.to(device, dtype).requires_grad_()
+        flat, own = flat_on(operands, device, dtype, adapter), x.detach().to(device, dtype).requires_grad_()
         given = dy.to(device, dtype)
         poison(device)
         projections = projections_of(lora_fused, flat, (0.5,) * len(specs), specs)
