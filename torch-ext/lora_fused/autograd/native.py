@@ -71,7 +71,6 @@ class _Fixed(NamedTuple):
     dropouts: list[float]
     quantized: list[int]
     exact: bool
-    wanted: list[_Wanted]
 
 
 class _Fields(NamedTuple):
@@ -92,27 +91,24 @@ class _Fields(NamedTuple):
         return cls(*(saved[i : i + count] for i in range(0, last, count)), saved[last:])
 
 
-def trained(projections: Sequence[Projection]) -> list[Tensor]:
-    """The operands that need a gradient, in the order in which backward gives them."""
-    found = []
+def trained(projections: Sequence[Projection]) -> tuple[list[_Wanted], list[Tensor]]:
+    """What gradients there are, and the operands that get them, in the order in which backward gives them."""
+    wanted, found = [], []
     for (_, bias, lora_a, lora_b, lora_bias, magnitude, *_), _, _ in projections:
-        for tensor in (lora_a, lora_b, bias, lora_bias, magnitude):
-            if tensor is not None and tensor.requires_grad:
-                found.append(tensor)
-    return found
-
-
-def _wanted(projection: Projection) -> _Wanted:
-    _, bias, lora_a, lora_b, lora_bias, magnitude, *_ = projection.operands
-    needs = 0
-    if lora_a is not None:
-        needs = (_NEED_A if lora_a.requires_grad else 0) | (_NEED_B if lora_b.requires_grad else 0)
-    bias, lora_bias, magnitude = (
-        tensor.dtype if tensor is not None and tensor.requires_grad else None for tensor in (bias, lora_bias, magnitude)
-    )
-    if bias is not None or lora_bias is not None:
-        needs |= _NEED_BIAS
-    return _Wanted(needs if magnitude is None else needs | _NEED_MAGNITUDE, bias, lora_bias, magnitude)
+        needs, dtypes = 0, [None, None, None]
+        if lora_a is not None and lora_a.requires_grad:
+            needs |= _NEED_A
+            found.append(lora_a)
+        if lora_b is not None and lora_b.requires_grad:
+            needs |= _NEED_B
+            found.append(lora_b)
+        for i, (vector, need) in enumerate(((bias, _NEED_BIAS), (lora_bias, _NEED_BIAS), (magnitude, _NEED_MAGNITUDE))):
+            if vector is not None and vector.requires_grad:
+                needs |= need
+                dtypes[i] = vector.dtype
+                found.append(vector)
+        wanted.append(_Wanted(needs, *dtypes))
+    return wanted, found
 
 
 def _read(projections: Sequence[Projection], exact: bool) -> tuple[_Fixed, _Fields, Sequence[Optional[Tensor]]]:
@@ -132,8 +128,7 @@ def _read(projections: Sequence[Projection], exact: bool) -> tuple[_Fixed, _Fiel
     whole = biases
     if any([bias is not None for bias in lora_biases]):
         whole = [_whole_bias(projection) for projection in projections]
-    dropouts = [spec.dropout for spec in specs]
-    fixed = _Fixed(scalings, dropouts, quantized, exact, list(map(_wanted, projections)))
+    fixed = _Fixed(scalings, [spec.dropout for spec in specs], quantized, exact)
     return fixed, _Fields(weights, biases, lora_a, lora_b, norms, gains, scales), whole
 
 
@@ -158,11 +153,13 @@ def _whole_bias(projection: Projection) -> Optional[Tensor]:
     return whole.to(operands.weight.dtype if spec.quantized is None else spec.quantized.dtype)
 
 
-def _by_trained(grads: Sequence[Tensor], fixed: _Fixed, used: Sequence[bool]) -> list[Optional[Tensor]]:
+def _by_trained(
+    grads: Sequence[Tensor], wanted: Sequence[_Wanted], scalings: Sequence[float], used: Sequence[bool]
+) -> list[Optional[Tensor]]:
     """A gradient or None for each of `trained`, from those that the ops give in turn."""
     found = iter(grads)
     result: list[Optional[Tensor]] = []
-    for (needs, bias, lora_bias, magnitude), scaling, use in zip(fixed.wanted, fixed.scalings, used):
+    for (needs, bias, lora_bias, magnitude), scaling, use in zip(wanted, scalings, used):
         if needs & _NEED_A:
             result.append(next(found) if use else None)
         if needs & _NEED_B:
@@ -180,7 +177,7 @@ def _by_trained(grads: Sequence[Tensor], fixed: _Fixed, used: Sequence[bool]) ->
 def _group_forward(projections: Sequence[Projection], exact: bool, x: Tensor, seeds: Optional[Tensor]):
     fixed, fields, biases = _read(projections, exact)
     weights, _, lora_a, lora_b, _, gains, scales = fields
-    scalings, dropouts, quantized, *_ = fixed
+    scalings, dropouts, quantized, _ = fixed
     outputs = ops.lora_forward(
         x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact
     )  # fmt: skip
@@ -192,18 +189,19 @@ def lora_group(
 ) -> tuple[Tensor, ...]:
     """[..., N] of each projection; `exact` as `Taken` has it, `token` is kept as `LoraLinearFunction` keeps it."""
     if torch.is_grad_enabled():
-        return NativeGroupFunction.apply(projections, exact, token, x, seeds, *trained(projections))
+        wanted, tensors = trained(projections)
+        return NativeGroupFunction.apply(projections, wanted, exact, token, x, seeds, *tensors)
     return tuple(_group_forward(projections, exact, x, seeds)[2][0])
 
 
 class NativeGroupFunction(torch.autograd.Function):
-    """Apply as `(projections, exact, token, x, seeds, *trained(projections))`; gives a tuple of [..., N], one per
-    projection. Double backward raises."""
+    """Apply as `(projections, wanted, exact, token, x, seeds, *tensors)`, wanted and tensors as `trained` gives them;
+    gives a tuple of [..., N], one per projection. Double backward raises."""
 
     @staticmethod
-    def forward(ctx, projections, exact, token, x: Tensor, seeds: Optional[Tensor], *_):
+    def forward(ctx, projections, wanted, exact, token, x: Tensor, seeds: Optional[Tensor], *_):
         ctx.fixed, fields, (ys, us, t) = _group_forward(projections, exact, x, seeds)
-        ctx.token, ctx.us = token, len(us)
+        ctx.wanted, ctx.token, ctx.us = wanted, token, len(us)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, seeds, t, *us, *[tensor for field in fields for tensor in field])
         return tuple(ys)
@@ -213,14 +211,15 @@ class NativeGroupFunction(torch.autograd.Function):
     def backward(ctx, *dys: Optional[Tensor]):
         x, seeds, t, *rest = ctx.saved_tensors
         us, fields, fixed = rest[: ctx.us], _Fields.of(rest[ctx.us :], len(dys)), ctx.fixed
-        used, needs = [dy is not None for dy in dys], [wanted.needs for wanted in fixed.wanted]
+        used = [dy is not None for dy in dys]
         dx, grads = ops.lora_backward(
             dys, x, t, us, fields.weights, fields.biases, fields.lora_a, fields.lora_b, fields.gains, fields.norms,
             fixed.scalings, seeds, fixed.dropouts, fields.scales, fixed.quantized,
-            fixed.exact, ctx.needs_input_grad[3] and any(used), needs,
+            fixed.exact, ctx.needs_input_grad[4] and any(used), [wanted.needs for wanted in ctx.wanted],
         )  # fmt: skip
         ctx.token = None
-        return None, None, None, dx[0] if dx else None, None, *_by_trained(grads, fixed, used)
+        by_trained = _by_trained(grads, ctx.wanted, fixed.scalings, used)
+        return None, None, None, None, dx[0] if dx else None, None, *by_trained
 
 
 def _gated_forward(
@@ -228,7 +227,7 @@ def _gated_forward(
 ):
     fixed, fields, biases = _read(projections, exact)
     weights, _, lora_a, lora_b, _, gains, scales = fields
-    scalings, dropouts, quantized, *_ = fixed
+    scalings, dropouts, quantized, _ = fixed
     outputs = ops.gated_forward(
         x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact, *options
     )  # fmt: skip
@@ -241,31 +240,33 @@ def gated_mlp(
     """[..., N] of a gated MLP, down as the last projection; options: the activation as its index, and which half
     of a projection that holds both is the gate. `exact` as `Taken` has it."""
     if torch.is_grad_enabled():
-        return NativeGatedFunction.apply(projections, exact, options, x, seeds, *trained(projections))
+        wanted, tensors = trained(projections)
+        return NativeGatedFunction.apply(projections, wanted, exact, options, x, seeds, *tensors)
     return _gated_forward(projections, exact, options, x, seeds)[2][0]
 
 
 class NativeGatedFunction(torch.autograd.Function):
-    """Apply as `(projections, exact, options, x, seeds, *trained(projections))`, see `gated_mlp`.
+    """Apply as `(projections, wanted, exact, options, x, seeds, *tensors)`, as `NativeGroupFunction`, see `gated_mlp`.
     Double backward raises."""
 
     @staticmethod
-    def forward(ctx, projections, exact, options, x: Tensor, seeds: Optional[Tensor], *_):
+    def forward(ctx, projections, wanted, exact, options, x: Tensor, seeds: Optional[Tensor], *_):
         ctx.fixed, fields, (y, outputs, us, ts) = _gated_forward(projections, exact, options, x, seeds)
-        ctx.options, ctx.us = options, len(us)
+        ctx.wanted, ctx.options, ctx.us = wanted, options, len(us)
         ctx.save_for_backward(x, seeds, *ts, *outputs, *us, *[tensor for field in fields for tensor in field])
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        fixed, count = ctx.fixed, len(ctx.fixed.wanted)
+        fixed, count = ctx.fixed, len(ctx.wanted)
         x, seeds, *rest = ctx.saved_tensors
         ts, outputs, rest = rest[:2], rest[2 : 1 + count], rest[1 + count :]
         us, fields = rest[: ctx.us], _Fields.of(rest[ctx.us :], count)
         dx, grads = ops.gated_backward(
             dy, x, outputs, us, ts, fields.weights, fields.biases, fields.lora_a, fields.lora_b, fields.gains,
             fields.norms, fixed.scalings, seeds, fixed.dropouts, fields.scales, fixed.quantized, fixed.exact,
-            *ctx.options, ctx.needs_input_grad[3], [wanted.needs for wanted in fixed.wanted],
+            *ctx.options, ctx.needs_input_grad[4], [wanted.needs for wanted in ctx.wanted],
         )  # fmt: skip
-        return None, None, None, dx[0] if dx else None, None, *_by_trained(grads, fixed, [True] * count)
+        by_trained = _by_trained(grads, ctx.wanted, fixed.scalings, [True] * count)
+        return None, None, None, None, dx[0] if dx else None, None, *by_trained
