@@ -209,14 +209,16 @@ def train(model, device, steps=20, autocast=None):
 def test_choice_of_backend(lora_fused, monkeypatch):
     gpu, large = torch.device("cuda"), lora_fused.backend.TRITON_FROM
 
-    def choose(device, dtype, work, native=True):
-        return lora_fused.backend.choose(device, dtype, native, lambda: work)
+    def choose(device, dtype, work, native=True, exact=False):
+        taken = lora_fused.projection.Taken(native, exact)
+        return lora_fused.backend.choose(device, dtype, taken, lambda: work)
 
     monkeypatch.setattr(lora_fused.backend, "is_hopper", lambda device: True)
     assert choose(gpu, torch.bfloat16, large) == "library"
-    assert choose(gpu, torch.bfloat16, large, native=False) == "triton"  # float32 adapters, no autocast
+    assert choose(gpu, torch.bfloat16, large, native=False) == "triton"  # float32 adapters and dropout, no autocast
     monkeypatch.setattr(lora_fused.backend, "is_hopper", lambda device: False)
     assert choose(gpu, torch.bfloat16, large) == choose(gpu, torch.float16, large) == "triton"
+    assert choose(gpu, torch.bfloat16, large, exact=True) == "library"
     assert choose(gpu, torch.bfloat16, large - 1) == choose(gpu, torch.float32, large) == "library"
     assert choose(torch.device("cpu"), torch.bfloat16, large) == "library"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_embedding, ops, reference, reference_embedding
-from .projection import FourBit, Operands
+from .projection import FourBit, Operands, Taken
 from .table import Table
 
 REFERENCE = "reference"
@@ -46,15 +46,15 @@ def triton_is_there() -> bool:
     return True
 
 
-def choose(device: torch.device, dtype: torch.dtype, native: bool, work: Callable[[], int]) -> str:
-    """Name of the backend for x on `device`, computed in `dtype`; `native` says whether the native op takes
-    the whole group, `work` gives M·N·K and is asked only where it matters.
+def choose(device: torch.device, dtype: torch.dtype, taken: Taken, work: Callable[[], int]) -> str:
+    """Name of the backend for x on `device`, computed in `dtype`; `taken` says how the native op takes the
+    whole group, `work` gives M·N·K and is asked only where it matters.
 
     Large half-precision products on a GPU go to Triton, but on Hopper where the native op takes them, since
-    it has a product of its own with the LoRA terms inside. float32 stays with the vendor's matrix
-    products, which follow torch's own TF32 setting.
+    it has a product of its own with the LoRA terms inside, and where it alone is exact. float32 stays with
+    the vendor's matrix products, which follow torch's own TF32 setting.
     """
-    if device.type != "cuda" or dtype not in _TRITON_DTYPES or (native and is_hopper(device)):
+    if device.type != "cuda" or dtype not in _TRITON_DTYPES or taken.exact or (taken.native and is_hopper(device)):
         return LIBRARY
     return TRITON if work() >= TRITON_FROM and triton_is_there() else LIBRARY
 

@@ -14,7 +14,7 @@ from .autograd.gated import GatedMLPFunction, forward_gated
 from .autograd.linear import LoraLinearFunction, forward_group, without_autocast
 from .autograd.native import gated_mlp, lora_group, takes
 from .member import members_of
-from .projection import GatedSpec, GroupSpec, Operands, Projection, ProjectionSpec, flatten
+from .projection import GatedSpec, GroupSpec, Operands, Projection, ProjectionSpec, Taken, flatten
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -89,7 +89,7 @@ def compute_group(
     """`lora_linear_group` on operands that are known to be right; `token` is kept as the graph is."""
     lora_dtype, x = _autocast(x)
     taken = takes(projections, x.dtype, lora_dtype, x.is_cuda)
-    backend = backend or _choose(x, projections, taken.native)
+    backend = backend or _choose(x, projections, taken)
     seeds = draw_seeds(x.device, projections, share_mask)
     if taken.native and backends.is_library(backend):
         return lora_group(x, projections, seeds, taken.exact, token)
@@ -118,7 +118,7 @@ def compute_gated(
     projections = (*inputs, output)
     lora_dtype, x = _autocast(x)
     taken = takes(projections, x.dtype, lora_dtype, x.is_cuda)
-    names = [backend or _choose(x, part, taken.native) for part in (inputs, (output,))]
+    names = [backend or _choose(x, part, taken) for part in (inputs, (output,))]
     seeds = draw_seeds(x.device, projections)
     if taken.native and all(map(backends.is_library, names)):
         return gated_mlp(x, projections, (ACTIVATIONS.index(activation), gate_half), seeds, taken.exact)
@@ -146,13 +146,13 @@ def _autocast(x: Tensor) -> tuple[Optional[torch.dtype], Tensor]:
     return dtype, x if x.dtype == dtype else x.to(dtype)
 
 
-def _choose(x: Tensor, projections: Sequence[Projection], native: bool) -> str:
-    """Name of the backend; `native` says whether the native op takes what is computed together."""
+def _choose(x: Tensor, projections: Sequence[Projection], taken: Taken) -> str:
+    """Name of the backend; `taken` is of all that is computed together."""
 
     def work() -> int:
         return math.prod(x.shape[:-1]) * max(math.prod(projection.shape) for projection in projections)
 
-    return backends.choose(x.device, x.dtype, native, work)
+    return backends.choose(x.device, x.dtype, taken, work)
 
 
 def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Optional[Tensor]:

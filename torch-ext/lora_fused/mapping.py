@@ -237,8 +237,8 @@ def _explain_module(name: str, module: nn.Module, rows: int, names: dict[nn.Modu
     autocast = torch.is_autocast_enabled(example.device.type)
     lora_dtype = torch.get_autocast_dtype(example.device.type) if autocast else None
     dtype, work = lora_dtype or example.dtype, rows * math.prod(state.projection.shape)
-    native = takes((state.projection,), dtype, lora_dtype, example.is_cuda).native
-    chosen = backend.choose(example.device, dtype, native, lambda: work)
+    taken = takes((state.projection,), dtype, lora_dtype, example.is_cuda)
+    chosen = backend.choose(example.device, dtype, taken, lambda: work)
     if mlp is not None:
         return Row(name, layers.LoraGatedMLP.__name__, fused=True, backend=chosen, group=mlp, reason=None)
     return Row(name, layer.__name__, fused=True, backend=chosen, group=_group_name(module, names), reason=None)

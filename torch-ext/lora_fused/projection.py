@@ -130,6 +130,14 @@ class GatedSpec:
         return (*self.inputs.members, *self.output.members)
 
 
+class Taken(NamedTuple):
+    """Whether the ops compute a group, and whether exactly: adapters of float32 beside bfloat16 without autocast,
+    of which they multiply two parts (kernel-src/common/projections.h)."""
+
+    native: bool
+    exact: bool = False
+
+
 class Mask(NamedTuple):
     """Dropout with probability p, a function of seed (int64 [1], on the device), row and column."""
 

@@ -16,19 +16,11 @@ from torch import Tensor
 
 from .. import backend as backends
 from .. import base, ops
-from ..projection import Operands, Projection
+from ..projection import Operands, Projection, Taken
 from .once import once_differentiable
 
 _NEED_A, _NEED_B, _NEED_BIAS, _NEED_MAGNITUDE = 1, 2, 4, 8
 _FIRST_SCALE = Operands._fields.index("absmax")  # from there on the scales of a quantised weight
-
-
-class Taken(NamedTuple):
-    """Whether the ops compute a group, and whether exactly: adapters of float32 beside bfloat16 without autocast,
-    of which they multiply two parts (kernel-src/common/projections.h)."""
-
-    native: bool
-    exact: bool = False
 
 
 def takes(
