@@ -134,6 +134,20 @@ def peft_linear(case: Case, base_dtype, adapter_dtype, device=DEVICE, **config):
     return model.train(), model.base_model.model.proj
 
 
+def take_exactly(lora_fused, monkeypatch) -> list:
+    """From here on layers on the CPU give the native op what they give it on a GPU, float32 adapters without
+    autocast included; the list gets whether each call was exact."""
+    own, calls = lora_fused.functional.takes, []
+
+    def takes(projections, dtype, lora_dtype, is_cuda):
+        taken = own(projections, dtype, lora_dtype, True)
+        calls.append(taken.exact)
+        return taken
+
+    monkeypatch.setattr(lora_fused.functional, "takes", takes)
+    return calls
+
+
 def randomise_adapters(model, dtype) -> None:
     """At fresh initialisation B is zero and the magnitude equals the norm: wrong formulas pass."""
     for name, parameter in model.named_parameters():

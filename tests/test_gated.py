@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from cases import DEVICE, DrawnDropout, assert_as_good, randomise_adapters
+from cases import DEVICE, DrawnDropout, assert_as_good, randomise_adapters, take_exactly
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -173,6 +173,15 @@ def test_precision(lora_fused, device, base, adapter, autocast, dora):
     unit = torch.bfloat16 if autocast else base
     for name, value in results.items():  # gate or up, the product, and what comes back through them
         assert_as_good(name, value, theirs[name], truth[name], unit, stored=3)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU takes them so unasked")
+@pytest.mark.parametrize("dora", (False, True), ids=("lora", "dora"))
+def test_float32_adapters_as_on_a_gpu(lora_fused, monkeypatch, dora):
+    """In two parts, by the native op."""
+    calls = take_exactly(lora_fused, monkeypatch)
+    test_precision(lora_fused, "cpu", torch.bfloat16, torch.float32, False, dora)
+    assert calls and all(calls)
 
 
 @pytest.mark.parametrize("reentrant", (False, True))

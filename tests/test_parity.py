@@ -5,7 +5,9 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, DEVICE, DTYPES, VARIANTS, Case, DrawnDropout, assert_as_good, peft_linear, peft_llama
+from cases import (
+    CASES, DEVICE, DTYPES, VARIANTS, Case, DrawnDropout, assert_as_good, peft_linear, peft_llama, take_exactly,
+)  # fmt: skip
 from kernels import Mode, kernelize
 
 
@@ -64,6 +66,16 @@ def compare_with_peft(lora_fused, device, model, case, base, autocast=None):
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert_as_good(name, value, theirs[name], truth[name], autocast or base)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU takes them so unasked")
+@pytest.mark.parametrize("variant,case", LAYER_CASES, ids=str)
+def test_float32_adapters_as_on_a_gpu(lora_fused, monkeypatch, case, variant):
+    """In two parts, by the native op, which a GPU takes in `test_layer_matches_peft`; not under dropout."""
+    calls = take_exactly(lora_fused, monkeypatch)
+    model, _ = peft_linear(case, torch.bfloat16, torch.float32, "cpu", **VARIANTS[variant])
+    compare_with_peft(lora_fused, "cpu", model, case, torch.bfloat16)
+    assert calls and all(exact == ("lora_dropout" not in VARIANTS[variant]) for exact in calls)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -6,7 +6,7 @@ quantised layer.
 
 import pytest
 import torch
-from cases import BROKEN_ROWS, QUANTISED_CASES, VARIANTS, DrawnDropout, assert_as_good
+from cases import BROKEN_ROWS, QUANTISED_CASES, VARIANTS, DrawnDropout, assert_as_good, take_exactly
 
 pytest.importorskip("bitsandbytes")
 import quantised  # noqa: E402
@@ -71,6 +71,15 @@ def compare(lora_fused, case, precision, device, state, config, expect):
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 def test_layer_matches_peft(lora_fused, device, case, variant, precision):
     compare(lora_fused, case, precision, device, STATES[0], VARIANTS[variant], "fused")
+
+
+@pytest.mark.parametrize("case", QUANTISED_CASES, ids=str)
+@pytest.mark.parametrize("variant", [name for name, config in VARIANTS.items() if "lora_dropout" not in config])
+def test_float32_adapters_as_on_a_gpu(lora_fused, monkeypatch, case, variant):
+    """In two parts, by the native op."""
+    calls = take_exactly(lora_fused, monkeypatch)
+    compare(lora_fused, case, (torch.bfloat16, torch.float32, None), "cpu", STATES[0], VARIANTS[variant], "fused")
+    assert calls and all(calls)
 
 
 @pytest.mark.parametrize("rows", (0, 1, 4, 5))
