@@ -1,11 +1,12 @@
-// The tensor-core kernel of column_norm: one pass over W, B·A only in accumulators.
+// The tensor-core kernel of column_norm: one pass over W, and never B·A.
 //
-// A block owns kCols columns of s·B, kept in registers as mma fragments, and walks through every
-// gridDim.y-th tile of kRows rows. W and A reach shared memory by cp.async in a ring of kStages
-// tiles; each tile of A is made fragments of a half type once for all warps. Float32 B enters as
-// two bfloat16 parts. So does A where kSplitA, for small vocabularies; over a large one its rounding
-// averages out, and a third product would cost more than it gives. A thread keeps two sums for each
-// of its columns: no accumulator outlives a 16×8 product.
+// For a column w of W and its row b of B the norm's square is |w|² + 2s b·(A w) + s² b·(A Aᵀ) b. A block
+// owns kCols columns and walks through every gridDim.y-th tile of kRows rows; for its rows it sums
+// |w|² and, on tensor cores, A w and A Aᵀ, and applies B once, at its end, in float32. So one product
+// serves for any B; the terms cancel where s·B·A nearly takes W away: an error of 1e-7 of |w|². W and A reach
+// shared memory by cp.async in a ring of kStages tiles; each tile of A is made fragments of W's type once
+// for all warps. A float32 A is rounded to that type; its rounding averages out over a large vocabulary,
+// and where kSplitA, for small ones, it enters in two parts.
 #pragma once
 
 #include "mma.h"
@@ -16,11 +17,7 @@ namespace column_norm {
 constexpr int kThreads = 256;
 constexpr int kColumnWarps = 4, kRowWarps = 2;
 
-// Adapters in float32 are multiplied as bfloat16, others as they are.
-template <typename P>
-using Half = std::conditional_t<std::is_same_v<P, float>, __nv_bfloat16, P>;
-
-// kSteps: blocks of 16 ranks. Columns are as many as leave B's fragments room in registers.
+// kSteps: blocks of 16 ranks. Columns are as many as leave the sums of A·W room in registers.
 template <typename P, int kSteps, int kTileRows, int kRing>
 struct Shape {
   static constexpr int kRows = kTileRows, kStages = kRing;
@@ -28,7 +25,7 @@ struct Shape {
   static constexpr int kCols = kColumnWarps * kTiles * 8;
   static constexpr int kRanks = kSteps * 16;
   // Rows of A lie so that a fragment's loads meet no bank conflict.
-  static constexpr int kALine = kRows + (sizeof(P) == 4 ? 4 : 8);
+  static constexpr int kALine = kRows + 8;
   static constexpr int kWBytes = kRows * kCols * 2;
   static constexpr int kABytes = kRanks * kALine * static_cast<int>(sizeof(P));
   static constexpr int kStageBytes = kWBytes + kABytes;
@@ -78,42 +75,95 @@ __device__ __forceinline__ void load_tile(char* stage, const Args& p, int64_t fi
   }
 }
 
+// Two neighbours of A in W's type, and what that leaves, in the same type.
+template <typename W, typename P>
+__device__ __forceinline__ uint32_t rounded(float2& rest, const P* at) {
+  if constexpr (std::is_same_v<W, P>) {
+    return *reinterpret_cast<const uint32_t*>(at);
+  } else {
+    const float2 value{static_cast<float>(at[0]), static_cast<float>(at[1])};
+    const uint32_t high = pack(W(value.x), W(value.y));
+    const float2 part = pair(high, W());
+    rest = {value.x - part.x, value.y - part.y};
+    return high;
+  }
+}
+
+// What a warp sums: |w|² of column lane / 4, A w as [16, 8] products, a share of A Aᵀ.
+template <typename S>
+struct Sums {
+  static constexpr int kSteps = S::kRanks / 16, kGrams = kSteps * kSteps / kColumnWarps;
+  float squares[S::kTiles] = {}, cross[S::kTiles][kSteps][4] = {}, gram[kGrams][2][4] = {};
+};
+
+// The share of A Aᵀ that a column warp sums, as pairs of blocks of 16 ranks.
+template <typename S>
+__device__ __forceinline__ int2 gram_blocks(int column_warp, int i) {
+  constexpr int kSteps = S::kRanks / 16;
+  const int at = column_warp * Sums<S>::kGrams + i;
+  return {at / kSteps, at % kSteps};
+}
+
+// Adds 16 rows of a tile. `parts` and `low_parts` hold A's fragments at those rows.
+template <typename W, typename S, bool kSplitA>
+__device__ __forceinline__ void add_slab(Sums<S>& sums, uint32_t w_tile, int row0, int column_warp,
+                                         const uint4 (*parts)[32], const uint4 (*low_parts)[32]) {
+  constexpr int kSteps = S::kRanks / 16;
+  const int lane = threadIdx.x % 32;
+  uint32_t a[kSteps][4], a_low[kSplitA ? kSteps : 1][4];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    *reinterpret_cast<uint4*>(a[step]) = parts[step][lane];
+    if constexpr (kSplitA) *reinterpret_cast<uint4*>(a_low[step]) = low_parts[step][lane];
+  }
+#pragma unroll
+  for (int two = 0; two < S::kTiles; two += 2) {
+    const int row = row0 + lane % 16, chunk = column_warp * S::kTiles + two + lane / 16;
+    uint32_t bits[4];  // rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
+    load_matrices<true>(bits, w_tile + (row * (S::kCols / 8) + (chunk ^ (row & 7))) * 16);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t b0 = bits[2 * i], b1 = bits[2 * i + 1];
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if constexpr (kSplitA) multiply<W>(sums.cross[two + i][step], a_low[step], b0, b1);
+        multiply<W>(sums.cross[two + i][step], a[step], b0, b1);
+      }
+      const float2 x = pair(b0, W()), y = pair(b1, W());
+      float& sum = sums.squares[two + i];
+      sum = fmaf(x.x, x.x, sum), sum = fmaf(x.y, x.y, sum);
+      sum = fmaf(y.x, y.x, sum), sum = fmaf(y.y, y.y, sum);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Sums<S>::kGrams; ++i) {
+    const int2 at = gram_blocks<S>(column_warp, i);
+    const uint4 left = parts[at.x][lane], right = parts[at.y][lane];
+    const uint32_t x[4] = {left.x, left.y, left.z, left.w};
+    multiply<W>(sums.gram[i][0], x, right.x, right.z);
+    multiply<W>(sums.gram[i][1], x, right.y, right.w);
+    if constexpr (kSplitA) {
+      const uint4 left_low = low_parts[at.x][lane], right_low = low_parts[at.y][lane];
+      const uint32_t x_low[4] = {left_low.x, left_low.y, left_low.z, left_low.w};
+      multiply<W>(sums.gram[i][0], x, right_low.x, right_low.z);
+      multiply<W>(sums.gram[i][1], x, right_low.y, right_low.w);
+      multiply<W>(sums.gram[i][0], x_low, right.x, right.z);
+      multiply<W>(sums.gram[i][1], x_low, right.y, right.w);
+    }
+  }
+}
+
 template <typename W, typename P, typename S, int kBlocks, bool kSplitA>
 __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(const Args p) {
-  using H = Half<P>;
-  constexpr bool kSplit = std::is_same_v<P, float>;
-  constexpr int kSteps = S::kRanks / 16;
+  constexpr int kSteps = S::kRanks / 16, kSlabs = S::kRows / 16, kWarps = kThreads / 32;
   extern __shared__ __align__(128) char smem[];
-  constexpr int kSlabs = S::kRows / 16, kWarps = kThreads / 32;
-  __shared__ float sums_of[kRowWarps][S::kCols];
+  __shared__ float squares_of[kRowWarps][S::kCols], cross_of[kRowWarps][S::kCols];
   __shared__ uint4 a_parts[kSlabs * kSteps][32], a_low_parts[kSplitA ? kSlabs * kSteps : 1][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_col = warp % kColumnWarps * S::kTiles * 8, row_warp = warp / kColumnWarps;
-  const int col0 = blockIdx.x * S::kCols;
+  const int column_warp = warp % kColumnWarps, row_warp = warp / kColumnWarps;
+  const int warp_col = column_warp * S::kTiles * 8, col0 = blockIdx.x * S::kCols;
 
-  // B's fragments: ranks 2·(lane % 4) + {0, 1, 8, 9} of column lane / 4.
-  uint32_t high[S::kTiles][kSteps][2], low[kSplit ? S::kTiles : 1][kSteps][2];
-#pragma unroll
-  for (int tile = 0; tile < S::kTiles; ++tile)
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int col = col0 + warp_col + tile * 8 + lane / 4;
-        const int rank = step * 16 + half * 8 + lane % 4 * 2;
-        P b[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          b[i] = col < p.h && rank + i < p.r
-                     ? static_cast<const P*>(p.b)[static_cast<int64_t>(col) * p.r + rank + i]
-                     : P(0.0f);
-        if constexpr (kSplit)
-          split(b[0], b[1], high[tile][step][half], low[tile][step][half]);
-        else
-          high[tile][step][half] = pack(b[0], b[1]);
-      }
-
-  float sums[S::kTiles][2] = {};
+  Sums<S> sums;
   const int stride = gridDim.y;
   int load = blockIdx.y;
 #pragma unroll
@@ -136,79 +186,92 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(cons
     const char* stage = smem + slot * S::kStageBytes;
     const P* a_tile = reinterpret_cast<const P*>(stage + S::kWBytes);
     slot = slot + 1 == S::kStages ? 0 : slot + 1;
-    // A's fragments, once for all warps: rows lane / 4 + {0, 8} by ranks as in B.
+    // A's fragments, once for all warps: ranks lane / 4 + {0, 8} by rows of the tile.
 #pragma unroll
     for (int i = warp; i < kSlabs * kSteps; i += kWarps) {
       uint32_t a[4], a_low[4];
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        const int rank = i % kSteps * 16 + q / 2 * 8 + lane % 4 * 2;
-        const P* at = a_tile + rank * S::kALine + i / kSteps * 16 + q % 2 * 8 + lane / 4;
-        if constexpr (kSplitA)
-          split(at[0], at[S::kALine], a[q], a_low[q]);
-        else
-          a[q] = pack(at[0], at[S::kALine]);
+        const int rank = i % kSteps * 16 + q % 2 * 8 + lane / 4;
+        const int row = i / kSteps * 16 + q / 2 * 8 + lane % 4 * 2;
+        float2 rest{};
+        a[q] = rounded<W>(rest, a_tile + rank * S::kALine + row);
+        a_low[q] = pack(W(rest.x), W(rest.y));
       }
       a_parts[i][lane] = uint4{a[0], a[1], a[2], a[3]};
       if constexpr (kSplitA) a_low_parts[i][lane] = uint4{a_low[0], a_low[1], a_low[2], a_low[3]};
     }
     __syncthreads();
 #pragma unroll
-    for (int slab = row_warp * (kSlabs / kRowWarps); slab < (row_warp + 1) * (kSlabs / kRowWarps);
-         ++slab) {
-      const int row0 = slab * 16;
-      uint32_t a[kSteps][4], a_low[kSplitA ? kSteps : 1][4];
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        *reinterpret_cast<uint4*>(a[step]) = a_parts[slab * kSteps + step][lane];
-        if constexpr (kSplitA)
-          *reinterpret_cast<uint4*>(a_low[step]) = a_low_parts[slab * kSteps + step][lane];
-      }
-#pragma unroll
-      for (int two = 0; two < S::kTiles; two += 2) {
-        const int row = row0 + lane % 16, chunk = warp_col / 8 + two + lane / 16;
-        uint32_t bits[4];  // rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
-        load_matrices<false>(
-            bits, shared_address(stage) + (row * (S::kCols / 8) + (chunk ^ (row & 7))) * 16);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float c[4] = {};
-#pragma unroll
-          for (int step = 0; step < kSteps; ++step) {
-            if constexpr (kSplitA)
-              multiply<H>(c, a_low[step], high[two + i][step][0], high[two + i][step][1]);
-            if constexpr (kSplit)
-              multiply<H>(c, a[step], low[two + i][step][0], low[two + i][step][1]);
-            multiply<H>(c, a[step], high[two + i][step][0], high[two + i][step][1]);
-          }
-#pragma unroll
-          for (int q = 0; q < 2; ++q) {
-            const float2 w = pair(bits[2 * i + q], W());
-            const float x = fmaf(p.scaling, c[2 * q], w.x);
-            const float y = fmaf(p.scaling, c[2 * q + 1], w.y);
-            sums[two + i][0] = fmaf(x, x, sums[two + i][0]);
-            sums[two + i][1] = fmaf(y, y, sums[two + i][1]);
-          }
-        }
-      }
+    for (int i = 0; i < kSlabs / kRowWarps; ++i) {
+      const int slab = row_warp * (kSlabs / kRowWarps) + i;
+      add_slab<W, S, kSplitA>(sums, shared_address(stage), slab * 16, column_warp,
+                              a_parts + slab * kSteps, a_low_parts + (kSplitA ? slab * kSteps : 0));
     }
   }
+  asm volatile("cp.async.wait_group 0;\n" ::: "memory");
+  __syncthreads();
 
+  // A Aᵀ of the block's rows, where the ring was: [kRowWarps, kRanks, kRanks].
+  float* gram = reinterpret_cast<float*>(smem);
 #pragma unroll
-  for (int tile = 0; tile < S::kTiles; ++tile)
+  for (int i = 0; i < Sums<S>::kGrams; ++i)
+#pragma unroll
+    for (int q = 0; q < 8; ++q) {
+      const int2 at = gram_blocks<S>(column_warp, i);
+      const int row = at.x * 16 + q % 4 / 2 * 8 + lane / 4;
+      const int col = at.y * 16 + q / 4 * 8 + lane % 4 * 2 + q % 2;
+      gram[(row_warp * S::kRanks + row) * S::kRanks + col] = sums.gram[i][q / 4][q % 4];
+    }
+  const P* b = static_cast<const P*>(p.b);
+#pragma unroll
+  for (int tile = 0; tile < S::kTiles; ++tile) {
+    float square = sums.squares[tile];
+    for (int offset = 1; offset < 4; offset *= 2)
+      square += __shfl_xor_sync(0xffffffffu, square, offset);
+    if (lane % 4 == 0) squares_of[row_warp][warp_col + tile * 8 + lane / 4] = square;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float sum = sums[tile][i];
+      const int at = warp_col + tile * 8 + lane % 4 * 2 + i, col = col0 + at;
+      float cross = 0.0f;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int rank = step * 16 + half * 8 + lane / 4;
+          if (col < p.h && rank < p.r)
+            cross = fmaf(static_cast<float>(b[int64_t{col} * p.r + rank]),
+                         sums.cross[tile][step][2 * half + i], cross);
+        }
       for (int offset = 4; offset < 32; offset *= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-      if (lane < 4) sums_of[row_warp][warp_col + tile * 8 + lane * 2 + i] = sum;
+        cross += __shfl_xor_sync(0xffffffffu, cross, offset);
+      if (lane < 4) cross_of[row_warp][at] = cross;
     }
+  }
   __syncthreads();
-  for (int col = threadIdx.x; col < S::kCols && col0 + col < p.h; col += kThreads)
-    p.partial[int64_t{blockIdx.y} * p.h + col0 + col] = sums_of[0][col] + sums_of[1][col];
+  const int at = threadIdx.x, col = col0 + at;
+  if (at >= S::kCols || col >= p.h) return;
+  float b_of[S::kRanks], quadratic = 0.0f;
+#pragma unroll
+  for (int rank = 0; rank < S::kRanks; ++rank)
+    b_of[rank] = rank < p.r ? static_cast<float>(b[int64_t{col} * p.r + rank]) : 0.0f;
+  for (int row = 0; row < p.r; ++row) {
+    float dot = 0.0f;
+    const auto* line = reinterpret_cast<const float4*>(gram + row * S::kRanks);
+#pragma unroll
+    for (int i = 0; i < S::kRanks / 4; ++i) {
+      const float4 x = line[i], y = line[i + S::kRanks * S::kRanks / 4];
+      dot = fmaf(x.x + y.x, b_of[4 * i], dot), dot = fmaf(x.y + y.y, b_of[4 * i + 1], dot);
+      dot = fmaf(x.z + y.z, b_of[4 * i + 2], dot), dot = fmaf(x.w + y.w, b_of[4 * i + 3], dot);
+    }
+    quadratic = fmaf(static_cast<float>(b[int64_t{col} * p.r + row]), dot, quadratic);
+  }
+  const float cross = cross_of[0][at] + cross_of[1][at];
+  p.partial[int64_t{blockIdx.y} * p.h + col] =
+      squares_of[0][at] + squares_of[1][at] + p.scaling * (2.0f * cross + p.scaling * quadratic);
 }
 
-// norm[h] = sqrt of the column's partial sums, added in order.
+// norm[h] = sqrt of the column's partial sums, added in order; rounding may leave a sum of 0 below it.
 static __global__ void column_norm_finish_kernel(float* __restrict__ norm,
                                                  const float* __restrict__ partial, int h,
                                                  int splits) {
@@ -216,7 +279,7 @@ static __global__ void column_norm_finish_kernel(float* __restrict__ norm,
   if (col >= h) return;
   float total = 0.0f;
   for (int i = 0; i < splits; ++i) total += partial[int64_t{i} * h + col];
-  norm[col] = sqrtf(total);
+  norm[col] = sqrtf(total < 0.0f ? 0.0f : total);  // NaN stays
 }
 
 }  // namespace column_norm
