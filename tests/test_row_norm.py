@@ -10,7 +10,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1, 1, 1), (4, 16, 8), (37, 129, 3), (64, 256, 16), (65, 257, 33), (130, 1000, 512),
           (7, 33, 0), (5, 0, 4), (0, 7, 3)]
 # On a GPU whole tiles, whole 16-byte rows and neither; several row blocks and splits of K.
-LARGE = [(256, 512, 64), (129, 1032, 72), (300, 4104, 8), (1000, 776, 384), (513, 2560, 200), (65, 1001, 640)]
+LARGE = [(256, 512, 64), (129, 1032, 72), (300, 4104, 8), (1000, 776, 384), (513, 2560, 200), (65, 1001, 640), (700, 4096, 32)]
 # fp32 sums of K·R products: 2e-6 is 16 times fp32's rounding error.
 RTOL = 2e-6
 
@@ -70,6 +70,7 @@ def test_dtypes(row_norm, dtypes):
     (torch.float16,) * 3,
     (torch.float32, torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float16, torch.float32, torch.float32),
     (torch.float32,) * 3,
 ], ids=str)
 def test_large(row_norm, shape, dtypes):
@@ -77,6 +78,16 @@ def test_large(row_norm, shape, dtypes):
     first = row_norm(*operands, 0.7)
     check(first, operands, 0.7)
     assert torch.equal(first, row_norm(*operands, 0.7))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 3, (torch.bfloat16, torch.float32, torch.float32)], ids=str)
+def test_an_adapter_that_nearly_takes_the_weight_away(row_norm, dtypes):
+    """Rows a tenth as long as W's: sums that cancel lose two digits of float32, not more."""
+    noise, lora_a, lora_b = make(300, 1000, 16, dtypes)
+    weight = (0.1 * noise.double() - lora_b.double() @ lora_a.double()).to(dtypes[0])
+    truth = expected(weight, lora_a, lora_b, 1.0)
+    assert truth.mean() < 0.2 * weight.double().norm(dim=1).mean()
+    torch.testing.assert_close(row_norm(weight, lora_a, lora_b, 1.0).double(), truth, rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

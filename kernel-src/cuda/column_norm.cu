@@ -1,9 +1,9 @@
 // column_norm on CUDA: out[h] = sqrt(sum_v (W[v,h] + s * sum_r B[h,r] A[r,v])^2), fp32 [H].
 //
-// W [V,H] in bf16 or fp16, H a multiple of 8; A [R,V], B [H,R] of one dtype, fp32, bf16 or fp16,
-// R up to 64; all contiguous. The vocabulary is dealt out to as many blocks as the GPU holds; a
-// last kernel adds each column's partial sums in a fixed order, so results are deterministic on a
-// given GPU. column_norm_kernel.h has the kernel and what it rounds.
+// W [V,H] in bf16 or fp16, H a multiple of 8; A [R,V], B [H,R] of one dtype, fp32 or W's, R up to 64; all
+// contiguous. The vocabulary is dealt out to as many blocks as the GPU holds; a last kernel adds each
+// column's partial sums in a fixed order, so results are deterministic on a given GPU.
+// column_norm_kernel.h has the kernel and what it rounds.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,16 +22,14 @@ using namespace lora_fused::column_norm;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Rows of a tile; stages. Two stages fit 99 KiB, all that small GPUs have.
-constexpr int kTileRows = 64, kRing = 2;
 // Rows up to which a float32 A enters in two parts: beyond, its rounding to bfloat16 changes a norm
 // by 1e-5 (RMS; 4e-4 at 9 rows). One block a multiprocessor, for the registers that takes.
 constexpr int64_t kSplitRows = 8192;
 
 template <typename W, typename P, int kSteps, int kBlocks, bool kSplitA>
 void run(Args p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
-  using S = Shape<P, kSteps, kTileRows, kRing>;
-  const auto kernel = column_norm_fwd_kernel<W, P, S, kBlocks, kSplitA>;
+  using S = Shape<W, P, kSteps, kSplitA>;
+  const auto kernel = column_norm_fwd_kernel<W, P, S, kBlocks>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
   p.tiles = static_cast<int>((p.v + S::kRows - 1) / S::kRows);
@@ -56,15 +54,9 @@ template <typename W>
 void run_adapter(const Args& p, ScalarType dtype, const Tensor& norm, int multiprocessors,
                  cudaStream_t stream) {
   const bool small = p.v <= kSplitRows;
-  (dtype == ScalarType::Float
-       ? (small ? run_rank<W, float, 1, true> : run_rank<W, float, 2, false>)
-   : dtype == ScalarType::BFloat16 ? run_rank<W, __nv_bfloat16, 2, false>
-                                   : run_rank<W, __half, 2, false>)(p, norm, multiprocessors,
-                                                                    stream);
-}
-
-bool is_half(ScalarType dtype) {
-  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  (dtype != ScalarType::Float ? run_rank<W, W, 2, false>
+   : small                    ? run_rank<W, float, 1, true>
+                              : run_rank<W, float, 2, false>)(p, norm, multiprocessors, stream);
 }
 
 }  // namespace
@@ -77,10 +69,11 @@ Tensor column_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor
                   "column_norm: expected weight [V, H], lora_a [R, V], lora_b [H, R]");
   STD_TORCH_CHECK(lora_a.size(0) >= 1 && lora_a.size(0) <= 64,
                   "lora_a: expected a rank of 1 to 64, got ", lora_a.size(0));
-  const auto dtype = lora_a.scalar_type();
-  STD_TORCH_CHECK(is_half(weight.scalar_type()), "weight: expected bfloat16 or float16");
-  STD_TORCH_CHECK((is_half(dtype) || dtype == ScalarType::Float) && lora_b.scalar_type() == dtype,
-                  "lora_a, lora_b: expected one dtype, float32, bfloat16 or float16");
+  const auto dtype = lora_a.scalar_type(), table = weight.scalar_type();
+  STD_TORCH_CHECK(table == ScalarType::BFloat16 || table == ScalarType::Half,
+                  "weight: expected bfloat16 or float16");
+  STD_TORCH_CHECK((dtype == table || dtype == ScalarType::Float) && lora_b.scalar_type() == dtype,
+                  "lora_a, lora_b: expected one dtype, float32 or that of weight");
   for (const Tensor* t : {&weight, &lora_a, &lora_b})
     STD_TORCH_CHECK(t->is_cuda() && t->get_device_index() == weight.get_device_index() &&
                         t->is_contiguous(),
@@ -102,7 +95,7 @@ Tensor column_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor
   int multiprocessors = 0;
   STD_CUDA_CHECK(
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  (weight.scalar_type() == ScalarType::BFloat16 ? run_adapter<__nv_bfloat16> : run_adapter<__half>)(
+  (table == ScalarType::BFloat16 ? run_adapter<__nv_bfloat16> : run_adapter<__half>)(
       p, dtype, norm, multiprocessors, lora_fused::stream_of(weight));
   return norm;
 }

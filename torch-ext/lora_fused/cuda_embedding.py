@@ -35,12 +35,13 @@ def fits(table: Table) -> bool:
 
 
 def norm_fits(table: Table) -> bool:
-    """Whether `column_norm` takes this table: one that `fits`, of a usual rank."""
-    return table.lora_a.shape[0] <= NORM_RANKS and fits(table)
+    """Whether `column_norm` takes this table: one that `fits`, of a usual rank, A and B in float32 or its dtype."""
+    dtypes = (torch.float32, table.weight.dtype)
+    return table.lora_a.shape[0] <= NORM_RANKS and table.lora_a.dtype in dtypes and fits(table)
 
 
 def column_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """‖W + s·(B·A)ᵀ‖ by column: [H] in float32. Float32 B enters as two bfloat16 parts, A too but in large
+    """‖W + s·(B·A)ᵀ‖ by column: [H] in float32. A float32 A enters in two parts, but in large
     vocabularies, over which the rounding of one part averages out."""
     return ops.column_norm(weight, lora_a, lora_b, scaling)
 

@@ -1,0 +1,125 @@
+// What the norms of rows and of columns share: ‖w + s·b·A‖² = |w|² + 2s b·(A w) + s² b·(A Aᵀ) b.
+//
+// w is a row of W [N, K] or a column of W [V, H], b its row of B, A [R, K] or [R, V]. A block sums A w and A Aᵀ
+// over its share of the long axis on tensor cores and applies B once, at its end, in float32: one product of A and W
+// serves for a B of any dtype, and B·A is never there. A float32 A is rounded to W's type, where kSplit in two
+// parts. The terms cancel where s·b·A nearly takes w away: an error of 1e-7 of |w|², not of the result.
+#pragma once
+
+#include "mma.h"
+
+namespace lora_fused {
+
+// A tile of A in shared memory, [kRanks, kWidth] with lines so long that reading fragments meets no bank
+// conflict, and its fragments, made once for all warps: parts[slab * kSteps + step] is that of 16
+// ranks and 16 of the width, as a left operand; {x, z} and {y, w} are right operands of 8 ranks each.
+template <typename W, typename P, int kSteps, int kTileWidth, bool kSplitA>
+struct AdapterTile {
+  static constexpr int kRanks = 16 * kSteps, kWidth = kTileWidth, kSlabs = kWidth / 16, kLine = kWidth + 8;
+  static constexpr int kBytes = kRanks * kLine * static_cast<int>(sizeof(P));
+  static constexpr int kParts = kSlabs * kSteps, kLowParts = kSplitA ? kParts : 1;
+
+  // Columns first .. of A [r, count]; `vector`: its rows are 16-byte aligned.
+  template <int kThreads>
+  static __device__ __forceinline__ void load(P* tile, const P* a, int64_t first, int64_t count, int r, bool vector) {
+    constexpr int kPer = 16 / sizeof(P), kChunks = kWidth / kPer;  // of a rank
+    if (vector) {
+#pragma unroll
+      for (int i = threadIdx.x; i < kRanks * kChunks; i += kThreads) {
+        const int rank = i / kChunks, at = i % kChunks * kPer;
+        const bool valid = rank < r && first + at < count;
+        copy_async(shared_address(tile + rank * kLine + at), valid ? a + rank * count + first + at : a, valid);
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRanks * kWidth; i += kThreads) {
+      const int rank = i / kWidth, at = i % kWidth;
+      const bool valid = rank < r && first + at < count;
+      tile[rank * kLine + at] = valid ? a[rank * count + first + at] : P(0.0f);
+    }
+  }
+
+  template <int kWarps>
+  static __device__ __forceinline__ void make_parts(uint4 (*parts)[32], uint4 (*low_parts)[32], const P* tile) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = threadIdx.x / 32; i < kParts; i += kWarps) {
+      uint32_t high[4], low[4];
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const int rank = i % kSteps * 16 + q % 2 * 8 + lane / 4, at = i / kSteps * 16 + q / 2 * 8 + lane % 4 * 2;
+        const P* from = tile + rank * kLine + at;
+        if constexpr (std::is_same_v<W, P>) {
+          high[q] = *reinterpret_cast<const uint32_t*>(from);
+        } else {
+          const float x = static_cast<float>(from[0]), y = static_cast<float>(from[1]);
+          high[q] = pack(W(x), W(y));
+          const float2 rounded = pair(high[q], W());
+          low[q] = pack(W(x - rounded.x), W(y - rounded.y));
+        }
+      }
+      parts[i][lane] = uint4{high[0], high[1], high[2], high[3]};
+      if constexpr (kSplitA) low_parts[i][lane] = uint4{low[0], low[1], low[2], low[3]};
+    }
+  }
+};
+
+// How kWarps warps share A Aᵀ in blocks of 16 by 16 ranks: a warp has kGrams of them, at every kCopies-th slab.
+template <int kSteps, int kWarps>
+struct GramShare {
+  static constexpr int kPairs = kSteps * kSteps, kGrams = kPairs > kWarps ? kPairs / kWarps : 1;
+  static constexpr int kCopies = kWarps * kGrams / kPairs;
+  static __device__ __forceinline__ int copy(int warp) { return warp * kGrams / kPairs; }
+  static __device__ __forceinline__ int row_step(int warp, int i) { return (warp * kGrams + i) % kPairs / kSteps; }
+  static __device__ __forceinline__ int col_step(int warp, int i) { return (warp * kGrams + i) % kSteps; }
+};
+
+// sum += left · rightᵀ, both fragments of A: 16 ranks by two times 8.
+template <typename W>
+__device__ __forceinline__ void add_gram(float (&sum)[2][4], const uint4& left, const uint4& right) {
+  const uint32_t a[4] = {left.x, left.y, left.z, left.w};
+  multiply<W>(sum[0], a, right.x, right.z);
+  multiply<W>(sum[1], a, right.y, right.w);
+}
+
+// The block of 16 by 16 ranks at (row_step, col_step) to gram [kRanks, kRanks].
+template <int kRanks>
+__device__ __forceinline__ void store_gram(float* gram, const float (&sum)[2][4], int row_step, int col_step) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int q = 0; q < 8; ++q) {
+    const int row = row_step * 16 + q % 4 / 2 * 8 + lane / 4, col = col_step * 16 + q / 4 * 8 + lane % 4 * 2 + q % 2;
+    gram[row * kRanks + col] = sum[q / 4][q % 4];
+  }
+}
+
+// b·(sum of kCopies grams)·b for one row b [r] of B.
+template <int kRanks, int kCopies, typename P>
+__device__ __forceinline__ float quadratic(const float* gram, const P* b, int r) {
+  float of[kRanks], total = 0.0f;
+#pragma unroll
+  for (int rank = 0; rank < kRanks; ++rank) of[rank] = rank < r ? static_cast<float>(b[rank]) : 0.0f;
+  for (int row = 0; row < r; ++row) {
+    float dot = 0.0f;
+#pragma unroll
+    for (int copy = 0; copy < kCopies; ++copy) {
+      const auto* line = reinterpret_cast<const float4*>(gram + (copy * kRanks + row) * kRanks);
+#pragma unroll
+      for (int i = 0; i < kRanks / 4; ++i) {
+        const float4 x = line[i];
+        dot = fmaf(x.x, of[4 * i], dot), dot = fmaf(x.y, of[4 * i + 1], dot);
+        dot = fmaf(x.z, of[4 * i + 2], dot), dot = fmaf(x.w, of[4 * i + 3], dot);
+      }
+    }
+    total = fmaf(static_cast<float>(b[row]), dot, total);
+  }
+  return total;
+}
+
+__device__ __forceinline__ float add_square(float sum, float2 x) { return fmaf(x.x, x.x, fmaf(x.y, x.y, sum)); }
+
+// The root of a sum of squares that rounding may have left below zero; NaN stays.
+__device__ __forceinline__ float root(float square) { return sqrtf(square < 0.0f ? 0.0f : square); }
+
+}  // namespace lora_fused
