@@ -2,8 +2,8 @@
 //
 // W [V,H] in bf16 or fp16, H a multiple of 8; A [R,V], B [H,R] of one dtype, fp32 or W's, R up to 64; all
 // contiguous. The vocabulary is dealt out to as many blocks as the GPU holds; a last kernel adds each
-// column's partial sums in a fixed order, so results are deterministic on a given GPU.
-// column_norm_kernel.h has the kernel and what it rounds.
+// column's partial sums in a fixed order, so results are deterministic on a given GPU. column_norm_kernel.h
+// has the kernel and what it rounds.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
@@ -35,12 +35,16 @@ void run(Args p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
   p.tiles = static_cast<int>((p.v + S::kRows - 1) / S::kRows);
   const int columns = (p.h + S::kCols - 1) / S::kCols;
   const int splits = std::clamp(kBlocks * multiprocessors / columns, 1, std::max(p.tiles, 1));
-  const Tensor partial = lora_fused::empty(norm, {splits, int64_t{p.h}}, ScalarType::Float);
-  p.partial = static_cast<float*>(partial.mutable_data_ptr());
+  const int64_t copies = S::Share::kCopies * splits, floats = copies * S::kGramSize + int64_t{splits} * p.h;
+  const Tensor buffer = lora_fused::empty(norm, {floats}, ScalarType::Float);
+  p.grams = static_cast<float*>(buffer.mutable_data_ptr());
+  p.partial = p.grams + copies * S::kGramSize;
   kernel<<<dim3(columns, splits), kThreads, S::kBytes, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  column_norm_finish_kernel<<<(p.h + 127) / 128, 128, 0, stream>>>(
-      static_cast<float*>(norm.mutable_data_ptr()), p.partial, p.h, splits);
+  lora_fused::norm_finish_kernel<P, S::A::kRanks>
+      <<<(p.h + lora_fused::kFinishThreads - 1) / lora_fused::kFinishThreads, lora_fused::kFinishThreads, 0, stream>>>(
+          static_cast<float*>(norm.mutable_data_ptr()), p.partial, p.grams, static_cast<const P*>(p.b), p.scaling, p.h,
+          p.r, splits, static_cast<int>(copies));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -24,11 +24,11 @@ struct Shape {
   using Share = GramShare<kSteps, kWarps>;
   static constexpr int kStages = kSteps <= 2 ? 4 : 3, kStageBytes = kWBytes + A::kBytes;
   static constexpr int kBytes = kStages * kStageBytes;
-  static_assert(kBytes >= Share::kCopies * A::kRanks * A::kRanks * 4, "A Aᵀ takes the ring's place");
+  static constexpr int kGramSize = A::kRanks * A::kRanks;
 };
 
 struct Args {
-  float* partial;  // [gridDim.y, h]
+  float *partial, *grams;  // [gridDim.y, h]; [copies of a block, gridDim.y, r, r], r in whole blocks of 16
   const void *w, *a, *b;  // [v, h], [r, v], [h, r]
   float scaling;
   int64_t v;
@@ -89,16 +89,10 @@ __device__ __forceinline__ void add_slab(Sums<S>& sums, uint32_t w_tile, int sla
       sums.squares[two + i] = add_square(add_square(sums.squares[two + i], pair(b0, W())), pair(b1, W()));
     }
   }
-  if (turn % Share::kCopies != Share::copy(warp)) return;
+  if (blockIdx.x > 0 || turn % Share::kCopies != Share::copy(warp)) return;
 #pragma unroll
-  for (int i = 0; i < Share::kGrams; ++i) {
-    const int left = Share::row_step(warp, i), right = Share::col_step(warp, i);
-    add_gram<W>(sums.gram[i], parts[left][lane], parts[right][lane]);
-    if constexpr (S::kSplitA) {
-      add_gram<W>(sums.gram[i], parts[left][lane], low_parts[right][lane]);
-      add_gram<W>(sums.gram[i], low_parts[left][lane], parts[right][lane]);
-    }
-  }
+  for (int i = 0; i < Share::kGrams; ++i)
+    add_gram<W, S::kSplitA>(sums.gram[i], parts, low_parts, Share::row_step(warp, i), Share::col_step(warp, i));
 }
 
 template <typename W, typename P, typename S, int kBlocks>
@@ -138,14 +132,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(cons
       add_slab<W, S>(sums, w_tile, slab, i * A::kSlabs + slab, parts[i % 2] + slab * kSteps,
                      low_parts[i % 2] + (S::kSplitA ? slab * kSteps : 0));
   }
-  asm volatile("cp.async.wait_group 0;\n" ::: "memory");
-  __syncthreads();
 
-  float* grams = reinterpret_cast<float*>(smem);
+  if (blockIdx.x == 0) {
+    float* grams = p.grams + (Share::copy(warp) * gridDim.y + blockIdx.y) * S::kGramSize;
 #pragma unroll
-  for (int i = 0; i < Share::kGrams; ++i)
-    store_gram<A::kRanks>(grams + Share::copy(warp) * A::kRanks * A::kRanks, sums.gram[i], Share::row_step(warp, i),
-                          Share::col_step(warp, i));
+    for (int i = 0; i < Share::kGrams; ++i)
+      store_gram<A::kRanks>(grams, sums.gram[i], Share::row_step(warp, i), Share::col_step(warp, i));
+  }
   const P* b = static_cast<const P*>(p.b);
 #pragma unroll
   for (int tile = 0; tile < S::kTiles; ++tile) {
@@ -173,22 +166,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(cons
     }
   }
   __syncthreads();
-  for (int at = threadIdx.x; at < S::kCols && col0 + at < p.h; at += kThreads) {
-    const float form = quadratic<A::kRanks, Share::kCopies>(grams, b + int64_t{col0 + at} * p.r, p.r);
-    p.partial[int64_t{blockIdx.y} * p.h + col0 + at] =
-        squares_of[at] + p.scaling * (2.0f * cross_of[at] + p.scaling * form);
-  }
-}
-
-// norm[h] = sqrt of the column's partial sums, added in order.
-static __global__ void column_norm_finish_kernel(float* __restrict__ norm,
-                                                 const float* __restrict__ partial, int h,
-                                                 int splits) {
-  const int col = blockIdx.x * blockDim.x + threadIdx.x;
-  if (col >= h) return;
-  float total = 0.0f;
-  for (int i = 0; i < splits; ++i) total += partial[int64_t{i} * h + col];
-  norm[col] = root(total);
+  for (int at = threadIdx.x; at < S::kCols && col0 + at < p.h; at += kThreads)
+    p.partial[int64_t{blockIdx.y} * p.h + col0 + at] = fmaf(2.0f * p.scaling, cross_of[at], squares_of[at]);
 }
 
 }  // namespace column_norm

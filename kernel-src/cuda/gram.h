@@ -1,9 +1,10 @@
 // What the norms of rows and of columns share: ‖w + s·b·A‖² = |w|² + 2s b·(A w) + s² b·(A Aᵀ) b.
 //
-// w is a row of W [N, K] or a column of W [V, H], b its row of B, A [R, K] or [R, V]. A block sums A w and A Aᵀ
-// over its share of the long axis on tensor cores and applies B once, at its end, in float32: one product of A and W
-// serves for a B of any dtype, and B·A is never there. A float32 A is rounded to W's type, where kSplit in two
-// parts. The terms cancel where s·b·A nearly takes w away: an error of 1e-7 of |w|², not of the result.
+// w is a row of W [N, K] or a column of W [V, H], b its row of B, A [R, K] or [R, V]. A block sums A w over its
+// share of the long axis on tensor cores and applies B once, at its end, in float32; one block of each share
+// sums A Aᵀ; a last kernel puts them together. So one product of A and W serves for a B of any dtype, and B·A is
+// never there. A float32 A is rounded to W's type, where kSplit in two parts. The terms cancel where s·b·A
+// nearly takes w away: an error of 1e-7 of |w|², not of the result.
 #pragma once
 
 #include "mma.h"
@@ -83,6 +84,19 @@ __device__ __forceinline__ void add_gram(float (&sum)[2][4], const uint4& left, 
   multiply<W>(sum[1], a, right.y, right.w);
 }
 
+// What is left and what is right of a block of A Aᵀ, in one part or two.
+template <typename W, bool kSplitA>
+__device__ __forceinline__ void add_gram(float (&sum)[2][4], const uint4 (*parts)[32], const uint4 (*low_parts)[32],
+                                         int left, int right) {
+  const int lane = threadIdx.x % 32;
+  add_gram<W>(sum, parts[left][lane], parts[right][lane]);
+  if constexpr (kSplitA) {
+    add_gram<W>(sum, parts[left][lane], low_parts[right][lane]);
+    add_gram<W>(sum, low_parts[left][lane], parts[right][lane]);
+    add_gram<W>(sum, low_parts[left][lane], low_parts[right][lane]);
+  }
+}
+
 // The block of 16 by 16 ranks at (row_step, col_step) to gram [kRanks, kRanks].
 template <int kRanks>
 __device__ __forceinline__ void store_gram(float* gram, const float (&sum)[2][4], int row_step, int col_step) {
@@ -94,32 +108,48 @@ __device__ __forceinline__ void store_gram(float* gram, const float (&sum)[2][4]
   }
 }
 
-// b·(sum of kCopies grams)·b for one row b [r] of B.
-template <int kRanks, int kCopies, typename P>
-__device__ __forceinline__ float quadratic(const float* gram, const P* b, int r) {
-  float of[kRanks], total = 0.0f;
-#pragma unroll
-  for (int rank = 0; rank < kRanks; ++rank) of[rank] = rank < r ? static_cast<float>(b[rank]) : 0.0f;
-  for (int row = 0; row < r; ++row) {
-    float dot = 0.0f;
-#pragma unroll
-    for (int copy = 0; copy < kCopies; ++copy) {
-      const auto* line = reinterpret_cast<const float4*>(gram + (copy * kRanks + row) * kRanks);
-#pragma unroll
-      for (int i = 0; i < kRanks / 4; ++i) {
-        const float4 x = line[i];
-        dot = fmaf(x.x, of[4 * i], dot), dot = fmaf(x.y, of[4 * i + 1], dot);
-        dot = fmaf(x.z, of[4 * i + 2], dot), dot = fmaf(x.w, of[4 * i + 3], dot);
-      }
+constexpr int kFinishThreads = 128;
+
+// norm[i] = √(Σ over splits of partial[split, i] + s² b·G b), G the sum of `grams` [copies, kRanks, kRanks], b row i
+// of B [n, r]. Everything is added in a fixed order. Rounding may leave a sum below zero; NaN stays.
+template <typename P, int kRanks>
+__global__ void __launch_bounds__(kFinishThreads)
+    norm_finish_kernel(float* __restrict__ norm, const float* __restrict__ partial, const float* __restrict__ grams,
+                       const P* __restrict__ b, float scaling, int64_t n, int r, int splits, int copies) {
+  __shared__ float4 gram[kRanks][kRanks / 4];
+  constexpr int kPieces = kRanks * kRanks / 4;
+  for (int i = threadIdx.x; i < kPieces; i += kFinishThreads) {
+    float4 sum{};
+#pragma unroll 8
+    for (int copy = 0; copy < copies; ++copy) {
+      const float4 x = reinterpret_cast<const float4*>(grams)[copy * kPieces + i];
+      sum = float4{sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
     }
-    total = fmaf(static_cast<float>(b[row]), dot, total);
+    gram[i / (kRanks / 4)][i % (kRanks / 4)] = sum;
   }
-  return total;
+  __syncthreads();
+  const int64_t at = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
+  if (at >= n) return;
+  float of[kRanks], total = 0.0f, form = 0.0f;
+#pragma unroll
+  for (int rank = 0; rank < kRanks; ++rank) of[rank] = rank < r ? static_cast<float>(b[at * r + rank]) : 0.0f;
+#pragma unroll
+  for (int row = 0; row < kRanks; ++row) {
+    float4 dot{};  // four sums: each would wait for itself
+#pragma unroll
+    for (int i = 0; i < kRanks / 4; ++i) {
+      const float4 x = gram[row][i];
+      dot.x = fmaf(x.x, of[4 * i], dot.x), dot.y = fmaf(x.y, of[4 * i + 1], dot.y);
+      dot.z = fmaf(x.z, of[4 * i + 2], dot.z), dot.w = fmaf(x.w, of[4 * i + 3], dot.w);
+    }
+    form = fmaf(of[row], (dot.x + dot.y) + (dot.z + dot.w), form);
+  }
+#pragma unroll 8
+  for (int split = 0; split < splits; ++split) total += partial[split * n + at];
+  total = fmaf(scaling * scaling, form, total);
+  norm[at] = sqrtf(total < 0.0f ? 0.0f : total);
 }
 
 __device__ __forceinline__ float add_square(float sum, float2 x) { return fmaf(x.x, x.x, fmaf(x.y, x.y, sum)); }
-
-// The root of a sum of squares that rounding may have left below zero; NaN stays.
-__device__ __forceinline__ float root(float square) { return sqrtf(square < 0.0f ? 0.0f : square); }
 
 }  // namespace lora_fused
