@@ -256,13 +256,13 @@ def release_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def run_case(case: dict, lora_fused) -> dict:
-    inputs = inputs_of(case)
+def run_case(case: dict, lora_fused, device="cuda") -> dict:
+    inputs = inputs_of(case, device)
     result = {**case, **compare(case, lora_fused, inputs)}
     release_memory()
     if "failed" in result:
         return result
-    base = build(lambda: make_model(case))
+    base = build(lambda: make_model(case), device=device)
     if case.get("checkpointing"):
         base.train().gradient_checkpointing_enable({"use_reentrant": False})
     result["frozen"] = measure(base, inputs, case)
@@ -298,13 +298,14 @@ def against_peft(case: dict, ways: dict, inputs) -> dict:
     return result
 
 
-def run_peers(case: dict, lora_fused) -> dict:
+def run_peers(case: dict, lora_fused, device="cuda") -> dict:
     """A case's time in every way that gives PEFT's result, all of them on the same model and inputs."""
-    ways = {"PEFT": contextlib.nullcontext, "lora-fused": lambda model: fused(model, lora_fused), **peers.of(case)}
-    inputs = inputs_of(case)
+    own = {"PEFT": lambda model: contextlib.nullcontext(), "lora-fused": lambda model: fused(model, lora_fused)}
+    ways = {**own, **peers.of(case)}
+    inputs = inputs_of(case, device)
     result = {**case, "peers": against_peft(case, ways, inputs)}
     release_memory()
-    base = build(lambda: make_model(case))
+    base = build(lambda: make_model(case), device=device)
     result["frozen"] = measure(base, inputs, case)
     model = adapt(base, case, adapter_dtype_of(case))
     for name, row in result["peers"].items():

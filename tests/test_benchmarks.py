@@ -231,13 +231,42 @@ def test_peers_of_a_case():
     assert set(peers.of(LINEAR)) == {"PEFT, torch.compile", "axolotl", "unsloth"}
 
 
-def test_peers_are_described():
-    measured = dict(ms=2.0, peak_gb=1.0, transient_gb=0.5, grad_norm=3.25, graphs=2, graph_breaks=1)
-    rows = {"compiled": measured, "other": {"failed": "not installed"}}
-    result = dict(LINEAR, frozen=dict(measured, ms=1.0), peers=rows)
-    head, compiled, other = compare_lora.describe_peers(result).splitlines()
-    assert "1.000 ms" in head and "2.00x" in compiled and "|grad| 3.25, 2 graphs, 1 breaks" in compiled
-    assert other.split() == ["other", "not", "installed"]
+@pytest.fixture
+def measured(monkeypatch):
+    """For each model that is measured how many of its modules have a forward of their own, as `kernelize` sets it;
+    nothing is timed."""
+    seen = []
+
+    def measure(model, inputs, case):
+        compare_lora.step(model, inputs, case["autocast"])
+        seen.append(sum("forward" in vars(module) for module in model.modules()))
+        return dict(ms=1.0 + len(seen), peak_gb=1.0, transient_gb=0.5)
+
+    monkeypatch.setattr(compare_lora, "measure", measure)
+    return seen
+
+
+def test_a_case_measures_frozen_ours_and_peft(lora_fused, measured):
+    result = compare_lora.run_case(LINEAR, lora_fused, "cpu")
+    assert measured == [0, 1, 0]
+    assert "frozen    2.000 ms" in compare_lora.describe(result) and "ours  1.50x" in compare_lora.describe(result)
+    assert "PEFT  2.00x" in compare_lora.describe(result)
+
+
+def test_peers_of_a_case_are_measured_and_described(lora_fused, measured, monkeypatch):
+    @contextlib.contextmanager
+    def noted(model):
+        notes = {}
+        yield notes
+        notes.update(graphs=2, graph_breaks=1)
+
+    monkeypatch.setattr(peers, "of", lambda case: {"noted": noted, "wrong": wrong_scaling, "broken": broken})
+    lines = compare_lora.describe_peers(compare_lora.run_peers(LINEAR, lora_fused, "cpu")).splitlines()
+    assert measured == [0, 0, 1, 0]
+    assert "2.000 ms" in lines[0]
+    assert [line.split()[:2] for line in lines[1:4]] == [["PEFT", "1.50x"], ["lora-fused", "2.00x"], ["noted", "2.50x"]]
+    assert all("|grad|" in line for line in lines[1:5]) and lines[3].endswith(", 2 graphs, 1 breaks")
+    assert "not PEFT's result" in lines[4] and lines[5].split(maxsplit=1) == ["broken", "ValueError: first"]
 
 
 @pytest.mark.parametrize("who", ("PEFT", "lora-fused"))
