@@ -1,5 +1,5 @@
 """README's figures are those of the results files; `kernels benchmark` finds and runs what is for it; what the
-other benchmarks compare is checked here on small shapes, their clock needs a GPU."""
+other benchmarks compare is checked on small shapes, for their clock needs a GPU."""
 
 import argparse
 import contextlib
@@ -119,16 +119,16 @@ def test_tables_name_the_new_kinds():
 
 @pytest.mark.parametrize("case", (LINEAR, LLAMA, dict(LLAMA, variant="DoRA")), ids=name_of)
 @pytest.mark.parametrize("forward_only", (False, True))
-def test_compare_finds_the_same_result(lora_fused, small, case, forward_only):
+def test_compare_finds_the_same_result(lora_fused, device, small, case, forward_only):
     case = dict(case, forward_only=forward_only)
-    result = compare_lora.compare(case, lora_fused, compare_lora.inputs_of(case, "cpu"))
+    result = compare_lora.compare(case, lora_fused, compare_lora.inputs_of(case, device))
     assert "failed" not in result
     assert (result["grad_norm"]["peft"] > 0) != forward_only
 
 
-def dora_model():
+def dora_model(device):
     case = dict(LINEAR, variant="DoRA", adapter="fp32")
-    base = compare_lora.build(lambda: compare_lora.make_model(case), device="cpu").float()
+    base = compare_lora.build(lambda: compare_lora.make_model(case), device=device).float()
     return compare_lora.adapt(base, case, torch.float32)
 
 
@@ -139,9 +139,9 @@ def gradients(model, x):
     return {"y": y.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 
-def test_dense_norm_gives_dora_and_goes_away(monkeypatch):
+def test_dense_norm_gives_dora_and_goes_away(device, monkeypatch):
     """PEFT's result without its identity matrix, which is back afterwards."""
-    model, x, own = dora_model(), torch.randn(16, 64), DoraLinearLayer.get_lora_weight
+    model, x, own = dora_model(device), torch.randn(16, 64, device=device), DoraLinearLayer.get_lora_weight
     eye, identities = torch.eye, []
     monkeypatch.setattr(torch, "eye", lambda *args, **kwargs: identities.append(args) or eye(*args, **kwargs))
     theirs = gradients(model, x)
@@ -172,7 +172,7 @@ def broken(model):
     yield
 
 
-def test_a_peer_that_is_not_peft_has_no_speed(lora_fused):
+def test_a_peer_that_is_not_peft_has_no_speed(lora_fused, device):
     ways = {
         "PEFT": contextlib.nullcontext,
         "lora-fused": lambda model: compare_lora.fused(model, lora_fused),
@@ -180,7 +180,7 @@ def test_a_peer_that_is_not_peft_has_no_speed(lora_fused):
         "broken": broken,
         "missing": peers.package("no_such_package.kernels"),
     }
-    rows = compare_lora.against_peft(LINEAR, ways, compare_lora.inputs_of(LINEAR, "cpu"))
+    rows = compare_lora.against_peft(LINEAR, ways, compare_lora.inputs_of(LINEAR, device))
     assert rows["PEFT"]["output_difference"] == 0 and "failed" not in rows["lora-fused"]
     assert rows["PEFT"]["grad_norm"] == pytest.approx(rows["lora-fused"]["grad_norm"], rel=1e-2)
     assert rows["wrong"]["failed"].startswith("not PEFT's result")
@@ -196,7 +196,7 @@ def test_a_gradient_alone_that_is_wrong_is_seen():
     assert "failed" in compare_lora.agreement((y, 1.0), (y * float("nan"), 1.0))
 
 
-def test_a_package_runs_through_its_output_projection(monkeypatch):
+def test_a_package_runs_through_its_output_projection(device, monkeypatch):
     """What both packages have: attention and x of three dimensions in, y out."""
     calls = []
 
@@ -206,17 +206,17 @@ def test_a_package_runs_through_its_output_projection(monkeypatch):
         return layer.base_layer(x) + layer.lora_B["default"](layer.lora_A["default"](x)) * layer.scaling["default"]
 
     monkeypatch.setitem(sys.modules, "stand_in", types.SimpleNamespace(apply_lora_o=apply_lora_o))
-    inputs = compare_lora.inputs_of(LINEAR, "cpu")
+    inputs = compare_lora.inputs_of(LINEAR, device)
     rows = compare_lora.against_peft(LINEAR, {"PEFT": contextlib.nullcontext, "it": peers.package("stand_in")}, inputs)
     assert "failed" not in rows["it"] and calls == [(1, 16, 64)]
 
 
 @pytest.mark.parametrize("case", (LINEAR, dict(LLAMA, variant="DoRA")), ids=name_of)
-def test_compiled_runs_compiled_and_goes_away(monkeypatch, small, case):
+def test_compiled_runs_compiled_and_goes_away(device, monkeypatch, small, case):
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_module, backend="aot_eager"))
-    model = compare_lora.build(lambda: compare_lora.make_model(case), device="cpu")
-    model, inputs = compare_lora.adapt(model, case, torch.bfloat16), compare_lora.inputs_of(case, "cpu")
+    model = compare_lora.build(lambda: compare_lora.make_model(case), device=device)
+    model, inputs = compare_lora.adapt(model, case, torch.bfloat16), compare_lora.inputs_of(case, device)
     theirs = compare_lora.norms(model, inputs, case["autocast"])
     with peers.compiled(model) as notes:
         ours = compare_lora.norms(model, inputs, case["autocast"])
@@ -246,14 +246,14 @@ def measured(monkeypatch):
     return seen
 
 
-def test_a_case_measures_frozen_ours_and_peft(lora_fused, measured):
-    result = compare_lora.run_case(LINEAR, lora_fused, "cpu")
+def test_a_case_measures_frozen_ours_and_peft(lora_fused, device, measured):
+    result = compare_lora.run_case(LINEAR, lora_fused, device)
     assert measured == [0, 1, 0]
     assert "frozen    2.000 ms" in compare_lora.describe(result) and "ours  1.50x" in compare_lora.describe(result)
     assert "PEFT  2.00x" in compare_lora.describe(result)
 
 
-def test_peers_of_a_case_are_measured_and_described(lora_fused, measured, monkeypatch):
+def test_peers_of_a_case_are_measured_and_described(lora_fused, device, measured, monkeypatch):
     @contextlib.contextmanager
     def noted(model):
         notes = {}
@@ -261,7 +261,7 @@ def test_peers_of_a_case_are_measured_and_described(lora_fused, measured, monkey
         notes.update(graphs=2, graph_breaks=1)
 
     monkeypatch.setattr(peers, "of", lambda case: {"noted": noted, "wrong": wrong_scaling, "broken": broken})
-    lines = compare_lora.describe_peers(compare_lora.run_peers(LINEAR, lora_fused, "cpu")).splitlines()
+    lines = compare_lora.describe_peers(compare_lora.run_peers(LINEAR, lora_fused, device)).splitlines()
     assert measured == [0, 0, 1, 0]
     assert "2.000 ms" in lines[0]
     assert [line.split()[:2] for line in lines[1:4]] == [["PEFT", "1.50x"], ["lora-fused", "2.00x"], ["noted", "2.50x"]]
@@ -270,8 +270,8 @@ def test_peers_of_a_case_are_measured_and_described(lora_fused, measured, monkey
 
 
 @pytest.mark.parametrize("who", ("PEFT", "lora-fused"))
-def test_first_call_in_a_process_of_its_own(lora_fused, tmp_path, who):
-    arguments = argparse.Namespace(kernel=ROOT / "build", device="cpu")
+def test_first_call_in_a_process_of_its_own(lora_fused, device, tmp_path, who):
+    arguments = argparse.Namespace(kernel=ROOT / "build", device=device)
     row = first_call.in_a_process(LINEAR, who, "empty", str(tmp_path), arguments)
     assert row["first_s"] > 0 and row["later_s"] > 0
     assert ("kernelize_s" in row) == (who == "lora-fused")
