@@ -1,10 +1,11 @@
-"""Frozen base, PEFT and lora-fused in one process: time and peak memory, forward + backward.
+"""Frozen base, PEFT and lora-fused in one process: time and peak memory, forward + backward or forward alone.
 
 Every trainable parameter is changed in place before each step, as training does, and steps are queued
 one after another without a wait between them; a step's time is between two events on the GPU. Each case is
 checked against PEFT first (output and gradient norm); a case that fails has no speed to report.
 Dropout masks differ between the two, so its outputs are compared without it. Cases "in a CUDA graph" replay
-one captured step, so nothing waits for the host. A GPU is required.
+one captured step, so nothing waits for the host. `--peers` measures other ways to run the same adapter
+(peers.py) on a few cases instead, by the same rules. A GPU is required.
 
     python benchmarks/compare_lora.py --kernel build --out results.json
 """
@@ -19,6 +20,7 @@ import pathlib
 import statistics
 
 import kernels
+import peers
 import peft
 import torch
 import transformers
@@ -27,6 +29,10 @@ import triton
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOLERANCE = 2e-2  # relative difference of output and gradient norms, bfloat16
+LLAMAS = {
+    "llama-8b": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8),
+    "llama-1b": dict(hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8),
+}
 
 
 class SingleLinear(torch.nn.Module):
@@ -38,15 +44,12 @@ class SingleLinear(torch.nn.Module):
         return self.proj(x)
 
 
-def llama_8b_shape(layers: int, bias: bool) -> torch.nn.Module:
+def llama_shape(shape: str, layers: int, bias: bool) -> torch.nn.Module:
     config = transformers.LlamaConfig(
+        **LLAMAS[shape],
         attention_bias=bias,
         mlp_bias=bias,
-        hidden_size=4096,
-        intermediate_size=14336,
         num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
         vocab_size=256,
         max_position_embeddings=8192,
         use_cache=False,
@@ -54,9 +57,14 @@ def llama_8b_shape(layers: int, bias: bool) -> torch.nn.Module:
     return transformers.LlamaModel(config)
 
 
-def build(make, seed=0) -> torch.nn.Module:
+def shape_of(case: dict) -> str:
+    """ "linear" or a key of LLAMAS; kinds that mix shapes name it."""
+    return case.get("shape", case["kind"])
+
+
+def build(make, seed=0, device="cuda") -> torch.nn.Module:
     torch.manual_seed(seed)
-    with torch.device("cuda"):
+    with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
         try:
             model = make()
@@ -75,26 +83,48 @@ VARIANTS = {
 
 
 def adapt(model, case: dict, adapter_dtype) -> torch.nn.Module:
-    rank, targets = case["rank"], ["proj"] if case["kind"] == "linear" else LINEARS
+    rank, targets = case["rank"], ["proj"] if shape_of(case) == "linear" else LINEARS
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **VARIANTS[case["variant"]])
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=False).train()
-    generator = torch.Generator("cuda").manual_seed(1)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(1)
     for name, p in model.named_parameters():
         if "magnitude" in name:
-            p.data = (p.data * (1 + 0.1 * torch.rand(p.shape, generator=generator, device="cuda"))).to(adapter_dtype)
+            p.data = (p.data * (1 + 0.1 * torch.rand(p.shape, generator=generator, device=device))).to(adapter_dtype)
         elif "lora_" in name:
             scale = p.shape[-1] ** -0.5 * (0.1 if "lora_B" in name else 1.0)
-            p.data = (scale * torch.randn(p.shape, generator=generator, device="cuda")).to(adapter_dtype)
+            p.data = (scale * torch.randn(p.shape, generator=generator, device=device)).to(adapter_dtype)
     return model
 
 
+def adapter_dtype_of(case: dict) -> torch.dtype:
+    return torch.float32 if case["adapter"] == "fp32" else torch.bfloat16
+
+
+def inputs_of(case: dict, device="cuda") -> dict:
+    """x, whose gradient is wanted, and a random and fixed dy; without a dy a step is the forward alone."""
+    torch.manual_seed(2)
+    if shape_of(case) == "linear":
+        x = torch.randn(case["m"], case["k"], device=device, dtype=torch.bfloat16, requires_grad=True)
+        inputs = {"x": x, "leaf": x, "dy": torch.randn(case["m"], case["n"], device=device, dtype=torch.bfloat16)}
+    else:
+        hidden = LLAMAS[shape_of(case)]["hidden_size"]
+        x = torch.randn(case["batch"], case["seq"], hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
+        inputs = {"call": {"inputs_embeds": x}, "leaf": x, "dy": torch.randn_like(x)}
+    if case.get("forward_only"):
+        del inputs["dy"]
+    return inputs
+
+
 def step(model, inputs, autocast: bool, cache: bool = True):
-    """Forward and backward of the hidden states; dy is random and fixed. `cache`: of autocast's weights."""
-    scope = torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=cache) if autocast else contextlib.nullcontext()
-    with scope:
+    """Forward of the hidden states, and backward where there is a dy. `cache`: of autocast's weights."""
+    device = inputs["leaf"].device.type
+    scope = torch.autocast(device, dtype=torch.bfloat16, cache_enabled=cache) if autocast else contextlib.nullcontext()
+    with scope, torch.set_grad_enabled("dy" in inputs):
         y = model(**inputs["call"]) if "call" in inputs else model(inputs["x"])
         y = getattr(y, "last_hidden_state", y)
-    y.backward(inputs["dy"])
+    if "dy" in inputs:
+        y.backward(inputs["dy"])
     return y
 
 
@@ -108,6 +138,9 @@ def change_parameters(model):
 
 
 def norms(model, inputs, autocast):
+    """The output, and the norm of all parameters' gradients together."""
+    for p in model.parameters():
+        p.grad = None
     y = step(model, inputs, autocast)
     squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
     grad = torch.stack(squares).sum().sqrt().item() if squares else 0.0
@@ -138,8 +171,11 @@ def measure(model, inputs, case):
     for _ in range(3):
         change_parameters(model)
         run()
+    change_parameters(model)
+    inputs["leaf"].grad = None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
     pairs = []
     for _ in range(repeats):
         change_parameters(model)
@@ -150,7 +186,13 @@ def measure(model, inputs, case):
         pairs[-1][1].record()
     torch.cuda.synchronize()
     times = [start.elapsed_time(end) for start, end in pairs]
-    return {"ms": statistics.median(times), "min_ms": min(times), "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+    peak = torch.cuda.max_memory_allocated()
+    return {
+        "ms": statistics.median(times),
+        "min_ms": min(times),
+        "peak_gb": peak / 1e9,
+        "transient_gb": (peak - held) / 1e9,  # of a step, gradients included
+    }
 
 
 def fuse(model, lora_fused) -> None:
@@ -160,28 +202,52 @@ def fuse(model, lora_fused) -> None:
     assert all(row.fused for row in rows), str(rows)
 
 
-def compare(case: dict, lora_fused, inputs, dtype) -> dict:
-    """Our output and gradient norm beside PEFT's, for a model of two layers: rounding differences
-    of two correct bfloat16 runs grow from layer to layer, mistakes show at once."""
-    model = adapt(build(lambda: make_model({**case, "layers": 2})), case, dtype)
-    theirs, their_grad = norms(model, inputs, case["autocast"])
-    if "dropout" in case["variant"]:
-        theirs, _ = norms(model.eval(), inputs, case["autocast"])
-    fuse(model.train(), lora_fused)
-    ours, our_grad = norms(model, inputs, case["autocast"])
-    if "dropout" in case["variant"]:
-        ours, _ = norms(model.eval(), inputs, case["autocast"])
-    difference = ((ours - theirs).double().norm() / theirs.double().norm()).item()
-    result = {"output_difference": difference, "grad_norm": {"peft": their_grad, "ours": our_grad}}
-    if difference > TOLERANCE or abs(our_grad / their_grad - 1) > TOLERANCE:
-        result["failed"] = "not the same result as PEFT: no speed reported"
+@contextlib.contextmanager
+def fused(model, lora_fused):
+    """`model` runs fused inside, with PEFT's own forwards after it."""
+    fuse(model, lora_fused)
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            module.__dict__.pop("forward", None)
+
+
+def agreement(theirs: tuple, ours: tuple) -> dict:
+    """PEFT's (output, gradient norm) and another's: how far they are apart, and "failed" where that is too far. A
+    forward alone has no gradients to compare."""
+    (their_y, their_grad), (our_y, our_grad) = theirs, ours
+    difference = ((our_y - their_y).double().norm() / their_y.double().norm()).item()
+    result = {"output_difference": difference, "grad_norm": our_grad}
+    # Written so that NaN fails.
+    if not (difference <= TOLERANCE and abs(our_grad - their_grad) <= TOLERANCE * their_grad):
+        result["failed"] = "not PEFT's result: no speed reported"
     return result
 
 
+def compare(case: dict, lora_fused, inputs) -> dict:
+    """Our output and gradient norm beside PEFT's, for a model of two layers: rounding differences
+    of two correct bfloat16 runs grow from layer to layer, mistakes show at once."""
+
+    def output_and_grad():
+        y, grad = norms(model, inputs, case["autocast"])
+        if "dropout" in case["variant"]:
+            y, _ = norms(model.eval(), inputs, case["autocast"])
+            model.train()
+        return y, grad
+
+    device = inputs["leaf"].device
+    model = adapt(build(lambda: make_model({**case, "layers": 2}), device=device), case, adapter_dtype_of(case))
+    theirs = output_and_grad()
+    with fused(model, lora_fused):
+        result = agreement(theirs, output_and_grad())
+    return {**result, "grad_norm": {"peft": theirs[1], "ours": result["grad_norm"]}}
+
+
 def make_model(case: dict) -> torch.nn.Module:
-    if case["kind"] == "linear":
+    if shape_of(case) == "linear":
         return SingleLinear(case["k"], case["n"])
-    return llama_8b_shape(case["layers"], "bias" in VARIANTS[case["variant"]])
+    return llama_shape(shape_of(case), case["layers"], "bias" in VARIANTS[case["variant"]])
 
 
 def release_memory() -> None:
@@ -190,28 +256,19 @@ def release_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def run_case(case: dict, lora_fused) -> dict:
-    dtype = torch.float32 if case["adapter"] == "fp32" else torch.bfloat16
-    torch.manual_seed(2)
-    if case["kind"] == "linear":
-        x = torch.randn(case["m"], case["k"], device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        inputs = {"x": x, "leaf": x, "dy": torch.randn(case["m"], case["n"], device="cuda", dtype=torch.bfloat16)}
-    else:
-        x = torch.randn(case["batch"], case["seq"], 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        inputs = {"call": {"inputs_embeds": x}, "leaf": x, "dy": torch.randn_like(x)}
-    result = {**case, **compare(case, lora_fused, inputs, dtype)}
+def run_case(case: dict, lora_fused, device="cuda") -> dict:
+    inputs = inputs_of(case, device)
+    result = {**case, **compare(case, lora_fused, inputs)}
     release_memory()
     if "failed" in result:
         return result
-    base = build(lambda: make_model(case))
+    base = build(lambda: make_model(case), device=device)
     if case.get("checkpointing"):
         base.train().gradient_checkpointing_enable({"use_reentrant": False})
     result["frozen"] = measure(base, inputs, case)
-    model = adapt(base, case, dtype)
-    fuse(model, lora_fused)
-    result["ours"] = measure(model, inputs, case)
-    for module in model.modules():
-        module.__dict__.pop("forward", None)
+    model = adapt(base, case, adapter_dtype_of(case))
+    with fused(model, lora_fused):
+        result["ours"] = measure(model, inputs, case)
     try:
         result["peft"] = measure(model, inputs, case)
     except torch.cuda.OutOfMemoryError:
@@ -219,18 +276,88 @@ def run_case(case: dict, lora_fused) -> dict:
     return result
 
 
-def cases(repeats: int, layers: int) -> list[dict]:
-    single = [
-        dict(kind="linear", variant="LoRA", m=m, k=k, n=n, rank=32, adapter=adapter, autocast=autocast, repeats=3 * repeats)
-        for m in (64, 2048, 8192)
-        for k, n in ((4096, 4096), (4096, 14336), (14336, 4096))
-        for adapter, autocast in (("fp32", True), ("bf16", False))
+def first_line(error: Exception) -> str:
+    """What a row says of an error."""
+    kind = "not installed" if isinstance(error, ModuleNotFoundError) else type(error).__name__
+    return f"{kind}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def against_peft(case: dict, ways: dict, inputs) -> dict:
+    """Each way's output and gradient norm beside PEFT's for two layers, as `compare` has it; "failed" says why a way
+    did not run. A way is a context manager that takes PEFT's model."""
+    device = inputs["leaf"].device
+    model = adapt(build(lambda: make_model({**case, "layers": 2}), device=device), case, adapter_dtype_of(case))
+    theirs = norms(model, inputs, case["autocast"])
+    result = {}
+    for name, way in ways.items():
+        try:
+            with way(model):
+                result[name] = agreement(theirs, norms(model, inputs, case["autocast"]))
+        except Exception as error:  # whatever stops another project's code is that row's result
+            result[name] = {"failed": first_line(error)}
+    return result
+
+
+def run_peers(case: dict, lora_fused, device="cuda") -> dict:
+    """A case's time in every way that gives PEFT's result, all of them on the same model and inputs."""
+    own = {"PEFT": lambda model: contextlib.nullcontext(), "lora-fused": lambda model: fused(model, lora_fused)}
+    ways = {**own, **peers.of(case)}
+    inputs = inputs_of(case, device)
+    result = {**case, "peers": against_peft(case, ways, inputs)}
+    release_memory()
+    base = build(lambda: make_model(case), device=device)
+    result["frozen"] = measure(base, inputs, case)
+    model = adapt(base, case, adapter_dtype_of(case))
+    for name, row in result["peers"].items():
+        if "failed" in row:
+            continue
+        try:
+            with ways[name](model) as notes:
+                row.update(measure(model, inputs, case))
+            row.update(notes or {})
+        except Exception as error:
+            row["failed"] = first_line(error)
+        release_memory()
+    return result
+
+
+def single_cases(kind: str, tokens, shapes, precisions, **options) -> list[dict]:
+    """Single linears of rank 32 with LoRA but for `options`; a precision is (adapter, under autocast)."""
+    fixed = {**dict(kind=kind, shape="linear", variant="LoRA", rank=32), **options}
+    return [
+        dict(fixed, m=m, k=k, n=n, adapter=adapter, autocast=autocast)
+        for m in tokens
+        for k, n in shapes
+        for adapter, autocast in precisions
     ]
+
+
+PRECISIONS = (("fp32", True), ("bf16", False))
+
+
+def small_cases(repeats: int) -> list[dict]:
+    """Work that waits for the host: few rows without a gradient, and a small model."""
+    options = dict(forward_only=True, repeats=3 * repeats)
+    single = single_cases("small", (1, 16, 64, 256), ((4096, 4096),), PRECISIONS, **options)
+    model = dict(kind="small", shape="llama-1b", variant="LoRA", layers=16, batch=1, seq=512, rank=32, repeats=repeats)
+    return single + [
+        dict(model, adapter=adapter, autocast=autocast, forward_only=forward_only)
+        for forward_only in (False, True)
+        for adapter, autocast in PRECISIONS
+    ]
+
+
+def high_rank_cases(repeats: int) -> list[dict]:
+    shapes = ((4096, 4096), (8192, 8192))
+    return single_cases("high-rank", (4096,), shapes, PRECISIONS[1:], variant="DoRA", rank=384, repeats=3 * repeats)
+
+
+def model_cases(repeats: int, layers: int) -> list[dict]:
     short = [(variant, "fp32", variant != "LoRA, bias all") for variant in VARIANTS] + [("LoRA", "bf16", False)]
     runs = [(1, *run, False, graph) for graph in (False, True) for run in short]
     runs.append((1, "LoRA", "fp32", False, False, False))
     runs += [(4, variant, "fp32", True, cp, False) for cp in (False, True) for variant in ("LoRA", "DoRA")]
-    model = [
+    return [
         dict(
             kind="llama-8b",
             variant=variant,
@@ -246,25 +373,71 @@ def cases(repeats: int, layers: int) -> list[dict]:
         )
         for batch, variant, adapter, autocast, checkpointing, graph in runs
     ]
-    return single + model
+
+
+def cases(repeats: int, layers: int) -> list[dict]:
+    shapes = ((4096, 4096), (4096, 14336), (14336, 4096))
+    single = single_cases("linear", (64, 2048, 8192), shapes, PRECISIONS, repeats=3 * repeats)
+    return single + model_cases(repeats, layers) + small_cases(repeats) + high_rank_cases(repeats)
+
+
+KINDS = ("linear", "llama-8b", "small", "high-rank")
+
+
+def peer_cases(repeats: int, layers: int) -> list[dict]:
+    """The model first: what other packages change in PEFT when they are imported comes with the single linears."""
+    model = dict(kind="llama-8b", layers=layers, batch=1, seq=2048, rank=32, adapter="fp32", autocast=True)
+    single = single_cases("linear", (8192,), ((4096, 4096), (4096, 14336)), PRECISIONS, repeats=3 * repeats)
+    return [dict(model, variant=variant, repeats=repeats) for variant in ("LoRA", "DoRA")] + single
+
+
+def head_of(result: dict) -> str:
+    if shape_of(result) == "linear":
+        shape = f"linear {result['k']}->{result['n']}, M={result['m']}"
+    else:
+        shape = f"{result['layers']} {shape_of(result).title()} layers, {result['batch']}x{result['seq']}"
+    for option, text in (("checkpointing", "checkpointing"), ("graph", "CUDA graph"), ("forward_only", "forward")):
+        shape += f", {text}" if result.get(option) else ""
+    variant = result["variant"] + (f" r={result['rank']}" if result["rank"] != 32 else "")
+    return f"{shape:50} {variant:18} {result['adapter']}{' autocast' if result['autocast'] else '':9}"
+
+
+def times_of(measured: dict | None, frozen: dict) -> str:
+    if measured is None:
+        return "out of memory"
+    memory = f"{measured['peak_gb']:6.2f} GB ({measured['transient_gb']:.3f} a step)"
+    return f"{measured['ms'] / frozen['ms']:5.2f}x {memory}"
 
 
 def describe(result: dict) -> str:
-    shape = (
-        f"linear {result['k']}->{result['n']}, M={result['m']}"
-        if result["kind"] == "linear"
-        else f"{result['layers']} Llama-8B layers, {result['batch']}x{result['seq']}"
-    )
-    shape += ", checkpointing" if result.get("checkpointing") else ", CUDA graph" if result.get("graph") else ""
-    head = f"{shape:50} {result['variant']:18} {result['adapter']}{' autocast' if result['autocast'] else '':9}"
     if "failed" in result:
-        return f"{head} {result['failed']}"
-    frozen, ours, theirs = result["frozen"], result["ours"], result["peft"]
-    peft_part = f"PEFT {theirs['ms'] / frozen['ms']:5.2f}x {theirs['peak_gb']:6.2f} GB" if theirs else "PEFT out of memory"
+        return f"{head_of(result)} {result['failed']}"
+    frozen, grad = result["frozen"], result["grad_norm"]
     return (
-        f"{head} frozen {frozen['ms']:8.3f} ms {frozen['peak_gb']:6.2f} GB | ours {ours['ms'] / frozen['ms']:5.2f}x "
-        f"{ours['peak_gb']:6.2f} GB | {peft_part} | |grad| {result['grad_norm']['ours']:.5g} / {result['grad_norm']['peft']:.5g}"
+        f"{head_of(result)} frozen {frozen['ms']:8.3f} ms {frozen['peak_gb']:6.2f} GB | "
+        f"ours {times_of(result['ours'], frozen)} | PEFT {times_of(result['peft'], frozen)} | "
+        f"|grad| {grad['ours']:.5g} / {grad['peft']:.5g}"
     )
+
+
+def describe_peers(result: dict) -> str:
+    frozen = result["frozen"]
+    lines = [f"{head_of(result)} frozen {frozen['ms']:8.3f} ms {frozen['peak_gb']:6.2f} GB"]
+    for name, row in result["peers"].items():
+        grad = f" |grad| {row['grad_norm']:.5g}" if "grad_norm" in row else ""
+        graphs = f", {row['graphs']} graphs, {row['graph_breaks']} breaks" if "graphs" in row else ""
+        lines.append(f"  {name:20} {row.get('failed') or times_of(row, frozen)}{grad}{graphs}")
+    return "\n".join(lines)
+
+
+def environment(device: str = "cuda") -> dict:
+    return {
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else "none",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "peft": peft.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def main() -> None:
@@ -273,26 +446,21 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark_lora.json"))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--kind", choices=("linear", "llama-8b"), help="only these cases")
+    parser.add_argument("--kind", choices=KINDS, help="only these cases")
+    parser.add_argument("--peers", action="store_true", help="other ways to run the adapter, on a few cases")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a CUDA GPU is required")
     lora_fused = kernels.get_local_kernel(arguments.kernel)
-    environment = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "peft": peft.__version__,
-        "transformers": transformers.__version__,
-    }
     results = []
-    for case in cases(arguments.repeats, arguments.layers):
+    make, run, show = (peer_cases, run_peers, describe_peers) if arguments.peers else (cases, run_case, describe)
+    for case in make(arguments.repeats, arguments.layers):
         if arguments.kind not in (None, case["kind"]):
             continue
-        results.append(run_case(case, lora_fused))
-        print(describe(results[-1]), flush=True)
+        results.append(run(case, lora_fused))
+        print(show(results[-1]), flush=True)
         release_memory()
-        arguments.out.write_text(json.dumps({"environment": environment, "results": results}, indent=1))
+        arguments.out.write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
 
 
 if __name__ == "__main__":

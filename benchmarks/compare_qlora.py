@@ -2,8 +2,9 @@
 
 Three parts: the dequantisation alone, against bitsandbytes' and the GPU's own bandwidth; single linears of
 few rows, the base called against the fused path; an 8B-shaped model in NF4 with double quantisation, forward
-+ backward, every trainable parameter changed in place before each step. What does not give bitsandbytes'
-bits or PEFT's results has no speed to report. A GPU is required.
++ backward, every trainable parameter changed in place before each step, step by step and in a CUDA graph. What
+does not give bitsandbytes' bits or PEFT's results has no speed to report; what cannot be captured says why. A
+GPU is required.
 
     python benchmarks/compare_qlora.py --kernel build --out results.json
 """
@@ -132,39 +133,60 @@ def fuse(model, lora_fused) -> None:
     assert all(row.fused and row.backend != "base called" for row in rows), str(rows)
 
 
+def quantised_model(layers: int) -> torch.nn.Module:
+    return replace(common.build(lambda: common.llama_shape("llama-8b", layers, False)))
+
+
+def measure(model, inputs, case: dict) -> dict:
+    """As compare_lora's; in a CUDA graph an error is a result, since not every step can be captured."""
+    if not case["graph"]:
+        return common.measure(model, inputs, case)
+    try:
+        return common.measure(model, inputs, case)
+    except RuntimeError as error:
+        return {"failed": common.first_line(error)}
+
+
 def model_case(case: dict, lora_fused) -> dict:
-    dtype = torch.float32 if case["adapter"] == "fp32" else torch.bfloat16
-    torch.manual_seed(2)
-    x = torch.randn(1, 2048, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    inputs = {"call": {"inputs_embeds": x}, "leaf": x, "dy": torch.randn_like(x)}
-    two = common.adapt(replace(common.build(lambda: common.llama_8b_shape(2, False))), case, dtype)
-    theirs, their_grad = common.norms(two, inputs, case["autocast"])
+    dtype, inputs = common.adapter_dtype_of(case), common.inputs_of(case)
+    two = common.adapt(quantised_model(2), case, dtype)
+    theirs = common.norms(two, inputs, case["autocast"])
     fuse(two, lora_fused)
-    ours, our_grad = common.norms(two, inputs, case["autocast"])
-    del two
+    result = {**case, **common.agreement(theirs, common.norms(two, inputs, case["autocast"]))}
+    result["grad_norm"] = {"peft": theirs[1], "ours": result["grad_norm"]}
+    del two, theirs
     common.release_memory()
-    difference = ((ours - theirs).double().norm() / theirs.double().norm()).item()
-    result = {**case, "output_difference": difference, "grad_norm": {"peft": their_grad, "ours": our_grad}}
-    if difference > common.TOLERANCE or abs(our_grad / their_grad - 1) > common.TOLERANCE:
-        return {**result, "failed": "not the same result as PEFT: no speed reported"}
-    base = replace(common.build(lambda: common.llama_8b_shape(case["layers"], False)))
+    if "failed" in result:
+        return result
+    base = quantised_model(case["layers"])
     common.release_memory()
-    result["frozen"] = common.measure(base, inputs, case)
+    result["frozen"] = measure(base, inputs, case)
     model = common.adapt(base, case, dtype)
     fuse(model, lora_fused)
-    result["ours"] = common.measure(model, inputs, case)
+    result["ours"] = measure(model, inputs, case)
     for module in model.modules():
         module.__dict__.pop("forward", None)
-    result["peft"] = common.measure(model, inputs, case)
+    result["peft"] = measure(model, inputs, case)
     return result
 
 
 def model_cases(layers: int, repeats: int) -> list[dict]:
+    """Graphs last: an error in a capture is then behind everything else."""
     runs = (("LoRA", "fp32", True), ("DoRA", "fp32", True), ("LoRA", "bf16", False))
+    fixed = dict(kind="llama-8b", layers=layers, batch=1, seq=2048, rank=32, repeats=repeats)
     return [
-        dict(kind="llama-8b", variant=variant, layers=layers, rank=32, adapter=adapter, autocast=autocast, repeats=repeats)
+        dict(fixed, variant=variant, adapter=adapter, autocast=autocast, graph=graph)
+        for graph in (False, True)
         for variant, adapter, autocast in runs
     ]
+
+
+def time_of(measured: dict, frozen: dict, graph: bool) -> str:
+    """A graph's replay has its memory elsewhere than where the peak is read."""
+    if "failed" in measured:
+        return f"not captured ({measured['failed']})"
+    ratio = f" ({measured['ms'] / frozen['ms']:.2f}x)" if "ms" in frozen else ""
+    return f"{measured['ms']:.1f} ms{ratio}" + ("" if graph else f" {measured['peak_gb']:.2f} GB")
 
 
 def describe(r: dict) -> str:
@@ -179,13 +201,11 @@ def describe(r: dict) -> str:
         head = f"{r['k']}->{r['n']}, {r['rows']} rows{', backward' if r['backward'] else ''}"
         return f"{head:36} called {r['called_us']:7.1f} us, fused {r['fused_us']:7.1f} us, PEFT {r['peft_us']:7.1f} us"
     head = f"{r['layers']} layers {r['variant']} {r['adapter']}{' autocast' if r['autocast'] else ''}"
+    head += ", CUDA graph" if r["graph"] else ""
     if "failed" in r:
         return f"{head:36} {r['failed']} {r['output_difference']:.3g} {r['grad_norm']}"
-    parts = ", ".join(
-        f"{name} {r[name]['ms']:.1f} ms ({r[name]['ms'] / r['frozen']['ms']:.2f}x) {r[name]['peak_gb']:.2f} GB"
-        for name in ("frozen", "ours", "peft")
-    )
-    return f"{head:36} {parts}"
+    parts = (f"{name} {time_of(r[name], r['frozen'], r['graph'])}" for name in ("frozen", "ours", "peft"))
+    return f"{head:36} {', '.join(parts)}"
 
 
 def main() -> None:
@@ -195,6 +215,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--kind", choices=("dequantize", "few rows", "llama-8b"), help="only these cases")
+    parser.add_argument("--variant", choices=("LoRA", "DoRA"), help="only the model's cases of this variant")
+    parser.add_argument("--graph", action="store_true", help="only the model's cases in a CUDA graph")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a CUDA GPU is required")
@@ -227,7 +249,8 @@ def main() -> None:
         for rows in (4, 16):
             run("few rows", lambda: few_rows(lora_fused, k, n, rows, backward=True))
     for case in model_cases(arguments.layers, arguments.repeats):
-        run("llama-8b", lambda: model_case(case, lora_fused))
+        if arguments.variant in (None, case["variant"]) and (case["graph"] or not arguments.graph):
+            run("llama-8b", lambda: model_case(case, lora_fused))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,14 @@ import sys
 import torch
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent
-NAMES = ("lora", "qlora", "embedding")
+# What makes benchmark_<name>.json, --out aside.
+RUNS = {
+    "lora": ("compare_lora.py",),
+    "peers": ("compare_lora.py", "--peers"),
+    "qlora": ("compare_qlora.py",),
+    "embedding": ("compare_embedding.py",),
+    "first_call": ("first_call.py",),
+}
 
 
 def main() -> None:
@@ -23,9 +30,9 @@ def main() -> None:
     gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
     results = BENCHMARKS / "results" / gpu
     results.mkdir(parents=True, exist_ok=True)
-    for name in NAMES:
+    for name, (script, *options) in RUNS.items():
         out = results / f"benchmark_{name}.json"
-        subprocess.run([sys.executable, BENCHMARKS / f"compare_{name}.py", "--out", out], check=True)
+        subprocess.run([sys.executable, BENCHMARKS / script, *options, "--out", out], check=True)
     if gpu == "h200":
         subprocess.run([sys.executable, BENCHMARKS / "tables.py"], check=True)
 

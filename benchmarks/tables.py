@@ -27,21 +27,27 @@ def read(name: str) -> dict:
     return json.loads((H200 / name).read_text())
 
 
+def shape_of(result: dict) -> str:
+    name = result.get("shape", result["kind"])
+    if name == "linear":
+        shape = f"{result['k']}→{result['n']}, {result['m']} tokens"
+    else:
+        shape = f"{name.title()} shape, {result['layers']} layers, {result['batch']}×{result['seq']}"
+    options = (("checkpointing", "checkpointing"), ("graph", "in a CUDA graph"), ("forward_only", "forward alone"))
+    return ", ".join([shape, *(text for option, text in options if result.get(option))])
+
+
 def table() -> str:
     """Markdown of every case in the results files."""
     results = read("benchmark_lora.json")["results"]
     results += [{**r, "earlier": True} for r in read("benchmark_lora_7a3b825.json")["results"]]
     lines = ["| Case | Variant | Adapter | Frozen base | lora-fused | PEFT |", "|---|---|---|---|---|---|"]
     for r in results:
-        if r["kind"] == "linear":
-            shape = f"{r['k']}→{r['n']}, {r['m']} tokens"
-        else:
-            shape = f"Llama-8B shape, {r['layers']} layers, {r['batch']}×{r['seq']}"
-            shape += ", checkpointing" if r.get("checkpointing") else ", in a CUDA graph" if r.get("graph") else ""
-        shape += EARLIER if r.get("earlier") else ""
+        shape = shape_of(r) + (EARLIER if r.get("earlier") else "")
+        variant = r["variant"] + (f", r={r['rank']}" if r["rank"] != 32 else "")
         adapter = r["adapter"] + (", autocast" if r["autocast"] else "")
         cells = " | ".join(cell(r, who) for who in ("frozen", "ours", "peft"))
-        lines.append(f"| {shape} | {r['variant']} | {adapter} | {cells} |")
+        lines.append(f"| {shape} | {variant} | {adapter} | {cells} |")
     return "\n".join(lines)
 
 

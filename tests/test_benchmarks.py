@@ -1,12 +1,25 @@
-"""README's figures are those of the results files; `kernels benchmark` finds and runs what is for it."""
+"""README's figures are those of the results files; `kernels benchmark` finds and runs what is for it; what the
+other benchmarks compare is checked on small shapes, for their clock needs a GPU."""
 
+import argparse
+import contextlib
+import functools
+import importlib
+import json
 import sys
+import types
 
 import pytest
+import torch
 from conftest import ROOT
+from peft.tuners.lora.dora import DoraLinearLayer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import compare_lora
+import first_call
+import peers
+import run as bench_run
 import tables
 
 
@@ -53,3 +66,242 @@ def test_kernels_benchmark_verifies(lora_fused, benchmark, monkeypatch):
     monkeypatch.setattr(cls, "verify_lora", lambda self: 1.5 * right(self))
     with pytest.raises(RuntimeError, match="lora"):
         run(benchmark, cls)
+
+
+LINEAR = dict(kind="linear", variant="LoRA", m=16, k=64, n=96, rank=4, adapter="bf16", autocast=False)
+LLAMA = dict(kind="llama-8b", variant="LoRA", layers=2, batch=1, seq=8, rank=4, adapter="fp32", autocast=True)
+
+
+def name_of(case):
+    return f"{case['kind']} {case['variant']}"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    size = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
+    monkeypatch.setitem(compare_lora.LLAMAS, "llama-8b", size)
+
+
+@pytest.mark.parametrize("name", bench_run.RUNS)
+def test_every_benchmark_takes_its_options_and_wants_a_gpu(name, monkeypatch, capsys):
+    if name == "qlora":
+        pytest.importorskip("bitsandbytes")
+    script, *options = bench_run.RUNS[name]
+    module = importlib.import_module(script.removesuffix(".py"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [script, *options, "--out", "nowhere.json"])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "a CUDA GPU is required" in capsys.readouterr().err
+
+
+def test_cases_of_the_model_benchmarks():
+    plain, with_peers = compare_lora.cases(10, 32), compare_lora.peer_cases(10, 32)
+    first = [dict(case, repeats=1) for case in first_call.cases(2)]
+    assert {case["kind"] for case in plain} == set(compare_lora.KINDS)
+    for cases in (plain, with_peers, first):
+        assert len({json.dumps(case) for case in cases}) == len(cases)
+        assert len({compare_lora.head_of(case) for case in cases}) == len(cases)
+        for case in cases:
+            inputs = compare_lora.inputs_of(case, "meta")
+            assert ("dy" in inputs) != case.get("forward_only", False)
+            assert case["variant"] in compare_lora.VARIANTS and case["repeats"] > 0
+    rows = {(tables.shape_of(case), case["variant"], case["adapter"], case["autocast"]) for case in plain}
+    assert len(rows) == len(plain)
+
+
+def test_tables_name_the_new_kinds():
+    small, high = compare_lora.small_cases(10), compare_lora.high_rank_cases(10)
+    assert tables.shape_of(small[0]) == "4096→4096, 1 tokens, forward alone"
+    assert tables.shape_of(small[-1]) == "Llama-1B shape, 16 layers, 1×512, forward alone"
+    assert tables.shape_of(high[1]) == "8192→8192, 4096 tokens"
+
+
+@pytest.mark.parametrize("case", (LINEAR, LLAMA, dict(LLAMA, variant="DoRA")), ids=name_of)
+@pytest.mark.parametrize("forward_only", (False, True))
+def test_compare_finds_the_same_result(lora_fused, device, small, case, forward_only):
+    case = dict(case, forward_only=forward_only)
+    result = compare_lora.compare(case, lora_fused, compare_lora.inputs_of(case, device))
+    assert "failed" not in result
+    assert (result["grad_norm"]["peft"] > 0) != forward_only
+
+
+def dora_model(device):
+    case = dict(LINEAR, variant="DoRA", adapter="fp32")
+    base = compare_lora.build(lambda: compare_lora.make_model(case), device=device).float()
+    return compare_lora.adapt(base, case, torch.float32)
+
+
+def gradients(model, x):
+    model.zero_grad()
+    y = model(x)
+    y.square().sum().backward()
+    return {"y": y.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def test_dense_norm_gives_dora_and_goes_away(device, monkeypatch):
+    """PEFT's result without its identity matrix, which is back afterwards."""
+    model, x, own = dora_model(device), torch.randn(16, 64, device=device), DoraLinearLayer.get_lora_weight
+    eye, identities = torch.eye, []
+    monkeypatch.setattr(torch, "eye", lambda *args, **kwargs: identities.append(args) or eye(*args, **kwargs))
+    theirs = gradients(model, x)
+    assert len(identities) == 1 and "magnitude" in str(theirs.keys())
+    with peers.dense_norm(model):
+        dense = gradients(model, x)
+    assert len(identities) == 1
+    assert DoraLinearLayer.get_lora_weight is own
+    assert dense.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(dense[name], value)
+    with pytest.raises(ZeroDivisionError), peers.dense_norm(model):
+        raise ZeroDivisionError
+    assert DoraLinearLayer.get_lora_weight is own
+
+
+@contextlib.contextmanager
+def wrong_scaling(model):
+    layer = model.get_base_model().proj
+    layer.scaling["default"] *= 2
+    yield
+    layer.scaling["default"] /= 2
+
+
+@contextlib.contextmanager
+def broken(model):
+    raise ValueError("first\nsecond")
+    yield
+
+
+def test_a_peer_that_is_not_peft_has_no_speed(lora_fused, device):
+    ways = {
+        "PEFT": contextlib.nullcontext,
+        "lora-fused": lambda model: compare_lora.fused(model, lora_fused),
+        "wrong": wrong_scaling,
+        "broken": broken,
+        "missing": peers.package("no_such_package.kernels"),
+    }
+    rows = compare_lora.against_peft(LINEAR, ways, compare_lora.inputs_of(LINEAR, device))
+    assert rows["PEFT"]["output_difference"] == 0 and "failed" not in rows["lora-fused"]
+    assert rows["PEFT"]["grad_norm"] == pytest.approx(rows["lora-fused"]["grad_norm"], rel=1e-2)
+    assert rows["wrong"]["failed"].startswith("not PEFT's result")
+    assert rows["broken"]["failed"] == "ValueError: first"
+    assert rows["missing"]["failed"].startswith("not installed")
+
+
+def test_a_gradient_alone_that_is_wrong_is_seen():
+    y = torch.ones(4)
+    assert "failed" not in compare_lora.agreement((y, 1.0), (y, 1.0))
+    for grad in (1.1, 0.0, float("nan")):
+        assert "failed" in compare_lora.agreement((y, 1.0), (y, grad))
+    assert "failed" in compare_lora.agreement((y, 1.0), (y * float("nan"), 1.0))
+
+
+def test_a_package_runs_through_its_output_projection(device, monkeypatch):
+    """What both packages have: attention and x of three dimensions in, y out."""
+    calls = []
+
+    def apply_lora_o(attention, x):
+        calls.append(x.shape)
+        layer = attention.o_proj
+        return layer.base_layer(x) + layer.lora_B["default"](layer.lora_A["default"](x)) * layer.scaling["default"]
+
+    monkeypatch.setitem(sys.modules, "stand_in", types.SimpleNamespace(apply_lora_o=apply_lora_o))
+    inputs = compare_lora.inputs_of(LINEAR, device)
+    rows = compare_lora.against_peft(LINEAR, {"PEFT": contextlib.nullcontext, "it": peers.package("stand_in")}, inputs)
+    assert "failed" not in rows["it"] and calls == [(1, 16, 64)]
+
+
+@pytest.mark.parametrize("case", (LINEAR, dict(LLAMA, variant="DoRA")), ids=name_of)
+def test_compiled_runs_compiled_and_goes_away(device, monkeypatch, small, case):
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_module, backend="aot_eager"))
+    model = compare_lora.build(lambda: compare_lora.make_model(case), device=device)
+    model, inputs = compare_lora.adapt(model, case, torch.bfloat16), compare_lora.inputs_of(case, device)
+    theirs = compare_lora.norms(model, inputs, case["autocast"])
+    with peers.compiled(model) as notes:
+        ours = compare_lora.norms(model, inputs, case["autocast"])
+    assert "failed" not in compare_lora.agreement(theirs, ours)
+    assert notes["graphs"] > 0
+    assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+def test_peers_of_a_case():
+    assert set(peers.of(LLAMA)) == {"PEFT, torch.compile"}
+    assert set(peers.of(dict(LLAMA, variant="DoRA"))) == {"PEFT, torch.compile", "PEFT, dense norm"}
+    assert set(peers.of(LINEAR)) == {"PEFT, torch.compile", "axolotl", "unsloth"}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """For each model that is measured how many of its modules have a forward of their own, as `kernelize` sets it;
+    nothing is timed."""
+    seen = []
+
+    def measure(model, inputs, case):
+        compare_lora.step(model, inputs, case["autocast"])
+        seen.append(sum("forward" in vars(module) for module in model.modules()))
+        return dict(ms=1.0 + len(seen), peak_gb=1.0, transient_gb=0.5)
+
+    monkeypatch.setattr(compare_lora, "measure", measure)
+    return seen
+
+
+def test_a_case_measures_frozen_ours_and_peft(lora_fused, device, measured):
+    result = compare_lora.run_case(LINEAR, lora_fused, device)
+    assert measured == [0, 1, 0]
+    assert "frozen    2.000 ms" in compare_lora.describe(result) and "ours  1.50x" in compare_lora.describe(result)
+    assert "PEFT  2.00x" in compare_lora.describe(result)
+
+
+def test_peers_of_a_case_are_measured_and_described(lora_fused, device, measured, monkeypatch):
+    @contextlib.contextmanager
+    def noted(model):
+        notes = {}
+        yield notes
+        notes.update(graphs=2, graph_breaks=1)
+
+    monkeypatch.setattr(peers, "of", lambda case: {"noted": noted, "wrong": wrong_scaling, "broken": broken})
+    lines = compare_lora.describe_peers(compare_lora.run_peers(LINEAR, lora_fused, device)).splitlines()
+    assert measured == [0, 0, 1, 0]
+    assert "2.000 ms" in lines[0]
+    assert [line.split()[:2] for line in lines[1:4]] == [["PEFT", "1.50x"], ["lora-fused", "2.00x"], ["noted", "2.50x"]]
+    assert all("|grad|" in line for line in lines[1:5]) and lines[3].endswith(", 2 graphs, 1 breaks")
+    assert "not PEFT's result" in lines[4] and lines[5].split(maxsplit=1) == ["broken", "ValueError: first"]
+
+
+@pytest.mark.parametrize("who", ("PEFT", "lora-fused"))
+def test_first_call_in_a_process_of_its_own(lora_fused, device, tmp_path, who):
+    arguments = argparse.Namespace(kernel=ROOT / "build", device=device)
+    row = first_call.in_a_process(LINEAR, who, "empty", str(tmp_path), arguments)
+    assert row["first_s"] > 0 and row["later_s"] > 0
+    assert ("kernelize_s" in row) == (who == "lora-fused")
+    assert who in first_call.describe(row)
+
+
+@pytest.fixture
+def qlora():
+    pytest.importorskip("bitsandbytes")
+    import compare_qlora
+
+    return compare_qlora
+
+
+def test_what_cannot_be_captured_says_so(qlora, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("operation not permitted\nwhen capturing")
+
+    case = dict(qlora.model_cases(32, 10)[-1], frozen=dict(ms=1.0, peak_gb=1.0), peft=dict(ms=2.0, peak_gb=1.0))
+    assert case["graph"]
+    monkeypatch.setattr(qlora.common, "measure", refuse)
+    case["ours"] = qlora.measure(None, None, case)
+    assert "ours not captured (RuntimeError: operation not permitted), peft 2.0 ms (2.00x)" in qlora.describe(case)
+    case["frozen"] = case["ours"]
+    assert "peft 2.0 ms" in qlora.describe(case)
+    with pytest.raises(RuntimeError):
+        qlora.measure(None, None, dict(case, graph=False))
+
+
+def test_qlora_models_with_and_without_graph(qlora):
+    found = [(case["variant"], case["adapter"], case["graph"]) for case in qlora.model_cases(32, 10)]
+    assert len(set(found)) == len(found) == 6
+    assert {("DoRA", "fp32", True), ("DoRA", "fp32", False)} < set(found)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: launches of a layer, CUDA graphs, no synchronisation, no TF32 that nobody
+"""What only a GPU can show: launches and allocations of a layer, CUDA graphs, no synchronisation, no TF32 that nobody
 asked for, offsets beyond 2³¹."""
 
 import collections
@@ -110,6 +110,38 @@ def test_launches_do_not_grow(lora_fused, make):
     counted = launches(lambda: backward(kept, dys))
     counted = {name: count for name, count in counted.items() if "splitK" not in name}
     assert sum(counted.values()) <= back, counted
+
+
+def allocations(run):
+    """How often `run` asks the caching allocator for memory."""
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    run()
+    return torch.cuda.memory_stats()["allocation.all.allocated"] - before
+
+
+# (forward, backward) as LAUNCHES: what is returned or kept, and the adapters in x's dtype, none more. Autograd takes
+# gradients as they are. Backward converts the adapters again instead of keeping them.
+ALLOCATIONS = {
+    # A's below each other 1, B 3, t 1, y 3; the same 4 conversions, dt 1, dx 1, dA 3, dB 3
+    Group: (8, 12),
+    # gate and up: A 1, B 2, t 1, y 2; h 1; down: A, B, t, y 4. h and dh 2; down: A, B, dt, dA, dB 5; dgate and dup 2;
+    # gate and up: A 1, B 2, dt 1, dx 1, dA 2, dB 2
+    MLP: (11, 18),
+    # A, B, t, y; A, B, dt, dx, dA, dB
+    Single: (4, 6),
+}
+
+
+@pytest.mark.parametrize("make", ALLOCATIONS)
+def test_allocations_do_not_grow(lora_fused, make):
+    model, x = build(lora_fused, make)
+    dys = [torch.ones(ROWS, K, device="cuda", dtype=BF16)] * 3
+    backward(step(model, x), dys)  # every stream has a workspace for products, which it allocates once
+    clear(model, x)
+    forward, back = ALLOCATIONS[make]
+    kept = []
+    assert 0 < allocations(lambda: kept.extend(step(model, x))) <= forward
+    assert 0 < allocations(lambda: backward(kept, dys)) <= back
 
 
 @pytest.mark.parametrize("make", LAUNCHES)
