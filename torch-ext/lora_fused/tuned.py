@@ -1,7 +1,7 @@
 """What was measured on a GPU, by device name: configs/*.json, which benchmarks/tune.py writes.
 
 A limit is a size from which an op goes to Triton, or up to which the native ops keep it; null in a file
-stands for no limit at all. A device without a file has the defaults, which are those of an H200.
+stands for infinity. A device without a file has the defaults, which are those of an H200.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import NamedTuple, Optional
 import torch
 
 DIRECTORY = Path(__file__).parent / "configs"
-UNLIMITED = math.inf
 ABOUT = ("device", "source")  # keys for the reader alone
 
 
@@ -72,7 +71,7 @@ def read(path: Path) -> Tuned:
     wrong = sorted(keys ^ found.keys())
     if wrong:
         raise ValueError(f"{path}: {wrong[0]!r} is {'missing' if wrong[0] in keys else 'unknown'}")
-    limits = {key: UNLIMITED if found[key] is None else found[key] for key in LIMITS}
+    limits = {key: math.inf if found[key] is None else found[key] for key in LIMITS}
     for key, limit in limits.items():
         if type(limit) not in (int, float) or not limit >= 0:
             raise ValueError(f"{path}: {key!r} is {limit!r}, expected a number from 0 or null")
