@@ -1,7 +1,7 @@
 # Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test conformance clean gpu-check bench cuda-compile
+.PHONY: help venv build demo test conformance clean gpu-check bench tune cuda-compile
 
 ifdef PYTHON
 READY :=
@@ -41,6 +41,10 @@ gpu-check: build  ## check parity and gradients on this machine's GPU
 
 bench: build  ## measure against PEFT and the frozen base on this machine's GPU
 	$(PYTHON) benchmarks/run.py
+
+tune: build  ## choose between library and Triton, and tiles, by measurement on this machine's GPU
+	$(PYTHON) benchmarks/tune.py
+	@$(PYTHON) scripts/build.py
 
 cuda-compile: $(READY)  ## compile the CUDA sources for every architecture (nvcc and torch headers)
 	@include=$$($(PYTHON) -c "import pathlib, importlib.util as u; print(pathlib.Path(u.find_spec('torch').origin).parent / 'include')"); \

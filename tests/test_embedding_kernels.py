@@ -102,13 +102,14 @@ def test_triton_compiles_for_a_gpu_whatever_is_frozen(lora_fused):
 
 
 def test_choice_of_backend(lora_fused):
-    choose, up_to = lora_fused.backend.choose_embedding, lora_fused.backend.CUDA_EMBEDDING_TOKENS
+    choose = lora_fused.backend.choose_embedding
     table = lora_fused.table.Table(torch.empty(16, 8), torch.empty(2, 16), torch.empty(8, 2))
     assert choose(table, 5) == "reference"
     if torch.cuda.is_available():
         on_gpu = lora_fused.table.Table(*(t.cuda() for t in table[:3]))
         assert choose(on_gpu, 5) == "triton"  # float32: the native ops take half-precision tables
         on_gpu = on_gpu._replace(weight=on_gpu.weight.bfloat16())
+        up_to = lora_fused.tuned.of(on_gpu.weight.device).embedding_tokens
         assert choose(on_gpu, up_to) == "cuda" and choose(on_gpu, up_to + 1) == "triton"
         assert choose(on_gpu._replace(lora_a=on_gpu.lora_a.t().contiguous().t()), 5) == "triton"
         assert choose(on_gpu._replace(lora_a=on_gpu.lora_a.double()), 5) == "reference"

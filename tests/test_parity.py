@@ -46,7 +46,7 @@ def run(model, x, dy, autocast=None):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layer_matches_peft(lora_fused, device, monkeypatch, case, base, adapter, variant, autocast, backend):
     if backend == "triton":
-        monkeypatch.setattr(lora_fused.backend, "TRITON_FROM", 0)
+        monkeypatch.setattr(lora_fused.tuned, "of", lambda device: lora_fused.tuned.Tuned(up_add_from=0))
         monkeypatch.setattr(lora_fused.backend, "is_hopper", lambda device: False)
     model, _ = peft_linear(case, base, adapter, device, **VARIANTS[variant])
     compare_with_peft(lora_fused, device, model, case, base, autocast)
@@ -219,7 +219,8 @@ def train(model, device, steps=20, autocast=None):
 
 
 def test_choice_of_backend(lora_fused, monkeypatch):
-    gpu, large = torch.device("cuda"), lora_fused.backend.TRITON_FROM
+    gpu, large = torch.device("cuda"), 2**20
+    monkeypatch.setattr(lora_fused.tuned, "of", lambda device: lora_fused.tuned.Tuned(up_add_from=large))
 
     def choose(device, dtype, work, native=True, exact=False):
         taken = lora_fused.projection.Taken(native, exact)

@@ -37,6 +37,7 @@ LAYERS = (
     "peft_base",
     "projection",
     "table",
+    "tuned",
     "_ops",
 )
 LAZY = {"peft", "kernels", "transformers", "bitsandbytes", "triton"}

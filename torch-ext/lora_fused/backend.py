@@ -2,7 +2,8 @@
 
 `reference` and `triton_ops` are modules of operations, which `compose` puts together. LIBRARY is one
 native op a direction, see `autograd.native`, and where that does not serve `reference`'s operations. Memory-bound passes are
-chosen apart from matrix products: one Triton kernel beats several library ones at any size.
+chosen apart from matrix products: one Triton kernel beats several library ones at any size. The sizes
+from which one is chosen are those of `tuned`, by device.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
-from . import cuda_embedding, ops, reference, reference_embedding
+from . import cuda_embedding, ops, reference, reference_embedding, tuned
 from .projection import FourBit, Operands, Taken
 from .table import Table
 
@@ -23,18 +24,6 @@ LIBRARY = "library"
 TRITON = "triton"
 CUDA = "cuda"  # of embeddings alone
 _TRITON_DTYPES = (torch.bfloat16, torch.float16)
-# Multiply-adds of one base product from which its GPU time hides the launches: below, a step
-# waits for the host, and two library products cost it less than two Triton launches.
-TRITON_FROM = 2**37
-# On an H200 Triton halves the CUDA op's GPU time at rank 384, equals it at 128 and is behind at
-# 64, for 130 to 220 µs more host time: it gets large ranks of large weights (N·K·R products).
-ROW_NORM_TRITON_FROM_RANK = 128
-ROW_NORM_TRITON_FROM = 2**34
-# Multiply-adds of an embedding's delta (M·H·R), and tokens, up to which the native ops compute it.
-CUDA_EMBEDDING_UP_TO = 2**30
-# Elements of a table that Triton reads faster than the native op does (docs/performance.md).
-COLUMN_NORM_TRITON_FROM = 2**28
-CUDA_EMBEDDING_TOKENS = 8192
 
 
 @functools.lru_cache(maxsize=None)
@@ -56,7 +45,7 @@ def choose(device: torch.device, dtype: torch.dtype, taken: Taken, work: Callabl
     """
     if device.type != "cuda" or dtype not in _TRITON_DTYPES or taken.exact or (taken.native and is_hopper(device)):
         return LIBRARY
-    return TRITON if work() >= TRITON_FROM and triton_is_there() else LIBRARY
+    return TRITON if work() >= tuned.of(device).up_add_from and triton_is_there() else LIBRARY
 
 
 @functools.lru_cache(maxsize=None)
@@ -121,8 +110,11 @@ def dora_gains(weights, lora_a, lora_b, magnitudes, scalings) -> tuple[list[Opti
 
 
 def _row_norm_pays_in_triton(weight: Tensor, rank: int) -> bool:
-    large = rank >= ROW_NORM_TRITON_FROM_RANK and weight.numel() * rank >= ROW_NORM_TRITON_FROM
-    return weight.is_cuda and large and triton_is_there()
+    if not weight.is_cuda:
+        return False
+    limits = tuned.of(weight.device)
+    large = rank >= limits.row_norm_from_rank and weight.numel() * rank >= limits.row_norm_from
+    return large and triton_is_there()
 
 
 def dequantize_4bit(operands: Operands, quantized: FourBit, first: int, out: Tensor) -> Tensor:
@@ -144,7 +136,8 @@ def choose_embedding(table: Table, tokens: int) -> str:
     weight = table.weight
     if not weight.is_cuda or any(tensor is not None and tensor.dtype == torch.float64 for tensor in table):
         return REFERENCE
-    small = tokens <= CUDA_EMBEDDING_TOKENS and tokens * table.lora_b.numel() <= CUDA_EMBEDDING_UP_TO
+    limits = tuned.of(weight.device)
+    small = tokens <= limits.embedding_tokens and tokens * table.lora_b.numel() <= limits.embedding_up_to
     if small and cuda_embedding.fits(table):
         return CUDA
     return TRITON if triton_is_there() else REFERENCE
@@ -164,7 +157,7 @@ def column_norm(name: str, table: Table, scaling: float) -> Tensor:
     a large one, whose time hides its launch."""
     kernels = get_embedding(name)
     if kernels is not reference_embedding:
-        hidden = name == TRITON and table.weight.numel() >= COLUMN_NORM_TRITON_FROM
+        hidden = name == TRITON and table.weight.numel() >= tuned.of(table.weight.device).column_norm_from
         if not hidden and cuda_embedding.norm_fits(table):
             kernels = cuda_embedding
         else:

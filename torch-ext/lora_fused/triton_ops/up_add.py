@@ -10,6 +10,7 @@ through pointers elsewhere.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple, Optional
 
 import torch
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuned
 from ..projection import Mask
 from .launch import dot_precision, on_device, rank_block, shared_memory
 from .mask import arguments, dropped
@@ -160,13 +162,28 @@ _HALF_SMALL = Tile(128, 128, 32, 4, 3)  # 48 KiB in all: fits every GPU since co
 _SINGLE = Tile(64, 64, 32, 4, 2)  # float32 and the interpreter
 
 
-def choose_tile(x: Tensor, masked: bool = False) -> Tile:
-    """Tile for x [M, K] on its device."""
+def choose_tile(x: Tensor, n: int, masked: bool = False) -> Tile:
+    """Tile for x [M, K] times [K, n] on its device."""
     if x.element_size() != 2 or not x.is_cuda:
         return _SINGLE
-    if shared_memory(x.device) < LARGE_SHARED_MEMORY:
+    m, k = x.shape
+    return _half_tile(x.device, _bucket(m), _bucket(n), _bucket(k), masked)
+
+
+def _bucket(size: int) -> int:
+    """The next power of two, so that few shapes are looked up anew."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+@functools.lru_cache(maxsize=None)
+def _half_tile(device: torch.device, m: int, n: int, k: int, masked: bool) -> Tile:
+    """The one measured for the nearest shape, without a mask; else by rule."""
+    measured = None if masked else tuned.nearest(tuned.of(device).up_add_tiles, (m, n, k))
+    if measured is not None:
+        return Tile(*measured)
+    if shared_memory(device) < LARGE_SHARED_MEMORY:
         return _HALF_SMALL
-    if x.shape[0] <= 512:
+    if m <= 512:
         return _HALF_NARROW
     return _HALF_MASKED if masked else _HALF_LARGE
 
@@ -192,16 +209,17 @@ def up_add(
     out: Optional[Tensor] = None,
     *,
     descriptors: bool = True,
+    tile: Optional[Tile] = None,
 ) -> Tensor:
     """y = x weightᵀ + dropout(t upᵀ) + bias: [M, N] in x's dtype, summed in float32. With `out` [M, N],
     contiguous, the sum is added to it, in place.
 
     x [M, K] and t [M, R] with contiguous rows, weight [N, K] in x's dtype, contiguous or the
     transpose of a contiguous matrix, up [N, R] of any strides and dtype. `descriptors=False`
-    reads everything through pointers.
+    reads everything through pointers; `tile` is the one to run instead of the chosen one.
     """
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device) if out is None else out
-    _launch(x, weight, (t, up), bias, y, mask=mask, add=out is not None, descriptors=descriptors)
+    _launch(x, weight, (t, up), bias, y, mask=mask, add=out is not None, descriptors=descriptors, tile=tile)
     return y
 
 
@@ -224,11 +242,13 @@ def up_add_dropped(
     return y, z.addmm_(t, up.to(t.dtype).t())
 
 
-def _launch(x, weight, lora, bias, y, *, mask=None, add=False, scaled=(None, None), descriptors=True) -> None:
+def _launch(
+    x, weight, lora, bias, y, *, mask=None, add=False, scaled=(None, None), descriptors=True, tile=None
+) -> None:
     (m, k), n, (t, up) = x.shape, weight.shape[0], lora
     if m == 0 or n == 0:
         return
-    tile = choose_tile(x, mask is not None)
+    tile = tile or choose_tile(x, n, mask is not None)
     rows_are_n = weight.stride(1) == 1
     stored = weight if rows_are_n else weight.t()
     x_descriptor = descriptors and _descriptor_fits(x)

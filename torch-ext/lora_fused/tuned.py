@@ -1,0 +1,102 @@
+"""What was measured on a GPU, by device name: configs/*.json, which benchmarks/tune.py writes.
+
+A limit is a size from which an op goes to Triton, or up to which the native ops keep it; null in a file
+stands for infinity. A device without a file has the defaults, which are those of an H200.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+
+DIRECTORY = Path(__file__).parent / "configs"
+ABOUT = ("device", "source")  # keys for the reader alone
+
+
+class MeasuredTile(NamedTuple):
+    """The fastest tile of the GEMM with the LoRA term inside, as `triton_ops.up_add.Tile` has it, for (M, N, K)."""
+
+    shape: tuple[int, int, int]
+    tile: tuple[int, int, int, int, int]
+
+
+class Tuned(NamedTuple):
+    # Multiply-adds of one base product from which its GPU time hides the launches: below, a step
+    # waits for the host, and two library products cost it less than two Triton launches.
+    up_add_from: float = 2**37
+    # On an H200 Triton halves the CUDA op's GPU time at rank 384, equals it at 128 and is behind at
+    # 64, for 130 to 220 µs more host time: it gets large ranks of large weights (N·K·R products).
+    row_norm_from_rank: float = 128
+    row_norm_from: float = 2**34
+    # Tokens, and multiply-adds of an embedding's delta (M·H·R), up to which the native ops compute it.
+    embedding_tokens: float = 8192
+    embedding_up_to: float = 2**30
+    # Elements of a table that Triton reads faster than the native op does (docs/performance.md).
+    column_norm_from: float = 2**28
+    up_add_tiles: tuple[MeasuredTile, ...] = ()  # none measured: the rule in `triton_ops.up_add`
+
+
+LIMITS = tuple(name for name in Tuned._fields if name != "up_add_tiles")
+
+
+def path_of(device_name: str) -> Path:
+    """Where the file of a GPU is or would be; 'NVIDIA H200' has nvidia-h200.json."""
+    return DIRECTORY / (re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json")
+
+
+@functools.lru_cache(maxsize=None)
+def of(device: torch.device) -> Tuned:
+    """What holds on a device, read once."""
+    if device.type != "cuda":
+        return Tuned()
+    path = path_of(torch.cuda.get_device_name(device))
+    return read(path) if path.exists() else Tuned()
+
+
+def read(path: Path) -> Tuned:
+    """Raises ValueError that names the file and the key."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: {type(found).__name__}, expected an object")
+    keys = {*ABOUT, *Tuned._fields}
+    wrong = sorted(keys ^ found.keys())
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]!r} is {'missing' if wrong[0] in keys else 'unknown'}")
+    limits = {key: math.inf if found[key] is None else found[key] for key in LIMITS}
+    for key, limit in limits.items():
+        if type(limit) not in (int, float) or not limit >= 0:
+            raise ValueError(f"{path}: {key!r} is {limit!r}, expected a number from 0 or null")
+    tiles = found["up_add_tiles"]
+    if not isinstance(tiles, list):
+        raise ValueError(f"{path}: 'up_add_tiles' is {tiles!r}, expected a list")
+    return Tuned(**limits, up_add_tiles=tuple(_tile(path, each) for each in tiles))
+
+
+def _tile(path: Path, entry) -> MeasuredTile:
+    """One of 'up_add_tiles'."""
+
+    def sizes(key: str, count: int) -> tuple[int, ...]:
+        values = entry.get(key) if isinstance(entry, dict) else None
+        if not isinstance(values, list) or len(values) != count or any(type(v) is not int or v < 1 for v in values):
+            raise ValueError(f"{path}: 'up_add_tiles' holds {entry!r}, expected {key!r} of {count} positive integers")
+        return tuple(values)
+
+    return MeasuredTile(sizes("shape", 3), sizes("tile", 5))
+
+
+def nearest(tiles: tuple[MeasuredTile, ...], shape: tuple[int, int, int]) -> Optional[tuple[int, ...]]:
+    """The tile measured nearest to (M, N, K) in powers of two; None where none was measured."""
+
+    def distance(measured: MeasuredTile) -> float:
+        return sum(math.log2(ours / theirs) ** 2 for ours, theirs in zip(measured.shape, shape))
+
+    return min(tiles, key=distance).tile if tiles else None
