@@ -35,16 +35,16 @@ void run(Args p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
   p.tiles = static_cast<int>((p.v + S::kRows - 1) / S::kRows);
   const int columns = (p.h + S::kCols - 1) / S::kCols;
   const int splits = std::clamp(kBlocks * multiprocessors / columns, 1, std::max(p.tiles, 1));
-  const int64_t copies = S::Share::kCopies * splits, floats = copies * S::kGramSize + int64_t{splits} * p.h;
-  const Tensor buffer = lora_fused::empty(norm, {floats}, ScalarType::Float);
+  const int64_t grams = int64_t{splits} * S::kGramSize, sums = int64_t{splits} * p.h;
+  const Tensor buffer = lora_fused::empty(norm, {grams + sums}, ScalarType::Float);
   p.grams = static_cast<float*>(buffer.mutable_data_ptr());
-  p.partial = p.grams + copies * S::kGramSize;
+  p.partial = p.grams + grams;
   kernel<<<dim3(columns, splits), kThreads, S::kBytes, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   lora_fused::norm_finish_kernel<P, S::A::kRanks>
       <<<(p.h + lora_fused::kFinishThreads - 1) / lora_fused::kFinishThreads, lora_fused::kFinishThreads, 0, stream>>>(
           static_cast<float*>(norm.mutable_data_ptr()), p.partial, p.grams, static_cast<const P*>(p.b), p.scaling, p.h,
-          p.r, splits, static_cast<int>(copies));
+          p.r, splits);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

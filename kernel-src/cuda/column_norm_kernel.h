@@ -1,9 +1,8 @@
 // The tensor-core kernel of column_norm: one pass over W, its sums as gram.h has them.
 //
 // A block owns kCols columns, a warp an eighth of them, and walks through every gridDim.y-th tile of
-// kRows rows. W and A reach shared memory by cp.async in a ring of kStages tiles; A's fragments are made one tile
-// ahead of their use, so that a tile costs one barrier. A float32 A enters in two parts where kSplitA,
-// for small vocabularies; over a large one its rounding averages out.
+// kRows rows. W and A reach shared memory by cp.async in a ring of kStages tiles. A float32 A enters in two parts
+// where kSplitA, for small vocabularies; over a large one its rounding averages out.
 #pragma once
 
 #include "gram.h"
@@ -13,22 +12,21 @@ namespace column_norm {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
-// kSteps: blocks of 16 ranks. Columns are as many as leave the sums of A·W room in registers, rows as many
-// as make 16 KiB of W, stages as many as fit 99 KiB, all that small GPUs have.
+// kSteps: blocks of 16 ranks. Rows and stages are as many as fit 99 KiB, all that small GPUs have.
 template <typename W, typename P, int kSteps, bool kSplit>
 struct Shape {
   static constexpr bool kSplitA = kSplit;
-  static constexpr int kTiles = kSteps <= 2 ? 8 : 4;  // 8 columns each, of a warp
-  static constexpr int kCols = kWarps * kTiles * 8, kWBytes = 16384, kRows = kWBytes / 2 / kCols;
+  static constexpr int kTiles = 4, kCols = kWarps * kTiles * 8;  // of 8 columns, of a warp
+  static constexpr int kRows = kSteps <= 2 ? 64 : 32, kStages = kSteps <= 2 ? 2 : 3;
   using A = AdapterTile<W, P, kSteps, kRows, kSplit>;
   using Share = GramShare<kSteps, kWarps>;
-  static constexpr int kStages = kSteps <= 2 ? 4 : 3, kStageBytes = kWBytes + A::kBytes;
-  static constexpr int kBytes = kStages * kStageBytes;
-  static constexpr int kGramSize = A::kRanks * A::kRanks;
+  static constexpr int kWBytes = kRows * kCols * 2, kStageBytes = kWBytes + A::kBytes;
+  static constexpr int kBytes = kStages * kStageBytes, kGramSize = A::kRanks * A::kRanks;
+  static_assert(kBytes >= Share::kCopies * kGramSize * 4, "A Aᵀ takes the ring's place");
 };
 
 struct Args {
-  float *partial, *grams;  // [gridDim.y, h]; [copies of a block, gridDim.y, r, r], r in whole blocks of 16
+  float *partial, *grams;  // [gridDim.y, h] and [gridDim.y, r, r], r in whole blocks of 16
   const void *w, *a, *b;  // [v, h], [r, v], [h, r]
   float scaling;
   int64_t v;
@@ -39,15 +37,17 @@ struct Args {
 // Rows first .. first + kRows of W's columns col0 .. and of A, into one stage.
 template <typename P, typename S>
 __device__ __forceinline__ void load_tile(char* stage, const Args& p, int64_t first, int col0) {
-  constexpr int kChunks = S::kCols / 8, kStep = kThreads / kChunks;
-  const int chunk = threadIdx.x % kChunks, col = col0 + chunk * 8;
+  constexpr int kChunks = S::kCols / 8, kStep = kThreads / kChunks;  // a multiple of the swizzle's period
+  const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks, col = col0 + chunk * 8;
   const auto* w = static_cast<const uint16_t*>(p.w);
+  const uint16_t* from = w + (first + row) * p.h + col;
+  const uint32_t to = shared_address(stage) + (row * kChunks + (chunk ^ (row & 7))) * 16;
+  const int rows = col < p.h ? static_cast<int>(min(p.v - first, int64_t{S::kRows})) - row : 0;
 #pragma unroll
-  for (int row = threadIdx.x / kChunks; row < S::kRows; row += kStep) {
-    const bool valid = first + row < p.v && col < p.h;
-    const int place = row * kChunks + (chunk ^ (row & 7));
-    copy_async(shared_address(stage) + place * 16,
-               valid ? w + (first + row) * p.h + col : w, valid);
+  for (int i = 0; i < S::kRows / kStep; ++i) {
+    const bool valid = i * kStep < rows;
+    copy_async(to + i * kStep * kChunks * 16, valid ? from : w, valid);
+    from += int64_t{kStep} * p.h;
   }
   S::A::template load<kThreads>(reinterpret_cast<P*>(stage + S::kWBytes), static_cast<const P*>(p.a), first, p.v, p.r,
                                 p.a_vector);
@@ -60,9 +60,9 @@ struct Sums {
   float squares[S::kTiles] = {}, cross[S::kTiles][kSteps][4] = {}, gram[S::Share::kGrams][2][4] = {};
 };
 
-// Adds 16 rows of a tile, the block's `turn`-th. `parts` and `low_parts` hold A's fragments at those rows.
+// Adds 16 rows of a tile. `parts` and `low_parts` hold A's fragments at those rows.
 template <typename W, typename S>
-__device__ __forceinline__ void add_slab(Sums<S>& sums, uint32_t w_tile, int slab, int turn,
+__device__ __forceinline__ void add_slab(Sums<S>& sums, uint32_t w_tile, int slab,
                                          const uint4 (*parts)[32], const uint4 (*low_parts)[32]) {
   using Share = typename S::Share;
   constexpr int kSteps = Sums<S>::kSteps;
@@ -89,7 +89,7 @@ __device__ __forceinline__ void add_slab(Sums<S>& sums, uint32_t w_tile, int sla
       sums.squares[two + i] = add_square(add_square(sums.squares[two + i], pair(b0, W())), pair(b1, W()));
     }
   }
-  if (blockIdx.x > 0 || turn % Share::kCopies != Share::copy(warp)) return;
+  if (blockIdx.x > 0 || slab % Share::kCopies != Share::copy(warp)) return;
 #pragma unroll
   for (int i = 0; i < Share::kGrams; ++i)
     add_gram<W, S::kSplitA>(sums.gram[i], parts, low_parts, Share::row_step(warp, i), Share::col_step(warp, i));
@@ -98,47 +98,42 @@ __device__ __forceinline__ void add_slab(Sums<S>& sums, uint32_t w_tile, int sla
 template <typename W, typename P, typename S, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(const Args p) {
   using A = typename S::A;
-  using Share = typename S::Share;
   constexpr int kSteps = Sums<S>::kSteps;
   extern __shared__ __align__(128) char smem[];
   __shared__ float squares_of[S::kCols], cross_of[S::kCols];
-  __shared__ uint4 parts[2][A::kParts][32], low_parts[2][A::kLowParts][32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int col0 = blockIdx.x * S::kCols, count = (p.tiles - static_cast<int>(blockIdx.y) + gridDim.y - 1) / gridDim.y;
-  const auto load = [&](int i) {
-    if (i < count)
-      load_tile<P, S>(smem + i % S::kStages * S::kStageBytes, p, (blockIdx.y + int64_t{i} * gridDim.y) * S::kRows, col0);
+  __shared__ uint4 parts[A::kParts][32], low_parts[A::kLowParts][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, col0 = blockIdx.x * S::kCols;
+  const int stride = gridDim.y;
+  int next = blockIdx.y;
+  const auto load = [&](int stage) {
+    if (next < p.tiles) load_tile<P, S>(smem + stage * S::kStageBytes, p, int64_t{next} * S::kRows, col0);
+    next += stride;
     asm volatile("cp.async.commit_group;\n" ::: "memory");
-  };
-  const auto make_parts = [&](int i) {
-    const char* a = smem + i % S::kStages * S::kStageBytes + S::kWBytes;
-    A::template make_parts<kWarps>(parts[i % 2], low_parts[i % 2], reinterpret_cast<const P*>(a));
   };
 
   Sums<S> sums;
 #pragma unroll
-  for (int i = 0; i < S::kStages - 1; ++i) load(i);
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(S::kStages - 2) : "memory");
-  __syncthreads();
-  make_parts(0);
-  for (int i = 0; i < count; ++i) {
-    asm volatile("cp.async.wait_group %0;\n" ::"n"(S::kStages - 3) : "memory");
-    __syncthreads();  // tile i + 1 and the fragments of tile i are there, tile i - 1 is done with
-    load(i + S::kStages - 1);
-    if (i + 1 < count) make_parts(i + 1);
-    const uint32_t w_tile = shared_address(smem + i % S::kStages * S::kStageBytes);
-#pragma unroll
+  for (int stage = 0; stage < S::kStages - 1; ++stage) load(stage);
+  int slot = 0;
+  for (int tile = blockIdx.y; tile < p.tiles; tile += stride) {
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(S::kStages - 2) : "memory");
+    __syncthreads();
+    load(slot == 0 ? S::kStages - 1 : slot - 1);
+    const char* stage = smem + slot * S::kStageBytes;
+    slot = slot + 1 == S::kStages ? 0 : slot + 1;
+    A::template make_parts<kWarps>(parts, low_parts, reinterpret_cast<const P*>(stage + S::kWBytes));
+    __syncthreads();
+#pragma unroll 2  // all of them take more registers than there are
     for (int slab = 0; slab < A::kSlabs; ++slab)
-      add_slab<W, S>(sums, w_tile, slab, i * A::kSlabs + slab, parts[i % 2] + slab * kSteps,
-                     low_parts[i % 2] + (S::kSplitA ? slab * kSteps : 0));
+      add_slab<W, S>(sums, shared_address(stage), slab, parts + slab * kSteps,
+                     low_parts + (S::kSplitA ? slab * kSteps : 0));
   }
+  asm volatile("cp.async.wait_group 0;\n" ::: "memory");
+  __syncthreads();
+  if (blockIdx.x == 0)
+    write_gram<A::kRanks, typename S::Share, kThreads>(p.grams + blockIdx.y * S::kGramSize,
+                                                       reinterpret_cast<float*>(smem), sums.gram);
 
-  if (blockIdx.x == 0) {
-    float* grams = p.grams + (Share::copy(warp) * gridDim.y + blockIdx.y) * S::kGramSize;
-#pragma unroll
-    for (int i = 0; i < Share::kGrams; ++i)
-      store_gram<A::kRanks>(grams, sums.gram[i], Share::row_step(warp, i), Share::col_step(warp, i));
-  }
   const P* b = static_cast<const P*>(p.b);
 #pragma unroll
   for (int tile = 0; tile < S::kTiles; ++tile) {

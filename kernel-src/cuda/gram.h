@@ -108,21 +108,39 @@ __device__ __forceinline__ void store_gram(float* gram, const float (&sum)[2][4]
   }
 }
 
-constexpr int kFinishThreads = 128;
+// A block's A Aᵀ, the sum of its warps' shares, to gram [kRanks, kRanks]; `scratch` is shared memory that nothing
+// reads any more.
+template <int kRanks, typename Share, int kThreads>
+__device__ __forceinline__ void write_gram(float* gram, float* scratch, const float (&sums)[Share::kGrams][2][4]) {
+  constexpr int kSize = kRanks * kRanks;
+  const int warp = threadIdx.x / 32;
+#pragma unroll
+  for (int i = 0; i < Share::kGrams; ++i)
+    store_gram<kRanks>(scratch + Share::copy(warp) * kSize, sums[i], Share::row_step(warp, i), Share::col_step(warp, i));
+  __syncthreads();
+  for (int i = threadIdx.x; i < kSize; i += kThreads) {
+    float total = 0.0f;
+#pragma unroll
+    for (int copy = 0; copy < Share::kCopies; ++copy) total += scratch[copy * kSize + i];
+    gram[i] = total;
+  }
+}
 
-// norm[i] = √(Σ over splits of partial[split, i] + s² b·G b), G the sum of `grams` [copies, kRanks, kRanks], b row i
+constexpr int kFinishThreads = 256;
+
+// norm[i] = √(Σ over splits of partial[split, i] + s² b·G b), G the sum of `grams` [splits, kRanks, kRanks], b row i
 // of B [n, r]. Everything is added in a fixed order. Rounding may leave a sum below zero; NaN stays.
 template <typename P, int kRanks>
 __global__ void __launch_bounds__(kFinishThreads)
     norm_finish_kernel(float* __restrict__ norm, const float* __restrict__ partial, const float* __restrict__ grams,
-                       const P* __restrict__ b, float scaling, int64_t n, int r, int splits, int copies) {
+                       const P* __restrict__ b, float scaling, int64_t n, int r, int splits) {
   __shared__ float4 gram[kRanks][kRanks / 4];
   constexpr int kPieces = kRanks * kRanks / 4;
   for (int i = threadIdx.x; i < kPieces; i += kFinishThreads) {
     float4 sum{};
 #pragma unroll 8
-    for (int copy = 0; copy < copies; ++copy) {
-      const float4 x = reinterpret_cast<const float4*>(grams)[copy * kPieces + i];
+    for (int split = 0; split < splits; ++split) {
+      const float4 x = reinterpret_cast<const float4*>(grams)[split * kPieces + i];
       sum = float4{sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
     }
     gram[i / (kRanks / 4)][i % (kRanks / 4)] = sum;

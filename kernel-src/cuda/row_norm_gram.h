@@ -1,4 +1,4 @@
-// row_norm of a half-precision W and small ranks, see row_norm_gram.cu.
+// row_norm of a bfloat16 W and float32 adapters of small rank, see row_norm_gram.cu.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
