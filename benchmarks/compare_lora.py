@@ -447,6 +447,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--kind", choices=KINDS, help="only these cases")
+    parser.add_argument("--match", nargs="+", metavar="WORD", help="only cases whose first words hold one of these")
     parser.add_argument("--peers", action="store_true", help="other ways to run the adapter, on a few cases")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -455,7 +456,8 @@ def main() -> None:
     results = []
     make, run, show = (peer_cases, run_peers, describe_peers) if arguments.peers else (cases, run_case, describe)
     for case in make(arguments.repeats, arguments.layers):
-        if arguments.kind not in (None, case["kind"]):
+        matches = not arguments.match or any(word in head_of(case) for word in arguments.match)
+        if arguments.kind not in (None, case["kind"]) or not matches:
             continue
         results.append(run(case, lora_fused))
         print(show(results[-1]), flush=True)
