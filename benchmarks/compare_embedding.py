@@ -111,7 +111,6 @@ def norm_and_floor(table, lora_fused, hidden: int, adapter_dtype) -> dict:
 
     steps = {
         "norm_ms": lambda: lora_fused.backend.column_norm("cuda", operands, SCALING),
-        "native_norm_ms": lambda: lora_fused.cuda_embedding.column_norm(table, a, b, SCALING),
         "triton_norm_ms": lambda: lora_fused.backend.get("triton").column_norm(table, a, b, SCALING),
         # A copy of half the table moves as many bytes as one read of all of it.
         "floor_ms": lambda: copy_to.copy_(copy_from),

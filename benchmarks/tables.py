@@ -11,11 +11,16 @@ import pathlib
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 H200 = ROOT / "benchmarks" / "results" / "h200"
 README = ROOT / "README.md"
-EARLIER = "†"  # marks cases that were last measured with the sources of commit 7a3b825
+# Results files, the newest first: a case is shown as it was measured last. The mark says with which sources, as
+# README has them.
+FILES = (("benchmark_lora.json", ""), ("benchmark_lora_0bc905e.json", "†"), ("benchmark_lora_7a3b825.json", "‡"))
+KINDS = ("llama-8b", "high-rank", "linear", "small")
 
 
 def cell(result: dict, who: str) -> str:
     """Time and peak memory; a graph's replay has its memory elsewhere than where the peak is read."""
+    if "failed" in result:
+        return result["failed"]
     measured, frozen = result[who], result["frozen"]
     if measured is None:
         return "out of memory"
@@ -37,17 +42,25 @@ def shape_of(result: dict) -> str:
     return ", ".join([shape, *(text for option, text in options if result.get(option))])
 
 
+def place(result: dict) -> tuple:
+    """Where a case stands in the table."""
+    options = (result.get(name, False) for name in ("checkpointing", "graph", "forward_only"))
+    sizes = (result.get(name, 0) for name in ("batch", "m", "k", "n"))
+    return KINDS.index(result["kind"]), result.get("shape", result["kind"]), *options, *sizes
+
+
 def table() -> str:
     """Markdown of every case in the results files."""
-    results = read("benchmark_lora.json")["results"]
-    results += [{**r, "earlier": True} for r in read("benchmark_lora_7a3b825.json")["results"]]
+    rows = {}
+    for name, mark in FILES:
+        for r in sorted(read(name)["results"], key=place):
+            variant = r["variant"] + (f", r={r['rank']}" if r["rank"] != 32 else "")
+            case = (shape_of(r), variant, r["adapter"] + (", autocast" if r["autocast"] else ""))
+            rows.setdefault(case, (place(r), mark, r))
     lines = ["| Case | Variant | Adapter | Frozen base | lora-fused | PEFT |", "|---|---|---|---|---|---|"]
-    for r in results:
-        shape = shape_of(r) + (EARLIER if r.get("earlier") else "")
-        variant = r["variant"] + (f", r={r['rank']}" if r["rank"] != 32 else "")
-        adapter = r["adapter"] + (", autocast" if r["autocast"] else "")
-        cells = " | ".join(cell(r, who) for who in ("frozen", "ours", "peft"))
-        lines.append(f"| {shape} | {variant} | {adapter} | {cells} |")
+    for (shape, variant, adapter), (_, mark, r) in sorted(rows.items(), key=lambda row: row[1][0]):
+        cells = [f"{shape}{mark}", variant, adapter, *(cell(r, who) for who in ("frozen", "ours", "peft"))]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

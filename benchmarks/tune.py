@@ -33,7 +33,6 @@ TILED = tuple((m, n, k) for m in (512, 2048, 8192) for n, k in ((4096, 4096), (1
 TILES = ((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (128, 128, 32, 4, 3),
          (128, 128, 64, 4, 2))
 WEIGHTS = tuple((n, k, r) for n, k in ((4096, 4096), (8192, 8192), (8192, 28672)) for r in (64, 128, 256, 384))
-TABLES = ((32768, 1024), (32768, 4096), (151936, 2560), (151936, 4096))  # V, H
 EMBEDDED = tuple(itertools.product((512, 2048, 8192, 16384, 65536), (1024, 4096)))  # tokens, H
 VOCABULARY = 32768
 AGREES = 2.0**-6  # of the largest value: three roundings of bfloat16
@@ -91,11 +90,11 @@ def draw(device: torch.device, *operands: tuple[tuple[int, ...], torch.dtype]) -
     return [first] + [[one(*each) for each in operands] for _ in range(more)]
 
 
-def compare(sizes: tuple[int, ...], library, triton, inputs: list, hidden: bool = False) -> Case:
-    """Both take one of `inputs` and give a list of tensors; `hidden`: other work hides the launches."""
+def compare(sizes: tuple[int, ...], library, triton, inputs: list) -> Case:
+    """Both take one of `inputs` and give a list of tensors."""
 
     def time(run) -> float:
-        return max(microseconds(run, inputs), 0.0 if hidden else host_microseconds(lambda: run(inputs[0])))
+        return max(microseconds(run, inputs), host_microseconds(lambda: run(inputs[0])))
 
     right = agrees(lambda: triton(inputs[0]), library(inputs[0]))
     return Case(sizes, time(library), time(triton) if right else math.inf)
@@ -143,14 +142,6 @@ def embedding_cases(kernels, device: torch.device) -> Iterator[Case]:
         yield compare(sizes, lambda t: run(t, "cuda"), lambda t: run(t, "triton"), inputs)
 
 
-def column_norm_cases(kernels, device: torch.device) -> Iterator[Case]:
-    for v, h in TABLES:
-        inputs = draw(device, ((v, h), bfloat16), ((RANK, v), float32), ((h, RANK), float32))
-        modules = kernels.cuda_embedding, kernels.backend.get("triton")
-        library, triton = (lambda t, op=op: [op.column_norm(*t, SCALING)] for op in modules)
-        yield compare((v * h,), library, triton, inputs, hidden=True)  # asked for many tokens alone
-
-
 class Op(NamedTuple):
     cases: Callable[..., Iterator[Case]]
     in_triton: Callable[..., bool]
@@ -161,7 +152,6 @@ OPS = {
     "linear": Op(linear_cases, reaches_all, ("up_add_from",)),
     "row_norm": Op(row_norm_cases, reaches_all, ("row_norm_from_rank", "row_norm_from")),
     "embedding": Op(embedding_cases, passes_any, ("embedding_tokens", "embedding_up_to")),
-    "column_norm": Op(column_norm_cases, reaches_all, ("column_norm_from",)),
 }
 
 

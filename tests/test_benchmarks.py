@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import json
+import re
 import sys
 import types
 
@@ -26,7 +27,7 @@ import tables
 def test_readme_agrees_with_the_results():
     readme = tables.README.read_text()
     assert tables.with_table(readme) == readme
-    assert "| Llama-8B shape, 32 layers, 1×2048 | LoRA | fp32, autocast |" in readme
+    assert re.search(r"\| Llama-8B shape, 32 layers, 1×2048[†‡]? \| LoRA \| fp32, autocast \| \d+ ms, ", readme)
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def test_backend_chooses_by_them(lora_fused, tuned, monkeypatch):
     backend, taken = lora_fused.backend, lora_fused.projection.Taken(True)
     monkeypatch.setattr(backend, "is_hopper", lambda device: False)
     monkeypatch.setattr(backend, "triton_is_there", lambda: True)
-    write(tuned, up_add_from=1000, row_norm_from_rank=8, row_norm_from=8 * 64, column_norm_from=None)
+    write(tuned, up_add_from=1000, row_norm_from_rank=8, row_norm_from=8 * 64)
 
     def choose(work):
         return backend.choose(GPU, torch.bfloat16, taken, lambda: work)
@@ -188,7 +188,7 @@ def test_measurements_become_a_file_that_loads(tuned):
     tiles = {(512, 64, 64): {LARGE: 9.0, NARROW: 7.0}, (8192, 64, 64): {}}
     write(tuned, **tune.configuration(cases, tiles))
     found = tuned.of(GPU)
-    assert found.up_add_from == found.column_norm_from == 2**30
+    assert found.up_add_from == 2**30
     assert found.row_norm_from_rank == found.row_norm_from == math.inf
     assert found.up_add_tiles == (((512, 64, 64), NARROW),)
 

@@ -1,10 +1,9 @@
-// What the norms of rows and of columns share: ‖w + s·b·A‖² = |w|² + 2s b·(A w) + s² b·(A Aᵀ) b.
+// The column norm without B·A: ‖w + s·Aᵀb‖² = |w|² + 2s b·(A w) + s² b·(A Aᵀ) b.
 //
-// w is a row of W [N, K] or a column of W [V, H], b its row of B, A [R, K] or [R, V]. A block sums A w over its
-// share of the long axis on tensor cores and applies B once, at its end, in float32; one block of each share
-// sums A Aᵀ; a last kernel puts them together. So one product of A and W serves for a B of any dtype, and B·A is
-// never there. A float32 A is rounded to W's type, where kSplit in two parts. The terms cancel where s·b·A
-// nearly takes w away: an error of 1e-7 of |w|², not of the result.
+// w is a column of W [V, H], b its row of B. A block sums A w over its share of the vocabulary on tensor cores and
+// applies B once, at its end, in float32; one block of each share sums A Aᵀ; a last kernel puts them together. So
+// one product of A and W serves for a B of any dtype. A float32 A is rounded to W's type, where kSplitA in two
+// parts. The terms cancel where s·b·A nearly takes w away: an error of 1e-7 of |w|², not of the result.
 #pragma once
 
 #include "mma.h"

@@ -5,7 +5,7 @@
 // split into two fp16 parts first (22 bits; a power of two per column of A and row of B keeps
 // them in range) and multiplied in three terms. The tiles are dealt out evenly to as many
 // blocks as the GPU holds; a last kernel adds each row's partial sums in a fixed order, so
-// results are deterministic on a given GPU. What row_norm_gram.cu takes, it computes with fewer products.
+// results are deterministic on a given GPU.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
@@ -15,7 +15,6 @@
 
 #include "../../torch-ext/torch_binding.h"
 #include "../common/row_norm_check.h"
-#include "row_norm_gram.h"
 #include "row_norm_kernel.h"
 
 namespace {
@@ -159,7 +158,6 @@ Tensor row_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& l
   const int device = weight.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor wt = in_rows(weight), at = in_rows(lora_a), bt = in_rows(lora_b);
-  if (row_norm_gram_fits(wt, at, bt)) return row_norm_gram(wt, at, bt, scaling);
   const Matrix w = matrix(wt), a = matrix(at), b = matrix(bt);
   const int64_t n = w.rows, k = w.cols;
   Tensor out = torch::stable::new_empty(wt, {n}, ScalarType::Float);

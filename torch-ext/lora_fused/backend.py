@@ -153,13 +153,9 @@ def get_embedding(name: str) -> ModuleType:
 
 
 def column_norm(name: str, table: Table, scaling: float) -> Tensor:
-    """‖W + s·(B·A)ᵀ‖ by column: on a GPU the native op wherever it takes the table, but Triton for many tokens of
-    a large one, whose time hides its launch."""
+    """‖W + s·(B·A)ᵀ‖ by column: on a GPU the native op wherever it takes the table."""
     kernels = get_embedding(name)
     if kernels is not reference_embedding:
-        hidden = name == TRITON and table.weight.numel() >= tuned.of(table.weight.device).column_norm_from
-        if not hidden and cuda_embedding.norm_fits(table):
-            kernels = cuda_embedding
-        else:
-            kernels = get(TRITON) if triton_is_there() else reference_embedding
+        twin = get(TRITON) if triton_is_there() else reference_embedding
+        kernels = cuda_embedding if cuda_embedding.norm_fits(table) else twin
     return kernels.column_norm(table.weight, table.lora_a, table.lora_b, scaling)

@@ -37,8 +37,6 @@ class Tuned(NamedTuple):
     # Tokens, and multiply-adds of an embedding's delta (M·H·R), up to which the native ops compute it.
     embedding_tokens: float = 8192
     embedding_up_to: float = 2**30
-    # Elements of a table that Triton reads faster than the native op does (docs/performance.md).
-    column_norm_from: float = 2**28
     up_add_tiles: tuple[MeasuredTile, ...] = ()  # none measured: the rule in `triton_ops.up_add`
 
 
