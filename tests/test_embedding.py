@@ -124,14 +124,14 @@ def test_no_gradient_wanted_and_double_backward(lora_fused):
 
 
 def test_saved_for_backward(lora_fused):
-    """The ids, the gathered rows and the norm; nothing of size M×H or V×H beyond the parameters."""
+    """The ids, the gathered rows, the norm and the gain; nothing of size M×H or V×H beyond the parameters."""
     case = Case((50,), 40, 64, 8)
     model = fused(lora_fused, peft_embedding(case, dora=True))
     ids, saved = draw_ids(case), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model(ids)
     known = {p.data_ptr() for p in model.parameters()} | {ids.data_ptr()}
-    assert sorted(tuple(t.shape) for t in saved if t.data_ptr() not in known) == [(50, 8), (64,)]
+    assert sorted(tuple(t.shape) for t in saved if t.data_ptr() not in known) == [(50, 8), (64,), (64,)]
 
 
 def test_the_norm_follows_every_change(lora_fused, device):

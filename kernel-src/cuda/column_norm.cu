@@ -3,7 +3,7 @@
 // W [V,H] in bf16 or fp16, H a multiple of 8; A [R,V], B [H,R] of one dtype, fp32 or W's, R up to 64; all
 // contiguous. The vocabulary is dealt out to as many blocks as the GPU holds; a last kernel adds each
 // column's partial sums in a fixed order, so results are deterministic on a given GPU. column_norm_kernel.h
-// has the kernel and what it rounds.
+// has the kernel and what it rounds; an A of float32 beside a float16 W must lie in that type's range.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>

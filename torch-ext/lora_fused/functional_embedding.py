@@ -45,7 +45,8 @@ def lora_embedding(
     [*ids.shape, H] in weight's dtype, also under autocast. Gradients come in each tensor's own dtype
     and are dense and deterministic; those of A and W are zero at `padding_idx`, that of B is not.
     The reference backend multiplies the adapter in its own dtype, the native ops to 16 bits; Triton
-    rounds it to weight's and sums in float32. Saved for backward: ids, A[:, i]ᵀ, the norm and the operands.
+    rounds it to weight's and sums in float32. Saved for backward: ids, A[:, i]ᵀ, norm, gain and the
+    operands.
 
     Raises ValueError or TypeError naming the tensor, what was seen and what was expected. An id
     outside the vocabulary gives torch's own IndexError on the CPU and, as torch does, a device-side

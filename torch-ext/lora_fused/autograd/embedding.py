@@ -6,8 +6,8 @@ Backward, dy' = g∘dy:    dA[:, v] = Σ over tokens of v of s·e·(dy' B)    dB
 
 g is 1 for LoRA; the norm is detached and computed at every forward, since every optimizer step
 changes it. padding_idx gets no gradient in dA and dW; dB and dm have its tokens' part. Saved for
-backward: ids, A[:, i]ᵀ [M, R] where B is trained, the norm [H] and the operands themselves; W[i] is
-gathered again for dm. g is exactly 1 where m and the norm differ by the norm's rounding alone, so DoRA
+backward: ids, A[:, i]ᵀ [M, R] where B is trained, the norm and g [H] and the operands themselves; W[i]
+is gathered again for dm. g is exactly 1 where m and the norm differ by the norm's rounding alone, so DoRA
 at initialisation changes nothing. (Hu et al. 2021, arXiv:2106.09685, equation 3; Liu et al. 2024,
 arXiv:2402.09353, equations 5 and 11.)
 """
@@ -27,14 +27,13 @@ from .once import once_differentiable
 
 
 def forward_table(ids: Tensor, table: Table, spec: TableSpec, keep: bool):
-    """(y, rows or None, norm or None)."""
-    norm = None if table.magnitude is None else backends.column_norm(spec.backend, table, spec.scaling)
-    y, rows = backends.get_embedding(spec.backend).gather_add(ids, table, spec, _gain(table, norm), keep)
-    return y, rows, norm
-
-
-def _gain(table: Table, norm: Optional[Tensor]) -> Optional[Tensor]:
-    return None if norm is None else ops.gain(table.magnitude, norm)
+    """(y, rows or None, norm or None, gain or None)."""
+    norm = gain = None
+    if table.magnitude is not None:
+        norm = backends.column_norm(spec.backend, table, spec.scaling)
+        gain = ops.gain(table.magnitude, norm)
+    y, rows = backends.get_embedding(spec.backend).gather_add(ids, table, spec, gain, keep)
+    return y, rows, norm, gain
 
 
 class LoraEmbeddingFunction(torch.autograd.Function):
@@ -46,19 +45,18 @@ class LoraEmbeddingFunction(torch.autograd.Function):
         table = Table(*tensors)
         needs = Table(*ctx.needs_input_grad[2:])
         with without_autocast(table.weight):
-            y, rows, norm = forward_table(ids, table, spec, needs.lora_b or needs.magnitude)
+            y, *kept = forward_table(ids, table, spec, needs.lora_b or needs.magnitude)
         ctx.spec = spec
-        ctx.save_for_backward(ids, rows, norm, *tensors)
+        ctx.save_for_backward(ids, *kept, *tensors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        ids, rows, norm, *tensors = ctx.saved_tensors
+        ids, rows, norm, gain, *tensors = ctx.saved_tensors
         spec, table, needs = ctx.spec, Table(*tensors), Table(*ctx.needs_input_grad[2:])
         dw = None
         with without_autocast(dy):
-            gain = _gain(table, norm)
             da, db, dm = _gradients(dy, ids, rows, table, spec, gain, norm, needs)
             if needs.weight:
                 dw = _weight_grad(dy.reshape(-1, dy.shape[-1]), ids.reshape(-1), table, spec, gain)
