@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from cases import DEVICE, LINEARS, Case, assert_as_good, peft_linear, peft_llama, randomise_adapters, tiny_llama
+from heads import assert_same, functions, heads, inner, learned, step
 from kernels import Mode, kernelize
 from peft import EvaConfig, LoftQConfig, LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
@@ -15,7 +16,6 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 from test_fallbacks import assert_peft_runs, explain, kernelized, uses_fused_function
-from test_siblings import assert_same, functions, heads, inner, learned, step
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from cases import DEVICE, Case, peft_linear
+from heads import assert_same, functions, heads, inner, learned, step
 from test_fallbacks import kernelized
-from test_siblings import assert_same, functions, heads, inner, learned, step
 
 pytestmark = pytest.mark.usefixtures("on_device")
 SHAPES = dict(

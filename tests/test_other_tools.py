@@ -6,6 +6,7 @@ import accelerate
 import pytest
 import torch
 from cases import DEVICE, peft_llama
+from heads import assert_same, functions, heads, inner, learned, step
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from test_adapters import tokens
@@ -13,7 +14,6 @@ from test_fallbacks import explain, kernelized
 from test_gated import assert_same as assert_same_mlp
 from test_gated import glu, mlp_of
 from test_gated import step as mlp_step
-from test_siblings import assert_same, functions, heads, inner, learned, step
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")
