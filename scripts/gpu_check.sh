@@ -37,6 +37,8 @@ if command -v compute-sanitizer >/dev/null; then
     compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" scripts/check_gemm.py --sanitize >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
     compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$PYTHON" scripts/check_skinny.py --sanitize >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
+    compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" scripts/check_embedding.py cuda >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
     compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" scripts/check_dequantize.py >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
@@ -46,6 +48,7 @@ fi
 "$PYTHON" scripts/check_row_norm.py >"$OUT/row_norm.log" 2>&1
 row_norm=$?
 "$PYTHON" scripts/check_gemm.py >>"$OUT/row_norm.log" 2>&1 || row_norm=$?
+"$PYTHON" scripts/check_skinny.py >>"$OUT/row_norm.log" 2>&1 || row_norm=$?
 "$PYTHON" scripts/check_embedding.py >>"$OUT/row_norm.log" 2>&1 || row_norm=$?
 "$PYTHON" benchmarks/compare_lora.py --out "$OUT/benchmark_lora.json" >"$OUT/benchmark.log" 2>&1
 benchmark=$?

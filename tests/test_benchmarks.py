@@ -241,7 +241,7 @@ def measured(monkeypatch):
     def measure(model, inputs, case):
         compare_lora.step(model, inputs, case["autocast"])
         seen.append(sum("forward" in vars(module) for module in model.modules()))
-        return dict(ms=1.0 + len(seen), peak_gb=1.0, transient_gb=0.5)
+        return dict(ms=1.0 + len(seen), min_ms=1.0, peak_gb=1.0, transient_gb=0.5)
 
     monkeypatch.setattr(compare_lora, "measure", measure)
     return seen
@@ -249,8 +249,14 @@ def measured(monkeypatch):
 
 def test_a_case_measures_frozen_ours_and_peft(lora_fused, device, measured):
     result = compare_lora.run_case(LINEAR, lora_fused, device)
-    assert measured == [0, 1, 0]
-    assert "frozen    2.000 ms" in compare_lora.describe(result) and "ours  1.50x" in compare_lora.describe(result)
+    assert measured == [0, 1, 0, 1, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0, 0]  # in turns, each once a round
+    assert "frozen    9.000 ms" in compare_lora.describe(result) and "ours  1.11x" in compare_lora.describe(result)
+    assert "PEFT  0.89x" in compare_lora.describe(result)
+
+
+def test_a_model_is_measured_once_each_way(lora_fused, device, measured):
+    result = compare_lora.run_case(LLAMA, lora_fused, device)
+    assert [count > 0 for count in measured] == [False, True, False]
     assert "PEFT  2.00x" in compare_lora.describe(result)
 
 

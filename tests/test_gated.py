@@ -184,24 +184,36 @@ def test_float32_adapters_as_on_a_gpu(lora_fused, monkeypatch, dora):
     assert calls and all(calls)
 
 
+class Checkpointed(nn.Module):
+    """An MLP and, where given, what comes after it, computed again in backward."""
+
+    def __init__(self, ours, after, reentrant):
+        super().__init__()
+        self.ours, self.after, self.reentrant = ours, after, reentrant
+
+    def forward(self, x):
+        return checkpoint(lambda x: self.after(self.ours(x)), x * 1, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("config", (dict(lora_dropout=0.3), dict(use_dora=True)), ids=("lora", "dora"))
+@pytest.mark.parametrize("after", (nn.Identity(), nn.Tanh()), ids=("last", "not last"))
 @pytest.mark.parametrize("reentrant", (False, True))
-def test_checkpointing(lora_fused, reentrant):
-    model, x = glu(lora_dropout=0.3), torch.randn(5, 32, dtype=torch.float64)
-    ours = kernelized(lora_fused, model)
-
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.ours = ours
-
-        def forward(self, x):
-            return checkpoint(self.ours, x * 1, use_reentrant=reentrant)
-
+def test_checkpointing(lora_fused, monkeypatch, reentrant, after, config):
+    """What is not needed again is not computed again: LoRA's last product, where nothing that comes after it is
+    saved. The reentrant kind asks for all of it."""
+    native = lora_fused.autograd.native
+    made = []
+    forward = native._Down.forward
+    monkeypatch.setattr(native._Down, "forward", staticmethod(lambda *args: made.append(0) or forward(*args)))
+    ours, x = kernelized(lora_fused, glu(**config)), torch.randn(5, 32, dtype=torch.float64)
     torch.manual_seed(8)
-    expected = step(ours, x)
+    expected = step(nn.Sequential(ours, after), x)
+    assert not made
     torch.manual_seed(8)
-    result = step(Checkpointed(), x)
-    assert_same({name.removeprefix("ours."): value for name, value in result.items()}, expected)
+    result = step(Checkpointed(ours, after, reentrant), x)
+    assert_same({name.replace("ours.", "0."): value for name, value in result.items()}, expected)
+    lora = "use_dora" not in config
+    assert len(made) == (lora and (reentrant or isinstance(after, nn.Tanh)))
 
 
 def test_no_gradient_wanted(lora_fused):

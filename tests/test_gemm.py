@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+import threading
 
 import pytest
 import torch
@@ -42,6 +43,15 @@ def test_in_a_graph(gemm):
         gemm(a, b, True, out)
     a[0].normal_()
     graph.replay()
+    torch.testing.assert_close(out, a[0] @ b[0].t())
+
+
+def test_as_a_thread_s_first_call(gemm):
+    """A thread that has not used the GPU has no context of the driver yet."""
+    a, b, out = operands()
+    thread = threading.Thread(target=gemm, args=(a, b, True, out))
+    thread.start()
+    thread.join()
     torch.testing.assert_close(out, a[0] @ b[0].t())
 
 

@@ -24,6 +24,8 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "gemm(Tensor[] a, Tensor[] b, bool b_rows_are_n, Tensor(a!) out, Tensor? bias=None, "
       "Tensor? gain=None, Tensor(b!)? z=None, bool accumulate=False) -> ()");
   ops.def(
+      "skinny(Tensor[] x, Tensor[] other, Tensor(a!)[] out, float scaling, bool across, bool hopper) -> ()");
+  ops.def(
       "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
       "Tensor?[] lora_b, Tensor?[] gains, float[] scalings, Tensor? seeds, float[] dropouts, "
       "Tensor[] scales, int[] quantized, bool exact) "
@@ -37,7 +39,8 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "gated_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
       "Tensor?[] lora_b, Tensor?[] gains, float[] scalings, Tensor? seeds, float[] dropouts, "
-      "Tensor[] scales, int[] quantized, bool exact, int activation, int gate_half) -> (Tensor, Tensor[], Tensor[], Tensor[])");
+      "Tensor[] scales, int[] quantized, bool exact, int activation, int gate_half, "
+      "bool up_to_h) -> (Tensor, Tensor[], Tensor[], Tensor[])");
   ops.def(
       "gated_backward(Tensor dy, Tensor x, Tensor[] outputs, Tensor[] us, Tensor[] ts, "
       "Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, "
@@ -73,6 +76,7 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("dora_gains", TORCH_BOX(&dora_gains));
   ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_cuda));
   ops.impl("gemm", TORCH_BOX(&gemm_cuda));
+  ops.impl("skinny", TORCH_BOX(&skinny_cuda));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
   ops.impl("gated_forward", TORCH_BOX(&gated_forward));

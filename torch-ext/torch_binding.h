@@ -66,7 +66,8 @@ gated_forward(const torch::stable::Tensor& x, lora_fused::Tensors weights,
               lora_fused::Optionals lora_b, lora_fused::Optionals gains,
               std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
               std::vector<double> dropouts, lora_fused::Tensors scales,
-              std::vector<int64_t> quantized, bool exact, int64_t activation, int64_t gate_half);
+              std::vector<int64_t> quantized, bool exact, int64_t activation, int64_t gate_half,
+              bool up_to_h);
 std::tuple<lora_fused::Tensors, lora_fused::Tensors> gated_backward(
     const torch::stable::Tensor& dy, const torch::stable::Tensor& x, lora_fused::Tensors outputs,
     lora_fused::Tensors us, lora_fused::Tensors ts, lora_fused::Tensors weights,
@@ -81,6 +82,11 @@ void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n,
                torch::stable::Tensor out, std::optional<torch::stable::Tensor> bias,
                std::optional<torch::stable::Tensor> gain, std::optional<torch::stable::Tensor> z,
                bool accumulate);
+
+// out = scaling · x otherᵀ [M, R], or xᵀ other [C, R] where across, of each of a list; `hopper`: by skinny_sm90,
+// else by the kernels of skinny.cu. An error where those don't serve.
+void skinny_cuda(lora_fused::Tensors x, lora_fused::Tensors other, lora_fused::Tensors out, double scaling, bool across,
+                 bool hopper);
 
 // On CUDA alone: the CPU computes an embedding with the library's products.
 torch::stable::Tensor column_norm_cuda(const torch::stable::Tensor& weight,

@@ -5,7 +5,8 @@
 //
 // Gate and up may be the halves of one projection. The activation and h are computed again in
 // backward. DoRA's gain on gate and up rides in the activation's pass where they have no dropout:
-// their y is never written, `outputs` holds u.
+// their y is never written, `outputs` holds u. `up_to_h` leaves out down's product and gives h [M, I] for y: all that
+// the backward needs, for LoRA, is there before it.
 #include <tuple>
 
 #include "../../torch-ext/torch_binding.h"
@@ -61,18 +62,19 @@ struct Halves {
 std::tuple<Tensor, Tensors, Tensors, Tensors> gated_forward(
     const Tensor& x, Tensors weights, Optionals biases, Optionals lora_a, Optionals lora_b, Optionals gains,
     std::vector<double> scalings, std::optional<Tensor> seeds, std::vector<double> dropouts, Tensors scales,
-    std::vector<int64_t> quantized, bool exact, int64_t activation, int64_t gate_half) {
+    std::vector<int64_t> quantized, bool exact, int64_t activation, int64_t gate_half, bool up_to_h) {
   const OnDevice device(x);
   const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact};
   const size_t inputs = weights.size() - 1;
   const Members in(lists, 0, inputs), out(lists, inputs, 1);
+  STD_TORCH_CHECK(!up_to_h || !out.gain(0), "gated_forward: DoRA's backward needs the last product");
   const Halves halves{inputs == 1, gate_half};
   const View rows = matrix(x);
   Outputs first = project(rows, rows.tensor(), in, /*scaled_too=*/false);
   const auto [gate, up] = halves.of(first.ys);
   const View h = fresh_like(gate);
   run_gated({gate, up, h, {}, {}, {}, activation, halves.gain(in, 0), halves.gain(in, 1)});
-  Outputs last = project(h, x, out, /*scaled_too=*/true);
+  Outputs last = up_to_h ? Outputs{{h.tensor()}, {}, project_down(h, out)} : project(h, x, out, /*scaled_too=*/true);
   Tensors us;  // of members whose output is not their u, and of down
   size_t next_u = 0;
   for (size_t i = 0; i < inputs; ++i) {

@@ -58,14 +58,19 @@ std::tuple<Tensors, Tensors> dora_gains(Tensors weights, Tensors lora_a, Tensors
                                         std::vector<double> scalings) {
   const OnDevice device(weights[0]);
   Tensors norms, gains;
-  for (size_t i = 0; i < weights.size(); ++i) {
 #if defined(CUDA_KERNEL)
-    if (weights[i].is_cuda()) {
-      norms.push_back(row_norm_cuda(weights[i], lora_a[i], lora_b[i], scalings[i]));
-      gains.push_back(gain_cuda(magnitudes[i], norms.back()));
-      continue;
+  if (weights[0].is_cuda()) {
+    std::vector<RowNorm> all;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      for (Tensors* vectors : {&norms, &gains})
+        vectors->push_back(empty(weights[i], {weights[i].size(0)}, ScalarType::Float));
+      all.push_back({weights[i], lora_a[i], lora_b[i], norms[i], scalings[i], magnitudes[i], gains[i]});
     }
+    row_norms_cuda(all);
+    return {norms, gains};
+  }
 #endif
+  for (size_t i = 0; i < weights.size(); ++i) {
     norms.push_back(row_norm_cpu(weights[i], lora_a[i], lora_b[i], scalings[i]));
     gains.push_back(gain_cpu(magnitudes[i], norms.back()));
   }

@@ -92,6 +92,14 @@ struct DroppedUp {
   Dropped mask;
 };
 
+// norm [N] = ‖weight + scaling·b a‖ by row, in float32, and where there is a magnitude gain = magnitude / norm
+// (gain.h), both in float32.
+struct RowNorm {
+  torch::stable::Tensor weight, a, b, norm;
+  double scaling;
+  MaybeTensor magnitude = std::nullopt, gain = std::nullopt;
+};
+
 void gated_cpu(const Gated& gated);
 void scale_cpu(const Scale& scale);
 void token_sums_cpu(const TokenSums& sums);
@@ -101,6 +109,8 @@ void part_sums_cpu(const std::vector<PartSum>& sums);
 #if defined(CUDA_KERNEL)
 // All conversions in as few launches as their number allows.
 void cast_all_cuda(const std::vector<Cast>& casts);
+// A launch for each, and one before and one after for all.
+void row_norms_cuda(const std::vector<RowNorm>& norms);
 void part_sums_cuda(const std::vector<PartSum>& sums);
 void gated_cuda(const Gated& gated);
 void scale_cuda(const Scale& scale);
@@ -113,6 +123,14 @@ void skinny_down_cuda(const std::vector<SkinnyDown>& entries);
 void skinny_outer_cuda(const std::vector<SkinnyOuter>& entries);
 // dx += the sum of all terms.
 void dropped_up_add_cuda(const View& dx, const std::vector<DroppedUp>& terms);
+
+// The same two products on Hopper, without a mask and up to rank 128; a of either layout. Each list is one launch for
+// every eight entries, which share the dtype alone.
+bool skinny_sm90_serves(const View& matrix);  // as x, a or t of one
+bool skinny_sm90_serves(const SkinnyDown& product);
+bool skinny_sm90_serves(const SkinnyOuter& product);
+void skinny_sm90(const std::vector<SkinnyDown>& products);
+void skinny_sm90(const std::vector<SkinnyOuter>& products);
 #endif
 
 }  // namespace lora_fused

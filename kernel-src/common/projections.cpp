@@ -57,6 +57,23 @@ void sum_tokens(const TokenSums& work) {
   token_sums_cpu(work);
 }
 
+// Up to so many tokens a step waits for the host, and one launch for all skinny products of a group is
+// worth more than the library's best product for each.
+constexpr int64_t kOneLaunchTokens = 1024, kOneLaunchTokensOnHopper = 2048, kOneLaunchRank = 64;
+
+bool waits_for_host(const View& x) {
+  const auto dtype = x.scalar_type();
+  return x.is_cuda() && (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) && x.size(0) <= kOneLaunchTokens;
+}
+
+// How the backward wants B: the skinny kernels read its columns, those for Hopper either way.
+Adapters::Layout layout_of_b(const View& x) {
+#if defined(CUDA_KERNEL)
+  if (skinny_sm90_serves(x)) return Adapters::kAsStored;
+#endif
+  return waits_for_host(x) ? Adapters::kTransposed : Adapters::kAsStored;
+}
+
 // Whether the kernels of skinny products take these operands.
 bool is_skinny(std::initializer_list<const View*> operands) {
 #if defined(CUDA_KERNEL)
@@ -68,13 +85,53 @@ bool is_skinny(std::initializer_list<const View*> operands) {
 #endif
 }
 
-// Up to so many tokens a step waits for the host, and one launch for all skinny products of a group is
-// worth more than the library's best product for each.
-constexpr int64_t kOneLaunchTokens = 1024, kOneLaunchRank = 64;
+const View& other_of(const SkinnyDown& product) { return product.a; }
+const View& other_of(const SkinnyOuter& product) { return product.t; }
+int64_t rank_of(const SkinnyDown& product) { return product.t.size(1); }
+int64_t rank_of(const SkinnyOuter& product) { return product.t.size(1); }
 
-bool waits_for_host(const View& x) {
-  const auto dtype = x.scalar_type();
-  return x.is_cuda() && (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) && x.size(0) <= kOneLaunchTokens;
+#if defined(CUDA_KERNEL)
+void run_skinny(const std::vector<SkinnyDown>& products) { skinny_down_cuda(products); }
+void run_skinny(const std::vector<SkinnyOuter>& products) { skinny_outer_cuda(products); }
+#endif
+
+// Skinny products of one kind that go out together.
+template <typename Product>
+class Together {
+ public:
+  // False where the library's product is to be taken instead; so it is by `hopper_alone` on any other GPU.
+  bool takes(const Product& product, bool hopper_alone = false) {
+#if defined(CUDA_KERNEL)
+    if (!product.x.is_cuda()) return false;
+    if (product.x.size(0) <= kOneLaunchTokensOnHopper && skinny_sm90_serves(product)) {
+      on_hopper_.push_back(product);
+      return true;
+    }
+    const bool pays = product.mask || (waits_for_host(product.x) && rank_of(product) <= kOneLaunchRank);
+    if (hopper_alone || !pays || !is_skinny({&product.x, &other_of(product)})) return false;
+    products_.push_back(product);
+    return true;
+#else
+    return false;
+#endif
+  }
+
+  void run() const {
+#if defined(CUDA_KERNEL)
+    if (!on_hopper_.empty()) skinny_sm90(on_hopper_);
+    if (!products_.empty()) run_skinny(products_);
+#endif
+  }
+
+ private:
+  std::vector<Product> products_, on_hopper_;
+};
+
+// out = scaling · x aᵀ by itself.
+void multiply_down(const View& out, const View& x, const View& a, double scaling) {
+  Together<SkinnyDown> down;
+  if (down.takes({x, a, out, scaling, std::nullopt}, /*hopper_alone=*/true)) return down.run();
+  multiply(out, x, a.transposed(), scaling, /*add=*/false);
 }
 
 View dropped(const View& x, const Dropped& mask) {
@@ -179,7 +236,7 @@ Tensor project_down(const View& x, const Members& members, const Adapters& adapt
     const int64_t ranks = adapters.ranks();
     if (ranks == 0) return whole;
     const View wide = empty(x.base(), {x.size(0), 2 * ranks}, ScalarType::Float);
-    multiply(wide, x, adapters.a->rows(0, 2 * ranks).transposed(), 1.0, /*add=*/false);
+    multiply_down(wide, x, adapters.a->rows(0, 2 * ranks), 1.0);
     std::vector<PartSum> sums;
     for (size_t i = 0; i < members.count(); ++i) {
       if (!members.a(i)) continue;
@@ -198,27 +255,29 @@ Tensor project_down(const View& x, const Members& members, const Adapters& adapt
     shared = members.scaling(i);
   }
   if (share) {
-    if (shared) multiply(t, x, adapters.a->transposed(), *shared, /*add=*/false);
+    if (shared) multiply_down(t, x, *adapters.a, *shared);
     return whole;
   }
-  std::vector<SkinnyDown> fused;
+  Together<SkinnyDown> together;
   for (size_t i = 0; i < members.count(); ++i) {
     if (!members.a(i)) continue;
     const View part = adapters.part(t, i), a = adapters.a_of(i);
-    if (members.masked(i) && !members.gain(i) && is_skinny({&x, &a})) {
-      fused.push_back({x, a, part, members.scaling(i), members.mask(i)});
+    if (members.masked(i) && !members.gain(i) && together.takes({x, a, part, members.scaling(i), members.mask(i)}))
       continue;
-    }
     if (members.masked(i)) drops[i] = dropped(x, members.mask(i));
-    multiply(part, drops[i] ? *drops[i] : x, a.transposed(), members.scaling(i), /*add=*/false);
+    multiply_down(part, drops[i] ? *drops[i] : x, a, members.scaling(i));
   }
-#if defined(CUDA_KERNEL)
-  if (!fused.empty()) skinny_down_cuda(fused);
-#endif
+  together.run();
   return whole;
 }
 
 }  // namespace
+
+Tensor project_down(const View& x, const Members& members) {
+  const Adapters adapters(x, members, /*need_a=*/true, /*need_b=*/false);
+  std::vector<MaybeView> drops(members.count());
+  return project_down(x, members, adapters, drops);
+}
 
 Outputs project(const View& x, const Tensor& like, const Members& members, bool scaled_too) {
   const Adapters adapters(x, members, true, true);
@@ -263,7 +322,7 @@ Backward::Backward(const Members& members, const View& x, const Given& given)
       excesses_(members.count()),
       dots_(members.count()),
       sums_(members.count()),
-      adapters_(x, members, given.need_dx, true, waits_for_host(x) ? Adapters::kTransposed : Adapters::kAsStored) {
+      adapters_(x, members, given.need_dx, true, layout_of_b(x)) {
   size_t next_u = 0;
   bool any_dt = need_dx_;
   for (size_t i = 0; i < members.count(); ++i) {
@@ -289,7 +348,7 @@ void Backward::project_down_exactly() {
       continue;
     }
     const View wide = empty(x_.base(), {x_.size(0), 2 * rank}, ScalarType::Float);
-    multiply(wide, *lora_dys_[i], adapters_.b[i]->columns(0, 2 * rank), 1.0, /*add=*/false);
+    multiply_down(wide, *lora_dys_[i], adapters_.b[i]->columns(0, 2 * rank).transposed(), 1.0);
     sums.push_back(part_sum(wide, 0, rank, members_.scaling(i), *dt_, first, rank));
   }
   sum_parts(sums);
@@ -299,7 +358,7 @@ void Backward::project_down_exactly() {
 void Backward::project_down() {
   const Tensor whole = empty(x_.base(), {x_.size(0), adapters_.ranks()}, x_.scalar_type());
   dt_ = whole;
-  std::vector<SkinnyDown> fused;
+  Together<SkinnyDown> together;
   for (size_t i = 0; i < members_.count(); ++i) {
     if (!members_.a(i)) continue;
     const View part = adapters_.part(*dt_, i);
@@ -308,15 +367,10 @@ void Backward::project_down() {
       torch::stable::zero_(unused);
       continue;
     }
-    const View b = adapters_.b[i]->transposed();
-    if (waits_for_host(x_) && members_.rank(i) <= kOneLaunchRank && is_skinny({&*lora_dys_[i], &b}))
-      fused.push_back({*lora_dys_[i], b, part, members_.scaling(i), std::nullopt});
-    else
+    if (!together.takes({*lora_dys_[i], adapters_.b[i]->transposed(), part, members_.scaling(i), std::nullopt}))
       multiply(part, *lora_dys_[i], *adapters_.b[i], members_.scaling(i), /*add=*/false);
   }
-#if defined(CUDA_KERNEL)
-  if (!fused.empty()) skinny_down_cuda(fused);
-#endif
+  together.run();
 }
 
 // g∘dy, and what else of dy is wanted, in one pass; plain LoRA needs none.
@@ -417,56 +471,43 @@ void Backward::parameters_exactly(const View& x, const View& t, Tensors& grads) 
 }
 
 void Backward::parameters(const View& x, const View& t, Tensors& grads) const {
+  if (members_.exact()) return parameters_exactly(x, t, grads);
   std::vector<Cast> casts;
-  // left right in `dtype`: as the library can, or by a conversion of the product in x's dtype.
-  const auto product = [&](const View& left, const View& right, ScalarType dtype) {
-    const Tensor wanted = empty(x.base(), {left.size(0), right.size(1)}, dtype);
+  Together<SkinnyOuter> together;
+  // tᵀ D(input) or, turned, its transpose, in `dtype`: with all others of its kind, by the library into what is
+  // wanted, or by a conversion of its product in x's dtype.
+  const auto product = [&](const View& t, const View& input, ScalarType dtype, bool turned,
+                           const std::optional<Dropped>& mask) {
+    const int64_t rank = t.size(1), cols = input.size(1);
+    const std::vector<int64_t> sizes{turned ? cols : rank, turned ? rank : cols};
+    const Tensor wanted = empty(x.base(), sizes, dtype);
     const bool direct = dtype == x.scalar_type() || (dtype == ScalarType::Float && gives_float(x));
-    const Tensor own = direct ? wanted : empty(x.base(), {left.size(0), right.size(1)}, x.scalar_type());
-    multiply(own, left, right, 1.0, /*add=*/false);
+    if (direct && together.takes({t, input, wanted, turned, mask})) return wanted;
+    const Tensor own = direct ? wanted : empty(x.base(), sizes, x.scalar_type());
+    const View from = mask ? dropped(input, *mask) : input;
+    turned ? multiply(own, from.transposed(), t, 1.0, /*add=*/false) : multiply(own, t.transposed(), from, 1.0, /*add=*/false);
     if (!direct) casts.push_back({own, wanted});
     return wanted;
   };
-  if (members_.exact()) return parameters_exactly(x, t, grads);
   const bool share = !members_.any_masked();
-  std::vector<SkinnyOuter> fused;
-  // tᵀ D(input), or its transpose, with all others of its kind.
-  const auto one_launch = [&](const View& t, const View& input, ScalarType dtype, bool turned,
-                              const std::optional<Dropped>& mask) {
-    if (!mask && !(waits_for_host(x) && t.size(1) <= kOneLaunchRank)) return false;
-    if (dtype != ScalarType::Float && dtype != x.scalar_type()) return false;
-    if (!is_skinny({&t, &input})) return false;
-    const int64_t rank = t.size(1), cols = input.size(1);
-    grads.push_back(empty(x.base(), {turned ? cols : rank, turned ? rank : cols}, dtype));
-    fused.push_back({t, input, grads.back(), turned, mask});
-    return true;
-  };
   std::optional<Tensor> all;  // dA of all members
   for (size_t i = 0; i < members_.count(); ++i) {
     if (needs(i, kNeedA)) {
       const ScalarType dtype = members_.a(i)->scalar_type();
-      const View dt = adapters_.part(*dt_, i);
-      const auto mask = members_.masked(i) ? std::optional<Dropped>(members_.mask(i)) : std::nullopt;
-      const bool done = one_launch(dt, x, dtype, /*turned=*/false, mask);
-      if (!done && (mask || !share)) {
-        grads.push_back(product(dt.transposed(), mask ? dropped(x, *mask) : x, dtype));
-      } else if (!done) {
-        if (!all || all->scalar_type() != dtype) all = product(dt_->transposed(), x, dtype);
+      if (share) {
+        if (!all || all->scalar_type() != dtype) all = product(*dt_, x, dtype, /*turned=*/false, std::nullopt);
         grads.push_back(View(*all).rows(adapters_.first[i], members_.rank(i)).tensor());
+      } else {
+        const auto mask = members_.masked(i) ? std::optional<Dropped>(members_.mask(i)) : std::nullopt;
+        grads.push_back(product(adapters_.part(*dt_, i), x, dtype, /*turned=*/false, mask));
       }
     }
-    if (needs(i, kNeedB)) {
-      const ScalarType dtype = members_.b(i)->scalar_type();
-      const View part = adapters_.part(t, i);
-      if (!one_launch(part, *lora_dys_[i], dtype, /*turned=*/true, std::nullopt))
-        grads.push_back(product(lora_dys_[i]->transposed(), part, dtype));
-    }
+    if (needs(i, kNeedB))
+      grads.push_back(product(adapters_.part(t, i), *lora_dys_[i], members_.b(i)->scalar_type(), /*turned=*/true, std::nullopt));
     if (needs(i, kNeedBias)) grads.push_back(*sums_[i]);
     if (needs(i, kNeedMagnitude)) grads.push_back(*dots_[i]);
   }
-#if defined(CUDA_KERNEL)
-  if (!fused.empty()) skinny_outer_cuda(fused);
-#endif
+  together.run();
   if (!casts.empty()) cast_all(casts);
 }
 

@@ -99,6 +99,9 @@ struct Outputs {
 // member's y is left out, and its place in ys holds u.
 Outputs project(const View& x, const Tensor& like, const Members& members, bool scaled_too);
 
+// Outputs::t alone, of members without a gain.
+Tensor project_down(const View& x, const Members& members);
+
 // The backward of `project`, in the two steps that a gated MLP needs apart.
 class Backward {
  public:

@@ -2,8 +2,9 @@
 //
 // Fused: nested absmax and values in one launch. Bound by memory: half a byte read and an element
 // written per value. A thread takes 32 values in groups of eight, four of float32: four or two bytes
-// in, 16 out, neighbouring threads side by side, all reads of a thread in flight at once. The 16 values of the code stand in shared memory, one a bank. Operands that are not aligned, and
-// the last values of a weight, go byte by byte.
+// in, 16 out, neighbouring threads side by side, all reads of a thread in flight at once: both codes stand in
+// shared memory, so that no read waits for another. Operands that are not aligned, and the last values of a
+// weight, go byte by byte.
 #include "../common/four_bit.h"
 
 #include <cuda_bf16.h>
@@ -37,13 +38,22 @@ __device__ __forceinline__ void convert(__nv_bfloat16* out, float value) {
 }
 __device__ __forceinline__ void convert(__half* out, float value) { *out = __float2half_rn(value); }
 
+// What absmax of a block is made of, as read: two loads that do not wait for each other.
 template <bool kNested>
-__device__ __forceinline__ float absmax_of(const FourBit& p, int64_t block) {
-  if constexpr (!kNested) return __ldg(p.absmax + block);
-  const float product = __fmul_rn(__ldg(p.nested_code + __ldg(p.absmax_codes + block)),
-                                  __ldg(p.nested_absmax + (block >> p.nested_shift)));
-  return __fadd_rn(product, __ldg(p.offset));
-}
+struct Absmax {
+  float value;    // nested: of its own block
+  uint32_t code;  // nested: its place in nested_code
+
+  __device__ __forceinline__ Absmax() = default;
+  __device__ __forceinline__ Absmax(const FourBit& p, int64_t block) {
+    value = __ldg(kNested ? p.nested_absmax + (block >> p.nested_shift) : p.absmax + block);
+    if constexpr (kNested) code = __ldg(p.absmax_codes + block);
+  }
+  __device__ __forceinline__ float get(const float* nested_code, float offset) const {
+    if constexpr (!kNested) return value;
+    return __fadd_rn(__fmul_rn(nested_code[code], value), offset);
+  }
+};
 
 template <typename T>
 struct alignas(16) Group {
@@ -55,14 +65,19 @@ __global__ void __launch_bounds__(kThreads)
     dequantize_4bit_fwd_kernel(const __grid_constant__ FourBit p) {
   constexpr int kValues = kGroup<T>, kUnroll = kPerThread / kValues;
   using Bytes = std::conditional_t<kValues == 8, uint32_t, uint16_t>;  // of a group
-  __shared__ float code[16];
+  __shared__ float code[16], nested_code[kNested ? kThreads : 1];
   if (threadIdx.x < 16) code[threadIdx.x] = kCodes[p.fp4][threadIdx.x];
+  float offset = 0.0f;
+  if constexpr (kNested) {
+    nested_code[threadIdx.x] = __ldg(p.nested_code + threadIdx.x);
+    offset = __ldg(p.offset);
+  }
   const int64_t start = int64_t{blockIdx.x} * kPerBlock, flat = p.first + start;
   const int left = static_cast<int>(min(p.count - start, int64_t{kPerBlock}));
   const uint8_t* const packed = p.packed + flat / 2;
   T* const out = static_cast<T*>(p.out) + start;
   uint32_t bytes[kUnroll];
-  float absmax[kUnroll];
+  Absmax<kNested> absmax[kUnroll];
   if constexpr (kVector) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -70,7 +85,7 @@ __global__ void __launch_bounds__(kThreads)
       const int at = (u * kThreads + threadIdx.x) * kValues;
       const int64_t from = at + kValues <= left ? flat + at : p.first;
       bytes[u] = __ldg(reinterpret_cast<const Bytes*>(p.packed + from / 2));
-      absmax[u] = absmax_of<kNested>(p, from >> p.shift);
+      absmax[u] = Absmax<kNested>(p, from >> p.shift);
     }
   }
   __syncthreads();
@@ -80,10 +95,11 @@ __global__ void __launch_bounds__(kThreads)
     if (at >= left) return;
     if (kVector && at + kValues <= left) {
       Group<T> group;
+      const float scale = absmax[u].get(nested_code, offset);
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {  // the high half of each byte comes first
         const uint32_t q = (bytes[u] >> (4 * (i ^ 1))) & 15;
-        convert(&group.value[i], __fmul_rn(code[q], absmax[u]));
+        convert(&group.value[i], __fmul_rn(code[q], scale));
       }
       *reinterpret_cast<Group<T>*>(out + at) = group;
       continue;
@@ -91,7 +107,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
     for (int i = at; i < min(at + kValues, left); ++i) {
       const uint32_t byte = packed[i / 2], q = i % 2 ? byte & 15 : byte >> 4;
-      convert(out + i, __fmul_rn(code[q], absmax_of<kNested>(p, (flat + i) >> p.shift)));
+      const float scale = Absmax<kNested>(p, (flat + i) >> p.shift).get(nested_code, offset);
+      convert(out + i, __fmul_rn(code[q], scale));
     }
   }
 }

@@ -12,6 +12,8 @@
 #include "../../torch-ext/torch_binding.h"
 #include "../common/gemm.h"
 #include "gemm_sm90_kernel.h"
+#include "hopper.h"
+#include "stream.h"
 
 namespace {
 
@@ -23,49 +25,6 @@ using lora_fused::View;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                            const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
-                            CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
-                            CUtensorMapFloatOOBfill);
-
-// From the driver that is loaded, so that the library needs no link to it.
-Encode encoder() {
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                    cudaEnableDefault, &found));
-    STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "gemm: the driver has no tensor maps");
-    return reinterpret_cast<Encode>(function);
-  }();
-  return encode;
-}
-
-bool is_brain(const View& m) { return m.scalar_type() == ScalarType::BFloat16; }
-
-// Boxes of `rows` rows and 64 columns of a matrix with contiguous rows.
-void encode(CUtensorMap& map, const View& m, int rows) {
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(m.size(1)),
-                              static_cast<cuuint64_t>(m.size(0))};
-  const cuuint64_t stride = static_cast<cuuint64_t>(m.stride(0)) * 2;
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(rows)}, steps[] = {1, 1};
-  const CUresult result = encoder()(
-      &map, is_brain(m) ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-      const_cast<void*>(m.const_data_ptr()), sizes, &stride, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  STD_TORCH_CHECK(result == CUDA_SUCCESS, "gemm: cuTensorMapEncodeTiled failed with ",
-                  static_cast<int>(result));
-}
-
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-
-int tiles(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); }
-
 template <typename T, int kBlockN, bool kRowsAreN>
 void launch(const Gemm& gemm, int count) {
   Arguments args;
@@ -73,13 +32,13 @@ void launch(const Gemm& gemm, int count) {
   args.steps = 0;
   for (int s = 0; s < args.segments; ++s) {
     const GemmSegment& segment = gemm.segments[s];
-    encode(args.a[s], segment.a, kBlockM);
-    encode(args.b[s], segment.b, kRowsAreN ? kBlockN / kCluster : kBlockK);
+    encode_boxes(args.a[s], segment.a, kBlockM);
+    encode_boxes(args.b[s], segment.b, kRowsAreN ? kBlockN / kCluster : kBlockK);
     args.steps_of[s] = tiles(segment.a.size(1), kBlockK);
     args.steps += args.steps_of[s];
   }
-  encode(args.out, gemm.out, 16);
-  if (gemm.z) encode(args.z, *gemm.z, 16);
+  encode_boxes(args.out, gemm.out, 16);
+  if (gemm.z) encode_boxes(args.z, *gemm.z, 16);
   args.tiles_m = tiles(gemm.out.size(0), kBlockM * kCluster);
   args.tiles_n = tiles(gemm.out.size(1), kBlockN);
   args.n = static_cast<int>(gemm.out.size(1));
@@ -91,25 +50,9 @@ void launch(const Gemm& gemm, int count) {
   const auto kernel = gemm_kernel<T, kBlockN, kRowsAreN>;
   constexpr int kBytes = Layout<kBlockN>::bytes;
   static std::atomic<uint64_t> prepared{0};  // a bit for each device
-  if (!(prepared >> device & 1)) {
-    STD_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-    prepared |= uint64_t(1) << device;
-  }
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(
-      kCluster * std::min(args.tiles_m * args.tiles_n, count / kCluster));
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = kBytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
+  allow_shared_memory(kernel, kBytes, device, prepared);
+  const int blocks = kCluster * std::min(args.tiles_m * args.tiles_n, count / kCluster);
+  launch_clusters(kernel, blocks, kCluster, kThreads, kBytes, stream_of(gemm.out), args);
 }
 
 // How out is cut into tiles. Narrow ones take half the time of wide ones and a fifth more, which
@@ -129,8 +72,6 @@ struct Tiling {
   }
 };
 
-int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
-
 template <typename T, bool kRowsAreN>
 void launch(const Gemm& gemm) {
   const int count = multiprocessors(gemm.out.get_device_index());
@@ -140,11 +81,9 @@ void launch(const Gemm& gemm) {
     launch<T, 256, kRowsAreN>(gemm, count);
 }
 
-// The copy engine takes it: contiguous rows at multiples of 16 bytes.
+// A matrix of out's dtype that the copy engine takes.
 bool fits(const View& m, const View& like, int64_t rows, int64_t cols) {
-  return m.size(0) == rows && m.size(1) == cols && m.is_cuda() &&
-         m.scalar_type() == like.scalar_type() && m.stride(1) == 1 && m.stride(0) >= cols &&
-         m.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(m.const_data_ptr()) % 16 == 0;
+  return m.size(0) == rows && m.size(1) == cols && m.scalar_type() == like.scalar_type() && takes_boxes(m);
 }
 
 bool fits(const Tensor& v, ScalarType dtype, int64_t count) {
@@ -160,13 +99,11 @@ bool gemm_sm90_serves(const Gemm& gemm) {
   const View& out = gemm.out;
   if (!out.is_cuda() || gemm.segments.empty() || gemm.segments.size() > kGemmSegments) return false;
   const ScalarType dtype = out.scalar_type();
-  const int64_t m = out.size(0), n = out.size(1), limit = int64_t(1) << 22;
-  if (!(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) || m < 1 || n < 1 ||
-      m > limit || n > limit || n % 8 != 0 || !fits(out, out, m, n))
-    return false;
+  const int64_t m = out.size(0), n = out.size(1);
+  if (n % 8 != 0 || !takes_boxes(out)) return false;
   for (const GemmSegment& segment : gemm.segments) {
     const int64_t k = segment.a.size(1);
-    if (k < 1 || k > limit || !fits(segment.a, out, m, k)) return false;
+    if (!fits(segment.a, out, m, k)) return false;
     if (!(gemm.b_rows_are_n ? fits(segment.b, out, n, k) : fits(segment.b, out, k, n)))
       return false;
   }
@@ -175,9 +112,7 @@ bool gemm_sm90_serves(const Gemm& gemm) {
   if (gemm.gain && !(fits(*gemm.gain, ScalarType::Float, n) && fits(*gemm.z, out, m, n)))
     return false;
   if (gemm.accumulate && (gemm.gain || gemm.bias)) return false;
-  const int device = out.get_device_index();
-  return attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
-         attribute(cudaDevAttrComputeCapabilityMinor, device) == 0;
+  return is_hopper(out.get_device_index());
 }
 
 bool gemm_sm90_pays(const View& out) {

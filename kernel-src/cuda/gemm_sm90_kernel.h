@@ -200,7 +200,7 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
       wgmma_fence();
 #pragma unroll
       for (int part = 0; part < kBlockK / kPart; ++part)
-        wgmma<T, !kRowsAreN>(acc, a + part * kNextA, b + part * kNextB, step + part > 0);
+        wgmma<T, 0, !kRowsAreN>(acc, a + part * kNextA, b + part * kNextB, step + part > 0);
       wgmma_commit();
       if (step < kParts && held_row >= 0) {
 #pragma unroll

@@ -12,10 +12,15 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "../../torch-ext/torch_binding.h"
+#include "../common/gain.h"
+#include "../common/lora_group.h"
+#include "../common/products.h"
 #include "../common/row_norm_check.h"
 #include "row_norm_kernel.h"
+#include "stream.h"
 
 namespace {
 
@@ -50,58 +55,80 @@ __device__ __forceinline__ void split(float x, int exponent, __half* high, __hal
   *low = __float2half(isfinite(scaled) ? scaled - __half2float(*high) : 0.0f);
 }
 
-// a_parts [2·ranks, lda]: low parts, then high parts. b_parts [n, 2·ranks]: high, then low.
-// The first ceil(lda/32) blocks split 32 columns of A each, the others 8 rows of B.
-__global__ void __launch_bounds__(256)
-    row_norm_split_kernel(__half* __restrict__ a_parts, __half* __restrict__ b_parts,
-                          float* __restrict__ col_scale, float* __restrict__ row_scale,
-                          Matrix a, Matrix b, int64_t ranks, int64_t lda) {
+// A and B of one norm in parts: a_parts [2·ranks, lda], low parts, then high parts; b_parts [n, 2·ranks], high,
+// then low.
+struct Split {
+  __half *a_parts, *b_parts;
+  float *col_scale, *row_scale;
+  Matrix a, b;
+  int64_t ranks, lda;
+};
+
+struct SplitBatch {
+  Split of[kNorms];
+};
+
+// Of norm blockIdx.y. The first lda / 32 blocks split 32 columns of A each, the others 8 rows of B.
+__global__ void __launch_bounds__(256) row_norm_split_kernel(const __grid_constant__ SplitBatch batch) {
+  const Split& s = batch.of[blockIdx.y];
   const int x = threadIdx.x % 32, y = threadIdx.x / 32;
-  const int64_t a_blocks = lda / 32;
+  const int64_t a_blocks = s.lda / 32;
   if (blockIdx.x < a_blocks) {
     __shared__ float largest[8][32];
     const int64_t col = blockIdx.x * int64_t{32} + x;
     float top = 0.0f;
-    for (int64_t r = y; r < a.rows; r += 8) top = fmaxf(top, fabsf(load(a, r, col)));
+    for (int64_t r = y; r < s.a.rows; r += 8) top = fmaxf(top, fabsf(load(s.a, r, col)));
     largest[y][x] = top;
     __syncthreads();
     for (int i = 0; i < 8; ++i) top = fmaxf(top, largest[i][x]);
     const int exponent = exponent_for(top);
-    if (y == 0) col_scale[col] = ldexpf(1.0f, -exponent);
-    for (int64_t r = y; r < ranks; r += 8)
-      split(load(a, r, col), exponent, a_parts + (ranks + r) * lda + col,
-            a_parts + r * lda + col);
+    if (y == 0) s.col_scale[col] = ldexpf(1.0f, -exponent);
+    for (int64_t r = y; r < s.ranks; r += 8)
+      split(load(s.a, r, col), exponent, s.a_parts + (s.ranks + r) * s.lda + col, s.a_parts + r * s.lda + col);
   } else {
     const int64_t row = (blockIdx.x - a_blocks) * 8 + y;
-    if (row >= b.rows) return;
+    if (row >= s.b.rows) return;
     float top = 0.0f;
-    for (int64_t r = x; r < b.cols; r += 32) top = fmaxf(top, fabsf(load(b, row, r)));
+    for (int64_t r = x; r < s.b.cols; r += 32) top = fmaxf(top, fabsf(load(s.b, row, r)));
     for (int offset = 16; offset > 0; offset /= 2)
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
     const int exponent = exponent_for(top);
-    if (x == 0) row_scale[row] = ldexpf(1.0f, -exponent);
-    for (int64_t r = x; r < ranks; r += 32) {
-      __half* high = b_parts + row * 2 * ranks + r;
-      split(load(b, row, r), exponent, high, high + ranks);
+    if (x == 0) s.row_scale[row] = ldexpf(1.0f, -exponent);
+    for (int64_t r = x; r < s.ranks; r += 32) {
+      __half* high = s.b_parts + row * 2 * s.ranks + r;
+      split(load(s.b, row, r), exponent, high, high + s.ranks);
     }
   }
 }
 
-// out[n] = sqrt of the row's partial sums, added in the order of the blocks that made them.
-__global__ void row_norm_finish_kernel(float* __restrict__ out,
-                                       const float* __restrict__ partial, int64_t n,
-                                       int64_t row_blocks, int64_t col_tiles,
-                                       int64_t blocks) {
+struct Finish {
+  float *norm, *gain;
+  const float *magnitude, *partial;  // no magnitude: no gain
+  int64_t n, row_blocks, col_tiles, blocks;
+  float unit;  // of gain_of
+};
+
+struct FinishBatch {
+  Finish of[kNorms];
+};
+
+// Of norm blockIdx.y: the root of each row's partial sums, added in the order of the blocks that made
+// them, and the gain.
+__global__ void row_norm_finish_kernel(const __grid_constant__ FinishBatch batch) {
+  const Finish& f = batch.of[blockIdx.y];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row >= n) return;
-  const int64_t row_block = row / kRows, tiles = row_blocks * col_tiles;
-  const int64_t tile = row_block * col_tiles;
-  const int64_t first = ((tile + 1) * blocks - 1) / tiles;
-  const int64_t last = ((tile + col_tiles) * blocks - 1) / tiles;
+  if (row >= f.n) return;
+  const int64_t row_block = row / kRows, tiles = f.row_blocks * f.col_tiles;
+  const int64_t tile = row_block * f.col_tiles;
   float total = 0.0f;
-  for (int64_t b = first; b <= last; ++b)
-    total += partial[(b + row_block) * kRows + row % kRows];
-  out[row] = sqrtf(total);
+  if (tiles > 0) {
+    const int64_t first = ((tile + 1) * f.blocks - 1) / tiles;
+    const int64_t last = ((tile + f.col_tiles) * f.blocks - 1) / tiles;
+    for (int64_t b = first; b <= last; ++b) total += f.partial[(b + row_block) * kRows + row % kRows];
+  }
+  const float norm = sqrtf(total);
+  f.norm[row] = norm;
+  if (f.magnitude != nullptr) f.gain[row] = gain_of<float>(f.magnitude[row], norm, f.unit);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -150,82 +177,146 @@ int64_t plan(RowNormArgs& p, int64_t limit) {
   return 0;
 }
 
-}  // namespace
+// One norm and what it needs until it is launched.
+struct Work {
+  Tensor w, a, b, norm;
+  MaybeTensor magnitude, gain;
+  double scaling;
+  RowNormArgs args{};
+  Matrix a_matrix, b_matrix;
+  int64_t bytes, ranks, lda, floats;  // of shared memory; of the parts; of the scratch buffer
+  bool direct;                        // A and B as they are
+};
 
-Tensor row_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
-                     double scaling) {
-  lora_fused::check_row_norm(weight, lora_a, lora_b, /*cuda=*/true);
-  const int device = weight.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor wt = in_rows(weight), at = in_rows(lora_a), bt = in_rows(lora_b);
-  const Matrix w = matrix(wt), a = matrix(at), b = matrix(bt);
+Work work_of(const RowNorm& of) {
+  check_row_norm(of.weight, of.a, of.b, /*cuda=*/true);
+  Work work{in_rows(of.weight), in_rows(of.a), in_rows(of.b), of.norm, of.magnitude, of.gain, of.scaling};
+  if (of.magnitude) check_gain(*of.magnitude, of.norm, /*cuda=*/true);
+  const int device = of.weight.get_device_index();
+  const Matrix w = matrix(work.w), a = matrix(work.a), b = matrix(work.b);
+  work.a_matrix = a, work.b_matrix = b;
   const int64_t n = w.rows, k = w.cols;
-  Tensor out = torch::stable::new_empty(wt, {n}, ScalarType::Float);
-  if (n == 0) return out;
-  if (k == 0) return torch::stable::fill_(out, 0.0);
-
-  const bool direct = a.dtype == b.dtype && a.dtype != kFloat && aligned(a) && aligned(b);
+  work.direct = a.dtype == b.dtype && a.dtype != kFloat && aligned(a) && aligned(b);
   const int period = static_cast<int>(std::max<int64_t>(1, ceil_div(a.rows, kRanks)));
-  RowNormArgs p{};
+  RowNormArgs& p = work.args;
   p.w = w.data, p.w_dtype = w.dtype, p.w_vector = aligned(w);
   p.n = n, p.k = k;
   p.period = period;
   // Two steps a tile at least where one W tile is all that small GPUs can hold.
-  p.steps = direct ? std::max(period, w.dtype == kFloat ? 2 : 1) : 3 * period;
-  p.scaling = static_cast<float>(scaling);
+  p.steps = work.direct ? std::max(period, w.dtype == kFloat ? 2 : 1) : 3 * period;
+  p.scaling = static_cast<float>(of.scaling);
 
   const int64_t block_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int64_t all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   constexpr int64_t kFixed = 2 * kRows * 4;  // the kernel's row sums
   int per_sm = 2;
-  int64_t bytes = plan(p, std::min(block_limit, all / per_sm - 1024) - kFixed);
-  if (bytes == 0) per_sm = 1, bytes = plan(p, block_limit - kFixed);
-  STD_TORCH_CHECK(bytes > 0, "row_norm: needs 98 KiB of shared memory a block");
+  work.bytes = plan(p, std::min(block_limit, all / per_sm - 1024) - kFixed);
+  if (work.bytes == 0) per_sm = 1, work.bytes = plan(p, block_limit - kFixed);
+  STD_TORCH_CHECK(work.bytes > 0, "row_norm: needs 98 KiB of shared memory a block");
   p.row_blocks = ceil_div(n, kRows);
   p.col_tiles = ceil_div(k, kCols);
-  const int64_t blocks =
-      std::min(p.row_blocks * p.col_tiles,
-               int64_t{per_sm} * device_attribute(cudaDevAttrMultiProcessorCount, device));
+  p.blocks = std::min(p.row_blocks * p.col_tiles,
+                      int64_t{per_sm} * device_attribute(cudaDevAttrMultiProcessorCount, device));
+  // Partial sums, scales, parts; every piece a multiple of 16 bytes.
+  work.ranks = int64_t{period} * kRanks, work.lda = p.col_tiles * kCols;
+  work.floats = (p.blocks + p.row_blocks) * kRows;
+  if (!work.direct) work.floats += p.row_blocks * kRows + work.lda + (work.lda + n) * work.ranks;
+  return work;
+}
 
-  // One buffer: partial sums, scales, parts; every piece a multiple of 16 bytes.
-  const int64_t ranks = int64_t{period} * kRanks, lda = p.col_tiles * kCols;
-  const int64_t sums = (blocks + p.row_blocks) * kRows, scales = p.row_blocks * kRows + lda;
-  const int64_t parts = (lda + n) * 2 * ranks / 2;  // in floats
-  Tensor buffer =
-      torch::stable::new_empty(wt, {sums + (direct ? 0 : scales + parts)}, ScalarType::Float);
-  float* partial = static_cast<float*>(buffer.mutable_data_ptr());
-
-  void* stream_ptr = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_ptr));
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_ptr);
-  if (direct) {
-    p.a = static_cast<const uint16_t*>(a.data), p.b = static_cast<const uint16_t*>(b.data);
-    p.a_rows = a.rows, p.lda = k, p.ldb = a.rows;
-  } else {
-    float* row_scale = partial + sums;
-    float* col_scale = row_scale + p.row_blocks * kRows;
-    __half* a_parts = reinterpret_cast<__half*>(col_scale + lda);
-    __half* b_parts = a_parts + 2 * ranks * lda;
-    row_norm_split_kernel<<<static_cast<unsigned>(lda / 32 + ceil_div(n, 8)), 256, 0,
-                            stream>>>(a_parts, b_parts, col_scale, row_scale, a, b, ranks,
-                                      lda);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    p.a = reinterpret_cast<const uint16_t*>(a_parts);
-    p.b = reinterpret_cast<const uint16_t*>(b_parts);
-    p.a_rows = p.ldb = 2 * ranks, p.lda = lda;
-    p.row_scale = row_scale, p.col_scale = col_scale;
+// Gives the work its place in the scratch buffer.
+void place(Work& work, float* scratch) {
+  RowNormArgs& p = work.args;
+  p.partial = scratch;
+  if (work.direct) {
+    p.a = static_cast<const uint16_t*>(work.a_matrix.data), p.b = static_cast<const uint16_t*>(work.b_matrix.data);
+    p.a_rows = work.a_matrix.rows, p.lda = p.k, p.ldb = work.a_matrix.rows;
+    return;
   }
+  float* const row_scale = scratch + (p.blocks + p.row_blocks) * kRows;
+  float* const col_scale = row_scale + p.row_blocks * kRows;
+  p.row_scale = row_scale, p.col_scale = col_scale;
+  p.a = reinterpret_cast<const uint16_t*>(col_scale + work.lda);
+  p.b = p.a + 2 * work.ranks * work.lda;
+  p.a_rows = p.ldb = 2 * work.ranks, p.lda = work.lda;
+}
 
-  const auto kernel = direct && a.dtype == kBFloat16 ? row_norm_fwd_kernel<__nv_bfloat16>
-                                                     : row_norm_fwd_kernel<__half>;
+Split split_of(const Work& work) {
+  const RowNormArgs& p = work.args;
+  const auto parts = [](const uint16_t* of) { return reinterpret_cast<__half*>(const_cast<uint16_t*>(of)); };
+  return {parts(p.a), parts(p.b), const_cast<float*>(p.col_scale), const_cast<float*>(p.row_scale),
+          work.a_matrix, work.b_matrix, work.ranks, work.lda};
+}
+
+Finish finish_of(const Work& work) {
+  const auto floats = [](const MaybeTensor& t) { return t ? static_cast<float*>(t->mutable_data_ptr()) : nullptr; };
+  const RowNormArgs& p = work.args;
+  constexpr float kUnit = static_cast<float>(kGainUnits) * std::numeric_limits<float>::epsilon();
+  return {floats(work.norm), floats(work.gain), floats(work.magnitude), p.partial, p.n,
+          p.row_blocks,      p.col_tiles,       p.blocks,               kUnit};
+}
+
+// One launch a norm: with several in one, their arguments read by an index, it took 8 % longer.
+void launch_norm(const Work& work, cudaStream_t stream) {
+  if (work.args.blocks == 0) return;
+  const auto kernel = work.direct && work.a_matrix.dtype == kBFloat16 ? row_norm_fwd_kernel<__nv_bfloat16>
+                                                                      : row_norm_fwd_kernel<__half>;  // parts as well
   STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(bytes)));
-  kernel<<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(partial, p);
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(work.bytes)));
+  kernel<<<static_cast<unsigned>(work.args.blocks), kThreads, work.bytes, stream>>>(work.args);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  row_norm_finish_kernel<<<static_cast<unsigned>(ceil_div(n, 256)), 256, 0, stream>>>(
-      static_cast<float*>(out.mutable_data_ptr()), partial, n, p.row_blocks, p.col_tiles,
-      blocks);
+}
+
+void launch_splits(const std::vector<Work>& works, cudaStream_t stream) {
+  SplitBatch batch{};
+  unsigned splits = 0;
+  int64_t blocks = 0;
+  for (const Work& work : works) {
+    if (work.direct) continue;
+    batch.of[splits++] = split_of(work);
+    blocks = std::max(blocks, work.lda / 32 + ceil_div(work.args.n, 8));
+  }
+  if (splits == 0) return;
+  row_norm_split_kernel<<<dim3(static_cast<unsigned>(blocks), splits), 256, 0, stream>>>(batch);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return out;
+}
+
+void launch_finish(const std::vector<Work>& works, cudaStream_t stream) {
+  constexpr int kFinishThreads = 256;
+  FinishBatch batch{};
+  int64_t most = 1;
+  for (size_t i = 0; i < works.size(); ++i) {
+    batch.of[i] = finish_of(works[i]);
+    most = std::max(most, works[i].args.n);
+  }
+  const dim3 grid(static_cast<unsigned>(ceil_div(most, kFinishThreads)), static_cast<unsigned>(works.size()));
+  row_norm_finish_kernel<<<grid, kFinishThreads, 0, stream>>>(batch);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+void lora_fused::row_norms_cuda(const std::vector<RowNorm>& norms) {
+  for (size_t first = 0; first < norms.size(); first += kNorms) {
+    std::vector<Work> works;
+    int64_t floats = 0;
+    for (size_t i = first; i < std::min(norms.size(), first + kNorms); ++i) {
+      works.push_back(work_of(norms[i]));
+      floats += works.back().floats;
+    }
+    const Tensor scratch = empty(works[0].w, {floats}, ScalarType::Float);
+    float* next = static_cast<float*>(scratch.mutable_data_ptr());
+    for (Work& work : works) place(work, next), next += work.floats;
+    const cudaStream_t stream = stream_of(works[0].w);
+    launch_splits(works, stream);
+    for (const Work& work : works) launch_norm(work, stream);
+    launch_finish(works, stream);
+  }
+}
+
+Tensor row_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, double scaling) {
+  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
+  const Tensor norm = torch::stable::new_empty(weight, {weight.size(0)}, ScalarType::Float);
+  row_norms_cuda({{weight, lora_a, lora_b, norm, scaling}});
+  return norm;
 }

@@ -23,10 +23,13 @@ constexpr int kAChunks = kCols / 8;  // of 16 bytes in a row of A
 constexpr int kAStep = kRanks * kCols * 2;  // bytes of A in one step
 constexpr int kBStep = kRows * kRanks * 2;  // bytes of B in one step
 
+constexpr int kNorms = 8;    // of one launch
+
 enum Dtype : int { kFloat, kBFloat16, kHalf };
 
 struct RowNormArgs {
-  const void* w;  // [n, k]
+  float* partial;  // [blocks + row_blocks, 128]
+  const void* w;   // [n, k]
   int w_dtype;
   bool w_vector;  // rows of W are 16-byte aligned
   int64_t n, k;
@@ -39,7 +42,7 @@ struct RowNormArgs {
   float scaling;
   const float* row_scale;  // [n] and [whole tiles], or null for 1
   const float* col_scale;
-  int64_t row_blocks, col_tiles;
+  int64_t row_blocks, col_tiles, blocks;
   int stages, w_buffers, w_lead;  // W of a tile is asked for w_lead steps ahead of the tile
   bool b_resident;
 };
@@ -178,7 +181,7 @@ __device__ __forceinline__ void add_squares(float (&sums)[4][2], float (&acc)[4]
 // from one to the next either the block or the row block grows by one.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
-    row_norm_fwd_kernel(float* __restrict__ partial, const RowNormArgs p) {
+    row_norm_fwd_kernel(const RowNormArgs p) {
   extern __shared__ __align__(128) char smem[];
   __shared__ float row_sums[2][kRows];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -311,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       float sum = 0.0f;
 #pragma unroll
       for (int c = 0; c < 2; ++c) sum += row_sums[c][row];
-      partial[(blockIdx.x + row_block) * kRows + row] = sum;
+      p.partial[(blockIdx.x + row_block) * kRows + row] = sum;
     }
   }
 }

@@ -8,12 +8,14 @@
 // operations an element. Tensor cores (mma.sync), float32 sums; every sum has one owner, so results
 // are deterministic.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 
+#include "../../torch-ext/torch_binding.h"
 #include "../common/lora_group.h"
 #include "skinny_kernels.h"
 #include "stream.h"
@@ -160,4 +162,34 @@ void lora_fused::skinny_outer_cuda(const std::vector<SkinnyOuter>& entries) {
 
 void lora_fused::dropped_up_add_cuda(const View& dx, const std::vector<DroppedUp>& terms) {
   run_as(terms, dx, dx.mutable_data_ptr());
+}
+
+void skinny_cuda(Tensors x, Tensors other, Tensors out, double scaling, bool across, bool hopper) {
+  STD_TORCH_CHECK(!x.empty() && x.size() == other.size() && x.size() == out.size(), "skinny: ", x.size(), " x, ",
+                  other.size(), " other, ", out.size(), " out");
+  const torch::stable::accelerator::DeviceGuard guard(x[0].get_device_index());
+  std::vector<SkinnyDown> downs;
+  std::vector<SkinnyOuter> outers;
+  for (size_t i = 0; i < x.size(); ++i) {
+    STD_TORCH_CHECK(x[i].dim() == 2 && other[i].dim() == 2 && out[i].dim() == 2, "skinny: expected matrices");
+    const int64_t rows = x[i].size(0), cols = x[i].size(1), ranks = out[i].size(1);
+    STD_TORCH_CHECK(out[i].size(0) == (across ? cols : rows) && other[i].size(0) == (across ? rows : ranks) &&
+                        other[i].size(1) == (across ? ranks : cols) && x[i].scalar_type() == x[0].scalar_type() &&
+                        (hopper || rows == x[0].size(0)),
+                    "skinny: shapes or dtypes of entry ", i);
+    bool serves;
+    if (across) {
+      const bool turned = out[i].stride(1) == 1;
+      outers.push_back({other[i], x[i], turned ? View(out[i]) : View(out[i]).transposed(), turned, std::nullopt});
+      serves = hopper ? skinny_sm90_serves(outers.back()) : skinny_serves(x[i]) && skinny_serves(other[i]);
+    } else {
+      downs.push_back({x[i], other[i], out[i], scaling, std::nullopt});
+      serves = hopper ? skinny_sm90_serves(downs.back()) : skinny_serves(x[i]) && skinny_serves(other[i]);
+    }
+    STD_TORCH_CHECK(serves, "skinny: not for this device, these dtypes, shapes or strides");
+  }
+  if (across)
+    hopper ? skinny_sm90(outers) : skinny_outer_cuda(outers);
+  else
+    hopper ? skinny_sm90(downs) : skinny_down_cuda(downs);
 }

@@ -28,6 +28,10 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t
                : "memory");
 }
 
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // `barrier` of any block of the cluster, from cluster_address. Orders no ordinary writes for other
 // blocks: a release at cluster scope would cost a fence of global memory.
 __device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier) {
@@ -57,11 +61,27 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
+__device__ __forceinline__ uint32_t cluster_size() {
+  uint32_t blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+}
+
 // The address in the shared memory of block `rank` that `address` has here.
 __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t rank) {
   uint32_t mapped;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
   return mapped;
+}
+
+// Four floats at an address of cluster_address.
+__device__ __forceinline__ float4 cluster_load(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
 }
 
 __device__ __forceinline__ void cluster_sync() {
@@ -205,55 +225,81 @@ __device__ __forceinline__ void keep_below(float (&acc)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(acc[i])::"memory");
 }
 
+#define WGMMA_REGISTERS_8 \
+  "%0, %1, %2, %3, %4, %5, %6, %7"
+#define WGMMA_REGISTERS_16 \
+  WGMMA_REGISTERS_8 ", " \
+  "%8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_REGISTERS_32 \
+  WGMMA_REGISTERS_16 ", " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_REGISTERS_48 \
+  WGMMA_REGISTERS_32 ", " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_REGISTERS_64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  WGMMA_REGISTERS_48 ", " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define WGMMA_REGISTERS_128 \
   WGMMA_REGISTERS_64 ", " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, " \
+  "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, " \
+  "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, " \
+  "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define WGMMA_OUT_8(d, i)                                                                      \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
-#define WGMMA_OUT_32(d, i) \
-  WGMMA_OUT_8(d, i), WGMMA_OUT_8(d, i + 8), WGMMA_OUT_8(d, i + 16), WGMMA_OUT_8(d, i + 24)
+#define WGMMA_OUT_16(d, i) WGMMA_OUT_8(d, i), WGMMA_OUT_8(d, i + 8)
+#define WGMMA_OUT_32(d, i) WGMMA_OUT_16(d, i), WGMMA_OUT_16(d, i + 16)
+#define WGMMA_OUT_48(d, i) WGMMA_OUT_32(d, i), WGMMA_OUT_16(d, i + 32)
 #define WGMMA_OUT_64(d, i) WGMMA_OUT_32(d, i), WGMMA_OUT_32(d, i + 32)
 #define WGMMA_OUT_128(d, i) WGMMA_OUT_64(d, i), WGMMA_OUT_64(d, i + 64)
 
-// OPERANDS: "%a, %b, p, 1, 1, 0, %t;" with the numbers that follow those of the accumulator.
-#define WGMMA(ROWS, TYPE, COUNT, KEEP, OPERANDS)                                               \
+// OPERANDS: "%a, %b, p, 1, 1, %s, %t;" with the numbers that follow those of the accumulator.
+#define WGMMA_OF(COLUMNS, TYPE, COUNT, KEEP, OPERANDS)                                         \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " KEEP ", 0;\n"                               \
-               "wgmma.mma_async.sync.aligned.m64n" ROWS "k16.f32." TYPE "." TYPE               \
+               "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "." TYPE            \
                " {" WGMMA_REGISTERS_##COUNT "}, " OPERANDS "\n}\n"                             \
                : WGMMA_OUT_##COUNT(acc, 0)                                                     \
-               : "l"(a), "l"(b), "r"(keep), "n"(kTransposeB))
+               : "l"(a), "l"(b), "r"(keep), "n"(kTransposeA), "n"(kTransposeB))
+#define WGMMA(COLUMNS, COUNT, KEEP, OPERANDS)                    \
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)                \
+    WGMMA_OF(COLUMNS, "bf16", COUNT, KEEP, OPERANDS);            \
+  else                                                           \
+    WGMMA_OF(COLUMNS, "f16", COUNT, KEEP, OPERANDS)
 
-// acc [64, N] (+)= a [64, 16] b [16, N], N = 2 kCount; keep = 0 overwrites acc. kTransposeB: b is
-// contiguous along N. Thread l of warp w holds rows 16 w + l / 4 (+ 8 in elements 4 j + 2 and + 3)
-// and columns 8 j + 2 (l % 4) (+ 1 in odd elements).
-template <typename T, int kTransposeB, int kCount>
+// acc [64, N] (+)= a [64, 16] b [16, N], N = 2 kCount; keep = 0 overwrites acc. kTransposeA: a is
+// contiguous along M; kTransposeB: b along N. Thread l of warp w holds rows 16 w + l / 4 (+ 8 in
+// elements 4 j + 2 and + 3) and columns 8 j + 2 (l % 4) (+ 1 in odd elements).
+template <typename T, int kTransposeA, int kTransposeB, int kCount>
 __device__ __forceinline__ void wgmma(float (&acc)[kCount], uint64_t a, uint64_t b, int keep) {
-  static_assert(kCount == 64 || kCount == 128);
-  constexpr bool kBrain = std::is_same_v<T, __nv_bfloat16>;
-  if constexpr (kCount == 128 && kBrain)
-    WGMMA("256", "bf16", 128, "%130", "%128, %129, p, 1, 1, 0, %131;");
-  else if constexpr (kCount == 128)
-    WGMMA("256", "f16", 128, "%130", "%128, %129, p, 1, 1, 0, %131;");
-  else if constexpr (kBrain)
-    WGMMA("128", "bf16", 64, "%66", "%64, %65, p, 1, 1, 0, %67;");
-  else
-    WGMMA("128", "f16", 64, "%66", "%64, %65, p, 1, 1, 0, %67;");
+  static_assert(kCount == 8 || kCount == 16 || kCount == 32 || kCount == 48 || kCount == 64 || kCount == 128);
+  if constexpr (kCount == 8) {
+    WGMMA("16", 8, "%10", "%8, %9, p, 1, 1, %11, %12;");
+  } else if constexpr (kCount == 16) {
+    WGMMA("32", 16, "%18", "%16, %17, p, 1, 1, %19, %20;");
+  } else if constexpr (kCount == 32) {
+    WGMMA("64", 32, "%34", "%32, %33, p, 1, 1, %35, %36;");
+  } else if constexpr (kCount == 48) {
+    WGMMA("96", 48, "%50", "%48, %49, p, 1, 1, %51, %52;");
+  } else if constexpr (kCount == 64) {
+    WGMMA("128", 64, "%66", "%64, %65, p, 1, 1, %67, %68;");
+  } else if constexpr (kCount == 128) {
+    WGMMA("256", 128, "%130", "%128, %129, p, 1, 1, %131, %132;");
+  }
 }
 
 #undef WGMMA
+#undef WGMMA_OF
 #undef WGMMA_OUT_8
+#undef WGMMA_OUT_16
 #undef WGMMA_OUT_32
+#undef WGMMA_OUT_48
 #undef WGMMA_OUT_64
 #undef WGMMA_OUT_128
+#undef WGMMA_REGISTERS_8
+#undef WGMMA_REGISTERS_16
+#undef WGMMA_REGISTERS_32
+#undef WGMMA_REGISTERS_48
 #undef WGMMA_REGISTERS_64
 #undef WGMMA_REGISTERS_128
 

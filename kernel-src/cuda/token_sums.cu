@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "../common/lora_group.h"
+#include "../common/products.h"
 #include "columns.h"
 #include "stream.h"
 
@@ -188,7 +189,7 @@ void run(const TokenSums& s) {
   a.shares = std::max<int64_t>(1, (a.rows + a.share_rows - 1) / a.share_rows);
   const bool summed = a.dots != nullptr || a.sums != nullptr;
   const auto dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-  const Tensor shares = torch::stable::new_empty(s.dy.base(), {summed ? 2 : 0, a.shares, a.cols}, dtype);
+  const Tensor shares = empty(s.dy.base(), {summed ? 2 : 0, a.shares, a.cols}, dtype);
   a.dot_shares = static_cast<Wide<T>*>(shares.mutable_data_ptr());
   a.sum_shares = a.dot_shares + a.shares * a.cols;
   const cudaStream_t stream = stream_of(s.dy);

@@ -49,8 +49,8 @@ def _dora_gains_fake(weights, lora_a, lora_b, magnitudes, scalings):
 
 def dora_gains(weights, lora_a, lora_b, magnitudes, scalings) -> tuple[list[Tensor], list[Tensor]]:
     """(`row_norm`, `gain`) of each member, in float32."""
-    magnitudes = [magnitude.to(torch.float32).contiguous() for magnitude in magnitudes]
-    return ops.dora_gains(weights, lora_a, lora_b, magnitudes, scalings)
+    ready = [m if m.dtype == torch.float32 and m.is_contiguous() else m.float().contiguous() for m in magnitudes]
+    return ops.dora_gains(weights, lora_a, lora_b, ready, scalings)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("dequantize_4bit"))
@@ -100,8 +100,9 @@ def _lora_backward_fake(
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_forward"))
 def _gated_forward_fake(
-    x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact, activation, gate_half
-):
+    x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact, activation,
+    gate_half, up_to_h,
+):  # fmt: skip
     rows = x[..., 0].numel()
     ranks = [0 if a is None else (3 if exact else 1) * a.shape[0] for a in lora_a]
     widths = _widths(weights, quantized)
@@ -109,7 +110,9 @@ def _gated_forward_fake(
     ts = [x.new_empty(rows, sum(ranks[:-1])), x.new_empty(rows, ranks[-1])]
     kept = [gain is not None and (p > 0 or i == len(gains) - 1) for i, (gain, p) in enumerate(zip(gains, dropouts))]
     us = [x.new_empty(rows, n) for n, keep in zip(widths, kept) if keep]
-    return x.new_empty(*x.shape[:-1], widths[-1]), outputs, us, ts
+    h = (rows, sum(widths[:-1]) // 2)
+    y = x.new_empty(h if up_to_h else (*x.shape[:-1], widths[-1]))
+    return y, outputs, us, ts
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_backward"))

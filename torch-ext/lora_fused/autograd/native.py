@@ -215,13 +215,18 @@ class NativeGroupFunction(torch.autograd.Function):
 
 
 def _gated_forward(
-    projections: Sequence[Projection], exact: bool, options: tuple[int, int], x: Tensor, seeds: Optional[Tensor]
+    projections: Sequence[Projection],
+    exact: bool,
+    options: tuple[int, int],
+    x: Tensor,
+    seeds: Optional[Tensor],
+    up_to_h: bool = False,
 ):
     fixed, fields, biases = _read(projections, exact)
     weights, _, lora_a, lora_b, _, gains, scales = fields
     scalings, dropouts, quantized, _ = fixed
     outputs = ops.gated_forward(
-        x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact, *options
+        x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact, *options, up_to_h
     )  # fmt: skip
     return fixed, fields, outputs
 
@@ -233,7 +238,10 @@ def gated_mlp(
     of a projection that holds both is the gate. `exact` as `Taken` has it."""
     if torch.is_grad_enabled():
         wanted, tensors = trained(projections)
-        return NativeGatedFunction.apply(projections, wanted, exact, options, x, seeds, *tensors)
+        arguments = (projections, wanted, exact, options, x, seeds, *tensors)
+        if torch._C._current_graph_task_id() != -1 and projections[-1].operands.magnitude is None:
+            return _recomputed(*arguments)
+        return NativeGatedFunction.apply(*arguments)
     return _gated_forward(projections, exact, options, x, seeds)[2][0]
 
 
@@ -243,7 +251,11 @@ class NativeGatedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, projections, wanted, exact, options, x: Tensor, seeds: Optional[Tensor], *_):
-        ctx.fixed, fields, (y, outputs, us, ts) = _gated_forward(projections, exact, options, x, seeds)
+        return NativeGatedFunction._run(ctx, projections, wanted, exact, options, x, seeds, up_to_h=False)
+
+    @staticmethod
+    def _run(ctx, projections, wanted, exact, options, x: Tensor, seeds: Optional[Tensor], up_to_h: bool) -> Tensor:
+        ctx.fixed, fields, (y, outputs, us, ts) = _gated_forward(projections, exact, options, x, seeds, up_to_h)
         ctx.wanted, ctx.options, ctx.us = wanted, options, len(us)
         ctx.save_for_backward(x, seeds, *ts, *outputs, *us, *[tensor for field in fields for tensor in field])
         return y
@@ -262,3 +274,39 @@ class NativeGatedFunction(torch.autograd.Function):
         )  # fmt: skip
         by_trained = _by_trained(grads, ctx.wanted, fixed.scalings, [True] * count)
         return None, None, None, None, dx[0] if dx else None, None, *by_trained
+
+
+class _UpToH(NativeGatedFunction):
+    """Applied as `NativeGatedFunction`, saves the same and has the same gradients, but leaves out down's product:
+    gives what stands for y in the graph, no memory of its own, and h."""
+
+    @staticmethod
+    def forward(ctx, projections, wanted, exact, options, x: Tensor, seeds: Optional[Tensor], *_):
+        h = NativeGatedFunction._run(ctx, projections, wanted, exact, options, x, seeds, up_to_h=True)
+        ctx.mark_non_differentiable(h)
+        return x.new_empty(()).expand(*x.shape[:-1], projections[-1].shape[0]), h
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, _):
+        return NativeGatedFunction.backward(ctx, dy)
+
+
+class _Down(torch.autograd.Function):
+    """Apply as `(stand_in, h, down, exact, seeds)`, down a projection: y, whose gradient is that of what stands for it."""
+
+    @staticmethod
+    def forward(ctx, stand_in: Tensor, h: Tensor, down: Projection, exact: bool, seeds: Optional[Tensor]):
+        y = _group_forward((down,), exact, h, seeds)[2][0][0]
+        return y.view(stand_in.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        return dy, None, None, None, None
+
+
+def _recomputed(projections, wanted, exact, options, x: Tensor, seeds: Optional[Tensor], *tensors) -> Tensor:
+    """y where a checkpoint computes it again for what it saved. torch ends that with the last tensor saved, and so
+    down's product, which comes after it, is not made where the MLP is the last of its layer."""
+    stand_in, h = _UpToH.apply(projections, wanted, exact, options, x, seeds, *tensors)
+    return _Down.apply(stand_in, h, projections[-1], exact, None if seeds is None else seeds[-1:])

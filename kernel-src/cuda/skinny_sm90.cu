@@ -1,0 +1,110 @@
+// Products of activations with an adapter's rank on Hopper, without a mask, those of a whole group in one launch:
+// what it takes, how it is cut, and the launch of skinny_sm90_kernel.h, which says what it computes.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "../common/lora_group.h"
+#include "hopper.h"
+#include "skinny_sm90_kernel.h"
+#include "stream.h"
+
+namespace {
+
+using namespace lora_fused;
+using namespace lora_fused::sm90::skinny;
+using namespace lora_fused::sm90;
+using torch::headeronly::ScalarType;
+
+// One product: x, the other operand as the copy engine takes it, and how out is laid out.
+struct Work {
+  Form form;
+  View x, other, out;  // out by [rows of the tile, ranks]
+  double scaling;
+};
+
+Work work_of(const SkinnyDown& d) {
+  const bool transposed = d.a.stride(1) != 1;
+  return {transposed ? kDownTransposed : kDown, d.x, transposed ? d.a.transposed() : d.a, d.t, d.scaling};
+}
+
+Work work_of(const SkinnyOuter& d) {
+  return {kAcross, d.x, d.t, d.transposed ? d.out : d.out.transposed(), 1.0};
+}
+
+int64_t ranks_of(const Work& work) { return work.out.size(1); }
+int64_t summed(const Work& work) { return work.x.size(work.form == kAcross ? 0 : 1); }
+
+bool serves(const Work& work) {
+  const auto dtype = work.x.scalar_type(), out = work.out.scalar_type();
+  return skinny_sm90_serves(work.x) && takes_boxes(work.other) && work.other.scalar_type() == dtype &&
+         (out == dtype || out == ScalarType::Float) && ranks_of(work) <= kMostRanks;
+}
+
+int width_of(int64_t ranks) { return ranks <= 16 ? 16 : ranks <= 32 ? 32 : (static_cast<int>(ranks) + 31) / 32 * 32; }
+
+Entry entry_of(const Work& work, int first_tile) {
+  Entry e{};
+  e.form = work.form;
+  e.ranks = static_cast<int>(ranks_of(work));
+  e.width = width_of(ranks_of(work));
+  encode_boxes(e.x, work.x, work.form == kAcross ? kStep : kTile);
+  encode_boxes(e.other, work.other, work.form == kDown ? e.width : kStep);
+  e.out = work.out.mutable_data_ptr();
+  e.row_stride = work.out.stride(0), e.rank_stride = work.out.stride(1);
+  e.rows = static_cast<int>(work.out.size(0));
+  e.steps = tiles(summed(work), kStep);
+  e.first_tile = first_tile;
+  e.out_is_float = work.out.scalar_type() == ScalarType::Float;
+  e.scaling = static_cast<float>(work.scaling);
+  return e;
+}
+
+// Blocks that share a tile: about as many in all as there are multiprocessors, of four steps each or more. Two on each
+// were slower, their reads further apart.
+unsigned cluster_of(int all_tiles, int most_steps, int multiprocessors) {
+  const int most = multiprocessors * 7 / 4;
+  unsigned cluster = 1;
+  while (cluster < kMostBlocks && static_cast<int>(2 * cluster) * all_tiles <= most &&
+         8 * static_cast<int>(cluster) <= most_steps)
+    cluster *= 2;
+  return cluster;
+}
+
+template <typename T>
+void launch(const std::vector<Work>& works, size_t first) {
+  const View& like = works[first].x;
+  Arguments args;
+  args.entries = 0;
+  int all_tiles = 0, most_steps = 0;
+  for (size_t i = first; i < std::min(works.size(), first + kEntries); ++i) {
+    const Entry& e = args.entry[args.entries++] = entry_of(works[i], all_tiles);
+    all_tiles += tiles(e.rows, kTile);
+    most_steps = std::max(most_steps, e.steps);
+  }
+  const int device = like.get_device_index();
+  static std::atomic<uint64_t> prepared{0};
+  allow_shared_memory(skinny_kernel<T>, kBytes, device, prepared);
+  const unsigned cluster = cluster_of(all_tiles, most_steps, multiprocessors(device));
+  launch_clusters(skinny_kernel<T>, all_tiles * cluster, cluster, kThreads, kBytes, stream_of(like), args);
+}
+
+template <typename Product>
+void run(const std::vector<Product>& products) {
+  std::vector<Work> works;
+  for (const Product& product : products) works.push_back(work_of(product));
+  for (size_t first = 0; first < works.size(); first += kEntries)
+    is_brain(works[0].x) ? launch<__nv_bfloat16>(works, first) : launch<__half>(works, first);
+}
+
+}  // namespace
+
+bool lora_fused::skinny_sm90_serves(const View& matrix) {
+  return matrix.is_cuda() && takes_boxes(matrix) && is_hopper(matrix.get_device_index());
+}
+bool lora_fused::skinny_sm90_serves(const SkinnyDown& product) { return !product.mask && serves(work_of(product)); }
+bool lora_fused::skinny_sm90_serves(const SkinnyOuter& product) { return !product.mask && serves(work_of(product)); }
+void lora_fused::skinny_sm90(const std::vector<SkinnyDown>& products) { run(products); }
+void lora_fused::skinny_sm90(const std::vector<SkinnyOuter>& products) { run(products); }

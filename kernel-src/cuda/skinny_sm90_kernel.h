@@ -1,0 +1,216 @@
+// The kernel of skinny_sm90.cu: products of activations with an adapter's rank on Hopper, each one read of x.
+//
+//   down     out [M, R] = scaling · x aᵀ      a block has 128 rows of x, and steps along its columns
+//   across   out [C, R] = scaling · xᵀ t      a block has 128 columns of x, and steps along its rows
+//
+// Bound by that read: 2·R operations an element of 2 bytes. One warp loads x and the other operand 64 steps
+// at a time into a ring in shared memory, two warpgroups multiply them, 64 rows of out each. The blocks of a cluster
+// share a tile's steps; their sums meet in shared memory, added in the order of the blocks. Everything is
+// 128-byte swizzled; ragged edges and ranks are what the copy engine fills with zeros.
+#pragma once
+
+#include "sm90.h"
+
+namespace lora_fused::sm90::skinny {
+
+constexpr int kTile = 128, kStep = 64, kPart = 16;  // rows of out; elements summed a step and a wgmma
+constexpr int kConsumers = 2, kConsumerWarps = 4 * kConsumers, kThreads = 32 * kConsumerWarps + 32;
+constexpr int kBox = 64 * 128;  // bytes of 64 rows of 64 elements
+constexpr int kMostRanks = 128, kEntries = 8, kMostBlocks = 8;  // of a cluster
+constexpr int kRing = 96 * 1024, kXBytes = 2 * kBox, kMostStages = 4;
+constexpr int kBarriers = kRing, kBytes = kBarriers + 2 * kMostStages * 8 + 1024;  // to align the base
+
+enum Form : int {
+  kDown,            // a [R, C]
+  kDownTransposed,  // aᵀ [C, R]
+  kAcross,          // t [M, R]
+};
+
+struct Entry {
+  CUtensorMap x, other;
+  void* out;
+  int64_t row_stride, rank_stride;  // of out
+  int rows, ranks, width;           // of out; ranks rounded up to what a wgmma takes
+  int steps, first_tile;
+  Form form;
+  bool out_is_float;
+  float scaling;
+};
+
+struct Arguments {
+  Entry entry[kEntries];
+  int entries;
+};
+
+// A stage holds two boxes of x and what the other operand has beside them.
+__device__ __forceinline__ int other_bytes(const Entry& e) {
+  return e.form == kDown ? e.width * 128 : (e.width + 63) / 64 * kBox;
+}
+__device__ __forceinline__ int stage_bytes(const Entry& e) { return kXBytes + (e.width > 64 ? 2 : 1) * kBox; }
+__device__ __forceinline__ int stages_of(const Entry& e) { return e.width > 64 ? 3 : 4; }
+
+struct Ring {
+  int stages, stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == stages) stage = 0, phase ^= 1;
+  }
+};
+
+// One thread: the loads of steps [first, last) of a tile.
+__device__ __forceinline__ void produce(const Entry& e, uint32_t base, int at, int first, int last) {
+  Ring ring{stages_of(e)};
+  const uint32_t bytes = kXBytes + other_bytes(e);
+  for (int step = first; step < last; ++step, ring.advance()) {
+    const uint32_t full = base + kBarriers + 8 * ring.stage, empty = full + 8 * kMostStages;
+    const uint32_t x = base + ring.stage * stage_bytes(e), other = x + kXBytes;
+    const int k = step * kStep;
+    barrier_wait(empty, ring.phase ^ 1);
+    barrier_arrive_expect(full, bytes);
+    if (e.form == kAcross) {
+      tensor_load(x, &e.x, at, k, full);
+      tensor_load(x + kBox, &e.x, at + 64, k, full);
+    } else {
+      tensor_load(x, &e.x, k, at, full);
+    }
+    if (e.form == kDown) {
+      tensor_load(other, &e.other, k, 0, full);
+    } else {
+      tensor_load(other, &e.other, 0, k, full);
+      if (e.width > 64) tensor_load(other + kBox, &e.other, 64, k, full);
+    }
+  }
+}
+
+// One warpgroup: the sum of the block's steps for its 64 rows of out, to `sums` [kTile, kWidth + 4].
+template <typename T, int kWidth, bool kTransposeX, bool kTransposeOther>
+__device__ __forceinline__ void consume(const Entry& e, uint32_t base, float* sums, int count) {
+  constexpr int kPitch = kWidth + 4;
+  constexpr uint64_t kNextX = (kTransposeX ? kPart * 128 : kPart * 2) >> 4;
+  constexpr uint64_t kNextOther = (kTransposeOther ? kPart * 128 : kPart * 2) >> 4;
+  const int group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t full = base + kBarriers, empty = full + 8 * kMostStages;
+  const auto release = [&](int stage) {
+    if (lane == 0) barrier_arrive(empty + 8 * stage);
+  };
+  float acc[kWidth / 2] = {};
+  Ring ring{stages_of(e)};
+  int before = 0;
+  for (int step = 0; step < count; ++step) {
+    barrier_wait(full + 8 * ring.stage, ring.phase);
+    const uint32_t stage = base + ring.stage * stage_bytes(e);
+    const uint64_t x = matrix_descriptor(stage + group * kBox, kBox, 1024);
+    const uint64_t other = matrix_descriptor(stage + kXBytes, kBox, 1024);
+    wgmma_fence();
+#pragma unroll
+    for (int part = 0; part < kStep / kPart; ++part)
+      wgmma<T, kTransposeX, kTransposeOther>(acc, x + part * kNextX, other + part * kNextOther, 1);
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (step > 0) release(before);
+    before = ring.stage;
+    ring.advance();
+  }
+  wgmma_wait<0>();
+  keep_below(acc);
+  // Every stage has been read: the sums take their place.
+  asm volatile("bar.sync 1, %0;" ::"n"(32 * kConsumerWarps) : "memory");
+  float* const row = sums + (warp * 16 + lane / 4) * kPitch + 2 * (lane % 4);
+#pragma unroll
+  for (int j = 0; j < kWidth / 8; ++j) {
+    *reinterpret_cast<float2*>(row + 8 * j) = {acc[4 * j], acc[4 * j + 1]};
+    *reinterpret_cast<float2*>(row + 8 * kPitch + 8 * j) = {acc[4 * j + 2], acc[4 * j + 3]};
+  }
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ void consume_form(const Entry& e, uint32_t base, float* sums, int count) {
+  if (e.form == kDown)
+    consume<T, kWidth, false, false>(e, base, sums, count);
+  else if (e.form == kDownTransposed)
+    consume<T, kWidth, false, true>(e, base, sums, count);
+  else
+    consume<T, kWidth, true, true>(e, base, sums, count);
+}
+
+template <typename T>
+__device__ __forceinline__ void consume_width(const Entry& e, uint32_t base, float* sums, int count) {
+  switch (e.width) {
+    case 16: return consume_form<T, 16>(e, base, sums, count);
+    case 32: return consume_form<T, 32>(e, base, sums, count);
+    case 64: return consume_form<T, 64>(e, base, sums, count);
+    case 96: return consume_form<T, 96>(e, base, sums, count);
+    default: return consume_form<T, 128>(e, base, sums, count);
+  }
+}
+
+// This block's share of the tile's rows: the sums of all blocks of the cluster, four ranks at a time.
+template <typename T>
+__device__ __forceinline__ void reduce(const Entry& e, uint32_t sums, int at, int rank, int blocks) {
+  const int pitch = e.width + 4, share = kTile / blocks, quads = e.width / 4;
+  const bool rank_fastest = e.rank_stride == 1;
+  for (int i = threadIdx.x; i < share * quads; i += kThreads) {
+    const int row = rank * share + (rank_fastest ? i / quads : i % share);
+    const int quad = rank_fastest ? i % quads : i / share;
+    const uint32_t place = sums + (row * pitch + 4 * quad) * 4;
+    float4 parts[kMostBlocks], sum{};  // all asked for before any is waited for
+#pragma unroll
+    for (int block = 0; block < kMostBlocks; ++block)
+      if (block < blocks) parts[block] = cluster_load(cluster_address(place, block));
+#pragma unroll
+    for (int block = 0; block < kMostBlocks; ++block) {
+      const float4 x = parts[block];
+      if (block < blocks) sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
+    }
+    if (at + row >= e.rows) continue;
+    const float values[] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (4 * quad + j >= e.ranks) break;
+      const int64_t to = (at + row) * e.row_stride + (4 * quad + j) * e.rank_stride;
+      const float value = values[j] * e.scaling;
+      if (e.out_is_float)
+        static_cast<float*>(e.out)[to] = value;
+      else
+        static_cast<T*>(e.out)[to] = T(value);
+    }
+  }
+}
+
+template <typename T>
+__global__ __launch_bounds__(kThreads, 2) void skinny_kernel(const __grid_constant__ Arguments args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ uint8_t shared[];
+  const uint32_t start = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t base = (start + 1023) / 1024 * 1024;
+  float* const sums = reinterpret_cast<float*>(shared + (base - start));
+  const int blocks = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
+  const int tile = blockIdx.x / blocks;
+  int n = 0;
+  while (n + 1 < args.entries && tile >= args.entry[n + 1].first_tile) ++n;
+  const Entry& e = args.entry[n];
+  const int at = (tile - e.first_tile) * kTile;
+  const int first = rank * e.steps / blocks, last = (rank + 1) * e.steps / blocks;
+  if (threadIdx.x == 32 * kConsumerWarps) {
+    tensor_map_prefetch(&e.x);
+    tensor_map_prefetch(&e.other);
+  } else if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kMostStages; ++stage) {
+      barrier_init(base + kBarriers + 8 * stage, 1);
+      barrier_init(base + kBarriers + 8 * (kMostStages + stage), kConsumerWarps);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < 32 * kConsumerWarps)
+    consume_width<T>(e, base, sums, last - first);
+  else if (threadIdx.x == 32 * kConsumerWarps)
+    produce(e, base, at, first, last);
+  __syncwarp();
+  cluster_sync();
+  reduce<T>(e, base, at, rank, blocks);
+  if (blocks > 1) cluster_sync();  // others still read this block's sums
+#endif
+}
+
+}  // namespace lora_fused::sm90::skinny

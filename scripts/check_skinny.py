@@ -1,0 +1,124 @@
+"""Products of activations with an adapter's rank on a GPU: against float64, then timed against the library.
+
+Inputs lie in larger buffers full of NaN, and outputs are NaN before a call. Timed as check_gemm.py does; the floor
+is one read of x at the rate of a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import pathlib
+
+import torch
+from check_gemm import ROUNDING, medians, padded
+from check_row_norm import CACHE, host_microseconds
+from torch import Tensor
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# M, C, R
+SMALL = ((1, 8, 8), (64, 64, 16), (129, 264, 24), (300, 520, 32), (70, 1032, 40), (257, 136, 96), (200, 72, 128))
+LARGER = ((2048, 4096, 32), (1000, 14336, 16), (2500, 1000, 64), (8192, 1024, 96), (5000, 4104, 128), (70000, 128, 8))
+FORMS = ("down", "down, a turned", "across", "across, out turned")
+ENTRIES = (1, 3, 9)  # of a launch; nine are two
+
+
+def draw(m: int, c: int, r: int, form: str, dtype, out_dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x, the other operand as [R, C] or [M, R], and out, NaN."""
+    x = padded(m, c, dtype)
+    if form.startswith("down"):
+        other = padded(c, r, dtype).t() if "turned" in form else padded(r, c, dtype)
+        return x, other, padded(m, r, out_dtype, float("nan"))
+    out = padded(r, c, out_dtype, float("nan")).t() if "turned" in form else padded(c, r, out_dtype, float("nan"))
+    return x, padded(m, r, dtype), out
+
+
+def check(skinny, shapes, form: str, dtype, out_dtype, hopper: bool) -> None:
+    """One call with an entry for each of `shapes`."""
+    across = form.startswith("across")
+    scaling = 1.0 if across else 0.75
+    entries = [draw(*shape, form, dtype, out_dtype) for shape in shapes]
+    skinny(*map(list, zip(*entries)), scaling, across, hopper)
+    for (m, c, r), (x, other, out) in zip(shapes, entries):
+        left, right = (x.t(), other) if across else (x, other.t())
+        truth = scaling * (left.double() @ right.double())
+        # One truncation a wgmma, of what it adds up: first the products, at last about the result.
+        products = scaling * (left.double().abs() @ right.double().abs())
+        size = truth.abs().clamp(min=truth.square().mean().sqrt())
+        slack = 2.0**-23 * (left.shape[1] / 16 * size + products)
+        rounding = ROUNDING[dtype] if out_dtype == dtype else 2.0**-24
+        wrong = ~((out.double() - truth).abs() <= rounding * truth.abs() + slack)
+        name = f"skinny {form} M={m} C={c} R={r} {dtype} to {out_dtype}, {len(shapes)} entries"
+        if wrong.any():
+            at = wrong.nonzero()[0].tolist()
+            seen, exact = out[at[0], at[1]].item(), truth[at[0], at[1]].item()
+            raise AssertionError(f"{name}: wrong in {int(wrong.sum())} places, first {at}: {seen} for {exact}")
+        rows, cols = (r, c) if form == "across, out turned" else out.shape
+        around = out._base
+        if not (around[rows:].isnan().all() and around[:rows, cols:].isnan().all()):
+            raise AssertionError(f"{name}: wrote outside out")
+
+
+def cases():
+    return itertools.product(FORMS, ROUNDING, (False, True))
+
+
+def check_all(skinny, shapes, counts=ENTRIES) -> int:
+    count = 0
+    for (form, dtype, to_float), entries in itertools.product(cases(), counts):
+        groups = [[shape] for shape in shapes] if entries == 1 else [[shapes[i % len(shapes)] for i in range(entries)]]
+        for group in groups:
+            check(skinny, group, form, dtype, torch.float32 if to_float else dtype, hopper=True)
+            count += 1
+    torch.cuda.synchronize()
+    return count
+
+
+def report(skinny, tokens, widths, ranks) -> None:
+    randn = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    source = torch.empty(2**30, device="cuda", dtype=torch.uint8)
+    to = torch.empty_like(source)
+    copied = medians({"copy": lambda: to.copy_(source)}, [()])["copy"]
+    rate = 2 * source.numel() / copied
+    print(f"copy {rate / 1e6:.2f} TB/s; us of the floor, the library, the kernels of skinny.cu, those for Hopper")
+    for m, c, r, form in itertools.product(tokens, widths, ranks, FORMS[:3]):
+        across = form == "across"
+        inputs = []
+        for _ in range(min(16, 1 + CACHE // (2 * m * c))):
+            other = randn(m, r) if across else randn(c, r).t() if "turned" in form else randn(r, c)
+            out = torch.empty((c, r) if across else (m, r), device="cuda", dtype=torch.float32 if across else torch.bfloat16)
+            inputs.append((randn(m, c), other, out))
+        contenders = {
+            "library": (lambda x, t, out: torch.mm(x.t(), t, out_dtype=torch.float32))
+            if across else (lambda x, a, out: torch.mm(x, a.t(), out=out)),
+            "hopper": lambda x, other, out: skinny([x], [other], [out], 1.0, across, True),
+        }  # fmt: skip
+        if form != "down, a turned":
+            contenders["skinny"] = lambda x, other, out: skinny([x], [other], [out], 1.0, across, False)
+        times = medians(contenders, inputs)
+        floor = 2 * m * c / rate
+        cells = "  ".join(f"{name} {times[name]:6.1f}" for name in ("library", "skinny", "hopper") if name in times)
+        print(f"{form:15} {m:6} {c:6} {r:4}  floor {floor:6.1f}  {cells}  {times['hopper'] / floor:.2f}x", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sanitize", action="store_true", help="small checks only, for a run under compute-sanitizer")
+    sanitize = parser.parse_args().sanitize
+    from kernels import get_local_kernel
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        print("skinny: for compute capability 9.0 alone, not run")
+        return
+    skinny = get_local_kernel(ROOT / "build")._ops.ops.skinny
+    print(f"skinny: {check_all(skinny, SMALL)} small cases right", flush=True)
+    if sanitize:
+        return
+    print(f"skinny: {check_all(skinny, LARGER)} larger cases right", flush=True)
+    x, a, t = draw(128, 256, 32, "down", torch.bfloat16, torch.bfloat16)
+    print(f"skinny: {host_microseconds(lambda: skinny([x], [a], [t], 1.0, False, True)):.1f} us of host time, the dispatcher's included")
+    report(skinny, (256, 1024, 2048, 4096, 8192), (1024, 4096, 14336), (32, 96))
+
+
+if __name__ == "__main__":
+    main()

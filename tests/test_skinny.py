@@ -1,0 +1,72 @@
+"""Skinny products in one launch, on the GPUs that have it: scripts/check_skinny.py says what is compared."""
+
+import pathlib
+import sys
+import threading
+
+import pytest
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "scripts"))
+
+import check_skinny
+
+SERVED = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.skipif(not SERVED, reason="needs a Hopper GPU")
+
+
+@pytest.fixture
+def skinny(lora_fused):
+    return lora_fused._ops.ops.skinny
+
+
+@pytest.mark.parametrize("form", check_skinny.FORMS)
+@pytest.mark.parametrize("dtype", check_skinny.ROUNDING, ids=str)
+@pytest.mark.parametrize("to_float", (False, True), ids=("own", "float32"))
+@pytest.mark.parametrize("shape", check_skinny.SMALL + check_skinny.LARGER, ids=str)
+def test_as_in_float64(skinny, shape, form, dtype, to_float):
+    check_skinny.check(skinny, [shape], form, dtype, torch.float32 if to_float else dtype, hopper=True)
+
+
+@pytest.mark.parametrize("form", check_skinny.FORMS)
+@pytest.mark.parametrize("hopper", (True, False))
+def test_entries_of_many_shapes(skinny, form, hopper):
+    """More than a launch holds; the kernels for any GPU share tokens and take operands with contiguous rows."""
+    shapes = check_skinny.SMALL + check_skinny.LARGER[:3]
+    if not hopper:
+        if form == "down, a turned":
+            pytest.skip("not theirs")
+        shapes = [(200, c, r) for _, c, r in shapes] * 2
+    check_skinny.check(skinny, shapes, form, torch.bfloat16, torch.bfloat16, hopper)
+
+
+def test_in_a_graph_and_as_a_thread_s_first_call(skinny):
+    """A replay reads its inputs anew; a thread that has not used the GPU has no context of the driver yet."""
+    x, a = torch.randn(300, 256, device="cuda").bfloat16(), torch.randn(32, 256, device="cuda").bfloat16()
+    out = torch.empty(300, 32, device="cuda", dtype=torch.bfloat16)
+    thread = threading.Thread(target=skinny, args=([x], [a], [out], 1.0, False, True))
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(out, x @ a.t())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        skinny([x], [a], [out], 1.0, False, True)
+    x.normal_()
+    graph.replay()
+    torch.testing.assert_close(out, x @ a.t())
+
+
+def refused(*, dtype=torch.bfloat16, rank=32, cols=256, shift=0, out=None):
+    x = torch.zeros(64 * cols + shift, device="cuda", dtype=dtype)[shift:].view(64, cols)
+    a, like = torch.zeros(rank, cols, device="cuda", dtype=dtype), torch.zeros(64, rank, device="cuda", dtype=out or dtype)
+    return [x], [a], [like], 1.0, False, True
+
+
+@pytest.mark.parametrize(
+    "case",
+    (dict(dtype=torch.float32), dict(rank=136), dict(cols=132), dict(shift=4), dict(out=torch.float16)),
+    ids=str,
+)
+def test_refuses_what_it_does_not_serve(skinny, case):
+    with pytest.raises(RuntimeError, match="skinny: not for"):
+        skinny(*refused(**case))
