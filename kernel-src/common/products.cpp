@@ -55,8 +55,10 @@ int64_t rows_in(const Tensor& x) {
   return rows;
 }
 
+Tensor in_rows(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 View matrix(const Tensor& y) {
-  const Tensor whole = y.is_contiguous() ? y : torch::stable::contiguous(y);
+  const Tensor whole = in_rows(y);
   const int64_t cols = y.size(y.dim() - 1);
   return View(whole, rows_in(y), cols, cols, 1);
 }

@@ -186,7 +186,7 @@ Adapters::Adapters(const View& x, const Members& members, bool need_a, bool need
     for (size_t i = 0; i < members.count(); ++i) {
       b.push_back(members.b(i) ? MaybeView(empty(x.base(), {members.outputs(i), parts * rank(i)}, dtype)) : std::nullopt);
       if (!members.b(i)) continue;
-      const Tensor of_a = torch::stable::contiguous(*members.a(i)), of_b = torch::stable::contiguous(*members.b(i));
+      const Tensor of_a = in_rows(*members.a(i)), of_b = in_rows(*members.b(i));
       for (int64_t part = 0; part < parts; ++part) {
         const bool rest = part == 1;
         if (need_a) casts.push_back({of_a, a->rows(part * ranks() + first[i], rank(i)), false, rest});
@@ -196,22 +196,35 @@ Adapters::Adapters(const View& x, const Members& members, bool need_a, bool need
     if (!casts.empty()) cast_all(casts);
     return;
   }
-  if (need_a && ranks() > 0) {
+  // What is copied lies in one buffer: an allocation costs as much as a launch does.
+  const auto padded = [](int64_t count) { return (count + 63) / 64 * 64; };
+  const auto copies_b = [&](size_t i) {
+    return need_b && members.b(i) && (members.b(i)->scalar_type() != dtype || layout_of_b != kAsStored);
+  };
+  for (size_t i = 0; need_a && i < members.count(); ++i)
+    if (ranks() > 0 && members.rank(i) == ranks() && members.a(i)->scalar_type() == dtype) a = *members.a(i);
+  const bool copies_a = need_a && ranks() > 0 && !a;
+  int64_t total = copies_a ? padded(ranks() * x.size(1)) : 0, used = 0;
+  for (size_t i = 0; i < members.count(); ++i)
+    if (copies_b(i)) total += padded(members.b(i)->numel());
+  const MaybeTensor buffer = total > 0 ? MaybeTensor(empty(x.base(), {total}, dtype)) : std::nullopt;
+  const auto piece = [&](int64_t rows, int64_t cols) {
+    const View view(*buffer, rows, cols, cols, 1, used);
+    used += padded(rows * cols);
+    return view;
+  };
+  if (copies_a) {
+    a = piece(ranks(), x.size(1));
     for (size_t i = 0; i < members.count(); ++i)
-      if (members.rank(i) == ranks() && members.a(i)->scalar_type() == dtype) a = *members.a(i);
-    if (!a) {
-      a = empty(x.base(), {ranks(), x.size(1)}, dtype);
-      for (size_t i = 0; i < members.count(); ++i)
-        if (members.a(i)) casts.push_back({torch::stable::contiguous(*members.a(i)), a_of(i)});
-    }
+      if (members.a(i)) casts.push_back({in_rows(*members.a(i)), a_of(i)});
   }
   for (size_t i = 0; i < members.count(); ++i) {
     b.push_back(members.b(i) ? MaybeView(*members.b(i)) : std::nullopt);
-    if (!need_b || !b[i] || (b[i]->scalar_type() == dtype && layout_of_b == kAsStored)) continue;
+    if (!copies_b(i)) continue;
     const int64_t n = b[i]->size(0), r = b[i]->size(1);
     const bool turned = layout_of_b == kTransposed;
-    const View copy = turned ? empty(x.base(), {r, n}, dtype) : empty(x.base(), {n, r}, dtype);
-    casts.push_back({torch::stable::contiguous(*members.b(i)), copy, turned});
+    const View copy = turned ? piece(r, n) : piece(n, r);
+    casts.push_back({in_rows(*members.b(i)), copy, turned});
     b[i] = turned ? copy.transposed() : copy;
   }
   if (!casts.empty()) cast_all(casts);
@@ -328,7 +341,7 @@ Backward::Backward(const Members& members, const View& x, const Given& given)
   for (size_t i = 0; i < members.count(); ++i) {
     dys_.push_back(given.dys[i] ? MaybeView(matrix(*given.dys[i])) : std::nullopt);
     const MaybeView u = members.gain(i) ? MaybeView(given.us[next_u++]) : std::nullopt;
-    if (dys_[i]) pass_over_dy(i, u, given.norms[members.index(i)]);
+    if (dys_[i]) pass_over_dy(i, u, members.of(given.norms, i));
     any_dt = any_dt || needs(i, kNeedA);
   }
   if (adapters_.ranks() > 0 && any_dt) members.exact() ? project_down_exactly() : project_down();

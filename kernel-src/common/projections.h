@@ -10,7 +10,8 @@ namespace lora_fused {
 // What a gradient is wanted of, by member: bits of the ops' `needs`.
 enum Need : int64_t { kNeedA = 1, kNeedB = 2, kNeedBias = 4, kNeedMagnitude = 8 };
 
-// The lists that every op takes, one element a projection.
+// The lists that every op takes, one element a projection; biases, gains and dropouts are empty where none has one:
+// each element costs the dispatcher's boxing.
 struct Lists {
   const Tensors& weights;
   const Optionals &biases, &lora_a, &lora_b, &gains;
@@ -41,12 +42,12 @@ class Members {
   int64_t outputs(size_t i) const {
     return lists_.quantized.empty() || quantized(i)[0] == 0 ? lists_.weights[first_ + i].size(0) : quantized(i)[1];
   }
-  const std::optional<Tensor>& bias(size_t i) const { return lists_.biases[first_ + i]; }
+  const std::optional<Tensor>& bias(size_t i) const { return of(lists_.biases, i); }
   const std::optional<Tensor>& a(size_t i) const { return lists_.lora_a[first_ + i]; }
   const std::optional<Tensor>& b(size_t i) const { return lists_.lora_b[first_ + i]; }
-  const std::optional<Tensor>& gain(size_t i) const { return lists_.gains[first_ + i]; }
+  const std::optional<Tensor>& gain(size_t i) const { return of(lists_.gains, i); }
   double scaling(size_t i) const { return lists_.scalings[first_ + i]; }
-  bool masked(size_t i) const { return lists_.dropouts[first_ + i] != 0.0; }
+  bool masked(size_t i) const { return !lists_.dropouts.empty() && lists_.dropouts[first_ + i] != 0.0; }
   int64_t rank(size_t i) const { return a(i) ? a(i)->size(0) : 0; }
   Dropped mask(size_t i) const;
 
@@ -56,6 +57,11 @@ class Members {
   bool scaled(size_t i) const { return gain(i) && !masked(i); }
   bool any_masked() const;
   bool exact() const { return lists_.exact; }
+  // Of a list that may be empty.
+  const std::optional<Tensor>& of(const Optionals& list, size_t i) const {
+    static const std::optional<Tensor> none;
+    return list.empty() ? none : list[first_ + i];
+  }
 
  private:
   const int64_t* quantized(size_t i) const { return lists_.quantized.data() + kQuantizedFields * (first_ + i); }
@@ -108,7 +114,7 @@ class Backward {
   struct Given {
     Optionals dys;  // [..., N], none where an output was not used
     Tensors us;
-    const Optionals& norms;  // of the op's list, for DoRA
+    const Optionals& norms;  // the op's list, for DoRA
     const std::vector<int64_t>& needs;
     bool need_dx;
   };

@@ -16,12 +16,15 @@ class View {
   View(const torch::stable::Tensor& whole)  // NOLINT: a tensor is a view of itself
       : View(whole, whole.size(0), whole.dim() > 1 ? whole.size(1) : 1, whole.stride(0),
              whole.dim() > 1 ? whole.stride(1) : 1) {}
-  View(const torch::stable::Tensor& base, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride)
+  // From element `offset` of it on.
+  View(const torch::stable::Tensor& base, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+       int64_t offset = 0)
       : base_(base),
         dtype_(base.scalar_type()),
         data_(static_cast<char*>(base.mutable_data_ptr())),
         sizes_{rows, cols},
-        strides_{row_stride, col_stride} {}
+        strides_{row_stride, col_stride},
+        offset_(offset) {}
 
   int64_t size(int64_t d) const { return sizes_[d]; }
   int64_t stride(int64_t d) const { return strides_[d]; }
@@ -61,7 +64,7 @@ class View {
   torch::stable::Tensor base_;
   torch::headeronly::ScalarType dtype_;
   char* data_;
-  int64_t sizes_[2], strides_[2], offset_ = 0;
+  int64_t sizes_[2], strides_[2], offset_;
 };
 
 using MaybeView = std::optional<View>;

@@ -133,11 +133,6 @@ __global__ void row_norm_finish_kernel(const __grid_constant__ FinishBatch batch
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Asked first: the dispatcher's own answer takes microseconds of host time.
-Tensor in_rows(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
 Matrix matrix(const Tensor& t) {
   const auto dtype = t.scalar_type();
   return {t.const_data_ptr(),

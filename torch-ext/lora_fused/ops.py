@@ -108,7 +108,8 @@ def _gated_forward_fake(
     widths = _widths(weights, quantized)
     outputs = [x.new_empty(rows, n) for n in widths[:-1]]
     ts = [x.new_empty(rows, sum(ranks[:-1])), x.new_empty(rows, ranks[-1])]
-    kept = [gain is not None and (p > 0 or i == len(gains) - 1) for i, (gain, p) in enumerate(zip(gains, dropouts))]
+    masked = [p > 0 for p in dropouts] or [False] * len(gains)
+    kept = [gain is not None and (p or i == len(gains) - 1) for i, (gain, p) in enumerate(zip(gains, masked))]
     us = [x.new_empty(rows, n) for n, keep in zip(widths, kept) if keep]
     h = (rows, sum(widths[:-1]) // 2)
     y = x.new_empty(h if up_to_h else (*x.shape[:-1], widths[-1]))

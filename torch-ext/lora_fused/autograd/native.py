@@ -60,13 +60,14 @@ class _Fixed(NamedTuple):
     """What is no tensor of a call; `quantized` as kernel-src/common/projections.h has it."""
 
     scalings: tuple[float, ...]
-    dropouts: list[float]
+    dropouts: Sequence[float]  # empty without any
     quantized: list[int]
     exact: bool
 
 
 class _Fields(NamedTuple):
-    """Tensors of a call by field, one element a projection, but for `scales`, which are those of all."""
+    """Tensors of a call by field, one element a projection, but for `scales`, which are those of all. Biases, norms and
+    gains are empty where no projection has one: every element costs time on its way to the ops."""
 
     weights: Sequence[Tensor]
     biases: Sequence[Optional[Tensor]]
@@ -77,10 +78,13 @@ class _Fields(NamedTuple):
     scales: Sequence[Tensor]
 
     @classmethod
-    def of(cls, saved: Sequence[Optional[Tensor]], count: int) -> _Fields:
-        """From the fields of `count` projections one after another."""
-        last = 6 * count
-        return cls(*(saved[i : i + count] for i in range(0, last, count)), saved[last:])
+    def of(cls, saved: Sequence[Optional[Tensor]], lengths: Sequence[int]) -> _Fields:
+        """From the fields one after another."""
+        fields, start = [], 0
+        for length in lengths:
+            fields.append(saved[start : start + length])
+            start += length
+        return cls(*fields)
 
 
 def trained(projections: Sequence[Projection]) -> tuple[list[_Wanted], list[Tensor]]:
@@ -111,16 +115,19 @@ def _read(projections: Sequence[Projection], exact: bool) -> tuple[_Fixed, _Fiel
     quantized, scales = _quantized(formats, all_operands) if any(formats) else ([], [])
     if any([spec.transposed for spec in specs]):
         weights = [w.t() if spec.transposed else w for spec, w in zip(specs, weights)]
-    norms = gains = (None,) * len(specs)
+    norms = gains = ()
     if any([magnitude is not None for magnitude in magnitudes]):
         if quantized:
             norms, gains = base.dora_gains(weights, all_operands, formats, scalings)
         else:
             norms, gains = backends.dora_gains(weights, lora_a, lora_b, magnitudes, scalings)
+    if not any([bias is not None for bias in biases]):
+        biases = ()
     whole = biases
     if any([bias is not None for bias in lora_biases]):
         whole = [_whole_bias(projection) for projection in projections]
-    fixed = _Fixed(scalings, [spec.dropout for spec in specs], quantized, exact)
+    dropouts = [spec.dropout for spec in specs]
+    fixed = _Fixed(scalings, dropouts if any(dropouts) else (), quantized, exact)
     return fixed, _Fields(weights, biases, lora_a, lora_b, norms, gains, scales), whole
 
 
@@ -193,7 +200,7 @@ class NativeGroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, projections, wanted, exact, token, x: Tensor, seeds: Optional[Tensor], *_):
         ctx.fixed, fields, (ys, us, t) = _group_forward(projections, exact, x, seeds)
-        ctx.wanted, ctx.token, ctx.us = wanted, token, len(us)
+        ctx.wanted, ctx.token, ctx.us, ctx.lengths = wanted, token, len(us), [len(field) for field in fields]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, seeds, t, *us, *[tensor for field in fields for tensor in field])
         return tuple(ys)
@@ -202,7 +209,7 @@ class NativeGroupFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *dys: Optional[Tensor]):
         x, seeds, t, *rest = ctx.saved_tensors
-        us, fields, fixed = rest[: ctx.us], _Fields.of(rest[ctx.us :], len(dys)), ctx.fixed
+        us, fields, fixed = rest[: ctx.us], _Fields.of(rest[ctx.us :], ctx.lengths), ctx.fixed
         used = [dy is not None for dy in dys]
         dx, grads = ops.lora_backward(
             dys, x, t, us, fields.weights, fields.biases, fields.lora_a, fields.lora_b, fields.gains, fields.norms,
@@ -256,7 +263,7 @@ class NativeGatedFunction(torch.autograd.Function):
     @staticmethod
     def _run(ctx, projections, wanted, exact, options, x: Tensor, seeds: Optional[Tensor], up_to_h: bool) -> Tensor:
         ctx.fixed, fields, (y, outputs, us, ts) = _gated_forward(projections, exact, options, x, seeds, up_to_h)
-        ctx.wanted, ctx.options, ctx.us = wanted, options, len(us)
+        ctx.wanted, ctx.options, ctx.us, ctx.lengths = wanted, options, len(us), [len(field) for field in fields]
         ctx.save_for_backward(x, seeds, *ts, *outputs, *us, *[tensor for field in fields for tensor in field])
         return y
 
@@ -266,7 +273,7 @@ class NativeGatedFunction(torch.autograd.Function):
         fixed, count = ctx.fixed, len(ctx.wanted)
         x, seeds, *rest = ctx.saved_tensors
         ts, outputs, rest = rest[:2], rest[2 : 1 + count], rest[1 + count :]
-        us, fields = rest[: ctx.us], _Fields.of(rest[ctx.us :], count)
+        us, fields = rest[: ctx.us], _Fields.of(rest[ctx.us :], ctx.lengths)
         dx, grads = ops.gated_backward(
             dy, x, outputs, us, ts, fields.weights, fields.biases, fields.lora_a, fields.lora_b, fields.gains,
             fields.norms, fixed.scalings, seeds, fixed.dropouts, fields.scales, fixed.quantized, fixed.exact,
