@@ -44,7 +44,7 @@ struct Absmax {
   float value;    // nested: of its own block
   uint32_t code;  // nested: its place in nested_code
 
-  __device__ __forceinline__ Absmax() = default;
+  Absmax() = default;
   __device__ __forceinline__ Absmax(const FourBit& p, int64_t block) {
     value = __ldg(kNested ? p.nested_absmax + (block >> p.nested_shift) : p.absmax + block);
     if constexpr (kNested) code = __ldg(p.absmax_codes + block);
