@@ -173,7 +173,7 @@ std::tuple<Tensor, Tensor> embedding_forward_cuda(const Tensor& ids, const Tenso
   Args p = arguments(ids, weight, lora_a, lora_b, scale, scaling, number);
   p.gain = floats(gain, "gain", weight);
   const int dtype = code(weight, "weight");
-  const OnDevice device(weight);
+  const lora_fused::OnDevice device(weight);
   std::vector<int64_t> sizes;
   for (int64_t d = 0; d < ids.dim(); ++d) sizes.push_back(ids.size(d));
   sizes.push_back(p.h);
@@ -196,7 +196,7 @@ lora_fused::Tensors embedding_backward_cuda(const Tensor& dy_any, const Tensor& 
   p.gain = floats(gain, "gain", weight);
   p.norm = floats(norm, "norm", weight);
   const int dtype = code(weight, "weight");
-  const Tensor dy = in_rows(dy_any);
+  const Tensor dy = lora_fused::in_rows(dy_any);
   check(dy, "dy", weight);
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(dy.const_data_ptr()) % 16 == 0,
                   "dy: expected 16-byte aligned");
@@ -211,7 +211,7 @@ lora_fused::Tensors embedding_backward_cuda(const Tensor& dy_any, const Tensor& 
     kept = static_cast<const float*>(rows->const_data_ptr());
   }
   STD_TORCH_CHECK(!need_m || (magnitude && p.norm != nullptr), "dm: expected magnitude and norm");
-  const OnDevice device(weight);
+  const lora_fused::OnDevice device(weight);
   lora_fused::Tensors gradients;
   Wanted wanted{};
   const auto add = [&](const std::vector<int64_t>& sizes, ScalarType as) {
