@@ -1,6 +1,7 @@
 """The gated MLP as one Function: the models it is found in, against PEFT, and what keeps it out."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from cases import DEVICE, DrawnDropout, assert_as_good, randomise_adapters, take
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 pytestmark = pytest.mark.usefixtures("on_device")
 SMALL = dict(
@@ -214,6 +215,25 @@ def test_checkpointing(lora_fused, monkeypatch, reentrant, after, config):
     assert_same({name.replace("ours.", "0."): value for name, value in result.items()}, expected)
     lora = "use_dora" not in config
     assert len(made) == (lora and (reentrant or isinstance(after, nn.Tanh)))
+
+
+@pytest.mark.parametrize("policy", (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE), ids=str)
+def test_selective_checkpointing(lora_fused, policy):
+    """It keeps what ops gave and gives it out again in their order."""
+    ours, x = kernelized(lora_fused, glu()), torch.randn(5, 32, dtype=torch.float64)
+    contexts = functools.partial(create_selective_checkpoint_contexts, lambda *_, **__: policy)
+
+    class Selective(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ours = ours
+
+        def forward(self, x):
+            return checkpoint(lambda x: self.ours(x).tanh(), x * 1, use_reentrant=False, context_fn=contexts)
+
+    result = step(Selective(), x)
+    expected = step(nn.Sequential(ours, nn.Tanh()), x)
+    assert_same({name.replace("ours.", "0."): value for name, value in result.items()}, expected)
 
 
 def test_no_gradient_wanted(lora_fused):
