@@ -89,12 +89,11 @@ def launches(run):
 
 # (forward, backward) under autocast, fp32 adapters: the products and what stands between, none more.
 LAUNCHES = {
-    # conversions 1, t 1, y 3, + t Bᵀ 3; conversions 1, dt 3, dx 4, dA 1, dB 3, conversions 1
-    Group: (8, 13),
-    # twice conversions and t 4, y 3, + t Bᵀ 3, h 1; down 1 + 1 + 2 + 1 + 1 + 1, the activation 1, gate and up
-    # 1 + 2 + 3 + 1 + 2 + 1
-    MLP: (11, 18),
-    Single: (4, 7),
+    # conversions 1, t 1, y 3, + t Bᵀ 3; conversions 1, all dt 1, dx 4, all dA and dB 1
+    Group: (8, 7),
+    # twice conversions and t 4, y 3, + t Bᵀ 3, h 1; down 1 + 1 + 2 + 1, the activation 1, gate and up 1 + 1 + 3 + 1
+    MLP: (11, 12),
+    Single: (4, 5),
 }
 
 
@@ -122,13 +121,13 @@ def allocations(run):
 # (forward, backward) as LAUNCHES: what is returned or kept, and the adapters in x's dtype, none more. Autograd takes
 # gradients as they are. Backward converts the adapters again instead of keeping them.
 ALLOCATIONS = {
-    # A's below each other 1, B 3, t 1, y 3; the same 4 conversions, dt 1, dx 1, dA 3, dB 3
-    Group: (8, 12),
-    # gate and up: A 1, B 2, t 1, y 2; h 1; down: A, B, t, y 4. h and dh 2; down: A, B, dt, dA, dB 5; dgate and dup 2;
-    # gate and up: A 1, B 2, dt 1, dx 1, dA 2, dB 2
-    MLP: (11, 18),
-    # A, B, t, y; A, B, dt, dx, dA, dB
-    Single: (4, 6),
+    # adapters 1, t 1, y 3; adapters 1, dt 1, dx 1, dA's below each other 1, dB 3
+    Group: (5, 7),
+    # gate and up: adapters, t 2, y 2; h 1; down: adapters, t, y 3. h and dh 2; down: adapters, dt, dA, dB 4; dgate and dup
+    # 2; gate and up: adapters, dt, dx, dA 4, dB 2
+    MLP: (8, 14),
+    # adapters, t, y; adapters, dt, dx, dA, dB
+    Single: (3, 5),
 }
 
 
