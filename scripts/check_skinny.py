@@ -116,7 +116,8 @@ def main() -> None:
         return
     print(f"skinny: {check_all(skinny, LARGER)} larger cases right", flush=True)
     x, a, t = draw(128, 256, 32, "down", torch.bfloat16, torch.bfloat16)
-    print(f"skinny: {host_microseconds(lambda: skinny([x], [a], [t], 1.0, False, True)):.1f} us of host time, the dispatcher's included")
+    host = host_microseconds(lambda: skinny([x], [a], [t], 1.0, False, True))
+    print(f"skinny: {host:.1f} us of host time, the dispatcher's included")
     report(skinny, (256, 1024, 2048, 4096, 8192), (1024, 4096, 14336), (32, 96))
 
 
