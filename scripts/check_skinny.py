@@ -21,25 +21,35 @@ SMALL = ((1, 8, 8), (64, 64, 16), (129, 264, 24), (300, 520, 32), (70, 1032, 40)
 LARGER = ((2048, 4096, 32), (1000, 14336, 16), (2500, 1000, 64), (8192, 1024, 96), (5000, 4104, 128), (70000, 128, 8))
 FORMS = ("down", "down, a turned", "across", "across, out turned")
 ENTRIES = (1, 3, 9)  # of a launch; nine are two
+DROPOUTS = (0.0, 0.3, 1.0)
 
 
-def draw(m: int, c: int, r: int, form: str, dtype, out_dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x, the other operand as [R, C] or [M, R], and out, NaN."""
+def draw(m: int, c: int, r: int, form: str, dtype, out_dtype, hopper=True) -> tuple[Tensor, Tensor, Tensor]:
+    """x, the other operand as [R, C] or [M, R], and out, NaN; not `hopper`, the gradients are contiguous."""
     x = padded(m, c, dtype)
     if form.startswith("down"):
         other = padded(c, r, dtype).t() if "turned" in form else padded(r, c, dtype)
         return x, other, padded(m, r, out_dtype, float("nan"))
-    out = padded(r, c, out_dtype, float("nan")).t() if "turned" in form else padded(c, r, out_dtype, float("nan"))
-    return x, padded(m, r, dtype), out
+    shape = (r, c) if "turned" in form else (c, r)
+    if hopper:
+        out = padded(*shape, out_dtype, float("nan"))
+    else:
+        out = torch.full((shape[0] + 3, shape[1]), float("nan"), device="cuda", dtype=out_dtype)[: shape[0]]
+    return x, padded(m, r, dtype), out.t() if "turned" in form else out
 
 
-def check(skinny, shapes, form: str, dtype, out_dtype, hopper: bool) -> None:
-    """One call with an entry for each of `shapes`."""
+def check(ops, shapes, form: str, dtype, out_dtype, hopper: bool, p: float = 0.0) -> None:
+    """One call with an entry for each of `shapes`, x dropped with probability p."""
     across = form.startswith("across")
     scaling = 1.0 if across else 0.75
-    entries = [draw(*shape, form, dtype, out_dtype) for shape in shapes]
-    skinny(*map(list, zip(*entries)), scaling, across, hopper)
+    entries = [draw(*shape, form, dtype, out_dtype, hopper) for shape in shapes]
+    seed = torch.randint(2**62, (1,), device="cuda") if p else None
+    ops.skinny(*map(list, zip(*entries)), scaling, across, hopper, seed, p)
     for (m, c, r), (x, other, out) in zip(shapes, entries):
+        if p:
+            kept = torch.empty(m, c, device="cuda")
+            ops.dropout(torch.ones_like(kept), seed, p, kept)
+            x = x.double() * kept.sign() / (1 - p) if p < 1 else torch.zeros_like(x)
         left, right = (x.t(), other) if across else (x, other.t())
         truth = scaling * (left.double() @ right.double())
         # One truncation a wgmma, of what it adds up: first the products, at last about the result.
@@ -48,7 +58,7 @@ def check(skinny, shapes, form: str, dtype, out_dtype, hopper: bool) -> None:
         slack = 2.0**-23 * (left.shape[1] / 16 * size + products)
         rounding = ROUNDING[dtype] if out_dtype == dtype else 2.0**-24
         wrong = ~((out.double() - truth).abs() <= rounding * truth.abs() + slack)
-        name = f"skinny {form} M={m} C={c} R={r} {dtype} to {out_dtype}, {len(shapes)} entries"
+        name = f"skinny {form} M={m} C={c} R={r} {dtype} to {out_dtype}, {len(shapes)} entries, p={p}"
         if wrong.any():
             at = wrong.nonzero()[0].tolist()
             seen, exact = out[at[0], at[1]].item(), truth[at[0], at[1]].item()
@@ -63,42 +73,48 @@ def cases():
     return itertools.product(FORMS, ROUNDING, (False, True))
 
 
-def check_all(skinny, shapes, counts=ENTRIES) -> int:
+def check_all(ops, shapes, counts=ENTRIES) -> int:
     count = 0
-    for (form, dtype, to_float), entries in itertools.product(cases(), counts):
+    for (form, dtype, to_float), entries, p in itertools.product(cases(), counts, DROPOUTS):
+        if p and form == "down, a turned":
+            continue  # is a product of dy, which no mask is over
         groups = [[shape] for shape in shapes] if entries == 1 else [[shapes[i % len(shapes)] for i in range(entries)]]
         for group in groups:
-            check(skinny, group, form, dtype, torch.float32 if to_float else dtype, hopper=True)
+            check(ops, group, form, dtype, torch.float32 if to_float else dtype, hopper=True, p=p)
             count += 1
     torch.cuda.synchronize()
     return count
 
 
-def report(skinny, tokens, widths, ranks) -> None:
+def report(skinny, tokens, widths, ranks, dropouts=(0.0, 0.1)) -> None:
     randn = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
     source = torch.empty(2**30, device="cuda", dtype=torch.uint8)
     to = torch.empty_like(source)
     copied = medians({"copy": lambda: to.copy_(source)}, [()])["copy"]
     rate = 2 * source.numel() / copied
     print(f"copy {rate / 1e6:.2f} TB/s; us of the floor, the library, the kernels of skinny.cu, those for Hopper")
-    for m, c, r, form in itertools.product(tokens, widths, ranks, FORMS[:3]):
-        across = form == "across"
+    seed = torch.ones(1, device="cuda", dtype=torch.int64)
+    for m, c, r, p, form in itertools.product(tokens, widths, ranks, dropouts, FORMS[:3]):
+        if p and form == "down, a turned":
+            continue
+        across, mask = form == "across", (seed, p) if p else ()
         inputs = []
         for _ in range(min(16, 1 + CACHE // (2 * m * c))):
             other = randn(m, r) if across else randn(c, r).t() if "turned" in form else randn(r, c)
             out = torch.empty((c, r) if across else (m, r), device="cuda", dtype=torch.float32 if across else torch.bfloat16)
             inputs.append((randn(m, c), other, out))
-        contenders = {
-            "library": (lambda x, t, out: torch.mm(x.t(), t, out_dtype=torch.float32))
-            if across else (lambda x, a, out: torch.mm(x, a.t(), out=out)),
-            "hopper": lambda x, other, out: skinny([x], [other], [out], 1.0, across, True),
-        }  # fmt: skip
+        contenders = {"hopper": lambda x, other, out: skinny([x], [other], [out], 1.0, across, True, *mask)}
+        if not p and across:
+            contenders["library"] = lambda x, t, out: torch.mm(x.t(), t, out_dtype=torch.float32)
+        elif not p:
+            contenders["library"] = lambda x, a, out: torch.mm(x, a.t(), out=out)
         if form != "down, a turned":
-            contenders["skinny"] = lambda x, other, out: skinny([x], [other], [out], 1.0, across, False)
+            contenders["skinny"] = lambda x, other, out: skinny([x], [other], [out], 1.0, across, False, *mask)
         times = medians(contenders, inputs)
         floor = 2 * m * c / rate
         cells = "  ".join(f"{name} {times[name]:6.1f}" for name in ("library", "skinny", "hopper") if name in times)
-        print(f"{form:15} {m:6} {c:6} {r:4}  floor {floor:6.1f}  {cells}  {times['hopper'] / floor:.2f}x", flush=True)
+        name = form + (", masked" if p else "")
+        print(f"{name:15} {m:6} {c:6} {r:4}  floor {floor:6.1f}  {cells}  {times['hopper'] / floor:.2f}x", flush=True)
 
 
 def main() -> None:
@@ -110,11 +126,12 @@ def main() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         print("skinny: for compute capability 9.0 alone, not run")
         return
-    skinny = get_local_kernel(ROOT / "build")._ops.ops.skinny
-    print(f"skinny: {check_all(skinny, SMALL)} small cases right", flush=True)
+    ops = get_local_kernel(ROOT / "build")._ops.ops
+    skinny = ops.skinny
+    print(f"skinny: {check_all(ops, SMALL)} small cases right", flush=True)
     if sanitize:
         return
-    print(f"skinny: {check_all(skinny, LARGER)} larger cases right", flush=True)
+    print(f"skinny: {check_all(ops, LARGER)} larger cases right", flush=True)
     x, a, t = draw(128, 256, 32, "down", torch.bfloat16, torch.bfloat16)
     host = host_microseconds(lambda: skinny([x], [a], [t], 1.0, False, True))
     print(f"skinny: {host:.1f} us of host time, the dispatcher's included")

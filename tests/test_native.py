@@ -22,6 +22,8 @@ LARGE_GROUPS = {
     "plain": ((1032, 8, 0.0, False, False), (1024, 32, 0.0, False, True), (1000, 64, 0.0, False, False)),
     "DoRA": ((1032, 16, 0.0, True, False), (1024, 32, 0.0, True, True), (1000, 24, 0.0, False, False)),
     "masks": ((1032, 16, 0.2, True, False), (1024, 32, 0.1, False, True), (1000, 24, 0.0, False, False)),
+    # More than a launch of masked sums has room for, together and alone.
+    "ranks": ((72, 384, 0.1, False, False), (48, 672, 0.2, False, True), (64, 136, 0.3, False, False)),
 }
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16))
 FIELDS = ("weight", "bias", "lora_a", "lora_b", "lora_bias", "magnitude")

@@ -15,7 +15,7 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   ops.def("dropout(Tensor x, Tensor seed, float p, Tensor(a!) out, bool accumulate=False) -> ()");
   ops.def(
       "dora_gains(Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[] magnitudes, "
-      "float[] scalings) -> (Tensor[], Tensor[])");
+      "float[] scalings, Tensor[] scales, int[] quantized) -> (Tensor[], Tensor[])");
   ops.def(
       "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, "
       "Tensor? offset, int blocksize, int nested_blocksize, bool fp4, int first, Tensor(a!) out) "
@@ -24,7 +24,8 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "gemm(Tensor[] a, Tensor[] b, bool b_rows_are_n, Tensor(a!) out, Tensor? bias=None, "
       "Tensor? gain=None, Tensor(b!)? z=None, bool accumulate=False) -> ()");
   ops.def(
-      "skinny(Tensor[] x, Tensor[] other, Tensor(a!)[] out, float scaling, bool across, bool hopper) -> ()");
+      "skinny(Tensor[] x, Tensor[] other, Tensor(a!)[] out, float scaling, bool across, bool hopper, "
+      "Tensor? seed=None, float p=0.0) -> ()");
   ops.def(
       "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
       "Tensor?[] lora_b, Tensor?[] gains, float[] scalings, Tensor? seeds, float[] dropouts, "

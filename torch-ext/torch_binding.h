@@ -46,7 +46,8 @@ using Optionals = std::vector<std::optional<torch::stable::Tensor>>;
 
 std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_gains(
     lora_fused::Tensors weights, lora_fused::Tensors lora_a, lora_fused::Tensors lora_b,
-    lora_fused::Tensors magnitudes, std::vector<double> scalings);
+    lora_fused::Tensors magnitudes, std::vector<double> scalings, lora_fused::Tensors scales,
+    std::vector<int64_t> quantized);
 std::tuple<lora_fused::Tensors, lora_fused::Tensors, torch::stable::Tensor> lora_forward(
     const torch::stable::Tensor& x, lora_fused::Tensors weights, lora_fused::Optionals biases,
     lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals gains,
@@ -83,10 +84,10 @@ void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n,
                std::optional<torch::stable::Tensor> gain, std::optional<torch::stable::Tensor> z,
                bool accumulate);
 
-// out = scaling · x otherᵀ [M, R], or xᵀ other [C, R] where across, of each of a list; `hopper`: by skinny_sm90,
-// else by the kernels of skinny.cu. An error where those don't serve.
+// out = scaling · D(x) otherᵀ [M, R], or D(x)ᵀ other [C, R] where across, of each of a list; D drops with probability p
+// where there is a seed. `hopper`: by skinny_sm90, else by the kernels of skinny.cu. An error where those don't serve.
 void skinny_cuda(lora_fused::Tensors x, lora_fused::Tensors other, lora_fused::Tensors out, double scaling, bool across,
-                 bool hopper);
+                 bool hopper, std::optional<torch::stable::Tensor> seed, double p);
 
 // On CUDA alone: the CPU computes an embedding with the library's products.
 torch::stable::Tensor column_norm_cuda(const torch::stable::Tensor& weight,

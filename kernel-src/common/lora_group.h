@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <functional>
 #include <optional>
 #include <vector>
 
@@ -79,7 +80,7 @@ struct SkinnyDown {
 };
 
 // out = tᵀ dropped(x) for t [M, R] and x [M, C], rows of t strided or not: [R, C], or [C, R] where
-// transposed, in x's dtype or float32.
+// transposed, contiguous, in x's dtype or float32.
 struct SkinnyOuter {
   View t, x, out;
   bool transposed;
@@ -93,11 +94,12 @@ struct DroppedUp {
 };
 
 // norm [N] = ‖weight + scaling·b a‖ by row, in float32, and where there is a magnitude gain = magnitude / norm
-// (gain.h), both in float32.
+// (gain.h), both in float32. `fill` writes the weight, just before it is read.
 struct RowNorm {
   torch::stable::Tensor weight, a, b, norm;
   double scaling;
   MaybeTensor magnitude = std::nullopt, gain = std::nullopt;
+  std::function<void()> fill = nullptr;
 };
 
 void gated_cpu(const Gated& gated);
@@ -124,7 +126,7 @@ void skinny_outer_cuda(const std::vector<SkinnyOuter>& entries);
 // dx += the sum of all terms.
 void dropped_up_add_cuda(const View& dx, const std::vector<DroppedUp>& terms);
 
-// The same two products on Hopper, without a mask and up to rank 128; a of either layout. Each list is one launch for
+// The same two products on Hopper, up to rank 128; a of either layout. Each list is one launch for
 // every eight entries, which share the dtype alone.
 bool skinny_sm90_serves(const View& matrix);  // as x, a or t of one
 bool skinny_sm90_serves(const SkinnyDown& product);

@@ -103,7 +103,7 @@ class Together {
   bool takes(const Product& product, bool hopper_alone = false) {
 #if defined(CUDA_KERNEL)
     if (!product.x.is_cuda()) return false;
-    if (product.x.size(0) <= kOneLaunchTokensOnHopper && skinny_sm90_serves(product)) {
+    if ((product.mask || product.x.size(0) <= kOneLaunchTokensOnHopper) && skinny_sm90_serves(product)) {
       on_hopper_.push_back(product);
       return true;
     }
@@ -142,6 +142,16 @@ View dropped(const View& x, const Dropped& mask) {
 
 }  // namespace
 
+void FourBitWeight::dequantize(int64_t first, const Tensor& out) const {
+  const int64_t* q = numbers_;
+  const auto nested = [&](int which) { return q[4] > 0 ? MaybeTensor(scales_[which]) : std::nullopt; };
+#if defined(CUDA_KERNEL)
+  if (out.is_cuda())
+    return dequantize_4bit_cuda(packed_, scales_[0], nested(1), nested(2), nested(3), q[3], q[4], q[0] == 2, first, out);
+#endif
+  dequantize_4bit_cpu(packed_, scales_[0], nested(1), nested(2), nested(3), q[3], q[4], q[0] == 2, first, out);
+}
+
 Dropped Members::mask(size_t i) const {
   const int64_t one = 1;
   AtenTensorHandle handle = nullptr;
@@ -153,17 +163,9 @@ Dropped Members::mask(size_t i) const {
 Tensor Members::weight(size_t i, ScalarType dtype) const {
   const Tensor& stored = lists_.weights[first_ + i];
   if (lists_.quantized.empty() || quantized(i)[0] == 0) return stored;
-  const int64_t* q = quantized(i);
-  const Tensor* scales = lists_.scales.data() + q[5];
-  const auto nested = [&](int which) { return q[4] > 0 ? MaybeTensor(scales[which]) : std::nullopt; };
-  const Tensor weight = empty(stored, {q[1], q[2]}, dtype);
-#if defined(CUDA_KERNEL)
-  if (stored.is_cuda()) {
-    dequantize_4bit_cuda(stored, scales[0], nested(1), nested(2), nested(3), q[3], q[4], q[0] == 2, 0, weight);
-    return weight;
-  }
-#endif
-  dequantize_4bit_cpu(stored, scales[0], nested(1), nested(2), nested(3), q[3], q[4], q[0] == 2, 0, weight);
+  const FourBitWeight packed(stored, lists_.scales, quantized(i));
+  const Tensor weight = empty(stored, {packed.rows(), packed.cols()}, dtype);
+  packed.dequantize(0, weight);
   return weight;
 }
 

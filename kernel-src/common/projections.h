@@ -27,8 +27,28 @@ struct Lists {
 };
 
 // format (0 floating point, 1 NF4, 2 FP4), N, K, blocksize, nested_blocksize, index in scales of absmax,
-// which nested_absmax, nested_code and offset follow where nested_blocksize is not 0.
-constexpr size_t kQuantizedFields = 6;
+// which nested_absmax, nested_code and offset follow where nested_blocksize is not 0, and the dtype before it was
+// quantised (0 float32, 1 bfloat16, 2 float16).
+constexpr size_t kQuantizedFields = 7;
+
+// A weight of four bits a value, of the lists above: `numbers` are its own of `quantized`.
+class FourBitWeight {
+ public:
+  FourBitWeight(const Tensor& packed, const Tensors& scales, const int64_t* numbers)
+      : packed_(packed), scales_(scales.data() + numbers[5]), numbers_(numbers) {}
+
+  int64_t rows() const { return numbers_[1]; }
+  int64_t cols() const { return numbers_[2]; }
+  ScalarType dtype() const {
+    return numbers_[6] == 1 ? ScalarType::BFloat16 : numbers_[6] == 2 ? ScalarType::Half : ScalarType::Float;
+  }
+  // From element `first` of the flat weight on, as many as `out` has, in its dtype.
+  void dequantize(int64_t first, const Tensor& out) const;
+
+ private:
+  const Tensor &packed_, *scales_;
+  const int64_t* numbers_;
+};
 
 // [first, first + count) of them, which share an input.
 class Members {

@@ -37,6 +37,20 @@ struct alignas(sizeof(T) * kColumns > 16 ? 16 : sizeof(T) * kColumns) Columns {
   T value[kColumns];
 };
 
+// Whole, 16 bytes an access. Not an assignment: the compiler takes those apart at times, into four times as many
+// stores, each of a part of a sector.
+template <typename T>
+__device__ __forceinline__ void store(T* to, const Columns<T>& from) {
+  static_assert(sizeof(from) % 16 == 0);
+#pragma unroll
+  for (size_t i = 0; i < sizeof(from) / 16; ++i) {
+    const uint4 x = reinterpret_cast<const uint4*>(&from)[i];
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<uint4*>(to) + i), "r"(x.x), "r"(x.y),
+                 "r"(x.z), "r"(x.w)
+                 : "memory");
+  }
+}
+
 template <typename T>
 struct Matrix {
   T* data;
@@ -60,7 +74,7 @@ __device__ __forceinline__ void store(const Matrix<T>& m, const Columns<T>& from
                                       int64_t col, int64_t count, bool aligned) {
   T* to = m.data + row * m.stride + col;
   if (aligned) {
-    *reinterpret_cast<Columns<T>*>(to) = from;
+    store(to, from);
     return;
   }
 #pragma unroll

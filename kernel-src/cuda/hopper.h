@@ -106,21 +106,37 @@ void allow_shared_memory(Kernel kernel, int bytes, int device, std::atomic<uint6
   prepared |= uint64_t(1) << device;
 }
 
-// Launches with clusters of `cluster` blocks along x.
-template <typename Kernel, typename Arguments>
-void launch_clusters(Kernel kernel, unsigned blocks, unsigned cluster, unsigned threads, size_t bytes,
-                     cudaStream_t stream, const Arguments& args) {
-  cudaLaunchAttribute dimension;
+// Of a launch with clusters of `cluster` blocks along x; `dimension` must live until then.
+inline cudaLaunchConfig_t clusters_of(cudaLaunchAttribute& dimension, unsigned blocks, unsigned cluster,
+                                      unsigned threads, size_t bytes) {
   dimension.id = cudaLaunchAttributeClusterDimension;
   dimension.val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = threads;
   config.dynamicSmemBytes = bytes;
-  config.stream = stream;
   config.attrs = &dimension;
   config.numAttrs = 1;
+  return config;
+}
+
+template <typename Kernel, typename Arguments>
+void launch_clusters(Kernel kernel, unsigned blocks, unsigned cluster, unsigned threads, size_t bytes,
+                     cudaStream_t stream, const Arguments& args) {
+  cudaLaunchAttribute dimension;
+  cudaLaunchConfig_t config = clusters_of(dimension, blocks, cluster, threads, bytes);
+  config.stream = stream;
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
+}
+
+// Clusters that the current device runs at once.
+template <typename Kernel>
+int most_clusters(Kernel kernel, unsigned cluster, unsigned threads, size_t bytes) {
+  cudaLaunchAttribute dimension;
+  const cudaLaunchConfig_t config = clusters_of(dimension, cluster, cluster, threads, bytes);
+  int most = 0;
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&most, reinterpret_cast<const void*>(kernel), &config));
+  return most;
 }
 
 }  // namespace lora_fused::sm90

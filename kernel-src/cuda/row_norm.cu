@@ -177,6 +177,7 @@ struct Work {
   Tensor w, a, b, norm;
   MaybeTensor magnitude, gain;
   double scaling;
+  std::function<void()> fill;
   RowNormArgs args{};
   Matrix a_matrix, b_matrix;
   int64_t bytes, ranks, lda, floats;  // of shared memory; of the parts; of the scratch buffer
@@ -185,7 +186,7 @@ struct Work {
 
 Work work_of(const RowNorm& of) {
   check_row_norm(of.weight, of.a, of.b, /*cuda=*/true);
-  Work work{in_rows(of.weight), in_rows(of.a), in_rows(of.b), of.norm, of.magnitude, of.gain, of.scaling};
+  Work work{in_rows(of.weight), in_rows(of.a), in_rows(of.b), of.norm, of.magnitude, of.gain, of.scaling, of.fill};
   if (of.magnitude) check_gain(*of.magnitude, of.norm, /*cuda=*/true);
   const int device = of.weight.get_device_index();
   const Matrix w = matrix(work.w), a = matrix(work.a), b = matrix(work.b);
@@ -304,7 +305,10 @@ void lora_fused::row_norms_cuda(const std::vector<RowNorm>& norms) {
     for (Work& work : works) place(work, next), next += work.floats;
     const cudaStream_t stream = stream_of(works[0].w);
     launch_splits(works, stream);
-    for (const Work& work : works) launch_norm(work, stream);
+    for (const Work& work : works) {
+      if (work.fill) work.fill();
+      launch_norm(work, stream);
+    }
     launch_finish(works, stream);
   }
 }

@@ -26,16 +26,6 @@ using namespace lora_fused;
 using namespace lora_fused::skinny;
 using torch::headeronly::ScalarType;
 
-// Sets an entry's mask, and the scaling of its product to `scaling` / (1 - p).
-template <typename T>
-void set_mask(Entry<T>& e, const std::optional<Dropped>& dropped, double scaling) {
-  e.scaling = static_cast<float>(scaling);
-  if (!dropped) return;
-  const Keep keep(dropped->p);
-  e.scaling = static_cast<float>(scaling * keep.scale);
-  e.mask = {static_cast<const int64_t*>(dropped->seed.const_data_ptr()), std::min(keep.threshold, 0xffffu) << 16};
-}
-
 template <typename T>
 const T* read(const View& t) {
   return static_cast<const T*>(t.const_data_ptr());
@@ -48,7 +38,8 @@ Entry<T> entry_of(const SkinnyDown& d) {
   e.x_stride = d.x.stride(0), e.a_stride = d.a.stride(0), e.t_stride = d.t.stride(0);
   e.cols = d.x.size(1);
   e.ranks = static_cast<int>(d.a.size(0));
-  set_mask(e, d.mask, d.scaling);
+  e.scaling = static_cast<float>(d.scaling * scale_of(d.mask));
+  e.mask = mask_of(d.mask);
   return e;
 }
 
@@ -61,7 +52,8 @@ Entry<T> entry_of(const SkinnyOuter& d) {
   e.ranks = static_cast<int>(d.t.size(1));
   e.out_is_float = d.out.scalar_type() == ScalarType::Float;
   e.transposed = d.transposed;
-  set_mask<T>(e, d.mask, 1.0);
+  e.scaling = static_cast<float>(scale_of(d.mask));
+  e.mask = mask_of(d.mask);
   return e;
 }
 
@@ -72,7 +64,8 @@ Entry<T> entry_of(const DroppedUp& d) {
   e.a_stride = d.a.stride(0), e.t_stride = d.dt.stride(0);
   e.cols = d.a.size(1);
   e.ranks = static_cast<int>(d.a.size(0));
-  set_mask<T>(e, d.mask, 1.0);
+  e.scaling = static_cast<float>(scale_of(d.mask));
+  e.mask = mask_of(d.mask);
   return e;
 }
 
@@ -114,8 +107,12 @@ void launch(const Arguments<T>& args, const SkinnyOuter*, Extent most, cudaStrea
 
 template <typename T>
 void launch(const Arguments<T>& args, const DroppedUp*, Extent most, cudaStream_t stream) {
-  const dim3 grid(blocks(most.cols, kUpCols), blocks(args.rows, kUpRows));
-  dropped_up_add_bwd_kernel<T><<<grid, kThreads, 0, stream>>>(args);
+  int ranks = 0;
+  for (int i = 0; i < args.entries; ++i) ranks += padded_ranks(args.entry[i].ranks);
+  const dim3 grid(blocks(most.cols, kUpCols), blocks(args.rows, kUpRows * kUpTiles));
+  STD_CUDA_CHECK(cudaFuncSetAttribute(dropped_up_add_bwd_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      kUpRanks * kUpPitch * sizeof(T)));
+  dropped_up_add_bwd_kernel<T><<<grid, kThreads, ranks * kUpPitch * sizeof(T), stream>>>(args);
 }
 
 template <typename T, typename Work>
@@ -161,13 +158,33 @@ void lora_fused::skinny_outer_cuda(const std::vector<SkinnyOuter>& entries) {
 }
 
 void lora_fused::dropped_up_add_cuda(const View& dx, const std::vector<DroppedUp>& terms) {
-  run_as(terms, dx, dx.mutable_data_ptr());
+  // What a launch has shared memory for; ranks beyond that are a term of their own.
+  std::vector<DroppedUp> together;
+  int ranks = 0;
+  const auto launch_together = [&] {
+    run_as(together, dx, dx.mutable_data_ptr());
+    together.clear(), ranks = 0;
+  };
+  for (const DroppedUp& term : terms)
+    for (int64_t first = 0; first < term.a.size(0); first += kUpRanks) {
+      const int64_t count = std::min<int64_t>(kUpRanks, term.a.size(0) - first);
+      const int padded = padded_ranks(static_cast<int>(count));
+      if (ranks + padded > kUpRanks) launch_together();
+      together.push_back({term.dt.columns(first, count), term.a.rows(first, count), term.mask});
+      ranks += padded;
+    }
+  launch_together();
 }
 
-void skinny_cuda(Tensors x, Tensors other, Tensors out, double scaling, bool across, bool hopper) {
+void skinny_cuda(Tensors x, Tensors other, Tensors out, double scaling, bool across, bool hopper, MaybeTensor seed,
+                 double p) {
   STD_TORCH_CHECK(!x.empty() && x.size() == other.size() && x.size() == out.size(), "skinny: ", x.size(), " x, ",
                   other.size(), " other, ", out.size(), " out");
   const torch::stable::accelerator::DeviceGuard guard(x[0].get_device_index());
+  STD_TORCH_CHECK(!seed || (seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cuda() && p >= 0.0 &&
+                            p <= 1.0),
+                  "skinny: expected a seed in int64 with one element, and p from 0 to 1");
+  const std::optional<Dropped> mask = seed ? std::optional<Dropped>({*seed, p}) : std::nullopt;
   std::vector<SkinnyDown> downs;
   std::vector<SkinnyOuter> outers;
   for (size_t i = 0; i < x.size(); ++i) {
@@ -180,10 +197,12 @@ void skinny_cuda(Tensors x, Tensors other, Tensors out, double scaling, bool acr
     bool serves;
     if (across) {
       const bool turned = out[i].stride(1) == 1;
-      outers.push_back({other[i], x[i], turned ? View(out[i]) : View(out[i]).transposed(), turned, std::nullopt});
-      serves = hopper ? skinny_sm90_serves(outers.back()) : skinny_serves(x[i]) && skinny_serves(other[i]);
+      outers.push_back({other[i], x[i], turned ? View(out[i]) : View(out[i]).transposed(), turned, mask});
+      const bool contiguous = turned ? out[i].stride(0) == ranks : out[i].stride(0) == 1 && out[i].stride(1) == cols;
+      serves = hopper ? skinny_sm90_serves(outers.back())
+                      : skinny_serves(x[i]) && skinny_serves(other[i]) && contiguous;
     } else {
-      downs.push_back({x[i], other[i], out[i], scaling, std::nullopt});
+      downs.push_back({x[i], other[i], out[i], scaling, mask});
       serves = hopper ? skinny_sm90_serves(downs.back()) : skinny_serves(x[i]) && skinny_serves(other[i]);
     }
     STD_TORCH_CHECK(serves, "skinny: not for this device, these dtypes, shapes or strides");

@@ -3,24 +3,14 @@
 
 #include <cstdint>
 
-#include "../common/dropout.h"
 #include "columns.h"
+#include "mask.h"
 #include "mma.h"
 
 namespace lora_fused::skinny {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kEntries = 16;  // of one launch
-
-// A number of 16 bits keeps its element where, in the upper half of a word, it is at least `threshold`. What
-// is kept is scaled by `Entry::scaling`: nothing is, at p = 1.
-struct Mask {
-  const int64_t* seed;  // null for no mask
-  uint32_t threshold;
-
-  __device__ __forceinline__ bool keeps_low(uint32_t word) const { return (word << 16) >= threshold; }
-  __device__ __forceinline__ bool keeps_high(uint32_t word) const { return word >= threshold; }
-};
 
 template <typename T>
 struct Entry {
@@ -41,17 +31,14 @@ struct Arguments {
   int entries;
 };
 
-// Eight columns of a row, or zeros where the mask drops them: two at a time, as bits.
+// Eight columns of a row, or zeros where the mask drops them.
 template <typename T>
-__device__ __forceinline__ Columns<T> masked(Columns<T> x, uint64_t seed, const Mask& mask, int64_t row,
+__device__ __forceinline__ Columns<T> masked(Columns<T> x, uint64_t key, const Mask& mask, int64_t row,
                                              int64_t col) {
   if (mask.seed == nullptr) return x;
-  const Words words = philox(seed, row, static_cast<uint32_t>(col / kMaskColumns));
-  uint32_t* const pairs = reinterpret_cast<uint32_t*>(&x);
-#pragma unroll
-  for (int i = 0; i < kColumns / 2; ++i)
-    pairs[i] &= (mask.keeps_low(words.word[i]) ? 0x0000ffffu : 0u) | (mask.keeps_high(words.word[i]) ? 0xffff0000u : 0u);
-  return x;
+  const uint4 kept = lora_fused::masked(*reinterpret_cast<const uint4*>(&x), key, mask, row,
+                                        static_cast<uint32_t>(col / kMaskColumns));
+  return *reinterpret_cast<const Columns<T>*>(&kept);
 }
 
 // Eight columns from base + offset, zeros where !valid. No branch: loads would wait for each other.
@@ -60,10 +47,6 @@ __device__ __forceinline__ Columns<T> load_if(const T* base, int64_t offset, boo
   uint4 bits = *reinterpret_cast<const uint4*>(base + (valid ? offset : 0));
   if (!valid) bits = uint4{0, 0, 0, 0};
   return *reinterpret_cast<const Columns<T>*>(&bits);
-}
-
-__device__ __forceinline__ uint64_t seed_of(const Mask& mask) {
-  return mask.seed == nullptr ? 0 : static_cast<uint64_t>(*mask.seed);
 }
 
 __device__ __forceinline__ const uint32_t* bits(const void* p) { return static_cast<const uint32_t*>(p); }
@@ -79,7 +62,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps > 8 ? 1 : kTiles > 4 ? 2 :
   if (first_rank >= e.ranks) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * 16 + g;
-  const uint64_t seed = seed_of(e.mask);
+  const uint64_t key = e.mask.key();
   const int64_t x_row = row * e.x_stride;
   float acc[kTiles][4] = {};
 #pragma unroll 2
@@ -93,8 +76,8 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps > 8 ? 1 : kTiles > 4 ? 2 :
       const int rank = first_rank + 8 * i + g;
       a[i] = load_if(e.a, rank * e.a_stride + col, inside && rank < e.ranks);
     }
-    low = masked(low, seed, e.mask, row, col);
-    high = masked(high, seed, e.mask, row + 8, col);
+    low = masked(low, key, e.mask, row, col);
+    high = masked(high, key, e.mask, row + 8, col);
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       const uint32_t left[4] = {bits(&low)[2 * step], bits(&high)[2 * step], bits(&low)[2 * step + 1],
@@ -139,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 3) skinny_outer_bwd_kernel(const __g
   const int64_t first_col = static_cast<int64_t>(blockIdx.x) * kOuterCols;
   if (first_rank >= e.ranks || first_col >= e.cols) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint64_t seed = seed_of(e.mask);
+  const uint64_t key = e.mask.key();
   T(*const xs)[kOuterPitch] = shared.stage[warp][0];
   T(*const ts)[kOuterPitch] = shared.stage[warp][1];
   // A row's 32 elements are four pieces: lane / 4 is the first of four rows eight apart.
@@ -162,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 3) skinny_outer_bwd_kernel(const __g
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = first_row + 8 * i;
-      *reinterpret_cast<Columns<T>*>(&xs[row][piece]) = masked(x[i], seed, e.mask, start + row, col);
+      *reinterpret_cast<Columns<T>*>(&xs[row][piece]) = masked(x[i], key, e.mask, start + row, col);
       *reinterpret_cast<Columns<T>*>(&ts[row][piece]) = t[i];
     }
     __syncwarp();
@@ -213,77 +196,86 @@ __global__ void __launch_bounds__(kThreads, 3) skinny_outer_bwd_kernel(const __g
   }
 }
 
-constexpr int kUpRows = 64, kUpCols = 64, kUpPitch = kUpCols + 8;
+constexpr int kUpRows = 64, kUpCols = 64, kUpPitch = kUpCols + 8, kUpTiles = 4;  // rows and columns; tiles of a block
+constexpr int kUpRanks = 640;  // of all entries of a launch, each rounded up to 32: rows of A in shared memory
 
-// dx [64, 64] += all entries' terms; a warp has 16 rows by 32 columns. A's columns are stored so that
-// the four tiles of eight give a lane eight neighbouring columns, one Philox block.
+__host__ __device__ constexpr int padded_ranks(int ranks) { return (ranks + 31) / 32 * 32; }
+
+// dx [64, 64] += all entries' terms, for every gridDim.y-th 64 rows; a warp has 16 rows by 32 columns. A's columns
+// are stored so that the four tiles of eight give a lane eight neighbouring columns, one Philox block.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) dropped_up_add_bwd_kernel(const __grid_constant__ Arguments<T> args) {
-  __shared__ __align__(16) T as[32][kUpPitch];
+__global__ void __launch_bounds__(kThreads, 3) dropped_up_add_bwd_kernel(const __grid_constant__ Arguments<T> args) {
+  extern __shared__ __align__(16) uint8_t storage[];
+  T(*const as)[kUpPitch] = reinterpret_cast<T(*)[kUpPitch]>(storage);
+  __shared__ uint64_t keys[kEntries];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kUpRows + warp / 2 * 16;
-  const int64_t first_col = static_cast<int64_t>(blockIdx.x) * kUpCols;
+  const int64_t first_col = static_cast<int64_t>(blockIdx.x) * kUpCols, cols = args.entry[0].cols;
   const int warp_col = warp % 2 * 32;
-  const int64_t col = first_col + warp_col + 8 * q, cols = args.entry[0].cols;
-  float total[2][kColumns] = {};
-  for (int n = 0; n < args.entries; ++n) {
+  const int64_t col = first_col + warp_col + 8 * q;
+  if (threadIdx.x < args.entries) keys[threadIdx.x] = args.entry[threadIdx.x].mask.key();
+  for (int n = 0, above = 0; n < args.entries; above += padded_ranks(args.entry[n].ranks), ++n) {
     const Entry<T>& e = args.entry[n];
-    float acc[4][4] = {};
-    for (int first_rank = 0; first_rank < e.ranks; first_rank += 32) {
-      __syncthreads();
-      {
-        const int rank = threadIdx.x / 8, piece = 8 * (threadIdx.x % 8);
-        const Columns<T> a = load_if(e.a, (first_rank + rank) * e.a_stride + first_col + piece,
-                                     first_rank + rank < e.ranks && first_col + piece < cols);
-        // Columns 8u + 2v + {0, 1} of 32 go to place 8v + 2u.
-        const int base = piece / 32 * 32 + piece % 32 / 4;
+    for (int i = threadIdx.x; i < padded_ranks(e.ranks) * (kUpCols / 8); i += kThreads) {
+      const int rank = i / (kUpCols / 8), piece = 8 * (i % (kUpCols / 8));
+      const Columns<T> a = load_if(e.a, rank * e.a_stride + first_col + piece,
+                                   rank < e.ranks && first_col + piece < cols);
+      // Columns 8u + 2v + {0, 1} of 32 go to place 8v + 2u.
+      const int base = piece / 32 * 32 + piece % 32 / 4;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) *reinterpret_cast<uint32_t*>(&as[rank][base + 8 * i]) = bits(&a)[i];
+      for (int j = 0; j < 4; ++j) *reinterpret_cast<uint32_t*>(&as[above + rank][base + 8 * j]) = bits(&a)[j];
+    }
+  }
+  __syncthreads();
+  for (int64_t tile = blockIdx.y; tile * kUpRows < args.rows; tile += gridDim.y) {
+    const int64_t row = tile * kUpRows + warp / 2 * 16 + g;
+    const bool inside[2] = {row < args.rows && col < cols, row + 8 < args.rows && col < cols};
+    Columns<T> dx[2];
+#pragma unroll
+    for (int high = 0; high < 2; ++high) dx[high] = load_if(args.dx, (row + 8 * high) * cols + col, inside[high]);
+    float total[2][kColumns] = {};
+    for (int n = 0, above = 0; n < args.entries; ++n) {
+      const Entry<T>& e = args.entry[n];
+      float acc[4][4] = {};
+      for (int first_rank = 0; first_rank < e.ranks; first_rank += 32, above += 32) {
+        // A lane's eight neighbouring ranks are those of its two steps: rows of A are read to match.
+        const int rank = first_rank + 8 * q;
+        const Columns<T> low = load_if(e.t, row * e.t_stride + rank, row < args.rows && rank < e.ranks);
+        const Columns<T> high = load_if(e.t, (row + 8) * e.t_stride + rank, row + 8 < args.rows && rank < e.ranks);
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          const uint32_t left[4] = {bits(&low)[2 * step], bits(&high)[2 * step], bits(&low)[2 * step + 1],
+                                    bits(&high)[2 * step + 1]};
+          const int in_tile = lane % 8, second = lane / 8 % 2;
+          const int from = above + 8 * (in_tile / 2) + in_tile % 2 + 2 * second + 4 * step;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            uint32_t right[4];
+            load_matrices<true>(right, shared_address(&as[from][warp_col + 16 * i + 8 * (lane / 16)]));
+            multiply<T>(acc[2 * i], left, right[0], right[1]);
+            multiply<T>(acc[2 * i + 1], left, right[2], right[3]);
+          }
+        }
       }
-      __syncthreads();
-      // A lane's eight neighbouring ranks are those of its two steps: rows of A are read to match.
-      const int rank = first_rank + 8 * q;
-      const auto row_of = [&](int64_t row) {
-        return load_if(e.t, row * e.t_stride + rank, row < args.rows && rank < e.ranks);
-      };
-      const Columns<T> low = row_of(first_row + g), high = row_of(first_row + g + 8);
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const uint32_t left[4] = {bits(&low)[2 * step], bits(&high)[2 * step], bits(&low)[2 * step + 1],
-                                  bits(&high)[2 * step + 1]};
-        const int in_tile = lane % 8, second = lane / 8 % 2;
-        const int from = 8 * (in_tile / 2) + in_tile % 2 + 2 * second + 4 * step;
+      for (int high = 0; high < 2; ++high) {
+        const Words words = philox(keys[n], row + 8 * high, static_cast<uint32_t>(col / kMaskColumns));
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          uint32_t right[4];
-          load_matrices<true>(right, shared_address(&as[from][warp_col + 16 * i + 8 * (lane / 16)]));
-          multiply<T>(acc[2 * i], left, right[0], right[1]);
-          multiply<T>(acc[2 * i + 1], left, right[2], right[3]);
+        for (int j = 0; j < kColumns; ++j) {
+          const uint32_t word = words.word[j / 2];
+          const bool keeps = j % 2 == 0 ? e.mask.keeps_low(word) : e.mask.keeps_high(word);
+          const float sum = fmaf(acc[j / 2][2 * high + j % 2], e.scaling, total[high][j]);
+          total[high][j] = keeps ? sum : total[high][j];
         }
       }
     }
-    const uint64_t seed = seed_of(e.mask);
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
-      const Words words = philox(seed, first_row + g + 8 * high, static_cast<uint32_t>(col / kMaskColumns));
+      if (!inside[high]) continue;
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        const uint32_t word = words.word[j / 2];
-        const bool keeps = j % 2 == 0 ? e.mask.keeps_low(word) : e.mask.keeps_high(word);
-        const float sum = fmaf(acc[j / 2][2 * high + j % 2], e.scaling, total[high][j]);
-        total[high][j] = keeps ? sum : total[high][j];
-      }
+      for (int j = 0; j < kColumns; ++j)
+        dx[high].value[j] = narrow<T, float>(widen(dx[high].value[j]) + total[high][j]);
+      store(args.dx + (row + 8 * high) * cols + col, dx[high]);
     }
-  }
-#pragma unroll
-  for (int high = 0; high < 2; ++high) {
-    const int64_t row = first_row + g + 8 * high;
-    if (row >= args.rows || col >= cols) continue;
-    Columns<T>* const place = reinterpret_cast<Columns<T>*>(args.dx + row * cols + col);
-    Columns<T> dx = *place;
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) dx.value[j] = narrow<T, float>(widen(dx.value[j]) + total[high][j]);
-    *place = dx;
   }
 }
 

@@ -1,4 +1,4 @@
-// Products of activations with an adapter's rank on Hopper, without a mask, those of a whole group in one launch:
+// Products of activations with an adapter's rank on Hopper, those of a whole group in one launch:
 // what it takes, how it is cut, and the launch of skinny_sm90_kernel.h, which says what it computes.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/macros.h>
@@ -23,15 +23,16 @@ struct Work {
   Form form;
   View x, other, out;  // out by [rows of the tile, ranks]
   double scaling;
+  std::optional<Dropped> mask;
 };
 
 Work work_of(const SkinnyDown& d) {
   const bool transposed = d.a.stride(1) != 1;
-  return {transposed ? kDownTransposed : kDown, d.x, transposed ? d.a.transposed() : d.a, d.t, d.scaling};
+  return {transposed ? kDownTransposed : kDown, d.x, transposed ? d.a.transposed() : d.a, d.t, d.scaling, d.mask};
 }
 
 Work work_of(const SkinnyOuter& d) {
-  return {kAcross, d.x, d.t, d.transposed ? d.out : d.out.transposed(), 1.0};
+  return {kAcross, d.x, d.t, d.transposed ? d.out : d.out.transposed(), 1.0, d.mask};
 }
 
 int64_t ranks_of(const Work& work) { return work.out.size(1); }
@@ -58,7 +59,8 @@ Entry entry_of(const Work& work, int first_tile) {
   e.steps = tiles(summed(work), kStep);
   e.first_tile = first_tile;
   e.out_is_float = work.out.scalar_type() == ScalarType::Float;
-  e.scaling = static_cast<float>(work.scaling);
+  e.scaling = static_cast<float>(work.scaling * scale_of(work.mask));
+  e.mask = mask_of(work.mask);
   return e;
 }
 
@@ -71,6 +73,15 @@ unsigned cluster_of(int all_tiles, int most_steps, int multiprocessors) {
          8 * static_cast<int>(cluster) <= most_steps)
     cluster *= 2;
   return cluster;
+}
+
+// Clusters that run at once with one block on a multiprocessor, asked once a device.
+template <typename T>
+int clusters_apart(unsigned cluster, int device) {
+  static std::atomic<int> known[64][kMostBlocks + 1];
+  std::atomic<int>& most = known[device % 64][cluster];
+  if (most == 0) most = most_clusters(skinny_kernel<T>, cluster, kThreads, kBytesApart);
+  return most;
 }
 
 template <typename T>
@@ -86,9 +97,11 @@ void launch(const std::vector<Work>& works, size_t first) {
   }
   const int device = like.get_device_index();
   static std::atomic<uint64_t> prepared{0};
-  allow_shared_memory(skinny_kernel<T>, kBytes, device, prepared);
+  allow_shared_memory(skinny_kernel<T>, kBytesApart, device, prepared);
   const unsigned cluster = cluster_of(all_tiles, most_steps, multiprocessors(device));
-  launch_clusters(skinny_kernel<T>, all_tiles * cluster, cluster, kThreads, kBytes, stream_of(like), args);
+  // Blocks of a cluster would else meet on one multiprocessor and leave others idle.
+  const int bytes = all_tiles <= clusters_apart<T>(cluster, device) ? kBytesApart : kBytes;
+  launch_clusters(skinny_kernel<T>, all_tiles * cluster, cluster, kThreads, bytes, stream_of(like), args);
 }
 
 template <typename Product>
@@ -104,7 +117,7 @@ void run(const std::vector<Product>& products) {
 bool lora_fused::skinny_sm90_serves(const View& matrix) {
   return matrix.is_cuda() && takes_boxes(matrix) && is_hopper(matrix.get_device_index());
 }
-bool lora_fused::skinny_sm90_serves(const SkinnyDown& product) { return !product.mask && serves(work_of(product)); }
-bool lora_fused::skinny_sm90_serves(const SkinnyOuter& product) { return !product.mask && serves(work_of(product)); }
+bool lora_fused::skinny_sm90_serves(const SkinnyDown& product) { return serves(work_of(product)); }
+bool lora_fused::skinny_sm90_serves(const SkinnyOuter& product) { return serves(work_of(product)); }
 void lora_fused::skinny_sm90(const std::vector<SkinnyDown>& products) { run(products); }
 void lora_fused::skinny_sm90(const std::vector<SkinnyOuter>& products) { run(products); }

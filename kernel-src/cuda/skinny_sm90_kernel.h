@@ -3,12 +3,14 @@
 //   down     out [M, R] = scaling · x aᵀ      a block has 128 rows of x, and steps along its columns
 //   across   out [C, R] = scaling · xᵀ t      a block has 128 columns of x, and steps along its rows
 //
-// Bound by that read: 2·R operations an element of 2 bytes. One warp loads x and the other operand 64 steps
-// at a time into a ring in shared memory, two warpgroups multiply them, 64 rows of out each. The blocks of a cluster
-// share a tile's steps; their sums meet in shared memory, added in the order of the blocks. Everything is
-// 128-byte swizzled; ragged edges and ranks are what the copy engine fills with zeros.
+// Bound by that read: 2·R operations an element of 2 bytes; with a mask over x, by its integer arithmetic. One warp
+// loads x and the other operand 64 steps at a time into a ring in shared memory, two warpgroups multiply them, 64
+// rows of out each, and before that clear there what the mask drops of those rows. The blocks of a cluster share
+// a tile's steps; their sums meet in shared memory, added in the order of the blocks. Everything is 128-byte
+// swizzled; ragged edges and ranks are what the copy engine fills with zeros.
 #pragma once
 
+#include "mask.h"
 #include "sm90.h"
 
 namespace lora_fused::sm90::skinny {
@@ -19,6 +21,7 @@ constexpr int kBox = 64 * 128;  // bytes of 64 rows of 64 elements
 constexpr int kMostRanks = 128, kEntries = 8, kMostBlocks = 8;  // of a cluster
 constexpr int kRing = 96 * 1024, kXBytes = 2 * kBox, kMostStages = 4;
 constexpr int kBarriers = kRing, kBytes = kBarriers + 2 * kMostStages * 8 + 1024;  // to align the base
+constexpr int kBytesApart = 120 * 1024;  // no multiprocessor has as much twice
 
 enum Form : int {
   kDown,            // a [R, C]
@@ -34,7 +37,8 @@ struct Entry {
   int steps, first_tile;
   Form form;
   bool out_is_float;
-  float scaling;
+  float scaling;  // of the product, 1 / (1 - p) in it
+  Mask mask;
 };
 
 struct Arguments {
@@ -82,9 +86,28 @@ __device__ __forceinline__ void produce(const Entry& e, uint32_t base, int at, i
   }
 }
 
-// One warpgroup: the sum of the block's steps for its 64 rows of out, to `sums` [kTile, kWidth + 4].
+// One warpgroup: clears what the mask drops of a box of 64 rows and 64 columns of x from (row, col) on.
+__device__ __forceinline__ void drop(uint8_t* box, const Mask& mask, uint64_t key, int row, int col) {
+  const int thread = threadIdx.x % 128, piece = thread % 8;  // a row is eight pieces, swizzled by the row
+#pragma unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int at = thread / 8 + 16 * i;
+    uint4* const place = reinterpret_cast<uint4*>(box + 128 * at + 16 * (piece ^ (at % 8)));
+    *place = masked(*place, key, mask, row + at, col / kMaskColumns + piece);
+  }
+  async_proxy_fence();
+  asm volatile("bar.sync %0, 128;" ::"r"(2 + static_cast<int>(threadIdx.x) / 128) : "memory");
+}
+
+// Where a block is: its tile's first row of out, and its first step.
+struct Place {
+  int at, step;
+};
+
+// One warpgroup: the sum of the block's steps for its 64 rows of out, to `sums` [kTile, kWidth + 4], which the ring
+// begins with.
 template <typename T, int kWidth, bool kTransposeX, bool kTransposeOther>
-__device__ __forceinline__ void consume(const Entry& e, uint32_t base, float* sums, int count) {
+__device__ __forceinline__ void consume(const Entry& e, uint32_t base, float* sums, Place from, int count) {
   constexpr int kPitch = kWidth + 4;
   constexpr uint64_t kNextX = (kTransposeX ? kPart * 128 : kPart * 2) >> 4;
   constexpr uint64_t kNextOther = (kTransposeOther ? kPart * 128 : kPart * 2) >> 4;
@@ -93,12 +116,18 @@ __device__ __forceinline__ void consume(const Entry& e, uint32_t base, float* su
   const auto release = [&](int stage) {
     if (lane == 0) barrier_arrive(empty + 8 * stage);
   };
+  const uint64_t key = e.mask.key();
   float acc[kWidth / 2] = {};
   Ring ring{stages_of(e)};
   int before = 0;
   for (int step = 0; step < count; ++step) {
     barrier_wait(full + 8 * ring.stage, ring.phase);
-    const uint32_t stage = base + ring.stage * stage_bytes(e);
+    const uint32_t offset = ring.stage * stage_bytes(e), stage = base + offset;
+    if (e.mask.seed != nullptr) {
+      const int rows = from.at + 64 * group, k = (from.step + step) * kStep;
+      drop(reinterpret_cast<uint8_t*>(sums) + offset + group * kBox, e.mask, key, e.form == kAcross ? k : rows,
+           e.form == kAcross ? rows : k);
+    }
     const uint64_t x = matrix_descriptor(stage + group * kBox, kBox, 1024);
     const uint64_t other = matrix_descriptor(stage + kXBytes, kBox, 1024);
     wgmma_fence();
@@ -124,23 +153,23 @@ __device__ __forceinline__ void consume(const Entry& e, uint32_t base, float* su
 }
 
 template <typename T, int kWidth>
-__device__ __forceinline__ void consume_form(const Entry& e, uint32_t base, float* sums, int count) {
+__device__ __forceinline__ void consume_form(const Entry& e, uint32_t base, float* sums, Place from, int count) {
   if (e.form == kDown)
-    consume<T, kWidth, false, false>(e, base, sums, count);
+    consume<T, kWidth, false, false>(e, base, sums, from, count);
   else if (e.form == kDownTransposed)
-    consume<T, kWidth, false, true>(e, base, sums, count);
+    consume<T, kWidth, false, true>(e, base, sums, from, count);
   else
-    consume<T, kWidth, true, true>(e, base, sums, count);
+    consume<T, kWidth, true, true>(e, base, sums, from, count);
 }
 
 template <typename T>
-__device__ __forceinline__ void consume_width(const Entry& e, uint32_t base, float* sums, int count) {
+__device__ __forceinline__ void consume_width(const Entry& e, uint32_t base, float* sums, Place from, int count) {
   switch (e.width) {
-    case 16: return consume_form<T, 16>(e, base, sums, count);
-    case 32: return consume_form<T, 32>(e, base, sums, count);
-    case 64: return consume_form<T, 64>(e, base, sums, count);
-    case 96: return consume_form<T, 96>(e, base, sums, count);
-    default: return consume_form<T, 128>(e, base, sums, count);
+    case 16: return consume_form<T, 16>(e, base, sums, from, count);
+    case 32: return consume_form<T, 32>(e, base, sums, from, count);
+    case 64: return consume_form<T, 64>(e, base, sums, from, count);
+    case 96: return consume_form<T, 96>(e, base, sums, from, count);
+    default: return consume_form<T, 128>(e, base, sums, from, count);
   }
 }
 
@@ -203,7 +232,7 @@ __global__ __launch_bounds__(kThreads, 2) void skinny_kernel(const __grid_consta
   }
   __syncthreads();
   if (threadIdx.x < 32 * kConsumerWarps)
-    consume_width<T>(e, base, sums, last - first);
+    consume_width<T>(e, base, sums, {at, first}, last - first);
   else if (threadIdx.x == 32 * kConsumerWarps)
     produce(e, base, at, first, last);
   __syncwarp();

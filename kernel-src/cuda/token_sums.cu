@@ -73,6 +73,7 @@ struct SumArguments {
 };
 
 constexpr int kWarps = kThreads / 32, kBlockColumns = 32 * kColumns;
+constexpr int kRowsAhead = 2;  // loaded before any is stored: no load passes a store
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) token_sums_fwd_kernel(const __grid_constant__ SumArguments<T> a) {
@@ -91,21 +92,30 @@ __global__ void __launch_bounds__(kThreads) token_sums_fwd_kernel(const __grid_c
   }
   const int64_t start = blockIdx.y * a.share_rows, stop = min(start + a.share_rows, a.rows);
   if (count > 0) {
-#pragma unroll 4
-    for (int64_t row = start + warp; row < stop; row += kWarps) {
-      Columns<T> dy, u, scaled, excess;
-      load(dy, a.dy, row, col, count, aligned);
-      if (has_u) load(u, a.u, row, col, count, aligned);
+    for (int64_t first_row = start + warp; first_row < stop; first_row += kRowsAhead * kWarps) {
+      Columns<T> dy[kRowsAhead], u[kRowsAhead], scaled, excess;
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        const Wide<T> d = widen(dy.value[j]);
-        sums[j] += d;
-        if (has_u) dots[j] += d * (widen(u.value[j]) - bias[j]);
-        scaled.value[j] = narrow<T, Wide<T>>(d * gain[j]);
-        excess.value[j] = narrow<T, Wide<T>>(d * (gain[j] - 1));
+      for (int i = 0; i < kRowsAhead; ++i) {
+        const int64_t row = first_row + i * kWarps;
+        if (row >= stop) continue;
+        load(dy[i], a.dy, row, col, count, aligned);
+        if (has_u) load(u[i], a.u, row, col, count, aligned);
       }
-      if (a.scaled.data != nullptr) store(a.scaled, scaled, row, col, count, aligned);
-      if (a.excess.data != nullptr) store(a.excess, excess, row, col, count, aligned);
+#pragma unroll
+      for (int i = 0; i < kRowsAhead; ++i) {
+        const int64_t row = first_row + i * kWarps;
+        if (row >= stop) continue;
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          const Wide<T> d = widen(dy[i].value[j]);
+          sums[j] += d;
+          if (has_u) dots[j] += d * (widen(u[i].value[j]) - bias[j]);
+          scaled.value[j] = narrow<T, Wide<T>>(d * gain[j]);
+          excess.value[j] = narrow<T, Wide<T>>(d * (gain[j] - 1));
+        }
+        if (a.scaled.data != nullptr) store(a.scaled, scaled, row, col, count, aligned);
+        if (a.excess.data != nullptr) store(a.excess, excess, row, col, count, aligned);
+      }
     }
   }
   const auto reduce = [&](const Wide<T>(&mine)[kColumns], Wide<T>* shares) {

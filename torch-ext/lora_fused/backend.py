@@ -88,13 +88,19 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
     return ops.row_norm(weight, lora_a, lora_b, scaling)
 
 
-def dora_gains(weights, lora_a, lora_b, magnitudes, scalings) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
-    """(‖W + s·B·A‖ by row, magnitude over it) of each member, None for both where it has no magnitude."""
+def dora_gains(
+    weights, lora_a, lora_b, magnitudes, scalings, formats=(), quantized=(), scales=()
+) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
+    """(‖W + s·B·A‖ by row, magnitude over it) of each member, None for both where it has no magnitude. `formats` of
+    the members, and `quantized` and `scales` as the native ops take them, where some are in four bits."""
     norms: list[Optional[Tensor]] = [None] * len(weights)
     gains: list[Optional[Tensor]] = [None] * len(weights)
     batch = []
     for i, magnitude in enumerate(magnitudes):
         if magnitude is None:
+            continue
+        if formats and formats[i] is not None:
+            batch.append(i)
             continue
         double = torch.float64 in (weights[i].dtype, lora_a[i].dtype, lora_b[i].dtype)
         if double or _row_norm_pays_in_triton(weights[i], lora_a[i].shape[0]):
@@ -104,7 +110,8 @@ def dora_gains(weights, lora_a, lora_b, magnitudes, scalings) -> tuple[list[Opti
             batch.append(i)
     if batch:
         fields = ([field[i] for i in batch] for field in (weights, lora_a, lora_b, magnitudes, scalings))
-        for i, norm, gain in zip(batch, *ops.dora_gains(*fields)):
+        numbers = [number for i in batch for number in quantized[7 * i : 7 * i + 7]]
+        for i, norm, gain in zip(batch, *ops.dora_gains(*fields, scales, numbers)):
             norms[i], gains[i] = norm, gain
     return norms, gains
 

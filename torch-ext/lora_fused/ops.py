@@ -42,15 +42,18 @@ def dropout(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.register_fake(add_op_namespace_prefix("dora_gains"))
-def _dora_gains_fake(weights, lora_a, lora_b, magnitudes, scalings):
-    norms = [weight.new_empty(weight.shape[0], dtype=torch.float32) for weight in weights]
+def _dora_gains_fake(weights, lora_a, lora_b, magnitudes, scalings, scales, quantized):
+    norms = [weight.new_empty(n, dtype=torch.float32) for weight, n in zip(weights, _widths(weights, quantized))]
     return norms, [torch.empty_like(norm) for norm in norms]
 
 
-def dora_gains(weights, lora_a, lora_b, magnitudes, scalings) -> tuple[list[Tensor], list[Tensor]]:
-    """(`row_norm`, `gain`) of each member, in float32."""
+def dora_gains(
+    weights, lora_a, lora_b, magnitudes, scalings, scales=(), quantized=()
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(`row_norm`, `gain`) of each member, in float32. Weights in four bits, described by `scales` and `quantized` as
+    kernel-src/common/projections.h has them, become floating point some rows at a time."""
     ready = [m if m.dtype == torch.float32 and m.is_contiguous() else m.float().contiguous() for m in magnitudes]
-    return ops.dora_gains(weights, lora_a, lora_b, ready, scalings)
+    return ops.dora_gains(weights, lora_a, lora_b, ready, scalings, scales, quantized)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("dequantize_4bit"))
@@ -74,7 +77,7 @@ def _lora_forward_fake(
 
 def _widths(weights, quantized) -> list[int]:
     """N of each weight, as kernel-src/common/projections.h has it."""
-    return [quantized[6 * i + 1] if quantized and quantized[6 * i] else w.shape[0] for i, w in enumerate(weights)]
+    return [quantized[7 * i + 1] if quantized and quantized[7 * i] else w.shape[0] for i, w in enumerate(weights)]
 
 
 def _gradients(x, used, widths, lora_a, lora_b, need_dx, needs):

@@ -232,11 +232,20 @@ def hooks_reason(name: str, part: nn.Module) -> Optional[str]:
     return None
 
 
+def _device(operands: Operands) -> torch.device:
+    """Of the base weight, or of the adapter where that is unknown. A quantised weight is a subclass whose every
+    attribute costs a call of Python; its scales are where it is (`peft_base`)."""
+    for tensor in (operands.absmax, operands.weight):
+        if tensor is not None:
+            return tensor.device
+    return operands.lora_a.device
+
+
 def _tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> Optional[str]:
     """Of all tensors, or of the adapter's alone where the weight is not floating-point numbers."""
-    weight, bias, lora_a = operands[:3]
+    weight, bias = operands[:2]
     dense = base.quantized is None and weight is not None
-    device = lora_a.device if weight is None else weight.device
+    device = _device(operands)
     for i, tensor in enumerate((weight if dense else None, None if base.called else bias, *operands[2:6])):
         if tensor is None:
             continue
@@ -285,7 +294,7 @@ def input_reason(adapted: Adapted, x: Tensor, features: int) -> Optional[str]:
         return f"x has shape {tuple(x.shape)}"
     if x.dim() == 1 and operands.magnitude is not None:
         return "DoRA of a vector, of which PEFT makes a matrix"
-    device = (operands.weight if operands.weight is not None else operands.lora_a).device
+    device = _device(operands)
     if x.device != device:
         text = f"x is on {x.device}, the base weight on {device}"
         return text if base.quantized is None else Broken(text)

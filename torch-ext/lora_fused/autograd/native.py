@@ -16,11 +16,10 @@ from torch import Tensor
 
 from .. import backend as backends
 from .. import base, ops
-from ..projection import Operands, Projection, Taken
+from ..projection import Projection, Taken
 from .once import once_differentiable
 
 _NEED_A, _NEED_B, _NEED_BIAS, _NEED_MAGNITUDE = 1, 2, 4, 8
-_FIRST_SCALE = Operands._fields.index("absmax")  # from there on the scales of a quantised weight
 
 
 def takes(
@@ -112,7 +111,7 @@ def _read(projections: Sequence[Projection], exact: bool) -> tuple[_Fixed, _Fiel
     all_operands, scalings, specs = zip(*projections)
     weights, biases, lora_a, lora_b, lora_biases, magnitudes, *_ = zip(*all_operands)
     formats = [spec.quantized for spec in specs]
-    quantized, scales = _quantized(formats, all_operands) if any(formats) else ([], [])
+    quantized, scales = base.packed(formats, all_operands) if any(formats) else ([], [])
     if any([spec.transposed for spec in specs]):
         weights = [w.t() if spec.transposed else w for spec, w in zip(specs, weights)]
     norms = gains = ()
@@ -129,18 +128,6 @@ def _read(projections: Sequence[Projection], exact: bool) -> tuple[_Fixed, _Fiel
     dropouts = [spec.dropout for spec in specs]
     fixed = _Fixed(scalings, dropouts if any(dropouts) else (), quantized, exact)
     return fixed, _Fields(weights, biases, lora_a, lora_b, norms, gains, scales), whole
-
-
-def _quantized(formats, all_operands) -> tuple[list[int], list[Tensor]]:
-    """The ops' `quantized` and `scales` (kernel-src/common/projections.h)."""
-    numbers, scales = [], []
-    for form, operands in zip(formats, all_operands):
-        if form is None:
-            numbers += [0] * 6
-            continue
-        numbers += [2 if form.fp4 else 1, *form.shape, form.blocksize, form.nested_blocksize, len(scales)]
-        scales += [scale for scale in operands[_FIRST_SCALE:] if scale is not None]
-    return numbers, scales
 
 
 def _whole_bias(projection: Projection) -> Optional[Tensor]:

@@ -19,6 +19,8 @@ from . import eight_bit, four_bit
 # Elements of W that `row_norm` has in floating point at a time: 32 MB of bfloat16, which stays in
 # the cache of a large GPU between the two kernels.
 NORM_ELEMENTS = 2**24
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FIRST_SCALE = Operands._fields.index("absmax")  # from there on the scales of a quantised weight
 
 
 def _rows(operands: Operands, quantized: Quantized, dtype: torch.dtype, first: int, rows: int) -> Tensor:
@@ -45,15 +47,39 @@ def row_norm(operands: Operands, quantized: Quantized, scaling: float) -> Tensor
     return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
+def packed(
+    formats: Sequence[Optional[Quantized]], operands: Sequence[Operands]
+) -> tuple[list[int], list[Tensor]]:
+    """The native ops' `quantized` and `scales` of weights of which some are in four bits
+    (kernel-src/common/projections.h)."""
+    numbers, scales = [], []
+    for form, p in zip(formats, operands):
+        if not isinstance(form, FourBit):
+            numbers += [0] * 7
+            continue
+        numbers += [2 if form.fp4 else 1, *form.shape, form.blocksize, form.nested_blocksize, len(scales)]
+        numbers.append(_DTYPES.index(form.dtype))
+        scales += [scale for scale in p[_FIRST_SCALE:] if scale is not None]
+    return numbers, scales
+
+
 def dora_gains(
     weights: Sequence[Tensor], operands: Sequence[Operands], formats: Sequence[Optional[Quantized]], scalings
 ) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
     """`backend.dora_gains` of members of which some are quantised; weights [N, K] are those of the others."""
-    dense = [None if form is not None else p.magnitude for form, p in zip(formats, operands)]
+    magnitudes = [p.magnitude for p in operands]
+    apart = [i for i, (form, p) in enumerate(zip(formats, operands)) if form is not None and _alone(form, p)]
+    together = [None if i in apart else magnitude for i, magnitude in enumerate(magnitudes)]
     adapters = [p.lora_a for p in operands], [p.lora_b for p in operands]
-    norms, gains = backends.dora_gains(weights, *adapters, dense, scalings)
-    for i, (form, p) in enumerate(zip(formats, operands)):
-        if form is not None and p.magnitude is not None:
-            norms[i] = row_norm(p, form, scalings[i])
-            gains[i] = ops.gain(p.magnitude, norms[i])
+    norms, gains = backends.dora_gains(weights, *adapters, together, scalings, formats, *packed(formats, operands))
+    for i in apart:
+        if magnitudes[i] is not None:
+            norms[i] = row_norm(operands[i], formats[i], scalings[i])
+            gains[i] = ops.gain(magnitudes[i], norms[i])
     return norms, gains
+
+
+def _alone(form: Quantized, operands: Operands) -> bool:
+    """Whether the native op for all members does not take this one."""
+    double = torch.float64 in (form.dtype, operands.lora_a.dtype, operands.lora_b.dtype)
+    return double or not isinstance(form, FourBit)
