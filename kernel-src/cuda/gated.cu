@@ -34,6 +34,17 @@ struct Arguments {
   bool aligned;
 };
 
+// Eight columns before the gain become those after it.
+template <typename T, typename Wide>
+__device__ __forceinline__ void gain_all(Wide (&x)[kColumns], const Wide* gain, const T* bias, int64_t col, int64_t cols,
+                                         bool aligned) {
+  Columns<Wide> by;
+  load(by, Matrix<Wide>{const_cast<Wide*>(gain), 0}, 0, col, cols - col, aligned);
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j)
+    x[j] = rounded<T>(gained<T>(x[j], by.value[j], bias, min(col + j, cols - 1)));
+}
+
 template <typename T, int kActivation, bool kBackward>
 __global__ void __launch_bounds__(kThreads) gated_kernel(const __grid_constant__ Arguments<T> a) {
   using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -46,17 +57,19 @@ __global__ void __launch_bounds__(kThreads) gated_kernel(const __grid_constant__
     load(gate, a.gate, row, col, count, aligned);
     load(up, a.up, row, col, count, aligned);
     if (kBackward) load(dh, a.dh, row, col, count, aligned);
+    Wide g[kColumns], u[kColumns];
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      const int64_t at = min(col + j, a.cols - 1);
-      Wide u = widen(up.value[j]), g = widen(gate.value[j]), value, slope;
-      if (a.gate_gain != nullptr) g = rounded<T>(gained<T>(g, a.gate_gain[at], a.gate_bias, at));
-      if (a.up_gain != nullptr) u = rounded<T>(gained<T>(u, a.up_gain[at], a.up_bias, at));
-      value_and_slope<Wide>(g, kActivation, value, slope);
-      h.value[j] = narrow<T, Wide>(value * u);
+    for (int j = 0; j < kColumns; ++j) g[j] = widen(gate.value[j]), u[j] = widen(up.value[j]);
+    if (a.gate_gain != nullptr) gain_all(g, a.gate_gain, a.gate_bias, col, a.cols, aligned);
+    if (a.up_gain != nullptr) gain_all(u, a.up_gain, a.up_bias, col, a.cols, aligned);
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {  // without a branch, so that no element waits for another
+      Wide value, slope;
+      value_and_slope<Wide>(g[j], kActivation, value, slope);
+      h.value[j] = narrow<T, Wide>(value * u[j]);
       if (kBackward) {
         const Wide d = widen(dh.value[j]);
-        dgate.value[j] = narrow<T, Wide>(slope * u * d);
+        dgate.value[j] = narrow<T, Wide>(slope * u[j] * d);
         dup.value[j] = narrow<T, Wide>(value * d);
       }
     }
@@ -85,6 +98,8 @@ void run(const lora_fused::Gated& g, cudaStream_t stream) {
                  matrix<T>(g.dgate, aligned), matrix<T>(g.dup, aligned)};
   a.gate_gain = vector<typename Arguments<T>::Wide>(g.gate_gain.gain);
   a.up_gain = vector<typename Arguments<T>::Wide>(g.up_gain.gain);
+  const auto on_boundary = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  aligned = aligned && on_boundary(a.gate_gain) && on_boundary(a.up_gain);
   a.gate_bias = vector<T>(g.gate_gain.bias);
   a.up_bias = vector<T>(g.up_gain.bias);
   a.aligned = aligned;

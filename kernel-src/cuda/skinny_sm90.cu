@@ -98,9 +98,11 @@ void launch(const std::vector<Work>& works, size_t first) {
   const int device = like.get_device_index();
   static std::atomic<uint64_t> prepared{0};
   allow_shared_memory(skinny_kernel<T>, kBytesApart, device, prepared);
-  const unsigned cluster = cluster_of(all_tiles, most_steps, multiprocessors(device));
-  // Blocks of a cluster would else meet on one multiprocessor and leave others idle.
-  const int bytes = all_tiles <= clusters_apart<T>(cluster, device) ? kBytesApart : kBytes;
+  unsigned cluster = cluster_of(all_tiles, most_steps, multiprocessors(device));
+  // Blocks of a cluster meet on one multiprocessor, and leave others idle, unless each asks for one of its own.
+  const bool apart = all_tiles * static_cast<int>(cluster) <= multiprocessors(device);
+  while (apart && cluster > 1 && all_tiles > clusters_apart<T>(cluster, device)) --cluster;
+  const int bytes = apart ? kBytesApart : kBytes;
   launch_clusters(skinny_kernel<T>, all_tiles * cluster, cluster, kThreads, bytes, stream_of(like), args);
 }
 

@@ -176,10 +176,11 @@ __device__ __forceinline__ void consume_width(const Entry& e, uint32_t base, flo
 // This block's share of the tile's rows: the sums of all blocks of the cluster, four ranks at a time.
 template <typename T>
 __device__ __forceinline__ void reduce(const Entry& e, uint32_t sums, int at, int rank, int blocks) {
-  const int pitch = e.width + 4, share = kTile / blocks, quads = e.width / 4;
+  const int first_row = rank * kTile / blocks, share = (rank + 1) * kTile / blocks - first_row;
+  const int pitch = e.width + 4, quads = e.width / 4;
   const bool rank_fastest = e.rank_stride == 1;
   for (int i = threadIdx.x; i < share * quads; i += kThreads) {
-    const int row = rank * share + (rank_fastest ? i / quads : i % share);
+    const int row = first_row + (rank_fastest ? i / quads : i % share);
     const int quad = rank_fastest ? i % quads : i / share;
     const uint32_t place = sums + (row * pitch + 4 * quad) * 4;
     float4 parts[kMostBlocks], sum{};  // all asked for before any is waited for

@@ -69,53 +69,44 @@ struct SumArguments {
   Wide<T>*dots, *sums;                  // [N]
   Wide<T>*dot_shares, *sum_shares;      // [shares, N]
   int64_t rows, cols, shares, share_rows;
-  bool aligned;
 };
 
 constexpr int kWarps = kThreads / 32, kBlockColumns = 32 * kColumns;
-constexpr int kRowsAhead = 2;  // loaded before any is stored: no load passes a store
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) token_sums_fwd_kernel(const __grid_constant__ SumArguments<T> a) {
+// kAligned: rows of whole accesses. Bound by memory where four blocks of half precision share a multiprocessor, which
+// beat more rows loaded ahead by fewer blocks.
+template <typename T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 1)
+    token_sums_fwd_kernel(const __grid_constant__ SumArguments<T> a) {
   __shared__ Wide<T> shared[kWarps][kBlockColumns];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlockColumns, col = first + lane * kColumns;
   const int64_t count = min(static_cast<int64_t>(kColumns), a.cols - col);
-  const bool aligned = a.aligned && count == kColumns;
   const bool has_u = a.u.data != nullptr, has_gain = a.gain != nullptr;
-  Wide<T> dots[kColumns] = {}, sums[kColumns] = {}, gain[kColumns], bias[kColumns];
+  Wide<T> dots[kColumns] = {}, sums[kColumns] = {}, gain[kColumns];
+  Columns<T> bias;
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) {
     const int64_t at = min(col + j, a.cols - 1);
     gain[j] = has_gain ? a.gain[at] : Wide<T>(1);
-    bias[j] = a.bias != nullptr ? widen(a.bias[at]) : Wide<T>(0);
+    bias.value[j] = a.bias != nullptr ? a.bias[at] : T(0.0f);
   }
   const int64_t start = blockIdx.y * a.share_rows, stop = min(start + a.share_rows, a.rows);
   if (count > 0) {
-    for (int64_t first_row = start + warp; first_row < stop; first_row += kRowsAhead * kWarps) {
-      Columns<T> dy[kRowsAhead], u[kRowsAhead], scaled, excess;
+    for (int64_t row = start + warp; row < stop; row += kWarps) {
+      Columns<T> dy, u, scaled, excess;
+      load(dy, a.dy, row, col, count, kAligned);
+      if (has_u) load(u, a.u, row, col, count, kAligned);
 #pragma unroll
-      for (int i = 0; i < kRowsAhead; ++i) {
-        const int64_t row = first_row + i * kWarps;
-        if (row >= stop) continue;
-        load(dy[i], a.dy, row, col, count, aligned);
-        if (has_u) load(u[i], a.u, row, col, count, aligned);
+      for (int j = 0; j < kColumns; ++j) {
+        const Wide<T> d = widen(dy.value[j]);
+        sums[j] += d;
+        if (has_u) dots[j] += d * (widen(u.value[j]) - widen(bias.value[j]));
+        scaled.value[j] = narrow<T, Wide<T>>(d * gain[j]);
+        excess.value[j] = narrow<T, Wide<T>>(d * (gain[j] - 1));
       }
-#pragma unroll
-      for (int i = 0; i < kRowsAhead; ++i) {
-        const int64_t row = first_row + i * kWarps;
-        if (row >= stop) continue;
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-          const Wide<T> d = widen(dy[i].value[j]);
-          sums[j] += d;
-          if (has_u) dots[j] += d * (widen(u[i].value[j]) - bias[j]);
-          scaled.value[j] = narrow<T, Wide<T>>(d * gain[j]);
-          excess.value[j] = narrow<T, Wide<T>>(d * (gain[j] - 1));
-        }
-        if (a.scaled.data != nullptr) store(a.scaled, scaled, row, col, count, aligned);
-        if (a.excess.data != nullptr) store(a.excess, excess, row, col, count, aligned);
-      }
+      if (a.scaled.data != nullptr) store(a.scaled, scaled, row, col, count, kAligned);
+      if (a.excess.data != nullptr) store(a.excess, excess, row, col, count, kAligned);
     }
   }
   const auto reduce = [&](const Wide<T>(&mine)[kColumns], Wide<T>* shares) {
@@ -190,7 +181,6 @@ void run(const TokenSums& s) {
   a.sums = data<Wide<T>>(s.sums);
   a.rows = s.dy.size(0);
   a.cols = s.dy.size(1);
-  a.aligned = aligned;
   if (a.cols == 0) return;
   // About 512 blocks, of at least 32 tokens each.
   const int64_t blocks = (a.cols + kBlockColumns - 1) / kBlockColumns;
@@ -204,7 +194,8 @@ void run(const TokenSums& s) {
   a.sum_shares = a.dot_shares + a.shares * a.cols;
   const cudaStream_t stream = stream_of(s.dy);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(a.shares));
-  token_sums_fwd_kernel<T><<<grid, kThreads, 0, stream>>>(a);
+  const auto kernel = aligned && a.cols % kColumns == 0 ? token_sums_fwd_kernel<T, true> : token_sums_fwd_kernel<T, false>;
+  kernel<<<grid, kThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (!summed) return;
   const unsigned reducers = static_cast<unsigned>((a.cols + kReduceColumns - 1) / kReduceColumns);
