@@ -28,6 +28,7 @@ import triton
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WARM_UP = 10  # steps: groups form in the second, the first ones of a process are slow for longer
 TOLERANCE = 2e-2  # relative difference of output and gradient norms, bfloat16
 LLAMAS = {
     "llama-8b": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8),
@@ -168,7 +169,7 @@ def captured(model, inputs, autocast):
 def measure(model, inputs, case):
     autocast, repeats = case["autocast"], case["repeats"]
     run = captured(model, inputs, autocast) if case.get("graph") else lambda: step(model, inputs, autocast)
-    for _ in range(3):
+    for _ in range(WARM_UP):
         change_parameters(model)
         run()
     change_parameters(model)
@@ -190,6 +191,7 @@ def measure(model, inputs, case):
     return {
         "ms": statistics.median(times),
         "min_ms": min(times),
+        "times_ms": [round(time, 3) for time in times],  # a host that others use shows in their spread
         "peak_gb": peak / 1e9,
         "transient_gb": (peak - held) / 1e9,  # of a step, gradients included
     }
@@ -214,7 +216,7 @@ def measure_in_turns(base, model, lora_fused, inputs, case, rounds: int = 5) -> 
             with way():
                 found[name].append(measure(measured, inputs, case))
             found[name][-1]["peak_gb"] -= bytes_of(other) / 1e9
-    over = {"min_ms": min}
+    over = {"min_ms": min, "times_ms": lambda rounds: [time for times in rounds for time in times]}
     return {
         name: {key: over.get(key, statistics.median)([part[key] for part in parts]) for key in parts[0]}
         for name, parts in found.items()

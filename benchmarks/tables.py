@@ -15,6 +15,7 @@ README = ROOT / "README.md"
 # README has them.
 FILES = (
     ("benchmark_lora.json", ""),
+    ("benchmark_lora_7bab2b7.json", "¶"),
     ("benchmark_lora_a970b45.json", "§"),
     ("benchmark_lora_0bc905e.json", "†"),
     ("benchmark_lora_7a3b825.json", "‡"),
