@@ -154,6 +154,31 @@ def test_norm_in_pieces(lora_fused, device, monkeypatch):
     assert made == [(24, 96)] * 4 + [(4, 96)]
 
 
+def test_norms_and_gains_of_a_mixed_group(lora_fused, poisoned, device):
+    """Of dense and packed members of any dtype in one op, the packed ones larger than what is made floating point at
+    a time; a member without a magnitude has neither."""
+    shapes, rank = ((24, 96), (300, 2**16), (33, 96), (129, 96), (8, 96)), 3
+    formats, members = [], []
+    for i, (n, k) in enumerate(shapes):
+        if i == 0:
+            spec, operands = None, lora_fused.Operands(torch.randn(n, k, device=device) * 0.3)
+        else:
+            dtype = (torch.bfloat16, torch.float16, torch.float32, torch.bfloat16)[i - 1]
+            operands, spec, *_ = make(lora_fused, (n, k), 32, "nf4" if i % 2 else "fp4", i != 2, dtype, device)
+        a, b = torch.randn(rank, k, device=device) * k**-0.5, torch.randn(n, rank, device=device)
+        magnitude = None if i == 4 else torch.rand(n, device=device).to(torch.bfloat16 if i == 3 else torch.float32)
+        formats.append(spec)
+        members.append(operands._replace(lora_a=a, lora_b=b, magnitude=magnitude))
+    scalings = [0.5, 0.7, 2.0, 0.1, 1.0]
+    norms, gains = lora_fused.base.dora_gains([p.weight for p in members], members, formats, scalings)
+    assert norms[4] is gains[4] is None
+    for p, spec, s, norm, gain in list(zip(members, formats, scalings, norms, gains))[:4]:
+        weight = p.weight if spec is None else native(lora_fused, p, spec, spec.dtype)
+        truth = (weight.double() + s * p.lora_b.double() @ p.lora_a.double()).norm(dim=1)
+        torch.testing.assert_close(norm.double(), truth, rtol=2e-6, atol=0)
+        torch.testing.assert_close(gain.double(), p.magnitude.double() / truth, rtol=4e-6, atol=0)
+
+
 def test_quant_state_is_as_read(lora_fused):
     """The attributes that `peft_base` reads are those of this bitsandbytes."""
     state = quantize_4bit(torch.randn(64, 64))[1]
