@@ -27,6 +27,12 @@ def replaced_weight(module, name, x):
         module.k.base_layer.weight = nn.Parameter(module.k.base_layer.weight.data * 2, requires_grad=False)
 
 
+def replaced_data(module, name, x):
+    if name == "q":
+        for parameter in (module.k.base_layer.weight, module.v.lora_B["default"].weight):
+            parameter.data = parameter.data * 2  # the version is the same
+
+
 def changed_scaling(module, name, x):
     if name == "q":
         module.k.scaling["default"] *= 2
@@ -41,7 +47,7 @@ def merged(module, name, x):
         module.k.merge()
 
 
-@pytest.mark.parametrize("between", (in_place_on_a_weight, replaced_weight, changed_scaling, disabled, merged))
+@pytest.mark.parametrize("between", (in_place_on_a_weight, replaced_weight, replaced_data, changed_scaling, disabled, merged))
 def test_changes_between_siblings_are_seen(lora_fused, between):
     """The second sibling's own state at its call decides, not that of when the group was computed."""
     model, x = heads(), torch.randn(5, 32, dtype=torch.float64)

@@ -57,6 +57,59 @@ def test_hooks_of_accelerate(lora_fused, first):
     assert_same(step(ours, x), step(model, x))
 
 
+def vectorized(model, x, parameters):
+    return torch.func.vmap(model)(x)
+
+
+def gradients(model, x, parameters):
+    def loss(given):
+        return torch.func.functional_call(model, given, (x,)).square().sum()
+
+    return list(torch.func.grad(loss)(parameters).values())
+
+
+def pushed_forward(model, x, parameters):
+    return torch.func.jvp(model, (x,), (torch.ones_like(x),))
+
+
+def dual(model, x, parameters):
+    with torch.autograd.forward_ad.dual_level():
+        y = model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        return torch.autograd.forward_ad.unpack_dual(y)
+
+
+def node_names(y):
+    names, queue = set(), [y.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is not None:
+            names.add(node.name())
+            queue.extend(parent for parent, _ in node.next_functions)
+    return names
+
+
+@pytest.mark.parametrize("transformed", (vectorized, gradients, pushed_forward, dual))
+@pytest.mark.parametrize("make,node", ((heads, "NativeGroup"), (glu, "NativeGated")), ids=("heads", "gated"))
+def test_transforms_of_functions_run_peft_s_forward(lora_fused, make, node, transformed):
+    """Whatever ran before, and what runs after is fused again."""
+    model = make()
+    x = torch.randn(3, 5, 32, dtype=torch.float64)
+    ours = copy.deepcopy(model)
+    lora_fused.register_peft_layers()
+    kernelize(ours, mode=Mode.TRAINING, device=DEVICE)
+    for _ in range(3):
+        inner(ours)(x)
+    before = inner(ours)(x)
+    results = [
+        transformed(inner(each), x, {name: p.detach() for name, p in inner(each).named_parameters()})
+        for each in (ours, model)
+    ]
+    torch.testing.assert_close(*results)
+    after = inner(ours)(x)
+    torch.testing.assert_close(after, before)
+    assert any(node in name for name in node_names(after))
+
+
 def test_a_hook_on_a_gated_mlp_stays(lora_fused):
     """Its projections are fused alone, inside the forward that the hook found."""
     model, x = glu(), torch.randn(5, 32, dtype=torch.float64)
@@ -80,6 +133,18 @@ def test_a_hook_on_an_embedding_stays(lora_fused):
     ours = kernelized(lora_fused, ours)
     assert torch.equal(ours(ids), model(ids))
     assert explain(lora_fused, ours)[0].reason == "another tool set its forward"
+
+
+@pytest.mark.parametrize("dora", (False, True))
+def test_gradients_of_a_function_of_an_embedding(lora_fused, dora):
+    base = nn.Sequential()
+    base.add_module("table", nn.Embedding(20, 8))
+    config = LoraConfig(r=2, target_modules=["table"], init_lora_weights=False, use_dora=dora)
+    model = get_peft_model(base, config)
+    ours, ids = kernelized(lora_fused, copy.deepcopy(model)), torch.arange(5)
+    assert explain(lora_fused, ours)[0].fused
+    parameters = {name: p.detach() for name, p in inner(model).named_parameters()}
+    torch.testing.assert_close(gradients(inner(ours), ids, parameters), gradients(inner(model), ids, parameters))
 
 
 @pytest.mark.parametrize("first", (True, False), ids=("offloaded first", "kernelized first"))

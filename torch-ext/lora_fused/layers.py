@@ -2,13 +2,15 @@
 
 `kernelize` binds a forward on each instance, so `self` is PEFT's own module here and
 `type(self).forward(self, ...)` is PEFT's own forward. That is what torch.compile gets as well: what
-runs together is observed from call to call, which no graph can hold.
+runs together is observed from call to call, which no graph can hold. So do torch.func's transforms and
+forward-mode differentiation, for which the ops have no rules.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from . import functional, functional_delta, functional_embedding, mlp_state, peft_embedding, peft_state, siblings
 
@@ -37,8 +39,17 @@ class LoraLinearOfX(nn.Module):
         return _linear(self, x, (), {})
 
 
+def _is_transformed() -> bool:
+    """Whether what runs is traced by torch.compile, transformed by torch.func, or differentiated forward."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
-    if torch.compiler.is_compiling():
+    if _is_transformed():
         return type(module).forward(module, x, *args, **kwargs)
     state = peft_state.read_linear(module)
     reason = state if isinstance(state, str) else peft_state.call_reason(state, x, args, kwargs)
@@ -83,7 +94,7 @@ GATED_MLP_BY_INPUT = {"x": LoraGatedMLP, "hidden_states": LoraGatedMLPOfHiddenSt
 
 
 def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if torch.compiler.is_compiling():
+    if _is_transformed():
         return type(module).forward(module, x)
     state = mlp_state.read_mlp(module, x, LoraLinear)
     if isinstance(state, str):
@@ -100,7 +111,7 @@ class LoraEmbedding(nn.Module):
     has_backward = True
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if torch.compiler.is_compiling():
+        if _is_transformed():
             return type(self).forward(self, x, *args, **kwargs)
         state = peft_embedding.read_embedding(self)
         if isinstance(state, str) or peft_embedding.embedding_call_reason(state, x, args, kwargs):

@@ -70,9 +70,12 @@ def _mode(x: Tensor) -> _Mode:
     return torch.is_grad_enabled(), x.requires_grad, dtype
 
 
+_State = tuple[int, bool, int]
+
+
 class _Result(NamedTuple):
     projection: Projection
-    states: list[tuple[int, bool]]
+    states: list[_State]
     y: Tensor
 
 
@@ -175,17 +178,18 @@ def _same(before: Projection, now: Projection) -> bool:
     return same_tensors and before.scaling == now.scaling and before.spec == now.spec
 
 
-def _states(projection: Projection) -> list[tuple[int, bool]]:
-    """Of every operand its version and whether it is trained."""
+def _states(projection: Projection) -> list[_State]:
+    """Of every operand its version, whether it is trained, and where its memory is, which `.data` may replace under the
+    same version."""
     if projection.spec.quantized is None:
         return _states_of(projection)
     with torch._C.DisableTorchFunctionSubclass():  # a quantised weight is a subclass
         return _states_of(projection)
 
 
-def _states_of(projection: Projection) -> list[tuple[int, bool]]:
+def _states_of(projection: Projection) -> list[_State]:
     return [
-        (-1 if tensor.is_inference() else tensor._version, tensor.requires_grad)
+        (-1 if tensor.is_inference() else tensor._version, tensor.requires_grad, tensor.data_ptr())
         for tensor in projection.operands
         if tensor is not None
     ]
