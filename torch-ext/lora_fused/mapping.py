@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Callable, Iterator, Optional, Sequence
@@ -182,14 +183,30 @@ def explain(model: nn.Module, rows: int = 8192) -> Explanation:
         for module, name in names.items()
         if peft_state.is_lora_module(module)
     ]
+    wrapped = [name for module, name in names.items() if _is_fully_sharded(module)]
+    table = [_when_gathered(row, wrapped) for row in table]
     if not table:
         warnings.warn("lora_fused: the model has no PEFT LoRA modules, nothing is fused", stacklevel=2)
-    elif not any(row.fused for row in table):
+    elif not wrapped and not any(row.fused for row in table):
         warnings.warn(
             f"lora_fused: none of the {len(table)} LoRA modules is fused; {table[0].module}: {table[0].reason}",
             stacklevel=2,
         )
     return Explanation(table)
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to the module itself."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def _when_gathered(row: Row, wrapped: Sequence[str]) -> Row:
+    """What is sharded between calls may be whole in them: then the call is what decides."""
+    inside = any(name == "" or row.module == name or row.module.startswith(f"{name}.") for name in wrapped)
+    if not inside or "is a DTensor" not in (row.reason or ""):
+        return row
+    return _because(row, f"{row.reason} between calls; fully_shard gathers it for a call, whose own state decides")
 
 
 def _gated_mlps(names: dict[nn.Module, str]) -> dict[nn.Module, str]:
