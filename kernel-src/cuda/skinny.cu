@@ -109,7 +109,8 @@ template <typename T>
 void launch(const Arguments<T>& args, const DroppedUp*, Extent most, cudaStream_t stream) {
   int ranks = 0;
   for (int i = 0; i < args.entries; ++i) ranks += padded_ranks(args.entry[i].ranks);
-  const dim3 grid(blocks(most.cols, kUpCols), blocks(args.rows, kUpRows * kUpTiles));
+  dim3 grid(blocks(most.cols, kUpCols), blocks(args.rows, kUpRows * kUpTiles));
+  if (grid.x * grid.y < 2 * 132) grid.y = blocks(args.rows, kUpRows);  // few tokens: a tile a block fills a GPU better
   STD_CUDA_CHECK(cudaFuncSetAttribute(dropped_up_add_bwd_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       kUpRanks * kUpPitch * sizeof(T)));
   dropped_up_add_bwd_kernel<T><<<grid, kThreads, ranks * kUpPitch * sizeof(T), stream>>>(args);
