@@ -22,6 +22,9 @@ LARGER = ((2048, 4096, 32), (1000, 14336, 16), (2500, 1000, 64), (8192, 1024, 96
 FORMS = ("down", "down, a turned", "across", "across, out turned")
 ENTRIES = (1, 3, 9)  # of a launch; nine are two
 DROPOUTS = (0.0, 0.3, 1.0)
+# M, widths of a launch, R
+SMALL_OF_DY = ((1, 129, 300), ((8,), (520, 72), (1032, 200, 512, 136, 64)), (8, 24, 40, 64))
+LARGER_OF_DY = ((5000, 8192), ((4096, 1024, 1024), (14336,)), (16, 32))
 
 
 def draw(m: int, c: int, r: int, form: str, dtype, out_dtype, hopper=True) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,22 +54,41 @@ def check(ops, shapes, form: str, dtype, out_dtype, hopper: bool, p: float = 0.0
             ops.dropout(torch.ones_like(kept), seed, p, kept)
             x = x.double() * kept.sign() / (1 - p) if p < 1 else torch.zeros_like(x)
         left, right = (x.t(), other) if across else (x, other.t())
-        truth = scaling * (left.double() @ right.double())
-        # One truncation a wgmma, of what it adds up: first the products, at last about the result.
-        products = scaling * (left.double().abs() @ right.double().abs())
-        size = truth.abs().clamp(min=truth.square().mean().sqrt())
-        slack = 2.0**-23 * (left.shape[1] / 16 * size + products)
-        rounding = ROUNDING[dtype] if out_dtype == dtype else 2.0**-24
-        wrong = ~((out.double() - truth).abs() <= rounding * truth.abs() + slack)
         name = f"skinny {form} M={m} C={c} R={r} {dtype} to {out_dtype}, {len(shapes)} entries, p={p}"
-        if wrong.any():
-            at = wrong.nonzero()[0].tolist()
-            seen, exact = out[at[0], at[1]].item(), truth[at[0], at[1]].item()
-            raise AssertionError(f"{name}: wrong in {int(wrong.sum())} places, first {at}: {seen} for {exact}")
-        rows, cols = (r, c) if form == "across, out turned" else out.shape
-        around = out._base
-        if not (around[rows:].isnan().all() and around[:rows, cols:].isnan().all()):
-            raise AssertionError(f"{name}: wrote outside out")
+        assert_product(name, out, left, right, scaling, (r, c) if form == "across, out turned" else out.shape)
+
+
+def assert_product(name: str, out: Tensor, left: Tensor, right: Tensor, scaling: float, written: tuple[int, int]) -> None:
+    """out = scaling · left right, and around the part of its buffer that is to be `written` nothing changed."""
+    truth = scaling * (left.double() @ right.double())
+    # One truncation a wgmma, of what it adds up: first the products, at last about the result.
+    products = scaling * (left.double().abs() @ right.double().abs())
+    size = truth.abs().clamp(min=truth.square().mean().sqrt())
+    slack = 2.0**-23 * (left.shape[1] / 16 * size + products)
+    rounding = ROUNDING[left.dtype] if out.dtype == left.dtype else 2.0**-24
+    wrong = ~((out.double() - truth).abs() <= rounding * truth.abs() + slack)
+    if wrong.any():
+        at = wrong.nonzero()[0].tolist()
+        seen, exact = out[at[0], at[1]].item(), truth[at[0], at[1]].item()
+        raise AssertionError(f"{name}: wrong in {int(wrong.sum())} places, first {at}: {seen} for {exact}")
+    rows, cols = written
+    around = out._base
+    if not (around[rows:].isnan().all() and around[:rows, cols:].isnan().all()):
+        raise AssertionError(f"{name}: wrote outside out")
+
+
+def check_of_dy(dy_products, m: int, widths, r: int, dtype, db_dtype) -> None:
+    """dt and dB from one read of dy, an entry for each width."""
+    nan = float("nan")
+    draws = [
+        (padded(m, n, dtype), padded(n, r, dtype), padded(m, r, dtype), padded(m, r, dtype, nan), padded(n, r, db_dtype, nan))
+        for n in widths
+    ]
+    dy_products(*map(list, zip(*draws)), 0.75)
+    for n, (dy, b, t, dt, db) in zip(widths, draws):
+        name = f"products of dy M={m} N={n} R={r} {dtype}, dB in {db_dtype}, {len(widths)} entries"
+        assert_product(f"{name}: dt", dt, dy, b, 0.75, dt.shape)
+        assert_product(f"{name}: dB", db, dy.t(), t, 1.0, db.shape)
 
 
 def cases():
@@ -84,6 +106,41 @@ def check_all(ops, shapes, counts=ENTRIES) -> int:
             count += 1
     torch.cuda.synchronize()
     return count
+
+
+def check_all_of_dy(dy_products, tokens, widths, ranks) -> int:
+    count = 0
+    for m, n, r, dtype, to_float in itertools.product(tokens, widths, ranks, ROUNDING, (False, True)):
+        check_of_dy(dy_products, m, n, r, dtype, torch.float32 if to_float else dtype)
+        count += 1
+    torch.cuda.synchronize()
+    return count
+
+
+def report_of_dy(ops, tokens, groups, ranks) -> None:
+    """dt and dB of a group with float32 adapters: by the library, by the skinny kernels for Hopper, from one read."""
+    randn = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    print("products of dy, us by the library, the kernels for Hopper, from one read")
+    for m, widths, r in itertools.product(tokens, groups, ranks):
+        inputs = []
+        for _ in range(min(8, 1 + CACHE // (2 * m * sum(widths)))):
+            dys, bs, ts = [randn(m, n) for n in widths], [randn(n, r) for n in widths], [randn(m, r) for _ in widths]
+            dts = [torch.empty_like(t) for t in ts]
+            inputs.append((dys, bs, ts, dts, [torch.empty_like(b, dtype=torch.float32) for b in bs]))
+
+        def library(dys, bs, ts, dts, dbs):
+            for dy, b, t, dt in zip(dys, bs, ts, dts):
+                torch.mm(dy, b, out=dt)
+                torch.mm(dy.t(), t, out_dtype=torch.float32)
+
+        def hopper(dys, bs, ts, dts, dbs):
+            ops.skinny(dys, [b.t() for b in bs], dts, 1.0, False, True)
+            ops.skinny(dys, ts, dbs, 1.0, True, True)
+
+        one = lambda *lists: ops.dy_products(*lists, 1.0)  # noqa: E731
+        times = medians({"library": library, "hopper": hopper, "one read": one}, inputs)
+        cells = "  ".join(f"{name} {time:6.1f}" for name, time in times.items())
+        print(f"M={m:5} N={'+'.join(map(str, widths)):14} R={r:3}  {cells}", flush=True)
 
 
 def report(skinny, tokens, widths, ranks, dropouts=(0.0, 0.1)) -> None:
@@ -129,8 +186,11 @@ def main() -> None:
     ops = get_local_kernel(ROOT / "build")._ops.ops
     skinny = ops.skinny
     print(f"skinny: {check_all(ops, SMALL)} small cases right", flush=True)
+    print(f"products of dy: {check_all_of_dy(ops.dy_products, *SMALL_OF_DY)} small cases right", flush=True)
     if sanitize:
         return
+    print(f"products of dy: {check_all_of_dy(ops.dy_products, *LARGER_OF_DY)} larger cases right", flush=True)
+    report_of_dy(ops, (2048, 4096, 8192), ((4096,), (4096, 1024, 1024), (14336, 14336)), (16, 32, 64))
     print(f"skinny: {check_all(ops, LARGER)} larger cases right", flush=True)
     x, a, t = draw(128, 256, 32, "down", torch.bfloat16, torch.bfloat16)
     host = host_microseconds(lambda: skinny([x], [a], [t], 1.0, False, True))

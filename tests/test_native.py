@@ -10,6 +10,8 @@ from cases import UNIT, relative
 SHAPES = ((1, 64), (37, 200), (300, 1024), (70, 33), (1030, 96))
 # Large enough for our own GEMM where the GPU has it, in the forward and in the backward.
 LARGE = (2100, 1000)
+# As many tokens as one read of dy takes for dt and dB on Hopper.
+MANY = (4200, 136)
 # Of three members: features out, rank, dropout, DoRA, base bias.
 GROUPS = {
     "masks": ((72, 8, 0.1, False, False), (40, 16, 0.3, False, True), (64, 32, 0.5, False, False)),
@@ -85,8 +87,9 @@ def test_group(lora_fused, device, m, k, group, dtype, adapter):
 
 @pytest.mark.parametrize("dtype,adapter", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("group", LARGE_GROUPS)
-def test_large_group(lora_fused, device, group, dtype, adapter):
-    check_group(lora_fused, device, *LARGE, LARGE_GROUPS[group], dtype, adapter)
+@pytest.mark.parametrize("m,k", (LARGE, MANY))
+def test_large_group(lora_fused, device, m, k, group, dtype, adapter):
+    check_group(lora_fused, device, m, k, LARGE_GROUPS[group], dtype, adapter)
 
 
 def check_group(lora_fused, device, m, k, group, dtype, adapter):

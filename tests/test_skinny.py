@@ -1,5 +1,6 @@
 """Skinny products in one launch, on the GPUs that have it: scripts/check_skinny.py says what is compared."""
 
+import itertools
 import pathlib
 import sys
 import threading
@@ -49,6 +50,29 @@ def test_entries_of_many_shapes(ops, form, hopper, p):
     check_skinny.check(ops, shapes, form, torch.bfloat16, torch.bfloat16, hopper, p)
 
 
+@pytest.mark.parametrize("dtype", check_skinny.ROUNDING, ids=str)
+@pytest.mark.parametrize("to_float", (False, True), ids=("own", "float32"))
+@pytest.mark.parametrize("m, widths, r", [
+    (m, widths, r)
+    for tokens, groups, ranks in (check_skinny.SMALL_OF_DY, check_skinny.LARGER_OF_DY)
+    for m, widths, r in itertools.product(tokens, groups, ranks)
+])  # fmt: skip
+def test_both_products_of_dy_as_in_float64(ops, m, widths, r, dtype, to_float):
+    check_skinny.check_of_dy(ops.dy_products, m, widths, r, dtype, torch.float32 if to_float else dtype)
+
+
+def test_products_of_dy_are_the_same_every_time(ops):
+    randn = lambda *shape: torch.randn(*shape, device="cuda").bfloat16()  # noqa: E731
+    dy, b, t = randn(5000, 1200), randn(1200, 32), randn(5000, 32)
+    runs = []
+    for _ in range(3):
+        dt, db = torch.empty_like(t), torch.empty_like(b, dtype=torch.float32)
+        ops.dy_products([dy], [b], [t], [dt], [db], 1.0)
+        runs.append((dt, db))
+    for dt, db in runs[1:]:
+        assert torch.equal(dt, runs[0][0]) and torch.equal(db, runs[0][1])
+
+
 def test_in_a_graph_and_as_a_thread_s_first_call(skinny):
     """A replay reads its inputs anew; a thread that has not used the GPU has no context of the driver yet."""
     x, a = torch.randn(300, 256, device="cuda").bfloat16(), torch.randn(32, 256, device="cuda").bfloat16()
@@ -79,3 +103,19 @@ def refused(*, dtype=torch.bfloat16, rank=32, cols=256, shift=0, out=None):
 def test_refuses_what_it_does_not_serve(skinny, case):
     with pytest.raises(RuntimeError, match="skinny: not for"):
         skinny(*refused(**case))
+
+
+@pytest.mark.parametrize("case", (dict(rank=72), dict(cols=132), dict(shift=4), dict(dtype=torch.float32)), ids=str)
+def test_products_of_dy_refuse_what_they_do_not_serve(ops, case):
+    (dy,), (b,), (dt,), *_ = refused(**case)
+    t, db = torch.zeros_like(dt), torch.zeros_like(b).t().contiguous()
+    with pytest.raises(RuntimeError, match="dy_products: not for"):
+        ops.dy_products([dy], [db.clone()], [t], [dt], [db], 1.0)
+
+
+def test_products_of_dy_name_the_entry_of_other_shapes(ops):
+    dy, b, t = (torch.zeros(*shape, device="cuda").bfloat16() for shape in ((64, 128), (128, 16), (64, 16)))
+    with pytest.raises(RuntimeError, match="shapes or dtypes of entry 1"):
+        ops.dy_products([dy, dy], [b, b], [t, t[:32]], [t, t], [b, b], 1.0)
+    with pytest.raises(RuntimeError, match="lists of 1, 2"):
+        ops.dy_products([dy], [b, b], [t], [t], [b], 1.0)

@@ -89,6 +89,10 @@ void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n,
 void skinny_cuda(lora_fused::Tensors x, lora_fused::Tensors other, lora_fused::Tensors out, double scaling, bool across,
                  bool hopper, std::optional<torch::stable::Tensor> seed, double p);
 
+// dt = scaling · dy b and db = dyᵀ t of each of a list, from one read of dy; an error where dy_products_sm90_serves refuses.
+void dy_products_cuda(lora_fused::Tensors dy, lora_fused::Tensors b, lora_fused::Tensors t, lora_fused::Tensors dt,
+                      lora_fused::Tensors db, double scaling);
+
 // On CUDA alone: the CPU computes an embedding with the library's products.
 torch::stable::Tensor column_norm_cuda(const torch::stable::Tensor& weight,
                                        const torch::stable::Tensor& lora_a,

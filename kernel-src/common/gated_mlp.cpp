@@ -110,20 +110,20 @@ std::tuple<Tensors, Tensors> gated_backward(const Tensor& dy, const Tensor& x, T
   const View h = fresh_like(gate);
   {
     const View dh = fresh_like(gate);
-    const Backward last(out, h, {Optionals{dy}, last_us, norms, needs, /*need_dx=*/true});
+    const Backward last(out, h, {Optionals{dy}, last_us, norms, needs, /*need_dx=*/true, ts[1]});
     last.input(dh);
     for (const Tensor& output : outputs) d_outputs.push_back(fresh_like(output));
     const auto [dgate, dup] = halves.of(d_outputs);
     run_gated({gate, up, h, dh, dgate, dup, activation, halves.gain(in, 0), halves.gain(in, 1)});
-    last.parameters(h, ts[1], last_grads);
+    last.parameters(h, last_grads);
   }
   const View rows = matrix(x);
-  const Backward first(in, rows, {Optionals(d_outputs.begin(), d_outputs.end()), first_us, norms, needs, need_dx});
+  const Backward first(in, rows, {Optionals(d_outputs.begin(), d_outputs.end()), first_us, norms, needs, need_dx, ts[0]});
   if (need_dx) {
     dx.push_back(empty_as(x, rows.size(1)));
     first.input(matrix(dx[0]));
   }
-  first.parameters(rows, ts[0], grads);
+  first.parameters(rows, grads);
   grads.insert(grads.end(), last_grads.begin(), last_grads.end());
   return {dx, grads};
 }

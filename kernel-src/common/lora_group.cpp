@@ -47,13 +47,13 @@ std::tuple<Tensors, Tensors> lora_backward(Optionals dys, const Tensor& x, const
   const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact};
   const Members members(lists, 0, weights.size());
   const View rows = matrix(x);
-  const Backward backward(members, rows, {dys, us, norms, needs, need_dx});
+  const Backward backward(members, rows, {dys, us, norms, needs, need_dx, t});
   Tensors dx, grads;
   if (need_dx) {
     dx.push_back(empty_as(x, rows.size(1)));
     backward.input(matrix(dx[0]));
   }
-  backward.parameters(rows, t, grads);
+  backward.parameters(rows, grads);
   return {dx, grads};
 }
 

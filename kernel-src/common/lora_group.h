@@ -87,6 +87,13 @@ struct SkinnyOuter {
   std::optional<Dropped> mask;
 };
 
+// dt [M, R] = scaling · dy b and db [N, R] = dyᵀ t for dy [M, N], b [N, R] and t [M, R], from one read of dy; db in dy's
+// dtype or float32. Rows are contiguous, and may be strided.
+struct DyProducts {
+  View dy, b, t, dt, db;
+  double scaling;
+};
+
 // dropped(dt a), a term of dx [M, K].
 struct DroppedUp {
   View dt, a;
@@ -133,6 +140,10 @@ bool skinny_sm90_serves(const SkinnyDown& product);
 bool skinny_sm90_serves(const SkinnyOuter& product);
 void skinny_sm90(const std::vector<SkinnyDown>& products);
 void skinny_sm90(const std::vector<SkinnyOuter>& products);
+
+// On Hopper, up to rank 64. Two launches for every four entries, which share M and dtype.
+bool dy_products_sm90_serves(const DyProducts& products);
+void dy_products_sm90(const std::vector<DyProducts>& products);
 #endif
 
 }  // namespace lora_fused

@@ -60,6 +60,8 @@ void sum_tokens(const TokenSums& work) {
 // Up to so many tokens a step waits for the host, and one launch for all skinny products of a group is
 // worth more than the library's best product for each.
 constexpr int64_t kOneLaunchTokens = 1024, kOneLaunchTokensOnHopper = 2048, kOneLaunchRank = 64;
+// From so many on, one read of dy for dt and dB is worth the sums over its blocks.
+constexpr int64_t kOneReadTokens = 4096;
 
 bool waits_for_host(const View& x) {
   const auto dtype = x.scalar_type();
@@ -333,10 +335,12 @@ Backward::Backward(const Members& members, const View& x, const Given& given)
       needs_(given.needs),
       need_dx_(given.need_dx),
       x_(x),
+      t_(given.t),
       lora_dys_(members.count()),
       excesses_(members.count()),
       dots_(members.count()),
       sums_(members.count()),
+      dbs_(members.count()),
       adapters_(x, members, given.need_dx, true, layout_of_b(x)) {
   size_t next_u = 0;
   bool any_dt = need_dx_;
@@ -369,11 +373,26 @@ void Backward::project_down_exactly() {
   sum_parts(sums);
 }
 
+// A member's dt and dB from one read of dy', where that pays; dB stands in dbs_ then.
+std::optional<DyProducts> Backward::products_of_dy(size_t i, const View& dt) {
+#if defined(CUDA_KERNEL)
+  if (dt.size(0) < kOneReadTokens || !needs(i, kNeedB) || !skinny_sm90_serves(*lora_dys_[i])) return std::nullopt;
+  const Tensor db = empty(x_.base(), {lora_dys_[i]->size(1), dt.size(1)}, members_.b(i)->scalar_type());
+  const DyProducts products{*lora_dys_[i], *adapters_.b[i], adapters_.part(t_, i), dt, db, members_.scaling(i)};
+  if (!dy_products_sm90_serves(products)) return std::nullopt;
+  dbs_[i] = db;
+  return products;
+#else
+  return std::nullopt;
+#endif
+}
+
 // dt = s·dy' B of all members.
 void Backward::project_down() {
   const Tensor whole = empty(x_.base(), {x_.size(0), adapters_.ranks()}, x_.scalar_type());
   dt_ = whole;
   Together<SkinnyDown> together;
+  std::vector<DyProducts> one_read;
   for (size_t i = 0; i < members_.count(); ++i) {
     if (!members_.a(i)) continue;
     const View part = adapters_.part(*dt_, i);
@@ -382,10 +401,15 @@ void Backward::project_down() {
       torch::stable::zero_(unused);
       continue;
     }
-    if (!together.takes({*lora_dys_[i], adapters_.b[i]->transposed(), part, members_.scaling(i), std::nullopt}))
+    if (const auto products = products_of_dy(i, part))
+      one_read.push_back(*products);
+    else if (!together.takes({*lora_dys_[i], adapters_.b[i]->transposed(), part, members_.scaling(i), std::nullopt}))
       multiply(part, *lora_dys_[i], *adapters_.b[i], members_.scaling(i), /*add=*/false);
   }
   together.run();
+#if defined(CUDA_KERNEL)
+  if (!one_read.empty()) dy_products_sm90(one_read);
+#endif
 }
 
 // g∘dy, and what else of dy is wanted, in one pass; plain LoRA needs none.
@@ -450,7 +474,7 @@ void Backward::add_dropped(const View& dx, const std::vector<size_t>& which) con
 #endif
 }
 
-void Backward::parameters_exactly(const View& x, const View& t, Tensors& grads) const {
+void Backward::parameters_exactly(const View& x, Tensors& grads) const {
   std::vector<PartSum> sums;
   std::vector<Cast> casts;
   // first + second, float32, as a gradient of `dtype`.
@@ -475,7 +499,7 @@ void Backward::parameters_exactly(const View& x, const View& t, Tensors& grads) 
     }
     if (needs(i, kNeedB)) {
       const View both = empty(x.base(), {lora_dys_[i]->size(1), 2 * rank}, ScalarType::Float);
-      multiply(both, lora_dys_[i]->transposed(), adapters_.part(t, i).columns(rank, 2 * rank), 1.0, /*add=*/false);
+      multiply(both, lora_dys_[i]->transposed(), adapters_.part(t_, i).columns(rank, 2 * rank), 1.0, /*add=*/false);
       grads.push_back(gradient(both.columns(0, rank), both.columns(rank, rank), members_.b(i)->scalar_type()));
     }
     if (needs(i, kNeedBias)) grads.push_back(*sums_[i]);
@@ -485,8 +509,8 @@ void Backward::parameters_exactly(const View& x, const View& t, Tensors& grads) 
   if (!casts.empty()) cast_all(casts);
 }
 
-void Backward::parameters(const View& x, const View& t, Tensors& grads) const {
-  if (members_.exact()) return parameters_exactly(x, t, grads);
+void Backward::parameters(const View& x, Tensors& grads) const {
+  if (members_.exact()) return parameters_exactly(x, grads);
   std::vector<Cast> casts;
   Together<SkinnyOuter> together;
   // tᵀ D(input) or, turned, its transpose, in `dtype`: with all others of its kind, by the library into what is
@@ -517,8 +541,10 @@ void Backward::parameters(const View& x, const View& t, Tensors& grads) const {
         grads.push_back(product(adapters_.part(*dt_, i), x, dtype, /*turned=*/false, mask));
       }
     }
-    if (needs(i, kNeedB))
-      grads.push_back(product(adapters_.part(t, i), *lora_dys_[i], members_.b(i)->scalar_type(), /*turned=*/true, std::nullopt));
+    if (dbs_[i])
+      grads.push_back(*dbs_[i]);
+    else if (needs(i, kNeedB))
+      grads.push_back(product(adapters_.part(t_, i), *lora_dys_[i], members_.b(i)->scalar_type(), /*turned=*/true, std::nullopt));
     if (needs(i, kNeedBias)) grads.push_back(*sums_[i]);
     if (needs(i, kNeedMagnitude)) grads.push_back(*dots_[i]);
   }

@@ -137,6 +137,7 @@ class Backward {
     const Optionals& norms;  // the op's list, for DoRA
     const std::vector<int64_t>& needs;
     bool need_dx;
+    const Tensor& t;  // of Outputs
   };
 
   // `x` gives dtype and shape alone: it need not be filled before `parameters`.
@@ -147,22 +148,23 @@ class Backward {
 
   // Appends the gradients that are wanted: of each member in turn A, B, bias, magnitude. A and B in
   // their own dtype, the sums in float32 (float64 for float64).
-  void parameters(const View& x, const View& t, Tensors& grads) const;
+  void parameters(const View& x, Tensors& grads) const;
 
  private:
   bool needs(size_t i, Need need) const { return dys_[i] && (needs_[members_.index(i)] & need) != 0; }
   void pass_over_dy(size_t i, const MaybeView& u, const MaybeTensor& norm);
   void project_down();
   void project_down_exactly();
-  void parameters_exactly(const View& x, const View& t, Tensors& grads) const;
+  std::optional<DyProducts> products_of_dy(size_t i, const View& dt);
+  void parameters_exactly(const View& x, Tensors& grads) const;
   void add_dropped(const View& dx, const std::vector<size_t>& which) const;
 
   const Members& members_;
   const std::vector<int64_t>& needs_;
   bool need_dx_;
-  View x_;
+  View x_, t_;
   std::vector<MaybeView> dys_, lora_dys_, excesses_;  // by member, [M, N]
-  Optionals dots_, sums_;                              // [N]
+  Optionals dots_, sums_, dbs_;                        // [N], [N], and [N, R] where made with dt
   Adapters adapters_;
   MaybeView dt_;
 };
