@@ -18,6 +18,7 @@ import gc
 import json
 import pathlib
 import statistics
+import time
 
 import kernels
 import peers
@@ -28,7 +29,9 @@ import triton
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-WARM_UP = 10  # steps: groups form in the second, the first ones of a process are slow for longer
+# Steps at most and at least, and the seconds that are enough: groups form in the second step, the first ones of a
+# process are slow for longer.
+WARM_UP, FEWEST, ENOUGH = 10, 3, 2.0
 TOLERANCE = 2e-2  # relative difference of output and gradient norms, bfloat16
 LLAMAS = {
     "llama-8b": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8),
@@ -169,9 +172,13 @@ def captured(model, inputs, autocast):
 def measure(model, inputs, case):
     autocast, repeats = case["autocast"], case["repeats"]
     run = captured(model, inputs, autocast) if case.get("graph") else lambda: step(model, inputs, autocast)
-    for _ in range(WARM_UP):
+    start = time.perf_counter()
+    for i in range(WARM_UP):
         change_parameters(model)
         run()
+        torch.cuda.synchronize()
+        if i + 1 >= FEWEST and time.perf_counter() - start > ENOUGH:
+            break
     change_parameters(model)
     inputs["leaf"].grad = None
     torch.cuda.synchronize()

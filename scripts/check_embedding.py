@@ -95,6 +95,9 @@ def check_norm(lora_fused, name) -> float:
             off = error(value, torch.linalg.vector_norm(w.double() + 0.7 * (b.double() @ a.double()).t(), dim=0))
             # A float32 A is rounded, each entry apart.
             bound = 2e-6 if adapter == table else 2e-6 + 2.0**-8 / v**0.5
+            gain = lora_fused.backend.column_gain(name, operands, 0.7)[1]
+            if not torch.equal(gain, lora_fused.ops.gain(m, value)):
+                sys.exit(f"{name} gain {v}x{h}, rank {r}, {table}/{adapter}: not magnitude over the norm")
             if not off <= bound:
                 sys.exit(f"{name} norm {v}x{h}, rank {r}, {table}/{adapter}: relative error {off:.3g}")
             worst = max(worst, off)

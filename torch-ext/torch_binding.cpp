@@ -49,7 +49,8 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, "
       "Tensor?[] norms, float[] scalings, Tensor? seeds, float[] dropouts, Tensor[] scales, "
       "int[] quantized, bool exact, int activation, int gate_half, bool need_dx, int[] needs) -> (Tensor[], Tensor[])");
-  ops.def("column_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
+  ops.def(
+      "column_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? magnitude=None) -> Tensor[]");
   ops.def(
       "embedding_forward(Tensor ids, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? gain, "
       "Tensor? scale, float scaling, float number, bool keep) -> (Tensor, Tensor)");

@@ -94,9 +94,9 @@ void dy_products_cuda(lora_fused::Tensors dy, lora_fused::Tensors b, lora_fused:
                       lora_fused::Tensors db, double scaling);
 
 // On CUDA alone: the CPU computes an embedding with the library's products.
-torch::stable::Tensor column_norm_cuda(const torch::stable::Tensor& weight,
-                                       const torch::stable::Tensor& lora_a,
-                                       const torch::stable::Tensor& lora_b, double scaling);
+lora_fused::Tensors column_norm_cuda(const torch::stable::Tensor& weight, const torch::stable::Tensor& lora_a,
+                                     const torch::stable::Tensor& lora_b, double scaling,
+                                     std::optional<torch::stable::Tensor> magnitude);
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> embedding_forward_cuda(
     const torch::stable::Tensor& ids, const torch::stable::Tensor& weight,
     const torch::stable::Tensor& lora_a, const torch::stable::Tensor& lora_b,

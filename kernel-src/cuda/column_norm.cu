@@ -1,4 +1,4 @@
-// column_norm on CUDA: out[h] = sqrt(sum_v (W[v,h] + s * sum_r B[h,r] A[r,v])^2), fp32 [H].
+// column_norm on CUDA: norm[h] = sqrt(sum_v (W[v,h] + s * sum_r B[h,r] A[r,v])^2), fp32 [H], and magnitude / norm.
 //
 // W [V,H] in bf16 or fp16, H a multiple of 8; A [R,V], B [H,R] of one dtype, fp32 or W's, R up to 64; all
 // contiguous. The vocabulary is dealt out to as many blocks as the GPU holds; a last kernel adds each
@@ -10,10 +10,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
+#include <limits>
 
 #include "../../torch-ext/torch_binding.h"
 #include "../common/products.h"
 #include "column_norm_kernel.h"
+#include "hopper.h"
 #include "stream.h"
 
 namespace {
@@ -27,14 +30,16 @@ using torch::stable::Tensor;
 constexpr int64_t kSplitRows = 8192;
 
 template <typename W, typename P, int kSteps, int kBlocks, bool kSplitA>
-void run(Args p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
+void run(Args p, const Tensor& norm, const lora_fused::Gained& gained) {
   using S = Shape<W, P, kSteps, kSplitA>;
   const auto kernel = column_norm_fwd_kernel<W, P, S, kBlocks>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
+  const int device = norm.get_device_index();
+  const cudaStream_t stream = lora_fused::stream_of(norm);
+  static std::atomic<uint64_t> prepared{0};
+  lora_fused::sm90::allow_shared_memory(kernel, S::kBytes, device, prepared);
   p.tiles = static_cast<int>((p.v + S::kRows - 1) / S::kRows);
   const int columns = (p.h + S::kCols - 1) / S::kCols;
-  const int splits = std::clamp(kBlocks * multiprocessors / columns, 1, std::max(p.tiles, 1));
+  const int splits = std::clamp(kBlocks * lora_fused::sm90::multiprocessors(device) / columns, 1, std::max(p.tiles, 1));
   const int64_t grams = int64_t{splits} * S::kGramSize, sums = int64_t{splits} * p.h;
   const Tensor buffer = lora_fused::empty(norm, {grams + sums}, ScalarType::Float);
   p.grams = static_cast<float*>(buffer.mutable_data_ptr());
@@ -44,29 +49,27 @@ void run(Args p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
   lora_fused::norm_finish_kernel<P, S::A::kRanks>
       <<<(p.h + lora_fused::kFinishThreads - 1) / lora_fused::kFinishThreads, lora_fused::kFinishThreads, 0, stream>>>(
           static_cast<float*>(norm.mutable_data_ptr()), p.partial, p.grams, static_cast<const P*>(p.b), p.scaling, p.h,
-          p.r, splits);
+          p.r, splits, gained);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename W, typename P, int kBlocks, bool kSplitA>
-void run_rank(const Args& p, const Tensor& norm, int multiprocessors, cudaStream_t stream) {
-  (p.r <= 32 ? run<W, P, 2, kBlocks, kSplitA>
-             : run<W, P, 4, kBlocks, kSplitA>)(p, norm, multiprocessors, stream);
+void run_rank(const Args& p, const Tensor& norm, const lora_fused::Gained& gained) {
+  (p.r <= 32 ? run<W, P, 2, kBlocks, kSplitA> : run<W, P, 4, kBlocks, kSplitA>)(p, norm, gained);
 }
 
 template <typename W>
-void run_adapter(const Args& p, ScalarType dtype, const Tensor& norm, int multiprocessors,
-                 cudaStream_t stream) {
+void run_adapter(const Args& p, ScalarType dtype, const Tensor& norm, const lora_fused::Gained& gained) {
   const bool small = p.v <= kSplitRows;
   (dtype != ScalarType::Float ? run_rank<W, W, 2, false>
    : small                    ? run_rank<W, float, 1, true>
-                              : run_rank<W, float, 2, false>)(p, norm, multiprocessors, stream);
+                              : run_rank<W, float, 2, false>)(p, norm, gained);
 }
 
 }  // namespace
 
-Tensor column_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
-                        double scaling) {
+lora_fused::Tensors column_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, double scaling,
+                                     std::optional<Tensor> magnitude) {
   STD_TORCH_CHECK(weight.dim() == 2 && lora_a.dim() == 2 && lora_b.dim() == 2 &&
                       lora_a.size(1) == weight.size(0) && lora_b.size(0) == weight.size(1) &&
                       lora_a.size(0) == lora_b.size(1),
@@ -85,8 +88,11 @@ Tensor column_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor
   STD_TORCH_CHECK(weight.size(1) % 8 == 0 &&
                       reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0,
                   "weight: expected rows of a multiple of 8 elements, 16-byte aligned");
-  const int device = weight.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  if (magnitude)
+    STD_TORCH_CHECK(magnitude->is_cuda() && magnitude->get_device_index() == weight.get_device_index() &&
+                        magnitude->is_contiguous() && magnitude->dim() == 1 && magnitude->numel() == weight.size(1),
+                    "magnitude: expected contiguous [H] on weight's GPU");
+  const lora_fused::OnDevice device(weight);
   Args p{};
   p.w = weight.const_data_ptr(), p.a = lora_a.const_data_ptr(), p.b = lora_b.const_data_ptr();
   p.scaling = static_cast<float>(scaling);
@@ -94,12 +100,14 @@ Tensor column_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor
   p.r = static_cast<int>(lora_a.size(0));
   p.a_vector = reinterpret_cast<uintptr_t>(p.a) % 16 == 0 &&
                p.v * (dtype == ScalarType::Float ? 4 : 2) % 16 == 0;
-  const Tensor norm = lora_fused::empty(weight, {p.h}, ScalarType::Float);
-  if (p.h == 0) return norm;
-  int multiprocessors = 0;
-  STD_CUDA_CHECK(
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  (table == ScalarType::BFloat16 ? run_adapter<__nv_bfloat16> : run_adapter<__half>)(
-      p, dtype, norm, multiprocessors, lora_fused::stream_of(weight));
-  return norm;
+  lora_fused::Tensors out{lora_fused::empty(weight, {p.h}, ScalarType::Float)};
+  lora_fused::Gained gained{};
+  if (magnitude) {
+    out.push_back(lora_fused::empty(weight, {p.h}, ScalarType::Float));
+    gained = {lora_fused::embedding::array_of(*magnitude, "magnitude"), static_cast<float*>(out[1].mutable_data_ptr()),
+              static_cast<float>(lora_fused::kGainUnits) * std::numeric_limits<float>::epsilon()};
+  }
+  if (p.h > 0)
+    (table == ScalarType::BFloat16 ? run_adapter<__nv_bfloat16> : run_adapter<__half>)(p, dtype, out[0], gained);
+  return out;
 }

@@ -25,14 +25,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-int code(const Tensor& t, const char* name) {
-  const auto dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
-                      dtype == ScalarType::Half,
-                  name, ": expected float32, bfloat16 or float16");
-  return dtype == ScalarType::Float ? kFloat : dtype == ScalarType::BFloat16 ? kBFloat16 : kHalf;
-}
-
 void check(const Tensor& t, const char* name, const Tensor& weight) {
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == weight.get_device_index(), name,
                   ": expected on weight's GPU");
@@ -71,11 +63,10 @@ Args arguments(const Tensor& ids, const Tensor& weight, const Tensor& lora_a, co
   Args p{};
   p.ids = ids.const_data_ptr(), p.wide = ids.scalar_type() == ScalarType::Long;
   p.w = weight.const_data_ptr();
-  p.a = {lora_a.const_data_ptr(), code(lora_a, "lora_a")};
-  p.b = {lora_b.const_data_ptr(), code(lora_b, "lora_b")};
+  p.a = array_of(lora_a, "lora_a"), p.b = array_of(lora_b, "lora_b");
   if (scale) {
     check(*scale, "scale", weight);
-    p.scale = {scale->const_data_ptr(), code(*scale, "scale")};
+    p.scale = array_of(*scale, "scale");
   }
   p.scaling = static_cast<float>(scaling), p.number = static_cast<float>(number);
   p.m = ids.numel(), p.v = weight.size(0);
@@ -172,7 +163,7 @@ std::tuple<Tensor, Tensor> embedding_forward_cuda(const Tensor& ids, const Tenso
                                                   double number, bool keep) {
   Args p = arguments(ids, weight, lora_a, lora_b, scale, scaling, number);
   p.gain = floats(gain, "gain", weight);
-  const int dtype = code(weight, "weight");
+  const int dtype = dtype_of(weight, "weight");
   const lora_fused::OnDevice device(weight);
   std::vector<int64_t> sizes;
   for (int64_t d = 0; d < ids.dim(); ++d) sizes.push_back(ids.size(d));
@@ -195,7 +186,7 @@ lora_fused::Tensors embedding_backward_cuda(const Tensor& dy_any, const Tensor& 
   Args p = arguments(ids, weight, lora_a, lora_b, scale, scaling, number);
   p.gain = floats(gain, "gain", weight);
   p.norm = floats(norm, "norm", weight);
-  const int dtype = code(weight, "weight");
+  const int dtype = dtype_of(weight, "weight");
   const Tensor dy = lora_fused::in_rows(dy_any);
   check(dy, "dy", weight);
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(dy.const_data_ptr()) % 16 == 0,
@@ -221,7 +212,7 @@ lora_fused::Tensors embedding_backward_cuda(const Tensor& dy_any, const Tensor& 
   if (need_a) wanted.da = add({int64_t{p.r}, p.v}, lora_a.scalar_type());
   if (need_b) wanted.db = add({int64_t{p.h}, int64_t{p.r}}, lora_b.scalar_type());
   if (need_m) {
-    wanted.dm_dtype = code(*magnitude, "magnitude");
+    wanted.dm_dtype = dtype_of(*magnitude, "magnitude");
     wanted.dm = add({int64_t{p.h}}, magnitude->scalar_type());
   }
   if (!gradients.empty())

@@ -11,6 +11,7 @@
 // a time: H is a multiple of 8.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/macros/Macros.h>
 
 #include "mma.h"
@@ -24,6 +25,18 @@ struct Array {
   const void* data;
   int dtype;
 };
+
+inline int dtype_of(const torch::stable::Tensor& t, const char* name) {
+  using torch::headeronly::ScalarType;
+  const auto dtype = t.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
+                  ": expected float32, bfloat16 or float16");
+  return dtype == ScalarType::Float ? kFloat : dtype == ScalarType::BFloat16 ? kBFloat16 : kHalf;
+}
+
+inline Array array_of(const torch::stable::Tensor& t, const char* name) {
+  return {t.const_data_ptr(), dtype_of(t, name)};
+}
 
 struct Args {
   const void* ids;  // [m], int64 where wide, int32 else

@@ -6,6 +6,8 @@
 // parts. The terms cancel where s·b·A nearly takes w away: an error of 1e-7 of |w|², not of the result.
 #pragma once
 
+#include "../common/gain.h"
+#include "embedding_kernels.h"
 #include "mma.h"
 
 namespace lora_fused {
@@ -127,12 +129,20 @@ __device__ __forceinline__ void write_gram(float* gram, float* scratch, const fl
 
 constexpr int kFinishThreads = 256;
 
+// DoRA's magnitude [n] and where its gain goes; null for the norm alone.
+struct Gained {
+  embedding::Array magnitude;
+  float* gain;
+  float unit;  // of gain_of
+};
+
 // norm[i] = √(Σ over splits of partial[split, i] + s² b·G b), G the sum of `grams` [splits, kRanks, kRanks], b row i
-// of B [n, r]. Everything is added in a fixed order. Rounding may leave a sum below zero; NaN stays.
+// of B [n, r]. Everything is added in a fixed order. Rounding may leave a sum below zero; NaN stays. And gain = magnitude / norm,
+// see common/gain.h.
 template <typename P, int kRanks>
 __global__ void __launch_bounds__(kFinishThreads)
     norm_finish_kernel(float* __restrict__ norm, const float* __restrict__ partial, const float* __restrict__ grams,
-                       const P* __restrict__ b, float scaling, int64_t n, int r, int splits) {
+                       const P* __restrict__ b, float scaling, int64_t n, int r, int splits, Gained gained) {
   __shared__ float4 gram[kRanks][kRanks / 4];
   constexpr int kPieces = kRanks * kRanks / 4;
   for (int i = threadIdx.x; i < kPieces; i += kFinishThreads) {
@@ -165,6 +175,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   for (int split = 0; split < splits; ++split) total += partial[split * n + at];
   total = fmaf(scaling * scaling, form, total);
   norm[at] = sqrtf(total < 0.0f ? 0.0f : total);
+  if (gained.gain != nullptr) gained.gain[at] = gain_of(embedding::load(gained.magnitude, at), norm[at], gained.unit);
 }
 
 __device__ __forceinline__ float add_square(float sum, float2 x) { return fmaf(x.x, x.x, fmaf(x.y, x.y, sum)); }

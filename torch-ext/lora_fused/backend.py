@@ -166,3 +166,11 @@ def column_norm(name: str, table: Table, scaling: float) -> Tensor:
         twin = get(TRITON) if triton_is_there() else reference_embedding
         kernels = cuda_embedding if cuda_embedding.norm_fits(table) else twin
     return kernels.column_norm(table.weight, table.lora_a, table.lora_b, scaling)
+
+
+def column_gain(name: str, table: Table, scaling: float) -> tuple[Tensor, Tensor]:
+    """(`column_norm`, magnitude over it), in one op where the native one takes the table."""
+    if get_embedding(name) is not reference_embedding and cuda_embedding.norm_fits(table):
+        return cuda_embedding.column_gain(table, scaling)
+    norm = column_norm(name, table, scaling)
+    return norm, ops.gain(table.magnitude, norm)

@@ -43,7 +43,14 @@ def norm_fits(table: Table) -> bool:
 def column_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """‖W + s·(B·A)ᵀ‖ by column: [H] in float32. A float32 A enters in two parts, but in large
     vocabularies, over which the rounding of one part averages out."""
-    return ops.column_norm(weight, lora_a, lora_b, scaling)
+    return ops.column_norm(weight, lora_a, lora_b, scaling)[0]
+
+
+def column_gain(table: Table, scaling: float) -> tuple[Tensor, Tensor]:
+    """(`column_norm`, `ops.gain` of it), both [H] in float32."""
+    weight, lora_a, lora_b, magnitude, _ = table
+    norm, gain = ops.column_norm(weight, lora_a, lora_b, scaling, magnitude.contiguous())
+    return norm, gain
 
 
 def gather_add(

@@ -128,8 +128,8 @@ def _gated_backward_fake(
 
 
 @torch.library.register_fake(add_op_namespace_prefix("column_norm"))
-def _column_norm_fake(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    return weight.new_empty(weight.shape[1], dtype=torch.float32)
+def _column_norm_fake(weight, lora_a, lora_b, scaling, magnitude=None):
+    return [weight.new_empty(weight.shape[1], dtype=torch.float32) for _ in range(1 if magnitude is None else 2)]
 
 
 @torch.library.register_fake(add_op_namespace_prefix("embedding_forward"))

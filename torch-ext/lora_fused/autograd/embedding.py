@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from .. import ops, reference_embedding
+from .. import reference_embedding
 from ..table import Table, TableSpec
 from .linear import without_autocast
 from .once import once_differentiable
@@ -30,8 +30,7 @@ def forward_table(ids: Tensor, table: Table, spec: TableSpec, keep: bool):
     """(y, rows or None, norm or None, gain or None)."""
     norm = gain = None
     if table.magnitude is not None:
-        norm = backends.column_norm(spec.backend, table, spec.scaling)
-        gain = ops.gain(table.magnitude, norm)
+        norm, gain = backends.column_gain(spec.backend, table, spec.scaling)
     y, rows = backends.get_embedding(spec.backend).gather_add(ids, table, spec, gain, keep)
     return y, rows, norm, gain
 
