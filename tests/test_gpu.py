@@ -26,9 +26,9 @@ class Group(nn.Module):
 
 
 class Single(nn.Module):
-    def __init__(self):
+    def __init__(self, outputs=K):
         super().__init__()
-        self.proj = nn.Linear(K, K, bias=False)
+        self.proj = nn.Linear(K, outputs, bias=False)
 
     def forward(self, x):
         return (self.proj(x),)
@@ -109,6 +109,25 @@ def test_launches_do_not_grow(lora_fused, make):
     counted = launches(lambda: backward(kept, dys))
     counted = {name: count for name, count in counted.items() if "splitK" not in name}
     assert sum(counted.values()) <= back, counted
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="for Hopper GPUs alone"
+)
+@pytest.mark.parametrize("tokens, products", ((2047, 0), (2048, 1)))
+def test_a_large_dy_is_read_once_for_both_products(lora_fused, tokens, products):
+    model = get_peft_model(Single(8192).to("cuda", BF16), LoraConfig(r=16, target_modules=["proj"])).train()
+    randomise_adapters(model, torch.float32)
+    lora_fused.register_peft_layers()
+    kernelize(model, mode=Mode.TRAINING, device="cuda")
+    x = torch.randn(tokens, K, device="cuda", dtype=BF16, requires_grad=True)
+    dy = torch.randn(tokens, 8192, device="cuda", dtype=BF16)
+    backward(step(model, x), [dy])
+    ys = step(model, x)
+    counted = launches(lambda: backward(ys, [dy]))
+    assert sum(count for name, count in counted.items() if "dy_products_kernel" in name) == products, counted
+    # Conversions, dt and dB with their sums, dx, dA.
+    assert sum(count for name, count in counted.items() if "splitK" not in name and "reduce" not in name) <= 5, counted
 
 
 def allocations(run):

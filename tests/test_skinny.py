@@ -51,14 +51,15 @@ def test_entries_of_many_shapes(ops, form, hopper, p):
 
 
 @pytest.mark.parametrize("dtype", check_skinny.ROUNDING, ids=str)
-@pytest.mark.parametrize("to_float", (False, True), ids=("own", "float32"))
+@pytest.mark.parametrize("dt_float, db_float", ((False, False), (False, True), (True, True)))
 @pytest.mark.parametrize("m, widths, r", [
     (m, widths, r)
     for tokens, groups, ranks in (check_skinny.SMALL_OF_DY, check_skinny.LARGER_OF_DY)
     for m, widths, r in itertools.product(tokens, groups, ranks)
 ])  # fmt: skip
-def test_both_products_of_dy_as_in_float64(ops, m, widths, r, dtype, to_float):
-    check_skinny.check_of_dy(ops.dy_products, m, widths, r, dtype, torch.float32 if to_float else dtype)
+def test_both_products_of_dy_as_in_float64(ops, m, widths, r, dtype, dt_float, db_float):
+    outs = (torch.float32 if is_float else dtype for is_float in (dt_float, db_float))
+    check_skinny.check_of_dy(ops.dy_products, m, widths, r, dtype, *outs)
 
 
 def test_products_of_dy_are_the_same_every_time(ops):

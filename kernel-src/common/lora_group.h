@@ -87,8 +87,8 @@ struct SkinnyOuter {
   std::optional<Dropped> mask;
 };
 
-// dt [M, R] = scaling · dy b and db [N, R] = dyᵀ t for dy [M, N], b [N, R] and t [M, R], from one read of dy; db in dy's
-// dtype or float32. Rows are contiguous, and may be strided.
+// dt [M, R] = scaling · dy b and db [N, R] = dyᵀ t for dy [M, N], b [N, R] and t [M, R], from one read of dy; dt and
+// db in dy's dtype or float32. Rows are contiguous, and may be strided.
 struct DyProducts {
   View dy, b, t, dt, db;
   double scaling;

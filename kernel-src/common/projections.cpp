@@ -60,8 +60,8 @@ void sum_tokens(const TokenSums& work) {
 // Up to so many tokens a step waits for the host, and one launch for all skinny products of a group is
 // worth more than the library's best product for each.
 constexpr int64_t kOneLaunchTokens = 1024, kOneLaunchTokensOnHopper = 2048, kOneLaunchRank = 64;
-// From so many on, one read of dy for dt and dB is worth the sums over its blocks.
-constexpr int64_t kOneReadTokens = 4096;
+// From so many tokens and elements of a group's dy on, one read of it for dt and dB is worth a launch more.
+constexpr int64_t kOneReadTokens = 2048, kOneReadElements = int64_t(1) << 24;
 
 bool waits_for_host(const View& x) {
   const auto dtype = x.scalar_type();
@@ -127,6 +127,41 @@ class Together {
 
  private:
   std::vector<Product> products_, on_hopper_;
+};
+
+// dt and dB of a group's members from one read of each dy, where that pays.
+class OneRead {
+ public:
+  explicit OneRead(const std::vector<MaybeView>& dys) {
+    int64_t tokens = 0, elements = 0;
+    for (const MaybeView& dy : dys)
+      if (dy) tokens = dy->size(0), elements += dy->numel();
+    pays_ = tokens >= kOneReadTokens && elements >= kOneReadElements;
+  }
+
+  // dB [N, R] in `dtype`, to be filled with dt = scaling·dy b by `run`; none where other products are to be taken.
+  MaybeTensor takes(const View& dy, const View& b, const View& t, const View& dt, double scaling, ScalarType dtype) {
+#if defined(CUDA_KERNEL)
+    if (!pays_ || !skinny_sm90_serves(dy)) return std::nullopt;
+    const Tensor db = empty(dy.base(), {b.size(0), b.size(1)}, dtype);
+    const DyProducts products{dy, b, t, dt, db, scaling};
+    if (!dy_products_sm90_serves(products)) return std::nullopt;
+    products_.push_back(products);
+    return db;
+#else
+    return std::nullopt;
+#endif
+  }
+
+  void run() const {
+#if defined(CUDA_KERNEL)
+    if (!products_.empty()) dy_products_sm90(products_);
+#endif
+  }
+
+ private:
+  bool pays_;
+  std::vector<DyProducts> products_;
 };
 
 // out = scaling · x aᵀ by itself.
@@ -356,6 +391,7 @@ Backward::Backward(const Members& members, const View& x, const Given& given)
 void Backward::project_down_exactly() {
   dt_ = empty(x_.base(), {x_.size(0), adapters_.columns()}, x_.scalar_type());
   std::vector<PartSum> sums;
+  OneRead one_read(lora_dys_);
   for (size_t i = 0; i < members_.count(); ++i) {
     if (!members_.a(i)) continue;
     const int64_t rank = adapters_.rank(i), first = adapters_.first[i];
@@ -367,24 +403,13 @@ void Backward::project_down_exactly() {
       continue;
     }
     const View wide = empty(x_.base(), {x_.size(0), 2 * rank}, ScalarType::Float);
-    multiply_down(wide, *lora_dys_[i], adapters_.b[i]->columns(0, 2 * rank).transposed(), 1.0);
+    const View b = adapters_.b[i]->columns(0, 2 * rank), t = adapters_.part(t_, i).columns(rank, 2 * rank);
+    if (needs(i, kNeedB)) dbs_[i] = one_read.takes(*lora_dys_[i], b, t, wide, 1.0, ScalarType::Float);
+    if (!dbs_[i]) multiply_down(wide, *lora_dys_[i], b.transposed(), 1.0);
     sums.push_back(part_sum(wide, 0, rank, members_.scaling(i), *dt_, first, rank));
   }
+  one_read.run();
   sum_parts(sums);
-}
-
-// A member's dt and dB from one read of dy', where that pays; dB stands in dbs_ then.
-std::optional<DyProducts> Backward::products_of_dy(size_t i, const View& dt) {
-#if defined(CUDA_KERNEL)
-  if (dt.size(0) < kOneReadTokens || !needs(i, kNeedB) || !skinny_sm90_serves(*lora_dys_[i])) return std::nullopt;
-  const Tensor db = empty(x_.base(), {lora_dys_[i]->size(1), dt.size(1)}, members_.b(i)->scalar_type());
-  const DyProducts products{*lora_dys_[i], *adapters_.b[i], adapters_.part(t_, i), dt, db, members_.scaling(i)};
-  if (!dy_products_sm90_serves(products)) return std::nullopt;
-  dbs_[i] = db;
-  return products;
-#else
-  return std::nullopt;
-#endif
 }
 
 // dt = s·dy' B of all members.
@@ -392,7 +417,7 @@ void Backward::project_down() {
   const Tensor whole = empty(x_.base(), {x_.size(0), adapters_.ranks()}, x_.scalar_type());
   dt_ = whole;
   Together<SkinnyDown> together;
-  std::vector<DyProducts> one_read;
+  OneRead one_read(lora_dys_);
   for (size_t i = 0; i < members_.count(); ++i) {
     if (!members_.a(i)) continue;
     const View part = adapters_.part(*dt_, i);
@@ -401,15 +426,14 @@ void Backward::project_down() {
       torch::stable::zero_(unused);
       continue;
     }
-    if (const auto products = products_of_dy(i, part))
-      one_read.push_back(*products);
-    else if (!together.takes({*lora_dys_[i], adapters_.b[i]->transposed(), part, members_.scaling(i), std::nullopt}))
-      multiply(part, *lora_dys_[i], *adapters_.b[i], members_.scaling(i), /*add=*/false);
+    const View &dy = *lora_dys_[i], &b = *adapters_.b[i];
+    if (needs(i, kNeedB))
+      dbs_[i] = one_read.takes(dy, b, adapters_.part(t_, i), part, members_.scaling(i), members_.b(i)->scalar_type());
+    if (!dbs_[i] && !together.takes({dy, b.transposed(), part, members_.scaling(i), std::nullopt}))
+      multiply(part, dy, b, members_.scaling(i), /*add=*/false);
   }
+  one_read.run();
   together.run();
-#if defined(CUDA_KERNEL)
-  if (!one_read.empty()) dy_products_sm90(one_read);
-#endif
 }
 
 // g∘dy, and what else of dy is wanted, in one pass; plain LoRA needs none.
@@ -498,8 +522,9 @@ void Backward::parameters_exactly(const View& x, Tensors& grads) const {
       grads.push_back(gradient(all->rows(first, rank), all->rows(ranks + first, rank), members_.a(i)->scalar_type()));
     }
     if (needs(i, kNeedB)) {
-      const View both = empty(x.base(), {lora_dys_[i]->size(1), 2 * rank}, ScalarType::Float);
-      multiply(both, lora_dys_[i]->transposed(), adapters_.part(t_, i).columns(rank, 2 * rank), 1.0, /*add=*/false);
+      const View both = dbs_[i] ? *dbs_[i] : empty(x.base(), {lora_dys_[i]->size(1), 2 * rank}, ScalarType::Float);
+      if (!dbs_[i])
+        multiply(both, lora_dys_[i]->transposed(), adapters_.part(t_, i).columns(rank, 2 * rank), 1.0, /*add=*/false);
       grads.push_back(gradient(both.columns(0, rank), both.columns(rank, rank), members_.b(i)->scalar_type()));
     }
     if (needs(i, kNeedBias)) grads.push_back(*sums_[i]);

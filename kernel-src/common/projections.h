@@ -155,7 +155,6 @@ class Backward {
   void pass_over_dy(size_t i, const MaybeView& u, const MaybeTensor& norm);
   void project_down();
   void project_down_exactly();
-  std::optional<DyProducts> products_of_dy(size_t i, const View& dt);
   void parameters_exactly(const View& x, Tensors& grads) const;
   void add_dropped(const View& dx, const std::vector<size_t>& which) const;
 
@@ -164,7 +163,7 @@ class Backward {
   bool need_dx_;
   View x_, t_;
   std::vector<MaybeView> dys_, lora_dys_, excesses_;  // by member, [M, N]
-  Optionals dots_, sums_, dbs_;                        // [N], [N], and [N, R] where made with dt
+  Optionals dots_, sums_, dbs_;                        // [N], [N], and where made with dt [N, R], exact [N, 2R]
   Adapters adapters_;
   MaybeView dt_;
 };

@@ -82,10 +82,11 @@ void launch(const std::vector<DyProducts>& products, size_t begin) {
 }  // namespace
 
 bool lora_fused::dy_products_sm90_serves(const DyProducts& p) {
-  const auto dtype = p.dy.scalar_type(), out = p.db.scalar_type();
-  return takes_boxes(p.dy) && takes_boxes(p.b) && takes_boxes(p.t) && p.b.scalar_type() == dtype &&
-         p.t.scalar_type() == dtype && p.dt.scalar_type() == dtype && (out == dtype || out == ScalarType::Float) &&
-         p.t.size(1) <= kMostRanks && is_hopper(p.dy.get_device_index());
+  const auto dtype = p.dy.scalar_type();
+  const auto given = [&](const View& m) { return m.scalar_type() == dtype && takes_boxes(m); };
+  const auto found = [&](const View& m) { return m.scalar_type() == dtype || m.scalar_type() == ScalarType::Float; };
+  return given(p.dy) && given(p.b) && given(p.t) && found(p.dt) && found(p.db) && p.t.size(1) <= kMostRanks &&
+         is_hopper(p.dy.get_device_index());
 }
 
 void lora_fused::dy_products_sm90(const std::vector<DyProducts>& products) {
