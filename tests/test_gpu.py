@@ -126,8 +126,8 @@ def test_a_large_dy_is_read_once_for_both_products(lora_fused, tokens, products)
     ys = step(model, x)
     counted = launches(lambda: backward(ys, [dy]))
     assert sum(count for name, count in counted.items() if "dy_products_kernel" in name) == products, counted
-    # Conversions, dt and dB with their sums, dx, dA.
-    assert sum(count for name, count in counted.items() if "splitK" not in name and "reduce" not in name) <= 5, counted
+    # Conversions, dt, two for dx, dA and dB; from one read, the sums of dt's and dB's parts as well.
+    assert sum(count for name, count in counted.items() if "splitK" not in name) <= 5 + products, counted
 
 
 def allocations(run):
