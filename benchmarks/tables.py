@@ -15,14 +15,10 @@ README = ROOT / "README.md"
 # README has them.
 FILES = (
     ("benchmark_lora.json", ""),
-    ("benchmark_lora_7bab2b7.json", "¶"),
+    ("benchmark_lora_8f3cf4d.json", "¶"),
     ("benchmark_lora_a970b45.json", "§"),
     ("benchmark_lora_0bc905e.json", "†"),
-    ("benchmark_lora_7a3b825.json", "‡"),
 )
-# Embeddings in CUDA graphs, for what benchmark_embedding.json has not: measured with the sources of 7bab2b7. Its peaks
-# hold what the streams of graphs had left, so that nothing else is taken from it.
-EMBEDDING_GRAPHS = "benchmark_embedding_graph.json"
 KINDS = ("llama-8b", "high-rank", "linear", "small")
 
 
@@ -73,14 +69,8 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def embedding_case(r: dict) -> tuple:
-    return r["hidden"], r["adapter"], r["dora"], r["tokens"]
-
-
 def in_a_graph(r: dict) -> str:
     """The time of the GPU alone, and how many times that PEFT takes."""
-    if "graph_ms" not in r["ours"]:
-        return ""
     ours, theirs = r["ours"]["graph_ms"], r["peft"]["graph_ms"]
     return f"{ours:.2f} ms, {theirs / ours:.2f}x"
 
@@ -88,16 +78,14 @@ def in_a_graph(r: dict) -> str:
 def embedding_table() -> str:
     """Markdown of the embeddings' results, and of the norm beside one read of the table."""
     results = read("benchmark_embedding.json")
-    graphs = {embedding_case(r): in_a_graph(r) for r in read(EMBEDDING_GRAPHS)["results"]}
     columns = ("H", "Variant", "Adapter", "Tokens", "lora-fused", "PEFT", "PEFT / lora-fused", "in a CUDA graph")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for r in results["results"]:
         ours, theirs = r["ours"], r["peft"]
         cells = [f"{m['ms']:.2f} ms, {m['peak_gb']:.2f} GB" for m in (ours, theirs)]
-        alone = in_a_graph(r) or graphs.get(embedding_case(r), "")
         lines.append(
             f"| {r['hidden']} | {'DoRA' if r['dora'] else 'LoRA'} | {r['adapter']} | {r['tokens']} | {cells[0]} | {cells[1]} "
-            f"| {theirs['ms'] / ours['ms']:.2f}x | {alone} |"
+            f"| {theirs['ms'] / ours['ms']:.2f}x | {in_a_graph(r)} |"
         )
     lines += ["", "| H | Adapter | DoRA's norm | One read of the table | Ratio |", "|---|---|---|---|---|"]
     for n in results["norm"]:
