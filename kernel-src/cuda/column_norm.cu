@@ -10,13 +10,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 
 #include "../../torch-ext/torch_binding.h"
 #include "../common/products.h"
 #include "column_norm_kernel.h"
-#include "hopper.h"
+#include "device.h"
 #include "stream.h"
 
 namespace {
@@ -35,11 +34,11 @@ void run(Args p, const Tensor& norm, const lora_fused::Gained& gained) {
   const auto kernel = column_norm_fwd_kernel<W, P, S, kBlocks>;
   const int device = norm.get_device_index();
   const cudaStream_t stream = lora_fused::stream_of(norm);
-  static std::atomic<uint64_t> prepared{0};
-  lora_fused::sm90::allow_shared_memory(kernel, S::kBytes, device, prepared);
+  static lora_fused::SharedMemory shared_memory;
+  shared_memory.allow(kernel, S::kBytes, device);
   p.tiles = static_cast<int>((p.v + S::kRows - 1) / S::kRows);
   const int columns = (p.h + S::kCols - 1) / S::kCols;
-  const int splits = std::clamp(kBlocks * lora_fused::sm90::multiprocessors(device) / columns, 1, std::max(p.tiles, 1));
+  const int splits = std::clamp(kBlocks * lora_fused::multiprocessors(device) / columns, 1, std::max(p.tiles, 1));
   const int64_t grams = int64_t{splits} * S::kGramSize, sums = int64_t{splits} * p.h;
   const Tensor buffer = lora_fused::empty(norm, {grams + sums}, ScalarType::Float);
   p.grams = static_cast<float*>(buffer.mutable_data_ptr());

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "../../torch-ext/torch_binding.h"
 #include "../common/lora_group.h"
@@ -70,8 +69,8 @@ void launch(const std::vector<DyProducts>& products, size_t begin) {
     most_quads = std::max<int64_t>(most_quads, int64_t{std::max(args.rows, e.columns)} * e.width / 4);
     slabs += e.slabs, ++args.entries;
   }
-  static std::atomic<uint64_t> prepared{0};
-  allow_shared_memory(dy_products_kernel<T>, kBytes, device, prepared);
+  static SharedMemory shared_memory;
+  shared_memory.allow(dy_products_kernel<T>, kBytes, device);
   const cudaStream_t stream = stream_of(like);
   dy_products_kernel<T><<<dim3(slabs, args.shares), kThreads, kBytes, stream>>>(args);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

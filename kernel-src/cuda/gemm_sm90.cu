@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "../../torch-ext/torch_binding.h"
 #include "../common/gemm.h"
@@ -21,6 +20,9 @@ using namespace lora_fused::sm90;
 using lora_fused::Gemm;
 using lora_fused::GemmSegment;
 using lora_fused::kGemmSegments;
+using lora_fused::is_hopper;
+using lora_fused::multiprocessors;
+using lora_fused::SharedMemory;
 using lora_fused::View;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -49,8 +51,8 @@ void launch(const Gemm& gemm, int count) {
   const int device = gemm.out.get_device_index();
   const auto kernel = gemm_kernel<T, kBlockN, kRowsAreN>;
   constexpr int kBytes = Layout<kBlockN>::bytes;
-  static std::atomic<uint64_t> prepared{0};  // a bit for each device
-  allow_shared_memory(kernel, kBytes, device, prepared);
+  static SharedMemory shared_memory;
+  shared_memory.allow(kernel, kBytes, device);
   const int blocks = kCluster * std::min(args.tiles_m * args.tiles_n, count / kCluster);
   launch_clusters(kernel, blocks, kCluster, kThreads, kBytes, stream_of(gemm.out), args);
 }

@@ -1,15 +1,13 @@
-// What the host does for kernels on Hopper's copy engine: tensor maps, made for every call, and what
-// of a device and of a matrix they ask.
+// What the host does for kernels on Hopper's copy engine: tensor maps, made for every call, what of a matrix they ask,
+// and launches of clusters.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/macros.h>
 
-#include <atomic>
-#include <vector>
-
 #include "../common/view.h"
+#include "device.h"
 
 namespace lora_fused::sm90 {
 
@@ -70,41 +68,7 @@ inline bool takes_boxes(const View& m) {
          reinterpret_cast<uintptr_t>(m.const_data_ptr()) % 16 == 0;
 }
 
-// What a device is, asked once.
-struct Device {
-  int multiprocessors;
-  bool is_hopper;
-};
-
-inline const Device& device_of(int index) {
-  static const std::vector<Device> devices = [] {
-    int count = 0;
-    STD_CUDA_CHECK(cudaGetDeviceCount(&count));
-    std::vector<Device> found;
-    for (int i = 0; i < count; ++i) {
-      int multiprocessors = 0, major = 0, minor = 0;
-      STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, i));
-      STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i));
-      STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, i));
-      found.push_back({multiprocessors, major == 9 && minor == 0});
-    }
-    return found;
-  }();
-  return devices.at(index);
-}
-
-inline int multiprocessors(int device) { return device_of(device).multiprocessors; }
-inline bool is_hopper(int device) { return device_of(device).is_hopper; }
-
 inline int tiles(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); }
-
-// `bytes` of shared memory for `kernel`, once a device; `prepared` has a bit for each.
-template <typename Kernel>
-void allow_shared_memory(Kernel kernel, int bytes, int device, std::atomic<uint64_t>& prepared) {
-  if (prepared >> device & 1) return;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  prepared |= uint64_t(1) << device;
-}
 
 // Of a launch with clusters of `cluster` blocks along x; `dimension` must live until then.
 inline cudaLaunchConfig_t clusters_of(cudaLaunchAttribute& dimension, unsigned blocks, unsigned cluster,

@@ -19,6 +19,7 @@
 #include "../common/lora_group.h"
 #include "../common/products.h"
 #include "../common/row_norm_check.h"
+#include "device.h"
 #include "row_norm_kernel.h"
 #include "stream.h"
 
@@ -146,12 +147,6 @@ bool aligned(const Matrix& m) {
   return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.cols * bytes % 16 == 0;
 }
 
-int device_attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-
 // Fills in the buffers that fit `limit` bytes of shared memory, the deepest first, B read once
 // before B read again for every tile. Returns the bytes, 0 where nothing fits.
 int64_t plan(RowNormArgs& p, int64_t limit) {
@@ -188,7 +183,7 @@ Work work_of(const RowNorm& of) {
   check_row_norm(of.weight, of.a, of.b, /*cuda=*/true);
   Work work{in_rows(of.weight), in_rows(of.a), in_rows(of.b), of.norm, of.magnitude, of.gain, of.scaling, of.fill};
   if (of.magnitude) check_gain(*of.magnitude, of.norm, /*cuda=*/true);
-  const int device = of.weight.get_device_index();
+  const Device& device = device_of(of.weight.get_device_index());
   const Matrix w = matrix(work.w), a = matrix(work.a), b = matrix(work.b);
   work.a_matrix = a, work.b_matrix = b;
   const int64_t n = w.rows, k = w.cols;
@@ -202,8 +197,7 @@ Work work_of(const RowNorm& of) {
   p.steps = work.direct ? std::max(period, w.dtype == kFloat ? 2 : 1) : 3 * period;
   p.scaling = static_cast<float>(of.scaling);
 
-  const int64_t block_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const int64_t all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  const int64_t block_limit = device.shared_memory_of_block, all = device.shared_memory;
   constexpr int64_t kFixed = 2 * kRows * 4;  // the kernel's row sums
   int per_sm = 2;
   work.bytes = plan(p, std::min(block_limit, all / per_sm - 1024) - kFixed);
@@ -212,7 +206,7 @@ Work work_of(const RowNorm& of) {
   p.row_blocks = ceil_div(n, kRows);
   p.col_tiles = ceil_div(k, kCols);
   p.blocks = std::min(p.row_blocks * p.col_tiles,
-                      int64_t{per_sm} * device_attribute(cudaDevAttrMultiProcessorCount, device));
+                      int64_t{per_sm} * device.multiprocessors);
   // Partial sums, scales, parts; every piece a multiple of 16 bytes.
   work.ranks = int64_t{period} * kRanks, work.lda = p.col_tiles * kCols;
   work.floats = (p.blocks + p.row_blocks) * kRows;
@@ -255,10 +249,10 @@ Finish finish_of(const Work& work) {
 // One launch a norm: with several in one, their arguments read by an index, it took 8 % longer.
 void launch_norm(const Work& work, cudaStream_t stream) {
   if (work.args.blocks == 0) return;
-  const auto kernel = work.direct && work.a_matrix.dtype == kBFloat16 ? row_norm_fwd_kernel<__nv_bfloat16>
-                                                                      : row_norm_fwd_kernel<__half>;  // parts as well
-  STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(work.bytes)));
+  static SharedMemory of_brain, of_half;
+  const bool brain = work.direct && work.a_matrix.dtype == kBFloat16;  // parts are half
+  const auto kernel = brain ? row_norm_fwd_kernel<__nv_bfloat16> : row_norm_fwd_kernel<__half>;
+  (brain ? of_brain : of_half).allow(kernel, static_cast<int>(work.bytes), work.w.get_device_index());
   kernel<<<static_cast<unsigned>(work.args.blocks), kThreads, work.bytes, stream>>>(work.args);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

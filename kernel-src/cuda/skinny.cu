@@ -17,6 +17,7 @@
 
 #include "../../torch-ext/torch_binding.h"
 #include "../common/lora_group.h"
+#include "device.h"
 #include "skinny_kernels.h"
 #include "stream.h"
 
@@ -88,7 +89,8 @@ void launch_down(const Arguments<T>& args, dim3 grid, cudaStream_t stream) {
 }
 
 template <typename T>
-void launch(const Arguments<T>& args, const SkinnyDown*, Extent most, cudaStream_t stream) {
+void launch(const Arguments<T>& args, const SkinnyDown*, Extent most, const View& like) {
+  const cudaStream_t stream = stream_of(like);
   const int tile = most.ranks <= 16 ? 16 : most.ranks <= 32 ? 32 : 64;
   const dim3 grid(blocks(args.rows, 16), args.entries, blocks(most.ranks, tile));
   if (tile == 16)
@@ -100,19 +102,21 @@ void launch(const Arguments<T>& args, const SkinnyDown*, Extent most, cudaStream
 }
 
 template <typename T>
-void launch(const Arguments<T>& args, const SkinnyOuter*, Extent most, cudaStream_t stream) {
+void launch(const Arguments<T>& args, const SkinnyOuter*, Extent most, const View& like) {
+  const cudaStream_t stream = stream_of(like);
   const dim3 grid(blocks(most.cols, kOuterCols), args.entries, blocks(most.ranks, kOuterRanks));
   skinny_outer_bwd_kernel<T><<<grid, kThreads, 0, stream>>>(args);
 }
 
 template <typename T>
-void launch(const Arguments<T>& args, const DroppedUp*, Extent most, cudaStream_t stream) {
+void launch(const Arguments<T>& args, const DroppedUp*, Extent most, const View& like) {
+  const cudaStream_t stream = stream_of(like);
   int ranks = 0;
   for (int i = 0; i < args.entries; ++i) ranks += padded_ranks(args.entry[i].ranks);
   dim3 grid(blocks(most.cols, kUpCols), blocks(args.rows, kUpRows * kUpTiles));
   if (grid.x * grid.y < 2 * 132) grid.y = blocks(args.rows, kUpRows);  // few tokens: a tile a block fills a GPU better
-  STD_CUDA_CHECK(cudaFuncSetAttribute(dropped_up_add_bwd_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      kUpRanks * kUpPitch * sizeof(T)));
+  static SharedMemory shared_memory;
+  shared_memory.allow(dropped_up_add_bwd_kernel<T>, kUpRanks * kUpPitch * sizeof(T), like.get_device_index());
   dropped_up_add_bwd_kernel<T><<<grid, kThreads, ranks * kUpPitch * sizeof(T), stream>>>(args);
 }
 
@@ -129,7 +133,7 @@ void run(const std::vector<Work>& works, const View& like, void* dx) {
       most.cols = std::max(most.cols, entry.cols);
       most.ranks = std::max(most.ranks, entry.ranks);
     }
-    launch(args, works.data(), most, stream_of(like));
+    launch(args, works.data(), most, like);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }

@@ -96,8 +96,8 @@ void launch(const std::vector<Work>& works, size_t first) {
     most_steps = std::max(most_steps, e.steps);
   }
   const int device = like.get_device_index();
-  static std::atomic<uint64_t> prepared{0};
-  allow_shared_memory(skinny_kernel<T>, kBytesApart, device, prepared);
+  static SharedMemory shared_memory;
+  shared_memory.allow(skinny_kernel<T>, kBytesApart, device);
   unsigned cluster = cluster_of(all_tiles, most_steps, multiprocessors(device));
   // Blocks of a cluster meet on one multiprocessor, and leave others idle, unless each asks for one of its own.
   const bool apart = all_tiles * static_cast<int>(cluster) <= multiprocessors(device);
