@@ -1,12 +1,13 @@
-"""Every benchmark on this machine's GPU; results go to benchmarks/results/<gpu>/.
+"""Every benchmark on this machine's GPU, or those that are named; results go to benchmarks/results/<gpu>/.
 
-    python benchmarks/run.py
+    python benchmarks/run.py [lora peers qlora embedding first_call]
 
 On an H200 README's tables are made anew from them.
 """
 
 from __future__ import annotations
 
+import argparse
 import pathlib
 import subprocess
 import sys
@@ -17,7 +18,7 @@ BENCHMARKS = pathlib.Path(__file__).resolve().parent
 # What makes benchmark_<name>.json, --out aside.
 RUNS = {
     "lora": ("compare_lora.py",),
-    "peers": ("compare_lora.py", "--peers"),
+    "peers": ("compare_lora.py", "--peers", "--layers", "8"),  # torch.compile takes minutes for more
     "qlora": ("compare_qlora.py",),
     "embedding": ("compare_embedding.py",),
     "first_call": ("first_call.py",),
@@ -25,12 +26,19 @@ RUNS = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}; all of them unless given")
+    names = parser.parse_args().names or [*RUNS]
+    unknown = [name for name in names if name not in RUNS]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(RUNS)}")
     if not torch.cuda.is_available():
-        sys.exit("a CUDA GPU is required")
+        parser.error("a CUDA GPU is required")
     gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
     results = BENCHMARKS / "results" / gpu
     results.mkdir(parents=True, exist_ok=True)
-    for name, (script, *options) in RUNS.items():
+    for name in names:
+        script, *options = RUNS[name]
         out = results / f"benchmark_{name}.json"
         subprocess.run([sys.executable, BENCHMARKS / script, *options, "--out", out], check=True)
     if gpu == "h200":

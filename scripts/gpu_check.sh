@@ -52,7 +52,7 @@ row_norm=$?
 "$PYTHON" scripts/check_embedding.py >>"$OUT/row_norm.log" 2>&1 || row_norm=$?
 "$PYTHON" benchmarks/compare_lora.py --out "$OUT/benchmark_lora.json" >"$OUT/benchmark.log" 2>&1
 benchmark=$?
-"$PYTHON" benchmarks/compare_lora.py --peers --out "$OUT/benchmark_peers.json" >>"$OUT/benchmark.log" 2>&1 || benchmark=$?
+"$PYTHON" benchmarks/compare_lora.py --peers --layers 8 --out "$OUT/benchmark_peers.json" >>"$OUT/benchmark.log" 2>&1 || benchmark=$?
 "$PYTHON" benchmarks/first_call.py --out "$OUT/benchmark_first_call.json" >>"$OUT/benchmark.log" 2>&1 || benchmark=$?
 "$PYTHON" benchmarks/compare_embedding.py --out "$OUT/benchmark_embedding.json" >>"$OUT/benchmark.log" 2>&1 || benchmark=$?
 "$PYTHON" -c 'import bitsandbytes' 2>/dev/null && {

@@ -27,7 +27,7 @@ import tables
 def test_readme_agrees_with_the_results():
     readme = tables.README.read_text()
     assert tables.with_table(readme) == readme
-    assert re.search(r"\| Llama-8B shape, 32 layers, 1×2048[†‡]? \| LoRA \| fp32, autocast \| \d+ ms, ", readme)
+    assert re.search(r"\| Llama-8B shape, 32 layers, 1×2048[¶§†]? \| LoRA \| fp32, autocast \| \d+ ms, ", readme)
 
 
 @pytest.fixture
@@ -94,6 +94,24 @@ def test_every_benchmark_takes_its_options_and_wants_a_gpu(name, monkeypatch, ca
     with pytest.raises(SystemExit):
         module.main()
     assert "a CUDA GPU is required" in capsys.readouterr().err
+
+
+def test_benchmarks_run_by_name(monkeypatch, tmp_path, capsys):
+    ran = []
+    monkeypatch.setattr(bench_run, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(bench_run.subprocess, "run", lambda command, check: ran.append(command[1:]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    for names in (["peers"], []):
+        monkeypatch.setattr(sys, "argv", ["run.py", *names])
+        bench_run.main()
+    out = tmp_path / "results" / "h100" / "benchmark_peers.json"
+    assert ran[0] == [tmp_path / "compare_lora.py", "--peers", "--layers", "8", "--out", out]
+    assert [command[0].name for command in ran[1:]] == [script for script, *_ in bench_run.RUNS.values()]
+    monkeypatch.setattr(sys, "argv", ["run.py", "lora", "speed"])
+    with pytest.raises(SystemExit):
+        bench_run.main()
+    assert "unknown: speed" in capsys.readouterr().err
 
 
 def test_cases_of_the_model_benchmarks():
