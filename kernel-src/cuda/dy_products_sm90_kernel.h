@@ -3,7 +3,7 @@
 //   dt [M, R] = scaling · dy B      dB [N, R] = dyᵀ t
 //
 // A block has a slab of 512 columns of dy and a share of its rows, and steps down them 128 at a time. The slab's rows of
-// B stay in shared memory; one warp loads dy, 128 rows and 128 columns a stage, and t, 128 rows a step. Two warpgroups
+// B stay in shared memory; one thread loads dy, 128 rows and 128 columns a stage, and t, 128 rows a step. Two warpgroups
 // multiply: each has half of the step's rows for dt, whose sum over the slab is done with the step, and half of the
 // slab's columns for dB, whose sums stay in registers to the end. Sums over slabs, of dt, and over shares, of dB, are
 // a second kernel's, in their order. Everything is 128-byte swizzled; ragged edges and ranks are what the copy engine
@@ -16,6 +16,7 @@ namespace lora_fused::sm90::dy_products {
 
 constexpr int kSlab = 512, kRows = 128, kCols = 128, kPart = 16;  // kPart: elements summed by a wgmma
 constexpr int kStagesOfSlab = kSlab / kCols;
+// One thread loads; its warpgroup is whole, since registers move between warpgroups.
 constexpr int kConsumerWarps = 8, kThreads = 32 * kConsumerWarps + 128;
 constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 constexpr int kBox = 64 * 128;  // bytes of 64 rows of 64 elements
