@@ -243,7 +243,9 @@ def compare(lora_fused, plan, counts):
         counts["PEFT cannot build it"] += 1
         return
     theirs, ours = built, kernelized(lora_fused, built)
+    fused = apart = False  # apart: stepped by gradients that agree but for rounding, so that parameters do too
     for number, what in enumerate(("nothing", *plan.changes, "nothing")):
+        apart = apart or (what == "step" and bool(fused))
         (_, error), (_, our_error) = (attempt(lambda m=m: change(m, what, plan.seed)) for m in (theirs, ours))
         assert our_error == error, what
         rows = explain(lora_fused, ours)
@@ -255,7 +257,7 @@ def compare(lora_fused, plan, counts):
             counts["PEFT refuses the pass"] += 1
             return
         fused = sum(row.fused for row in rows)
-        assert_close(result, expected, exact=not fused)
+        assert_close(result, expected, exact=not fused and not apart)
         counts["passes"] += 1
         counts["fused" if fused == len(rows) and rows else "some fused" if fused else "PEFT's"] += 1
 
