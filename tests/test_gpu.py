@@ -111,9 +111,32 @@ def test_launches_do_not_grow(lora_fused, make):
     assert sum(counted.values()) <= back, counted
 
 
-@pytest.mark.skipif(
+def test_passes_over_dy_of_a_group_are_one_launch(lora_fused):
+    model, x = build(lora_fused, Group, use_dora=True)
+    ys = step(model, x)
+    counted = launches(lambda: backward(ys, [torch.ones(ROWS, K, device="cuda", dtype=BF16)] * 3))
+    assert sum(count for name, count in counted.items() if "token_sums_fwd" in name) == 1, counted
+    assert sum(count for name, count in counted.items() if "token_sums_reduce" in name) == 1, counted
+
+
+hopper_alone = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="for Hopper GPUs alone"
 )
+
+
+@hopper_alone
+@pytest.mark.parametrize("dtype, most", ((torch.float32, 3), (BF16, 2)), ids=str)
+def test_large_norms_of_a_group_are_three_launches(lora_fused, dtype, most):
+    """A float32 A as parts, products and squares, and what is made of them."""
+    shapes = ((4096, 1024), (1024, 1024), (1024, 1024))
+    weights = [torch.randn(shape, device="cuda", dtype=BF16) for shape in shapes]
+    a = [torch.randn(32, k, device="cuda", dtype=dtype) for _, k in shapes]
+    b, magnitudes = [torch.randn(n, 32, device="cuda") for n, _ in shapes], [torch.rand(n, device="cuda") for n, _ in shapes]
+    counted = launches(lambda: lora_fused.backend.dora_gains(weights, a, b, magnitudes, [1.0, 0.5, 2.0]))
+    assert sum(counted.values()) <= most, counted
+
+
+@hopper_alone
 @pytest.mark.parametrize("tokens, products", ((2047, 0), (2048, 1)))
 def test_a_large_dy_is_read_once_for_both_products(lora_fused, tokens, products):
     model = get_peft_model(Single(8192).to("cuda", BF16), LoraConfig(r=16, target_modules=["proj"])).train()

@@ -9,8 +9,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (N, K, R): tile edges of 4 and 32 rows, 16 columns; odd, empty and large-rank cases.
 SHAPES = [(1, 1, 1), (4, 16, 8), (37, 129, 3), (64, 256, 16), (65, 257, 33), (130, 1000, 512),
           (7, 33, 0), (5, 0, 4), (0, 7, 3)]
-# On a GPU whole tiles, whole 16-byte rows and neither; several row blocks and splits of K.
-LARGE = [(256, 512, 64), (129, 1032, 72), (300, 4104, 8), (1000, 776, 384), (513, 2560, 200), (65, 1001, 640), (700, 4096, 32)]
+# On a GPU whole tiles, whole 16-byte rows and neither; several row blocks and splits of K. Those after (700, 4096, 32),
+# itself, and (300, 4104, 8) are large enough for Hopper's own norm, with ranks that it takes and that are too many for it.
+LARGE = [(256, 512, 64), (129, 1032, 72), (300, 4104, 8), (1000, 776, 384), (513, 2560, 200), (65, 1001, 640), (700, 4096, 32),
+         (2100, 520, 33), (1030, 1024, 64), (129, 8200, 65), (1100, 2056, 1)]
 # fp32 sums of K·R products: 2e-6 is 16 times fp32's rounding error.
 RTOL = 2e-6
 
@@ -81,9 +83,10 @@ def test_large(row_norm, shape, dtypes):
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 3, (torch.bfloat16, torch.float32, torch.float32)], ids=str)
-def test_an_adapter_that_nearly_takes_the_weight_away(row_norm, dtypes):
+@pytest.mark.parametrize("shape", [(300, 1000, 16), (300, 4096, 16)], ids=str)
+def test_an_adapter_that_nearly_takes_the_weight_away(row_norm, shape, dtypes):
     """Rows a tenth as long as W's: where squares cancel, float32's error grows by what they lose, a hundredfold."""
-    noise, lora_a, lora_b = make(300, 1000, 16, dtypes)
+    noise, lora_a, lora_b = make(*shape, dtypes)
     weight = (0.1 * noise.double() - lora_b.double() @ lora_a.double()).to(dtypes[0])
     truth = expected(weight, lora_a, lora_b, 1.0)
     lost = (weight.double().norm(dim=1) / truth).square()

@@ -72,11 +72,13 @@ struct Dropped {
   double p;
 };
 
-// t [M, R] = scaling · dropped(x) aᵀ for x [M, C] and a [R, C]; rows of t may be strided.
+// t [M, R] = scaling · dropped(x) aᵀ for x [M, C] and a [R, C]; rows of t may be strided. Also |x|² by row to squares [M]
+// in float32, on Hopper, without a mask, a in rows and of at most 64 of them, in all entries of a call.
 struct SkinnyDown {
   View x, a, t;
   double scaling;
-  std::optional<Dropped> mask;
+  std::optional<Dropped> mask = std::nullopt;
+  MaybeView squares = std::nullopt;
 };
 
 // out = tᵀ dropped(x) for t [M, R] and x [M, C], rows of t strided or not: [R, C], or [C, R] where
@@ -118,12 +120,16 @@ void part_sums_cpu(const std::vector<PartSum>& sums);
 #if defined(CUDA_KERNEL)
 // All conversions in as few launches as their number allows.
 void cast_all_cuda(const std::vector<Cast>& casts);
-// A launch for each, and one before and one after for all.
+// Each by row_norms_sm90 where that serves, else a launch for each, and one before and one after for all.
 void row_norms_cuda(const std::vector<RowNorm>& norms);
+// On Hopper large weights in half precision, up to rank 64, or 32 in float32: three launches for those of a group.
+bool row_norm_sm90_serves(const RowNorm& norm);
+void row_norms_sm90(const std::vector<RowNorm>& norms);
 void part_sums_cuda(const std::vector<PartSum>& sums);
 void gated_cuda(const Gated& gated);
 void scale_cuda(const Scale& scale);
-void token_sums_cuda(const TokenSums& sums);
+// All in one launch, and what they sum in another; they share M and dtype.
+void token_sums_cuda(const std::vector<TokenSums>& sums);
 
 // Each list is one launch; its entries share M and dtype. Half precision; every row of x, a, t and dt
 // starts on 16 bytes, as `skinny_serves` asks of each of them.

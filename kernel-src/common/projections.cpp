@@ -50,11 +50,12 @@ void scale(const Scale& work) {
   scale_cpu(work);
 }
 
-void sum_tokens(const TokenSums& work) {
+void sum_tokens(const std::vector<TokenSums>& works) {
+  if (works.empty()) return;
 #if defined(CUDA_KERNEL)
-  if (work.dy.is_cuda()) return token_sums_cuda(work);
+  if (works[0].dy.is_cuda()) return token_sums_cuda(works);
 #endif
-  token_sums_cpu(work);
+  for (const TokenSums& work : works) token_sums_cpu(work);
 }
 
 // Up to so many tokens a step waits for the host, and one launch for all skinny products of a group is
@@ -379,12 +380,16 @@ Backward::Backward(const Members& members, const View& x, const Given& given)
       adapters_(x, members, given.need_dx, true, layout_of_b(x)) {
   size_t next_u = 0;
   bool any_dt = need_dx_;
+  std::vector<TokenSums> passes;
   for (size_t i = 0; i < members.count(); ++i) {
     dys_.push_back(given.dys[i] ? MaybeView(matrix(*given.dys[i])) : std::nullopt);
     const MaybeView u = members.gain(i) ? MaybeView(given.us[next_u++]) : std::nullopt;
-    if (dys_[i]) pass_over_dy(i, u, members.of(given.norms, i));
+    if (dys_[i])
+      if (const TokenSums pass = pass_over_dy(i, u, members.of(given.norms, i)); pass.sums || pass.scaled)
+        passes.push_back(pass);
     any_dt = any_dt || needs(i, kNeedA);
   }
+  sum_tokens(passes);
   if (adapters_.ranks() > 0 && any_dt) members.exact() ? project_down_exactly() : project_down();
 }
 
@@ -436,8 +441,8 @@ void Backward::project_down() {
   together.run();
 }
 
-// g∘dy, and what else of dy is wanted, in one pass; plain LoRA needs none.
-void Backward::pass_over_dy(size_t i, const MaybeView& u, const MaybeTensor& norm) {
+// g∘dy, and what else of dy is wanted, in one pass; plain LoRA needs none, one without sums or scaled.
+TokenSums Backward::pass_over_dy(size_t i, const MaybeView& u, const MaybeTensor& norm) {
   const View& dy = *dys_[i];
   const auto vector = [&] {
     return empty(dy.base(), {dy.size(1)},
@@ -457,7 +462,7 @@ void Backward::pass_over_dy(size_t i, const MaybeView& u, const MaybeTensor& nor
   } else {
     lora_dys_[i] = dy;
   }
-  if (work.sums || work.scaled) sum_tokens(work);
+  return work;
 }
 
 void Backward::input(const View& dx) const {

@@ -152,7 +152,7 @@ class Backward {
 
  private:
   bool needs(size_t i, Need need) const { return dys_[i] && (needs_[members_.index(i)] & need) != 0; }
-  void pass_over_dy(size_t i, const MaybeView& u, const MaybeTensor& norm);
+  TokenSums pass_over_dy(size_t i, const MaybeView& u, const MaybeTensor& norm);
   void project_down();
   void project_down_exactly();
   void parameters_exactly(const View& x, Tensors& grads) const;

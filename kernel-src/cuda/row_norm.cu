@@ -5,7 +5,7 @@
 // split into two fp16 parts first (22 bits; a power of two per column of A and row of B keeps
 // them in range) and multiplied in three terms. The tiles are dealt out evenly to as many
 // blocks as the GPU holds; a last kernel adds each row's partial sums in a fixed order, so
-// results are deterministic on a given GPU.
+// results are deterministic on a given GPU. Large weights on Hopper go to row_norm_sm90.cu.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
@@ -180,9 +180,7 @@ struct Work {
 };
 
 Work work_of(const RowNorm& of) {
-  check_row_norm(of.weight, of.a, of.b, /*cuda=*/true);
   Work work{in_rows(of.weight), in_rows(of.a), in_rows(of.b), of.norm, of.magnitude, of.gain, of.scaling, of.fill};
-  if (of.magnitude) check_gain(*of.magnitude, of.norm, /*cuda=*/true);
   const Device& device = device_of(of.weight.get_device_index());
   const Matrix w = matrix(work.w), a = matrix(work.a), b = matrix(work.b);
   work.a_matrix = a, work.b_matrix = b;
@@ -286,7 +284,14 @@ void launch_finish(const std::vector<Work>& works, cudaStream_t stream) {
 
 }  // namespace
 
-void lora_fused::row_norms_cuda(const std::vector<RowNorm>& norms) {
+void lora_fused::row_norms_cuda(const std::vector<RowNorm>& all) {
+  std::vector<RowNorm> on_hopper, norms;
+  for (const RowNorm& of : all) {
+    check_row_norm(of.weight, of.a, of.b, /*cuda=*/true);
+    if (of.magnitude) check_gain(*of.magnitude, of.norm, /*cuda=*/true);
+    (row_norm_sm90_serves(of) ? on_hopper : norms).push_back(of);
+  }
+  if (!on_hopper.empty()) row_norms_sm90(on_hopper);
   for (size_t first = 0; first < norms.size(); first += kNorms) {
     std::vector<Work> works;
     int64_t floats = 0;

@@ -3,8 +3,8 @@
 //   scale       y = g∘(u - b) + b, or y += (g - 1)∘u
 //   token_sums  g∘dy, (g - 1)∘dy, Σ dy∘(u - b) / norm, Σ dy: dy and u are read once
 //
-// Bound by traffic. A block of token_sums owns 256 columns of a share of the tokens; a second
-// kernel adds the shares in order, so sums are deterministic.
+// Bound by traffic. The passes of a group's members are one launch: a block of token_sums owns 256 columns of one of
+// them and a share of the tokens; a second kernel adds the shares in order, so sums are deterministic.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
@@ -61,14 +61,23 @@ __global__ void __launch_bounds__(kThreads) scale_fwd_kernel(const __grid_consta
   }
 }
 
+// One pass. Columns from `column` on of the shares [shares, columns of all passes] are its own.
 template <typename T>
-struct SumArguments {
+struct Pass {
   Matrix<T> dy, u, scaled, excess;
   const Wide<T>*gain, *norm;
   const T* bias;
-  Wide<T>*dots, *sums;                  // [N]
-  Wide<T>*dot_shares, *sum_shares;      // [shares, N]
-  int64_t rows, cols, shares, share_rows;
+  Wide<T>*dots, *sums;  // [N]
+  int64_t cols, column;
+};
+
+constexpr int kPasses = 8;  // of one launch
+
+template <typename T>
+struct SumArguments {
+  Pass<T> pass[kPasses];
+  Wide<T>*dot_shares, *sum_shares;
+  int64_t rows, columns, shares, share_rows;
 };
 
 constexpr int kWarps = kThreads / 32, kBlockColumns = 32 * kColumns;
@@ -77,10 +86,12 @@ constexpr int kWarps = kThreads / 32, kBlockColumns = 32 * kColumns;
 // beat more rows loaded ahead by fewer blocks.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 1)
-    token_sums_fwd_kernel(const __grid_constant__ SumArguments<T> a) {
+    token_sums_fwd_kernel(const __grid_constant__ SumArguments<T> all) {
   __shared__ Wide<T> shared[kWarps][kBlockColumns];
+  const Pass<T>& a = all.pass[blockIdx.z];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlockColumns, col = first + lane * kColumns;
+  if (first >= a.cols) return;
   const int64_t count = min(static_cast<int64_t>(kColumns), a.cols - col);
   const bool has_u = a.u.data != nullptr, has_gain = a.gain != nullptr;
   Wide<T> dots[kColumns] = {}, sums[kColumns] = {}, gain[kColumns];
@@ -91,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 1)
     gain[j] = has_gain ? a.gain[at] : Wide<T>(1);
     bias.value[j] = a.bias != nullptr ? a.bias[at] : T(0.0f);
   }
-  const int64_t start = blockIdx.y * a.share_rows, stop = min(start + a.share_rows, a.rows);
+  const int64_t start = blockIdx.y * all.share_rows, stop = min(start + all.share_rows, all.rows);
   if (count > 0) {
     for (int64_t row = start + warp; row < stop; row += kWarps) {
       Columns<T> dy, u, scaled, excess;
@@ -116,24 +127,26 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 1)
     Wide<T> total = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += shared[w][threadIdx.x];
-    if (first + threadIdx.x < a.cols) shares[blockIdx.y * a.cols + first + threadIdx.x] = total;
+    if (first + threadIdx.x < a.cols) shares[blockIdx.y * all.columns + a.column + first + threadIdx.x] = total;
     __syncthreads();
   };
-  if (a.dots != nullptr) reduce(dots, a.dot_shares);
-  if (a.sums != nullptr) reduce(sums, a.sum_shares);
+  if (a.dots != nullptr) reduce(dots, all.dot_shares);
+  if (a.sums != nullptr) reduce(sums, all.sum_shares);
 }
 
 constexpr int kReduceColumns = 32, kReduceParts = kThreads / kReduceColumns;
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) token_sums_reduce_kernel(const __grid_constant__ SumArguments<T> a) {
+__global__ void __launch_bounds__(kThreads) token_sums_reduce_kernel(const __grid_constant__ SumArguments<T> all) {
   __shared__ Wide<T> shared[2][kReduceParts][kReduceColumns];
+  const Pass<T>& a = all.pass[blockIdx.y];
   const int lane = threadIdx.x % kReduceColumns, part = threadIdx.x / kReduceColumns;
   const int64_t col = static_cast<int64_t>(blockIdx.x) * kReduceColumns + lane;
   Wide<T> dots = 0, sums = 0;
-  for (int64_t share = part; col < a.cols && share < a.shares; share += kReduceParts) {
-    if (a.dots != nullptr) dots += a.dot_shares[share * a.cols + col];
-    if (a.sums != nullptr) sums += a.sum_shares[share * a.cols + col];
+  for (int64_t share = part; col < a.cols && share < all.shares; share += kReduceParts) {
+    const int64_t at = share * all.columns + a.column + col;
+    if (a.dots != nullptr) dots += all.dot_shares[at];
+    if (a.sums != nullptr) sums += all.sum_shares[at];
   }
   shared[0][part][lane] = dots;
   shared[1][part][lane] = sums;
@@ -169,38 +182,55 @@ void run(const Scale& s) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+int64_t blocks_of(int64_t cols) { return (cols + kBlockColumns - 1) / kBlockColumns; }
+
 template <typename T>
-void run(const TokenSums& s) {
-  bool aligned = true;
-  SumArguments<T> a{matrix<T>(s.dy, aligned), matrix<T>(s.u, aligned), matrix<T>(s.scaled, aligned),
-                    matrix<T>(s.excess, aligned)};
-  a.gain = vector<Wide<T>>(s.gain.gain);
-  a.norm = vector<Wide<T>>(s.norm);
-  a.bias = vector<T>(s.gain.bias);
-  a.dots = data<Wide<T>>(s.dots);
-  a.sums = data<Wide<T>>(s.sums);
-  a.rows = s.dy.size(0);
-  a.cols = s.dy.size(1);
-  if (a.cols == 0) return;
+void launch(const TokenSums* first, size_t count) {
+  bool aligned = true, summed = false;
+  int64_t blocks = 0, most = 0;
+  SumArguments<T> a{};
+  a.rows = first->dy.size(0);
+  for (size_t i = 0; i < count; ++i) {
+    const TokenSums& s = first[i];
+    Pass<T>& pass = a.pass[i];
+    pass = {matrix<T>(s.dy, aligned), matrix<T>(s.u, aligned), matrix<T>(s.scaled, aligned), matrix<T>(s.excess, aligned)};
+    pass.gain = vector<Wide<T>>(s.gain.gain);
+    pass.norm = vector<Wide<T>>(s.norm);
+    pass.bias = vector<T>(s.gain.bias);
+    pass.dots = data<Wide<T>>(s.dots);
+    pass.sums = data<Wide<T>>(s.sums);
+    pass.cols = s.dy.size(1);
+    pass.column = a.columns;
+    aligned = aligned && pass.cols % kColumns == 0;
+    summed = summed || s.dots || s.sums;
+    blocks += blocks_of(pass.cols);
+    a.columns += pass.cols;
+    most = std::max(most, pass.cols);
+  }
+  if (blocks == 0) return;
   // About 512 blocks, of at least 32 tokens each.
-  const int64_t blocks = (a.cols + kBlockColumns - 1) / kBlockColumns;
   const int64_t wanted = std::max<int64_t>(1, 512 / blocks);
   a.share_rows = std::max<int64_t>(32, (a.rows + wanted - 1) / wanted);
   a.shares = std::max<int64_t>(1, (a.rows + a.share_rows - 1) / a.share_rows);
-  const bool summed = a.dots != nullptr || a.sums != nullptr;
   const auto dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-  const Tensor shares = empty(s.dy.base(), {summed ? 2 : 0, a.shares, a.cols}, dtype);
+  const Tensor shares = empty(first->dy.base(), {summed ? 2 : 0, a.shares, a.columns}, dtype);
   a.dot_shares = static_cast<Wide<T>*>(shares.mutable_data_ptr());
-  a.sum_shares = a.dot_shares + a.shares * a.cols;
-  const cudaStream_t stream = stream_of(s.dy);
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(a.shares));
-  const auto kernel = aligned && a.cols % kColumns == 0 ? token_sums_fwd_kernel<T, true> : token_sums_fwd_kernel<T, false>;
+  a.sum_shares = a.dot_shares + a.shares * a.columns;
+  const cudaStream_t stream = stream_of(first->dy);
+  const dim3 grid(static_cast<unsigned>(blocks_of(most)), static_cast<unsigned>(a.shares), static_cast<unsigned>(count));
+  const auto kernel = aligned ? token_sums_fwd_kernel<T, true> : token_sums_fwd_kernel<T, false>;
   kernel<<<grid, kThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (!summed) return;
-  const unsigned reducers = static_cast<unsigned>((a.cols + kReduceColumns - 1) / kReduceColumns);
+  const dim3 reducers(static_cast<unsigned>((most + kReduceColumns - 1) / kReduceColumns), static_cast<unsigned>(count));
   token_sums_reduce_kernel<T><<<reducers, kThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename T>
+void run(const std::vector<TokenSums>& all) {
+  for (size_t first = 0; first < all.size(); first += kPasses)
+    launch<T>(all.data() + first, std::min<size_t>(kPasses, all.size() - first));
 }
 
 template <typename Work>
@@ -216,4 +246,4 @@ void run_as(const Work& work, ScalarType dtype) {
 }  // namespace
 
 void lora_fused::scale_cuda(const Scale& s) { run_as(s, s.y.scalar_type()); }
-void lora_fused::token_sums_cuda(const TokenSums& s) { run_as(s, s.dy.scalar_type()); }
+void lora_fused::token_sums_cuda(const std::vector<TokenSums>& all) { run_as(all, all[0].dy.scalar_type()); }
