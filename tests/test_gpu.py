@@ -146,6 +146,7 @@ def test_a_large_dy_is_read_once_for_both_products(lora_fused, tokens, products)
     x = torch.randn(tokens, K, device="cuda", dtype=BF16, requires_grad=True)
     dy = torch.randn(tokens, 8192, device="cuda", dtype=BF16)
     backward(step(model, x), [dy])
+    clear(model, x)
     ys = step(model, x)
     counted = launches(lambda: backward(ys, [dy]))
     assert sum(count for name, count in counted.items() if "dy_products_kernel" in name) == products, counted

@@ -72,13 +72,11 @@ struct Dropped {
   double p;
 };
 
-// t [M, R] = scaling · dropped(x) aᵀ for x [M, C] and a [R, C]; rows of t may be strided. Also |x|² by row to squares [M]
-// in float32, on Hopper, without a mask, a in rows and of at most 64 of them, in all entries of a call.
+// t [M, R] = scaling · dropped(x) aᵀ for x [M, C] and a [R, C]; rows of t may be strided.
 struct SkinnyDown {
   View x, a, t;
   double scaling;
-  std::optional<Dropped> mask = std::nullopt;
-  MaybeView squares = std::nullopt;
+  std::optional<Dropped> mask;
 };
 
 // out = tᵀ dropped(x) for t [M, R] and x [M, C], rows of t strided or not: [R, C], or [C, R] where

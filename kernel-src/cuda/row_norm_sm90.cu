@@ -1,156 +1,213 @@
-// DoRA's norms on Hopper, those of a group from one read of each weight: what is served, and the launches.
+// DoRA's norms on Hopper, those of a group from one read of each weight: what is served, how it is cut, and the launches
+// of row_norm_sm90_kernel.h, which says what they compute.
 //
-//   |w + s·b A|² = |w|² + 2s b·(A w) + s² b·(A Aᵀ) b      for each row w of W [N, K] and b of B [N, R]
-//
-// W Aᵀ and |w|², and A Aᵀ, are products of skinny_sm90_kernel.h, all in one launch; a last kernel puts them together in
-// float32, B in whatever dtype. A float32 A beside a bfloat16 W is two bfloat16 parts below each other, 16 of its 24
-// bits, made by a launch before, and their products are added up. The terms cancel where s·b A nearly takes w away: an
-// error of 1e-7 of |w|², not of the result.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+// A float32 A beside a bfloat16 W is two bfloat16 parts below each other, 16 of its 24 bits, made by a launch before; B
+// is read as it is. Terms cancel where s·b A nearly takes w away: an error of 1e-7 of |w|², not of the result.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
 #include <limits>
 
-#include "../common/gain.h"
 #include "../common/lora_group.h"
 #include "../common/products.h"
-#include "columns.h"
 #include "hopper.h"
+#include "row_norm_sm90_kernel.h"
 #include "stream.h"
 
 namespace {
 
 using namespace lora_fused;
+using namespace lora_fused::sm90;
+using namespace lora_fused::sm90::row_norm;
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
-constexpr int kMostRanks = 64, kNorms = 8;  // of one launch
-constexpr int kWarps = 8, kBlockRows = 32;
-// Below, another launch is no shorter; and few terms would not average out what A's parts leave out.
+// Below, launches are all it takes; and few terms would not average out what A's parts leave out.
 constexpr int64_t kLeastElements = int64_t(1) << 20, kLeastColumns = 512;
+constexpr int kLeastSteps = 4;  // of a block
 
-enum Dtype : int { kFloat, kBFloat16, kHalf };
+int64_t padded(int64_t count) { return (count + 63) / 64 * 64; }  // so that all in a buffer starts on 128 bytes
 
-struct Finish {
-  const float *products, *gram, *squares, *magnitude;  // [N, parts·R], [parts·R, parts·R], [N]; no magnitude: no gain
-  const void* b;                                       // [N, R]
-  float *norm, *gain;
-  int rows, ranks, parts, b_dtype;
-  float scaling, unit;  // unit: of gain_of
-};
-
-struct FinishBatch {
-  Finish of[kNorms];
-};
-
-__device__ __forceinline__ float load(const void* from, int dtype, int64_t i) {
-  if (dtype == kFloat) return static_cast<const float*>(from)[i];
-  if (dtype == kBFloat16) return widen(static_cast<const __nv_bfloat16*>(from)[i]);
-  return widen(static_cast<const __half*>(from)[i]);
-}
-
-// Of norm blockIdx.y, kBlockRows rows; a warp has a row at a time, a lane ranks `lane` and `lane` + 32.
-__global__ void __launch_bounds__(32 * kWarps) row_norm_sm90_finish_kernel(const __grid_constant__ FinishBatch batch) {
-  __shared__ float gram[kMostRanks * kMostRanks];
-  const Finish& f = batch.of[blockIdx.y];
-  const int first = blockIdx.x * kBlockRows, lane = threadIdx.x % 32, ranks = f.ranks, wide = f.parts * ranks;
-  if (first >= f.rows) return;
-  for (int i = threadIdx.x; i < ranks * ranks; i += 32 * kWarps) {
-    float sum = 0.0f;
-    for (int p = 0; p < f.parts; ++p)
-      for (int q = 0; q < f.parts; ++q) sum += f.gram[(p * ranks + i / ranks) * wide + q * ranks + i % ranks];
-    gram[i] = sum;
-  }
-  __syncthreads();
-  for (int row = first + threadIdx.x / 32; row < min(first + kBlockRows, f.rows); row += kWarps) {
-    float b[2], of_gram[2] = {}, sum = 0.0f;
-    for (int half = 0; half < 2; ++half) {
-      const int rank = lane + 32 * half;
-      b[half] = rank < ranks ? load(f.b, f.b_dtype, int64_t{row} * ranks + rank) : 0.0f;
-    }
-#pragma unroll 8
-    for (int rank = 0; rank < ranks; ++rank) {  // the gram is symmetric: its rows for its columns
-      const float of_rank = __shfl_sync(0xffffffffu, rank < 32 ? b[0] : b[1], rank % 32);
-      if (lane < ranks) of_gram[0] += gram[rank * ranks + lane] * of_rank;
-      if (lane + 32 < ranks) of_gram[1] += gram[rank * ranks + lane + 32] * of_rank;
-    }
-    for (int half = 0; half < 2; ++half) {
-      const int rank = lane + 32 * half;
-      if (rank >= ranks) break;
-      float product = 0.0f;
-      for (int part = 0; part < f.parts; ++part) product += f.products[int64_t{row} * wide + part * ranks + rank];
-      sum += f.scaling * b[half] * (2.0f * product + f.scaling * of_gram[half]);
-    }
-    for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-    if (lane > 0) continue;
-    const float squared = f.squares[row] + sum, norm = sqrtf(squared < 0.0f ? 0.0f : squared);
-    f.norm[row] = norm;
-    if (f.magnitude != nullptr) f.gain[row] = gain_of<float>(f.magnitude[row], norm, f.unit);
-  }
-}
-
-// A as it is multiplied, and A Aᵀ of that. Pieces of one weight in four bits have it in common.
+// A as it is multiplied, and A Aᵀ, of which a launch leaves as many parts as blocks made it. Pieces of one weight in four
+// bits have it in common.
 struct Adapter {
-  View a, gram;
+  View a;
+  const float* gram = nullptr;
+  int grams = 0, gram_width = 0;
 };
 
-// Scratch memory in pieces: counted once, given out in the same order. Pieces start on 128 bytes.
-class Scratch {
- public:
-  static int64_t padded(int64_t count) { return (count + 63) / 64 * 64; }
-  Scratch(const Tensor& like, int64_t count, ScalarType dtype) : buffer_(empty(like, {count}, dtype)) {}
-  View take(int64_t rows, int64_t cols) {
-    const View view(buffer_, rows, cols, cols, 1, used_);
-    used_ += padded(rows * cols);
-    return view;
-  }
+struct Norm {
+  RowNorm of;
+  Tensor b;
+  int parts;
+  bool first;  // with its adapter
 
- private:
-  Tensor buffer_;
-  int64_t used_ = 0;
+  int ranks() const { return static_cast<int>(of.a.size(0)); }
+  int rows() const { return static_cast<int>(of.weight.size(0)); }
 };
 
 int parts_of(const RowNorm& of) { return of.a.scalar_type() == of.weight.scalar_type() ? 1 : 2; }
+
 bool same_adapter(const RowNorm& x, const RowNorm& y) {
   const View a = x.a, b = y.a;
   return a.const_data_ptr() == b.const_data_ptr() && a.scalar_type() == b.scalar_type() && a.size(0) == b.size(0) &&
          a.size(1) == b.size(1) && a.stride(0) == b.stride(0) && a.stride(1) == b.stride(1);
 }
 
-int code(ScalarType dtype) {
-  return dtype == ScalarType::Float ? kFloat : dtype == ScalarType::BFloat16 ? kBFloat16 : kHalf;
+MatrixB matrix_b(const Tensor& b) {
+  const auto dtype = b.scalar_type();
+  return {b.const_data_ptr(), dtype == ScalarType::Float ? kFloat : dtype == ScalarType::BFloat16 ? kBFloat16 : kHalf,
+          static_cast<int>(b.size(1))};
 }
 
-Finish finish_of(const RowNorm& of, const Tensor& b, const Adapter& adapter, const View& products, const View& squares) {
-  const auto floats = [](const View& view) { return static_cast<const float*>(view.const_data_ptr()); };
-  Finish f{floats(products), floats(adapter.gram), floats(squares)};
-  f.b = b.const_data_ptr(), f.b_dtype = code(b.scalar_type());
-  f.norm = static_cast<float*>(of.norm.mutable_data_ptr());
-  if (of.magnitude) {
-    f.magnitude = static_cast<const float*>(of.magnitude->const_data_ptr());
-    f.gain = static_cast<float*>(of.gain->mutable_data_ptr());
+// A of each norm as it is multiplied; parts of float32 are made by one launch for all.
+std::vector<Adapter> adapters_of(const std::vector<Norm>& norms) {
+  int64_t halves = 0;
+  for (const Norm& norm : norms)
+    if (norm.first && norm.parts > 1) halves += padded(norm.parts * norm.of.a.numel());
+  const MaybeTensor buffer = halves > 0 ? MaybeTensor(empty(norms[0].of.weight, {halves}, ScalarType::BFloat16)) : std::nullopt;
+  std::vector<Cast> casts;
+  std::vector<Adapter> adapters;
+  int64_t used = 0;
+  for (const Norm& norm : norms) {
+    if (!norm.first) {
+      adapters.push_back(adapters.back());
+      continue;
+    }
+    if (norm.parts == 1) {
+      adapters.push_back({norm.of.a});
+      continue;
+    }
+    const Tensor a = in_rows(norm.of.a);
+    const View parts(*buffer, 2 * a.size(0), a.size(1), a.size(1), 1, used);
+    used += padded(parts.numel());
+    casts.push_back({a, parts.rows(0, a.size(0))});
+    casts.push_back({a, parts.rows(a.size(0), a.size(0)), /*transposed=*/false, /*rest=*/true});
+    adapters.push_back({parts});
   }
-  f.rows = static_cast<int>(b.size(0)), f.ranks = static_cast<int>(b.size(1)), f.parts = parts_of(of);
-  f.scaling = static_cast<float>(of.scaling);
+  if (!casts.empty()) cast_all_cuda(casts);
+  return adapters;
+}
+
+Finish finish_of(const Norm& norm, const Arguments& args, const Entry& e) {
+  Finish f{args.products, args.squares};
+  f.b = matrix_b(norm.b);
+  f.norm = static_cast<float*>(norm.of.norm.mutable_data_ptr());
+  if (norm.of.magnitude) {
+    f.magnitude = static_cast<const float*>(norm.of.magnitude->const_data_ptr());
+    f.gain = static_cast<float*>(norm.of.gain->mutable_data_ptr());
+  }
+  f.rows = norm.rows(), f.parts = norm.parts;
+  f.steps = e.steps, f.first_step = e.first_step, f.first_tile = e.first_tile;
+  f.all_steps = args.steps, f.blocks = args.blocks;
+  f.scaling = static_cast<float>(norm.of.scaling);
   f.unit = static_cast<float>(kGainUnits) * std::numeric_limits<float>::epsilon();
   return f;
 }
 
-void launch_finish(const std::vector<Finish>& all, cudaStream_t stream) {
-  for (size_t first = 0; first < all.size(); first += kNorms) {
-    const size_t count = std::min<size_t>(kNorms, all.size() - first);
-    FinishBatch batch{};
-    int most = 0;
-    for (size_t i = 0; i < count; ++i) {
-      batch.of[i] = all[first + i];
-      most = std::max(most, batch.of[i].rows);
+// What is launched together: products of some norms with their A, and A Aᵀ where it is not there yet.
+class Batch {
+ public:
+  bool takes(bool gram) const { return args_.entries + (gram ? 2 : 1) <= kEntries; }
+  bool empty() const { return args_.entries == 0; }
+
+  void add(const Norm& norm, const Adapter& adapter, size_t index) {
+    indices_.push_back(index);
+    entries_.push_back(args_.entries);
+    Entry& e = push(norm.of.weight, adapter, norm);
+    e.scaling = static_cast<float>(norm.of.scaling);
+    if (norm.first) grams_.push_back({index, args_.entries}), push(adapter.a, adapter, norm);
+  }
+
+  // Appends what is left to do, and fills in the adapters' grams. Returns the memory that it needs until then.
+  Tensor launch(const std::vector<Norm>& norms, std::vector<Adapter>& adapters, std::vector<Finish>& finishes) {
+    const Tensor& like = norms[indices_[0]].of.weight;
+    const int device = like.get_device_index();
+    args_.blocks = std::max(1, std::min(multiprocessors(device), args_.steps / kLeastSteps));
+    const int width = width_ <= 16 ? 16 : width_ <= 32 ? 32 : 64;
+    const int64_t sums = int64_t{args_.blocks + tiles_} * kRows;
+    int64_t floats = 2 * sums;
+    for (const auto& [index, n] : grams_) floats += int64_t{runs_of(args_.entry[n])} * width * width;
+    const Tensor buffer = lora_fused::empty(like, {floats}, ScalarType::Float);
+    float* next = static_cast<float*>(buffer.mutable_data_ptr());
+    args_.products = next, args_.squares = next + sums, next += 2 * sums;
+    for (const auto& [index, n] : grams_) {
+      Entry& e = args_.entry[n];
+      e.gram = next, e.first_block = block_of(e.first_step, args_.steps, args_.blocks);
+      adapters[index].gram = next, adapters[index].grams = runs_of(e), adapters[index].gram_width = width;
+      next += int64_t{runs_of(e)} * width * width;
     }
-    const dim3 grid(static_cast<unsigned>(sm90::tiles(most, kBlockRows)), static_cast<unsigned>(count));
-    row_norm_sm90_finish_kernel<<<grid, 32 * kWarps, 0, stream>>>(batch);
+    is_brain(like) ? launch_as<__nv_bfloat16>(width, like) : launch_as<__half>(width, like);
+    for (size_t i = 0; i < indices_.size(); ++i)
+      finishes.push_back(finish_of(norms[indices_[i]], args_, args_.entry[entries_[i]]));
+    return buffer;
+  }
+
+ private:
+  int runs_of(const Entry& e) const {
+    const int64_t last = e.first_step + int64_t{e.tiles} * e.steps - 1;
+    return block_of(last, args_.steps, args_.blocks) - block_of(e.first_step, args_.steps, args_.blocks) + 1;
+  }
+
+  Entry& push(const View& w, const Adapter& adapter, const Norm& norm) {
+    Entry& e = args_.entry[args_.entries++];
+    e = {};
+    maps_.push_back({w, adapter.a});
+    e.b = matrix_b(norm.b), e.parts = norm.parts;
+    e.rows = static_cast<int>(w.size(0)), e.steps = tiles(w.size(1), kStep), e.tiles = tiles(w.size(0), kRows);
+    e.first_step = args_.steps, e.first_tile = tiles_;
+    args_.steps += e.steps * e.tiles, tiles_ += e.tiles;
+    width_ = std::max(width_, norm.parts * norm.ranks());
+    return e;
+  }
+
+  template <typename T>
+  void launch_as(int width, const Tensor& like) {
+    width == 16 ? launch_width<T, 16>(like) : width == 32 ? launch_width<T, 32>(like) : launch_width<T, 64>(like);
+  }
+
+  template <typename T, int kWidth>
+  void launch_width(const Tensor& like) {
+    for (size_t n = 0; n < maps_.size(); ++n) {
+      encode_boxes(args_.entry[n].w, maps_[n].w, kRows);
+      encode_boxes(args_.entry[n].a, maps_[n].a, kWidth);
+    }
+    static SharedMemory shared_memory;
+    shared_memory.allow(products_kernel<T, kWidth>, kBytes, like.get_device_index());
+    products_kernel<T, kWidth><<<args_.blocks, kThreads, kBytes, stream_of(like)>>>(args_);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  struct Maps {
+    View w, a;
+  };
+
+  Arguments args_{};
+  int tiles_ = 0, width_ = 0;
+  std::vector<Maps> maps_;
+  std::vector<size_t> indices_;                 // of norms
+  std::vector<int> entries_;                    // theirs
+  std::vector<std::pair<size_t, int>> grams_;  // of which norm, and its entry
+};
+
+template <int kRanks>
+void launch_finish(const Finishes& finishes, int most, unsigned count, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(tiles(most, finish_rows(kRanks))), count);
+  finish_kernel<kRanks><<<grid, kFinishThreads, 0, stream>>>(finishes);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void finish(const std::vector<Finish>& all, cudaStream_t stream) {
+  for (size_t first = 0; first < all.size(); first += kFinishes) {
+    const unsigned count = static_cast<unsigned>(std::min<size_t>(kFinishes, all.size() - first));
+    Finishes finishes{};
+    int most = 0, ranks = 0;
+    for (size_t i = 0; i < count; ++i) {
+      finishes.of[i] = all[first + i];
+      most = std::max(most, all[first + i].rows), ranks = std::max(ranks, all[first + i].b.ranks);
+    }
+    const auto launch = ranks <= 16 ? launch_finish<16> : ranks <= 32 ? launch_finish<32> : launch_finish<64>;
+    launch(finishes, most, count, stream);
   }
 }
 
@@ -158,71 +215,39 @@ void launch_finish(const std::vector<Finish>& all, cudaStream_t stream) {
 
 bool lora_fused::row_norm_sm90_serves(const RowNorm& of) {
   const View w = of.weight;
-  const int64_t wide = parts_of(of) * of.a.size(0);
+  const int64_t ranks = parts_of(of) * of.a.size(0);
   const bool large = w.numel() >= kLeastElements && w.size(1) >= kLeastColumns;
-  if (!large || wide < 1 || wide > kMostRanks || !skinny_sm90_serves(w)) return false;
+  if (!large || ranks < 1 || ranks > kMostRanks || !takes_boxes(w) || !is_hopper(w.get_device_index())) return false;
   if (of.a.scalar_type() == ScalarType::Float) return w.scalar_type() == ScalarType::BFloat16;
-  return of.a.scalar_type() == w.scalar_type() && skinny_sm90_serves(View(of.a));
+  return of.a.scalar_type() == w.scalar_type() && takes_boxes(of.a);
 }
 
 void lora_fused::row_norms_sm90(const std::vector<RowNorm>& all) {
-  // Long rows first: a block has 128 of them, and the last to end should be a short one.
-  std::vector<RowNorm> norms = all;
-  std::stable_sort(norms.begin(), norms.end(),
-                   [](const RowNorm& x, const RowNorm& y) { return x.weight.size(1) > y.weight.size(1); });
-  int64_t floats = 0, halves = 0;
-  for (size_t i = 0; i < norms.size(); ++i) {
-    const RowNorm& of = norms[i];
-    const int64_t n = of.weight.size(0), wide = parts_of(of) * of.a.size(0);
-    floats += Scratch::padded(n * wide) + Scratch::padded(n);
-    if (i > 0 && same_adapter(of, norms[i - 1])) continue;
-    floats += Scratch::padded(wide * wide);
-    if (parts_of(of) > 1) halves += Scratch::padded(wide * of.a.size(1));
+  std::vector<Norm> norms;
+  for (const RowNorm& of : all) {
+    const bool first = norms.empty() || !same_adapter(of, norms.back().of);
+    norms.push_back({of, in_rows(of.b), parts_of(of), first});
   }
-  Scratch wide_ones(norms[0].weight, floats, ScalarType::Float), parts(norms[0].weight, halves, ScalarType::BFloat16);
-
-  std::vector<Cast> casts;
-  std::vector<Adapter> adapters;
-  for (size_t i = 0; i < norms.size(); ++i) {
-    const RowNorm& of = norms[i];
-    if (i > 0 && same_adapter(of, norms[i - 1])) {
-      adapters.push_back(adapters.back());
-      continue;
-    }
-    const int64_t ranks = of.a.size(0), wide = parts_of(of) * ranks;
-    View a = of.a;
-    if (parts_of(of) > 1) {
-      const Tensor whole = in_rows(of.a);
-      a = parts.take(wide, whole.size(1));
-      casts.push_back({whole, a.rows(0, ranks)});
-      casts.push_back({whole, a.rows(ranks, ranks), /*transposed=*/false, /*rest=*/true});
-    }
-    adapters.push_back({a, wide_ones.take(wide, wide)});
-  }
-  if (!casts.empty()) cast_all_cuda(casts);
-
+  std::vector<Adapter> adapters = adapters_of(norms);
   std::vector<Finish> finishes;
   std::vector<Tensor> kept;  // until all is launched
-  std::vector<SkinnyDown> products;
-  const auto multiply = [&] {
-    if (!products.empty()) skinny_sm90(products);
-    products.clear();
+  Batch batch;
+  const auto launch = [&] {
+    if (!batch.empty()) kept.push_back(batch.launch(norms, adapters, finishes));
+    batch = Batch();
   };
   for (size_t i = 0; i < norms.size(); ++i) {
-    const RowNorm& of = norms[i];
-    const Adapter& adapter = adapters[i];
-    if (of.fill) {
-      multiply();
-      of.fill();
-    }
-    const int64_t n = of.weight.size(0);
-    const View product = wide_ones.take(n, adapter.a.size(0)), squares = wide_ones.take(n, 1);
-    products.push_back({of.weight, adapter.a, product, 1.0, std::nullopt, squares});
-    if (i == 0 || !same_adapter(of, norms[i - 1])) products.push_back({adapter.a, adapter.a, adapter.gram, 1.0});
-    if (of.fill) multiply();
-    kept.push_back(in_rows(of.b));
-    finishes.push_back(finish_of(of, kept.back(), adapter, product, squares));
+    const std::function<void()>& fill = norms[i].of.fill;  // of memory that the norm before may have read
+    if (fill || !batch.takes(norms[i].first)) launch();
+    if (fill) fill();
+    batch.add(norms[i], adapters[i], i);
+    if (fill) launch();
   }
-  multiply();
-  launch_finish(finishes, stream_of(norms[0].weight));
+  launch();
+  for (size_t i = 0; i < norms.size(); ++i) {
+    if (!norms[i].first) adapters[i] = adapters[i - 1];
+    finishes[i].gram = adapters[i].gram, finishes[i].grams = adapters[i].grams;
+    finishes[i].gram_width = adapters[i].gram_width;
+  }
+  finish(finishes, stream_of(norms[0].of.weight));
 }

@@ -24,12 +24,11 @@ struct Work {
   View x, other, out;  // out by [rows of the tile, ranks]
   double scaling;
   std::optional<Dropped> mask;
-  MaybeView squares = std::nullopt;
 };
 
 Work work_of(const SkinnyDown& d) {
   const bool transposed = d.a.stride(1) != 1;
-  return {transposed ? kDownTransposed : kDown, d.x, transposed ? d.a.transposed() : d.a, d.t, d.scaling, d.mask, d.squares};
+  return {transposed ? kDownTransposed : kDown, d.x, transposed ? d.a.transposed() : d.a, d.t, d.scaling, d.mask};
 }
 
 Work work_of(const SkinnyOuter& d) {
@@ -55,7 +54,6 @@ Entry entry_of(const Work& work, int first_tile) {
   encode_boxes(e.x, work.x, work.form == kAcross ? kStep : kTile);
   encode_boxes(e.other, work.other, work.form == kDown ? e.width : kStep);
   e.out = work.out.mutable_data_ptr();
-  e.squares = work.squares ? static_cast<float*>(work.squares->mutable_data_ptr()) : nullptr;
   e.row_stride = work.out.stride(0), e.rank_stride = work.out.stride(1);
   e.rows = static_cast<int>(work.out.size(0));
   e.steps = tiles(summed(work), kStep);
@@ -78,15 +76,15 @@ unsigned cluster_of(int all_tiles, int most_steps, int multiprocessors) {
 }
 
 // Clusters that run at once with one block on a multiprocessor, asked once a device.
-template <typename T, bool kSquares>
+template <typename T>
 int clusters_apart(unsigned cluster, int device) {
   static std::atomic<int> known[64][kMostBlocks + 1];
   std::atomic<int>& most = known[device % 64][cluster];
-  if (most == 0) most = most_clusters(skinny_kernel<T, kSquares>, cluster, kThreads, kBytesApart);
+  if (most == 0) most = most_clusters(skinny_kernel<T>, cluster, kThreads, kBytesApart);
   return most;
 }
 
-template <typename T, bool kSquares>
+template <typename T>
 void launch(const std::vector<Work>& works, size_t first) {
   const View& like = works[first].x;
   Arguments args;
@@ -99,27 +97,21 @@ void launch(const std::vector<Work>& works, size_t first) {
   }
   const int device = like.get_device_index();
   static SharedMemory shared_memory;
-  shared_memory.allow(skinny_kernel<T, kSquares>, kBytesApart, device);
+  shared_memory.allow(skinny_kernel<T>, kBytesApart, device);
   unsigned cluster = cluster_of(all_tiles, most_steps, multiprocessors(device));
   // Blocks of a cluster meet on one multiprocessor, and leave others idle, unless each asks for one of its own.
   const bool apart = all_tiles * static_cast<int>(cluster) <= multiprocessors(device);
-  while (apart && cluster > 1 && all_tiles > clusters_apart<T, kSquares>(cluster, device)) --cluster;
+  while (apart && cluster > 1 && all_tiles > clusters_apart<T>(cluster, device)) --cluster;
   const int bytes = apart ? kBytesApart : kBytes;
-  launch_clusters(skinny_kernel<T, kSquares>, all_tiles * cluster, cluster, kThreads, bytes, stream_of(like), args);
-}
-
-template <bool kSquares>
-void launch_all(const std::vector<Work>& works) {
-  for (size_t first = 0; first < works.size(); first += kEntries)
-    is_brain(works[0].x) ? launch<__nv_bfloat16, kSquares>(works, first) : launch<__half, kSquares>(works, first);
+  launch_clusters(skinny_kernel<T>, all_tiles * cluster, cluster, kThreads, bytes, stream_of(like), args);
 }
 
 template <typename Product>
 void run(const std::vector<Product>& products) {
   std::vector<Work> works;
   for (const Product& product : products) works.push_back(work_of(product));
-  const bool squares = std::any_of(works.begin(), works.end(), [](const Work& work) { return work.squares.has_value(); });
-  squares ? launch_all<true>(works) : launch_all<false>(works);
+  for (size_t first = 0; first < works.size(); first += kEntries)
+    is_brain(works[0].x) ? launch<__nv_bfloat16>(works, first) : launch<__half>(works, first);
 }
 
 }  // namespace

@@ -1,15 +1,13 @@
 // The kernel of skinny_sm90.cu: products of activations with an adapter's rank on Hopper, each one read of x.
 //
 //   down     out [M, R] = scaling · x aᵀ      a block has 128 rows of x, and steps along its columns
-//            with squares also |x|² by row
 //   across   out [C, R] = scaling · xᵀ t      a block has 128 columns of x, and steps along its rows
 //
 // Bound by that read: 2·R operations an element of 2 bytes; with a mask over x, by its integer arithmetic. One warp
 // loads x and the other operand 64 steps at a time into a ring in shared memory, two warpgroups multiply them, 64
 // rows of out each, and before that clear there what the mask drops of those rows. The blocks of a cluster share
 // a tile's steps; their sums meet in shared memory, added in the order of the blocks. Everything is 128-byte
-// swizzled; ragged edges and ranks are what the copy engine fills with zeros. A wgmma truncates what it adds to: with
-// squares, for norms in float32, those of a step are a sum of their own, and added up in registers.
+// swizzled; ragged edges and ranks are what the copy engine fills with zeros.
 #pragma once
 
 #include "mask.h"
@@ -20,7 +18,7 @@ namespace lora_fused::sm90::skinny {
 constexpr int kTile = 128, kStep = 64, kPart = 16;  // rows of out; elements summed a step and a wgmma
 constexpr int kConsumers = 2, kConsumerWarps = 4 * kConsumers, kThreads = 32 * kConsumerWarps + 32;
 constexpr int kBox = 64 * 128;  // bytes of 64 rows of 64 elements
-constexpr int kMostRanks = 128, kMostRanksWithSquares = 64, kEntries = 8, kMostBlocks = 8;  // of a cluster
+constexpr int kMostRanks = 128, kEntries = 8, kMostBlocks = 8;  // of a cluster
 constexpr int kRing = 96 * 1024, kXBytes = 2 * kBox, kMostStages = 4;
 constexpr int kBarriers = kRing, kBytes = kBarriers + 2 * kMostStages * 8 + 1024;  // to align the base
 constexpr int kBytesApart = 120 * 1024;  // no multiprocessor has as much twice
@@ -34,7 +32,6 @@ enum Form : int {
 struct Entry {
   CUtensorMap x, other;
   void* out;
-  float* squares;                   // [M]
   int64_t row_stride, rank_stride;  // of out
   int rows, ranks, width;           // of out; ranks rounded up to what a wgmma takes
   int steps, first_tile;
@@ -107,26 +104,10 @@ struct Place {
   int at, step;
 };
 
-// One warpgroup: adds the squares of a box of 64 rows and 64 columns, to four rows a thread, 16 apart; neighbouring
-// threads share a row.
-template <typename T>
-__device__ __forceinline__ void add_squares(float (&squares)[4], const uint8_t* box) {
-  const int thread = threadIdx.x % 128;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint4 eight = *reinterpret_cast<const uint4*>(box + 16 * thread + 16 * 128 * i);
-    for (const uint32_t both : {eight.x, eight.y, eight.z, eight.w}) {
-      const float2 x = unpack<T>(both);
-      squares[i] = fmaf(x.x, x.x, fmaf(x.y, x.y, squares[i]));
-    }
-  }
-}
-
 // One warpgroup: the sum of the block's steps for its 64 rows of out, to `sums` [kTile, kWidth + 4], which the ring
-// begins with. A row of squares lies behind its row of out.
-template <typename T, int kWidth, Form kForm, bool kSquares>
+// begins with.
+template <typename T, int kWidth, bool kTransposeX, bool kTransposeOther>
 __device__ __forceinline__ void consume(const Entry& e, uint32_t base, float* sums, Place from, int count) {
-  constexpr bool kTransposeX = kForm == kAcross, kTransposeOther = kForm != kDown;
   constexpr int kPitch = kWidth + 4;
   constexpr uint64_t kNextX = (kTransposeX ? kPart * 128 : kPart * 2) >> 4;
   constexpr uint64_t kNextOther = (kTransposeOther ? kPart * 128 : kPart * 2) >> 4;
@@ -136,7 +117,7 @@ __device__ __forceinline__ void consume(const Entry& e, uint32_t base, float* su
     if (lane == 0) barrier_arrive(empty + 8 * stage);
   };
   const uint64_t key = e.mask.key();
-  float acc[kWidth / 2] = {}, total[kSquares ? kWidth / 2 : 1] = {}, squares[4] = {};
+  float acc[kWidth / 2] = {};
   Ring ring{stages_of(e)};
   int before = 0;
   for (int step = 0; step < count; ++step) {
@@ -152,18 +133,9 @@ __device__ __forceinline__ void consume(const Entry& e, uint32_t base, float* su
     wgmma_fence();
 #pragma unroll
     for (int part = 0; part < kStep / kPart; ++part)
-      wgmma<T, kTransposeX, kTransposeOther>(acc, x + part * kNextX, other + part * kNextOther,
-                                             !kSquares || part > 0);
+      wgmma<T, kTransposeX, kTransposeOther>(acc, x + part * kNextX, other + part * kNextOther, 1);
     wgmma_commit();
-    if constexpr (kSquares) {
-      add_squares<T>(squares, reinterpret_cast<const uint8_t*>(sums) + offset + group * kBox);
-      wgmma_wait<0>();
-      keep_below(acc);
-#pragma unroll
-      for (int i = 0; i < kWidth / 2; ++i) total[i] += acc[i];
-    } else {
-      wgmma_wait<1>();
-    }
+    wgmma_wait<1>();
     if (step > 0) release(before);
     before = ring.stage;
     ring.advance();
@@ -172,60 +144,41 @@ __device__ __forceinline__ void consume(const Entry& e, uint32_t base, float* su
   keep_below(acc);
   // Every stage has been read: the sums take their place.
   asm volatile("bar.sync 1, %0;" ::"n"(32 * kConsumerWarps) : "memory");
-  if constexpr (kSquares) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      for (int other = 1; other < 8; other *= 2) squares[i] += __shfl_xor_sync(0xffffffffu, squares[i], other);
-      if (lane % 8 == 0) sums[(64 * group + threadIdx.x % 128 / 8 + 16 * i) * kPitch + kWidth] = squares[i];
-    }
-  }
   float* const row = sums + (warp * 16 + lane / 4) * kPitch + 2 * (lane % 4);
 #pragma unroll
   for (int j = 0; j < kWidth / 8; ++j) {
-    const float* const four = kSquares ? total + 4 * j : acc + 4 * j;
-    *reinterpret_cast<float2*>(row + 8 * j) = {four[0], four[1]};
-    *reinterpret_cast<float2*>(row + 8 * kPitch + 8 * j) = {four[2], four[3]};
+    *reinterpret_cast<float2*>(row + 8 * j) = {acc[4 * j], acc[4 * j + 1]};
+    *reinterpret_cast<float2*>(row + 8 * kPitch + 8 * j) = {acc[4 * j + 2], acc[4 * j + 3]};
   }
 }
 
-template <typename T, int kWidth, bool kSquares>
+template <typename T, int kWidth>
 __device__ __forceinline__ void consume_form(const Entry& e, uint32_t base, float* sums, Place from, int count) {
-  if (kSquares || e.form == kDown)
-    consume<T, kWidth, kDown, kSquares>(e, base, sums, from, count);
+  if (e.form == kDown)
+    consume<T, kWidth, false, false>(e, base, sums, from, count);
   else if (e.form == kDownTransposed)
-    consume<T, kWidth, kDownTransposed, false>(e, base, sums, from, count);
+    consume<T, kWidth, false, true>(e, base, sums, from, count);
   else
-    consume<T, kWidth, kAcross, false>(e, base, sums, from, count);
+    consume<T, kWidth, true, true>(e, base, sums, from, count);
 }
 
-template <typename T, bool kSquares>
+template <typename T>
 __device__ __forceinline__ void consume_width(const Entry& e, uint32_t base, float* sums, Place from, int count) {
   switch (e.width) {
-    case 16: return consume_form<T, 16, kSquares>(e, base, sums, from, count);
-    case 32: return consume_form<T, 32, kSquares>(e, base, sums, from, count);
-    case 64: return consume_form<T, 64, kSquares>(e, base, sums, from, count);
-    default: break;
+    case 16: return consume_form<T, 16>(e, base, sums, from, count);
+    case 32: return consume_form<T, 32>(e, base, sums, from, count);
+    case 64: return consume_form<T, 64>(e, base, sums, from, count);
+    case 96: return consume_form<T, 96>(e, base, sums, from, count);
+    default: return consume_form<T, 128>(e, base, sums, from, count);
   }
-  if constexpr (kSquares) return;
-  if (e.width == 96)
-    consume_form<T, 96, kSquares>(e, base, sums, from, count);
-  else
-    consume_form<T, 128, kSquares>(e, base, sums, from, count);
 }
 
 // This block's share of the tile's rows: the sums of all blocks of the cluster, four ranks at a time.
-template <typename T, bool kSquares>
+template <typename T>
 __device__ __forceinline__ void reduce(const Entry& e, uint32_t sums, int at, int rank, int blocks) {
   const int first_row = rank * kTile / blocks, share = (rank + 1) * kTile / blocks - first_row;
   const int pitch = e.width + 4, quads = e.width / 4;
   const bool rank_fastest = e.rank_stride == 1;
-  for (int i = threadIdx.x; kSquares && e.squares != nullptr && i < share; i += kThreads) {
-    const int row = first_row + i;
-    const uint32_t place = sums + (row * pitch + e.width) * 4;
-    float sum = 0.0f;
-    for (int block = 0; block < blocks; ++block) sum += cluster_load(cluster_address(place, block)).x;
-    if (at + row < e.rows) e.squares[at + row] = sum;
-  }
   for (int i = threadIdx.x; i < share * quads; i += kThreads) {
     const int row = first_row + (rank_fastest ? i / quads : i % share);
     const int quad = rank_fastest ? i % quads : i / share;
@@ -254,8 +207,7 @@ __device__ __forceinline__ void reduce(const Entry& e, uint32_t sums, int at, in
   }
 }
 
-// kSquares: some entries want squares, and all are kDown, up to kMostRanksWithSquares.
-template <typename T, bool kSquares>
+template <typename T>
 __global__ __launch_bounds__(kThreads, 2) void skinny_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t shared[];
@@ -281,12 +233,12 @@ __global__ __launch_bounds__(kThreads, 2) void skinny_kernel(const __grid_consta
   }
   __syncthreads();
   if (threadIdx.x < 32 * kConsumerWarps)
-    consume_width<T, kSquares>(e, base, sums, {at, first}, last - first);
+    consume_width<T>(e, base, sums, {at, first}, last - first);
   else if (threadIdx.x == 32 * kConsumerWarps)
     produce(e, base, at, first, last);
   __syncwarp();
   cluster_sync();
-  reduce<T, kSquares>(e, base, at, rank, blocks);
+  reduce<T>(e, base, at, rank, blocks);
   if (blocks > 1) cluster_sync();  // others still read this block's sums
 #endif
 }

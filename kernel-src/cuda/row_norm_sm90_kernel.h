@@ -1,0 +1,293 @@
+// The kernels of row_norm_sm90.cu: DoRA's norms of a group on Hopper, from one read of each weight.
+//
+//   |w + s·b A|² = |w|² + 2s b·(A w) + s² b·(A Aᵀ) b      for each row w of W [N, K] and b of B [N, R]
+//
+// Bound by that read. All work is steps: 64 columns of 256 rows of a W, or of A itself for A Aᵀ. They are dealt out
+// evenly, a run to each block, so that a run begins and ends anywhere in a row. One thread loads; four warpgroups
+// multiply 64 rows each by A and square what they multiply. Where rows or run end they apply B, in float32, and leave
+// |w|² and 2s b·(A w) of the run as one number each a row. A second kernel adds these up in their order, and A Aᵀ.
+// A wgmma truncates what it adds to: those of a step are a sum of their own, and steps are added up in registers.
+// Everything is 128-byte swizzled; ragged edges and ranks are what the copy engine fills with zeros.
+#pragma once
+
+#include "../common/gain.h"
+#include "columns.h"
+#include "sm90.h"
+
+namespace lora_fused::sm90::row_norm {
+
+constexpr int kRows = 256, kStep = 64, kPart = 16;  // kPart: elements summed by a wgmma
+constexpr int kGroups = 4, kConsumerWarps = 4 * kGroups;
+// One thread loads; its warpgroup is whole, since registers move between warpgroups.
+constexpr int kThreads = 128 * (kGroups + 1), kConsumerRegisters = 112, kProducerRegisters = 24;
+constexpr int kBox = 64 * 128;  // bytes of 64 rows of 64 elements
+constexpr int kStages = 5, kWBytes = kGroups * kBox, kStageBytes = kWBytes + kBox;
+constexpr int kBarriers = kStages * kStageBytes, kBytes = kBarriers + 2 * kStages * 8 + 1024;  // to align the base
+constexpr int kMostRanks = 64, kEntries = 8, kFinishes = 8;  // of one launch
+
+enum Dtype : int { kFloat, kBFloat16, kHalf };
+
+struct MatrixB {  // [N, R]
+  const void* data;
+  int dtype, ranks;
+
+  __device__ __forceinline__ float at(int64_t row, int rank) const {
+    const int64_t i = row * ranks + rank;
+    if (dtype == kFloat) return static_cast<const float*>(data)[i];
+    if (dtype == kBFloat16) return widen(static_cast<const __nv_bfloat16*>(data)[i]);
+    return widen(static_cast<const __half*>(data)[i]);
+  }
+};
+
+// W and A, or A and A with a place for A Aᵀ. A has `parts` parts below each other.
+struct Entry {
+  CUtensorMap w, a;
+  MatrixB b;
+  float* gram;  // [runs, kWidth, kWidth] or null
+  int rows, parts, steps, tiles;  // steps of a tile
+  int first_step, first_tile, first_block;
+  float scaling;
+};
+
+struct Arguments {
+  Entry entry[kEntries];
+  float *products, *squares;  // [blocks + tiles, kRows]: of block + tile
+  int entries, steps, blocks;  // of all
+};
+
+// Steps [first, last) of a block.
+struct Run {
+  int first, last;
+  __device__ __forceinline__ explicit Run(const Arguments& args)
+      : first(static_cast<int>(int64_t{blockIdx.x} * args.steps / args.blocks)),
+        last(static_cast<int>(int64_t{blockIdx.x + 1} * args.steps / args.blocks)) {}
+};
+
+// The block whose run has a step.
+__host__ __device__ inline int block_of(int64_t step, int steps, int blocks) {
+  return static_cast<int>(((step + 1) * blocks - 1) / steps);
+}
+
+// Where a step is.
+struct Place {
+  int entry = 0, tile, step;
+  __device__ __forceinline__ Place(const Arguments& args, int first) {
+    while (entry + 1 < args.entries && first >= args.entry[entry + 1].first_step) ++entry;
+    const Entry& e = args.entry[entry];
+    tile = (first - e.first_step) / e.steps;
+    step = (first - e.first_step) % e.steps;
+  }
+  __device__ __forceinline__ void advance(const Entry& e) {
+    if (++step < e.steps) return;
+    step = 0;
+    if (++tile == e.tiles) tile = 0, ++entry;
+  }
+};
+
+struct Ring {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+// One thread: all loads of a run.
+template <int kWidth>
+__device__ __forceinline__ void produce(const Arguments& args, uint32_t base, const Run& run) {
+  Ring ring;
+  Place at(args, run.first);
+  for (int i = run.first; i < run.last; ++i, ring.advance()) {
+    const Entry& e = args.entry[at.entry];
+    const uint32_t full = base + kBarriers + 8 * ring.stage, empty = full + 8 * kStages;
+    const uint32_t stage = base + ring.stage * kStageBytes;
+    barrier_wait(empty, ring.phase ^ 1);
+    barrier_arrive_expect(full, kWBytes + kWidth * 128);
+    tensor_load(stage, &e.w, at.step * kStep, at.tile * kRows, full);
+    tensor_load(stage + kWBytes, &e.a, at.step * kStep, 0, full);
+    at.advance(e);
+  }
+}
+
+// One warpgroup: adds the squares of a box of 64 rows and 64 columns, to four rows a thread, 16 apart; eight
+// neighbouring threads share a row.
+template <typename T>
+__device__ __forceinline__ void add_squares(float (&squares)[4], const uint8_t* box) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint4 eight = *reinterpret_cast<const uint4*>(box + 16 * (threadIdx.x % 128) + 16 * 128 * i);
+    for (const uint32_t both : {eight.x, eight.y, eight.z, eight.w}) {
+      const float2 x = unpack<T>(both);
+      squares[i] = fmaf(x.x, x.x, fmaf(x.y, x.y, squares[i]));
+    }
+  }
+}
+
+// One warpgroup: what a run has of a tile's rows. Thread l of warp w has rows 16 w + l / 4 (+ 8) of `sums`.
+template <int kWidth>
+__device__ __forceinline__ void leave(const Arguments& args, const Entry& e, int tile, const float (&sums)[kWidth / 2],
+                                      float (&squares)[4]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (e.gram != nullptr) {
+    float* const gram = e.gram + (blockIdx.x - e.first_block) * kWidth * kWidth;
+#pragma unroll
+    for (int i = 0; i < kWidth / 2; ++i) {
+      const int row = 16 * warp + lane / 4 + i / 2 % 2 * 8, col = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      if (row < kWidth) gram[row * kWidth + col] = sums[i];
+    }
+    return;
+  }
+  const int64_t from = int64_t{blockIdx.x + e.first_tile + tile} * kRows;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int in_tile = 16 * warp + lane / 4 + 8 * half, row = tile * kRows + in_tile;
+    float dot = 0.0f;
+#pragma unroll
+    for (int i = 0; row < e.rows && i < kWidth / 4; ++i) {
+      const int col = i / 2 * 8 + lane % 4 * 2 + i % 2, rank = col < e.b.ranks ? col : col - e.b.ranks;
+      if (col < e.parts * e.b.ranks) dot += sums[i / 2 * 4 + 2 * half + i % 2] * e.b.at(row, rank);
+    }
+    for (int other = 1; other < 4; other *= 2) dot += __shfl_xor_sync(0xffffffffu, dot, other);
+    if (lane % 4 == 0) args.products[from + in_tile] = 2.0f * e.scaling * dot;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    for (int other = 1; other < 8; other *= 2) squares[i] += __shfl_xor_sync(0xffffffffu, squares[i], other);
+    const int in_tile = 64 * (warp / 4) + threadIdx.x % 128 / 8 + 16 * i;
+    if (lane % 8 == 0) args.squares[from + in_tile] = squares[i];
+  }
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ void consume(const Arguments& args, const uint8_t* shared, uint32_t base, const Run& run) {
+  constexpr uint64_t kNext = kPart * 2 >> 4;
+  const int group = threadIdx.x / 128;
+  const uint32_t full = base + kBarriers, empty = full + 8 * kStages;
+  float acc[kWidth / 2] = {}, sums[kWidth / 2] = {}, squares[4] = {};
+  Ring ring;
+  Place at(args, run.first);
+  for (int i = run.first; i < run.last; ++i, ring.advance()) {
+    const Entry& e = args.entry[at.entry];
+    const int offset = ring.stage * kStageBytes + group * kBox;
+    barrier_wait(full + 8 * ring.stage, ring.phase);
+    const uint64_t w = matrix_descriptor(base + offset, kBox, 1024);
+    const uint64_t a = matrix_descriptor(base + ring.stage * kStageBytes + kWBytes, kBox, 1024);
+    wgmma_fence();
+#pragma unroll
+    for (int part = 0; part < kStep / kPart; ++part) wgmma<T, 0, 0>(acc, w + part * kNext, a + part * kNext, part > 0);
+    wgmma_commit();
+    add_squares<T>(squares, shared + offset);
+    wgmma_wait<0>();
+    keep_below(acc);
+#pragma unroll
+    for (int j = 0; j < kWidth / 2; ++j) sums[j] += acc[j];
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * ring.stage);
+    if (at.step + 1 == e.steps || i + 1 == run.last) {
+      leave<kWidth>(args, e, at.tile, sums, squares);
+#pragma unroll
+      for (int j = 0; j < kWidth / 2; ++j) sums[j] = 0.0f;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) squares[j] = 0.0f;
+    }
+    at.advance(e);
+  }
+}
+
+// kWidth: ranks of all entries, rounded up to what a wgmma takes.
+template <typename T, int kWidth>
+__global__ __launch_bounds__(kThreads, 1) void products_kernel(const __grid_constant__ Arguments args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ uint8_t shared[];
+  const uint32_t start = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t base = (start + 1023) / 1024 * 1024;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      barrier_init(base + kBarriers + 8 * stage, 1);
+      barrier_init(base + kBarriers + 8 * (kStages + stage), kConsumerWarps);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  const Run run(args);
+  if (threadIdx.x < 32 * kConsumerWarps) {
+    registers_raise<kConsumerRegisters>();
+    consume<T, kWidth>(args, shared + (base - start), base, run);
+  } else {
+    registers_lower<kProducerRegisters>();
+    if (threadIdx.x == 32 * kConsumerWarps) produce<kWidth>(args, base, run);
+  }
+#endif
+}
+
+// The norms of one weight, or of rows of it, and its gains where there is a magnitude.
+struct Finish {
+  const float *products, *squares, *gram, *magnitude;
+  MatrixB b;
+  float *norm, *gain;
+  int rows, parts, steps, first_step, first_tile;
+  int all_steps, blocks;  // of the launch
+  int grams, gram_width;
+  float scaling, unit;  // unit: of gain_of
+};
+
+struct Finishes {
+  Finish of[kFinishes];
+};
+
+constexpr int kFinishThreads = 256;
+__host__ __device__ constexpr int finish_rows(int ranks) { return ranks > 32 ? 64 : 128; }  // of a block: what shared memory holds of B
+
+// Of norm blockIdx.y, a row a thread.
+template <int kRanks>
+__global__ __launch_bounds__(kFinishThreads) void finish_kernel(const __grid_constant__ Finishes all) {
+  constexpr int kBlockRows = finish_rows(kRanks), kElements = (kRanks * kRanks + kFinishThreads - 1) / kFinishThreads;
+  __shared__ float4 gram[kRanks * kRanks / 4];
+  __shared__ float rows_of_b[kBlockRows][kRanks + 1];
+  const Finish& f = all.of[blockIdx.y];
+  const int first = blockIdx.x * kBlockRows, count = min(kBlockRows, f.rows - first), ranks = f.b.ranks;
+  if (count <= 0) return;
+  for (int i = threadIdx.x; i < count * kRanks; i += kFinishThreads) {
+    const int rank = i % kRanks;
+    rows_of_b[i / kRanks][rank] = rank < ranks ? f.b.at(first + i / kRanks, rank) : 0.0f;
+  }
+  float sums[kElements] = {};
+  for (int i = 0; i < f.grams * f.parts * f.parts; ++i) {
+    const int row = i % f.parts * ranks, col = i / f.parts % f.parts * ranks;
+    const float* const from = f.gram + (i / (f.parts * f.parts) * f.gram_width + row) * f.gram_width + col;
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) {
+      const int at = threadIdx.x + j * kFinishThreads, r = at / kRanks, c = at % kRanks;
+      if (r < ranks && c < ranks) sums[j] += from[r * f.gram_width + c];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kElements; ++j) reinterpret_cast<float*>(gram)[threadIdx.x + j * kFinishThreads] = sums[j];
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) >= count) return;
+  float b[kRanks], of_gram = 0.0f, squared = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kRanks; ++i) b[i] = rows_of_b[threadIdx.x][i];
+#pragma unroll 4
+  for (int i = 0; i < kRanks; ++i) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kRanks / 4; ++j) {
+      const float4 four = gram[i * (kRanks / 4) + j];
+      sum += four.x * b[4 * j] + four.y * b[4 * j + 1] + four.z * b[4 * j + 2] + four.w * b[4 * j + 3];
+    }
+    of_gram += sum * rows_of_b[threadIdx.x][i];
+  }
+  const int row = first + static_cast<int>(threadIdx.x), tile = row / kRows;
+  const int64_t step = f.first_step + int64_t{tile} * f.steps;
+  const int last = block_of(step + f.steps - 1, f.all_steps, f.blocks);
+  for (int block = block_of(step, f.all_steps, f.blocks); block <= last; ++block) {
+    const int64_t at = int64_t{block + f.first_tile + tile} * kRows + row % kRows;
+    squared += f.squares[at] + f.products[at];
+  }
+  squared += f.scaling * f.scaling * of_gram;
+  const float norm = sqrtf(squared < 0.0f ? 0.0f : squared);  // not a number stays so
+  f.norm[row] = norm;
+  if (f.magnitude != nullptr) f.gain[row] = gain_of<float>(f.magnitude[row], norm, f.unit);
+}
+
+}  // namespace lora_fused::sm90::row_norm
