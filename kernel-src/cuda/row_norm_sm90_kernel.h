@@ -31,11 +31,15 @@ struct MatrixB {  // [N, R]
   const void* data;
   int dtype, ranks;
 
-  __device__ __forceinline__ float at(int64_t row, int rank) const {
-    const int64_t i = row * ranks + rank;
-    if (dtype == kFloat) return static_cast<const float*>(data)[i];
-    if (dtype == kBFloat16) return widen(static_cast<const __nv_bfloat16*>(data)[i]);
-    return widen(static_cast<const __half*>(data)[i]);
+  // Calls `use` with it in its dtype: one branch for all that is read there.
+  template <typename Use>
+  __device__ __forceinline__ void read(const Use& use) const {
+    if (dtype == kFloat)
+      use(static_cast<const float*>(data));
+    else if (dtype == kBFloat16)
+      use(static_cast<const __nv_bfloat16*>(data));
+    else
+      use(static_cast<const __half*>(data));
   }
 };
 
@@ -141,12 +145,16 @@ __device__ __forceinline__ void leave(const Arguments& args, const Entry& e, int
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int in_tile = 16 * warp + lane / 4 + 8 * half, row = tile * kRows + in_tile;
-    float dot = 0.0f;
+    float b[kWidth / 4], dot = 0.0f;
+    e.b.read([&](const auto* data) {
 #pragma unroll
-    for (int i = 0; row < e.rows && i < kWidth / 4; ++i) {
-      const int col = i / 2 * 8 + lane % 4 * 2 + i % 2, rank = col < e.b.ranks ? col : col - e.b.ranks;
-      if (col < e.parts * e.b.ranks) dot += sums[i / 2 * 4 + 2 * half + i % 2] * e.b.at(row, rank);
-    }
+      for (int i = 0; i < kWidth / 4; ++i) {
+        const int col = i / 2 * 8 + lane % 4 * 2 + i % 2, rank = col < e.b.ranks ? col : col - e.b.ranks;
+        b[i] = row < e.rows && col < e.parts * e.b.ranks ? widen(data[int64_t{row} * e.b.ranks + rank]) : 0.0f;
+      }
+    });
+#pragma unroll
+    for (int i = 0; i < kWidth / 4; ++i) dot += sums[i / 2 * 4 + 2 * half + i % 2] * b[i];
     for (int other = 1; other < 4; other *= 2) dot += __shfl_xor_sync(0xffffffffu, dot, other);
     if (lane % 4 == 0) args.products[from + in_tile] = 2.0f * e.scaling * dot;
   }
@@ -246,19 +254,33 @@ __global__ __launch_bounds__(kFinishThreads) void finish_kernel(const __grid_con
   const Finish& f = all.of[blockIdx.y];
   const int first = blockIdx.x * kBlockRows, count = min(kBlockRows, f.rows - first), ranks = f.b.ranks;
   if (count <= 0) return;
-  for (int i = threadIdx.x; i < count * kRanks; i += kFinishThreads) {
-    const int rank = i % kRanks;
-    rows_of_b[i / kRanks][rank] = rank < ranks ? f.b.at(first + i / kRanks, rank) : 0.0f;
-  }
-  float sums[kElements] = {};
-  for (int i = 0; i < f.grams * f.parts * f.parts; ++i) {
-    const int row = i % f.parts * ranks, col = i / f.parts % f.parts * ranks;
-    const float* const from = f.gram + (i / (f.parts * f.parts) * f.gram_width + row) * f.gram_width + col;
+  f.b.read([&](const auto* data) {
 #pragma unroll
-    for (int j = 0; j < kElements; ++j) {
-      const int at = threadIdx.x + j * kFinishThreads, r = at / kRanks, c = at % kRanks;
-      if (r < ranks && c < ranks) sums[j] += from[r * f.gram_width + c];
+    for (int j = 0; j < kBlockRows * kRanks / kFinishThreads; ++j) {
+      const int i = threadIdx.x + j * kFinishThreads, row = i / kRanks, rank = i % kRanks;
+      rows_of_b[row][rank] = row < count && rank < ranks ? widen(data[int64_t{first + row} * ranks + rank]) : 0.0f;
     }
+  });
+  // A Aᵀ, of one part or two of A, is the sum of each run's one block of it or four: many asked for at once.
+  constexpr int kBatch = kElements > 4 ? 2 : 8;
+  const int terms = f.grams * f.parts * f.parts, two = f.parts - 1;
+  float sums[kElements] = {};
+  for (int term = 0; term < terms; term += kBatch) {
+    float batch[kBatch][kElements];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int t = term + i, row = (t & two) * ranks, col = (t >> 1 & two) * ranks;
+      const float* const from = f.gram + ((t >> 2 * two) * f.gram_width + row) * f.gram_width + col;
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) {
+        const int at = threadIdx.x + j * kFinishThreads, r = at / kRanks, c = at % kRanks;
+        batch[i][j] = t < terms && r < ranks && c < ranks ? from[r * f.gram_width + c] : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) sums[j] += batch[i][j];
   }
 #pragma unroll
   for (int j = 0; j < kElements; ++j) reinterpret_cast<float*>(gram)[threadIdx.x + j * kFinishThreads] = sums[j];
