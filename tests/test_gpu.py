@@ -125,15 +125,14 @@ hopper_alone = pytest.mark.skipif(
 
 
 @hopper_alone
-@pytest.mark.parametrize("dtype, most", ((torch.float32, 3), (BF16, 2)), ids=str)
-def test_large_norms_of_a_group_are_three_launches(lora_fused, dtype, most):
-    """A float32 A as parts, products and squares, and what is made of them."""
-    shapes = ((4096, 1024), (1024, 1024), (1024, 1024))
+def test_large_norms_of_a_group_are_three_launches(lora_fused):
+    """A's parts, products and squares, and what is made of them."""
+    shapes = ((4096, 4096), (1024, 4096), (1024, 4096))
     weights = [torch.randn(shape, device="cuda", dtype=BF16) for shape in shapes]
-    a = [torch.randn(32, k, device="cuda", dtype=dtype) for _, k in shapes]
+    a = [torch.randn(32, k, device="cuda") for _, k in shapes]
     b, magnitudes = [torch.randn(n, 32, device="cuda") for n, _ in shapes], [torch.rand(n, device="cuda") for n, _ in shapes]
     counted = launches(lambda: lora_fused.backend.dora_gains(weights, a, b, magnitudes, [1.0, 0.5, 2.0]))
-    assert sum(counted.values()) <= most, counted
+    assert sum(counted.values()) <= 3, counted
 
 
 @hopper_alone

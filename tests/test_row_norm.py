@@ -9,10 +9,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (N, K, R): tile edges of 4 and 32 rows, 16 columns; odd, empty and large-rank cases.
 SHAPES = [(1, 1, 1), (4, 16, 8), (37, 129, 3), (64, 256, 16), (65, 257, 33), (130, 1000, 512),
           (7, 33, 0), (5, 0, 4), (0, 7, 3)]
-# On a GPU whole tiles, whole 16-byte rows and neither; several row blocks and splits of K. Those after (700, 4096, 32),
-# itself, and (300, 4104, 8) are large enough for Hopper's own norm, with ranks that it takes and that are too many for it.
-LARGE = [(256, 512, 64), (129, 1032, 72), (300, 4104, 8), (1000, 776, 384), (513, 2560, 200), (65, 1001, 640), (700, 4096, 32),
-         (2100, 520, 33), (1030, 1024, 64), (129, 8200, 65), (1100, 2056, 1)]
+# On a GPU whole tiles, whole 16-byte rows and neither; several row blocks and splits of K.
+LARGE = [(256, 512, 64), (129, 1032, 72), (300, 4104, 8), (1000, 776, 384), (513, 2560, 200), (65, 1001, 640), (700, 4096, 32)]
+# Large enough for Hopper's own norm.
+VERY_LARGE = [(5200, 4104, 32), (1300, 16400, 5), (40500, 520, 17), (5120, 4096, 1), (5200, 4104, 33)]
 # fp32 sums of K·R products: 2e-6 is 16 times fp32's rounding error.
 RTOL = 2e-6
 
@@ -82,8 +82,18 @@ def test_large(row_norm, shape, dtypes):
     assert torch.equal(first, row_norm(*operands, 0.7))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the CPU has one path")
+@pytest.mark.parametrize("shape", VERY_LARGE, ids=str)
+@pytest.mark.parametrize("dtype_b", DTYPES, ids=str)
+def test_very_large(lora_fused, shape, dtype_b):
+    operands = [t.cuda() for t in make(*shape, (torch.bfloat16, torch.float32, dtype_b))]
+    first = lora_fused._ops.ops.row_norm(*operands, 0.7)
+    check(first, operands, 0.7)
+    assert torch.equal(first, lora_fused._ops.ops.row_norm(*operands, 0.7))
+
+
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 3, (torch.bfloat16, torch.float32, torch.float32)], ids=str)
-@pytest.mark.parametrize("shape", [(300, 1000, 16), (300, 4096, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(300, 1000, 16)] + [(5200, 4096, 16)] * torch.cuda.is_available(), ids=str)
 def test_an_adapter_that_nearly_takes_the_weight_away(row_norm, shape, dtypes):
     """Rows a tenth as long as W's: where squares cancel, float32's error grows by what they lose, a hundredfold."""
     noise, lora_a, lora_b = make(*shape, dtypes)

@@ -118,9 +118,9 @@ void part_sums_cpu(const std::vector<PartSum>& sums);
 #if defined(CUDA_KERNEL)
 // All conversions in as few launches as their number allows.
 void cast_all_cuda(const std::vector<Cast>& casts);
-// Each by row_norms_sm90 where that serves, else a launch for each, and one before and one after for all.
+// By row_norms_sm90 where that serves and pays, else a launch for each, and one before and one after for all.
 void row_norms_cuda(const std::vector<RowNorm>& norms);
-// On Hopper large weights in half precision, up to rank 64, or 32 in float32: three launches for those of a group.
+// On Hopper a bfloat16 weight and a float32 a, up to rank 32: three launches for every four. `fill` is not called.
 bool row_norm_sm90_serves(const RowNorm& norm);
 void row_norms_sm90(const std::vector<RowNorm>& norms);
 void part_sums_cuda(const std::vector<PartSum>& sums);

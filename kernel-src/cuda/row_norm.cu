@@ -5,7 +5,7 @@
 // split into two fp16 parts first (22 bits; a power of two per column of A and row of B keeps
 // them in range) and multiplied in three terms. The tiles are dealt out evenly to as many
 // blocks as the GPU holds; a last kernel adds each row's partial sums in a fixed order, so
-// results are deterministic on a given GPU. Large weights on Hopper go to row_norm_sm90.cu.
+// results are deterministic on a given GPU. Large bfloat16 weights beside a float32 A go to row_norm_sm90.cu on Hopper.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
@@ -284,14 +284,34 @@ void launch_finish(const std::vector<Work>& works, cudaStream_t stream) {
 
 }  // namespace
 
+namespace {
+
+// From so many elements in all, larger than a 4096×4096, on, a launch more pays on Hopper.
+constexpr int64_t kOnHopper = int64_t(5) << 22;
+
+// Takes out of `norms` those that row_norms_sm90 is to make.
+std::vector<RowNorm> take_for_hopper(std::vector<RowNorm>& norms) {
+  std::vector<RowNorm> taken, left;
+  int64_t elements = 0;
+  for (const RowNorm& of : norms) {
+    const bool serves = !of.fill && row_norm_sm90_serves(of);
+    if (serves) elements += of.weight.numel();
+    (serves ? taken : left).push_back(of);
+  }
+  if (elements < kOnHopper) return {};
+  norms = left;
+  return taken;
+}
+
+}  // namespace
+
 void lora_fused::row_norms_cuda(const std::vector<RowNorm>& all) {
-  std::vector<RowNorm> on_hopper, norms;
   for (const RowNorm& of : all) {
     check_row_norm(of.weight, of.a, of.b, /*cuda=*/true);
     if (of.magnitude) check_gain(*of.magnitude, of.norm, /*cuda=*/true);
-    (row_norm_sm90_serves(of) ? on_hopper : norms).push_back(of);
   }
-  if (!on_hopper.empty()) row_norms_sm90(on_hopper);
+  std::vector<RowNorm> norms = all;
+  row_norms_sm90(take_for_hopper(norms));
   for (size_t first = 0; first < norms.size(); first += kNorms) {
     std::vector<Work> works;
     int64_t floats = 0;

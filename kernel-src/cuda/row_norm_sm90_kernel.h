@@ -1,4 +1,5 @@
-// The kernels of row_norm_sm90.cu: DoRA's norms of a group on Hopper, from one read of each weight.
+// The kernels of row_norm_sm90.cu: DoRA's norms of a group on Hopper, from one read of each weight, for a bfloat16 W and a
+// float32 A.
 //
 //   |w + s·b A|² = |w|² + 2s b·(A w) + s² b·(A Aᵀ) b      for each row w of W [N, K] and b of B [N, R]
 //
@@ -6,7 +7,9 @@
 // evenly, a run to each block, so that a run begins and ends anywhere in a row. One thread loads; four warpgroups
 // multiply 64 rows each by A and square what they multiply. Where rows or run end they apply B, in float32, and leave
 // |w|² and 2s b·(A w) of the run as one number each a row. A second kernel adds these up in their order, and A Aᵀ.
-// A wgmma truncates what it adds to: those of a step are a sum of their own, and steps are added up in registers.
+// A is two bfloat16 parts below each other, 16 of its 24 bits, whose products are added up; B is of any dtype. A wgmma
+// truncates what it adds to: those of a step are a sum of their own, and steps are added up in registers. Terms cancel
+// where s·b A nearly takes w away: an error of 1e-7 of |w|², not of the result.
 // Everything is 128-byte swizzled; ragged edges and ranks are what the copy engine fills with zeros.
 #pragma once
 
@@ -23,7 +26,7 @@ constexpr int kThreads = 128 * (kGroups + 1), kConsumerRegisters = 112, kProduce
 constexpr int kBox = 64 * 128;  // bytes of 64 rows of 64 elements
 constexpr int kStages = 5, kWBytes = kGroups * kBox, kStageBytes = kWBytes + kBox;
 constexpr int kBarriers = kStages * kStageBytes, kBytes = kBarriers + 2 * kStages * 8 + 1024;  // to align the base
-constexpr int kMostRanks = 64, kEntries = 8, kFinishes = 8;  // of one launch
+constexpr int kMostRanks = 32, kEntries = 8;  // of one launch
 
 enum Dtype : int { kFloat, kBFloat16, kHalf };
 
@@ -43,12 +46,12 @@ struct MatrixB {  // [N, R]
   }
 };
 
-// W and A, or A and A with a place for A Aᵀ. A has `parts` parts below each other.
+// W and A, or A and A with a place for A Aᵀ.
 struct Entry {
   CUtensorMap w, a;
   MatrixB b;
-  float* gram;  // [runs, kWidth, kWidth] or null
-  int rows, parts, steps, tiles;  // steps of a tile
+  float* gram;             // [runs, kWidth, kWidth] or null
+  int rows, steps, tiles;  // steps of a tile
   int first_step, first_tile, first_block;
   float scaling;
 };
@@ -70,6 +73,12 @@ struct Run {
 // The block whose run has a step.
 __host__ __device__ inline int block_of(int64_t step, int steps, int blocks) {
   return static_cast<int>(((step + 1) * blocks - 1) / steps);
+}
+
+// Blocks whose runs have steps of an entry.
+inline int runs_of(const Entry& e, const Arguments& args) {
+  const int64_t last = e.first_step + int64_t{e.tiles} * e.steps - 1;
+  return block_of(last, args.steps, args.blocks) - block_of(e.first_step, args.steps, args.blocks) + 1;
 }
 
 // Where a step is.
@@ -115,13 +124,12 @@ __device__ __forceinline__ void produce(const Arguments& args, uint32_t base, co
 
 // One warpgroup: adds the squares of a box of 64 rows and 64 columns, to four rows a thread, 16 apart; eight
 // neighbouring threads share a row.
-template <typename T>
 __device__ __forceinline__ void add_squares(float (&squares)[4], const uint8_t* box) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint4 eight = *reinterpret_cast<const uint4*>(box + 16 * (threadIdx.x % 128) + 16 * 128 * i);
     for (const uint32_t both : {eight.x, eight.y, eight.z, eight.w}) {
-      const float2 x = unpack<T>(both);
+      const float2 x = unpack<__nv_bfloat16>(both);
       squares[i] = fmaf(x.x, x.x, fmaf(x.y, x.y, squares[i]));
     }
   }
@@ -150,7 +158,7 @@ __device__ __forceinline__ void leave(const Arguments& args, const Entry& e, int
 #pragma unroll
       for (int i = 0; i < kWidth / 4; ++i) {
         const int col = i / 2 * 8 + lane % 4 * 2 + i % 2, rank = col < e.b.ranks ? col : col - e.b.ranks;
-        b[i] = row < e.rows && col < e.parts * e.b.ranks ? widen(data[int64_t{row} * e.b.ranks + rank]) : 0.0f;
+        b[i] = row < e.rows && col < 2 * e.b.ranks ? widen(data[int64_t{row} * e.b.ranks + rank]) : 0.0f;
       }
     });
 #pragma unroll
@@ -166,7 +174,7 @@ __device__ __forceinline__ void leave(const Arguments& args, const Entry& e, int
   }
 }
 
-template <typename T, int kWidth>
+template <int kWidth>
 __device__ __forceinline__ void consume(const Arguments& args, const uint8_t* shared, uint32_t base, const Run& run) {
   constexpr uint64_t kNext = kPart * 2 >> 4;
   const int group = threadIdx.x / 128;
@@ -182,9 +190,9 @@ __device__ __forceinline__ void consume(const Arguments& args, const uint8_t* sh
     const uint64_t a = matrix_descriptor(base + ring.stage * kStageBytes + kWBytes, kBox, 1024);
     wgmma_fence();
 #pragma unroll
-    for (int part = 0; part < kStep / kPart; ++part) wgmma<T, 0, 0>(acc, w + part * kNext, a + part * kNext, part > 0);
+    for (int part = 0; part < kStep / kPart; ++part) wgmma<__nv_bfloat16, 0, 0>(acc, w + part * kNext, a + part * kNext, part > 0);
     wgmma_commit();
-    add_squares<T>(squares, shared + offset);
+    add_squares(squares, shared + offset);
     wgmma_wait<0>();
     keep_below(acc);
 #pragma unroll
@@ -201,8 +209,8 @@ __device__ __forceinline__ void consume(const Arguments& args, const uint8_t* sh
   }
 }
 
-// kWidth: ranks of all entries, rounded up to what a wgmma takes.
-template <typename T, int kWidth>
+// kWidth: twice the ranks of all entries, rounded up to what a wgmma takes.
+template <int kWidth>
 __global__ __launch_bounds__(kThreads, 1) void products_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t shared[];
@@ -219,7 +227,7 @@ __global__ __launch_bounds__(kThreads, 1) void products_kernel(const __grid_cons
   const Run run(args);
   if (threadIdx.x < 32 * kConsumerWarps) {
     registers_raise<kConsumerRegisters>();
-    consume<T, kWidth>(args, shared + (base - start), base, run);
+    consume<kWidth>(args, shared + (base - start), base, run);
   } else {
     registers_lower<kProducerRegisters>();
     if (threadIdx.x == 32 * kConsumerWarps) produce<kWidth>(args, base, run);
@@ -227,54 +235,51 @@ __global__ __launch_bounds__(kThreads, 1) void products_kernel(const __grid_cons
 #endif
 }
 
-// The norms of one weight, or of rows of it, and its gains where there is a magnitude.
+// The norms of one weight, and its gains where there is a magnitude.
 struct Finish {
   const float *products, *squares, *gram, *magnitude;
   MatrixB b;
   float *norm, *gain;
-  int rows, parts, steps, first_step, first_tile;
+  int rows, steps, first_step, first_tile;
   int all_steps, blocks;  // of the launch
-  int grams, gram_width;
+  int grams;
   float scaling, unit;  // unit: of gain_of
 };
 
 struct Finishes {
-  Finish of[kFinishes];
+  Finish of[kEntries / 2];
 };
 
-constexpr int kFinishThreads = 256;
-__host__ __device__ constexpr int finish_rows(int ranks) { return ranks > 32 ? 64 : 128; }  // of a block: what shared memory holds of B
+constexpr int kFinishThreads = 256, kFinishRows = 128;  // of a block
 
-// Of norm blockIdx.y, a row a thread.
+// Of norm blockIdx.y, a row a thread. kRanks: of all, rounded up.
 template <int kRanks>
 __global__ __launch_bounds__(kFinishThreads) void finish_kernel(const __grid_constant__ Finishes all) {
-  constexpr int kBlockRows = finish_rows(kRanks), kElements = (kRanks * kRanks + kFinishThreads - 1) / kFinishThreads;
-  __shared__ float4 gram[kRanks * kRanks / 4];
-  __shared__ float rows_of_b[kBlockRows][kRanks + 1];
+  constexpr int kWidth = 2 * kRanks, kElements = (kRanks * kRanks + kFinishThreads - 1) / kFinishThreads, kBatch = 8;
+  __shared__ float4 gram[kElements * kFinishThreads / 4];
+  __shared__ float rows_of_b[kFinishRows][kRanks + 1];
   const Finish& f = all.of[blockIdx.y];
-  const int first = blockIdx.x * kBlockRows, count = min(kBlockRows, f.rows - first), ranks = f.b.ranks;
+  const int first = blockIdx.x * kFinishRows, count = min(kFinishRows, f.rows - first), ranks = f.b.ranks;
   if (count <= 0) return;
   f.b.read([&](const auto* data) {
 #pragma unroll
-    for (int j = 0; j < kBlockRows * kRanks / kFinishThreads; ++j) {
+    for (int j = 0; j < kFinishRows * kRanks / kFinishThreads; ++j) {
       const int i = threadIdx.x + j * kFinishThreads, row = i / kRanks, rank = i % kRanks;
       rows_of_b[row][rank] = row < count && rank < ranks ? widen(data[int64_t{first + row} * ranks + rank]) : 0.0f;
     }
   });
-  // A Aᵀ, of one part or two of A, is the sum of each run's one block of it or four: many asked for at once.
-  constexpr int kBatch = kElements > 4 ? 2 : 8;
-  const int terms = f.grams * f.parts * f.parts, two = f.parts - 1;
+  // A Aᵀ is the sum of each run's four blocks of it, two parts by two: many asked for at once.
   float sums[kElements] = {};
-  for (int term = 0; term < terms; term += kBatch) {
+  for (int term = 0; term < 4 * f.grams; term += kBatch) {
     float batch[kBatch][kElements];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int t = term + i, row = (t & two) * ranks, col = (t >> 1 & two) * ranks;
-      const float* const from = f.gram + ((t >> 2 * two) * f.gram_width + row) * f.gram_width + col;
+      const int t = term + i, row = t % 2 * ranks, col = t / 2 % 2 * ranks;
+      const float* const from = f.gram + (t / 4 * kWidth + row) * kWidth + col;
 #pragma unroll
       for (int j = 0; j < kElements; ++j) {
         const int at = threadIdx.x + j * kFinishThreads, r = at / kRanks, c = at % kRanks;
-        batch[i][j] = t < terms && r < ranks && c < ranks ? from[r * f.gram_width + c] : 0.0f;
+        batch[i][j] = t < 4 * f.grams && r < ranks && c < ranks ? from[r * kWidth + c] : 0.0f;
       }
     }
 #pragma unroll
