@@ -11,14 +11,6 @@ import pathlib
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 H200 = ROOT / "benchmarks" / "results" / "h200"
 README = ROOT / "README.md"
-# Results files, the newest first: a case is shown as it was measured last. The mark says with which sources, as
-# README has them.
-FILES = (
-    ("benchmark_lora.json", ""),
-    ("benchmark_lora_8f3cf4d.json", "¶"),
-    ("benchmark_lora_a970b45.json", "§"),
-    ("benchmark_lora_0bc905e.json", "†"),
-)
 KINDS = ("llama-8b", "high-rank", "linear", "small")
 
 
@@ -55,16 +47,12 @@ def place(result: dict) -> tuple:
 
 
 def table() -> str:
-    """Markdown of every case in the results files."""
-    rows = {}
-    for name, mark in FILES:
-        for r in sorted(read(name)["results"], key=place):
-            variant = r["variant"] + (f", r={r['rank']}" if r["rank"] != 32 else "")
-            case = (shape_of(r), variant, r["adapter"] + (", autocast" if r["autocast"] else ""))
-            rows.setdefault(case, (place(r), mark, r))
+    """Markdown of every case in the results file."""
     lines = ["| Case | Variant | Adapter | Frozen base | lora-fused | PEFT |", "|---|---|---|---|---|---|"]
-    for (shape, variant, adapter), (_, mark, r) in sorted(rows.items(), key=lambda row: row[1][0]):
-        cells = [f"{shape}{mark}", variant, adapter, *(cell(r, who) for who in ("frozen", "ours", "peft"))]
+    for r in sorted(read("benchmark_lora.json")["results"], key=place):
+        variant = r["variant"] + (f", r={r['rank']}" if r["rank"] != 32 else "")
+        adapter = r["adapter"] + (", autocast" if r["autocast"] else "")
+        cells = [shape_of(r), variant, adapter, *(cell(r, who) for who in ("frozen", "ours", "peft"))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
