@@ -36,7 +36,9 @@ def test_norm_without_a_table_sized_transient(lora_fused):
 HALVES = (torch.float16,) + ((torch.bfloat16,) if torch.cuda.is_available() else ())
 KERNELS = [("triton", case, dtype) for case in CASES for dtype in (torch.float32, *HALVES)]
 if torch.cuda.is_available():
-    KERNELS += [("cuda", case, dtype) for case in CASES for dtype in HALVES if case.h % 8 == 0]
+    # Enough tokens for large blocks and for several steps of one, ids that come again far apart, the largest rank.
+    LARGE = (Case((1500,), 400, 1032, 20, padding=5), Case((5000,), 300, 520, 8), Case((700,), 50, 64, 512))
+    KERNELS += [("cuda", case, dtype) for case in (*CASES, *LARGE) for dtype in HALVES if case.h % 8 == 0]
 
 
 @pytest.mark.parametrize("backend,case,dtype", KERNELS, ids=str)
@@ -113,6 +115,9 @@ def test_choice_of_backend(lora_fused):
         assert choose(on_gpu, up_to) == "cuda" and choose(on_gpu, up_to + 1) == "triton"
         assert choose(on_gpu._replace(lora_a=on_gpu.lora_a.t().contiguous().t()), 5) == "triton"
         assert choose(on_gpu._replace(lora_a=on_gpu.lora_a.double()), 5) == "reference"
+        for rank, name in ((lora_fused.cuda_embedding.RANKS, "cuda"), (lora_fused.cuda_embedding.RANKS + 1, "triton")):
+            a, b = torch.empty(rank, 16, device="cuda"), torch.empty(8, rank, device="cuda")
+            assert choose(on_gpu._replace(lora_a=a, lora_b=b), 5) == name
     for backend in ("cutlass", "cuda"):
         with pytest.raises(ValueError, match=f"^backend: '{backend}'"):
             lora_fused.lora_embedding(torch.tensor([1]), *table[:3], 1.0, backend=backend)

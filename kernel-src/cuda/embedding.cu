@@ -12,6 +12,7 @@
 
 #include "../../torch-ext/torch_binding.h"
 #include "../common/products.h"
+#include "device.h"
 #include "embedding_backward.h"
 #include "embedding_forward.h"
 #include "stream.h"
@@ -24,6 +25,8 @@ using lora_fused::stream_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
+
+constexpr int64_t kMostRanks = ManyTokens::kMost * kRanks;  // cuda_embedding.py asks for no more
 
 void check(const Tensor& t, const char* name, const Tensor& weight) {
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == weight.get_device_index(), name,
@@ -52,6 +55,7 @@ Args arguments(const Tensor& ids, const Tensor& weight, const Tensor& lora_a, co
                       lora_a.size(1) == weight.size(0) && lora_b.size(0) == weight.size(1) &&
                       lora_a.size(0) == lora_b.size(1) && lora_a.size(0) > 0,
                   "embedding: expected weight [V, H], lora_a [R, V], lora_b [H, R]");
+  STD_TORCH_CHECK(lora_a.size(0) <= kMostRanks, "lora_a: expected a rank of at most ", kMostRanks);
   STD_TORCH_CHECK(weight.size(0) <= INT32_MAX && weight.size(1) <= INT32_MAX / 64,
                   "weight: expected fewer rows and columns");
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::BFloat16 ||
@@ -76,16 +80,26 @@ Args arguments(const Tensor& ids, const Tensor& weight, const Tensor& lora_a, co
 
 unsigned ceil_div(int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); }
 
+template <typename T, typename P, typename Block>
+void launch_forward(const Tensor& y, float* rows, int64_t steps, const Args& p, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(typename Block::Shared);
+  static lora_fused::SharedMemory shared_memory;
+  shared_memory.allow(gather_add_fwd_kernel<T, P, Block>, kBytes, y.get_device_index());
+  const dim3 grid(ceil_div(p.h, Block::kThreads), ceil_div(p.m, steps * kForwardTokens));
+  gather_add_fwd_kernel<T, P, Block><<<grid, Block::kThreads, kBytes, stream>>>(
+      static_cast<T*>(y.mutable_data_ptr()), rows, static_cast<int>(steps), p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 template <typename T, typename P>
 void run_forward(const Tensor& y, float* rows, const Args& p, cudaStream_t stream) {
-  // Enough blocks to fill a GPU first, then more tokens for each reading of B.
-  const unsigned columns = ceil_div(p.h, kForwardCols);
-  const int64_t steps = ceil_div(p.m, kForwardTokens);
-  const int tokens =
-      static_cast<int>(std::clamp<int64_t>(steps * columns / 1024, 1, 16)) * kForwardTokens;
-  gather_add_fwd_kernel<T, P><<<dim3(columns, ceil_div(p.m, tokens)), kForwardThreads, 0, stream>>>(
-      static_cast<T*>(y.mutable_data_ptr()), rows, tokens, p);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const int64_t steps = ceil_div(p.m, kForwardTokens), all = lora_fused::multiprocessors(y.get_device_index());
+  if (p.r <= kRanks && steps * ceil_div(p.h, FewTokens::kThreads) <= 3 * all)
+    return launch_forward<T, P, FewTokens>(y, rows, 1, p, stream);
+  // As many blocks as there are multiprocessors, or a multiple of that.
+  const int64_t at_once = std::max<int64_t>(all / ceil_div(p.h, ManyTokens::kThreads), 1);
+  const int64_t most = ManyTokens::kMost / ceil_div(p.r, kRanks), rounds = ceil_div(steps, at_once * most);
+  launch_forward<T, P, ManyTokens>(y, rows, ceil_div(steps, at_once * rounds), p, stream);
 }
 
 template <typename T>

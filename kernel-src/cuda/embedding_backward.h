@@ -281,22 +281,30 @@ __device__ __forceinline__ void scatter_rows(int64_t token, void* __restrict__ d
   for (int rank0 = 0; rank0 < p.r; rank0 += 32) {
     const int rank = rank0 + lane;
     float total = 0.0f;
-    for (int64_t start = token; start < p.m; start += 32) {
-      const int64_t other = start + lane;
-      uint32_t same = __ballot_sync(0xffffffffu, other < p.m && load_id(p, other) == own);
-      while (same != 0) {
-        float values[kAtOnce];
+    for (int64_t start = token; start < p.m; start += 32 * kAtOnce) {
+      uint32_t mine = 0;
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          const int bit = __ffs(same) - 1;
-          same &= same - 1;
-          values[i] = 0.0f;
-          if (bit < 0 || rank >= p.r) continue;
-          for (int part = 0; part < q.parts; ++part)
-            values[i] += q.drows[(part * p.m + start + bit) * p.r + rank];
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t other = start + i * 32 + lane;
+        if (other < p.m && load_id(p, other) == own) mine |= 1u << i;
+      }
+      if (!__any_sync(0xffffffffu, mine != 0)) continue;
+      for (int i = 0; i < kAtOnce; ++i) {
+        uint32_t same = __ballot_sync(0xffffffffu, mine >> i & 1u);
+        while (same != 0) {
+          float values[kAtOnce];
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) {
+            const int bit = __ffs(same) - 1;
+            same &= same - 1;
+            values[j] = 0.0f;
+            if (bit < 0 || rank >= p.r) continue;
+            for (int part = 0; part < q.parts; ++part)
+              values[j] += q.drows[(part * p.m + start + i * 32 + bit) * p.r + rank];
+          }
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) total += values[j];
         }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) total += values[i];
       }
     }
     if (rank < p.r) store(da, p.a.dtype, rank * p.v + own, total);

@@ -14,18 +14,20 @@ from .table import Table, TableSpec
 
 _HALVES = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, *_HALVES)
+RANKS = 512  # up to which the ops hold A of some tokens in shared memory
 NORM_RANKS = 64  # up to which `column_norm` holds B in registers
 
 
 def fits(table: Table) -> bool:
     """Whether the ops take this table: half precision on a GPU, contiguous, rows
-    of 16-byte pieces, A and B of one dtype."""
+    of 16-byte pieces, A and B of one dtype, a rank up to RANKS."""
     weight, lora_a, lora_b, _, _ = table
     return (
         weight.is_cuda
         and weight.dtype in _HALVES
         and all(tensor is None or tensor.dtype in _DTYPES for tensor in table)
         and lora_a.dtype == lora_b.dtype
+        and lora_a.shape[0] <= RANKS
         and weight.shape[1] % 8 == 0
         and weight.is_contiguous()
         and lora_a.is_contiguous()
