@@ -318,16 +318,18 @@ def test_a_gain_near_one_is_not_lost(lora_fused, dtype, dropout):
     layer.lora_magnitude_vector["default"].weight.data = (norm * (1 + 2**-12)).float()
     ours, x = kernelized(lora_fused, model), torch.randn(64, 64).to(dtype)
     seen = []
-    gain, gains = lora_fused.ops.gain, lora_fused.ops.dora_gains
 
-    def several(*args):
-        result = gains(*args)
-        seen.extend(result[1])
-        return result
+    def watched(op):
+        def call(*args):
+            result = op(*args)
+            seen.extend([result] if isinstance(result, torch.Tensor) else result[-1])
+            return result
+
+        return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lora_fused.ops, "gain", lambda *args: seen.append(gain(*args)) or seen[-1])
-        patch.setattr(lora_fused.ops, "dora_gains", several)
+        for name in ("gain", "dora_gains", "lora_forward"):  # the last results of the two others are gains
+            patch.setattr(lora_fused.ops, name, watched(getattr(lora_fused.ops, name)))
         ours(x)
     assert seen and all(g.dtype == torch.float32 for g in seen)
     torch.testing.assert_close(seen[0] - 1, torch.full_like(seen[0], 2**-12), rtol=0.01, atol=0)

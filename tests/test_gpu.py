@@ -119,6 +119,22 @@ def test_passes_over_dy_of_a_group_are_one_launch(lora_fused):
     assert sum(count for name, count in counted.items() if "token_sums_reduce" in name) == 1, counted
 
 
+@pytest.mark.parametrize("dtype, pieces", ((BF16, 0), (torch.float32, 1)), ids=("product's", "another"))
+def test_doras_norm_reads_what_the_product_dequantised(lora_fused, dtype, pieces):
+    """A weight in four bits that was in the product's dtype becomes floating point once in a forward."""
+    pytest.importorskip("bitsandbytes")
+    import quantised
+
+    model = quantised.replace(Single().to("cuda", dtype), lambda linear: quantised.four_bit(linear, BF16, "cuda"))
+    model = get_peft_model(model, LoraConfig(r=16, target_modules=["proj"], use_dora=True)).train()
+    randomise_adapters(model, torch.float32)
+    assert all(row.fused for row in quantised.fuse(lora_fused, model, "cuda"))
+    x = torch.randn(ROWS, K, device="cuda", dtype=BF16, requires_grad=True)
+    step(model, x)
+    counted = launches(lambda: step(model, x))
+    assert sum(count for name, count in counted.items() if "dequantize_4bit" in name) == 1 + pieces, counted
+
+
 hopper_alone = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="for Hopper GPUs alone"
 )

@@ -72,9 +72,10 @@ def test_llama_under_autocast(lora_fused, device, names, config):
         assert mine <= FACTOR * peft + UNIT[BF16], (name, mine.item(), peft.item())
 
 
-def test_a_frozen_quantised_member(lora_fused, device):
+@pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=("lora", "dora"))
+def test_a_frozen_quantised_member(lora_fused, device, config):
     """A gated MLP of which only gate is adapted: the others are quantised members without an adapter."""
-    model, ids = quantised.llama(device, target_modules=["gate_proj", "q_proj"])
+    model, ids = quantised.llama(device, target_modules=["gate_proj", "q_proj"], **config)
     theirs = run(model, ids)
     quantised.fuse(lora_fused, model, device)
     ours = run(model, ids)

@@ -30,9 +30,9 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "dy_products(Tensor[] dy, Tensor[] b, Tensor[] t, Tensor(a!)[] dt, Tensor(b!)[] db, float scaling) -> ()");
   ops.def(
       "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
-      "Tensor?[] lora_b, Tensor?[] gains, float[] scalings, Tensor? seeds, float[] dropouts, "
+      "Tensor?[] lora_b, Tensor?[] gains, Tensor?[] magnitudes, float[] scalings, Tensor? seeds, float[] dropouts, "
       "Tensor[] scales, int[] quantized, bool exact) "
-      "-> (Tensor[], Tensor[], Tensor)");
+      "-> (Tensor[], Tensor[], Tensor, Tensor[], Tensor[])");
   ops.def(
       "lora_backward(Tensor?[] dys, Tensor x, Tensor t, Tensor[] us, Tensor[] weights, "
       "Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, Tensor?[] norms, "
@@ -41,9 +41,9 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "-> (Tensor[], Tensor[])");
   ops.def(
       "gated_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
-      "Tensor?[] lora_b, Tensor?[] gains, float[] scalings, Tensor? seeds, float[] dropouts, "
+      "Tensor?[] lora_b, Tensor?[] gains, Tensor?[] magnitudes, float[] scalings, Tensor? seeds, float[] dropouts, "
       "Tensor[] scales, int[] quantized, bool exact, int activation, int gate_half, "
-      "bool up_to_h) -> (Tensor, Tensor[], Tensor[], Tensor[])");
+      "bool up_to_h) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])");
   ops.def(
       "gated_backward(Tensor dy, Tensor x, Tensor[] outputs, Tensor[] us, Tensor[] ts, "
       "Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, "

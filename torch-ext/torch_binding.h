@@ -48,10 +48,11 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_gains(
     lora_fused::Tensors weights, lora_fused::Tensors lora_a, lora_fused::Tensors lora_b,
     lora_fused::Tensors magnitudes, std::vector<double> scalings, lora_fused::Tensors scales,
     std::vector<int64_t> quantized);
-std::tuple<lora_fused::Tensors, lora_fused::Tensors, torch::stable::Tensor> lora_forward(
+std::tuple<lora_fused::Tensors, lora_fused::Tensors, torch::stable::Tensor, lora_fused::Tensors, lora_fused::Tensors>
+lora_forward(
     const torch::stable::Tensor& x, lora_fused::Tensors weights, lora_fused::Optionals biases,
     lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals gains,
-    std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
+    lora_fused::Optionals magnitudes, std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
     std::vector<double> dropouts, lora_fused::Tensors scales, std::vector<int64_t> quantized, bool exact);
 std::tuple<lora_fused::Tensors, lora_fused::Tensors> lora_backward(
     lora_fused::Optionals dys, const torch::stable::Tensor& x, const torch::stable::Tensor& t,
@@ -61,11 +62,12 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors> lora_backward(
     std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts,
     lora_fused::Tensors scales, std::vector<int64_t> quantized, bool exact, bool need_dx,
     std::vector<int64_t> needs);
-std::tuple<torch::stable::Tensor, lora_fused::Tensors, lora_fused::Tensors, lora_fused::Tensors>
+std::tuple<torch::stable::Tensor, lora_fused::Tensors, lora_fused::Tensors, lora_fused::Tensors, lora_fused::Tensors,
+           lora_fused::Tensors>
 gated_forward(const torch::stable::Tensor& x, lora_fused::Tensors weights,
               lora_fused::Optionals biases, lora_fused::Optionals lora_a,
               lora_fused::Optionals lora_b, lora_fused::Optionals gains,
-              std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
+              lora_fused::Optionals magnitudes, std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
               std::vector<double> dropouts, lora_fused::Tensors scales,
               std::vector<int64_t> quantized, bool exact, int64_t activation, int64_t gate_half,
               bool up_to_h);

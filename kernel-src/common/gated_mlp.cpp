@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "../../torch-ext/torch_binding.h"
-#include "projections.h"
+#include "dora_norms.h"
 
 using namespace lora_fused;
 
@@ -59,22 +59,23 @@ struct Halves {
 
 }  // namespace
 
-std::tuple<Tensor, Tensors, Tensors, Tensors> gated_forward(
+std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> gated_forward(
     const Tensor& x, Tensors weights, Optionals biases, Optionals lora_a, Optionals lora_b, Optionals gains,
-    std::vector<double> scalings, std::optional<Tensor> seeds, std::vector<double> dropouts, Tensors scales,
-    std::vector<int64_t> quantized, bool exact, int64_t activation, int64_t gate_half, bool up_to_h) {
+    Optionals magnitudes, std::vector<double> scalings, std::optional<Tensor> seeds, std::vector<double> dropouts,
+    Tensors scales, std::vector<int64_t> quantized, bool exact, int64_t activation, int64_t gate_half, bool up_to_h) {
   const OnDevice device(x);
   const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact};
   const size_t inputs = weights.size() - 1;
+  const Norms norms(lists, magnitudes, gains, x.scalar_type());
   const Members in(lists, 0, inputs), out(lists, inputs, 1);
   STD_TORCH_CHECK(!up_to_h || !out.gain(0), "gated_forward: DoRA's backward needs the last product");
   const Halves halves{inputs == 1, gate_half};
   const View rows = matrix(x);
-  Outputs first = project(rows, rows.tensor(), in, /*scaled_too=*/false);
+  Outputs first = project(rows, rows.tensor(), in, norms, /*scaled_too=*/false);
   const auto [gate, up] = halves.of(first.ys);
   const View h = fresh_like(gate);
   run_gated({gate, up, h, {}, {}, {}, activation, halves.gain(in, 0), halves.gain(in, 1)});
-  Outputs last = up_to_h ? Outputs{{h.tensor()}, {}, project_down(h, out)} : project(h, x, out, /*scaled_too=*/true);
+  Outputs last = up_to_h ? Outputs{{h.tensor()}, {}, project_down(h, out)} : project(h, x, out, norms, /*scaled_too=*/true);
   Tensors us;  // of members whose output is not their u, and of down
   size_t next_u = 0;
   for (size_t i = 0; i < inputs; ++i) {
@@ -83,7 +84,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> gated_forward(
     ++next_u;
   }
   us.insert(us.end(), last.us.begin(), last.us.end());
-  return {last.ys[0], first.ys, us, Tensors{first.t, last.t}};
+  return {last.ys[0], first.ys, us, Tensors{first.t, last.t}, norms.norms(), norms.gains()};
 }
 
 std::tuple<Tensors, Tensors> gated_backward(const Tensor& dy, const Tensor& x, Tensors outputs, Tensors us,

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "dora_norms.h"
 #include "dropout.h"
 #include "../../torch-ext/torch_binding.h"
 
@@ -200,11 +201,16 @@ Dropped Members::mask(size_t i) const {
 
 Tensor Members::weight(size_t i, ScalarType dtype) const {
   const Tensor& stored = lists_.weights[first_ + i];
-  if (lists_.quantized.empty() || quantized(i)[0] == 0) return stored;
-  const FourBitWeight packed(stored, lists_.scales, quantized(i));
-  const Tensor weight = empty(stored, {packed.rows(), packed.cols()}, dtype);
-  packed.dequantize(0, weight);
+  const std::optional<FourBitWeight> packed = this->packed(i);
+  if (!packed) return stored;
+  const Tensor weight = empty(stored, {packed->rows(), packed->cols()}, dtype);
+  packed->dequantize(0, weight);
   return weight;
+}
+
+std::optional<FourBitWeight> Members::packed(size_t i) const {
+  if (lists_.quantized.empty() || quantized(i)[0] == 0) return std::nullopt;
+  return FourBitWeight(lists_.weights[first_ + i], lists_.scales, quantized(i));
 }
 
 bool Members::any_masked() const {
@@ -332,13 +338,14 @@ Tensor project_down(const View& x, const Members& members) {
   return project_down(x, members, adapters, drops);
 }
 
-Outputs project(const View& x, const Tensor& like, const Members& members, bool scaled_too) {
+Outputs project(const View& x, const Tensor& like, const Members& members, const Norms& norms, bool scaled_too) {
   const Adapters adapters(x, members, true, true);
   std::vector<MaybeView> drops(members.count());
   Outputs out{{}, {}, project_down(x, members, adapters, drops)};
   for (size_t i = 0; i < members.count(); ++i) {
     const int64_t n = members.outputs(i);
     const Tensor weight = members.weight(i, x.scalar_type());
+    norms.from_weight(members.index(i), weight);
     const auto terms = [&](const View& input) {
       std::vector<Term> sum{{input, View(weight).transposed()}};
       if (members.b(i)) sum.push_back({adapters.part(out.t, i), adapters.b[i]->transposed()});

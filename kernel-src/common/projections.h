@@ -59,6 +59,8 @@ class Members {
   size_t index(size_t i) const { return first_ + i; }
   // [N, K] in `dtype`; of a quantised weight a copy that lives as long as its caller keeps it.
   Tensor weight(size_t i, ScalarType dtype) const;
+  // None of a weight in floating point.
+  std::optional<FourBitWeight> packed(size_t i) const;
   int64_t outputs(size_t i) const {
     return lists_.quantized.empty() || quantized(i)[0] == 0 ? lists_.weights[first_ + i].size(0) : quantized(i)[1];
   }
@@ -121,9 +123,11 @@ struct Outputs {
   Tensor t;      // [M, Σ R], three times as wide where exact
 };
 
+class Norms;  // dora_norms.h
+
 // For x [M, K]; ys are shaped as `like` is but for the last dimension. Without `scaled_too` a scaled
 // member's y is left out, and its place in ys holds u.
-Outputs project(const View& x, const Tensor& like, const Members& members, bool scaled_too);
+Outputs project(const View& x, const Tensor& like, const Members& members, const Norms& norms, bool scaled_too);
 
 // Outputs::t alone, of members without a gain.
 Tensor project_down(const View& x, const Members& members);

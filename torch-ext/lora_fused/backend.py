@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_embedding, ops, reference, reference_embedding, tuned
-from .projection import FourBit, Operands, Taken
+from .projection import FourBit, Operands, Quantized, Taken
 from .table import Table
 
 REFERENCE = "reference"
@@ -99,21 +99,28 @@ def dora_gains(
     for i, magnitude in enumerate(magnitudes):
         if magnitude is None:
             continue
-        if formats and formats[i] is not None:
+        if norm_is_native(weights[i], lora_a[i], lora_b[i], formats[i] if formats else None):
             batch.append(i)
-            continue
-        double = torch.float64 in (weights[i].dtype, lora_a[i].dtype, lora_b[i].dtype)
-        if double or _row_norm_pays_in_triton(weights[i], lora_a[i].shape[0]):
+        else:
             norms[i] = row_norm(weights[i], lora_a[i], lora_b[i], scalings[i])
             gains[i] = ops.gain(magnitude, norms[i])
-        else:
-            batch.append(i)
     if batch:
         fields = ([field[i] for i in batch] for field in (weights, lora_a, lora_b, magnitudes, scalings))
         numbers = [number for i in batch for number in quantized[7 * i : 7 * i + 7]]
         for i, norm, gain in zip(batch, *ops.dora_gains(*fields, scales, numbers)):
             norms[i], gains[i] = norm, gain
     return norms, gains
+
+
+def norm_is_native(weight: Tensor, lora_a: Tensor, lora_b: Tensor, quantized: Optional[Quantized]) -> bool:
+    """Whether the native ops make this norm, in a forward or together with others: of a weight in floating point that
+    Triton does not take, or in four bits."""
+    dtype = weight.dtype if quantized is None else quantized.dtype
+    if dtype == torch.float64 or lora_a.dtype == torch.float64 or lora_b.dtype == torch.float64:
+        return False
+    if quantized is not None:
+        return isinstance(quantized, FourBit)
+    return not _row_norm_pays_in_triton(weight, lora_a.shape[0])
 
 
 def _row_norm_pays_in_triton(weight: Tensor, rank: int) -> bool:

@@ -52,8 +52,14 @@ def dora_gains(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(`row_norm`, `gain`) of each member, in float32. Weights in four bits, described by `scales` and `quantized` as
     kernel-src/common/projections.h has them, become floating point some rows at a time."""
-    ready = [m if m.dtype == torch.float32 and m.is_contiguous() else m.float().contiguous() for m in magnitudes]
+    ready = [as_magnitude(magnitude) for magnitude in magnitudes]
     return ops.dora_gains(weights, lora_a, lora_b, ready, scalings, scales, quantized)
+
+
+def as_magnitude(magnitude: Tensor) -> Tensor:
+    """As the native ops take it: contiguous, in float32."""
+    plain = magnitude.dtype == torch.float32 and magnitude.is_contiguous()
+    return magnitude if plain else magnitude.float().contiguous()
 
 
 @torch.library.register_fake(add_op_namespace_prefix("dequantize_4bit"))
@@ -65,14 +71,26 @@ def _dequantize_4bit_fake(
 
 @torch.library.register_fake(add_op_namespace_prefix("lora_forward"))
 def _lora_forward_fake(
-    x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact
+    x, weights, biases, lora_a, lora_b, gains, magnitudes, scalings, seeds, dropouts, scales, quantized, exact
 ):
     rows = x[..., 0].numel()
     ranks = sum(a.shape[0] for a in lora_a if a is not None)
     widths = _widths(weights, quantized)
     ys = [x.new_empty(*x.shape[:-1], n) for n in widths]
-    us = [x.new_empty(rows, n) for n, gain in zip(widths, gains) if gain is not None]
-    return ys, us, x.new_empty(rows, 3 * ranks if exact else ranks)
+    us = [x.new_empty(rows, n) for n, scaled in zip(widths, _scaled(gains, magnitudes, len(widths))) if scaled]
+    return ys, us, x.new_empty(rows, 3 * ranks if exact else ranks), *_made(x, widths, magnitudes)
+
+
+def _scaled(gains, magnitudes, count) -> list[bool]:
+    """Which members have a gain, given or made; either list may be empty."""
+    given = zip(gains or [None] * count, magnitudes or [None] * count)
+    return [gain is not None or magnitude is not None for gain, magnitude in given]
+
+
+def _made(x, widths, magnitudes):
+    """Fakes of the norms and of the gains that a forward makes."""
+    norms = [x.new_empty(n, dtype=torch.float32) for n, m in zip(widths, magnitudes) if m is not None]
+    return norms, [torch.empty_like(norm) for norm in norms]
 
 
 def _widths(weights, quantized) -> list[int]:
@@ -103,20 +121,22 @@ def _lora_backward_fake(
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_forward"))
 def _gated_forward_fake(
-    x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact, activation,
-    gate_half, up_to_h,
+    x, weights, biases, lora_a, lora_b, gains, magnitudes, scalings, seeds, dropouts, scales, quantized, exact,
+    activation, gate_half, up_to_h,
 ):  # fmt: skip
     rows = x[..., 0].numel()
     ranks = [0 if a is None else (3 if exact else 1) * a.shape[0] for a in lora_a]
     widths = _widths(weights, quantized)
     outputs = [x.new_empty(rows, n) for n in widths[:-1]]
     ts = [x.new_empty(rows, sum(ranks[:-1])), x.new_empty(rows, ranks[-1])]
-    masked = [p > 0 for p in dropouts] or [False] * len(gains)
-    kept = [gain is not None and (p or i == len(gains) - 1) for i, (gain, p) in enumerate(zip(gains, masked))]
+    count = len(widths)
+    masked = [p > 0 for p in dropouts] or [False] * count
+    scaled = _scaled(gains, magnitudes, count)
+    kept = [has_gain and (p or i == count - 1) for i, (has_gain, p) in enumerate(zip(scaled, masked))]
     us = [x.new_empty(rows, n) for n, keep in zip(widths, kept) if keep]
     h = (rows, sum(widths[:-1]) // 2)
     y = x.new_empty(h if up_to_h else (*x.shape[:-1], widths[-1]))
-    return y, outputs, us, ts
+    return y, outputs, us, ts, *_made(x, widths, magnitudes)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_backward"))

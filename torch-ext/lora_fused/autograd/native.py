@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backend as backends
 from .. import base, ops
-from ..projection import Projection, Taken
+from ..projection import Operands, Projection, Quantized, Taken
 from .once import once_differentiable
 
 _NEED_A, _NEED_B, _NEED_BIAS, _NEED_MAGNITUDE = 1, 2, 4, 8
@@ -66,7 +66,8 @@ class _Fixed(NamedTuple):
 
 class _Fields(NamedTuple):
     """Tensors of a call by field, one element a projection, but for `scales`, which are those of all. Biases, norms and
-    gains are empty where no projection has one: every element costs time on its way to the ops."""
+    gains are empty where no projection has one: every element costs time on its way to the ops. Before a forward norms and
+    gains are those that others make."""
 
     weights: Sequence[Tensor]
     biases: Sequence[Optional[Tensor]]
@@ -106,20 +107,22 @@ def trained(projections: Sequence[Projection]) -> tuple[list[_Wanted], list[Tens
     return wanted, found
 
 
-def _read(projections: Sequence[Projection], exact: bool) -> tuple[_Fixed, _Fields, Sequence[Optional[Tensor]]]:
-    """The numbers, the tensors and every b + s·b_B of a call."""
+def _read(
+    projections: Sequence[Projection], exact: bool
+) -> tuple[_Fixed, _Fields, Sequence[Optional[Tensor]], Sequence[Optional[Tensor]]]:
+    """The numbers, the tensors, every b + s·b_B of a call, and the magnitudes of norms and gains that its forward makes."""
     all_operands, scalings, specs = zip(*projections)
     weights, biases, lora_a, lora_b, lora_biases, magnitudes, *_ = zip(*all_operands)
     formats = [spec.quantized for spec in specs]
     quantized, scales = base.packed(formats, all_operands) if any(formats) else ([], [])
     if any([spec.transposed for spec in specs]):
         weights = [w.t() if spec.transposed else w for spec, w in zip(specs, weights)]
-    norms = gains = ()
+    norms = gains = own = ()
     if any([magnitude is not None for magnitude in magnitudes]):
-        if quantized:
-            norms, gains = base.dora_gains(weights, all_operands, formats, scalings)
-        else:
-            norms, gains = backends.dora_gains(weights, lora_a, lora_b, magnitudes, scalings)
+        own = [_own_magnitude(*each) for each in zip(weights, all_operands, formats)]
+        others = [p._replace(magnitude=None) if m is not None else p for p, m in zip(all_operands, own)]
+        if any([p.magnitude is not None for p in others]):
+            norms, gains = base.dora_gains(weights, others, formats, scalings)
     if not any([bias is not None for bias in biases]):
         biases = ()
     whole = biases
@@ -127,7 +130,24 @@ def _read(projections: Sequence[Projection], exact: bool) -> tuple[_Fixed, _Fiel
         whole = [_whole_bias(projection) for projection in projections]
     dropouts = [spec.dropout for spec in specs]
     fixed = _Fixed(scalings, dropouts if any(dropouts) else (), quantized, exact)
-    return fixed, _Fields(weights, biases, lora_a, lora_b, norms, gains, scales), whole
+    return fixed, _Fields(weights, biases, lora_a, lora_b, norms, gains, scales), whole, own
+
+
+def _own_magnitude(weight: Tensor, operands: Operands, quantized: Optional[Quantized]) -> Optional[Tensor]:
+    """The magnitude as the ops take it where a forward makes the norm."""
+    if operands.magnitude is None or not backends.norm_is_native(weight, operands.lora_a, operands.lora_b, quantized):
+        return None
+    return ops.as_magnitude(operands.magnitude)
+
+
+def _with_made(fields: _Fields, own: Sequence[Optional[Tensor]], norms: list[Tensor], gains: list[Tensor]) -> _Fields:
+    """`fields` with what a forward has made for the magnitudes `own`."""
+    if len(norms) == len(own):
+        return fields._replace(norms=norms, gains=gains) if own else fields
+    made = zip(norms, gains)
+    given = zip(fields.norms or (None,) * len(own), fields.gains or (None,) * len(own))
+    pairs = [pair if magnitude is None else next(made) for pair, magnitude in zip(given, own)]
+    return fields._replace(norms=[norm for norm, _ in pairs], gains=[gain for _, gain in pairs])
 
 
 def _whole_bias(projection: Projection) -> Optional[Tensor]:
@@ -161,13 +181,13 @@ def _by_trained(
 
 
 def _group_forward(projections: Sequence[Projection], exact: bool, x: Tensor, seeds: Optional[Tensor]):
-    fixed, fields, biases = _read(projections, exact)
+    fixed, fields, biases, own = _read(projections, exact)
     weights, _, lora_a, lora_b, _, gains, scales = fields
     scalings, dropouts, quantized, _ = fixed
-    outputs = ops.lora_forward(
-        x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact
+    *outputs, made_norms, made_gains = ops.lora_forward(
+        x, weights, biases, lora_a, lora_b, gains, own, scalings, seeds, dropouts, scales, quantized, exact
     )  # fmt: skip
-    return fixed, fields, outputs
+    return fixed, _with_made(fields, own, made_norms, made_gains), outputs
 
 
 def lora_group(
@@ -216,13 +236,14 @@ def _gated_forward(
     seeds: Optional[Tensor],
     up_to_h: bool = False,
 ):
-    fixed, fields, biases = _read(projections, exact)
+    fixed, fields, biases, own = _read(projections, exact)
     weights, _, lora_a, lora_b, _, gains, scales = fields
     scalings, dropouts, quantized, _ = fixed
-    outputs = ops.gated_forward(
-        x, weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact, *options, up_to_h
+    *outputs, made_norms, made_gains = ops.gated_forward(
+        x, weights, biases, lora_a, lora_b, gains, own, scalings, seeds, dropouts, scales, quantized, exact, *options,
+        up_to_h,
     )  # fmt: skip
-    return fixed, fields, outputs
+    return fixed, _with_made(fields, own, made_norms, made_gains), outputs
 
 
 def gated_mlp(

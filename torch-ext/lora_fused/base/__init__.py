@@ -68,18 +68,16 @@ def dora_gains(
 ) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
     """`backend.dora_gains` of members of which some are quantised; weights [N, K] are those of the others."""
     magnitudes = [p.magnitude for p in operands]
-    apart = [i for i, (form, p) in enumerate(zip(formats, operands)) if form is not None and _alone(form, p)]
+    apart = [
+        i
+        for i, (form, p) in enumerate(zip(formats, operands))
+        if form is not None and p.magnitude is not None
+        and not backends.norm_is_native(p.weight, p.lora_a, p.lora_b, form)
+    ]  # fmt: skip
     together = [None if i in apart else magnitude for i, magnitude in enumerate(magnitudes)]
     adapters = [p.lora_a for p in operands], [p.lora_b for p in operands]
     norms, gains = backends.dora_gains(weights, *adapters, together, scalings, formats, *packed(formats, operands))
     for i in apart:
-        if magnitudes[i] is not None:
-            norms[i] = row_norm(operands[i], formats[i], scalings[i])
-            gains[i] = ops.gain(magnitudes[i], norms[i])
+        norms[i] = row_norm(operands[i], formats[i], scalings[i])
+        gains[i] = ops.gain(magnitudes[i], norms[i])
     return norms, gains
-
-
-def _alone(form: Quantized, operands: Operands) -> bool:
-    """Whether the native op for all members does not take this one."""
-    double = torch.float64 in (form.dtype, operands.lora_a.dtype, operands.lora_b.dtype)
-    return double or not isinstance(form, FourBit)
