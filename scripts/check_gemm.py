@@ -23,7 +23,8 @@ SMALL = ((1, 8, (8,)), (128, 256, (64,)), (64, 128, (64, 16)), (129, 264, (72, 1
 LARGER = ((257, 1000, (520, 24)), (1000, 776, (2048, 16, 8, 64, 32, 40, 128, 8)), (4096, 1024, (512, 96)),
           (2300, 4104, (1000, 200, 48)), (2048, 4096, (4096, 1024, 1024, 96)), (70000, 264, (128, 32)))
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a last place
-EPILOGUES = ("plain", "bias", "accumulate", "gain", "gain and bias")
+EPILOGUES = ("plain", "bias", "accumulate", "gain", "gain and bias", "dropped", "dropped, gain and bias")
+P, SEED = 0.3, 2**40 + 1  # of what is dropped: the sum of the first half of the segments
 LINEARS = ((4096, 4096), (4096, 14336), (14336, 4096))  # in, out
 
 
@@ -34,7 +35,8 @@ def padded(rows: int, cols: int, dtype, fill=None) -> Tensor:
     return part.normal_() if fill is None else part.fill_(fill)
 
 
-def check(gemm, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue: str, dtype) -> None:
+def check(ops, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue: str, dtype) -> None:
+    dropped = len(ks) // 2 if "dropped" in epilogue else 0
     a = [padded(m, k, dtype) for k in ks]
     b = [padded(n, k, dtype) if rows_are_n else padded(k, n, dtype) for k in ks]
     bias = padded(1, n, dtype)[0] if "bias" in epilogue else None
@@ -42,7 +44,12 @@ def check(gemm, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue:
     accumulate = epilogue == "accumulate"
     out = padded(m, n, dtype, None if accumulate else float("nan"))
     z = padded(m, n, dtype, float("nan")) if gain is not None else None
-    acc = sum(x.double() @ (y.double().t() if rows_are_n else y.double()) for x, y in zip(a, b))
+    products = [x.double() @ (y.double().t() if rows_are_n else y.double()) for x, y in zip(a, b)]
+    acc, seed = sum(products[dropped:]), torch.tensor([SEED], device="cuda") if dropped else None
+    if dropped:
+        mask = torch.empty(m, n, device="cuda")
+        ops.dropout(torch.ones_like(mask), seed, P, mask)
+        acc = acc + mask.double() * sum(products[:dropped])
     truth = acc * gain.double() if gain is not None else acc
     if bias is not None:
         truth = truth + bias.double()
@@ -53,7 +60,7 @@ def check(gemm, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue:
     slack = sum(ks) / 16 * 2.0**-23 * acc.square().mean().sqrt()
     if gain is not None:
         slack = slack * gain.double().abs().clamp(min=1)
-    gemm(a, b, rows_are_n, out, bias, gain, z, accumulate)
+    ops.gemm(a, b, rows_are_n, out, bias, gain, z, accumulate, seed, P, dropped)
     for name, value, exact in (("out", out, truth), ("z", z, acc)):
         if value is None:
             continue
@@ -69,10 +76,10 @@ def check(gemm, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue:
             raise AssertionError(f"gemm {m}x{n}, k {ks}: wrote outside {name}")
 
 
-def check_all(gemm, shapes) -> int:
+def check_all(ops, shapes) -> int:
     count = 0
     for shape, rows_are_n, epilogue, dtype in itertools.product(shapes, (True, False), EPILOGUES, ROUNDING):
-        check(gemm, *shape, rows_are_n, epilogue, dtype)
+        check(ops, *shape, rows_are_n, epilogue, dtype)
         count += 1
     torch.cuda.synchronize()
     return count
@@ -164,10 +171,10 @@ def main() -> None:
         return
     lora_fused = get_local_kernel(ROOT / "build")
     gemm = lora_fused._ops.ops.gemm
-    print(f"gemm: {check_all(gemm, SMALL)} small cases right", flush=True)
+    print(f"gemm: {check_all(lora_fused._ops.ops, SMALL)} small cases right", flush=True)
     if sanitize:
         return
-    print(f"gemm: {check_all(gemm, LARGER)} larger cases right", flush=True)
+    print(f"gemm: {check_all(lora_fused._ops.ops, LARGER)} larger cases right", flush=True)
     x = draw(128, 256, (64, 16), True)[0]
     host = host_microseconds(lambda: gemm(*x[:2], True, x[2]))
     print(f"gemm: {host:.1f} us of host time, the dispatcher's included")

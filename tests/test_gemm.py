@@ -16,16 +16,21 @@ pytestmark = pytest.mark.skipif(not SERVED, reason="needs a Hopper GPU")
 
 
 @pytest.fixture
-def gemm(lora_fused):
-    return lora_fused._ops.ops.gemm
+def ops(lora_fused):
+    return lora_fused._ops.ops
+
+
+@pytest.fixture
+def gemm(ops):
+    return ops.gemm
 
 
 @pytest.mark.parametrize("shape", check_gemm.SMALL + check_gemm.LARGER, ids=str)
 @pytest.mark.parametrize("rows_are_n", (True, False), ids=("b [N, k]", "b [k, N]"))
 @pytest.mark.parametrize("epilogue", check_gemm.EPILOGUES)
 @pytest.mark.parametrize("dtype", check_gemm.ROUNDING, ids=str)
-def test_as_in_float64(gemm, shape, rows_are_n, epilogue, dtype):
-    check_gemm.check(gemm, *shape, rows_are_n, epilogue, dtype)
+def test_as_in_float64(ops, shape, rows_are_n, epilogue, dtype):
+    check_gemm.check(ops, *shape, rows_are_n, epilogue, dtype)
 
 
 def operands(m=64, n=128, k=32, dtype=torch.bfloat16):
@@ -55,12 +60,14 @@ def test_as_a_thread_s_first_call(gemm):
     torch.testing.assert_close(out, a[0] @ b[0].t())
 
 
-def single(*, n=128, dtype=torch.bfloat16, count=1, bias=False, gain=False, accumulate=False, shift=0):
+def single(*, n=128, dtype=torch.bfloat16, count=1, bias=False, gain=False, accumulate=False, shift=0, dropped=None):
     a, b, out = operands(n=n, dtype=dtype)
     if shift:
         a = [torch.zeros(a[0].numel() + shift, device="cuda", dtype=dtype)[shift:].view_as(a[0])]
     vector = torch.ones(n, device="cuda", dtype=dtype) if bias else None
-    return a * count, b * count, True, out, vector, torch.ones(n, device="cuda") if gain else None, None, accumulate
+    seed = None if dropped is None else torch.tensor([3], device="cuda")
+    gain = torch.ones(n, device="cuda") if gain else None
+    return a * count, b * count, True, out, vector, gain, None, accumulate, seed, 0.1, dropped or 0
 
 
 REFUSED = {
@@ -70,6 +77,8 @@ REFUSED = {
     "address of 8 bytes": dict(shift=4),
     "gain without z": dict(gain=True),
     "bias added to out": dict(bias=True, accumulate=True),
+    "a mask over nothing": dict(count=2, dropped=0),
+    "a mask over all": dict(count=2, dropped=2),
 }
 
 

@@ -152,6 +152,25 @@ def test_large_norms_of_a_group_are_three_launches(lora_fused):
 
 
 @hopper_alone
+@pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=("LoRA", "DoRA"))
+def test_one_mask_of_a_large_dx_is_drawn_in_its_product(lora_fused, config):
+    """No pass over dx for the LoRA term, and for DoRA no second product."""
+    config = LoraConfig(r=16, target_modules=["proj"], lora_dropout=0.1, **config)
+    model = get_peft_model(Single(4096).to("cuda", BF16), config).train()
+    randomise_adapters(model, torch.float32)
+    lora_fused.register_peft_layers()
+    kernelize(model, mode=Mode.TRAINING, device="cuda")
+    x = torch.randn(8192, K, device="cuda", dtype=BF16, requires_grad=True)
+    dy = torch.randn(8192, 4096, device="cuda", dtype=BF16)
+    backward(step(model, x), [dy])
+    clear(model, x)
+    ys = step(model, x)
+    counted = launches(lambda: backward(ys, [dy]))
+    assert sum(count for name, count in counted.items() if "gemm_kernel" in name) == 1, counted
+    assert not any("dropout" in name or "dropped_up" in name for name in counted), counted
+
+
+@hopper_alone
 @pytest.mark.parametrize("tokens, products", ((2047, 0), (2048, 1)))
 def test_a_large_dy_is_read_once_for_both_products(lora_fused, tokens, products):
     model = get_peft_model(Single(8192).to("cuda", BF16), LoraConfig(r=16, target_modules=["proj"])).train()

@@ -8,8 +8,9 @@ from cases import UNIT, relative
 # tokens, features in; whole tiles, parts of tiles, more tokens than a block has, columns that no kernel of
 # masks in registers takes (33).
 SHAPES = ((1, 64), (37, 200), (300, 1024), (70, 33), (1030, 96))
-# Large enough for our own GEMM where the GPU has it, in the forward and in the backward.
-LARGE = (2100, 1000)
+# Where the GPU has our own GEMM large enough for it, in the forward and in the backward: tiles on most of 132
+# multiprocessors.
+LARGE = (4090, 1016) if torch.cuda.is_available() else (2100, 1000)
 # As many tokens and outputs as one read of dy takes for dt and dB on Hopper.
 MANY = (15000, 40)
 # Of three members: features out, rank, dropout, DoRA, base bias.

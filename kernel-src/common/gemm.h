@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "lora_group.h"
 #include "view.h"
 
 namespace lora_fused {
@@ -15,7 +16,8 @@ struct GemmSegment {
   View a, b;
 };
 
-// acc = Σ aᵢ bᵢ over the segments, summed in float32; then one of
+// acc = Σ aᵢ bᵢ over the segments, summed in float32, of which the first `dropped` have the mask over their sum, where
+// there is one: D(Σ aᵢ bᵢ) + Σ aᵢ bᵢ. Then one of
 //   out = acc + bias      bias [N] in out's dtype, or none
 //   out += acc            accumulate: acc is rounded to out's dtype before it is added
 //   z = acc, out = gain∘acc + bias     gain [N] in float32, z as out
@@ -27,6 +29,8 @@ struct Gemm {
   bool accumulate = false;
   std::optional<torch::stable::Tensor> bias, gain;
   MaybeView z = std::nullopt;
+  std::optional<Dropped> mask = std::nullopt;
+  size_t dropped = 0;  // fewer than there are segments
 };
 
 #if defined(CUDA_KERNEL)

@@ -124,6 +124,22 @@ void multiply(const View& out, const std::vector<Term>& terms, const std::option
   }
 }
 
+bool multiply_dropped(const View& out, const std::vector<Term>& dropped, const Dropped& mask, const std::vector<Term>& terms) {
+#if defined(CUDA_KERNEL)
+  std::vector<Term> all(dropped);
+  all.insert(all.end(), terms.begin(), terms.end());
+  std::optional<Gemm> gemm = gemm_of(out, all);
+  if (!gemm) return false;
+  gemm->mask = mask;
+  gemm->dropped = dropped.size();
+  if (!gemm_sm90_serves(*gemm)) return false;
+  gemm_sm90(*gemm);
+  return true;
+#else
+  return false;
+#endif
+}
+
 bool multiply_scaled(const View& out, const View& z, const std::vector<Term>& terms, const Tensor& gain) {
 #if defined(CUDA_KERNEL)
   std::optional<Gemm> gemm = gemm_of(out, terms);

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "lora_group.h"
 #include "view.h"
 
 #if defined(CUDA_KERNEL)
@@ -51,6 +52,9 @@ struct Term {
 // out [M, N] = the sum of all terms + bias [N]: one launch of our own GEMM where it serves and is faster
 // than the library's products one after another.
 void multiply(const View& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias);
+
+// out [M, N] = D(the sum of the terms `dropped`) + the sum of `terms`, where one launch does it.
+bool multiply_dropped(const View& out, const std::vector<Term>& dropped, const Dropped& mask, const std::vector<Term>& terms);
 
 // z [M, N] = the sum of all terms and out = gain∘z, gain [N] in float32, where one launch does both.
 bool multiply_scaled(const View& out, const View& z, const std::vector<Term>& terms, const Tensor& gain);

@@ -486,8 +486,20 @@ void Backward::input(const View& dx) const {
       terms.push_back({adapters_.part(*dt_, i), adapters_.a_of(i)});
   }
   if (dt_ && share) terms.push_back({*dt_, *adapters_.a});
-  multiply(dx, terms, std::nullopt);
+  // The mask of one member goes into the product.
+  if (!masked.empty() && multiply_dropped(dx, dropped_terms(masked[0]), members_.mask(masked[0]), terms))
+    masked.erase(masked.begin());
+  else
+    multiply(dx, terms, std::nullopt);
   if (!masked.empty()) add_dropped(dx, masked);
+}
+
+// Of dx, what member i's mask is over.
+std::vector<Term> Backward::dropped_terms(size_t i) const {
+  std::vector<Term> terms;
+  if (excesses_[i]) terms.push_back({*excesses_[i], members_.weight(i, x_.scalar_type())});
+  terms.push_back({adapters_.part(*dt_, i), adapters_.a_of(i)});
+  return terms;
 }
 
 void Backward::add_dropped(const View& dx, const std::vector<size_t>& which) const {
@@ -500,9 +512,7 @@ void Backward::add_dropped(const View& dx, const std::vector<size_t>& which) con
       continue;
     }
     const View delta = fresh_like(dx);
-    std::vector<Term> terms{{dt, a}};
-    if (excesses_[i]) terms.insert(terms.begin(), {*excesses_[i], members_.weight(i, x_.scalar_type())});
-    multiply(delta, terms, std::nullopt);
+    multiply(delta, dropped_terms(i), std::nullopt);
     drop(delta, mask, dx, /*accumulate=*/true);
   }
 #if defined(CUDA_KERNEL)

@@ -160,6 +160,7 @@ class Backward {
   void project_down();
   void project_down_exactly();
   void parameters_exactly(const View& x, Tensors& grads) const;
+  std::vector<Term> dropped_terms(size_t i) const;
   void add_dropped(const View& dx, const std::vector<size_t>& which) const;
 
   const Members& members_;

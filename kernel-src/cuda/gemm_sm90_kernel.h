@@ -1,7 +1,8 @@
 // The kernel of gemm_sm90.cu: a matrix product for Hopper with the LoRA terms inside.
 //
 // Fused: every segment's product runs as further K steps of one accumulator, so a rank-R term costs
-// R/K of the base product and out is written once; bias or gain, z and y in the epilogue.
+// R/K of the base product and out is written once; a dropout mask over the sum of the first segments, in registers;
+// bias or gain, z and y in the epilogue.
 //
 // A block makes tiles of 128 x kBlockN of out until none is left. One warp of it loads 64 columns of
 // a and of b a step into a ring of shared memory stages; two warpgroups multiply them, 64 rows each,
@@ -11,6 +12,7 @@
 #pragma once
 
 #include "../common/gemm.h"
+#include "mask.h"
 #include "sm90.h"
 
 namespace lora_fused::sm90 {
@@ -42,6 +44,9 @@ struct Arguments {
   bool accumulate;
   const void* bias;
   const float* gain;  // with z
+  Mask mask;
+  int masked_steps;  // whose sum it is over, fewer than all
+  float kept;        // what is kept is multiplied by it
 };
 
 // First row and column of a block's tile. Neighbours in time share a and b in L2: bands of rows.
@@ -154,6 +159,39 @@ __device__ __forceinline__ void scale_and_shift(const Arguments& args, float* ac
   }
 }
 
+// Four words of each lane of four neighbouring ones: word j of lane i becomes word i of lane j.
+__device__ __forceinline__ void transpose_words(uint32_t (&w)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? w[i] : w[i + 1], 1);
+    (odd ? w[i] : w[i + 1]) = got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, high ? w[i] : w[i + 2], 2);
+    (high ? w[i] : w[i + 2]) = got;
+  }
+}
+
+// acc = D(acc) in 64 columns of the tile, from `col` on, for the rows `row` and `row` + 8 of this lane. Of four blocks
+// of eight columns a lane draws one, and has two columns of each.
+__device__ __forceinline__ void drop(const Arguments& args, uint64_t key, float* acc, int row, int col) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int block = 0; block < 8; block += 4) {
+      Words words = philox(key, row + 8 * half, col / kMaskColumns + block + threadIdx.x % 4);
+      transpose_words(words.word);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float* const pair = acc + 4 * (block + i) + 2 * half;
+        pair[0] = args.mask.keeps_low(words.word[i]) ? pair[0] * args.kept : 0.0f;
+        pair[1] = args.mask.keeps_high(words.word[i]) ? pair[1] * args.kept : 0.0f;
+      }
+    }
+}
+
 // Lines of bias and gain that the end of a tile will read.
 template <typename T, int kBlockN>
 __device__ __forceinline__ void prefetch_vectors(const Arguments& args, int col) {
@@ -164,7 +202,7 @@ __device__ __forceinline__ void prefetch_vectors(const Arguments& args, int col)
 }
 
 // One warpgroup: the products and the stores of its rows of the block's tiles.
-template <typename T, int kBlockN, bool kRowsAreN>
+template <typename T, int kBlockN, bool kRowsAreN, bool kMasked>
 __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, int rank) {
   using L = Layout<kBlockN>;
   const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
@@ -197,6 +235,16 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
       const uint64_t b = matrix_descriptor(stage + L::a_bytes, kBlockK * 128, 1024);
       constexpr uint64_t kNextA = kPart * 2 >> 4;
       constexpr uint64_t kNextB = (kRowsAreN ? kPart * 2 : kPart * 128) >> 4;
+      if constexpr (kMasked) {
+        if (step == args.masked_steps) {
+          wgmma_wait<0>();
+          keep_below(acc);
+          const uint64_t key = args.mask.key();
+#pragma unroll
+          for (int part = 0; part < kParts; ++part)
+            drop(args, key, acc + 32 * part, place.x + warp * 16 + lane / 4, place.y + 64 * part);
+        }
+      }
       wgmma_fence();
 #pragma unroll
       for (int part = 0; part < kBlockK / kPart; ++part)
@@ -236,7 +284,7 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
   if (lane == 0) store_wait_all();
 }
 
-template <typename T, int kBlockN, bool kRowsAreN>
+template <typename T, int kBlockN, bool kRowsAreN, bool kMasked>
 __global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<kBlockN>;
@@ -260,7 +308,7 @@ __global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant
     if (threadIdx.x == 0) produce<kBlockN, kRowsAreN>(args, base, rank);
   } else {
     registers_raise<232>();
-    consume<T, kBlockN, kRowsAreN>(args, base, rank);
+    consume<T, kBlockN, kRowsAreN, kMasked>(args, base, rank);
   }
   cluster_sync();  // the other block of the cluster still arrives at this one's barriers
 #endif
