@@ -154,6 +154,33 @@ def test_float32_adapters_keep_their_precision(lora_fused, device, m, k, group):
         assert error <= bound and peak <= 8 * bound, f"shape {tuple(exact.shape)}: {error:.3g}, {peak:.3g}"
 
 
+@pytest.mark.parametrize("elsewhere", ((16,), (16, 24), ()), ids=str)
+def test_norms_made_by_the_forward_and_elsewhere(lora_fused, device, monkeypatch, elsewhere):
+    """Triton makes norms of large ranks on a GPU; those of the other members are the forward's own."""
+    generator = torch.Generator().manual_seed(3)
+    group = ((72, 16, 0.0, True, True), (40, 24, 0.0, True, False), (64, 8, 0.0, False, True), (48, 4, 0.0, True, False))
+    operands = [operands_of(generator, 96, n, r, dora, bias) for n, r, _, dora, bias in group]
+    x, dys = draw(generator, 37, 96).float(), [draw(generator, 37, n).float().to(device) for n, *_ in group]
+    native = lora_fused.backend.norm_is_native
+
+    def run():
+        flat, own = flat_on(operands, device, torch.float32, torch.float32), x.to(device).requires_grad_()
+        projections = projections_of(lora_fused, flat, (0.5,) * 4, [lora_fused.ProjectionSpec()] * 4)
+        return backward(lora_fused.autograd.native.lora_group(own, projections, None), dys, own, flat)
+
+    expected = run()
+    asked = []
+
+    def refusing(weight, lora_a, lora_b, quantized):
+        asked.append(lora_a.shape[0])
+        return lora_a.shape[0] not in elsewhere and native(weight, lora_a, lora_b, quantized)
+
+    monkeypatch.setattr(lora_fused.backend, "norm_is_native", refusing)
+    for value, exact in zip(run(), expected):
+        torch.testing.assert_close(value, exact)
+    assert {16, 24, 4} <= set(asked)
+
+
 def test_what_the_ops_take(lora_fused):
     bf16, fp32, fp16 = torch.bfloat16, torch.float32, torch.float16
 

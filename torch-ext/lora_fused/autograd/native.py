@@ -120,8 +120,8 @@ def _read(
     norms = gains = own = ()
     if any([magnitude is not None for magnitude in magnitudes]):
         own = [_own_magnitude(*each) for each in zip(weights, all_operands, formats)]
-        others = [p._replace(magnitude=None) if m is not None else p for p, m in zip(all_operands, own)]
-        if any([p.magnitude is not None for p in others]):
+        if any([made is None and magnitude is not None for made, magnitude in zip(own, magnitudes)]):
+            others = [p if made is None else p._replace(magnitude=None) for p, made in zip(all_operands, own)]
             norms, gains = base.dora_gains(weights, others, formats, scalings)
     if not any([bias is not None for bias in biases]):
         biases = ()
@@ -176,7 +176,8 @@ def _by_trained(
         if lora_bias is not None:
             result.append((db * scaling).to(lora_bias) if use else None)
         if magnitude is not None:
-            result.append(next(found).to(magnitude) if use else None)
+            dm = next(found) if use else None
+            result.append(dm if dm is None or dm.dtype == magnitude else dm.to(magnitude))
     return result
 
 
