@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -98,17 +100,26 @@ def _widths(weights, quantized) -> list[int]:
     return [quantized[7 * i + 1] if quantized and quantized[7 * i] else w.shape[0] for i, w in enumerate(weights)]
 
 
-def _gradients(x, used, widths, lora_a, lora_b, need_dx, needs):
-    """Fakes of (dx) and of the gradients as the native ops give them."""
+def _gradients(x, used, widths, downs, lora_b, need_dx, needs):
+    """Fakes of (dx) and of the gradients as the native ops give them; `downs` are those of every A."""
     wide = torch.promote_types(x.dtype, torch.float32)
     grads = []
-    for use, n, a, b, need in zip(used, widths, lora_a, lora_b, needs):
+    for use, n, down, b, need in zip(used, widths, downs, lora_b, needs):
         if not use:
             continue
-        grads += [torch.empty_like(a)] if need & 1 else []
+        grads += [down] if need & 1 else []
         grads += [torch.empty_like(b)] if need & 2 else []
         grads += [x.new_empty(n, dtype=wide) for bit in (4, 8) if need & bit]
     return [torch.empty_like(x)] if need_dx else [], grads
+
+
+def _down_gradients(lora_a, dropouts, exact) -> list[Optional[Tensor]]:
+    """Fakes of dA of members that share an input: rows of one matrix where nothing keeps them apart."""
+    there = [a for a in lora_a if a is not None]
+    if any(dropouts) or exact or len({a.dtype for a in there}) != 1:
+        return [None if a is None else torch.empty_like(a) for a in lora_a]
+    ranks = [0 if a is None else a.shape[0] for a in lora_a]
+    return list(there[0].new_empty(sum(ranks), there[0].shape[1]).split(ranks))
 
 
 @torch.library.register_fake(add_op_namespace_prefix("lora_backward"))
@@ -116,7 +127,8 @@ def _lora_backward_fake(
     dys, x, t, us, weights, biases, lora_a, lora_b, gains, norms, scalings, seeds, dropouts, scales, quantized,
     exact, need_dx, needs,
 ):  # fmt: skip
-    return _gradients(x, [dy is not None for dy in dys], _widths(weights, quantized), lora_a, lora_b, need_dx, needs)
+    used, downs = [dy is not None for dy in dys], _down_gradients(lora_a, dropouts, exact)
+    return _gradients(x, used, _widths(weights, quantized), downs, lora_b, need_dx, needs)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_forward"))
@@ -144,7 +156,9 @@ def _gated_backward_fake(
     dy, x, outputs, us, ts, weights, biases, lora_a, lora_b, gains, norms, scalings, seeds, dropouts, scales,
     quantized, exact, activation, gate_half, need_dx, needs,
 ):  # fmt: skip
-    return _gradients(x, [True] * len(weights), _widths(weights, quantized), lora_a, lora_b, need_dx, needs)
+    groups = slice(None, -1), slice(-1, None)
+    downs = [down for part in groups for down in _down_gradients(lora_a[part], dropouts[part], exact)]
+    return _gradients(x, [True] * len(weights), _widths(weights, quantized), downs, lora_b, need_dx, needs)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("column_norm"))
