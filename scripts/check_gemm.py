@@ -144,6 +144,9 @@ def contenders(gemms: dict, segments: int, rows_are_n: bool, up_add=None) -> dic
         table[name] = lambda a, b, out, gemm=gemm: gemm(a, b, rows_are_n, out)
     first = next(iter(gemms.values()))
     table["gemm, no LoRA"] = lambda a, b, out: first(a[:-1], b[:-1], rows_are_n, out)
+    if not rows_are_n:  # a backward; what the mask is over comes first
+        mask = (torch.tensor([SEED], device="cuda"), 0.1, 1)
+        table["gemm, dropped"] = lambda a, b, out: first(a[::-1], b[::-1], False, out, None, None, None, False, *mask)
     return table
 
 
