@@ -3,6 +3,7 @@ kept for backward, streams, and quantisation states that are damaged."""
 
 import gc
 import weakref
+from random import Random
 
 import pytest
 import torch
@@ -81,6 +82,28 @@ def test_a_frozen_quantised_member(lora_fused, device, config):
     ours = run(model, ids)
     rows = lora_fused.explain(model, rows=ids.numel())
     assert {row.group for row in rows if row.module.endswith("gate_proj")} != {"single"}, str(rows)
+    assert_close(ours, theirs, 2e-5)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_members(lora_fused, device, seed):
+    """Any projections quantised, any adapted, in ranks of their own: PEFT's logits and gradients."""
+    random = Random(seed)
+    some = lambda: set(random.sample(sorted(ALL), random.randint(1, len(ALL))))  # noqa: E731
+    targets = some()
+    config = dict(
+        target_modules=targets,
+        r=random.choice((4, 6, 9)),
+        rank_pattern={random.choice(sorted(targets)): random.choice((5, 16))},
+        use_dora=random.random() < 0.6,
+        use_rslora=random.random() < 0.3,
+        bias=random.choice(("none", "none", "all", "lora_only")),
+    )
+    model, ids = quantised.llama(device, random.choice((None, some())), **config)
+    theirs = run(model, ids)
+    quantised.fuse(lora_fused, model, device)
+    for _ in range(3):
+        ours = run(model, ids)
     assert_close(ours, theirs, 2e-5)
 
 
