@@ -246,6 +246,70 @@ def test_explain_covers_every_module_and_prints(lora_fused):
     assert text.startswith("14 of 14 LoRA modules fused") and "q_proj" in text
 
 
+@pytest.fixture
+def computed(lora_fused, monkeypatch):
+    """Names of the fused computations that run; every device waits for the host as a GPU does."""
+    monkeypatch.setattr(lora_fused.peft_state, "_HOST_BOUND", ("cpu", "cuda"))
+    names = []
+
+    def spy(name):
+        own = getattr(lora_fused.functional, name)
+
+        def call(*args, **kwargs):
+            names.append(name)
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(lora_fused.functional, name, call)
+
+    spy("compute_group")
+    spy("compute_gated")
+    return names
+
+
+@pytest.mark.parametrize(
+    "rows,adapter,config,autocast,grad,own",
+    [
+        (512, torch.bfloat16, {}, False, False, True),
+        (0, torch.bfloat16, {"lora_dropout": 0.1}, False, False, True),
+        (513, torch.bfloat16, {}, False, False, False),
+        (512, torch.bfloat16, {}, False, True, False),
+        (512, torch.bfloat16, {}, True, False, False),
+        (1, torch.bfloat16, {"use_dora": True}, False, False, False),
+        (4, torch.float32, {}, False, False, True),
+        (5, torch.float32, {}, False, False, False),
+    ],
+)
+def test_small_work_without_a_gradient(lora_fused, computed, rows, adapter, config, autocast, grad, own):
+    model, layer = peft_linear(CASE, torch.bfloat16, adapter, **config)
+    ours, x = kernelized(lora_fused, model), torch.randn(rows, 32).bfloat16()
+    with torch.set_grad_enabled(grad), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        torch.manual_seed(3)
+        expected = type(layer).forward(layer, x)
+        torch.manual_seed(3)
+        result = ours(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            row = lora_fused.explain(ours, rows=rows)[0]
+    assert computed == ([] if own else ["compute_group"])
+    assert row.fused != own and (row.reason == lora_fused.peft_state.SMALL) == own, row
+    if own:
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("tokens,own", ((512, True), (513, False)))
+def test_a_small_model_without_a_gradient(lora_fused, computed, tokens, own):
+    model = peft_llama()
+    ours, ids = kernelized(lora_fused, copy.deepcopy(model)), torch.arange(tokens)[None] % 50
+    with torch.no_grad():
+        expected, result = model(ids).logits, ours(ids).logits
+    assert bool(computed) != own and ("compute_gated" in computed) != own
+    assert torch.equal(result, expected) == own
+    torch.testing.assert_close(result, expected)
+    computed.clear()
+    ours(ids)
+    assert {"compute_group", "compute_gated"} <= set(computed)
+
+
 def test_nothing_fused_is_reported(lora_fused):
     with pytest.warns(UserWarning, match="no PEFT LoRA modules"):
         lora_fused.explain(nn.Linear(2, 2))

@@ -81,6 +81,8 @@ def read_mlp(
         if reason:
             return reason
     parts = projections_of(module, structure)
+    if check_features and any([peft_state.is_lora_linear(part) and peft_state.small_reason(part, x) for part in parts]):
+        return peft_state.SMALL
     states = []
     for part in parts:
         adapted = _read_part(part, linear_layer)
