@@ -248,8 +248,8 @@ def test_explain_covers_every_module_and_prints(lora_fused):
 
 @pytest.fixture
 def computed(lora_fused, monkeypatch):
-    """Names of the fused computations that run; every device waits for the host as a GPU does."""
-    monkeypatch.setattr(lora_fused.peft_state, "_HOST_BOUND", ("cpu", "cuda"))
+    """Names of the fused computations that run; this device is taken to wait for the host as a GPU does."""
+    monkeypatch.setattr(lora_fused.peft_state, "_HOST_BOUND", DEVICE)
     names = []
 
     def spy(name):

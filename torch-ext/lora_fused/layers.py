@@ -94,7 +94,7 @@ GATED_MLP_BY_INPUT = {"x": LoraGatedMLP, "hidden_states": LoraGatedMLPOfHiddenSt
 
 
 def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if _is_transformed():
+    if _is_transformed() or mlp_state.is_small(module, x):
         return type(module).forward(module, x)
     state = mlp_state.read_mlp(module, x, LoraLinear)
     if isinstance(state, str):

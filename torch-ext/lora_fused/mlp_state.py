@@ -66,6 +66,15 @@ def is_adapted(module: nn.Module) -> bool:
     return not isinstance(structure, str) and any(map(peft_state.is_lora_linear, projections_of(module, structure)))
 
 
+def is_small(module: nn.Module, x: object) -> bool:
+    """Whether its projections had better run alone, as PEFT runs them; as the first that has an adapter says."""
+    if not torch.is_grad_enabled():
+        for part in module._modules.values():
+            if peft_state.is_lora_linear(part):
+                return peft_state.small_reason(part, x) is not None
+    return False
+
+
 def read_mlp(
     module: nn.Module, x: object, linear_layer: type, check_features: bool = True
 ) -> Union[AdaptedMLP, str]:
@@ -81,8 +90,6 @@ def read_mlp(
         if reason:
             return reason
     parts = projections_of(module, structure)
-    if check_features and any([peft_state.is_lora_linear(part) and peft_state.small_reason(part, x) for part in parts]):
-        return peft_state.SMALL
     states = []
     for part in parts:
         adapted = _read_part(part, linear_layer)

@@ -33,7 +33,7 @@ BASE_OF_FEW_ROWS = f"base called: up to {FEW_ROWS} rows without a gradient"
 # 1.00 for 64, under autocast 0.82 to 0.91, with DoRA 0.47 to 0.78).
 SMALL_ROWS = 512
 SMALL = f"up to {SMALL_ROWS} rows without a gradient, the adapter in x's dtype or up to {FEW_ROWS} rows"
-_HOST_BOUND = ("cuda",)
+_HOST_BOUND = "cuda"
 
 
 class Kind(NamedTuple):
@@ -282,19 +282,22 @@ def _fit_reason(operands: Operands, n: int, k: int) -> Optional[str]:
 def small_reason(module: nn.Module, x: object, rows: Optional[int] = None) -> Optional[str]:
     """Why PEFT's own forward of a linear is the fastest, as far as a glance tells: it is right in any case. `rows` in
     place of x's own, where given."""
-    if torch.is_grad_enabled() or not isinstance(x, Tensor) or x.device.type not in _HOST_BOUND:
+    if torch.is_grad_enabled() or not isinstance(x, Tensor):
+        return None
+    device_type = x.device.type
+    if device_type != _HOST_BOUND or torch.is_autocast_enabled(device_type):
         return None
     if rows is None:
         rows = x.shape[:-1].numel()
-    kind, modules = linear_kinds()[type(module)], module._modules
-    if rows > SMALL_ROWS or kind.name != "Linear" or torch.is_autocast_enabled(x.device.type):
+    modules = module._modules
+    if rows > SMALL_ROWS or modules["lora_magnitude_vector"]._modules:
         return None
-    if modules["lora_magnitude_vector"]._modules:
-        return None
-    weights = [lora_a._parameters.get("weight") for lora_a in modules["lora_A"]._modules.values()]
-    if rows > FEW_ROWS and any(weight is None or weight.dtype != x.dtype for weight in weights):
-        return None
-    return SMALL
+    if rows > FEW_ROWS:
+        for lora_a in modules["lora_A"]._modules.values():
+            weight = lora_a._parameters.get("weight")
+            if weight is None or weight.dtype != x.dtype:
+                return None
+    return SMALL if linear_kinds()[type(module)].name == "Linear" else None
 
 
 def call_reason(adapted: Adapted, x: object, args: tuple, kwargs: dict) -> Optional[str]:
