@@ -249,7 +249,8 @@ def test_explain_covers_every_module_and_prints(lora_fused):
 @pytest.fixture
 def computed(lora_fused, monkeypatch):
     """Names of the fused computations that run; this device is taken to wait for the host as a GPU does."""
-    monkeypatch.setattr(lora_fused.peft_state, "_HOST_BOUND", DEVICE)
+    monkeypatch.setattr(lora_fused.peft_state, "_SMALL_ANYWHERE", True)
+    monkeypatch.setattr(lora_fused.peft_state, "SMALL_ROWS", 512)
     names = []
 
     def spy(name):

@@ -35,6 +35,7 @@ LAYERS = (
     "peft_embedding",
     "peft_state",
     "peft_base",
+    "autocast",
     "projection",
     "table",
     "tuned",

@@ -43,9 +43,14 @@ def choose(device: torch.device, dtype: torch.dtype, taken: Taken, work: Callabl
     it has a product of its own with the LoRA terms inside, and where it alone is exact. float32 stays with
     the vendor's matrix products, which follow torch's own TF32 setting.
     """
-    if device.type != "cuda" or dtype not in _TRITON_DTYPES or taken.exact or (taken.native and is_hopper(device)):
+    if not is_gpu(device) or dtype not in _TRITON_DTYPES or taken.exact or (taken.native and is_hopper(device)):
         return LIBRARY
     return TRITON if work() >= tuned.of(device).up_add_from and triton_is_there() else LIBRARY
+
+
+@functools.lru_cache(maxsize=None)
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 @functools.lru_cache(maxsize=None)

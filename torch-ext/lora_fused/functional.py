@@ -10,8 +10,9 @@ from torch import Tensor
 
 from . import backend as backends
 from .activation import ACTIVATIONS
+from .autocast import autocast_dtype, without_autocast
 from .autograd.gated import GatedMLPFunction, forward_gated
-from .autograd.linear import LoraLinearFunction, forward_group, without_autocast
+from .autograd.linear import LoraLinearFunction, forward_group
 from .autograd.native import gated_mlp, lora_group, takes
 from .member import members_of
 from .projection import GatedSpec, GroupSpec, Operands, Projection, ProjectionSpec, Taken, flatten
@@ -139,11 +140,8 @@ def compute_gated(
 
 def _autocast(x: Tensor) -> tuple[Optional[torch.dtype], Tensor]:
     """Autocast's dtype where that is on, and x as the group takes it."""
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
-        return None, x
-    dtype = torch.get_autocast_dtype(device_type)
-    return dtype, x if x.dtype == dtype else x.to(dtype)
+    dtype = autocast_dtype(x)
+    return dtype, x if dtype is None or x.dtype == dtype else x.to(dtype)
 
 
 def _choose(x: Tensor, projections: Sequence[Projection], taken: Taken) -> str:
@@ -197,7 +195,7 @@ def _check_projection(x: Tensor, projection: Projection) -> None:
 
 
 def _check_dtypes(x: Tensor, projections: Sequence[Projection]) -> None:
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocast_dtype(x) is not None
     for operands, _, _ in projections:
         if not autocast and operands.weight.dtype != x.dtype:
             raise TypeError(f"weight: dtype {operands.weight.dtype}, expected {x.dtype} as x has (no autocast)")

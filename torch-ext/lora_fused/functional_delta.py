@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import base as bases
+from .autocast import autocast_dtype
 from .autograd.delta import DeltaFunction, DeltaSpec
 from .functional import draw_seeds
 from .projection import Projection
@@ -16,9 +17,7 @@ def add_delta(base: Tensor, x: Tensor, projection: Projection, promotes: bool) -
     module's own result for x [..., K]. In base's dtype, or where the delta `promotes` in the widest of
     base's, its own and the magnitude's. DoRA (without dropout) needs a quantised weight, of which it takes the norm."""
     operands, scaling, spec = projection
-    device_type = x.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    dtype = torch.get_autocast_dtype(device_type) if autocast else operands.lora_a.dtype
+    dtype = autocast_dtype(x) or operands.lora_a.dtype
     out_dtype = base.dtype
     for part in (dtype, getattr(operands.magnitude, "dtype", dtype)) if promotes else ():
         out_dtype = torch.promote_types(out_dtype, part)

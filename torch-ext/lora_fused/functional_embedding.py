@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import backend as backends
 from . import cuda_embedding
+from .autocast import without_autocast
 from .autograd.embedding import LoraEmbeddingFunction, forward_table
-from .autograd.linear import without_autocast
 from .table import Table, TableSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

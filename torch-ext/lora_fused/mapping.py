@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from . import backend, layers, mlp_state, peft_embedding, peft_state, siblings
+from .autocast import autocast_dtype
 from .autograd.native import takes
 
 _DEVICES = ("cpu", "cuda")
@@ -251,8 +252,7 @@ def _explain_module(name: str, module: nn.Module, rows: int, names: dict[nn.Modu
         if reason:
             return _because(unfused, reason if reason == called else f"{reason} ({called})")
         return Row(name, layer.__name__, fused=True, backend=BASE_CALLED, group="single", reason=called)
-    autocast = torch.is_autocast_enabled(example.device.type)
-    lora_dtype = torch.get_autocast_dtype(example.device.type) if autocast else None
+    lora_dtype = autocast_dtype(example)
     dtype, work = lora_dtype or example.dtype, rows * math.prod(state.projection.shape)
     taken = takes((state.projection,), dtype, lora_dtype, example.is_cuda)
     chosen = backend.choose(example.device, dtype, taken, lambda: work)

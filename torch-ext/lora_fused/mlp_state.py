@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import mlp_structure, peft_state
+from .autocast import autocast_dtype
 from .mlp_structure import GatedMLP
 from .projection import Projection
 
@@ -107,7 +108,7 @@ def read_mlp(
         if all(quantised):
             dtypes = (peft_state.result_dtype(state, x) for state in states)
             result_dtype = functools.reduce(torch.promote_types, dtypes, x.dtype)
-        elif torch.is_autocast_enabled(x.device.type):
+        elif autocast_dtype(x) is not None:
             return "quantised and other projections under autocast, whose results differ in dtype"
     *inputs, output = [state.projection for state in states]
     width, down_width = _outputs(inputs[0]), _features(output)

@@ -11,6 +11,7 @@ from typing import NamedTuple, Optional, Union
 import torch
 from torch import Tensor, nn
 
+from .autocast import device_type
 from .projection import EightBit, FourBit, Operands, Quantized
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,7 +103,7 @@ def _read_4bit(base: nn.Module) -> Union[Base, str]:
         broken = _broken_4bit(weight, state, shape)
         if broken:
             return Broken(broken)
-        device = weight.device.type
+        device = device_type(weight)
     nested = state.state2
     quantized = FourBit(
         shape, state.blocksize, 0 if nested is None else nested.blocksize, state.quant_type == "fp4", state.dtype

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .autocast import autocast_dtype
 from .peft_state import bypass_reason
 from .table import Table
 
@@ -151,7 +152,7 @@ def embedding_call_reason(adapted: AdaptedTable, ids: object, args: tuple, kwarg
         return f"ids are a {type(ids).__name__} of {getattr(ids, 'dtype', None)}"
     if ids.device != table.weight.device:
         return f"ids are on {ids.device}, the base weight on {table.weight.device}"
-    if torch.is_autocast_enabled(ids.device.type):
+    if autocast_dtype(ids) is not None:
         double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in table)
         return "autocast with float64" if double else None
     if table.lora_a.dtype != table.lora_b.dtype:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .autocast import autocast_dtype
 from .peft_base import Base, Broken, read_base
 from .projection import Operands, Projection, ProjectionSpec, Quantized
 
@@ -33,7 +34,7 @@ BASE_OF_FEW_ROWS = f"base called: up to {FEW_ROWS} rows without a gradient"
 # 1.00 for 64, under autocast 0.82 to 0.91, with DoRA 0.47 to 0.78).
 SMALL_ROWS = 512
 SMALL = f"up to {SMALL_ROWS} rows without a gradient, the adapter in x's dtype or up to {FEW_ROWS} rows"
-_HOST_BOUND = "cuda"
+_SMALL_ANYWHERE = False  # not on GPUs alone, as tests have it
 
 
 class Kind(NamedTuple):
@@ -282,22 +283,20 @@ def _fit_reason(operands: Operands, n: int, k: int) -> Optional[str]:
 def small_reason(module: nn.Module, x: object, rows: Optional[int] = None) -> Optional[str]:
     """Why PEFT's own forward of a linear is the fastest, as far as a glance tells: it is right in any case. `rows` in
     place of x's own, where given."""
-    if torch.is_grad_enabled() or not isinstance(x, Tensor):
+    if torch.is_grad_enabled() or not isinstance(x, Tensor) or not (x.is_cuda or _SMALL_ANYWHERE):
         return None
-    device_type = x.device.type
-    if device_type != _HOST_BOUND or torch.is_autocast_enabled(device_type):
+    features = module.in_features
+    size = x.numel() if rows is None else rows * features
+    if size > SMALL_ROWS * features or autocast_dtype(x) is not None:
         return None
-    if rows is None:
-        rows = x.shape[:-1].numel()
     modules = module._modules
-    if rows > SMALL_ROWS or modules["lora_magnitude_vector"]._modules:
+    if type(modules["base_layer"]) is not nn.Linear or modules["lora_magnitude_vector"]._modules:
         return None
-    if rows > FEW_ROWS:
-        for lora_a in modules["lora_A"]._modules.values():
-            weight = lora_a._parameters.get("weight")
-            if weight is None or weight.dtype != x.dtype:
-                return None
-    return SMALL if linear_kinds()[type(module)].name == "Linear" else None
+    for lora_a in modules["lora_A"]._modules.values():
+        weight = lora_a._parameters.get("weight")
+        if weight is None or weight.dtype != x.dtype:
+            return SMALL if size <= FEW_ROWS * features else None
+    return SMALL
 
 
 def call_reason(adapted: Adapted, x: object, args: tuple, kwargs: dict) -> Optional[str]:
@@ -326,7 +325,7 @@ def input_reason(adapted: Adapted, x: Tensor, features: int) -> Optional[str]:
     if x.device != device:
         text = f"x is on {x.device}, the base weight on {device}"
         return text if base.quantized is None else Broken(text)
-    if torch.is_autocast_enabled(device.type):
+    if autocast_dtype(x) is not None:
         for tensor in (x, *operands[:6]):
             if tensor is not None and tensor.dtype == torch.float64:
                 return f"autocast with x of {x.dtype} and float64"
@@ -363,8 +362,7 @@ def called_reason(adapted: Adapted, x: Tensor, rows: Optional[int] = None) -> Op
     base = adapted.base
     if base.called or base.quantized is None:
         return base.called
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    dtype = autocast_dtype(x) or x.dtype
     if x.dtype not in (dtype, torch.float32):
         return f"base called: x of {x.dtype} under autocast to {dtype}"
     if (base.compute or x.dtype) != dtype:

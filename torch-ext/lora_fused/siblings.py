@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, peft_state
+from .autocast import autocast_dtype
 from .projection import Projection
 
 # A group that keeps changing, as with alternating inputs, is not worth following.
@@ -65,9 +66,7 @@ _Mode = tuple[bool, bool, Optional[torch.dtype]]
 
 
 def _mode(x: Tensor) -> _Mode:
-    device_type = x.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    return torch.is_grad_enabled(), x.requires_grad, dtype
+    return torch.is_grad_enabled(), x.requires_grad, autocast_dtype(x)
 
 
 _State = tuple[int, bool, int]

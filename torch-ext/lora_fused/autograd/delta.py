@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
+from ..autocast import without_autocast
 from ..projection import Mask
-from .linear import without_autocast
 from .once import once_differentiable
 
 

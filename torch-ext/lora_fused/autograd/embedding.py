@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .. import backend as backends
 from .. import reference_embedding
+from ..autocast import without_autocast
 from ..table import Table, TableSpec
-from .linear import without_autocast
 from .once import once_differentiable
 
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
+from ..autocast import without_autocast
 from ..member import Member, members_of
 from ..projection import GatedSpec, flatten, unflatten
-from .linear import Saved, backward_group, forward_group, is_scaled, scaled_output, without_autocast
+from .linear import Saved, backward_group, forward_group, is_scaled, scaled_output
 from .once import once_differentiable
 
 

@@ -20,7 +20,6 @@ arXiv:2402.09353, equations 5 and 11.)
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple, Optional, Sequence
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from .. import backend as backends
 from .. import base, compose
+from ..autocast import without_autocast
 from ..member import Member, batches_of, cat, members_of, split
 from ..projection import GroupSpec, Operands, flatten, unflatten
 from .once import once_differentiable
@@ -193,10 +193,3 @@ def shaped(y: Tensor, lead: Sequence[int]) -> Tensor:
 def rows_of(dy: Tensor) -> Tensor:
     """dy [..., N] as contiguous [M, N]."""
     return dy.reshape(-1, dy.shape[-1]).contiguous()
-
-
-def without_autocast(x: Tensor):
-    """Dtypes are settled by the caller; entering the context costs host time, so only where it acts."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
