@@ -311,6 +311,26 @@ def test_a_small_model_without_a_gradient(lora_fused, computed, tokens, own):
     assert {"compute_group", "compute_gated"} <= set(computed)
 
 
+def test_a_sibling_that_peft_computes_is_not_computed_ahead(lora_fused, computed, monkeypatch):
+    model = peft_llama()
+    for name, parameter in model.named_parameters():
+        if "q_proj.lora" in name:
+            parameter.data = parameter.data.bfloat16()
+    ours, ids = kernelized(lora_fused, model), torch.arange(8)[None]
+    for _ in range(2):
+        ours(ids)
+    sizes, own = [], lora_fused.functional.compute_group
+    monkeypatch.setattr(
+        lora_fused.functional, "compute_group", lambda x, group, **_: sizes.append(len(group)) or own(x, group, **_)
+    )
+    ours(ids)
+    assert max(sizes) == 3
+    sizes.clear()
+    with torch.no_grad():
+        ours(ids)
+    assert sizes == [1, 1]  # the queries of both layers
+
+
 def test_nothing_fused_is_reported(lora_fused):
     with pytest.warns(UserWarning, match="no PEFT LoRA modules"):
         lora_fused.explain(nn.Linear(2, 2))

@@ -153,6 +153,8 @@ def _ready(sibling: nn.Module, x: Tensor, layer: type) -> Optional[Projection]:
     bound = sibling.__dict__.get("forward")
     if getattr(bound, "__func__", None) is not layer.forward or sibling._forward_pre_hooks:
         return None
+    if peft_state.small_reason(sibling, x):
+        return None
     state = peft_state.read_linear(sibling)
     if isinstance(state, str) or peft_state.call_reason(state, x, (), {}) or peft_state.called_reason(state, x):
         return None
