@@ -10,6 +10,7 @@ from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import KasaConfig, MontecloraConfig, VeloraConfig
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.usefixtures("on_device")
 CASE = Case((6,), 32, 16, 4, bias=True)
@@ -268,21 +269,23 @@ def computed(lora_fused, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "rows,adapter,config,autocast,grad,own",
+    "rows,adapter,config,mode,own",
     [
-        (512, torch.bfloat16, {}, False, False, True),
-        (0, torch.bfloat16, {"lora_dropout": 0.1}, False, False, True),
-        (513, torch.bfloat16, {}, False, False, False),
-        (512, torch.bfloat16, {}, False, True, False),
-        (512, torch.bfloat16, {}, True, False, False),
-        (1, torch.bfloat16, {"use_dora": True}, False, False, False),
-        (4, torch.float32, {}, False, False, True),
-        (5, torch.float32, {}, False, False, False),
+        (512, torch.bfloat16, {}, "", True),
+        (0, torch.bfloat16, {"lora_dropout": 0.1}, "", True),
+        (513, torch.bfloat16, {}, "", False),
+        (512, torch.bfloat16, {}, "grad", False),
+        (512, torch.bfloat16, {}, "autocast", False),
+        (1, torch.bfloat16, {}, "training", False),
+        (1, torch.bfloat16, {"use_dora": True}, "", False),
+        (4, torch.float32, {}, "", True),
+        (5, torch.float32, {}, "", False),
     ],
 )
-def test_small_work_without_a_gradient(lora_fused, computed, rows, adapter, config, autocast, grad, own):
+def test_small_work_without_a_gradient(lora_fused, computed, rows, adapter, config, mode, own):
     model, layer = peft_linear(CASE, torch.bfloat16, adapter, **config)
-    ours, x = kernelized(lora_fused, model), torch.randn(rows, 32).bfloat16()
+    ours, x = kernelized(lora_fused, model).train(mode == "training"), torch.randn(rows, 32).bfloat16()
+    grad, autocast = mode == "grad", mode == "autocast"
     with torch.set_grad_enabled(grad), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         torch.manual_seed(3)
         expected = type(layer).forward(layer, x)
@@ -297,9 +300,20 @@ def test_small_work_without_a_gradient(lora_fused, computed, rows, adapter, conf
         assert torch.equal(result, expected)
 
 
+def test_a_reentrant_checkpoint_keeps_its_masks(lora_fused, computed):
+    """Its forward has no gradient, what it computes again has: y = J x + b and dx = Jᵀ dy with one mask in J."""
+    ours = kernelized(lora_fused, peft_linear(CASE, torch.float32, torch.float32, lora_dropout=0.5)[0])
+    x, dy = torch.randn(6, 32, requires_grad=True), torch.randn(6, 16)
+    y = checkpoint(ours, x, use_reentrant=True)
+    y.backward(dy)
+    bias = ours.base_model.model.proj.base_layer.bias
+    torch.testing.assert_close(((y - bias) * dy).sum(), (x * x.grad).sum())
+    assert len(computed) == 2
+
+
 @pytest.mark.parametrize("tokens,own", ((512, True), (513, False)))
 def test_a_small_model_without_a_gradient(lora_fused, computed, tokens, own):
-    model = peft_llama()
+    model = peft_llama().eval()
     ours, ids = kernelized(lora_fused, copy.deepcopy(model)), torch.arange(tokens)[None] % 50
     with torch.no_grad():
         expected, result = model(ids).logits, ours(ids).logits
@@ -316,7 +330,7 @@ def test_a_sibling_that_peft_computes_is_not_computed_ahead(lora_fused, computed
     for name, parameter in model.named_parameters():
         if "q_proj.lora" in name:
             parameter.data = parameter.data.bfloat16()
-    ours, ids = kernelized(lora_fused, model), torch.arange(8)[None]
+    ours, ids = kernelized(lora_fused, model).eval(), torch.arange(8)[None]
     for _ in range(2):
         ours(ids)
     sizes, own = [], lora_fused.functional.compute_group

@@ -7,6 +7,7 @@ quantised layer.
 import pytest
 import torch
 from cases import BROKEN_ROWS, QUANTISED_CASES, VARIANTS, DrawnDropout, assert_as_good, take_exactly
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("bitsandbytes")
 import quantised  # noqa: E402
@@ -107,6 +108,19 @@ def test_few_rows_without_a_gradient(lora_fused, device, rows, variant, precisio
         assert row.fused and row.backend == "base called", row
     else:
         assert not row.fused and row.reason.startswith("base called: up to 4 rows"), row
+
+
+def test_few_rows_of_a_reentrant_checkpoint(lora_fused, device):
+    """Its forward has no gradient, what it computes again has: y = J x + b and dx = Jᵀ dy with one mask in J."""
+    case = QUANTISED_CASES[5]
+    model, layer, _ = make(case, F32, F32, device, STATES[0], lora_dropout=0.5)
+    quantised.fuse(lora_fused, model, device)
+    x, dy = torch.randn(2, case.k, device=device, requires_grad=True), torch.randn(2, case.n, device=device)
+    y = checkpoint(model, x, use_reentrant=True)
+    y.backward(dy)
+    bias = layer.base_layer.bias
+    linear = y if bias is None else y - bias
+    torch.testing.assert_close((linear * dy).sum(), (x * x.grad).sum(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("state", STATES[1:], ids=str)

@@ -33,7 +33,7 @@ BASE_OF_FEW_ROWS = f"base called: up to {FEW_ROWS} rows without a gradient"
 # least of it (H200, 1B shape: ours takes 1.07 to 1.15 times as long; with float32 adapters 1.09 times for one row and
 # 1.00 for 64, under autocast 0.82 to 0.91, with DoRA 0.47 to 0.78).
 SMALL_ROWS = 512
-SMALL = f"up to {SMALL_ROWS} rows without a gradient, the adapter in x's dtype or up to {FEW_ROWS} rows"
+SMALL = f"evaluation of up to {SMALL_ROWS} rows without a gradient, the adapter in x's dtype or up to {FEW_ROWS} rows"
 _SMALL_ANYWHERE = False  # not on GPUs alone, as tests have it
 
 
@@ -281,9 +281,10 @@ def _fit_reason(operands: Operands, n: int, k: int) -> Optional[str]:
 
 
 def small_reason(module: nn.Module, x: object, rows: Optional[int] = None) -> Optional[str]:
-    """Why PEFT's own forward of a linear is the fastest, as far as a glance tells: it is right in any case. `rows` in
-    place of x's own, where given."""
-    if torch.is_grad_enabled() or not isinstance(x, Tensor) or not (x.is_cuda or _SMALL_ANYWHERE):
+    """Why PEFT's own forward of a linear is the fastest, as far as a glance tells: it is right in any case but one. A
+    reentrant checkpoint has no gradient in its forward and one when it computes that again, with the same masks: so not
+    in training. `rows` in place of x's own, where given."""
+    if torch.is_grad_enabled() or module.training or not isinstance(x, Tensor) or not (x.is_cuda or _SMALL_ANYWHERE):
         return None
     features = module.in_features
     size = x.numel() if rows is None else rows * features
@@ -369,8 +370,10 @@ def called_reason(adapted: Adapted, x: Tensor, rows: Optional[int] = None) -> Op
         return f"base called: it computes in {base.compute or x.dtype}, the adapter in {dtype}"
     if rows is None:
         rows = x.numel() // max(x.shape[-1], 1)
-    few = rows <= FEW_ROWS and not torch.is_grad_enabled() and delta_reason(adapted.projection) is None
-    return BASE_OF_FEW_ROWS if few else None
+    if rows > FEW_ROWS or torch.is_grad_enabled() or delta_reason(adapted.projection) is not None:
+        return None
+    # A reentrant checkpoint's forward has no gradient; PEFT would draw other masks than its recomputation.
+    return BASE_OF_FEW_ROWS if adapted.projection.spec.dropout == 0.0 else None
 
 
 def own_reason(adapted: Adapted, called: str) -> Optional[str]:
