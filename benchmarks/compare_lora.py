@@ -89,7 +89,7 @@ VARIANTS = {
 def adapt(model, case: dict, adapter_dtype) -> torch.nn.Module:
     rank, targets = case["rank"], ["proj"] if shape_of(case) == "linear" else LINEARS
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **VARIANTS[case["variant"]])
-    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False).train()
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False).train(not case.get("forward_only"))
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(1)
     for name, p in model.named_parameters():

@@ -95,6 +95,7 @@ def test_few_rows_without_a_gradient(lora_fused, device, rows, variant, precisio
         for module in each.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.eval()
+    layer.training = False  # alone: in evaluation bitsandbytes packs the weight anew on some CPUs
     x = torch.randn(rows, case.k, device=device).to(compute)
     quantised.fuse(lora_fused, model, device)
     with torch.no_grad(), quantised.as_on_gpu(device, autocast):
@@ -107,7 +108,7 @@ def test_few_rows_without_a_gradient(lora_fused, device, rows, variant, precisio
     elif variant.startswith("dora"):
         assert row.fused and row.backend == "base called", row
     else:
-        assert not row.fused and row.reason.startswith("base called: up to 4 rows"), row
+        assert not row.fused and row.reason == lora_fused.peft_state.SMALL, row
 
 
 def test_few_rows_of_a_reentrant_checkpoint(lora_fused, device):

@@ -188,9 +188,11 @@ def test_states_change_after_kernelizing(lora_fused, device):
 
 
 def test_small_inputs_do_not_dequantise(lora_fused, device, monkeypatch):
-    """Decoding, one row: the base's own product, nothing dequantised by us. In training mode, since in
+    """Decoding, one row: the base's own product, nothing dequantised by us. The bases in training mode, since in
     evaluation bitsandbytes packs the weight anew on CPUs with AVX-512 BF16, and it is its own then."""
     model, ids = quantised.llama(device)
+    for module in model.modules():
+        module.training &= not lora_fused.peft_state.is_lora_module(module)
     quantised.fuse(lora_fused, model, device)
     calls = []
     for owner, name in ((lora_fused.siblings, "compute"), (lora_fused.functional, "compute_gated")):

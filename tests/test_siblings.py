@@ -158,6 +158,33 @@ def test_a_group_waits_for_graphs_of_its_past(lora_fused):
             torch.testing.assert_close(p.grad, 2 * dict(model.named_parameters())[name].grad)
 
 
+@pytest.mark.parametrize("masked", (("q", "k", "v"), ("k",)), ids="+".join)
+def test_a_group_waits_for_reentrant_checkpoints(lora_fused, monkeypatch, masked):
+    """Two forwards before their backwards, each with its own masks: y = J x + b and dx = Jᵀ dy with one mask in J. A draw
+    of three seeds is not three draws of one, as on a GPU."""
+    own = lora_fused.functional.draw_seeds
+
+    def draw_seeds(*args):
+        seeds = own(*args)
+        return None if seeds is None else seeds ^ len(seeds)
+
+    monkeypatch.setattr(lora_fused.functional, "draw_seeds", draw_seeds)
+    model = heads(lora_dropout=0.5)
+    for name in {*NAMES} - {*masked}:
+        getattr(inner(model), name).lora_dropout["default"] = nn.Identity()
+    ours = kernelized(lora_fused, model)
+    biases = [getattr(inner(ours), name).base_layer for name in NAMES]
+    b = torch.cat([torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in biases])
+    for passes in range(3):
+        xs = [torch.randn(5, 32, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        dys = [torch.randn(5, 36, dtype=torch.float64) for _ in range(2)]
+        ys = [checkpoint(inner(ours), x * 1, use_reentrant=True) for x in xs]
+        torch.autograd.backward(ys, dys)
+        for x, y, dy in zip(xs, ys, dys):
+            torch.testing.assert_close(((y - b) * dy).sum(), (x * x.grad).sum())
+    assert functions(inner(ours)(torch.randn(5, 32, dtype=torch.float64, requires_grad=True))) == 1
+
+
 def test_a_graph_that_is_dropped_holds_nothing_up(lora_fused):
     model, x = heads(), torch.randn(5, 32, dtype=torch.float64)
     ours = kernelized(lora_fused, model)

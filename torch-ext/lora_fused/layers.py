@@ -58,7 +58,7 @@ def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> to
         if called is None:
             y = siblings.compute(module, x, state.projection, LoraLinear)
             return y if state.base.quantized is None else y.to(peft_state.result_dtype(state, x))
-        reason = peft_state.own_reason(state, called)
+        reason = peft_state.delta_reason(state.projection)
         if reason is None:
             base = peft_state.call_base(module, x)
             promotes = state.promotes and torch.is_autocast_enabled()

@@ -248,9 +248,9 @@ def _explain_module(name: str, module: nn.Module, rows: int, names: dict[nn.Modu
         return _because(unfused, reason)
     called = peft_state.called_reason(state, example, rows)
     if called:
-        reason = peft_state.own_reason(state, called)
+        reason = peft_state.delta_reason(state.projection)
         if reason:
-            return _because(unfused, reason if reason == called else f"{reason} ({called})")
+            return _because(unfused, f"{reason} ({called})")
         return Row(name, layer.__name__, fused=True, backend=BASE_CALLED, group="single", reason=called)
     lora_dtype = autocast_dtype(example)
     dtype, work = lora_dtype or example.dtype, rows * math.prod(state.projection.shape)

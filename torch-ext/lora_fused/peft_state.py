@@ -23,17 +23,16 @@ _PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector", "base_lay
 _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-# Up to so many rows bitsandbytes multiplies with four-bit weights as they are, on any GPU. Without a
-# gradient to come that is the fastest there is, and with PEFT's own forward around it (H100, host time
-# included: 169 µs a linear, ours 220 to 260); a step with its backward is faster fused (613 µs, 821).
+# Up to so many rows bitsandbytes multiplies with four-bit weights as they are, on any GPU.
 FEW_ROWS = 4
-BASE_OF_FEW_ROWS = f"base called: up to {FEW_ROWS} rows without a gradient"
+BASE_OF_FEW_ROWS = f"base called: evaluation of up to {FEW_ROWS} rows without a gradient"
 
 # On a GPU so few rows without a gradient wait for the host, and of an adapter in x's dtype PEFT's own forward asks
 # least of it (H200, 1B shape: ours takes 1.07 to 1.15 times as long; with float32 adapters 1.09 times for one row and
-# 1.00 for 64, under autocast 0.82 to 0.91, with DoRA 0.47 to 0.78).
+# 1.00 for 64, under autocast 0.82 to 0.91, with DoRA 0.47 to 0.78; with four-bit weights PEFT's takes 181 µs for one row,
+# ours with all weights in floating point 173, and with PEFT's own after a reading of the state 244).
 SMALL_ROWS = 512
-SMALL = f"evaluation of up to {SMALL_ROWS} rows without a gradient, the adapter in x's dtype or up to {FEW_ROWS} rows"
+SMALL = f"evaluation of up to {SMALL_ROWS} rows without a gradient, the adapter in x's dtype, or up to {FEW_ROWS} rows"
 _SMALL_ANYWHERE = False  # not on GPUs alone, as tests have it
 
 
@@ -66,12 +65,14 @@ class Adapted(NamedTuple):
 
     casts_input: whether PEFT casts x to the adapter's dtype.
     base: what is known of the base layer.
+    training: whether the module is in training mode.
     promotes: as `Kind` has it.
     """
 
     projection: Projection
     casts_input: bool
     base: Base
+    training: bool
     promotes: bool = False
 
 
@@ -188,7 +189,8 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
     projection = Projection(operands, float(scaling), _spec(p, transposed, base.quantized))
     if base.called and delta_reason(projection):
         return delta_reason(projection)
-    return Adapted(projection, getattr(module, "cast_input_dtype_enabled", True), base, kind.promotes)
+    casts_input = getattr(module, "cast_input_dtype_enabled", True)
+    return Adapted(projection, casts_input, base, module.training, kind.promotes)
 
 
 def read_plain(module: nn.Module) -> Union[Adapted, str]:
@@ -197,7 +199,7 @@ def read_plain(module: nn.Module) -> Union[Adapted, str]:
     if isinstance(base, str):
         return base
     reason = base.called or bypass_reason(("the linear",), (module,)) or _tensor_reason(base.operands, base)
-    return reason or Adapted(Projection(base.operands, 1.0, _spec(0.0, False, base.quantized)), True, base)
+    return reason or Adapted(Projection(base.operands, 1.0, _spec(0.0, False, base.quantized)), True, base, module.training)
 
 
 @functools.lru_cache(maxsize=None)
@@ -284,19 +286,22 @@ def small_reason(module: nn.Module, x: object, rows: Optional[int] = None) -> Op
     """Why PEFT's own forward of a linear is the fastest, as far as a glance tells: it is right in any case but one. A
     reentrant checkpoint has no gradient in its forward and one when it computes that again, with the same masks: so not
     in training. `rows` in place of x's own, where given."""
-    if torch.is_grad_enabled() or module.training or not isinstance(x, Tensor) or not (x.is_cuda or _SMALL_ANYWHERE):
+    if torch.is_grad_enabled() or module.training or not isinstance(x, Tensor):
         return None
-    features = module.in_features
+    features, modules = module.in_features, module._modules
     size = x.numel() if rows is None else rows * features
-    if size > SMALL_ROWS * features or autocast_dtype(x) is not None:
+    few = SMALL if size <= FEW_ROWS * features else None
+    if modules["lora_magnitude_vector"]._modules:
         return None
-    modules = module._modules
-    if type(modules["base_layer"]) is not nn.Linear or modules["lora_magnitude_vector"]._modules:
+    if type(modules["base_layer"]) is not nn.Linear:
+        return few if linear_kinds()[type(module)].name == "Linear4bit" else None
+    on_gpu = x.is_cuda or _SMALL_ANYWHERE
+    if not on_gpu or size > SMALL_ROWS * features or autocast_dtype(x) is not None:
         return None
     for lora_a in modules["lora_A"]._modules.values():
         weight = lora_a._parameters.get("weight")
         if weight is None or weight.dtype != x.dtype:
-            return SMALL if size <= FEW_ROWS * features else None
+            return few
     return SMALL
 
 
@@ -370,16 +375,9 @@ def called_reason(adapted: Adapted, x: Tensor, rows: Optional[int] = None) -> Op
         return f"base called: it computes in {base.compute or x.dtype}, the adapter in {dtype}"
     if rows is None:
         rows = x.numel() // max(x.shape[-1], 1)
-    if rows > FEW_ROWS or torch.is_grad_enabled() or delta_reason(adapted.projection) is not None:
-        return None
     # A reentrant checkpoint's forward has no gradient; PEFT would draw other masks than its recomputation.
-    return BASE_OF_FEW_ROWS if adapted.projection.spec.dropout == 0.0 else None
-
-
-def own_reason(adapted: Adapted, called: str) -> Optional[str]:
-    """Why PEFT's own forward runs where the base is called for the reason `called`."""
-    plain = called is BASE_OF_FEW_ROWS and adapted.projection.operands.magnitude is None
-    return called if plain else delta_reason(adapted.projection)
+    few = rows <= FEW_ROWS and not (torch.is_grad_enabled() or adapted.training)
+    return BASE_OF_FEW_ROWS if few and delta_reason(adapted.projection) is None else None
 
 
 def result_dtype(adapted: Adapted, x: Tensor) -> torch.dtype:
