@@ -185,6 +185,31 @@ def test_a_group_waits_for_reentrant_checkpoints(lora_fused, monkeypatch, masked
     assert functions(inner(ours)(torch.randn(5, 32, dtype=torch.float64, requires_grad=True))) == 1
 
 
+def test_a_recomputation_takes_nothing_from_its_forward(lora_fused):
+    """Called first though it does not lead, q is computed a second time with k and v: for nobody."""
+    model = heads()
+    ours, others = kernelized(lora_fused, model), dict(names=("k", "v", "q"))
+    assert_same(step(ours, x := torch.randn(5, 32, dtype=torch.float64), **others), step(model, x, **others))
+
+    def run(each):
+        leaf = x.clone().requires_grad_()
+        y = checkpoint(inner(each), leaf * 1, use_reentrant=False)
+        y.square().sum().backward()
+        return y, {"x": leaf.grad}
+
+    for _ in range(2):
+        assert_same(run(ours), run(model))
+
+
+def test_another_pass_over_the_same_input(lora_fused):
+    """What the last one left over is of its graph, which is gone."""
+    model, x = heads(), torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
+    ours = kernelized(lora_fused, model)
+    inner(ours)(x.detach(), names=("k", "v", "q"))
+    for _ in range(3):
+        inner(ours)(x).sum().backward()
+
+
 def test_a_graph_that_is_dropped_holds_nothing_up(lora_fused):
     model, x = heads(), torch.randn(5, 32, dtype=torch.float64)
     ours = kernelized(lora_fused, model)

@@ -44,6 +44,12 @@ class _Token:
         self.waiting.pop(id(self), None)
 
 
+# What a call depends on besides its operands: grad mode, whether x needs a gradient, autocast's dtype, and the backward
+# pass that it is in, since what a forward computed has the forward's graph.
+_Mode = tuple[bool, bool, Optional[torch.dtype], int]
+_FORWARD = -1  # in place of a backward pass
+
+
 class _Leader:
     """What is known about a module that is called first: the group it computes, the siblings that
     were last observed, and the graphs of its calls that wait for backward."""
@@ -65,20 +71,17 @@ class _Leader:
         self.changes += 1
         self.group = self.observed if self.changes <= MAX_CHANGES else ()
 
-    def count(self, gradient: bool) -> None:
-        """Of a call that draws masks."""
-        if torch._C._current_graph_task_id() != -1:
-            self.unrepeated = max(self.unrepeated - 1, 0)
-        elif not gradient:
+    def count(self, mode: _Mode) -> None:
+        """Of a call that draws masks. Where a graph waits, what a backward pass computes again may be of that one."""
+        gradient, *_, backward_pass = mode
+        if backward_pass == _FORWARD and not gradient:
             self.unrepeated += 1
-
-
-# What a call depends on besides its operands: grad mode, whether x needs a gradient, autocast's dtype.
-_Mode = tuple[bool, bool, Optional[torch.dtype]]
+        elif backward_pass != _FORWARD and self.unrepeated and not self.waiting:
+            self.unrepeated -= 1
 
 
 def _mode(x: Tensor) -> _Mode:
-    return torch.is_grad_enabled(), x.requires_grad, autocast_dtype(x)
+    return torch.is_grad_enabled(), x.requires_grad, autocast_dtype(x), torch._C._current_graph_task_id()
 
 
 _State = tuple[int, bool, int]
@@ -112,10 +115,10 @@ def compute(module: nn.Module, x: Tensor, projection: Projection, layer: type) -
     if x.is_inference():  # keeps no version, so a change of x would go unseen
         return functional.compute_group(x, (projection,))[0]
     mode = _mode(x)
-    result = _claim(module, x, projection, mode)
-    forward = torch._C._current_graph_task_id() == -1
+    forward = mode[-1] == _FORWARD
     if forward:
         _observe(module, x)
+    result = _claim(module, x, projection, mode)
     if result is not None:
         return result
     leader = _leaders.get(module)
@@ -151,7 +154,7 @@ def _lead(module, leader: _Leader, x: Tensor, projection: Projection, mode: _Mod
     if _calls.x is not x or _calls.version != x._version or _calls.mode != mode:
         _forget()
     if any([each.spec.dropout > 0.0 for each in projections]):
-        leader.count(torch.is_grad_enabled())
+        leader.count(mode)
     token = _Token(leader.waiting) if torch.is_grad_enabled() else None
     outputs = functional.compute_group(x, projections, token=token)
     if len(members) > 1:
@@ -218,10 +221,12 @@ def _forget() -> None:
 
 def _observe(module: nn.Module, x: Tensor) -> None:
     seen, ref = _calls.seen_x() if _calls.seen_x is not None else None, weakref.ref(module)
-    if seen is x and _calls.seen_version == x._version and ref not in _calls.seen:
-        _calls.seen.append(ref)
-        return
-    _note_siblings()  # another input, or another pass over the same one
+    if seen is x and _calls.seen_version == x._version:
+        if ref not in _calls.seen:
+            _calls.seen.append(ref)
+            return
+        _forget()  # another pass over the same input: what is left of the last one has its graph
+    _note_siblings()
     _calls.seen_x, _calls.seen_version, _calls.seen = weakref.ref(x), x._version, [ref]
 
 
