@@ -214,6 +214,11 @@ def _spec(dropout: float, transposed: bool, quantized: Optional[Quantized]) -> P
     return ProjectionSpec(dropout, transposed, quantized)
 
 
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a linear may draw masks in training, whichever of its adapters is active."""
+    return any([type(each) is not nn.Identity for each in module._modules["lora_dropout"]._modules.values()])
+
+
 def _dropout(module: nn.Module, dropout: nn.Module, dora: bool) -> Union[float, str]:
     """The probability that this call drops with. PEFT's DoRA asks the layer's training flag as well."""
     if type(dropout) is nn.Identity:

@@ -9,8 +9,8 @@ skipped, replaced, moved or called with another input costs time, never correctn
 
 One rule keeps checkpointing right, which must recompute what its forward did: the group of a module
 changes only while no graph of its earlier calls is waiting for its backward, and never during a
-backward pass. A reentrant checkpoint's forward has no graph. Of it masks alone ask for the same group, since a group draws
-its seeds at once; so calls that draw some without a gradient are counted until as many came in a backward pass.
+backward pass. A reentrant checkpoint's forward has no graph, so calls in training without a gradient are counted until as
+many came in a backward pass; until then no group changes that draws masks, which it does for all its members at once.
 """
 
 from __future__ import annotations
@@ -58,21 +58,22 @@ class _Leader:
         self.group: tuple[weakref.ref, ...] = ()
         self.observed: tuple[weakref.ref, ...] = ()
         self.waiting: dict[int, None] = {}
-        self.unrepeated = 0  # calls with masks and without a gradient that no backward pass has computed again
+        self.unrepeated = 0  # calls in training without a gradient that no backward pass has computed again
         self.changes = 0
 
     def settle(self) -> None:
         """Takes over what was observed, where no earlier call can be recomputed."""
         if self.observed == self.group or self.waiting or self.changes > MAX_CHANGES:
             return
-        leaders = (_leaders.get(member) for member in _alive((*self.observed, *self.group)))
-        if self.unrepeated or any([leader.unrepeated for leader in leaders if leader is not None]):
+        members = _alive((*self.observed, *self.group))
+        leaders = [self, *(_leaders[member] for member in members if member in _leaders)]
+        if any([leader.unrepeated for leader in leaders]) and any(map(peft_state.has_dropout, members)):
             return
         self.changes += 1
         self.group = self.observed if self.changes <= MAX_CHANGES else ()
 
     def count(self, mode: _Mode) -> None:
-        """Of a call that draws masks. Where a graph waits, what a backward pass computes again may be of that one."""
+        """Of a call in training. Where a graph waits, what a backward pass computes again may be of that one."""
         gradient, *_, backward_pass = mode
         if backward_pass == _FORWARD and not gradient:
             self.unrepeated += 1
@@ -153,7 +154,7 @@ def _lead(module, leader: _Leader, x: Tensor, projection: Projection, mode: _Mod
                 projections.append(state)
     if _calls.x is not x or _calls.version != x._version or _calls.mode != mode:
         _forget()
-    if any([each.spec.dropout > 0.0 for each in projections]):
+    if module.training:
         leader.count(mode)
     token = _Token(leader.waiting) if torch.is_grad_enabled() else None
     outputs = functional.compute_group(x, projections, token=token)

@@ -1,0 +1,67 @@
+"""Checkpoints recompute what their forwards did, whatever runs in between: random passes over siblings with masks."""
+
+import random
+
+import pytest
+import torch
+from heads import NAMES, heads, inner, kernelized
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+pytestmark = pytest.mark.usefixtures("on_device")
+PASSES = (NAMES, NAMES, NAMES, ("q", "k"), ("k", "v", "q"), ("v",), ("q", "v"))
+FORWARDS = {
+    "plain": lambda run, x: run(x),
+    "reentrant": lambda run, x: checkpoint(run, x, use_reentrant=True),
+    "checkpoint": lambda run, x: checkpoint(run, x, use_reentrant=False),
+}
+ACTIONS = (*FORWARDS, "reentrant", "one backward", "one backward", "all backwards", "evaluation", "no gradient")
+
+
+def model_of(lora_fused, drawn):
+    """Kernelized, and its biases; some of its projections without dropout."""
+    model = heads(lora_dropout=0.5)
+    for name in NAMES:
+        if drawn.random() < 0.3:
+            getattr(inner(model), name).lora_dropout["default"] = nn.Identity()
+    ours = kernelized(lora_fused, model)
+    layers = {name: getattr(inner(ours), name).base_layer for name in NAMES}
+    zeros = {name: torch.zeros(layer.out_features, dtype=torch.float64) for name, layer in layers.items()}
+    return ours, {name: zeros[name] if layer.bias is None else layer.bias for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_passes(lora_fused, monkeypatch, seed):
+    """y = J x + b and dx = Jᵀ dy with the same masks in J. A draw of three seeds is not three draws of one, as on a GPU."""
+    own = lora_fused.functional.draw_seeds
+
+    def draw_seeds(*args):
+        seeds = own(*args)
+        return None if seeds is None else seeds ^ len(seeds)
+
+    monkeypatch.setattr(lora_fused.functional, "draw_seeds", draw_seeds)
+    drawn, waiting = random.Random(seed), []
+    ours, biases = model_of(lora_fused, drawn)
+
+    def pick():
+        return torch.randn(4, 32, dtype=torch.float64), drawn.choice(PASSES)
+
+    for _ in range(14):
+        action = drawn.choice(ACTIONS)
+        if action in FORWARDS:
+            x, names = pick()
+            x.requires_grad_()
+            y = FORWARDS[action](lambda x, names=names: inner(ours)(x, names=names), x * 1)
+            waiting.append((x, y, torch.randn_like(y), torch.cat([biases[name] for name in names])))
+        elif action in ("evaluation", "no gradient"):
+            x, names = pick()
+            ours.train(action == "no gradient")
+            with torch.no_grad():
+                inner(ours)(x, names=names)
+            ours.train()
+        elif waiting:
+            count = 1 if action == "one backward" else len(waiting)
+            done = [waiting.pop(drawn.randrange(len(waiting))) for _ in range(count)]
+            torch.autograd.backward([y for _, y, _, _ in done], [dy for _, _, dy, _ in done])
+            for x, y, dy, b in done:
+                torch.testing.assert_close(((y - b) * dy).sum(), (x * x.grad).sum())
