@@ -47,7 +47,9 @@ def gpu_table(model, inputs: dict, autocast: bool, rows: int) -> str:
         bench.change_parameters(model)
         bench.step(model, inputs, autocast)
         torch.cuda.synchronize()
-    kernels_run = sorted(run.key_averages(), key=lambda row: -row.self_device_time_total)
+    # The host's calls are among the rows, without time on the device.
+    on_device = [row for row in run.key_averages() if row.self_device_time_total > 0]
+    kernels_run = sorted(on_device, key=lambda row: -row.self_device_time_total)
     busy, launches = sum(row.self_device_time_total for row in kernels_run), sum(row.count for row in kernels_run)
     lines = [f"  GPU busy {busy / 1e3:.2f} ms in {launches} launches"]
     lines += [f"  {row.self_device_time_total / 1e3:9.3f} ms x{row.count:<5} {row.key[:90]}" for row in kernels_run[:rows]]

@@ -58,25 +58,92 @@ def check(ops, shapes, form: str, dtype, out_dtype, hopper: bool, p: float = 0.0
         assert_product(name, out, left, right, scaling, (r, c) if form == "across, out turned" else out.shape)
 
 
-def assert_product(name: str, out: Tensor, left: Tensor, right: Tensor, scaling: float, written: tuple[int, int]) -> None:
-    """out = scaling · left right, and around the part of its buffer that is to be `written` nothing changed."""
+def assert_close(name: str, value: Tensor, rounding: float, left: Tensor, right: Tensor, scaling: float) -> None:
     truth = scaling * (left.double() @ right.double())
     # One truncation a wgmma, of what it adds up: first the products, at last about the result.
     products = scaling * (left.double().abs() @ right.double().abs())
     size = truth.abs().clamp(min=truth.square().mean().sqrt())
     slack = 2.0**-23 * (left.shape[1] / 16 * size + products)
-    rounding = ROUNDING.get(out.dtype, 2.0**-24)
-    if out.dtype == torch.float16:
+    if value.dtype == torch.float16:
         slack = slack + 2.0**-25  # half a last place of a subnormal number
-    wrong = ~((out.double() - truth).abs() <= rounding * truth.abs() + slack)
+    wrong = ~((value.double() - truth).abs() <= rounding * truth.abs() + slack)
     if wrong.any():
         at = wrong.nonzero()[0].tolist()
-        seen, exact = out[at[0], at[1]].item(), truth[at[0], at[1]].item()
+        seen, exact = value[at[0], at[1]].item(), truth[at[0], at[1]].item()
         raise AssertionError(f"{name}: wrong in {int(wrong.sum())} places, first {at}: {seen} for {exact}")
+
+
+def assert_nothing_around(name: str, out: Tensor, written: tuple[int, int]) -> None:
     rows, cols = written
     around = out._base
     if not (around[rows:].isnan().all() and around[:rows, cols:].isnan().all()):
         raise AssertionError(f"{name}: wrote outside out")
+
+
+def assert_product(name: str, out: Tensor, left: Tensor, right: Tensor, scaling: float, written: tuple[int, int]) -> None:
+    """out = scaling · left right, and around the part of its buffer that is to be `written` nothing changed."""
+    assert_close(name, out, ROUNDING.get(out.dtype, 2.0**-24), left, right, scaling)
+    assert_nothing_around(name, out, written)
+
+
+def with_rest(rows: int, cols: int, beside: bool) -> tuple[Tensor, Tensor]:
+    """Float32 values as bfloat16 and what their rounding leaves out, beside or below each other; and their sum."""
+    value = torch.randn(rows, cols, device="cuda")
+    high = value.bfloat16()
+    both = torch.cat([high, (value - high).bfloat16()], dim=int(beside))
+    out = padded(*both.shape, torch.bfloat16).copy_(both)
+    return out, sum(half.double() for half in both.chunk(2, dim=int(beside)))
+
+
+def assert_parts(name: str, out: Tensor, ranks: int, left: Tensor, right: Tensor, scaling: float) -> None:
+    """scaling · left right as high, high again and the rest, those of every `ranks` columns next to each other."""
+    columns = out.reshape(out.shape[0], -1, 3, ranks)
+    high, again, rest = (columns[:, :, part].flatten(1) for part in range(3))
+    if not (torch.equal(high, again) and (rest.abs() <= 2.0**-8 * high.abs()).all()):
+        raise AssertionError(f"{name}: parts that are not of one value")
+    assert_close(name, high.double() + rest.double(), 2.0**-17, left, right, scaling)
+    assert_nothing_around(name, out, out.shape)
+
+
+def check_exact(ops, shapes, form: str) -> None:
+    """One call with an entry for each of `shapes`, the other operand given with its rest, bfloat16."""
+    across, turned, nan = form.startswith("across"), "turned" in form, float("nan")
+    entries, truths = [], []
+    for m, c, r in shapes:
+        beside = across or turned
+        other, value = with_rest(m if across else c, r, True) if beside else with_rest(r, c, False)
+        if across:
+            out = padded(*((r, c) if turned else (c, r)), torch.float32, nan)
+            out = out.t() if turned else out
+        else:
+            out = padded(m, 3 * r, torch.bfloat16, nan)
+            other, value = (other.t() if turned else other), (value if turned else value.t())
+        entries.append((padded(m, c, torch.bfloat16), other, out))
+        truths.append(value)
+    of_member = min(r for _, _, r in shapes)  # divides every rank of this list
+    scaling = 1.0 if across else 0.75
+    ops.skinny(*map(list, zip(*entries)), scaling, across, True, exact=of_member)
+    for (m, c, r), (x, _, out), value in zip(shapes, entries, truths):
+        name = f"skinny, exact {form} M={m} C={c} R={r} in members of {of_member}, {len(shapes)} entries"
+        if across:
+            assert_product(name, out, x.t(), value, 1.0, (r, c) if turned else (c, r))
+        else:
+            assert_parts(name, out, of_member, x, value, scaling)
+
+
+def check_exact_of_dy(dy_products, m: int, widths, r: int, db_dtype) -> None:
+    entries, values = [], []
+    for n in widths:
+        (b, b_value), (t, t_value) = with_rest(n, r, True), with_rest(m, r, True)
+        dy, dt, db = (padded(m, n, torch.bfloat16), padded(m, 3 * r, torch.bfloat16, float("nan")),
+                      padded(n, r, db_dtype, float("nan")))  # fmt: skip
+        entries.append((dy, b, t, dt, db))
+        values.append((b_value, t_value))
+    dy_products(*map(list, zip(*entries)), 0.75, exact=True)
+    for n, (dy, _, _, dt, db), (b, t) in zip(widths, entries, values):
+        name = f"products of dy, exact M={m} N={n} R={r} to {db_dtype}, {len(widths)} entries"
+        assert_parts(f"{name}: dt", dt, r, dy, b, 0.75)
+        assert_product(f"{name}: dB", db, dy.t(), t, 1.0, db.shape)
 
 
 def check_of_dy(dy_products, m: int, widths, r: int, dtype, dt_dtype, db_dtype) -> None:
@@ -115,6 +182,27 @@ def check_all_of_dy(dy_products, tokens, widths, ranks) -> int:
     for m, n, r, dtype in itertools.product(tokens, widths, ranks, ROUNDING):
         for outs in ((dtype, dtype), (dtype, torch.float32), (torch.float32, torch.float32)):
             check_of_dy(dy_products, m, n, r, dtype, *outs)
+            count += 1
+    torch.cuda.synchronize()
+    return count
+
+
+def exact_lists(shapes):
+    """Each shape alone, and lists of ranks that are multiples of their least, one of more than a launch holds."""
+    yield from ([shape] for shape in shapes)
+    multiples = [(m, c, r) for m, c, r in shapes if r % 16 == 0] + [(64, 96, 16)]
+    yield multiples
+    yield (multiples * 9)[:9]
+
+
+def check_all_exact(ops, shapes, of_dy) -> int:
+    count = 0
+    for form, group in itertools.product(FORMS, list(exact_lists(shapes))):
+        check_exact(ops, group, form)
+        count += 1
+    for m, n, r, db_dtype in itertools.product(*of_dy, (torch.bfloat16, torch.float32)):
+        if r <= 32:
+            check_exact_of_dy(ops.dy_products, m, n, r, db_dtype)
             count += 1
     torch.cuda.synchronize()
     return count
@@ -190,8 +278,10 @@ def main() -> None:
     skinny = ops.skinny
     print(f"skinny: {check_all(ops, SMALL)} small cases right", flush=True)
     print(f"products of dy: {check_all_of_dy(ops.dy_products, *SMALL_OF_DY)} small cases right", flush=True)
+    print(f"exact: {check_all_exact(ops, SMALL, SMALL_OF_DY)} small cases right", flush=True)
     if sanitize:
         return
+    print(f"exact: {check_all_exact(ops, LARGER, LARGER_OF_DY)} larger cases right", flush=True)
     print(f"products of dy: {check_all_of_dy(ops.dy_products, *LARGER_OF_DY)} larger cases right", flush=True)
     report_of_dy(ops, (2048, 4096, 8192), ((4096,), (4096, 1024, 1024), (14336, 14336)), (16, 32, 64))
     print(f"skinny: {check_all(ops, LARGER)} larger cases right", flush=True)

@@ -62,6 +62,22 @@ def test_both_products_of_dy_as_in_float64(ops, m, widths, r, dtype, dt_float, d
     check_skinny.check_of_dy(ops.dy_products, m, widths, r, dtype, *outs)
 
 
+@pytest.mark.parametrize("form", check_skinny.FORMS)
+@pytest.mark.parametrize("shapes", list(check_skinny.exact_lists(check_skinny.SMALL + check_skinny.LARGER)), ids=str)
+def test_exact_products_as_in_float64(ops, form, shapes):
+    check_skinny.check_exact(ops, shapes, form)
+
+
+@pytest.mark.parametrize("db_dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("m, widths, r", [
+    (m, widths, r)
+    for tokens, groups, ranks in (check_skinny.SMALL_OF_DY, check_skinny.LARGER_OF_DY)
+    for m, widths, r in itertools.product(tokens, groups, ranks) if r <= 32
+])  # fmt: skip
+def test_both_exact_products_of_dy_as_in_float64(ops, m, widths, r, db_dtype):
+    check_skinny.check_exact_of_dy(ops.dy_products, m, widths, r, db_dtype)
+
+
 def test_products_of_dy_are_the_same_every_time(ops):
     randn = lambda *shape: torch.randn(*shape, device="cuda").bfloat16()  # noqa: E731
     dy, b, t = randn(5000, 1200), randn(1200, 32), randn(5000, 32)

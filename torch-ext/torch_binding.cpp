@@ -25,9 +25,10 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "Tensor? gain=None, Tensor(b!)? z=None, bool accumulate=False, Tensor? seed=None, float p=0.0, int dropped=0) -> ()");
   ops.def(
       "skinny(Tensor[] x, Tensor[] other, Tensor(a!)[] out, float scaling, bool across, bool hopper, "
-      "Tensor? seed=None, float p=0.0) -> ()");
+      "Tensor? seed=None, float p=0.0, int exact=0) -> ()");
   ops.def(
-      "dy_products(Tensor[] dy, Tensor[] b, Tensor[] t, Tensor(a!)[] dt, Tensor(b!)[] db, float scaling) -> ()");
+      "dy_products(Tensor[] dy, Tensor[] b, Tensor[] t, Tensor(a!)[] dt, Tensor(b!)[] db, float scaling, "
+      "bool exact=False) -> ()");
   ops.def(
       "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
       "Tensor?[] lora_b, Tensor?[] gains, Tensor?[] magnitudes, float[] scalings, Tensor? seeds, float[] dropouts, "

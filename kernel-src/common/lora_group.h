@@ -21,13 +21,18 @@ struct Cast {
   bool transposed = false, rest = false;
 };
 
-// v = scaling·(first + second), matrices of float32: `high` is v, rounded to its dtype; `again` the same once
-// more, and `low` what the rounding leaves out. Rows of each may be strided.
+// Where a matrix of float32 goes as three of bfloat16, where exact (projections.h): rounded, the same again, and what
+// the rounding leaves out, each `apart` columns from the one before. Its columns are those of members of `ranks` each,
+// whose three are next to each other: column j begins at j + 2·apart·(j / ranks).
+struct Parts {
+  int64_t ranks, apart;
+};
+
+// out = scaling·(first + second) in float32, or its parts, from out's first column on. Rows of each may be strided.
 struct PartSum {
-  View first, second;
+  View first, second, out;
   double scaling;
-  View high;
-  MaybeView again = std::nullopt, low = std::nullopt;
+  std::optional<Parts> parts = std::nullopt;
 };
 
 enum Activation : int64_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
@@ -72,26 +77,32 @@ struct Dropped {
   double p;
 };
 
-// t [M, R] = scaling · dropped(x) aᵀ for x [M, C] and a [R, C]; rows of t may be strided.
+// t [M, R] = scaling · dropped(x) aᵀ for x [M, C] and a [R, C]; rows of t may be strided. Exact, a is the sum of a and
+// of `rest`, in the same memory, and t's parts are written.
 struct SkinnyDown {
   View x, a, t;
   double scaling;
   std::optional<Dropped> mask;
+  MaybeView rest = std::nullopt;
+  std::optional<Parts> parts = std::nullopt;
 };
 
 // out = tᵀ dropped(x) for t [M, R] and x [M, C], rows of t strided or not: [R, C], or [C, R] where
-// transposed, contiguous, in x's dtype or float32.
+// transposed, contiguous, in x's dtype or float32. Exact, t is the sum of t and of `rest`, in the same memory.
 struct SkinnyOuter {
   View t, x, out;
   bool transposed;
   std::optional<Dropped> mask;
+  MaybeView rest = std::nullopt;
 };
 
 // dt [M, R] = scaling · dy b and db [N, R] = dyᵀ t for dy [M, N], b [N, R] and t [M, R], from one read of dy; dt and
-// db in dy's dtype or float32. Rows are contiguous, and may be strided.
+// db in dy's dtype or float32. Rows are contiguous, and may be strided. Exact, b and t are [.., 2R], each with the rest
+// of its values beside them, and dt's parts are written.
 struct DyProducts {
   View dy, b, t, dt, db;
   double scaling;
+  std::optional<Parts> parts = std::nullopt;
 };
 
 // dropped(dt a), a term of dx [M, K].
@@ -138,14 +149,14 @@ void skinny_outer_cuda(const std::vector<SkinnyOuter>& entries);
 void dropped_up_add_cuda(const View& dx, const std::vector<DroppedUp>& terms);
 
 // The same two products on Hopper, up to rank 128; a of either layout. Each list is one launch for
-// every eight entries, which share the dtype alone.
+// every eight entries, which share the dtype, and are all exact or none.
 bool skinny_sm90_serves(const View& matrix);  // as x, a or t of one
 bool skinny_sm90_serves(const SkinnyDown& product);
 bool skinny_sm90_serves(const SkinnyOuter& product);
 void skinny_sm90(const std::vector<SkinnyDown>& products);
 void skinny_sm90(const std::vector<SkinnyOuter>& products);
 
-// On Hopper, up to rank 64. Two launches for every four entries, which share M and dtype.
+// On Hopper, up to rank 64, exact up to 32. Two launches for every four entries, which share M and dtype.
 bool dy_products_sm90_serves(const DyProducts& products);
 void dy_products_sm90(const std::vector<DyProducts>& products);
 #endif

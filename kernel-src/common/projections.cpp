@@ -32,7 +32,7 @@ void cast_all(const std::vector<Cast>& casts) {
 void sum_parts(const std::vector<PartSum>& sums) {
   if (sums.empty()) return;
 #if defined(CUDA_KERNEL)
-  if (sums[0].high.is_cuda()) return part_sums_cuda(sums);
+  if (sums[0].out.is_cuda()) return part_sums_cuda(sums);
 #endif
   part_sums_cpu(sums);
 }
@@ -120,6 +120,13 @@ class Together {
 #endif
   }
 
+  // Exact products: all of them, or none.
+  bool takes_all(const std::vector<Product>& products) {
+    for (const Product& product : products)
+      if (!takes(product, /*hopper_alone=*/true)) return false;
+    return true;
+  }
+
   void run() const {
 #if defined(CUDA_KERNEL)
     if (!on_hopper_.empty()) skinny_sm90(on_hopper_);
@@ -142,11 +149,12 @@ class OneRead {
   }
 
   // dB [N, R] in `dtype`, to be filled with dt = scaling·dy b by `run`; none where other products are to be taken.
-  MaybeTensor takes(const View& dy, const View& b, const View& t, const View& dt, double scaling, ScalarType dtype) {
+  MaybeTensor takes(const View& dy, const View& b, const View& t, const View& dt, double scaling, ScalarType dtype,
+                    const std::optional<Parts>& parts = std::nullopt) {
 #if defined(CUDA_KERNEL)
     if (!pays_ || !skinny_sm90_serves(dy)) return std::nullopt;
-    const Tensor db = empty(dy.base(), {b.size(0), b.size(1)}, dtype);
-    const DyProducts products{dy, b, t, dt, db, scaling};
+    const Tensor db = empty(dy.base(), {b.size(0), dt.size(1)}, dtype);
+    const DyProducts products{dy, b, t, dt, db, scaling, parts};
     if (!dy_products_sm90_serves(products)) return std::nullopt;
     products_.push_back(products);
     return db;
@@ -278,12 +286,48 @@ Adapters::Adapters(const View& x, const Members& members, bool need_a, bool need
 
 namespace {
 
-// The parts of scaling·(sum of two columns of `wide`, `apart` from each other) as three columns of `to`.
-PartSum part_sum(const View& wide, int64_t first, int64_t apart, double scaling, const View& to, int64_t at,
-                 int64_t rank) {
-  const int64_t next = to.size(1) / 3;
-  return {wide.columns(first, rank),  wide.columns(first + apart, rank), scaling, to.columns(at, rank),
-          to.columns(next + at, rank), to.columns(2 * next + at, rank)};
+// What members with an adapter have in common, if all have the same.
+template <typename Of>
+auto common(const Members& members, Of of) -> std::optional<decltype(of(size_t{}))> {
+  std::optional<decltype(of(size_t{}))> shared;
+  for (size_t i = 0; i < members.count(); ++i) {
+    if (!members.a(i)) continue;
+    if (shared && *shared != of(i)) return std::nullopt;
+    shared = of(i);
+  }
+  return shared;
+}
+
+// The parts of every member's t, in one launch where that serves.
+void project_down_exactly(const View& t, const View& x, const Members& members, const Adapters& adapters) {
+  const int64_t ranks = adapters.ranks();
+  const auto product = [&](int64_t first, int64_t rank, const View& out, double scaling, int64_t of_member) {
+    return SkinnyDown{x, adapters.a->rows(first, rank), out, scaling, std::nullopt, adapters.a->rows(ranks + first, rank),
+                      Parts{of_member, of_member}};
+  };
+  const auto scaling = common(members, [&](size_t i) { return members.scaling(i); });
+  const auto rank = common(members, [&](size_t i) { return members.rank(i); });
+  std::vector<SkinnyDown> products;
+  if (scaling && rank) {
+    products.push_back(product(0, ranks, t.columns(0, ranks), *scaling, *rank));
+  } else {
+    for (size_t i = 0; i < members.count(); ++i) {
+      if (!members.a(i)) continue;
+      const View out = adapters.part(t, i).columns(0, adapters.rank(i));
+      products.push_back(product(adapters.first[i], adapters.rank(i), out, members.scaling(i), adapters.rank(i)));
+    }
+  }
+  Together<SkinnyDown> together;
+  if (together.takes_all(products)) return together.run();
+  const View wide = empty(x.base(), {x.size(0), 2 * ranks}, ScalarType::Float);
+  multiply(wide, x, adapters.a->rows(0, 2 * ranks).transposed(), 1.0, /*add=*/false);
+  std::vector<PartSum> sums;
+  for (size_t i = 0; i < members.count(); ++i) {
+    if (!members.a(i)) continue;
+    const int64_t r = adapters.rank(i), first = adapters.first[i];
+    sums.push_back({wide.columns(first, r), wide.columns(ranks + first, r), adapters.part(t, i), members.scaling(i), Parts{r, r}});
+  }
+  sum_parts(sums);
 }
 
 // t of all members, and D(x) of those whose base product takes it as well.
@@ -291,30 +335,15 @@ Tensor project_down(const View& x, const Members& members, const Adapters& adapt
                     std::vector<MaybeView>& drops) {
   const Tensor whole = empty(x.base(), {x.size(0), adapters.columns()}, x.scalar_type());
   const View t = whole;
+  if (adapters.ranks() == 0) return whole;
   if (members.exact()) {
-    const int64_t ranks = adapters.ranks();
-    if (ranks == 0) return whole;
-    const View wide = empty(x.base(), {x.size(0), 2 * ranks}, ScalarType::Float);
-    multiply_down(wide, x, adapters.a->rows(0, 2 * ranks), 1.0);
-    std::vector<PartSum> sums;
-    for (size_t i = 0; i < members.count(); ++i) {
-      if (!members.a(i)) continue;
-      const View of_member = adapters.part(t, i);
-      sums.push_back(part_sum(wide, adapters.first[i], ranks, members.scaling(i), of_member, 0, adapters.rank(i)));
-    }
-    sum_parts(sums);
+    project_down_exactly(t, x, members, adapters);
     return whole;
   }
-  std::optional<double> shared;
   // On the CPU a member's t is that of the member alone, bit for bit: a group changes no result.
-  bool share = x.is_cuda() && !members.any_masked();
-  for (size_t i = 0; share && i < members.count(); ++i) {
-    if (!members.a(i)) continue;
-    share = !shared || *shared == members.scaling(i);
-    shared = members.scaling(i);
-  }
-  if (share) {
-    if (shared) multiply_down(t, x, *adapters.a, *shared);
+  const auto shared = common(members, [&](size_t i) { return members.scaling(i); });
+  if (shared && x.is_cuda() && !members.any_masked()) {
+    multiply_down(t, x, *adapters.a, *shared);
     return whole;
   }
   Together<SkinnyDown> together;
@@ -403,6 +432,7 @@ Backward::Backward(const Members& members, const View& x, const Given& given)
 void Backward::project_down_exactly() {
   dt_ = empty(x_.base(), {x_.size(0), adapters_.columns()}, x_.scalar_type());
   std::vector<PartSum> sums;
+  Together<SkinnyDown> together;
   OneRead one_read(lora_dys_);
   for (size_t i = 0; i < members_.count(); ++i) {
     if (!members_.a(i)) continue;
@@ -414,13 +444,19 @@ void Backward::project_down_exactly() {
       }
       continue;
     }
-    const View wide = empty(x_.base(), {x_.size(0), 2 * rank}, ScalarType::Float);
+    const View &dy = *lora_dys_[i], out = dt_->columns(first, rank);
     const View b = adapters_.b[i]->columns(0, 2 * rank), t = adapters_.part(t_, i).columns(rank, 2 * rank);
-    if (needs(i, kNeedB)) dbs_[i] = one_read.takes(*lora_dys_[i], b, t, wide, 1.0, ScalarType::Float);
-    if (!dbs_[i]) multiply_down(wide, *lora_dys_[i], b.transposed(), 1.0);
-    sums.push_back(part_sum(wide, 0, rank, members_.scaling(i), *dt_, first, rank));
+    const double scaling = members_.scaling(i);
+    const Parts parts{rank, adapters_.ranks()};
+    if (needs(i, kNeedB)) dbs_[i] = one_read.takes(dy, b, t, out, scaling, members_.b(i)->scalar_type(), parts);
+    const View high = b.columns(0, rank).transposed(), rest = b.columns(rank, rank).transposed();
+    if (dbs_[i] || together.takes({dy, high, out, scaling, std::nullopt, rest, parts}, /*hopper_alone=*/true)) continue;
+    const View wide = empty(x_.base(), {x_.size(0), 2 * rank}, ScalarType::Float);
+    multiply(wide, dy, b, 1.0, /*add=*/false);
+    sums.push_back({wide.columns(0, rank), wide.columns(rank, rank), out, scaling, parts});
   }
   one_read.run();
+  together.run();
   sum_parts(sums);
 }
 
@@ -523,35 +559,50 @@ void Backward::add_dropped(const View& dx, const std::vector<size_t>& which) con
 void Backward::parameters_exactly(const View& x, Tensors& grads) const {
   std::vector<PartSum> sums;
   std::vector<Cast> casts;
-  // first + second, float32, as a gradient of `dtype`.
-  const auto gradient = [&](const View& first, const View& second, ScalarType dtype) {
-    const Tensor sum = empty(x.base(), {first.size(0), first.size(1)}, ScalarType::Float);
-    sums.push_back({first, second, 1.0, sum});
-    if (dtype == ScalarType::Float) return sum;
-    const Tensor wanted = empty(x.base(), {first.size(0), first.size(1)}, dtype);
+  Together<SkinnyOuter> together;
+  // (high + rest)ᵀ input or, turned, its transpose, in float32; high and rest are next to each other.
+  const auto product = [&](const View& both, const View& input, bool turned) {
+    const int64_t rank = both.size(1) / 2, cols = input.size(1);
+    const auto shaped = [&](int64_t ranks) {
+      return empty(x.base(), {turned ? cols : ranks, turned ? ranks : cols}, ScalarType::Float);
+    };
+    const Tensor out = shaped(rank);
+    const View high = both.columns(0, rank), rest = both.columns(rank, rank);
+    if (together.takes({high, input, out, turned, std::nullopt, rest}, /*hopper_alone=*/true)) return out;
+    const View wide = shaped(2 * rank);
+    if (turned) {
+      multiply(wide, input.transposed(), both, 1.0, /*add=*/false);
+      sums.push_back({wide.columns(0, rank), wide.columns(rank, rank), out, 1.0});
+    } else {
+      multiply(wide, both.transposed(), input, 1.0, /*add=*/false);
+      sums.push_back({wide.rows(0, rank), wide.rows(rank, rank), out, 1.0});
+    }
+    return out;
+  };
+  const auto gradient = [&](const View& sum, ScalarType dtype) {
+    if (dtype == ScalarType::Float) return sum.tensor();
+    const Tensor wanted = empty(x.base(), {sum.size(0), sum.size(1)}, dtype);
     casts.push_back({sum, wanted});
     return wanted;
   };
-  MaybeView all;  // (high, rest) of dt, transposed, times x
-  const int64_t ranks = adapters_.ranks();
+  MaybeTensor all;  // dA of all members
   for (size_t i = 0; i < members_.count(); ++i) {
-    const int64_t rank = adapters_.rank(i), first = adapters_.first[i];
     if (needs(i, kNeedA)) {
-      if (!all) {
-        all = empty(x.base(), {2 * ranks, x.size(1)}, ScalarType::Float);
-        multiply(*all, dt_->columns(ranks, 2 * ranks).transposed(), x, 1.0, /*add=*/false);
-      }
-      grads.push_back(gradient(all->rows(first, rank), all->rows(ranks + first, rank), members_.a(i)->scalar_type()));
+      const int64_t ranks = adapters_.ranks();
+      if (!all) all = product(dt_->columns(ranks, 2 * ranks), x, /*turned=*/false);
+      grads.push_back(gradient(View(*all).rows(adapters_.first[i], adapters_.rank(i)), members_.a(i)->scalar_type()));
     }
-    if (needs(i, kNeedB)) {
-      const View both = dbs_[i] ? *dbs_[i] : empty(x.base(), {lora_dys_[i]->size(1), 2 * rank}, ScalarType::Float);
-      if (!dbs_[i])
-        multiply(both, lora_dys_[i]->transposed(), adapters_.part(t_, i).columns(rank, 2 * rank), 1.0, /*add=*/false);
-      grads.push_back(gradient(both.columns(0, rank), both.columns(rank, rank), members_.b(i)->scalar_type()));
+    if (dbs_[i]) {
+      grads.push_back(*dbs_[i]);
+    } else if (needs(i, kNeedB)) {
+      const int64_t rank = adapters_.rank(i);
+      const View t = adapters_.part(t_, i).columns(rank, 2 * rank);
+      grads.push_back(gradient(product(t, *lora_dys_[i], /*turned=*/true), members_.b(i)->scalar_type()));
     }
     if (needs(i, kNeedBias)) grads.push_back(*sums_[i]);
     if (needs(i, kNeedMagnitude)) grads.push_back(*dots_[i]);
   }
+  together.run();
   sum_parts(sums);
   if (!casts.empty()) cast_all(casts);
 }

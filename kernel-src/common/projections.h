@@ -168,7 +168,7 @@ class Backward {
   bool need_dx_;
   View x_, t_;
   std::vector<MaybeView> dys_, lora_dys_, excesses_;  // by member, [M, N]
-  Optionals dots_, sums_, dbs_;                        // [N], [N], and where made with dt [N, R], exact [N, 2R]
+  Optionals dots_, sums_, dbs_;                        // [N], [N], and where made with dt [N, R]
   Adapters adapters_;
   MaybeView dt_;
 };

@@ -33,15 +33,16 @@ void lora_fused::rest_cpu(const Cast& cast) {
 
 void lora_fused::part_sums_cpu(const std::vector<PartSum>& sums) {
   for (const PartSum& sum : sums)
-    for (int64_t i = 0; i < sum.high.size(0); ++i)
-      for (int64_t j = 0; j < sum.high.size(1); ++j) {
+    for (int64_t i = 0; i < sum.first.size(0); ++i)
+      for (int64_t j = 0; j < sum.first.size(1); ++j) {
         const float value = static_cast<float>(sum.scaling) * (element(sum.first, i, j) + element(sum.second, i, j));
-        if (sum.high.scalar_type() == ScalarType::Float) {
-          set<float>(sum.high, i, j, value);
+        if (!sum.parts) {
+          set<float>(sum.out, i, j, value);
           continue;
         }
-        set<BFloat16>(sum.high, i, j, value);
-        if (sum.again) set<BFloat16>(*sum.again, i, j, value);
-        if (sum.low) set<BFloat16>(*sum.low, i, j, rest_of(value));
+        const int64_t apart = sum.parts->apart, to = j + 2 * apart * (j / sum.parts->ranks);
+        set<BFloat16>(sum.out, i, to, value);
+        set<BFloat16>(sum.out, i, to + apart, value);
+        set<BFloat16>(sum.out, i, to + 2 * apart, rest_of(value));
       }
 }

@@ -16,6 +16,7 @@
 #include <algorithm>
 
 #include "../common/lora_group.h"
+#include "parts.h"
 #include "stream.h"
 
 namespace {
@@ -156,10 +157,10 @@ Piece piece_of(const lora_fused::Cast& cast) {
 // One `PartSum`; strides from row to row.
 struct Sum {
   const float *first, *second;
-  void *high, *again, *low;
+  void* out;
   float scaling;
   int64_t rows, cols, from_stride, to_stride;
-  bool to_float;
+  int64_t part_ranks, parts_apart;  // `Parts`, or zeros
 };
 
 constexpr int kSums = 16;  // of one launch
@@ -173,31 +174,26 @@ __global__ void __launch_bounds__(kThreads) part_sum_fwd_kernel(const __grid_con
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads, count = s.rows * s.cols;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
     const int64_t row = i / s.cols, col = i - row * s.cols;
-    const int64_t from = row * s.from_stride + col, to = row * s.to_stride + col;
+    const int64_t from = row * s.from_stride + col, to = row * s.to_stride;
     const float v = s.scaling * (s.first[from] + s.second[from]);
-    if (s.to_float) {
-      static_cast<float*>(s.high)[to] = v;
-      continue;
-    }
-    const __nv_bfloat16 high = __float2bfloat16(v);
-    static_cast<__nv_bfloat16*>(s.high)[to] = high;
-    if (s.again != nullptr) static_cast<__nv_bfloat16*>(s.again)[to] = high;
-    if (s.low != nullptr) static_cast<__nv_bfloat16*>(s.low)[to] = __float2bfloat16(v - __bfloat162float(high));
+    if (s.parts_apart > 0)
+      lora_fused::store_parts(static_cast<__nv_bfloat16*>(s.out) + to, col, s.part_ranks, s.parts_apart, v);
+    else
+      static_cast<float*>(s.out)[to + col] = v;
   }
 }
 
 Sum sum_of(const lora_fused::PartSum& part) {
-  const auto pointer = [](const lora_fused::MaybeView& view) { return view ? view->mutable_data_ptr() : nullptr; };
   Sum s{};
   s.first = static_cast<const float*>(part.first.const_data_ptr());
   s.second = static_cast<const float*>(part.second.const_data_ptr());
-  s.high = part.high.mutable_data_ptr(), s.again = pointer(part.again), s.low = pointer(part.low);
+  s.out = part.out.mutable_data_ptr();
   s.scaling = static_cast<float>(part.scaling);
-  s.rows = part.high.size(0), s.cols = part.high.size(1);
-  s.from_stride = part.first.stride(0), s.to_stride = part.high.stride(0);
-  s.to_float = part.high.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(s.to_float || part.high.scalar_type() == ScalarType::BFloat16,
-                  "part_sums: expected float32 or bfloat16");
+  s.rows = part.first.size(0), s.cols = part.first.size(1);
+  s.from_stride = part.first.stride(0), s.to_stride = part.out.stride(0);
+  if (part.parts) s.part_ranks = part.parts->ranks, s.parts_apart = part.parts->apart;
+  STD_TORCH_CHECK(part.out.scalar_type() == (part.parts ? ScalarType::BFloat16 : ScalarType::Float),
+                  "part_sums: expected parts in bfloat16, sums in float32");
   return s;
 }
 

@@ -25,16 +25,13 @@ int64_t parts_of(const DyProducts& p, int64_t slabs, int64_t shares) {
   return (slabs * p.dy.size(0) + shares * p.dy.size(1)) * width_of(p.t.size(1));
 }
 
-Sum sum_of(const float* parts, int count, int width, const View& out, double scaling) {
-  return {parts,
-          out.mutable_data_ptr(),
-          out.stride(0),
-          count,
-          static_cast<int>(out.size(0)),
-          static_cast<int>(out.size(1)),
-          width,
-          out.scalar_type() == ScalarType::Float,
-          static_cast<float>(scaling)};
+Sum sum_of(const float* parts, int count, int width, const View& out, bool exact, double scaling) {
+  Sum sum{};
+  sum.parts = parts, sum.out = out.mutable_data_ptr(), sum.stride = out.stride(0), sum.count = count;
+  sum.rows = static_cast<int>(out.size(0)), sum.ranks = static_cast<int>(out.size(1)), sum.width = width;
+  sum.exact = exact, sum.out_is_float = out.scalar_type() == ScalarType::Float;
+  sum.scaling = static_cast<float>(scaling);
+  return sum;
 }
 
 template <typename T>
@@ -64,8 +61,9 @@ void launch(const std::vector<DyProducts>& products, size_t begin) {
     e.slabs = tiles(p.dy.size(1), kSlab), e.first_slab = slabs;
     e.dt_parts = next, e.db_parts = next + int64_t{e.slabs} * args.rows * e.width;
     next += parts_of(p, e.slabs, args.shares);
-    sums.sum[2 * args.entries] = sum_of(e.dt_parts, e.slabs, e.width, p.dt, p.scaling);
-    sums.sum[2 * args.entries + 1] = sum_of(e.db_parts, args.shares, e.width, p.db, 1.0);
+    Sum& dt = sums.sum[2 * args.entries] = sum_of(e.dt_parts, e.slabs, e.width, p.dt, p.parts.has_value(), p.scaling);
+    sums.sum[2 * args.entries + 1] = sum_of(e.db_parts, args.shares, e.width, p.db, p.parts.has_value(), 1.0);
+    if (p.parts) dt.part_ranks = static_cast<int>(p.parts->ranks), dt.parts_apart = static_cast<int>(p.parts->apart);
     most_quads = std::max<int64_t>(most_quads, int64_t{std::max(args.rows, e.columns)} * e.width / 4);
     slabs += e.slabs, ++args.entries;
   }
@@ -84,7 +82,8 @@ bool lora_fused::dy_products_sm90_serves(const DyProducts& p) {
   const auto dtype = p.dy.scalar_type();
   const auto given = [&](const View& m) { return m.scalar_type() == dtype && takes_boxes(m); };
   const auto found = [&](const View& m) { return m.scalar_type() == dtype || m.scalar_type() == ScalarType::Float; };
-  return given(p.dy) && given(p.b) && given(p.t) && found(p.dt) && found(p.db) && p.t.size(1) <= kMostRanks &&
+  const bool parted = !p.parts || (is_brain(p.dy) && is_brain(p.dt) && p.dt.size(1) % 4 == 0);
+  return given(p.dy) && given(p.b) && given(p.t) && found(p.dt) && found(p.db) && p.t.size(1) <= kMostRanks && parted &&
          is_hopper(p.dy.get_device_index());
 }
 
@@ -93,7 +92,7 @@ void lora_fused::dy_products_sm90(const std::vector<DyProducts>& products) {
     is_brain(products[0].dy) ? launch<__nv_bfloat16>(products, first) : launch<__half>(products, first);
 }
 
-void dy_products_cuda(Tensors dy, Tensors b, Tensors t, Tensors dt, Tensors db, double scaling) {
+void dy_products_cuda(Tensors dy, Tensors b, Tensors t, Tensors dt, Tensors db, double scaling, bool exact) {
   STD_TORCH_CHECK(!dy.empty() && b.size() == dy.size() && t.size() == dy.size() && dt.size() == dy.size() &&
                       db.size() == dy.size(),
                   "dy_products: lists of ", dy.size(), ", ", b.size(), ", ", t.size(), ", ", dt.size(), " and ", db.size());
@@ -102,12 +101,14 @@ void dy_products_cuda(Tensors dy, Tensors b, Tensors t, Tensors dt, Tensors db, 
   for (size_t i = 0; i < dy.size(); ++i) {
     for (const Tensor* tensor : {&dy[i], &b[i], &t[i], &dt[i], &db[i]})
       STD_TORCH_CHECK(tensor->dim() == 2 && tensor->stride(1) == 1, "dy_products: expected matrices with contiguous rows");
-    const int64_t rows = dy[i].size(0), cols = dy[i].size(1), ranks = t[i].size(1);
+    const int64_t rows = dy[i].size(0), cols = dy[i].size(1), given = t[i].size(1), ranks = exact ? given / 2 : given;
     const auto is = [](const Tensor& m, int64_t r, int64_t c) { return m.size(0) == r && m.size(1) == c; };
-    STD_TORCH_CHECK(rows == dy[0].size(0) && dy[i].scalar_type() == dy[0].scalar_type() && is(b[i], cols, ranks) &&
-                        is(t[i], rows, ranks) && is(dt[i], rows, ranks) && is(db[i], cols, ranks),
+    STD_TORCH_CHECK(rows == dy[0].size(0) && dy[i].scalar_type() == dy[0].scalar_type() && is(b[i], cols, given) &&
+                        is(t[i], rows, exact ? 2 * ranks : ranks) && is(dt[i], rows, exact ? 3 * ranks : ranks) &&
+                        is(db[i], cols, ranks),
                     "dy_products: shapes or dtypes of entry ", i);
-    products.push_back({dy[i], b[i], t[i], dt[i], db[i], scaling});
+    const auto parts = exact ? std::optional<Parts>({ranks, ranks}) : std::nullopt;
+    products.push_back({dy[i], b[i], t[i], View(dt[i]).columns(0, ranks), db[i], scaling, parts});
     STD_TORCH_CHECK(dy_products_sm90_serves(products.back()),
                     "dy_products: not for this device, these dtypes, ranks or strides");
   }

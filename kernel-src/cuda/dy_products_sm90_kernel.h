@@ -10,6 +10,7 @@
 // fills with zeros.
 #pragma once
 
+#include "parts.h"
 #include "sm90.h"
 
 namespace lora_fused::sm90::dy_products {
@@ -186,19 +187,31 @@ __global__ __launch_bounds__(kThreads, 1) void dy_products_kernel(const __grid_c
 #endif
 }
 
-// out [rows, ranks] = scaling · the sum of parts [count, rows, width].
+// out [rows, ranks] = scaling · the sum of parts [count, rows, width]; exact, of their columns below `ranks` and of as
+// many after these.
 struct Sum {
   const float* parts;
   void* out;
   int64_t stride;  // of out's rows
   int count, rows, ranks, width;
-  bool out_is_float;
+  bool exact, out_is_float;
   float scaling;
+  int part_ranks, parts_apart;  // `Parts` of out, or zeros
 };
 
 struct Sums {
   Sum sum[2 * kEntries];
 };
+
+__device__ __forceinline__ float4 sum_of_parts(const float4* parts, int count, int64_t apart) {
+  float4 sum{};
+#pragma unroll 8
+  for (int part = 0; part < count; ++part) {
+    const float4 x = parts[part * apart];
+    sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
+  }
+  return sum;
+}
 
 // Four ranks a thread, a sum for each y of the grid.
 template <typename T>
@@ -207,20 +220,26 @@ __global__ __launch_bounds__(kFinishThreads) void finish_kernel(const __grid_con
   const int quads = s.width / 4;
   const int64_t all = int64_t{s.rows} * quads, i = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
   if (i >= all) return;
+  const int rank = static_cast<int>(i % quads) * 4;
+  if (rank >= s.ranks) return;
   const float4* const parts = reinterpret_cast<const float4*>(s.parts) + i;
-  float4 sum{};
-#pragma unroll 8
-  for (int part = 0; part < s.count; ++part) {
-    const float4 x = parts[part * all];
-    sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
+  float4 sum = sum_of_parts(parts, s.count, all);
+  if (s.exact) {
+    const float4 rest = sum_of_parts(parts + s.ranks / 4, s.count, all);
+    sum = {sum.x + rest.x, sum.y + rest.y, sum.z + rest.z, sum.w + rest.w};
   }
   const float values[] = {sum.x, sum.y, sum.z, sum.w};
-  const int rank = static_cast<int>(i % quads) * 4;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     if (rank + j >= s.ranks) break;
-    const int64_t to = i / quads * s.stride + rank + j;
+    const int64_t row = i / quads * s.stride, to = row + rank + j;
     const float value = values[j] * s.scaling;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      if (s.parts_apart > 0) {
+        store_parts(static_cast<T*>(s.out) + row, rank + j, s.part_ranks, s.parts_apart, value);
+        continue;
+      }
+    }
     if (s.out_is_float)
       static_cast<float*>(s.out)[to] = value;
     else

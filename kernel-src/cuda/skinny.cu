@@ -182,32 +182,42 @@ void lora_fused::dropped_up_add_cuda(const View& dx, const std::vector<DroppedUp
 }
 
 void skinny_cuda(Tensors x, Tensors other, Tensors out, double scaling, bool across, bool hopper, MaybeTensor seed,
-                 double p) {
+                 double p, int64_t exact) {
   STD_TORCH_CHECK(!x.empty() && x.size() == other.size() && x.size() == out.size(), "skinny: ", x.size(), " x, ",
                   other.size(), " other, ", out.size(), " out");
   const torch::stable::accelerator::DeviceGuard guard(x[0].get_device_index());
   STD_TORCH_CHECK(!seed || (seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cuda() && p >= 0.0 &&
                             p <= 1.0),
                   "skinny: expected a seed in int64 with one element, and p from 0 to 1");
+  STD_TORCH_CHECK(exact >= 0 && (hopper || exact == 0), "skinny: exact for Hopper alone");
+  const int64_t twice = exact > 0 ? 2 : 1, parts = exact > 0 && !across ? 3 : 1;
   const std::optional<Dropped> mask = seed ? std::optional<Dropped>({*seed, p}) : std::nullopt;
   std::vector<SkinnyDown> downs;
   std::vector<SkinnyOuter> outers;
   for (size_t i = 0; i < x.size(); ++i) {
     STD_TORCH_CHECK(x[i].dim() == 2 && other[i].dim() == 2 && out[i].dim() == 2, "skinny: expected matrices");
-    const int64_t rows = x[i].size(0), cols = x[i].size(1), ranks = out[i].size(1);
-    STD_TORCH_CHECK(out[i].size(0) == (across ? cols : rows) && other[i].size(0) == (across ? rows : ranks) &&
-                        other[i].size(1) == (across ? ranks : cols) && x[i].scalar_type() == x[0].scalar_type() &&
-                        (hopper || rows == x[0].size(0)),
+    const int64_t rows = x[i].size(0), cols = x[i].size(1), ranks = out[i].size(1) / parts;
+    STD_TORCH_CHECK(out[i].size(0) == (across ? cols : rows) && out[i].size(1) == parts * ranks &&
+                        other[i].size(0) == (across ? rows : twice * ranks) &&
+                        other[i].size(1) == (across ? twice * ranks : cols) &&
+                        x[i].scalar_type() == x[0].scalar_type() && (hopper || rows == x[0].size(0)),
                     "skinny: shapes or dtypes of entry ", i);
+    const View both = across ? View(other[i]).transposed() : View(other[i]);  // [R, ..] and its rest
+    const auto part = [&](int64_t which) {
+      const View rows_of = both.rows(which * ranks, ranks);
+      return across ? rows_of.transposed() : rows_of;
+    };
+    const MaybeView rest = exact > 0 ? MaybeView(part(1)) : std::nullopt;
     bool serves;
     if (across) {
       const bool turned = out[i].stride(1) == 1;
-      outers.push_back({other[i], x[i], turned ? View(out[i]) : View(out[i]).transposed(), turned, mask});
+      outers.push_back({part(0), x[i], turned ? View(out[i]) : View(out[i]).transposed(), turned, mask, rest});
       const bool contiguous = turned ? out[i].stride(0) == ranks : out[i].stride(0) == 1 && out[i].stride(1) == cols;
       serves = hopper ? skinny_sm90_serves(outers.back())
                       : skinny_serves(x[i]) && skinny_serves(other[i]) && contiguous;
     } else {
-      downs.push_back({x[i], other[i], out[i], scaling, mask});
+      const auto written = exact > 0 ? std::optional<Parts>({exact, exact}) : std::nullopt;
+      downs.push_back({x[i], part(0), View(out[i]).columns(0, ranks), scaling, mask, rest, written});
       serves = hopper ? skinny_sm90_serves(downs.back()) : skinny_serves(x[i]) && skinny_serves(other[i]);
     }
     STD_TORCH_CHECK(serves, "skinny: not for this device, these dtypes, shapes or strides");

@@ -24,15 +24,33 @@ struct Work {
   View x, other, out;  // out by [rows of the tile, ranks]
   double scaling;
   std::optional<Dropped> mask;
+  MaybeView rest;  // laid out as `other`
+  std::optional<Parts> parts;
 };
 
 Work work_of(const SkinnyDown& d) {
   const bool transposed = d.a.stride(1) != 1;
-  return {transposed ? kDownTransposed : kDown, d.x, transposed ? d.a.transposed() : d.a, d.t, d.scaling, d.mask};
+  const auto turned = [&](const View& m) { return transposed ? m.transposed() : m; };
+  const MaybeView rest = d.rest ? MaybeView(turned(*d.rest)) : std::nullopt;
+  return {transposed ? kDownTransposed : kDown, d.x, turned(d.a), d.t, d.scaling, d.mask, rest, d.parts};
 }
 
 Work work_of(const SkinnyOuter& d) {
-  return {kAcross, d.x, d.t, d.transposed ? d.out : d.out.transposed(), 1.0, d.mask};
+  return {kAcross, d.x, d.t, d.transposed ? d.out : d.out.transposed(), 1.0, d.mask, d.rest, std::nullopt};
+}
+
+// Ranks from the first element of `other` to the first of `rest`.
+int64_t rest_at(const Work& work) {
+  const auto *first = static_cast<const char*>(work.other.const_data_ptr()),
+             *rest = static_cast<const char*>(work.rest->const_data_ptr());
+  return (rest - first) / 2 / work.other.stride(work.form == kDown ? 0 : 1);
+}
+
+// `other` with its rest, and what lies between.
+View whole_of(const Work& work) {
+  if (!work.rest) return work.other;
+  const int64_t ranks = rest_at(work) + work.out.size(1);
+  return work.form == kDown ? work.other.rows(0, ranks) : work.other.columns(0, ranks);
 }
 
 int64_t ranks_of(const Work& work) { return work.out.size(1); }
@@ -40,8 +58,8 @@ int64_t summed(const Work& work) { return work.x.size(work.form == kAcross ? 0 :
 
 bool serves(const Work& work) {
   const auto dtype = work.x.scalar_type(), out = work.out.scalar_type();
-  return skinny_sm90_serves(work.x) && takes_boxes(work.other) && work.other.scalar_type() == dtype &&
-         (out == dtype || out == ScalarType::Float) && ranks_of(work) <= kMostRanks;
+  return skinny_sm90_serves(work.x) && takes_boxes(whole_of(work)) && work.other.scalar_type() == dtype &&
+         (out == dtype || out == ScalarType::Float) && (!work.rest || is_brain(work.x)) && ranks_of(work) <= kMostRanks;
 }
 
 int width_of(int64_t ranks) { return ranks <= 16 ? 16 : ranks <= 32 ? 32 : (static_cast<int>(ranks) + 31) / 32 * 32; }
@@ -52,7 +70,7 @@ Entry entry_of(const Work& work, int first_tile) {
   e.ranks = static_cast<int>(ranks_of(work));
   e.width = width_of(ranks_of(work));
   encode_boxes(e.x, work.x, work.form == kAcross ? kStep : kTile);
-  encode_boxes(e.other, work.other, work.form == kDown ? e.width : kStep);
+  encode_boxes(e.other, whole_of(work), work.form == kDown ? e.width : kStep);
   e.out = work.out.mutable_data_ptr();
   e.row_stride = work.out.stride(0), e.rank_stride = work.out.stride(1);
   e.rows = static_cast<int>(work.out.size(0));
@@ -61,6 +79,8 @@ Entry entry_of(const Work& work, int first_tile) {
   e.out_is_float = work.out.scalar_type() == ScalarType::Float;
   e.scaling = static_cast<float>(work.scaling * scale_of(work.mask));
   e.mask = mask_of(work.mask);
+  if (work.rest) e.rest_at = static_cast<int>(rest_at(work));
+  if (work.parts) e.part_ranks = static_cast<int>(work.parts->ranks), e.parts_apart = static_cast<int>(work.parts->apart);
   return e;
 }
 
@@ -76,42 +96,47 @@ unsigned cluster_of(int all_tiles, int most_steps, int multiprocessors) {
 }
 
 // Clusters that run at once with one block on a multiprocessor, asked once a device.
-template <typename T>
+template <typename T, int kParts>
 int clusters_apart(unsigned cluster, int device) {
   static std::atomic<int> known[64][kMostBlocks + 1];
   std::atomic<int>& most = known[device % 64][cluster];
-  if (most == 0) most = most_clusters(skinny_kernel<T>, cluster, kThreads, kBytesApart);
+  if (most == 0) most = most_clusters(skinny_kernel<T, kParts>, cluster, kThreads, kBytesApart<kParts>);
   return most;
 }
 
-template <typename T>
+template <typename T, int kParts>
 void launch(const std::vector<Work>& works, size_t first) {
   const View& like = works[first].x;
   Arguments args;
   args.entries = 0;
   int all_tiles = 0, most_steps = 0;
   for (size_t i = first; i < std::min(works.size(), first + kEntries); ++i) {
+    STD_TORCH_CHECK(works[i].rest.has_value() == (kParts == 2), "skinny: entry ", i, " is exact and others are not");
     const Entry& e = args.entry[args.entries++] = entry_of(works[i], all_tiles);
     all_tiles += tiles(e.rows, kTile);
     most_steps = std::max(most_steps, e.steps);
   }
   const int device = like.get_device_index();
   static SharedMemory shared_memory;
-  shared_memory.allow(skinny_kernel<T>, kBytesApart, device);
+  shared_memory.allow(skinny_kernel<T, kParts>, kBytesApart<kParts>, device);
   unsigned cluster = cluster_of(all_tiles, most_steps, multiprocessors(device));
   // Blocks of a cluster meet on one multiprocessor, and leave others idle, unless each asks for one of its own.
   const bool apart = all_tiles * static_cast<int>(cluster) <= multiprocessors(device);
-  while (apart && cluster > 1 && all_tiles > clusters_apart<T>(cluster, device)) --cluster;
-  const int bytes = apart ? kBytesApart : kBytes;
-  launch_clusters(skinny_kernel<T>, all_tiles * cluster, cluster, kThreads, bytes, stream_of(like), args);
+  while (apart && cluster > 1 && all_tiles > clusters_apart<T, kParts>(cluster, device)) --cluster;
+  const int bytes = apart ? kBytesApart<kParts> : kBytes<kParts>;
+  launch_clusters(skinny_kernel<T, kParts>, all_tiles * cluster, cluster, kThreads, bytes, stream_of(like), args);
 }
 
 template <typename Product>
 void run(const std::vector<Product>& products) {
   std::vector<Work> works;
   for (const Product& product : products) works.push_back(work_of(product));
-  for (size_t first = 0; first < works.size(); first += kEntries)
-    is_brain(works[0].x) ? launch<__nv_bfloat16>(works, first) : launch<__half>(works, first);
+  for (size_t first = 0; first < works.size(); first += kEntries) {
+    if (works[first].rest)
+      launch<__nv_bfloat16, 2>(works, first);
+    else
+      is_brain(works[first].x) ? launch<__nv_bfloat16, 1>(works, first) : launch<__half, 1>(works, first);
+  }
 }
 
 }  // namespace
