@@ -393,7 +393,7 @@ def high_rank_cases(repeats: int) -> list[dict]:
 def model_cases(repeats: int, layers: int) -> list[dict]:
     short = [(variant, "fp32", variant != "LoRA, bias all") for variant in VARIANTS] + [("LoRA", "bf16", False)]
     runs = [(1, *run, False, graph) for graph in (False, True) for run in short]
-    runs.append((1, "LoRA", "fp32", False, False, False))
+    runs += [(1, variant, "fp32", False, False, False) for variant in ("LoRA", "LoRA, dropout 0.1")]
     runs += [(4, variant, "fp32", True, cp, False) for cp in (False, True) for variant in ("LoRA", "DoRA")]
     return [
         dict(

@@ -114,34 +114,44 @@ def check_group(lora_fused, device, m, k, group, dtype, adapter):
 
 # Float32 adapters beside bfloat16 without autocast, of which the ops multiply two parts each.
 EXACT = ((72, 8, 0.0, False, False), (1024, 40, 0.0, False, True), (31, 5, 0.0, False, False))
-EXACT_DORA = ((1024, 16, 0.0, True, True), (72, 40, 0.0, False, False), (1000, 8, 0.0, True, False))
+EXACT_GROUPS = {
+    "LoRA": EXACT,
+    "one rank": ((72, 16, 0.0, False, False), (1024, 16, 0.0, False, True), (1000, 16, 0.0, False, False)),
+    "DoRA": ((1024, 16, 0.0, True, True), (72, 40, 0.0, False, False), (1000, 8, 0.0, True, False)),
+    "masks": ((1024, 16, 0.3, False, True), (72, 16, 0.1, False, False), (1000, 8, 0.5, False, False)),
+    "mixed": ((1024, 32, 0.0, True, True), (72, 24, 0.2, False, False), (1000, 16, 0.0, False, True)),
+    "odd": ((31, 5, 0.2, False, True), (17, 3, 0.0, False, False), (9, 7, 0.9, False, False)),
+    "ranks": ((72, 136, 0.1, False, False), (48, 384, 0.0, False, False), (64, 200, 0.3, False, True)),
+}
 ADAPTER_UNIT = 2.0**-16
 
 
-def exact_run(lora_fused, operands, x, dys, device, dtype):
+def exact_run(lora_fused, operands, group, x, dys, device, dtype, scalings):
     flat, own = flat_on(operands, device, dtype, dtype), x.detach().to(device, dtype).requires_grad_()
     if dtype == torch.bfloat16:
         flat = flat_on(operands, device, dtype, torch.float32)
     given = [dy.to(device, dtype) for dy in dys]
     poison(device)
-    projections = projections_of(lora_fused, flat, (0.5, 0.7, 0.5), [lora_fused.ProjectionSpec()] * 3)
+    projections = projections_of(lora_fused, flat, scalings, [lora_fused.ProjectionSpec(p) for _, _, p, _, _ in group])
     native, exact = lora_fused.autograd.native.takes(projections, dtype, None, is_cuda=True)
     assert native and exact == (dtype == torch.bfloat16)
-    return backward(lora_fused.autograd.native.lora_group(own, projections, None, exact), given, own, flat), flat
+    seeds = torch.tensor([5, 2**40 + 1, 77]).to(device) if any(p for _, _, p, _, _ in group) else None
+    return backward(lora_fused.autograd.native.lora_group(own, projections, seeds, exact), given, own, flat), flat
 
 
 @pytest.mark.parametrize("m,k", (*SHAPES, LARGE, MANY))
-@pytest.mark.parametrize("group", (EXACT, EXACT_DORA), ids=("LoRA", "DoRA"))
+@pytest.mark.parametrize("group", EXACT_GROUPS)
 def test_float32_adapters_keep_their_precision(lora_fused, device, m, k, group):
     """Outputs within bfloat16's rounding, gradients of a LoRA adapter within that of its two parts."""
     generator = torch.Generator().manual_seed(m)
+    scalings, group = (0.5,) * 3 if group == "one rank" else (0.5, 0.7, 0.5), EXACT_GROUPS[group]
     operands = [operands_of(generator, k, n, r, dora, bias) for n, r, _, dora, bias in group]
     for each in operands:
         each[:2] = [None if t is None else t.bfloat16().double() for t in each[:2]]
         each[2:] = [None if t is None else t.float().double() for t in each[2:]]
     x, *dys = [draw(generator, m, n).bfloat16().double() for n in (k, *(n for n, *_ in group))]
-    ours, flat = exact_run(lora_fused, operands, x, dys, device, torch.bfloat16)
-    truth, _ = exact_run(lora_fused, operands, x, dys, "cpu", torch.float64)
+    ours, flat = exact_run(lora_fused, operands, group, x, dys, device, torch.bfloat16, scalings)
+    truth, _ = exact_run(lora_fused, operands, group, x, dys, "cpu", torch.float64, scalings)
     trained = [tensor for tensor in flat if tensor is not None and tensor.requires_grad]
     assert len(ours) == len(truth) == 4 + len(trained)
     adapters = {id(grad) for i, (*_, dora, _) in enumerate(group) if not dora for grad in
@@ -184,11 +194,12 @@ def test_norms_made_by_the_forward_and_elsewhere(lora_fused, device, monkeypatch
 def test_what_the_ops_take(lora_fused):
     bf16, fp32, fp16 = torch.bfloat16, torch.float32, torch.float16
 
-    def taken(dtype, *adapters, autocast=None, p=0.0, is_cuda=True, weight=None):
+    def taken(dtype, *adapters, autocast=None, p=0.0, is_cuda=True, weight=None, magnitude=None):
         projections = [
             lora_fused.Projection(
                 lora_fused.Operands(
-                    torch.zeros(3, 4, dtype=weight or dtype), None, torch.zeros(2, 4, dtype=a), torch.zeros(3, 2, dtype=b)
+                    torch.zeros(3, 4, dtype=weight or dtype), None, torch.zeros(2, 4, dtype=a), torch.zeros(3, 2, dtype=b),
+                    None, magnitude,
                 ),
                 1.0,
                 lora_fused.ProjectionSpec(p if i == len(adapters) - 1 else 0.0),
@@ -201,9 +212,11 @@ def test_what_the_ops_take(lora_fused):
     assert taken(bf16, (fp32, fp32), autocast=bf16, p=0.1) == (True, False)
     assert taken(bf16, (fp32, fp32)) == taken(bf16, (fp32, fp32), (bf16, bf16)) == (True, True)
     refused = (False, False)
-    assert taken(bf16, (fp32, fp32), is_cuda=False) == taken(bf16, (fp32, fp32), p=0.1) == refused
-    # A mask on one member, float32 adapters on the other.
-    assert taken(bf16, (fp32, fp32), (bf16, bf16), p=0.1) == refused
+    # Masks, on either kind of member; not with DoRA.
+    assert taken(bf16, (fp32, fp32), p=0.1) == taken(bf16, (fp32, fp32), (bf16, bf16), p=0.1) == (True, True)
+    assert taken(bf16, (fp32, fp32), p=0.1, magnitude=torch.zeros(3)) == refused
+    assert taken(bf16, (fp32, fp32), magnitude=torch.zeros(3)) == (True, True)
+    assert taken(bf16, (fp32, fp32), is_cuda=False) == refused
     assert taken(fp16, (fp32, fp32)) == taken(bf16, (bf16, fp32)) == taken(bf16, (fp32, bf16)) == refused
     assert taken(bf16, (bf16, bf16), weight=fp32) == taken(fp32, (bf16, bf16)) == refused
 
@@ -233,7 +246,7 @@ def test_gated(lora_fused, device, p, dora, gate_half, dtype, adapter):
 
     truth = run("cpu", torch.float64, torch.float64)
     compare(run(device, dtype, adapter), truth, dtype, stored=8)
-    if p == 0.0 and (dtype, adapter) == (torch.bfloat16, torch.float32):
+    if not (p and dora) and (dtype, adapter) == (torch.bfloat16, torch.float32):
         compare(run(device, dtype, adapter, exact=True), truth, dtype, stored=8)
 
 

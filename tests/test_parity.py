@@ -71,11 +71,12 @@ def compare_with_peft(lora_fused, device, model, case, base, autocast=None):
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU takes them so unasked")
 @pytest.mark.parametrize("variant,case", LAYER_CASES, ids=str)
 def test_float32_adapters_as_on_a_gpu(lora_fused, monkeypatch, case, variant):
-    """In two parts, by the native op, which a GPU takes in `test_layer_matches_peft`; not under dropout."""
+    """In two parts, by the native op, which a GPU takes in `test_layer_matches_peft`; not DoRA under dropout."""
     calls = take_exactly(lora_fused, monkeypatch)
     model, _ = peft_linear(case, torch.bfloat16, torch.float32, "cpu", **VARIANTS[variant])
     compare_with_peft(lora_fused, "cpu", model, case, torch.bfloat16)
-    assert calls and all(exact == ("lora_dropout" not in VARIANTS[variant]) for exact in calls)
+    masked_dora = {"lora_dropout", "use_dora"} <= VARIANTS[variant].keys()
+    assert calls and all(exact != masked_dora for exact in calls)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -12,7 +12,7 @@
 OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   ops.def("row_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
   ops.def("gain(Tensor magnitude, Tensor norm) -> Tensor");
-  ops.def("dropout(Tensor x, Tensor seed, float p, Tensor(a!) out, bool accumulate=False) -> ()");
+  ops.def("dropout(Tensor x, Tensor seed, float p, Tensor(a!) out, bool accumulate=False, bool scaled=True) -> ()");
   ops.def(
       "dora_gains(Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[] magnitudes, "
       "float[] scalings, Tensor[] scales, int[] quantized) -> (Tensor[], Tensor[])");

@@ -20,9 +20,9 @@ torch::stable::Tensor gain_cuda(const torch::stable::Tensor& magnitude,
                                 const torch::stable::Tensor& norm);
 
 void dropout_cpu(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p,
-                 torch::stable::Tensor out, bool accumulate);
+                 torch::stable::Tensor out, bool accumulate, bool scaled);
 void dropout_cuda(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p,
-                  torch::stable::Tensor out, bool accumulate);
+                  torch::stable::Tensor out, bool accumulate, bool scaled);
 
 void dequantize_4bit_cpu(const torch::stable::Tensor& packed, const torch::stable::Tensor& absmax,
                          std::optional<torch::stable::Tensor> nested_absmax,

@@ -12,6 +12,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
 
 #if defined(__CUDACC__)
 #define LORA_FUSED_HD __host__ __device__ __forceinline__
@@ -52,13 +53,23 @@ LORA_FUSED_HD Words philox(uint64_t seed, uint64_t row, uint32_t column_block) {
   return {{c0, c1, c2, c3}};
 }
 
-// Drops everything at p = 1, where no number of 16 bits is at least 2¹⁶.
+// Drops everything at p = 1, where no number of 16 bits is at least 2¹⁶. What is kept is scaled, or left as it is.
 struct Keep {
   uint32_t threshold;
   double scale;
-  explicit Keep(double p)
-      : threshold(static_cast<uint32_t>(std::nearbyint(p * 65536.0))), scale(p < 1.0 ? 1.0 / (1.0 - p) : 0.0) {}
+  explicit Keep(double p, bool scaled = true)
+      : threshold(static_cast<uint32_t>(std::nearbyint(p * 65536.0))),
+        scale(!scaled ? 1.0 : p < 1.0 ? 1.0 / (1.0 - p) : 0.0) {}
 };
+
+// A projection's mask over its input [M, K].
+struct Dropped {
+  torch::stable::Tensor seed;
+  double p;
+};
+
+// 1 / (1 - p), which a masked product is scaled by.
+inline double scale_of(const std::optional<Dropped>& dropped) { return dropped ? Keep(dropped->p).scale : 1.0; }
 
 inline bool is_dropout_dtype(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;

@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "dropout.h"
 #include "view.h"
 
 namespace lora_fused {
@@ -69,12 +70,6 @@ struct TokenSums {
   MaybeView u, scaled, excess;
   MaybeTensor norm, dots, sums;
   Gain gain;
-};
-
-// A projection's mask over its input [M, K]: Philox, see dropout.h.
-struct Dropped {
-  torch::stable::Tensor seed;
-  double p;
 };
 
 // t [M, R] = scaling · dropped(x) aᵀ for x [M, C] and a [R, C]; rows of t may be strided. Exact, a is the sum of a and

@@ -37,11 +37,11 @@ void sum_parts(const std::vector<PartSum>& sums) {
   part_sums_cpu(sums);
 }
 
-void drop(const View& x, const Dropped& mask, const View& out, bool accumulate) {
+void drop(const View& x, const Dropped& mask, const View& out, bool accumulate, bool scaled = true) {
 #if defined(CUDA_KERNEL)
-  if (x.is_cuda()) return dropout_cuda(x.tensor(), mask.seed, mask.p, out.tensor(), accumulate);
+  if (x.is_cuda()) return dropout_cuda(x.tensor(), mask.seed, mask.p, out.tensor(), accumulate, scaled);
 #endif
-  dropout_cpu(x.tensor(), mask.seed, mask.p, out.tensor(), accumulate);
+  dropout_cpu(x.tensor(), mask.seed, mask.p, out.tensor(), accumulate, scaled);
 }
 
 void scale(const Scale& work) {
@@ -120,13 +120,6 @@ class Together {
 #endif
   }
 
-  // Exact products: all of them, or none.
-  bool takes_all(const std::vector<Product>& products) {
-    for (const Product& product : products)
-      if (!takes(product, /*hopper_alone=*/true)) return false;
-    return true;
-  }
-
   void run() const {
 #if defined(CUDA_KERNEL)
     if (!on_hopper_.empty()) skinny_sm90(on_hopper_);
@@ -187,6 +180,30 @@ View dropped(const View& x, const Dropped& mask) {
   return d;
 }
 
+// x where the mask, if there is one, keeps it: exact, to be scaled with its product.
+View kept(const View& x, const std::optional<Dropped>& mask) {
+  if (!mask) return x;
+  const View d = fresh_like(x);
+  drop(x, *mask, d, /*accumulate=*/false, /*scaled=*/false);
+  return d;
+}
+
+// What members with an adapter have in common, if all have the same.
+template <typename Of>
+auto common(const Members& members, Of of) -> std::optional<decltype(of(size_t{}))> {
+  std::optional<decltype(of(size_t{}))> shared;
+  for (size_t i = 0; i < members.count(); ++i) {
+    if (!members.a(i)) continue;
+    if (shared && *shared != of(i)) return std::nullopt;
+    shared = of(i);
+  }
+  return shared;
+}
+
+std::optional<double> common_scaling(const Members& members) {
+  return common(members, [&](size_t i) { return members.scaling(i); });
+}
+
 }  // namespace
 
 void FourBitWeight::dequantize(int64_t first, const Tensor& out) const {
@@ -199,12 +216,13 @@ void FourBitWeight::dequantize(int64_t first, const Tensor& out) const {
   dequantize_4bit_cpu(packed_, scales_[0], nested(1), nested(2), nested(3), q[3], q[4], q[0] == 2, first, out);
 }
 
-Dropped Members::mask(size_t i) const {
+std::optional<Dropped> Members::mask(size_t i) const {
+  if (!masked(i)) return std::nullopt;
   const int64_t one = 1;
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(lists_.seeds->get(), 1, &one, &one,
                                                         static_cast<int64_t>(first_ + i), &handle));
-  return {Tensor(handle), lists_.dropouts[first_ + i]};
+  return Dropped{Tensor(handle), lists_.dropouts[first_ + i]};
 }
 
 Tensor Members::weight(size_t i, ScalarType dtype) const {
@@ -228,22 +246,24 @@ bool Members::any_masked() const {
 }
 
 Adapters::Adapters(const View& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b)
-    : parts(members.exact() ? 3 : 1) {
+    : parts(members.exact() ? 3 : 1),
+      together(members.exact() && !members.any_masked() && common_scaling(members) &&
+               common(members, [&](size_t i) { return members.rank(i); })) {
   const ScalarType dtype = x.scalar_type();
   std::vector<Cast> casts;
   first.push_back(0);
   for (size_t i = 0; i < members.count(); ++i) first.push_back(first.back() + members.rank(i));
   if (members.exact()) {
-    STD_TORCH_CHECK(dtype == ScalarType::BFloat16 && !members.any_masked(),
-                    "exact: expected x in bfloat16, without dropout");
+    STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "exact: expected x in bfloat16");
     if (need_a && ranks() > 0) a = empty(x.base(), {columns(), x.size(1)}, dtype);
     for (size_t i = 0; i < members.count(); ++i) {
       b.push_back(members.b(i) ? MaybeView(empty(x.base(), {members.outputs(i), parts * rank(i)}, dtype)) : std::nullopt);
       if (!members.b(i)) continue;
+      STD_TORCH_CHECK(!members.masked(i) || !members.gain(i), "exact: expected DoRA without dropout, member ", i);
       const Tensor of_a = in_rows(*members.a(i)), of_b = in_rows(*members.b(i));
       for (int64_t part = 0; part < parts; ++part) {
         const bool rest = part == 1;
-        if (need_a) casts.push_back({of_a, a->rows(part * ranks() + first[i], rank(i)), false, rest});
+        if (need_a) casts.push_back({of_a, a->rows(at(i) + part * apart(i), rank(i)), false, rest});
         casts.push_back({of_b, b[i]->columns(part * rank(i), rank(i)), false, rest});
       }
     }
@@ -286,47 +306,41 @@ Adapters::Adapters(const View& x, const Members& members, bool need_a, bool need
 
 namespace {
 
-// What members with an adapter have in common, if all have the same.
-template <typename Of>
-auto common(const Members& members, Of of) -> std::optional<decltype(of(size_t{}))> {
-  std::optional<decltype(of(size_t{}))> shared;
+// An exact product of x with A: of member `member`, or where their parts are together of all.
+struct ExactProduct {
+  int64_t at, ranks, of_member;  // rows of the first part of A, and how many of them are a member's
+  double scaling;
+  std::optional<Dropped> mask;
+};
+
+std::vector<ExactProduct> exact_products(const Members& members, const Adapters& adapters) {
+  std::vector<ExactProduct> products;
   for (size_t i = 0; i < members.count(); ++i) {
     if (!members.a(i)) continue;
-    if (shared && *shared != of(i)) return std::nullopt;
-    shared = of(i);
+    const int64_t rank = adapters.rank(i);
+    const int64_t ranks = adapters.together ? adapters.ranks() : rank;
+    products.push_back({adapters.at(i), ranks, rank, members.scaling(i), members.mask(i)});
+    if (adapters.together) break;
   }
-  return shared;
+  return products;
 }
 
-// The parts of every member's t, in one launch where that serves.
+// The parts of every member's t.
 void project_down_exactly(const View& t, const View& x, const Members& members, const Adapters& adapters) {
-  const int64_t ranks = adapters.ranks();
-  const auto product = [&](int64_t first, int64_t rank, const View& out, double scaling, int64_t of_member) {
-    return SkinnyDown{x, adapters.a->rows(first, rank), out, scaling, std::nullopt, adapters.a->rows(ranks + first, rank),
-                      Parts{of_member, of_member}};
-  };
-  const auto scaling = common(members, [&](size_t i) { return members.scaling(i); });
-  const auto rank = common(members, [&](size_t i) { return members.rank(i); });
-  std::vector<SkinnyDown> products;
-  if (scaling && rank) {
-    products.push_back(product(0, ranks, t.columns(0, ranks), *scaling, *rank));
-  } else {
-    for (size_t i = 0; i < members.count(); ++i) {
-      if (!members.a(i)) continue;
-      const View out = adapters.part(t, i).columns(0, adapters.rank(i));
-      products.push_back(product(adapters.first[i], adapters.rank(i), out, members.scaling(i), adapters.rank(i)));
-    }
-  }
   Together<SkinnyDown> together;
-  if (together.takes_all(products)) return together.run();
-  const View wide = empty(x.base(), {x.size(0), 2 * ranks}, ScalarType::Float);
-  multiply(wide, x, adapters.a->rows(0, 2 * ranks).transposed(), 1.0, /*add=*/false);
   std::vector<PartSum> sums;
-  for (size_t i = 0; i < members.count(); ++i) {
-    if (!members.a(i)) continue;
-    const int64_t r = adapters.rank(i), first = adapters.first[i];
-    sums.push_back({wide.columns(first, r), wide.columns(ranks + first, r), adapters.part(t, i), members.scaling(i), Parts{r, r}});
+  for (const ExactProduct& product : exact_products(members, adapters)) {
+    const int64_t ranks = product.ranks;
+    const View a = adapters.a->rows(product.at, 2 * ranks), out = t.columns(product.at, ranks);
+    const Parts parts{product.of_member, product.of_member};
+    if (together.takes({x, a.rows(0, ranks), out, product.scaling, product.mask, a.rows(ranks, ranks), parts},
+                       /*hopper_alone=*/true))
+      continue;
+    const View wide = empty(x.base(), {x.size(0), 2 * ranks}, ScalarType::Float);
+    multiply(wide, kept(x, product.mask), a.transposed(), 1.0, /*add=*/false);
+    sums.push_back({wide.columns(0, ranks), wide.columns(ranks, ranks), out, product.scaling * scale_of(product.mask), parts});
   }
+  together.run();
   sum_parts(sums);
 }
 
@@ -341,7 +355,7 @@ Tensor project_down(const View& x, const Members& members, const Adapters& adapt
     return whole;
   }
   // On the CPU a member's t is that of the member alone, bit for bit: a group changes no result.
-  const auto shared = common(members, [&](size_t i) { return members.scaling(i); });
+  const std::optional<double> shared = common_scaling(members);
   if (shared && x.is_cuda() && !members.any_masked()) {
     multiply_down(t, x, *adapters.a, *shared);
     return whole;
@@ -352,7 +366,7 @@ Tensor project_down(const View& x, const Members& members, const Adapters& adapt
     const View part = adapters.part(t, i), a = adapters.a_of(i);
     if (members.masked(i) && !members.gain(i) && together.takes({x, a, part, members.scaling(i), members.mask(i)}))
       continue;
-    if (members.masked(i)) drops[i] = dropped(x, members.mask(i));
+    if (members.masked(i)) drops[i] = dropped(x, *members.mask(i));
     multiply_down(part, drops[i] ? *drops[i] : x, a, members.scaling(i));
   }
   together.run();
@@ -436,18 +450,18 @@ void Backward::project_down_exactly() {
   OneRead one_read(lora_dys_);
   for (size_t i = 0; i < members_.count(); ++i) {
     if (!members_.a(i)) continue;
-    const int64_t rank = adapters_.rank(i), first = adapters_.first[i];
+    const int64_t rank = adapters_.rank(i), at = adapters_.at(i), apart = adapters_.apart(i);
     if (!dys_[i]) {
       for (int64_t part = 0; part < adapters_.parts; ++part) {
-        Tensor unused = dt_->columns(part * adapters_.ranks() + first, rank).tensor();
+        Tensor unused = dt_->columns(at + part * apart, rank).tensor();
         torch::stable::zero_(unused);
       }
       continue;
     }
-    const View &dy = *lora_dys_[i], out = dt_->columns(first, rank);
+    const View &dy = *lora_dys_[i], out = dt_->columns(at, rank);
     const View b = adapters_.b[i]->columns(0, 2 * rank), t = adapters_.part(t_, i).columns(rank, 2 * rank);
     const double scaling = members_.scaling(i);
-    const Parts parts{rank, adapters_.ranks()};
+    const Parts parts{rank, apart};
     if (needs(i, kNeedB)) dbs_[i] = one_read.takes(dy, b, t, out, scaling, members_.b(i)->scalar_type(), parts);
     const View high = b.columns(0, rank).transposed(), rest = b.columns(rank, rank).transposed();
     if (dbs_[i] || together.takes({dy, high, out, scaling, std::nullopt, rest, parts}, /*hopper_alone=*/true)) continue;
@@ -523,7 +537,7 @@ void Backward::input(const View& dx) const {
   }
   if (dt_ && share) terms.push_back({*dt_, *adapters_.a});
   // The mask of one member goes into the product.
-  if (!masked.empty() && multiply_dropped(dx, dropped_terms(masked[0]), members_.mask(masked[0]), terms))
+  if (!masked.empty() && multiply_dropped(dx, dropped_terms(masked[0]), *members_.mask(masked[0]), terms))
     masked.erase(masked.begin());
   else
     multiply(dx, terms, std::nullopt);
@@ -542,7 +556,7 @@ void Backward::add_dropped(const View& dx, const std::vector<size_t>& which) con
   std::vector<DroppedUp> fused;
   for (const size_t i : which) {
     const View dt = adapters_.part(*dt_, i), a = adapters_.a_of(i);
-    const Dropped mask = members_.mask(i);
+    const Dropped mask = *members_.mask(i);
     if (!excesses_[i] && is_skinny({&dx, &dt, &a})) {
       fused.push_back({dt, a, mask});
       continue;
@@ -560,22 +574,22 @@ void Backward::parameters_exactly(const View& x, Tensors& grads) const {
   std::vector<PartSum> sums;
   std::vector<Cast> casts;
   Together<SkinnyOuter> together;
-  // (high + rest)ᵀ input or, turned, its transpose, in float32; high and rest are next to each other.
-  const auto product = [&](const View& both, const View& input, bool turned) {
+  // (high + rest)ᵀ D(input) or, turned, its transpose, in float32; high and rest are next to each other.
+  const auto product = [&](const View& both, const View& input, bool turned, const std::optional<Dropped>& mask) {
     const int64_t rank = both.size(1) / 2, cols = input.size(1);
     const auto shaped = [&](int64_t ranks) {
       return empty(x.base(), {turned ? cols : ranks, turned ? ranks : cols}, ScalarType::Float);
     };
     const Tensor out = shaped(rank);
     const View high = both.columns(0, rank), rest = both.columns(rank, rank);
-    if (together.takes({high, input, out, turned, std::nullopt, rest}, /*hopper_alone=*/true)) return out;
-    const View wide = shaped(2 * rank);
+    if (together.takes({high, input, out, turned, mask, rest}, /*hopper_alone=*/true)) return out;
+    const View wide = shaped(2 * rank), from = kept(input, mask);
     if (turned) {
-      multiply(wide, input.transposed(), both, 1.0, /*add=*/false);
-      sums.push_back({wide.columns(0, rank), wide.columns(rank, rank), out, 1.0});
+      multiply(wide, from.transposed(), both, 1.0, /*add=*/false);
+      sums.push_back({wide.columns(0, rank), wide.columns(rank, rank), out, scale_of(mask)});
     } else {
-      multiply(wide, both.transposed(), input, 1.0, /*add=*/false);
-      sums.push_back({wide.rows(0, rank), wide.rows(rank, rank), out, 1.0});
+      multiply(wide, both.transposed(), from, 1.0, /*add=*/false);
+      sums.push_back({wide.rows(0, rank), wide.rows(rank, rank), out, scale_of(mask)});
     }
     return out;
   };
@@ -585,19 +599,24 @@ void Backward::parameters_exactly(const View& x, Tensors& grads) const {
     casts.push_back({sum, wanted});
     return wanted;
   };
-  MaybeTensor all;  // dA of all members
+  MaybeTensor all;  // dA of all members, where their parts are together
   for (size_t i = 0; i < members_.count(); ++i) {
+    const int64_t rank = adapters_.rank(i), ranks = adapters_.ranks();
     if (needs(i, kNeedA)) {
-      const int64_t ranks = adapters_.ranks();
-      if (!all) all = product(dt_->columns(ranks, 2 * ranks), x, /*turned=*/false);
-      grads.push_back(gradient(View(*all).rows(adapters_.first[i], adapters_.rank(i)), members_.a(i)->scalar_type()));
+      const ScalarType dtype = members_.a(i)->scalar_type();
+      if (adapters_.together) {
+        if (!all) all = product(dt_->columns(ranks, 2 * ranks), x, /*turned=*/false, std::nullopt);
+        grads.push_back(gradient(View(*all).rows(adapters_.first[i], rank), dtype));
+      } else {
+        const View dt = adapters_.part(*dt_, i).columns(rank, 2 * rank);
+        grads.push_back(gradient(product(dt, x, /*turned=*/false, members_.mask(i)), dtype));
+      }
     }
     if (dbs_[i]) {
       grads.push_back(*dbs_[i]);
     } else if (needs(i, kNeedB)) {
-      const int64_t rank = adapters_.rank(i);
       const View t = adapters_.part(t_, i).columns(rank, 2 * rank);
-      grads.push_back(gradient(product(t, *lora_dys_[i], /*turned=*/true), members_.b(i)->scalar_type()));
+      grads.push_back(gradient(product(t, *lora_dys_[i], /*turned=*/true, std::nullopt), members_.b(i)->scalar_type()));
     }
     if (needs(i, kNeedBias)) grads.push_back(*sums_[i]);
     if (needs(i, kNeedMagnitude)) grads.push_back(*dots_[i]);
@@ -635,8 +654,7 @@ void Backward::parameters(const View& x, Tensors& grads) const {
         if (!all || all->scalar_type() != dtype) all = product(*dt_, x, dtype, /*turned=*/false, std::nullopt);
         grads.push_back(View(*all).rows(adapters_.first[i], members_.rank(i)).tensor());
       } else {
-        const auto mask = members_.masked(i) ? std::optional<Dropped>(members_.mask(i)) : std::nullopt;
-        grads.push_back(product(adapters_.part(*dt_, i), x, dtype, /*turned=*/false, mask));
+        grads.push_back(product(adapters_.part(*dt_, i), x, dtype, /*turned=*/false, members_.mask(i)));
       }
     }
     if (dbs_[i])

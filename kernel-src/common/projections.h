@@ -22,7 +22,7 @@ struct Lists {
   // are empty where no weight is quantised.
   const Tensors& scales;
   const std::vector<int64_t>& quantized;
-  // Adapters of float32 beside x in bfloat16, without dropout: multiplied as two parts each.
+  // Adapters of float32 beside x in bfloat16, of DoRA without dropout: multiplied as two parts each.
   bool exact;
 };
 
@@ -71,7 +71,7 @@ class Members {
   double scaling(size_t i) const { return lists_.scalings[first_ + i]; }
   bool masked(size_t i) const { return !lists_.dropouts.empty() && lists_.dropouts[first_ + i] != 0.0; }
   int64_t rank(size_t i) const { return a(i) ? a(i)->size(0) : 0; }
-  Dropped mask(size_t i) const;
+  std::optional<Dropped> mask(size_t i) const;
 
   // What DoRA's gain acts on: with a mask the bias stays outside.
   Gain gain_of(size_t i) const { return {gain(i), masked(i) ? std::nullopt : bias(i)}; }
@@ -97,8 +97,8 @@ class Members {
 //
 // Exact, a matrix is the sum of its value rounded and of the rest, which together hold 16 bits of
 // float32's 24. Three products of such parts make one of rank 3R, all but the smallest: adapters as
-// (high, rest, high) and t and dt as (high, high, rest), next to each other along the ranks. A and dt keep
-// each part of all members together, B and t belong to one member.
+// (high, rest, high) and t and dt as (high, high, rest), next to each other along the ranks. B and t keep the parts of each
+// member; A and dt too, or where `together` each part of all members, for one product of x with all of them.
 struct Adapters {
   enum Layout { kAsStored, kTransposed };
   Adapters(const View& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b = kAsStored);
@@ -107,11 +107,15 @@ struct Adapters {
   int64_t rank(size_t i) const { return first[i + 1] - first[i]; }
   // Columns of t and of dt [M, columns()].
   int64_t columns() const { return parts * ranks(); }
-  View a_of(size_t i) const { return a->rows(first[i], rank(i)); }
-  // A member's columns of t, and of dt but where exact.
+  // A member's rows of A, and columns of t and of dt; of A and of dt not where `together`.
+  View a_of(size_t i) const { return a->rows(parts * first[i], parts * rank(i)); }
   View part(const View& t, size_t i) const { return t.columns(parts * first[i], parts * rank(i)); }
+  // Where exact, of A and of dt: a member's first part, and from there to the next.
+  int64_t at(size_t i) const { return together ? first[i] : parts * first[i]; }
+  int64_t apart(size_t i) const { return together ? ranks() : rank(i); }
 
   int64_t parts;  // 3 where exact, else 1
+  bool together;  // exact members without masks, of one rank and one scaling
   MaybeView a;
   std::vector<MaybeView> b;
   std::vector<int64_t> first;  // of each member's ranks, and their total at the end

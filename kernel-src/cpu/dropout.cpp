@@ -1,4 +1,5 @@
-// dropout on the CPU: out[m, k] = mask(seed, m, k) · x[m, k] / (1 - p), in out's dtype, or += that.
+// dropout on the CPU: out[m, k] = mask(seed, m, k) · x[m, k] / (1 - p), in out's dtype, or += that; without the scale
+// where not `scaled`.
 //
 // Fused: the mask (Philox, see common/dropout.h), the scale, the sum and the conversion. The product is
 // taken in float32 (float64 for float64) and rounded once.
@@ -63,10 +64,10 @@ void drop_to(Tensor& out, const Tensor& x, uint64_t seed, const lora_fused::Keep
 }  // namespace
 
 void dropout_cpu(const Tensor& x, const Tensor& seed, double p, Tensor out,
-                  bool accumulate) {
+                  bool accumulate, bool scaled) {
   lora_fused::check_dropout(x, seed, p, out, /*cuda=*/false);
   const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
-  const lora_fused::Keep keep(p);
+  const lora_fused::Keep keep(p, scaled);
   switch (x.scalar_type()) {
     case ScalarType::Float: return drop_to<float>(out, x, key, keep, accumulate);
     case ScalarType::Double: return drop_to<double>(out, x, key, keep, accumulate);

@@ -1,4 +1,5 @@
-// dropout on CUDA: out[m, k] = mask(seed, m, k) · x[m, k] / (1 - p), in out's dtype, or += that.
+// dropout on CUDA: out[m, k] = mask(seed, m, k) · x[m, k] / (1 - p), in out's dtype, or += that; without the scale where
+// not `scaled`.
 //
 // Fused: the mask (Philox, see common/dropout.h), the scale, the sum and the conversion. A thread takes
 // eight neighbouring columns, one Philox block. The seed stays on the GPU: no synchronisation, and a CUDA
@@ -60,12 +61,12 @@ __global__ void __launch_bounds__(kThreads) dropout_fwd_kernel(const __grid_cons
 }
 
 template <typename In, typename Out>
-void drop(Tensor& out, const Tensor& x, const Tensor& seed, double p, bool accumulate,
+void drop(Tensor& out, const Tensor& x, const Tensor& seed, const Keep& keep, bool accumulate,
           cudaStream_t stream) {
   bool aligned = true;
   Arguments<In, Out> a{matrix<In>(x, aligned), matrix<Out>(out, aligned),
                        static_cast<const int64_t*>(seed.const_data_ptr()), x.size(1),
-                       (x.size(1) + kColumns - 1) / kColumns, 0, lora_fused::Keep(p), aligned, accumulate};
+                       (x.size(1) + kColumns - 1) / kColumns, 0, keep, aligned, accumulate};
   a.total = x.size(0) * a.blocks;
   if (a.total == 0) return;
   const int64_t grid = std::min((a.total + kThreads - 1) / kThreads, kMaxBlocks);
@@ -74,29 +75,30 @@ void drop(Tensor& out, const Tensor& x, const Tensor& seed, double p, bool accum
 }
 
 template <typename In>
-void drop_to(Tensor& out, const Tensor& x, const Tensor& seed, double p, bool accumulate,
+void drop_to(Tensor& out, const Tensor& x, const Tensor& seed, const Keep& keep, bool accumulate,
           cudaStream_t stream) {
   switch (out.scalar_type()) {
-    case ScalarType::Float: return drop<In, float>(out, x, seed, p, accumulate, stream);
-    case ScalarType::Double: return drop<In, double>(out, x, seed, p, accumulate, stream);
-    case ScalarType::BFloat16: return drop<In, __nv_bfloat16>(out, x, seed, p, accumulate, stream);
-    default: return drop<In, __half>(out, x, seed, p, accumulate, stream);
+    case ScalarType::Float: return drop<In, float>(out, x, seed, keep, accumulate, stream);
+    case ScalarType::Double: return drop<In, double>(out, x, seed, keep, accumulate, stream);
+    case ScalarType::BFloat16: return drop<In, __nv_bfloat16>(out, x, seed, keep, accumulate, stream);
+    default: return drop<In, __half>(out, x, seed, keep, accumulate, stream);
   }
 }
 
 }  // namespace
 
 void dropout_cuda(const Tensor& x, const Tensor& seed, double p, Tensor out,
-                  bool accumulate) {
+                  bool accumulate, bool scaled) {
   lora_fused::check_dropout(x, seed, p, out, /*cuda=*/true);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream_ptr = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_ptr));
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_ptr);
+  const Keep keep(p, scaled);
   switch (x.scalar_type()) {
-    case ScalarType::Float: return drop_to<float>(out, x, seed, p, accumulate, stream);
-    case ScalarType::Double: return drop_to<double>(out, x, seed, p, accumulate, stream);
-    case ScalarType::BFloat16: return drop_to<__nv_bfloat16>(out, x, seed, p, accumulate, stream);
-    default: return drop_to<__half>(out, x, seed, p, accumulate, stream);
+    case ScalarType::Float: return drop_to<float>(out, x, seed, keep, accumulate, stream);
+    case ScalarType::Double: return drop_to<double>(out, x, seed, keep, accumulate, stream);
+    case ScalarType::BFloat16: return drop_to<__nv_bfloat16>(out, x, seed, keep, accumulate, stream);
+    default: return drop_to<__half>(out, x, seed, keep, accumulate, stream);
   }
 }

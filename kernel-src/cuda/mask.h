@@ -39,7 +39,4 @@ inline Mask mask_of(const std::optional<Dropped>& dropped) {
           std::min(Keep(dropped->p).threshold, 0xffffu) << 16};
 }
 
-// 1 / (1 - p), which a masked product is scaled by.
-inline double scale_of(const std::optional<Dropped>& dropped) { return dropped ? Keep(dropped->p).scale : 1.0; }
-
 }  // namespace lora_fused

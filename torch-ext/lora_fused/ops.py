@@ -32,7 +32,9 @@ def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 
 @torch.library.register_fake(add_op_namespace_prefix("dropout"))
-def _dropout_fake(x: Tensor, seed: Tensor, p: float, out: Tensor, accumulate: bool = False) -> None:
+def _dropout_fake(
+    x: Tensor, seed: Tensor, p: float, out: Tensor, accumulate: bool = False, scaled: bool = True
+) -> None:
     return None
 
 

@@ -26,8 +26,8 @@ def takes(
     projections: Sequence[Projection], dtype: torch.dtype, lora_dtype: Optional[torch.dtype], is_cuda: bool
 ) -> Taken:
     """Of projections of an x in `dtype`: the ops compute those on a frozen base of that dtype, with the LoRA path
-    in it too or exactly. Exactly on a GPU and without dropout, and not in float16, which has not the range for what
-    the gradients of float32 adapters hold."""
+    in it too or exactly. Exactly on a GPU, of DoRA without dropout, and not in float16, which has not the range for
+    what the gradients of float32 adapters hold."""
     exact = False
     for (weight, bias, lora_a, lora_b, *_), _, spec in projections:
         quantized = spec.quantized
@@ -41,7 +41,7 @@ def takes(
         if lora_dtype is not None or dtype != torch.bfloat16 or not lora_a.dtype == lora_b.dtype == torch.float32:
             return Taken(False)
         exact = True
-    if exact and (not is_cuda or any([spec.dropout > 0.0 for _, _, spec in projections])):
+    if exact and (not is_cuda or any([p.spec.dropout > 0.0 and p.operands.magnitude is not None for p in projections])):
         return Taken(False)
     return Taken(True, exact)
 
