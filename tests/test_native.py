@@ -120,6 +120,7 @@ EXACT_GROUPS = {
     "DoRA": ((1024, 16, 0.0, True, True), (72, 40, 0.0, False, False), (1000, 8, 0.0, True, False)),
     "masks": ((1024, 16, 0.3, False, True), (72, 16, 0.1, False, False), (1000, 8, 0.5, False, False)),
     "mixed": ((1024, 32, 0.0, True, True), (72, 24, 0.2, False, False), (1000, 16, 0.0, False, True)),
+    "fours": ((72, 4, 0.0, False, False), (40, 4, 0.0, False, True), (64, 4, 0.0, False, False), (48, 4, 0.0, False, False)),
     "odd": ((31, 5, 0.2, False, True), (17, 3, 0.0, False, False), (9, 7, 0.9, False, False)),
     "ranks": ((72, 136, 0.1, False, False), (48, 384, 0.0, False, False), (64, 200, 0.3, False, True)),
 }
@@ -144,7 +145,8 @@ def exact_run(lora_fused, operands, group, x, dys, device, dtype, scalings):
 def test_float32_adapters_keep_their_precision(lora_fused, device, m, k, group):
     """Outputs within bfloat16's rounding, gradients of a LoRA adapter within that of its two parts."""
     generator = torch.Generator().manual_seed(m)
-    scalings, group = (0.5,) * 3 if group == "one rank" else (0.5, 0.7, 0.5), EXACT_GROUPS[group]
+    scalings = (0.5,) * 4 if group in ("one rank", "fours") else (0.5, 0.7, 0.5)
+    group = EXACT_GROUPS[group]
     operands = [operands_of(generator, k, n, r, dora, bias) for n, r, _, dora, bias in group]
     for each in operands:
         each[:2] = [None if t is None else t.bfloat16().double() for t in each[:2]]
@@ -153,7 +155,7 @@ def test_float32_adapters_keep_their_precision(lora_fused, device, m, k, group):
     ours, flat = exact_run(lora_fused, operands, group, x, dys, device, torch.bfloat16, scalings)
     truth, _ = exact_run(lora_fused, operands, group, x, dys, "cpu", torch.float64, scalings)
     trained = [tensor for tensor in flat if tensor is not None and tensor.requires_grad]
-    assert len(ours) == len(truth) == 4 + len(trained)
+    assert len(ours) == len(truth) == len(group) + 1 + len(trained)
     adapters = {id(grad) for i, (*_, dora, _) in enumerate(group) if not dora for grad in
                 (flat[10 * i + 2].grad, flat[10 * i + 3].grad)}  # fmt: skip
     assert adapters

@@ -125,6 +125,18 @@ def test_refuses_what_it_does_not_serve(skinny, case):
         skinny(*refused(**case))
 
 
+@pytest.mark.parametrize("across", (True, False))
+def test_refuses_a_rest_where_no_load_begins(skinny, across):
+    """Four ranks of two bytes from the first: below them the rest of A is served, beside them it is not."""
+    x, out = torch.randn(64, 256, device="cuda").bfloat16(), check_skinny.padded(64, 12, torch.bfloat16, float("nan"))
+    (beside, _), (below, value) = check_skinny.with_rest(64, 4, True), check_skinny.with_rest(4, 256, False)
+    refused = (beside, torch.zeros(256, 4, device="cuda")) if across else (below.t().contiguous().t(), out)
+    with pytest.raises(RuntimeError, match="skinny: not for"):
+        skinny([x], [refused[0]], [refused[1]], 1.0, across, True, exact=4)
+    skinny([x], [below], [out], 1.0, False, True, exact=4)
+    check_skinny.assert_parts("four ranks", out, 4, x, value.t(), 1.0)
+
+
 @pytest.mark.parametrize("case", (dict(rank=72), dict(cols=132), dict(shift=4), dict(dtype=torch.float32)), ids=str)
 def test_products_of_dy_refuse_what_they_do_not_serve(ops, case):
     (dy,), (b,), (dt,), *_ = refused(**case)

@@ -56,10 +56,14 @@ View whole_of(const Work& work) {
 int64_t ranks_of(const Work& work) { return work.out.size(1); }
 int64_t summed(const Work& work) { return work.x.size(work.form == kAcross ? 0 : 1); }
 
+// The copy engine begins at multiples of 16 bytes of a row, so that a rest beside what it is added to must lie there;
+// elsewhere its load is an illegal instruction.
+bool reaches_rest(const Work& work) { return !work.rest || work.form == kDown || rest_at(work) % 8 == 0; }
+
 bool serves(const Work& work) {
   const auto dtype = work.x.scalar_type(), out = work.out.scalar_type();
   return skinny_sm90_serves(work.x) && takes_boxes(whole_of(work)) && work.other.scalar_type() == dtype &&
-         (out == dtype || out == ScalarType::Float) && (!work.rest || is_brain(work.x)) && ranks_of(work) <= kMostRanks;
+         (out == dtype || out == ScalarType::Float) && (!work.rest || is_brain(work.x)) && reaches_rest(work) && ranks_of(work) <= kMostRanks;
 }
 
 int width_of(int64_t ranks) { return ranks <= 16 ? 16 : ranks <= 32 ? 32 : (static_cast<int>(ranks) + 31) / 32 * 32; }
