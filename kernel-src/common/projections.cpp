@@ -306,7 +306,7 @@ Adapters::Adapters(const View& x, const Members& members, bool need_a, bool need
 
 namespace {
 
-// An exact product of x with A: of member `member`, or where their parts are together of all.
+// An exact product of x with A: with that of one member or, where their parts are together, of all.
 struct ExactProduct {
   int64_t at, ranks, of_member;  // rows of the first part of A, and how many of them are a member's
   double scaling;
