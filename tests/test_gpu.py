@@ -171,6 +171,22 @@ def test_one_mask_of_a_large_dx_is_drawn_in_its_product(lora_fused, config):
 
 
 @hopper_alone
+@pytest.mark.parametrize("p", (0.0, 0.3))
+@pytest.mark.parametrize("make", LAUNCHES)
+def test_float32_adapters_launch_no_more_without_autocast(lora_fused, make, p):
+    """Their parts are added up inside the products."""
+    model, x = build(lora_fused, make, lora_dropout=p)
+    dys, counted = [torch.ones(ROWS, K, device="cuda", dtype=BF16)] * 3, {}
+    for autocast in (True, False):
+        clear(model, x)
+        with torch.autocast("cuda", dtype=BF16, enabled=autocast):
+            names = launches(lambda: backward(model(x), dys))
+        counted[autocast] = {name: count for name, count in names.items() if "splitK" not in name}
+    assert sum(counted[False].values()) <= sum(counted[True].values()), counted
+    assert not any("part_sum" in name or "dropout" in name for name in counted[False]), counted[False]
+
+
+@hopper_alone
 @pytest.mark.parametrize("tokens, products", ((2047, 0), (2048, 1)))
 def test_a_large_dy_is_read_once_for_both_products(lora_fused, tokens, products):
     model = get_peft_model(Single(8192).to("cuda", BF16), LoraConfig(r=16, target_modules=["proj"])).train()
