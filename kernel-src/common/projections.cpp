@@ -306,39 +306,22 @@ Adapters::Adapters(const View& x, const Members& members, bool need_a, bool need
 
 namespace {
 
-// An exact product of x with A: with that of one member or, where their parts are together, of all.
-struct ExactProduct {
-  int64_t at, ranks, of_member;  // rows of the first part of A, and how many of them are a member's
-  double scaling;
-  std::optional<Dropped> mask;
-};
-
-std::vector<ExactProduct> exact_products(const Members& members, const Adapters& adapters) {
-  std::vector<ExactProduct> products;
-  for (size_t i = 0; i < members.count(); ++i) {
-    if (!members.a(i)) continue;
-    const int64_t rank = adapters.rank(i);
-    const int64_t ranks = adapters.together ? adapters.ranks() : rank;
-    products.push_back({adapters.at(i), ranks, rank, members.scaling(i), members.mask(i)});
-    if (adapters.together) break;
-  }
-  return products;
-}
-
-// The parts of every member's t.
+// The parts of every member's t; where those of A are together, one product is that of all.
 void project_down_exactly(const View& t, const View& x, const Members& members, const Adapters& adapters) {
   Together<SkinnyDown> together;
   std::vector<PartSum> sums;
-  for (const ExactProduct& product : exact_products(members, adapters)) {
-    const int64_t ranks = product.ranks;
-    const View a = adapters.a->rows(product.at, 2 * ranks), out = t.columns(product.at, ranks);
-    const Parts parts{product.of_member, product.of_member};
-    if (together.takes({x, a.rows(0, ranks), out, product.scaling, product.mask, a.rows(ranks, ranks), parts},
-                       /*hopper_alone=*/true))
+  for (size_t i = 0; i < members.count(); ++i) {
+    if (!members.a(i) || (adapters.together && adapters.first[i] > 0)) continue;
+    const int64_t rank = adapters.rank(i), ranks = adapters.together ? adapters.ranks() : rank;
+    const View a = adapters.a->rows(adapters.at(i), 2 * ranks), out = t.columns(adapters.at(i), ranks);
+    const std::optional<Dropped> mask = members.mask(i);
+    const double scaling = members.scaling(i);
+    const Parts parts{rank, rank};
+    if (together.takes({x, a.rows(0, ranks), out, scaling, mask, a.rows(ranks, ranks), parts}, /*hopper_alone=*/true))
       continue;
     const View wide = empty(x.base(), {x.size(0), 2 * ranks}, ScalarType::Float);
-    multiply(wide, kept(x, product.mask), a.transposed(), 1.0, /*add=*/false);
-    sums.push_back({wide.columns(0, ranks), wide.columns(ranks, ranks), out, product.scaling * scale_of(product.mask), parts});
+    multiply(wide, kept(x, mask), a.transposed(), 1.0, /*add=*/false);
+    sums.push_back({wide.columns(0, ranks), wide.columns(ranks, ranks), out, scaling * scale_of(mask), parts});
   }
   together.run();
   sum_parts(sums);
