@@ -1,0 +1,85 @@
+"""Native ops on random groups against the same in float64: ranks, widths and token numbers of any alignment, masks, members
+without an adapter, DoRA, adapters of other dtypes, outputs without a gradient, frozen matrices, x without a gradient."""
+
+import random
+
+import pytest
+import torch
+from cases import UNIT, relative
+from test_native import draw, flat_on, operands_of, poison, projections_of
+
+RANKS = (1, 3, 4, 8, 12, 16, 40)
+
+
+class RandomGroup:
+    """`stored`: what the adapter's values are rounded to, the others' to `dtype`."""
+
+    def __init__(self, seed, dtype, stored, exact):
+        pick, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.m, self.k = pick.choice((0, 1, 5, 33, 70, 300)), pick.choice((7, 24, 64, 136, 520))
+        alike = pick.random() < 0.4  # one rank and one scaling, as most models have them
+        rank, count = pick.choice(RANKS), pick.randint(1, 4)
+        self.operands, self.dropouts, self.scalings, self.kinds = [], [], [], []
+        for i in range(count):
+            n, r, dora = pick.choice((5, 24, 40, 264)), rank if alike else pick.choice(RANKS), pick.random() < 0.25
+            p = 0.0 if (dora and exact) or pick.random() < 0.6 else pick.choice((0.1, 0.5, 1.0))
+            # Beside a bias DoRA's values may cancel: its dm is of what a rounded sum leaves then.
+            operands = operands_of(self.generator, self.k, n, r, dora, not dora and pick.random() < 0.5)
+            if i > 0 and pick.random() < 0.15:
+                operands[2:], p = [None] * 4, 0.0
+            half = exact and pick.random() < 0.2  # an adapter in x's dtype beside float32 ones
+            kept = [dtype] * 2 + [dtype if half else stored] * 4
+            self.operands.append([None if t is None else t.to(to).double() for t, to in zip(operands, kept)])
+            self.dropouts.append(p)
+            self.scalings.append(0.5 if alike else pick.choice((0.5, 0.7)))
+            self.kinds.append((half, pick.choice(("", "", "a", "b"))))  # what is frozen
+        self.used = [i == 0 or pick.random() < 0.85 for i in range(count)]
+        self.need_x = pick.random() < 0.8
+        self.x = draw(self.generator, self.m, self.k).to(dtype).double()
+        self.dys = [draw(self.generator, self.m, each[0].shape[0]).to(dtype).double() for each in self.operands]
+        self.seeds = torch.randint(2**62, (count,), generator=self.generator)
+
+    def run(self, lora_fused, device, dtype, adapter, exact):
+        flat = flat_on(self.operands, device, dtype, adapter)
+        fields = len(flat) // len(self.operands)
+        for i, (half, frozen) in enumerate(self.kinds):
+            for at, name in ((2, "a"), (3, "b")):
+                tensor = flat[fields * i + at]
+                if tensor is None:
+                    continue
+                wanted = dtype if half else tensor.dtype
+                flat[fields * i + at] = tensor.detach().to(wanted).requires_grad_(frozen != name)
+        x = self.x.to(device, dtype).requires_grad_(self.need_x)
+        dys = [dy.to(device, dtype) for dy in self.dys]
+        poison(device)
+        specs = [lora_fused.ProjectionSpec(p) for p in self.dropouts]
+        projections = projections_of(lora_fused, flat, self.scalings, specs)
+        seeds = self.seeds.to(device) if any(self.dropouts) else None
+        ys = lora_fused.autograd.native.lora_group(x, projections, seeds, exact)
+        pairs = [(y, dy) for y, dy, used in zip(ys, dys, self.used) if used and y.requires_grad]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs))
+        return [*ys, x.grad, *(tensor.grad for tensor in flat if tensor is not None and tensor.requires_grad)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize(
+    "dtype, adapter, exact",
+    ((torch.float32, torch.float32, False), (torch.bfloat16, torch.float32, False), (torch.bfloat16, torch.float32, True)),
+    ids=("float32", "as under autocast", "exact"),
+)
+def test_random_group(lora_fused, device, seed, dtype, adapter, exact):
+    group = RandomGroup(seed, dtype, adapter if exact else dtype, exact)
+    ours = group.run(lora_fused, device, dtype, adapter, exact)
+    truth = group.run(lora_fused, "cpu", torch.float64, torch.float64, False)
+    assert len(ours) == len(truth)
+    for i, (value, expected) in enumerate(zip(ours, truth)):
+        assert (value is None) == (expected is None), f"result {i}"
+        if value is None or expected.numel() == 0:
+            continue
+        assert value.shape == expected.shape
+        if not expected.any():
+            assert not value.any(), f"result {i}"
+            continue
+        error, _ = relative(value, expected)
+        assert error <= 8 * UNIT[dtype] + expected.numel() ** 0.5 * 2.0**-24, f"result {i}: {error:.3g}"
