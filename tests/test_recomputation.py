@@ -59,7 +59,10 @@ def test_random_passes(lora_fused, monkeypatch, seed):
             with torch.no_grad():
                 inner(ours)(x, names=names)
             ours.train()
-        elif waiting:
+        elif not waiting:  # a step of an optimizer
+            with torch.no_grad():
+                torch._foreach_mul_([p for p in ours.parameters() if p.requires_grad], 0.9)
+        else:
             count = 1 if action == "one backward" else len(waiting)
             done = [waiting.pop(drawn.randrange(len(waiting))) for _ in range(count)]
             torch.autograd.backward([y for _, y, _, _ in done], [dy for _, _, dy, _ in done])

@@ -185,6 +185,26 @@ def test_a_group_waits_for_reentrant_checkpoints(lora_fused, monkeypatch, masked
     assert functions(inner(ours)(torch.randn(5, 32, dtype=torch.float64, requires_grad=True))) == 1
 
 
+def test_a_step_ends_the_wait_for_reentrant_checkpoints(lora_fused):
+    """Calls without a gradient in training, which reinforcement learning makes before every step, look like theirs."""
+    ours = kernelized(lora_fused, heads(lora_dropout=0.5))
+    trained = [p for p in ours.parameters() if p.requires_grad]
+    optimizer, x = torch.optim.SGD(trained, lr=0.1), torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
+
+    def forwards():
+        with torch.no_grad():
+            inner(ours)(x * 1), inner(ours)(x * 1)
+        return inner(ours)(x * 1)
+
+    for expected in (3, 1, 1):
+        y = forwards()
+        assert functions(y) == expected
+        y.square().sum().backward()
+        del y
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def test_a_recomputation_takes_nothing_from_its_forward(lora_fused):
     """Called first though it does not lead, q is computed a second time with k and v: for nobody."""
     model = heads()

@@ -10,7 +10,8 @@ skipped, replaced, moved or called with another input costs time, never correctn
 One rule keeps checkpointing right, which must recompute what its forward did: the group of a module
 changes only while no graph of its earlier calls is waiting for its backward, and never during a
 backward pass. A reentrant checkpoint's forward has no graph, so calls in training without a gradient are counted until as
-many came in a backward pass; until then no group changes that draws masks, which it does for all its members at once.
+many came in a backward pass; until then no group changes that draws masks, which it does for all its members at once. Calls
+that nobody computes again, as those of reinforcement learning, count until an optimizer has changed the adapter.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class _Leader:
         self.observed: tuple[weakref.ref, ...] = ()
         self.waiting: dict[int, None] = {}
         self.unrepeated = 0  # calls in training without a gradient that no backward pass has computed again
+        self.adapter: list[tuple[weakref.ref, int]] = []  # of the last of them, as it was: each matrix and its version
         self.changes = 0
 
     def settle(self) -> None:
@@ -67,16 +69,23 @@ class _Leader:
             return
         members = _alive((*self.observed, *self.group))
         leaders = [self, *(_leaders[member] for member in members if member in _leaders)]
-        if any([leader.unrepeated for leader in leaders]) and any(map(peft_state.has_dropout, members)):
+        if any([leader.awaits_repetition() for leader in leaders]) and any(map(peft_state.has_dropout, members)):
             return
         self.changes += 1
         self.group = self.observed if self.changes <= MAX_CHANGES else ()
 
-    def count(self, mode: _Mode) -> None:
+    def awaits_repetition(self) -> bool:
+        if self.unrepeated and any([(matrix := ref()) is None or matrix._version != was for ref, was in self.adapter]):
+            self.unrepeated = 0
+        return self.unrepeated > 0
+
+    def count(self, mode: _Mode, projection: Projection) -> None:
         """Of a call in training. Where a graph waits, what a backward pass computes again may be of that one."""
         gradient, *_, backward_pass = mode
         if backward_pass == _FORWARD and not gradient:
             self.unrepeated += 1
+            matrices = (projection.operands.lora_a, projection.operands.lora_b)
+            self.adapter = [(weakref.ref(m), m._version) for m in matrices if m is not None and not m.is_inference()]
         elif backward_pass != _FORWARD and self.unrepeated and not self.waiting:
             self.unrepeated -= 1
 
@@ -155,7 +164,7 @@ def _lead(module, leader: _Leader, x: Tensor, projection: Projection, mode: _Mod
     if _calls.x is not x or _calls.version != x._version or _calls.mode != mode:
         _forget()
     if module.training:
-        leader.count(mode)
+        leader.count(mode, projection)
     token = _Token(leader.waiting) if torch.is_grad_enabled() else None
     outputs = functional.compute_group(x, projections, token=token)
     if len(members) > 1:
