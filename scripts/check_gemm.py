@@ -23,7 +23,10 @@ SMALL = ((1, 8, (8,)), (128, 256, (64,)), (64, 128, (64, 16)), (129, 264, (72, 1
 LARGER = ((257, 1000, (520, 24)), (1000, 776, (2048, 16, 8, 64, 32, 40, 128, 8)), (4096, 1024, (512, 96)),
           (2300, 4104, (1000, 200, 48)), (2048, 4096, (4096, 1024, 1024, 96)), (70000, 264, (128, 32)))
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a last place
-EPILOGUES = ("plain", "bias", "accumulate", "gain", "gain and bias", "dropped", "dropped, gain and bias")
+EPILOGUES = ("plain", "bias", "accumulate", "gain", "gain and bias", "dropped", "dropped, gain and bias", "excess",
+             "excess and bias")
+# Whether b is [N, k], and what becomes of the sum; (gain - 1)∘ of the leading segments for such b alone.
+FORMS = [(rows, name) for rows in (True, False) for name in EPILOGUES if rows or "excess" not in name]
 P, SEED = 0.3, 2**40 + 1  # of what is dropped: the sum of the first half of the segments
 LINEARS = ((4096, 4096), (4096, 14336), (14336, 4096))  # in, out
 
@@ -36,21 +39,25 @@ def padded(rows: int, cols: int, dtype, fill=None) -> Tensor:
 
 
 def check(ops, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue: str, dtype) -> None:
-    dropped = len(ks) // 2 if "dropped" in epilogue else 0
+    excess = "excess" in epilogue
+    leading = len(ks) // 2 if "dropped" in epilogue or excess else 0
     a = [padded(m, k, dtype) for k in ks]
     b = [padded(n, k, dtype) if rows_are_n else padded(k, n, dtype) for k in ks]
     bias = padded(1, n, dtype)[0] if "bias" in epilogue else None
-    gain = padded(1, n, torch.float32)[0] if "gain" in epilogue else None
+    gain = padded(1, n, torch.float32)[0] if "gain" in epilogue or excess else None
     accumulate = epilogue == "accumulate"
     out = padded(m, n, dtype, None if accumulate else float("nan"))
     z = padded(m, n, dtype, float("nan")) if gain is not None else None
     products = [x.double() @ (y.double().t() if rows_are_n else y.double()) for x, y in zip(a, b)]
-    acc, seed = sum(products[dropped:]), torch.tensor([SEED], device="cuda") if dropped else None
-    if dropped:
-        mask = torch.empty(m, n, device="cuda")
-        ops.dropout(torch.ones_like(mask), seed, P, mask)
-        acc = acc + mask.double() * sum(products[:dropped])
-    truth = acc * gain.double() if gain is not None else acc
+    acc, before, seed = sum(products[leading:]), sum(products[:leading]), None
+    if leading and excess:
+        z_truth, truth, acc = before, acc + before * (gain.double() - 1), acc.abs() + before.abs()
+    else:
+        if leading:
+            mask, seed = torch.empty(m, n, device="cuda"), torch.tensor([SEED], device="cuda")
+            ops.dropout(torch.ones_like(mask), seed, P, mask)
+            acc = acc + mask.double() * before
+        z_truth, truth = acc, acc * gain.double() if gain is not None else acc
     if bias is not None:
         truth = truth + bias.double()
     if accumulate:
@@ -59,9 +66,9 @@ def check(ops, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue: 
     size = truth.abs() + (acc.abs() if accumulate else 0)
     slack = sum(ks) / 16 * 2.0**-23 * acc.square().mean().sqrt()
     if gain is not None:
-        slack = slack * gain.double().abs().clamp(min=1)
-    ops.gemm(a, b, rows_are_n, out, bias, gain, z, accumulate, seed, P, dropped)
-    for name, value, exact in (("out", out, truth), ("z", z, acc)):
+        slack = slack * ((gain.double() - 1).abs() + 1 if excess else gain.double().abs().clamp(min=1))
+    ops.gemm(a, b, rows_are_n, out, bias, gain, z, accumulate, seed, P, leading)
+    for name, value, exact in (("out", out, truth), ("z", z, z_truth)):
         if value is None:
             continue
         wrong = ~((value.double() - exact).abs() <= ROUNDING[dtype] * (size if value is out else exact.abs()) + slack)
@@ -78,8 +85,8 @@ def check(ops, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue: 
 
 def check_all(ops, shapes) -> int:
     count = 0
-    for shape, rows_are_n, epilogue, dtype in itertools.product(shapes, (True, False), EPILOGUES, ROUNDING):
-        check(ops, *shape, rows_are_n, epilogue, dtype)
+    for shape, form, dtype in itertools.product(shapes, FORMS, ROUNDING):
+        check(ops, *shape, *form, dtype)
         count += 1
     torch.cuda.synchronize()
     return count

@@ -26,11 +26,10 @@ def gemm(ops):
 
 
 @pytest.mark.parametrize("shape", check_gemm.SMALL + check_gemm.LARGER, ids=str)
-@pytest.mark.parametrize("rows_are_n", (True, False), ids=("b [N, k]", "b [k, N]"))
-@pytest.mark.parametrize("epilogue", check_gemm.EPILOGUES)
+@pytest.mark.parametrize("form", check_gemm.FORMS, ids=lambda form: f"{form[1]}, b {'[N, k]' if form[0] else '[k, N]'}")
 @pytest.mark.parametrize("dtype", check_gemm.ROUNDING, ids=str)
-def test_as_in_float64(ops, shape, rows_are_n, epilogue, dtype):
-    check_gemm.check(ops, *shape, rows_are_n, epilogue, dtype)
+def test_as_in_float64(ops, shape, form, dtype):
+    check_gemm.check(ops, *shape, *form, dtype)
 
 
 def operands(m=64, n=128, k=32, dtype=torch.bfloat16):
@@ -60,14 +59,14 @@ def test_as_a_thread_s_first_call(gemm):
     torch.testing.assert_close(out, a[0] @ b[0].t())
 
 
-def single(*, n=128, dtype=torch.bfloat16, count=1, bias=False, gain=False, accumulate=False, shift=0, dropped=None):
+def single(*, n=128, dtype=torch.bfloat16, count=1, bias=False, gain=False, accumulate=False, shift=0, dropped=None, leading=0):
     a, b, out = operands(n=n, dtype=dtype)
     if shift:
         a = [torch.zeros(a[0].numel() + shift, device="cuda", dtype=dtype)[shift:].view_as(a[0])]
     vector = torch.ones(n, device="cuda", dtype=dtype) if bias else None
     seed = None if dropped is None else torch.tensor([3], device="cuda")
     gain = torch.ones(n, device="cuda") if gain else None
-    return a * count, b * count, True, out, vector, gain, None, accumulate, seed, 0.1, dropped or 0
+    return a * count, b * count, True, out, vector, gain, None, accumulate, seed, 0.1, leading if dropped is None else dropped
 
 
 REFUSED = {
@@ -79,6 +78,7 @@ REFUSED = {
     "bias added to out": dict(bias=True, accumulate=True),
     "a mask over nothing": dict(count=2, dropped=0),
     "a mask over all": dict(count=2, dropped=2),
+    "leading segments for nothing": dict(count=2, leading=1),
 }
 
 

@@ -22,7 +22,7 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "-> ()");
   ops.def(
       "gemm(Tensor[] a, Tensor[] b, bool b_rows_are_n, Tensor(a!) out, Tensor? bias=None, "
-      "Tensor? gain=None, Tensor(b!)? z=None, bool accumulate=False, Tensor? seed=None, float p=0.0, int dropped=0) -> ()");
+      "Tensor? gain=None, Tensor(b!)? z=None, bool accumulate=False, Tensor? seed=None, float p=0.0, int leading=0) -> ()");
   ops.def(
       "skinny(Tensor[] x, Tensor[] other, Tensor(a!)[] out, float scaling, bool across, bool hopper, "
       "Tensor? seed=None, float p=0.0, int exact=0) -> ()");

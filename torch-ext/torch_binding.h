@@ -84,7 +84,7 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors> gated_backward(
 void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n,
                torch::stable::Tensor out, std::optional<torch::stable::Tensor> bias,
                std::optional<torch::stable::Tensor> gain, std::optional<torch::stable::Tensor> z,
-               bool accumulate, std::optional<torch::stable::Tensor> seed, double p, int64_t dropped);
+               bool accumulate, std::optional<torch::stable::Tensor> seed, double p, int64_t leading);
 
 // out = scaling · D(x) otherᵀ [M, R], or D(x)ᵀ other [C, R] where across, of each of a list; D drops with probability p
 // where there is a seed. `hopper`: by skinny_sm90, else by the kernels of skinny.cu. An error where those don't serve.

@@ -5,7 +5,8 @@
 //
 // Gate and up may be the halves of one projection. The activation and h are computed again in
 // backward. DoRA's gain on gate and up rides in the activation's pass where they have no dropout:
-// their y is never written, `outputs` holds u. `up_to_h` leaves out down's product and gives h [M, I] for y: all that
+// their y is never written, `outputs` holds u. With dropout both are kept, or u of the first one is left out of the
+// backward's `us` and made again. `up_to_h` leaves out down's product and gives h [M, I] for y: all that
 // the backward needs, for LoRA, is there before it.
 #include <tuple>
 
@@ -100,26 +101,28 @@ std::tuple<Tensors, Tensors> gated_backward(const Tensor& dy, const Tensor& x, T
   const Members in(lists, 0, inputs), out(lists, inputs, 1);
   const Halves halves{inputs == 1, gate_half};
   const auto [gate, up] = halves.of(outputs);
-  Tensors first_us, last_us;
-  size_t next_u = 0;
-  for (size_t i = 0; i < inputs; ++i)
-    if (in.gain(i)) first_us.push_back(in.masked(i) ? us[next_u++] : outputs[i]);
-  if (out.gain(0)) last_us.push_back(us[next_u]);
-
-  Tensors dx, grads, last_grads;
-  Tensors d_outputs;
-  const View h = fresh_like(gate);
+  Tensors dx, grads, last_grads, d_outputs;
+  for (const Tensor& output : outputs) d_outputs.push_back(fresh_like(output));
+  const auto [dgate, dup] = halves.of(d_outputs);
   {
-    const View dh = fresh_like(gate);
-    const Backward last(out, h, {Optionals{dy}, last_us, norms, needs, /*need_dx=*/true, ts[1]});
+    const View h = fresh_like(gate), dh = halves.together ? View(fresh_like(gate)) : dgate;
+    const Backward last(out, h, {Optionals{dy}, out.gain(0) ? Tensors{us.back()} : Tensors{}, norms, needs, /*need_dx=*/true, ts[1]});
     last.input(dh);
-    for (const Tensor& output : outputs) d_outputs.push_back(fresh_like(output));
-    const auto [dgate, dup] = halves.of(d_outputs);
     run_gated({gate, up, h, dh, dgate, dup, activation, halves.gain(in, 0), halves.gain(in, 1)});
     last.parameters(h, last_grads);
   }
   const View rows = matrix(x);
-  const Backward first(in, rows, {Optionals(d_outputs.begin(), d_outputs.end()), first_us, norms, needs, need_dx, ts[0]});
+  const auto us_of_inputs = [&] {
+    Tensors first_us;
+    auto kept = us.end() - (out.gain(0) ? 1 : 0);
+    for (size_t i = inputs; i-- > 0;) {
+      if (!in.gain(i)) continue;
+      const bool made_again = in.masked(i) && kept == us.begin();
+      first_us.insert(first_us.begin(), !in.masked(i) ? outputs[i] : made_again ? project_dropped(rows, in, i, ts[0]) : *--kept);
+    }
+    return first_us;
+  };
+  const Backward first(in, rows, {Optionals(d_outputs.begin(), d_outputs.end()), us_of_inputs(), norms, needs, need_dx, ts[0], /*own_dys=*/true});
   if (need_dx) {
     dx.push_back(empty_as(x, rows.size(1)));
     first.input(matrix(dx[0]));

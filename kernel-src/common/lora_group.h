@@ -55,19 +55,20 @@ struct Gated {
   Gain gate_gain, up_gain;
 };
 
-// y = g∘(u - b) + b, or y += (g - 1)∘u where `add`; u and y [M, N] contiguous.
+// y = g∘(u - b) + b, y = (g - 1)∘u or y += (g - 1)∘u; u and y [M, N] contiguous.
 struct Scale {
+  enum Form { kGain, kExcess, kAddExcess };
   View u, y;
   Gain gain;
-  bool add;
+  Form form;
 };
 
-// One pass over dy [M, N], contiguous: scaled = g∘dy, excess = (g - 1)∘dy, dots = Σ dy∘(u - b) / norm
+// One pass over dy [M, N], contiguous: scaled = g∘dy, which may be dy's own memory, dots = Σ dy∘(u - b) / norm
 // and sums = Σ dy over tokens. What is not there is not computed; dots and sums [N] are in float32
 // (float64 for float64), each a sum in a fixed order.
 struct TokenSums {
   View dy;
-  MaybeView u, scaled, excess;
+  MaybeView u, scaled;
   MaybeTensor norm, dots, sums;
   Gain gain;
 };

@@ -131,7 +131,26 @@ bool multiply_dropped(const View& out, const std::vector<Term>& dropped, const D
   std::optional<Gemm> gemm = gemm_of(out, all);
   if (!gemm) return false;
   gemm->mask = mask;
-  gemm->dropped = dropped.size();
+  gemm->leading = dropped.size();
+  if (!gemm_sm90_serves(*gemm)) return false;
+  gemm_sm90(*gemm);
+  return true;
+#else
+  return false;
+#endif
+}
+
+bool multiply_excess(const View& out, const View& z, const std::vector<Term>& leading, const std::vector<Term>& terms,
+                     const Tensor& gain, const std::optional<Tensor>& bias) {
+#if defined(CUDA_KERNEL)
+  std::vector<Term> all(leading);
+  all.insert(all.end(), terms.begin(), terms.end());
+  std::optional<Gemm> gemm = gemm_of(out, all);
+  if (!gemm) return false;
+  gemm->gain = gain;
+  gemm->z = z;
+  gemm->bias = bias;
+  gemm->leading = leading.size();
   if (!gemm_sm90_serves(*gemm)) return false;
   gemm_sm90(*gemm);
   return true;

@@ -56,6 +56,11 @@ void multiply(const View& out, const std::vector<Term>& terms, const std::option
 // out [M, N] = D(the sum of the terms `dropped`) + the sum of `terms`, where one launch does it.
 bool multiply_dropped(const View& out, const std::vector<Term>& dropped, const Dropped& mask, const std::vector<Term>& terms);
 
+// z [M, N] = the sum of the terms `leading` and out = (gain - 1)∘z + the sum of `terms` + bias, gain [N] in float32,
+// where one launch does both.
+bool multiply_excess(const View& out, const View& z, const std::vector<Term>& leading, const std::vector<Term>& terms,
+                     const Tensor& gain, const std::optional<Tensor>& bias);
+
 // z [M, N] = the sum of all terms and out = gain∘z, gain [N] in float32, where one launch does both.
 bool multiply_scaled(const View& out, const View& z, const std::vector<Term>& terms, const Tensor& gain);
 

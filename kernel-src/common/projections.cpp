@@ -380,13 +380,14 @@ Outputs project(const View& x, const Tensor& like, const Members& members, const
     const Tensor result = empty_as(like, n);
     const View y(result, x.size(0), n, n, 1);
     if (!members.scaled(i)) {
-      multiply(y, terms(x), members.bias(i));
       out.ys.push_back(result);
+      if (members.gain(i)) out.us.push_back(fresh_like(y));
+      if (members.gain(i) && multiply_excess(y, out.us.back(), terms(*drops[i]), terms(x), *members.gain(i), members.bias(i)))
+        continue;
+      multiply(y, terms(x), members.bias(i));
       if (!members.gain(i)) continue;
-      const Tensor u = fresh_like(y);
-      multiply(u, terms(*drops[i]), std::nullopt);
-      scale({u, y, members.gain_of(i), /*add=*/true});
-      out.us.push_back(u);
+      multiply(out.us.back(), terms(*drops[i]), std::nullopt);
+      scale({out.us.back(), y, members.gain_of(i), Scale::kAddExcess});
       continue;
     }
     const Tensor u = scaled_too ? fresh_like(y) : y.tensor();
@@ -394,9 +395,18 @@ Outputs project(const View& x, const Tensor& like, const Members& members, const
     out.ys.push_back(result);
     if (scaled_too && !members.bias(i) && multiply_scaled(y, u, terms(x), *members.gain(i))) continue;
     multiply(u, terms(x), members.bias(i));
-    if (scaled_too) scale({u, y, members.gain_of(i), /*add=*/false});
+    if (scaled_too) scale({u, y, members.gain_of(i), Scale::kGain});
   }
   return out;
+}
+
+Tensor project_dropped(const View& x, const Members& members, size_t i, const Tensor& t) {
+  const Adapters adapters(x, members, /*need_a=*/false, /*need_b=*/true);
+  const Tensor weight = members.weight(i, x.scalar_type());
+  const Tensor u = empty(x.base(), {x.size(0), members.outputs(i)}, x.scalar_type());
+  const Term base{dropped(x, *members.mask(i)), View(weight).transposed()};
+  multiply(u, {base, {adapters.part(t, i), adapters.b[i]->transposed()}}, std::nullopt);
+  return u;
 }
 
 Backward::Backward(const Members& members, const View& x, const Given& given)
@@ -406,7 +416,6 @@ Backward::Backward(const Members& members, const View& x, const Given& given)
       x_(x),
       t_(given.t),
       lora_dys_(members.count()),
-      excesses_(members.count()),
       dots_(members.count()),
       sums_(members.count()),
       dbs_(members.count()),
@@ -418,7 +427,7 @@ Backward::Backward(const Members& members, const View& x, const Given& given)
     dys_.push_back(given.dys[i] ? MaybeView(matrix(*given.dys[i])) : std::nullopt);
     const MaybeView u = members.gain(i) ? MaybeView(given.us[next_u++]) : std::nullopt;
     if (dys_[i])
-      if (const TokenSums pass = pass_over_dy(i, u, members.of(given.norms, i)); pass.sums || pass.scaled)
+      if (const TokenSums pass = pass_over_dy(i, u, members.of(given.norms, i), given.own_dys); pass.sums || pass.scaled)
         passes.push_back(pass);
     any_dt = any_dt || needs(i, kNeedA);
   }
@@ -479,10 +488,12 @@ void Backward::project_down() {
   }
   one_read.run();
   together.run();
+  for (size_t i = 0; i < members_.count(); ++i)
+    if (dbs_[i] && members_.gain(i) && members_.masked(i)) lora_dys_[i].reset();  // has served
 }
 
 // g∘dy, and what else of dy is wanted, in one pass; plain LoRA needs none, one without sums or scaled.
-TokenSums Backward::pass_over_dy(size_t i, const MaybeView& u, const MaybeTensor& norm) {
+TokenSums Backward::pass_over_dy(size_t i, const MaybeView& u, const MaybeTensor& norm, bool own_dy) {
   const View& dy = *dys_[i];
   const auto vector = [&] {
     return empty(dy.base(), {dy.size(1)},
@@ -492,8 +503,7 @@ TokenSums Backward::pass_over_dy(size_t i, const MaybeView& u, const MaybeTensor
   work.gain = members_.gain_of(i);
   if (needs(i, kNeedBias)) work.sums = sums_[i] = vector();
   if (u) {
-    work.scaled = lora_dys_[i] = View(fresh_like(dy));
-    if (members_.masked(i) && need_dx_) work.excess = excesses_[i] = View(fresh_like(dy));
+    work.scaled = lora_dys_[i] = own_dy && members_.scaled(i) ? dy : View(fresh_like(dy));
     if (needs(i, kNeedMagnitude)) {
       work.u = u;
       work.norm = norm;
@@ -530,7 +540,11 @@ void Backward::input(const View& dx) const {
 // Of dx, what member i's mask is over.
 std::vector<Term> Backward::dropped_terms(size_t i) const {
   std::vector<Term> terms;
-  if (excesses_[i]) terms.push_back({*excesses_[i], members_.weight(i, x_.scalar_type())});
+  if (members_.gain(i)) {
+    const View excess = fresh_like(*dys_[i]);
+    scale({*dys_[i], excess, {members_.gain(i), std::nullopt}, Scale::kExcess});
+    terms.push_back({excess, members_.weight(i, x_.scalar_type())});
+  }
   terms.push_back({adapters_.part(*dt_, i), adapters_.a_of(i)});
   return terms;
 }
@@ -540,7 +554,7 @@ void Backward::add_dropped(const View& dx, const std::vector<size_t>& which) con
   for (const size_t i : which) {
     const View dt = adapters_.part(*dt_, i), a = adapters_.a_of(i);
     const Dropped mask = *members_.mask(i);
-    if (!excesses_[i] && is_skinny({&dx, &dt, &a})) {
+    if (!members_.gain(i) && is_skinny({&dx, &dt, &a})) {
       fused.push_back({dt, a, mask});
       continue;
     }

@@ -133,6 +133,9 @@ class Norms;  // dora_norms.h
 // member's y is left out, and its place in ys holds u.
 Outputs project(const View& x, const Tensor& like, const Members& members, const Norms& norms, bool scaled_too);
 
+// u of member i alone, which has a gain and dropout, again; t of Outputs.
+Tensor project_dropped(const View& x, const Members& members, size_t i, const Tensor& t);
+
 // Outputs::t alone, of members without a gain.
 Tensor project_down(const View& x, const Members& members);
 
@@ -146,6 +149,7 @@ class Backward {
     const std::vector<int64_t>& needs;
     bool need_dx;
     const Tensor& t;  // of Outputs
+    bool own_dys = false;  // whether they may be written over
   };
 
   // `x` gives dtype and shape alone: it need not be filled before `parameters`.
@@ -160,7 +164,7 @@ class Backward {
 
  private:
   bool needs(size_t i, Need need) const { return dys_[i] && (needs_[members_.index(i)] & need) != 0; }
-  TokenSums pass_over_dy(size_t i, const MaybeView& u, const MaybeTensor& norm);
+  TokenSums pass_over_dy(size_t i, const MaybeView& u, const MaybeTensor& norm, bool own_dy);
   void project_down();
   void project_down_exactly();
   void parameters_exactly(const View& x, Tensors& grads) const;
@@ -171,7 +175,7 @@ class Backward {
   const std::vector<int64_t>& needs_;
   bool need_dx_;
   View x_, t_;
-  std::vector<MaybeView> dys_, lora_dys_, excesses_;  // by member, [M, N]
+  std::vector<MaybeView> dys_, lora_dys_;  // by member, [M, N]
   Optionals dots_, sums_, dbs_;                        // [N], [N], and where made with dt [N, R]
   Adapters adapters_;
   MaybeView dt_;

@@ -1,5 +1,5 @@
-// DoRA's passes over outputs and their gradients on the CPU, and sums over tokens: y = g∘(u - b) + b or
-// y += (g - 1)∘u, and g∘dy, (g - 1)∘dy, Σ dy∘(u - b) / norm, Σ dy in one pass over dy and u. float32
+// DoRA's passes over outputs and their gradients on the CPU, and sums over tokens: y = g∘(u - b) + b, y = (g - 1)∘u or
+// y += (g - 1)∘u, and g∘dy, Σ dy∘(u - b) / norm, Σ dy in one pass over dy and u. float32
 // inside (float64 for float64). Threads own columns, so every sum has a fixed order.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -44,8 +44,8 @@ void run(const Scale& s) {
       for (int64_t j = 0; j < cols; ++j) {
         const auto u = static_cast<Wide<T>>(us[i * cols + j]);
         T& y = ys[i * cols + j];
-        if (s.add)
-          y = static_cast<T>(static_cast<Wide<T>>(y) + u * (gain[j] - 1));
+        if (s.form != Scale::kGain)
+          y = static_cast<T>((s.form == Scale::kAddExcess ? static_cast<Wide<T>>(y) : 0) + u * (gain[j] - 1));
         else
           y = static_cast<T>(bias ? u + (u - static_cast<Wide<T>>(bias[j])) * (gain[j] - 1) : u * gain[j]);
       }
@@ -57,7 +57,7 @@ void run(const TokenSums& s) {
   const int64_t rows = s.dy.size(0), cols = s.dy.size(1);
   const T *dys = data<T>(s.dy), *us = data<T>(s.u), *biases = data<T>(s.gain.bias);
   const auto *gains = data<Wide<T>>(s.gain.gain), *norms = data<Wide<T>>(s.norm);
-  T *scaled = data<T>(s.scaled), *excess = data<T>(s.excess);
+  T* scaled = data<T>(s.scaled);
   auto *dots = data<Wide<T>>(s.dots), *sums = data<Wide<T>>(s.sums);
   torch::stable::parallel_for(0, (cols + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kBlock, last = std::min(cols, end * kBlock);
@@ -69,7 +69,6 @@ void run(const TokenSums& s) {
         sum[j - first] += dy;
         if (us) dot[j - first] += dy * (static_cast<Wide<T>>(us[at]) - (biases ? static_cast<Wide<T>>(biases[j]) : 0));
         if (scaled) scaled[at] = static_cast<T>(dy * gains[j]);
-        if (excess) excess[at] = static_cast<T>(dy * (gains[j] - 1));
       }
     for (int64_t j = first; j < last; ++j) {
       if (dots) dots[j] = dot[j - first] / norms[j];

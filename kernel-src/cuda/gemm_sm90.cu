@@ -29,7 +29,7 @@ using lora_fused::View;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <typename T, int kBlockN, bool kRowsAreN, bool kMasked>
+template <typename T, int kBlockN, bool kRowsAreN, Middle kMiddle>
 void launch(const Gemm& gemm, int count) {
   Arguments args;
   args.segments = static_cast<int>(gemm.segments.size());
@@ -40,7 +40,7 @@ void launch(const Gemm& gemm, int count) {
     encode_boxes(args.b[s], segment.b, kRowsAreN ? kBlockN / kCluster : kBlockK);
     args.steps_of[s] = tiles(segment.a.size(1), kBlockK);
     args.steps += args.steps_of[s];
-    if (s + 1 == static_cast<int>(gemm.dropped)) args.masked_steps = args.steps;
+    if (s + 1 == static_cast<int>(gemm.leading)) args.leading_steps = args.steps;
   }
   args.mask = mask_of(gemm.mask), args.kept = static_cast<float>(scale_of(gemm.mask));
   encode_boxes(args.out, gemm.out, 16);
@@ -53,7 +53,7 @@ void launch(const Gemm& gemm, int count) {
   args.gain = gemm.gain ? static_cast<const float*>(gemm.gain->const_data_ptr()) : nullptr;
 
   const int device = gemm.out.get_device_index();
-  const auto kernel = gemm_kernel<T, kBlockN, kRowsAreN, kMasked>;
+  const auto kernel = gemm_kernel<T, kBlockN, kRowsAreN, kMiddle>;
   constexpr int kBytes = Layout<kBlockN>::bytes;
   static SharedMemory shared_memory;
   shared_memory.allow(kernel, kBytes, device);
@@ -78,21 +78,23 @@ struct Tiling {
   }
 };
 
-template <typename T, bool kRowsAreN, bool kMasked>
+template <typename T, bool kRowsAreN, Middle kMiddle>
 void launch(const Gemm& gemm) {
   const int count = multiprocessors(gemm.out.get_device_index());
   if (Tiling(gemm.out.size(0), gemm.out.size(1), count).width == 128)
-    launch<T, 128, kRowsAreN, kMasked>(gemm, count);
+    launch<T, 128, kRowsAreN, kMiddle>(gemm, count);
   else
-    launch<T, 256, kRowsAreN, kMasked>(gemm, count);
+    launch<T, 256, kRowsAreN, kMiddle>(gemm, count);
 }
 
 template <typename T>
 void launch(const Gemm& gemm) {
   if (gemm.mask)
-    gemm.b_rows_are_n ? launch<T, true, true>(gemm) : launch<T, false, true>(gemm);
+    gemm.b_rows_are_n ? launch<T, true, Middle::kMask>(gemm) : launch<T, false, Middle::kMask>(gemm);
+  else if (gemm.leading > 0)
+    launch<T, true, Middle::kExcess>(gemm);
   else
-    gemm.b_rows_are_n ? launch<T, true, false>(gemm) : launch<T, false, false>(gemm);
+    gemm.b_rows_are_n ? launch<T, true, Middle::kNone>(gemm) : launch<T, false, Middle::kNone>(gemm);
 }
 
 // A matrix of out's dtype that the copy engine takes.
@@ -126,7 +128,8 @@ bool gemm_sm90_serves(const Gemm& gemm) {
   if (gemm.gain && !(fits(*gemm.gain, ScalarType::Float, n) && fits(*gemm.z, out, m, n)))
     return false;
   if (gemm.accumulate && (gemm.gain || gemm.bias)) return false;
-  if (gemm.mask && (gemm.dropped == 0 || gemm.dropped >= gemm.segments.size())) return false;
+  if (gemm.leading >= gemm.segments.size() || (gemm.mask && gemm.leading == 0)) return false;
+  if (gemm.leading > 0 && !gemm.mask && !(gemm.gain && gemm.b_rows_are_n)) return false;
   return is_hopper(out.get_device_index());
 }
 
@@ -143,14 +146,15 @@ void gemm_sm90(const Gemm& gemm) {
 
 void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n, Tensor out,
                std::optional<Tensor> bias, std::optional<Tensor> gain, std::optional<Tensor> z,
-               bool accumulate, std::optional<Tensor> seed, double p, int64_t dropped) {
+               bool accumulate, std::optional<Tensor> seed, double p, int64_t leading) {
   STD_TORCH_CHECK(a.size() == b.size(), "gemm: ", a.size(), " matrices a for ", b.size(), " b");
   for (const auto* matrices : {&a, &b})
     for (const Tensor& m : *matrices) STD_TORCH_CHECK(m.dim() == 2, "gemm: a and b must be matrices");
   STD_TORCH_CHECK(out.dim() == 2 && (!z || z->dim() == 2), "gemm: out and z must be matrices");
   Gemm gemm{{}, b_rows_are_n, out, accumulate, bias, gain, z ? lora_fused::MaybeView(*z) : std::nullopt};
   for (size_t i = 0; i < a.size(); ++i) gemm.segments.push_back({a[i], b[i]});
-  if (seed) gemm.mask = {*seed, p}, gemm.dropped = static_cast<size_t>(dropped);
+  if (seed) gemm.mask = {*seed, p};
+  gemm.leading = static_cast<size_t>(leading);
   STD_TORCH_CHECK(lora_fused::gemm_sm90_serves(gemm),
                   "gemm: not for this device, these dtypes, shapes or strides");
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());

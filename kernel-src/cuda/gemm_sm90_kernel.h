@@ -1,8 +1,8 @@
 // The kernel of gemm_sm90.cu: a matrix product for Hopper with the LoRA terms inside.
 //
 // Fused: every segment's product runs as further K steps of one accumulator, so a rank-R term costs
-// R/K of the base product and out is written once; a dropout mask over the sum of the first segments, in registers;
-// bias or gain, z and y in the epilogue.
+// R/K of the base product and out is written once; a dropout mask or DoRA's excess over the sum of the leading segments,
+// in registers; bias or gain, z and y in the epilogue.
 //
 // A block makes tiles of 128 x kBlockN of out until none is left. One warp of it loads 64 columns of
 // a and of b a step into a ring of shared memory stages; two warpgroups multiply them, 64 rows each,
@@ -22,6 +22,8 @@ constexpr int kPart = 16;                   // K of one wgmma
 constexpr int kCluster = 2;                 // blocks of neighbouring rows that share b
 constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
 constexpr int kConsumerWarps = 4 * kConsumers;
+// What becomes of the leading segments' sum: D of it, or z = it and then (gain - 1)∘z.
+enum class Middle { kNone, kMask, kExcess };
 constexpr int kSlabs = 2, kSlabBytes = 16 * 128;  // a warp's staging: 16 rows x 64 columns each
 
 template <int kBlockN>
@@ -45,8 +47,8 @@ struct Arguments {
   const void* bias;
   const float* gain;  // with z
   Mask mask;
-  int masked_steps;  // whose sum it is over, fewer than all
-  float kept;        // what is kept is multiplied by it
+  float kept;         // what is kept is multiplied by it
+  int leading_steps;  // of the leading segments, fewer than all
 };
 
 // First row and column of a block's tile. Neighbours in time share a and b in L2: bands of rows.
@@ -137,26 +139,30 @@ struct Staging {
   }
 };
 
-// acc = gain∘acc + bias in 64 columns; all loads before the first use. Past the last column,
-// which is not stored, the last one's values serve.
+// The columns of 64 from `col` on of which a lane holds this one and the next. Past the last column, which is not stored,
+// the last one's values serve.
+__device__ __forceinline__ int column_of(const Arguments& args, int col, int j) {
+  return min(col + 8 * j + 2 * int(threadIdx.x % 4), args.n - 2);
+}
+
+// acc = (gain - less)∘acc in 64 columns; all loads before the first use.
+__device__ __forceinline__ void scale(const Arguments& args, float* acc, int col, float less) {
+  float2 g[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) g[j] = *reinterpret_cast<const float2*>(args.gain + column_of(args, col, j));
+#pragma unroll
+  for (int i = 0; i < 32; ++i) acc[i] *= (i % 2 ? g[i / 4].y : g[i / 4].x) - less;
+}
+
+// acc += bias in the same way.
 template <typename T>
-__device__ __forceinline__ void scale_and_shift(const Arguments& args, float* acc, int col) {
+__device__ __forceinline__ void shift(const Arguments& args, float* acc, int col) {
   const T* bias = static_cast<const T*>(args.bias);
-  const auto column = [&](int j) { return min(col + 8 * j + 2 * int(threadIdx.x % 4), args.n - 2); };
-  if (args.gain) {
-    float2 g[8];
+  uint32_t b[8];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) g[j] = *reinterpret_cast<const float2*>(args.gain + column(j));
+  for (int j = 0; j < 8; ++j) b[j] = *reinterpret_cast<const uint32_t*>(bias + column_of(args, col, j));
 #pragma unroll
-    for (int i = 0; i < 32; ++i) acc[i] *= i % 2 ? g[i / 4].y : g[i / 4].x;
-  }
-  if (bias) {
-    uint32_t b[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) b[j] = *reinterpret_cast<const uint32_t*>(bias + column(j));
-#pragma unroll
-    for (int i = 0; i < 32; ++i) acc[i] += i % 2 ? unpack<T>(b[i / 4]).y : unpack<T>(b[i / 4]).x;
-  }
+  for (int i = 0; i < 32; ++i) acc[i] += i % 2 ? unpack<T>(b[i / 4]).y : unpack<T>(b[i / 4]).x;
 }
 
 // Four words of each lane of four neighbouring ones: word j of lane i becomes word i of lane j.
@@ -202,7 +208,7 @@ __device__ __forceinline__ void prefetch_vectors(const Arguments& args, int col)
 }
 
 // One warpgroup: the products and the stores of its rows of the block's tiles.
-template <typename T, int kBlockN, bool kRowsAreN, bool kMasked>
+template <typename T, int kBlockN, bool kRowsAreN, Middle kMiddle>
 __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, int rank) {
   using L = Layout<kBlockN>;
   const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
@@ -227,6 +233,11 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
        tile += gridDim.x / kCluster) {
     const int2 place = place_of<kBlockN>(args, tile, rank);
     prefetch_vectors<T, kBlockN>(args, place.y);
+    const auto store_z = [&](int part) {
+      uint32_t pairs[16];
+      pack_slab<T>(pairs, acc + 32 * part);
+      staging.store(&args.z, false, pairs, place.x + warp * 16, place.y + 64 * part);
+    };
     int before = 0;  // the stage of the step before, whose product may still run
     for (int step = 0; step < args.steps; ++step) {
       barrier_wait(full + 8 * ring.stage, ring.phase);
@@ -235,14 +246,20 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
       const uint64_t b = matrix_descriptor(stage + L::a_bytes, kBlockK * 128, 1024);
       constexpr uint64_t kNextA = kPart * 2 >> 4;
       constexpr uint64_t kNextB = (kRowsAreN ? kPart * 2 : kPart * 128) >> 4;
-      if constexpr (kMasked) {
-        if (step == args.masked_steps) {
+      if constexpr (kMiddle != Middle::kNone) {
+        if (step == args.leading_steps) {
           wgmma_wait<0>();
           keep_below(acc);
-          const uint64_t key = args.mask.key();
+          const uint64_t key = kMiddle == Middle::kMask ? args.mask.key() : 0;
 #pragma unroll
-          for (int part = 0; part < kParts; ++part)
-            drop(args, key, acc + 32 * part, place.x + warp * 16 + lane / 4, place.y + 64 * part);
+          for (int part = 0; part < kParts; ++part) {
+            if constexpr (kMiddle == Middle::kMask)
+              drop(args, key, acc + 32 * part, place.x + warp * 16 + lane / 4, place.y + 64 * part);
+            else {
+              store_z(part);
+              scale(args, acc + 32 * part, place.y + 64 * part, 1.0f);
+            }
+          }
         }
       }
       wgmma_fence();
@@ -267,13 +284,12 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       if (part >= args.steps && held_row >= 0) store_held(part);
-      const int row = place.x + warp * 16, col = place.y + 64 * part;
-      if (args.gain) {
-        uint32_t pairs[16];
-        pack_slab<T>(pairs, acc + 32 * part);
-        staging.store(&args.z, false, pairs, row, col);
+      const int col = place.y + 64 * part;
+      if (kMiddle != Middle::kExcess && args.gain) {
+        store_z(part);
+        scale(args, acc + 32 * part, col, 0.0f);
       }
-      if (args.gain || args.bias) scale_and_shift<T>(args, acc + 32 * part, col);
+      if (args.bias) shift<T>(args, acc + 32 * part, col);
       pack_slab<T>(held + 16 * part, acc + 32 * part);
     }
     held_row = place.x + warp * 16;
@@ -284,7 +300,7 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
   if (lane == 0) store_wait_all();
 }
 
-template <typename T, int kBlockN, bool kRowsAreN, bool kMasked>
+template <typename T, int kBlockN, bool kRowsAreN, Middle kMiddle>
 __global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<kBlockN>;
@@ -308,7 +324,7 @@ __global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant
     if (threadIdx.x == 0) produce<kBlockN, kRowsAreN>(args, base, rank);
   } else {
     registers_raise<232>();
-    consume<T, kBlockN, kRowsAreN, kMasked>(args, base, rank);
+    consume<T, kBlockN, kRowsAreN, kMiddle>(args, base, rank);
   }
   cluster_sync();  // the other block of the cluster still arrives at this one's barriers
 #endif

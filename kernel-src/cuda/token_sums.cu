@@ -1,7 +1,7 @@
 // DoRA's passes over outputs and their gradients on CUDA, and sums over tokens.
 //
-//   scale       y = g∘(u - b) + b, or y += (g - 1)∘u
-//   token_sums  g∘dy, (g - 1)∘dy, Σ dy∘(u - b) / norm, Σ dy: dy and u are read once
+//   scale       y = g∘(u - b) + b, y = (g - 1)∘u, or y += (g - 1)∘u
+//   token_sums  g∘dy, Σ dy∘(u - b) / norm, Σ dy: dy and u are read once
 //
 // Bound by traffic. The passes of a group's members are one launch: a block of token_sums owns 256 columns of one of
 // them and a share of the tokens; a second kernel adds the shares in order, so sums are deterministic.
@@ -35,7 +35,8 @@ struct ScaleArguments {
   const Wide<T>* gain;
   const T* bias;
   int64_t cols, blocks, total;
-  bool aligned, add;
+  Scale::Form form;
+  bool aligned;
 };
 
 template <typename T>
@@ -47,15 +48,14 @@ __global__ void __launch_bounds__(kThreads) scale_fwd_kernel(const __grid_consta
     const bool aligned = a.aligned && count == kColumns;
     Columns<T> u, y;
     load(u, a.u, row, col, count, aligned);
-    if (a.add) load(y, a.y, row, col, count, aligned);
+    if (a.form == Scale::kAddExcess) load(y, a.y, row, col, count, aligned);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const int64_t at = min(col + j, a.cols - 1);
       const Wide<T> value = widen(u.value[j]), gain = a.gain[at];
-      if (a.add)
-        y.value[j] = narrow<T, Wide<T>>(widen(y.value[j]) + value * (gain - 1));
-      else
-        y.value[j] = narrow<T, Wide<T>>(gained<T>(value, gain, a.bias, at));
+      Wide<T> result = a.form == Scale::kGain ? gained<T>(value, gain, a.bias, at) : value * (gain - 1);
+      if (a.form == Scale::kAddExcess) result += widen(y.value[j]);
+      y.value[j] = narrow<T, Wide<T>>(result);
     }
     store(a.y, y, row, col, count, aligned);
   }
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) scale_fwd_kernel(const __grid_consta
 // One pass. Columns from `column` on of the shares [shares, columns of all passes] are its own.
 template <typename T>
 struct Pass {
-  Matrix<T> dy, u, scaled, excess;
+  Matrix<T> dy, u, scaled;
   const Wide<T>*gain, *norm;
   const T* bias;
   Wide<T>*dots, *sums;  // [N]
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 1)
   const int64_t start = blockIdx.y * all.share_rows, stop = min(start + all.share_rows, all.rows);
   if (count > 0) {
     for (int64_t row = start + warp; row < stop; row += kWarps) {
-      Columns<T> dy, u, scaled, excess;
+      Columns<T> dy, u, scaled;
       load(dy, a.dy, row, col, count, kAligned);
       if (has_u) load(u, a.u, row, col, count, kAligned);
 #pragma unroll
@@ -114,10 +114,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 1)
         sums[j] += d;
         if (has_u) dots[j] += d * (widen(u.value[j]) - widen(bias.value[j]));
         scaled.value[j] = narrow<T, Wide<T>>(d * gain[j]);
-        excess.value[j] = narrow<T, Wide<T>>(d * (gain[j] - 1));
       }
       if (a.scaled.data != nullptr) store(a.scaled, scaled, row, col, count, kAligned);
-      if (a.excess.data != nullptr) store(a.excess, excess, row, col, count, kAligned);
     }
   }
   const auto reduce = [&](const Wide<T>(&mine)[kColumns], Wide<T>* shares) {
@@ -175,7 +173,7 @@ void run(const Scale& s) {
   a.blocks = (a.cols + kColumns - 1) / kColumns;
   a.total = s.y.size(0) * a.blocks;
   a.aligned = aligned;
-  a.add = s.add;
+  a.form = s.form;
   if (a.total == 0) return;
   const int64_t grid = std::min((a.total + kThreads - 1) / kThreads, kMaxBlocks);
   scale_fwd_kernel<T><<<static_cast<unsigned>(grid), kThreads, 0, stream_of(s.y)>>>(a);
@@ -193,7 +191,7 @@ void launch(const TokenSums* first, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     const TokenSums& s = first[i];
     Pass<T>& pass = a.pass[i];
-    pass = {matrix<T>(s.dy, aligned), matrix<T>(s.u, aligned), matrix<T>(s.scaled, aligned), matrix<T>(s.excess, aligned)};
+    pass = {matrix<T>(s.dy, aligned), matrix<T>(s.u, aligned), matrix<T>(s.scaled, aligned)};
     pass.gain = vector<Wide<T>>(s.gain.gain);
     pass.norm = vector<Wide<T>>(s.norm);
     pass.bias = vector<T>(s.gain.bias);

@@ -272,6 +272,8 @@ class NativeGatedFunction(torch.autograd.Function):
     @staticmethod
     def _run(ctx, projections, wanted, exact, options, x: Tensor, seeds: Optional[Tensor], up_to_h: bool) -> Tensor:
         ctx.fixed, fields, (y, outputs, us, ts) = _gated_forward(projections, exact, options, x, seeds, up_to_h)
+        if _makes_u_again(projections):
+            us = us[1:]
         ctx.wanted, ctx.options, ctx.us, ctx.lengths = wanted, options, len(us), [len(field) for field in fields]
         ctx.save_for_backward(x, seeds, *ts, *outputs, *us, *[tensor for field in fields for tensor in field])
         return y
@@ -319,6 +321,15 @@ class _Down(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):
         return dy, None, None, None, None
+
+
+def _makes_u_again(projections: Sequence[Projection]) -> bool:
+    """Whether the gated MLP's backward makes gate's u again instead of keeping it: DoRA with dropout keeps u beside y of
+    both gate and up, a third of what a layer saves. Not for a checkpoint, or whoever else decides by hooks what stays."""
+    operands, _, spec = projections[0]
+    if len(projections) < 3 or spec.dropout == 0.0 or operands.magnitude is None or not operands.magnitude.requires_grad:
+        return False
+    return torch._C._current_graph_task_id() == -1 and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def _is_recomputed() -> bool:
