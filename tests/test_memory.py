@@ -65,6 +65,7 @@ VARIANTS = {
     "gated MLP, LoRA": (Gated, {}),
     "gated MLP, LoRA, dropout": (Gated, dict(lora_dropout=0.3)),
     "gated MLP, DoRA": (Gated, dict(use_dora=True)),
+    "gated MLP, DoRA, dropout": (Gated, dict(use_dora=True, lora_dropout=0.3)),
     "frozen linear": (One, None),
 }
 ADAPTED = [name for name, (_, config) in VARIANTS.items() if config is not None]
@@ -163,6 +164,27 @@ def test_saved_for_backward(lora_fused, device, variant):
     others, seen_x = saved_tensors(*build(lora_fused, device, variant))
     assert sorted(tuple(t.shape) for t in others) == shapes
     assert seen_x == times_x
+
+
+def test_dora_with_dropout_makes_one_value_again(lora_fused, device):
+    """A graph that keeps its own tensors keeps gate's z for no backward; whoever watches through hooks gets it. The
+    gradients are the same."""
+    model, x = build(lora_fused, device, "gated MLP, DoRA, dropout", torch.bfloat16, torch.bfloat16)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    widths, grads = [], []
+    for keeping in (contextlib.nullcontext(), hooks):
+        torch.manual_seed(3)
+        with keeping:
+            y = model(x)
+        assert "Gated" in type(y.grad_fn).__name__
+        shapes = [tuple(t.shape) for t in y.grad_fn.saved_tensors if t is not None]
+        widths.append(shapes.count((SIZES["M"], SIZES["I"])))
+        grads.append(torch.autograd.grad(loss_of(y), [x, *parameters]))
+    assert widths == [3, 4]
+    for again, kept in zip(*grads):
+        torch.testing.assert_close(again, kept, rtol=2**-7, atol=1e-6)
+        assert kept.any()
 
 
 @pytest.mark.parametrize("variant", ADAPTED)
