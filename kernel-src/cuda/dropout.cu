@@ -32,10 +32,11 @@ struct Arguments {
   const int64_t* seed;
   int64_t cols, blocks, total;
   lora_fused::Keep keep;
-  bool aligned, accumulate;
+  bool accumulate;
 };
 
-template <typename In, typename Out>
+// kAligned: rows of whole accesses.
+template <typename In, typename Out, bool kAligned>
 __global__ void __launch_bounds__(kThreads) dropout_fwd_kernel(const __grid_constant__ Arguments<In, Out> a) {
   using Wide = std::conditional_t<std::is_same_v<In, double>, double, float>;
   const uint64_t key = static_cast<uint64_t>(*a.seed);
@@ -44,11 +45,10 @@ __global__ void __launch_bounds__(kThreads) dropout_fwd_kernel(const __grid_cons
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < a.total; i += step) {
     const int64_t row = i / a.blocks, col = kColumns * (i - row * a.blocks);
     const int64_t count = min(static_cast<int64_t>(kColumns), a.cols - col);
-    const bool aligned = a.aligned && count == kColumns;
     Columns<In> x;
     Columns<Out> out;
-    load(x, a.x, row, col, count, aligned);
-    if (a.accumulate) load(out, a.out, row, col, count, aligned);
+    load(x, a.x, row, col, count, kAligned);
+    if (a.accumulate) load(out, a.out, row, col, count, kAligned);
     const auto words = lora_fused::philox(key, row, static_cast<uint32_t>(col / lora_fused::kMaskColumns));
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) dropout_fwd_kernel(const __grid_cons
       out.value[j] =
           narrow<Out, Wide>(a.accumulate ? static_cast<Wide>(widen(out.value[j])) + value : value);
     }
-    store(a.out, out, row, col, count, aligned);
+    store(a.out, out, row, col, count, kAligned);
   }
 }
 
@@ -66,11 +66,12 @@ void drop(Tensor& out, const Tensor& x, const Tensor& seed, const Keep& keep, bo
   bool aligned = true;
   Arguments<In, Out> a{matrix<In>(x, aligned), matrix<Out>(out, aligned),
                        static_cast<const int64_t*>(seed.const_data_ptr()), x.size(1),
-                       (x.size(1) + kColumns - 1) / kColumns, 0, keep, aligned, accumulate};
+                       (x.size(1) + kColumns - 1) / kColumns, 0, keep, accumulate};
   a.total = x.size(0) * a.blocks;
   if (a.total == 0) return;
   const int64_t grid = std::min((a.total + kThreads - 1) / kThreads, kMaxBlocks);
-  dropout_fwd_kernel<In, Out><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(a);
+  const auto kernel = aligned && a.cols % kColumns == 0 ? dropout_fwd_kernel<In, Out, true> : dropout_fwd_kernel<In, Out, false>;
+  kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

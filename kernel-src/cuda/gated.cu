@@ -2,7 +2,8 @@
 //
 // Fused: value, slope, both gradients and h again; bound by traffic. float32 inside (float64 for
 // float64), one rounding. A thread takes eight neighbouring columns, in one 16-byte access of half
-// precision where every row starts on such a boundary.
+// precision where every row starts on such a boundary: a kernel of its own, since loads of either kind in one cost a
+// quarter of the memory's rate.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
@@ -30,42 +31,41 @@ struct Arguments {
   Matrix<T> gate, up, h, dh, dgate, dup;
   const Wide *gate_gain, *up_gain;
   const T *gate_bias, *up_bias;
-  int64_t cols, blocks, total;
-  bool aligned;
+  int64_t cols, blocks, total, activation;
 };
 
 // Eight columns before the gain become those after it.
-template <typename T, typename Wide>
-__device__ __forceinline__ void gain_all(Wide (&x)[kColumns], const Wide* gain, const T* bias, int64_t col, int64_t cols,
-                                         bool aligned) {
+template <bool kAligned, typename T, typename Wide>
+__device__ __forceinline__ void gain_all(Wide (&x)[kColumns], const Wide* gain, const T* bias, int64_t col, int64_t cols) {
   Columns<Wide> by;
-  load(by, Matrix<Wide>{const_cast<Wide*>(gain), 0}, 0, col, cols - col, aligned);
+  load(by, Matrix<Wide>{const_cast<Wide*>(gain), 0}, 0, col, cols - col, kAligned);
 #pragma unroll
   for (int j = 0; j < kColumns; ++j)
     x[j] = rounded<T>(gained<T>(x[j], by.value[j], bias, min(col + j, cols - 1)));
 }
 
-template <typename T, int kActivation, bool kBackward>
+constexpr int kAny = -1;  // the activation is read from the arguments
+
+template <typename T, int kActivation, bool kBackward, bool kAligned>
 __global__ void __launch_bounds__(kThreads) gated_kernel(const __grid_constant__ Arguments<T> a) {
   using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < a.total; i += step) {
     const int64_t row = i / a.blocks, col = kColumns * (i - row * a.blocks);
     const int64_t count = min(static_cast<int64_t>(kColumns), a.cols - col);
-    const bool aligned = a.aligned && count == kColumns;
     Columns<T> gate, up, h, dh, dgate, dup;
-    load(gate, a.gate, row, col, count, aligned);
-    load(up, a.up, row, col, count, aligned);
-    if (kBackward) load(dh, a.dh, row, col, count, aligned);
+    load(gate, a.gate, row, col, count, kAligned);
+    load(up, a.up, row, col, count, kAligned);
+    if (kBackward) load(dh, a.dh, row, col, count, kAligned);
     Wide g[kColumns], u[kColumns];
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) g[j] = widen(gate.value[j]), u[j] = widen(up.value[j]);
-    if (a.gate_gain != nullptr) gain_all(g, a.gate_gain, a.gate_bias, col, a.cols, aligned);
-    if (a.up_gain != nullptr) gain_all(u, a.up_gain, a.up_bias, col, a.cols, aligned);
+    if (a.gate_gain != nullptr) gain_all<kAligned>(g, a.gate_gain, a.gate_bias, col, a.cols);
+    if (a.up_gain != nullptr) gain_all<kAligned>(u, a.up_gain, a.up_bias, col, a.cols);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {  // without a branch, so that no element waits for another
       Wide value, slope;
-      value_and_slope<Wide>(g[j], kActivation, value, slope);
+      value_and_slope<Wide>(g[j], kActivation == kAny ? a.activation : kActivation, value, slope);
       h.value[j] = narrow<T, Wide>(value * u[j]);
       if (kBackward) {
         const Wide d = widen(dh.value[j]);
@@ -73,20 +73,20 @@ __global__ void __launch_bounds__(kThreads) gated_kernel(const __grid_constant__
         dup.value[j] = narrow<T, Wide>(value * d);
       }
     }
-    store(a.h, h, row, col, count, aligned);
+    store(a.h, h, row, col, count, kAligned);
     if (kBackward) {
-      store(a.dgate, dgate, row, col, count, aligned);
-      store(a.dup, dup, row, col, count, aligned);
+      store(a.dgate, dgate, row, col, count, kAligned);
+      store(a.dup, dup, row, col, count, kAligned);
     }
   }
 }
 
-template <typename T, int kActivation>
-void launch(const Arguments<T>& a, unsigned grid, bool backward, cudaStream_t stream) {
-  if (backward)
-    gated_kernel<T, kActivation, true><<<grid, kThreads, 0, stream>>>(a);
-  else
-    gated_kernel<T, kActivation, false><<<grid, kThreads, 0, stream>>>(a);
+template <int kActivation, bool kAligned, typename T>
+void launch(const Arguments<T>& a, cudaStream_t stream) {
+  const auto grid = static_cast<unsigned>(std::min((a.total + kThreads - 1) / kThreads, kMaxBlocks));
+  const auto kernel = a.dh.data != nullptr ? gated_kernel<T, kActivation, true, kAligned>
+                                           : gated_kernel<T, kActivation, false, kAligned>;
+  kernel<<<grid, kThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -99,23 +99,21 @@ void run(const lora_fused::Gated& g, cudaStream_t stream) {
   a.gate_gain = vector<typename Arguments<T>::Wide>(g.gate_gain.gain);
   a.up_gain = vector<typename Arguments<T>::Wide>(g.up_gain.gain);
   const auto on_boundary = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  aligned = aligned && on_boundary(a.gate_gain) && on_boundary(a.up_gain);
+  a.cols = g.h.size(1);
+  aligned = aligned && on_boundary(a.gate_gain) && on_boundary(a.up_gain) && a.cols % kColumns == 0;
   a.gate_bias = vector<T>(g.gate_gain.bias);
   a.up_bias = vector<T>(g.up_gain.bias);
-  a.aligned = aligned;
-  a.cols = g.h.size(1);
   a.blocks = (a.cols + kColumns - 1) / kColumns;
   a.total = g.h.size(0) * a.blocks;
+  a.activation = g.activation;
   if (a.total == 0) return;
-  const unsigned grid =
-      static_cast<unsigned>(std::min((a.total + kThreads - 1) / kThreads, kMaxBlocks));
-  const bool backward = g.dh.has_value();
+  if (!aligned) return launch<kAny, false>(a, stream);
   switch (g.activation) {
-    case lora_fused::kSilu: return launch<T, lora_fused::kSilu>(a, grid, backward, stream);
-    case lora_fused::kGelu: return launch<T, lora_fused::kGelu>(a, grid, backward, stream);
-    case lora_fused::kGeluTanh: return launch<T, lora_fused::kGeluTanh>(a, grid, backward, stream);
-    case lora_fused::kRelu: return launch<T, lora_fused::kRelu>(a, grid, backward, stream);
-    default: return launch<T, lora_fused::kRelu2>(a, grid, backward, stream);
+    case lora_fused::kSilu: return launch<lora_fused::kSilu, true>(a, stream);
+    case lora_fused::kGelu: return launch<lora_fused::kGelu, true>(a, stream);
+    case lora_fused::kGeluTanh: return launch<lora_fused::kGeluTanh, true>(a, stream);
+    case lora_fused::kRelu: return launch<lora_fused::kRelu, true>(a, stream);
+    default: return launch<lora_fused::kRelu2, true>(a, stream);
   }
 }
 

@@ -24,55 +24,39 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
+constexpr int64_t kMaxBlocks = 1 << 16;  // more work is looped over
 
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-constexpr int kWarps = kThreads / 32, kBlockColumns = 32 * kColumns;
-
-int64_t blocks_of(int64_t cols) { return (cols + kBlockColumns - 1) / kBlockColumns; }
-
-// A block's tokens, where `blocks` own all columns: about 512 blocks, of at least 32 tokens each.
-int64_t share_of(int64_t rows, int64_t blocks) {
-  const int64_t wanted = std::max<int64_t>(1, 512 / blocks);
-  return std::max<int64_t>(32, (rows + wanted - 1) / wanted);
-}
 
 template <typename T>
 struct ScaleArguments {
   Matrix<T> u, y;
   const Wide<T>* gain;
   const T* bias;
-  int64_t rows, cols, share_rows;
+  int64_t cols, blocks, total;
   Scale::Form form;
 };
 
-// kAligned as below.
+// kAligned: rows of whole accesses. A thread for every eight neighbouring columns, which is faster than blocks that own
+// columns.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 1)
-    scale_fwd_kernel(const __grid_constant__ ScaleArguments<T> a) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * kBlockColumns + lane * kColumns;
-  const int64_t count = min(static_cast<int64_t>(kColumns), a.cols - col);
-  if (count <= 0) return;
-  const bool has_bias = a.bias != nullptr, plain = a.form == Scale::kGain && !has_bias;
-  Wide<T> factor[kColumns];
-  Columns<T> bias;
-#pragma unroll
-  for (int j = 0; j < kColumns; ++j) {
-    const int64_t at = min(col + j, a.cols - 1);
-    factor[j] = plain ? a.gain[at] : a.gain[at] - 1;
-    bias.value[j] = has_bias ? a.bias[at] : T(0.0f);
-  }
-  const int64_t start = blockIdx.y * a.share_rows, stop = min(start + a.share_rows, a.rows);
-  for (int64_t row = start + warp; row < stop; row += kWarps) {
-    Columns<T> u, y;
+__global__ void __launch_bounds__(kThreads) scale_fwd_kernel(const __grid_constant__ ScaleArguments<T> a) {
+  const bool has_bias = a.bias != nullptr;
+  const Wide<T> less = a.form == Scale::kGain && !has_bias ? 0 : 1;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < a.total; i += step) {
+    const int64_t row = i / a.blocks, col = kColumns * (i - row * a.blocks), count = a.cols - col;
+    Columns<T> u, y, bias{};
+    Columns<Wide<T>> gain;
     load(u, a.u, row, col, count, kAligned);
     if (a.form == Scale::kAddExcess) load(y, a.y, row, col, count, kAligned);
+    load(gain, Matrix<Wide<T>>{const_cast<Wide<T>*>(a.gain), 0}, 0, col, count, kAligned);
+    if (has_bias) load(bias, Matrix<T>{const_cast<T*>(a.bias), 0}, 0, col, count, kAligned);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const Wide<T> value = widen(u.value[j]);
-      Wide<T> result = (value - widen(bias.value[j])) * factor[j];
+      Wide<T> result = (value - widen(bias.value[j])) * (gain.value[j] - less);
       if (a.form == Scale::kAddExcess) result += widen(y.value[j]);
       if (has_bias) result += value;
       y.value[j] = narrow<T, Wide<T>>(result);
@@ -99,6 +83,8 @@ struct SumArguments {
   Wide<T>*dot_shares, *sum_shares;
   int64_t rows, columns, shares, share_rows;
 };
+
+constexpr int kWarps = kThreads / 32, kBlockColumns = 32 * kColumns;
 
 // kAligned: rows of whole accesses. Bound by memory where four blocks of half precision share a multiprocessor, which
 // beat more rows loaded ahead by fewer blocks.
@@ -187,16 +173,20 @@ void run(const Scale& s) {
   ScaleArguments<T> a{matrix<T>(s.u, aligned), matrix<T>(s.y, aligned)};
   a.gain = vector<Wide<T>>(s.gain.gain);
   a.bias = vector<T>(s.gain.bias);
-  a.rows = s.y.size(0), a.cols = s.y.size(1);
+  const auto on_boundary = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  aligned = aligned && on_boundary(a.gain) && on_boundary(a.bias) && s.y.size(1) % kColumns == 0;
+  a.cols = s.y.size(1);
+  a.blocks = (a.cols + kColumns - 1) / kColumns;
+  a.total = s.y.size(0) * a.blocks;
   a.form = s.form;
-  if (a.rows == 0 || a.cols == 0) return;
-  const int64_t blocks = blocks_of(a.cols);
-  a.share_rows = share_of(a.rows, blocks);
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>((a.rows + a.share_rows - 1) / a.share_rows));
-  const auto kernel = aligned && a.cols % kColumns == 0 ? scale_fwd_kernel<T, true> : scale_fwd_kernel<T, false>;
-  kernel<<<grid, kThreads, 0, stream_of(s.y)>>>(a);
+  if (a.total == 0) return;
+  const int64_t grid = std::min((a.total + kThreads - 1) / kThreads, kMaxBlocks);
+  const auto kernel = aligned ? scale_fwd_kernel<T, true> : scale_fwd_kernel<T, false>;
+  kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream_of(s.y)>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
+
+int64_t blocks_of(int64_t cols) { return (cols + kBlockColumns - 1) / kBlockColumns; }
 
 template <typename T>
 void launch(const TokenSums* first, size_t count) {
@@ -222,7 +212,9 @@ void launch(const TokenSums* first, size_t count) {
     most = std::max(most, pass.cols);
   }
   if (blocks == 0) return;
-  a.share_rows = share_of(a.rows, blocks);
+  // About 512 blocks, of at least 32 tokens each.
+  const int64_t wanted = std::max<int64_t>(1, 512 / blocks);
+  a.share_rows = std::max<int64_t>(32, (a.rows + wanted - 1) / wanted);
   a.shares = std::max<int64_t>(1, (a.rows + a.share_rows - 1) / a.share_rows);
   const auto dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
   const Tensor shares = empty(first->dy.base(), {summed ? 2 : 0, a.shares, a.columns}, dtype);
