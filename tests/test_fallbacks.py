@@ -250,8 +250,8 @@ def test_explain_covers_every_module_and_prints(lora_fused):
 @pytest.fixture
 def computed(lora_fused, monkeypatch):
     """Names of the fused computations that run; this device is taken to wait for the host as a GPU does."""
-    monkeypatch.setattr(lora_fused.peft_state, "_SMALL_ANYWHERE", True)
-    monkeypatch.setattr(lora_fused.peft_state, "SMALL_ROWS", 512)
+    monkeypatch.setattr(lora_fused.peft_small, "_SMALL_ANYWHERE", True)
+    monkeypatch.setattr(lora_fused.peft_small, "SMALL_ROWS", 512)
     names = []
 
     def spy(name):
@@ -295,9 +295,72 @@ def test_small_work_without_a_gradient(lora_fused, computed, rows, adapter, conf
             warnings.simplefilter("ignore")
             row = lora_fused.explain(ours, rows=rows)[0]
     assert computed == ([] if own else ["compute_group"])
-    assert row.fused != own and (row.reason == lora_fused.peft_state.SMALL) == own, row
+    assert row.fused != own and (row.reason == lora_fused.peft_small.SMALL) == own, row
     if own:
         assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    "rows,config,adapter,own",
+    [
+        (512, {}, torch.bfloat16, True),
+        (513, {}, torch.bfloat16, False),
+        (1, {}, torch.float32, False),
+        (1, {"lora_dropout": 0.1}, torch.bfloat16, False),
+        (1, {"use_dora": True}, torch.bfloat16, False),
+    ],
+)
+def test_small_training_of_a_linear_alone(lora_fused, computed, rows, config, adapter, own):
+    """From the call on at which it is known to be alone, with PEFT's own results."""
+    model, layer = peft_linear(CASE, torch.bfloat16, adapter, **config)
+    ours, x = kernelized(lora_fused, model), torch.randn(rows, 32).bfloat16().requires_grad_()
+    for _ in range(2):
+        ours(x.detach().clone().requires_grad_()).sum().backward()
+    assert computed == ["compute_group"] * 2
+    result = ours(x)
+    assert len(computed) == (2 if own else 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        row = lora_fused.explain(ours, rows=rows)[0]
+    assert row.fused != own and (row.reason == lora_fused.peft_small.SMALL_ALONE) == own, row
+    if own:
+        assert torch.equal(result, type(layer).forward(layer, x))
+    ours(torch.randn(513, 32).bfloat16())
+    assert len(computed) == (3 if own else 4)
+
+
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_small_training_alone_is_computed_again_as_it_was(lora_fused, computed, reentrant):
+    """Two graphs wait, the first of a call before the linear was known to be alone: each saves what it saved."""
+    ours = kernelized(lora_fused, peft_linear(CASE, torch.bfloat16, torch.bfloat16)[0])
+    layer = ours.base_model.model.proj
+    ys, expected = [], []
+    for i in range(5):
+        x = torch.randn(6, 32).bfloat16().requires_grad_()
+        ys.append((x, checkpoint(ours, x, use_reentrant=reentrant)))
+        with torch.no_grad():
+            expected.append(type(layer).forward(layer, x))
+        if i == 2:
+            ys[0][1].sum().backward()
+            ys[1][1].sum().backward()
+            ys[2][1].sum().backward()
+    for _, y in ys[3:]:
+        y.sum().backward()
+    for (x, y), truth in zip(ys, expected):
+        torch.testing.assert_close(y, truth, rtol=2**-6, atol=2**-6)
+        assert x.grad.any()
+    assert 0 < len(computed) < 10  # the last calls are PEFT's
+
+
+def test_small_training_of_siblings_stays_a_group(lora_fused, computed):
+    """Those that run alone in the model are PEFT's, q, k and v are not."""
+    ours, ids = kernelized(lora_fused, peft_llama()), torch.arange(8)[None]
+    for _ in range(3):
+        ours(ids).logits.sum().backward()
+    computed.clear()
+    ours(ids)
+    layers = ours.base_model.model.model.layers
+    assert sorted(computed) == ["compute_gated"] * len(layers) + ["compute_group"] * len(layers)
 
 
 def test_a_reentrant_checkpoint_keeps_its_masks(lora_fused, computed):

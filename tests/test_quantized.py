@@ -108,7 +108,7 @@ def test_few_rows_without_a_gradient(lora_fused, device, rows, variant, precisio
     elif variant.startswith("dora"):
         assert row.fused and row.backend == "base called", row
     else:
-        assert not row.fused and row.reason == lora_fused.peft_state.SMALL, row
+        assert not row.fused and row.reason == lora_fused.peft_small.SMALL, row
 
 
 def test_few_rows_of_a_reentrant_checkpoint(lora_fused, device):

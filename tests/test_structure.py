@@ -33,6 +33,7 @@ LAYERS = (
     "activation",
     "ops",
     "peft_embedding",
+    "peft_small",
     "peft_state",
     "peft_base",
     "autocast",

@@ -49,7 +49,7 @@ def _is_transformed() -> bool:
 
 
 def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
-    if _is_transformed() or peft_state.small_reason(module, x):
+    if _is_transformed() or siblings.small_reason(module, x):
         return type(module).forward(module, x, *args, **kwargs)
     state = peft_state.read_linear(module)
     reason = state if isinstance(state, str) else peft_state.call_reason(state, x, args, kwargs)

@@ -243,7 +243,7 @@ def _explain_module(name: str, module: nn.Module, rows: int, names: dict[nn.Modu
     if isinstance(state, str):
         return _because(unfused, state)
     example = _example(state)
-    reason = peft_state.call_reason(state, example, (), {}) or peft_state.small_reason(module, example, rows)
+    reason = peft_state.call_reason(state, example, (), {}) or siblings.small_reason(module, example, rows)
     if reason:
         return _because(unfused, reason)
     called = peft_state.called_reason(state, example, rows)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from . import mlp_structure, peft_state
+from . import mlp_structure, peft_small, peft_state
 from .autocast import autocast_dtype
 from .mlp_structure import GatedMLP
 from .projection import Projection
@@ -72,7 +72,7 @@ def is_small(module: nn.Module, x: object) -> bool:
     if not torch.is_grad_enabled():
         for part in module._modules.values():
             if peft_state.is_lora_linear(part):
-                return peft_state.small_reason(part, x) is not None
+                return peft_small.small_reason(part, x) is not None
     return False
 
 

@@ -1,4 +1,4 @@
-"""With `peft_base` and `peft_embedding` the only files that know PEFT's attribute names: a module
+"""With `peft_base`, `peft_small` and `peft_embedding` the only files that know PEFT's attribute names: a module
 becomes a projection, or the reason why PEFT's own forward runs. Read anew at every call, so nothing
 here can go stale.
 """
@@ -26,14 +26,6 @@ _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Up to so many rows bitsandbytes multiplies with four-bit weights as they are, on any GPU.
 FEW_ROWS = 4
 BASE_OF_FEW_ROWS = f"base called: evaluation of up to {FEW_ROWS} rows without a gradient"
-
-# On a GPU so few rows without a gradient wait for the host, and of an adapter in x's dtype PEFT's own forward asks
-# least of it (H200, 1B shape: ours takes 1.07 to 1.15 times as long; with float32 adapters 1.09 times for one row and
-# 1.00 for 64, under autocast 0.82 to 0.91, with DoRA 0.47 to 0.78; with four-bit weights PEFT's takes 181 µs for one row,
-# ours with all weights in floating point 173, and with PEFT's own after a reading of the state 244).
-SMALL_ROWS = 512
-SMALL = f"evaluation of up to {SMALL_ROWS} rows without a gradient, the adapter in x's dtype, or up to {FEW_ROWS} rows"
-_SMALL_ANYWHERE = False  # not on GPUs alone, as tests have it
 
 
 class Kind(NamedTuple):
@@ -285,29 +277,6 @@ def _fit_reason(operands: Operands, n: int, k: int) -> Optional[str]:
     if magnitude is not None and magnitude.shape != (n,):
         return f"the magnitude has shape {tuple(magnitude.shape)}, which does not fit"
     return None
-
-
-def small_reason(module: nn.Module, x: object, rows: Optional[int] = None) -> Optional[str]:
-    """Why PEFT's own forward of a linear is the fastest, as far as a glance tells: it is right in any case but one. A
-    reentrant checkpoint has no gradient in its forward and one when it computes that again, with the same masks: so not
-    in training. `rows` in place of x's own, where given."""
-    if torch.is_grad_enabled() or module.training or not isinstance(x, Tensor):
-        return None
-    features, modules = module.in_features, module._modules
-    size = x.numel() if rows is None else rows * features
-    few = SMALL if size <= FEW_ROWS * features else None
-    if modules["lora_magnitude_vector"]._modules:
-        return None
-    if type(modules["base_layer"]) is not nn.Linear:
-        return few if linear_kinds()[type(module)].name == "Linear4bit" else None
-    on_gpu = x.is_cuda or _SMALL_ANYWHERE
-    if not on_gpu or size > SMALL_ROWS * features or autocast_dtype(x) is not None:
-        return None
-    for lora_a in modules["lora_A"]._modules.values():
-        weight = lora_a._parameters.get("weight")
-        if weight is None or weight.dtype != x.dtype:
-            return few
-    return SMALL
 
 
 def call_reason(adapted: Adapted, x: object, args: tuple, kwargs: dict) -> Optional[str]:

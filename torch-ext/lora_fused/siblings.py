@@ -12,6 +12,9 @@ changes only while no graph of its earlier calls is waiting for its backward, an
 backward pass. A reentrant checkpoint's forward has no graph, so calls in training without a gradient are counted until as
 many came in a backward pass; until then no group changes that draws masks, which it does for all its members at once. Calls
 that nobody computes again, as those of reinforcement learning, count until an optimizer has changed the adapter.
+
+A module that was called alone, when no graph of its calls waits, is known as such from then on: PEFT's own forward serves
+its small calls, which are seen here no more.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import functional, peft_state
+from . import functional, peft_small, peft_state
 from .autocast import autocast_dtype
 from .projection import Projection
 
@@ -62,6 +65,8 @@ class _Leader:
         self.unrepeated = 0  # calls in training without a gradient that no backward pass has computed again
         self.adapter: list[tuple[weakref.ref, int]] = []  # of the last of them, as it was: each matrix and its version
         self.changes = 0
+        self.was_alone = False  # when last observed
+        self.stays_alone = False
 
     def settle(self) -> None:
         """Takes over what was observed, where no earlier call can be recomputed."""
@@ -73,6 +78,12 @@ class _Leader:
             return
         self.changes += 1
         self.group = self.observed if self.changes <= MAX_CHANGES else ()
+
+    def is_alone(self) -> bool:
+        """Asked before a call: one that goes one way has to go the same way when a checkpoint computes it again."""
+        if self.was_alone and not self.waiting and torch._C._current_graph_task_id() == _FORWARD:
+            self.stays_alone = True
+        return self.stays_alone
 
     def awaits_repetition(self) -> bool:
         if self.unrepeated and any([(matrix := ref()) is None or matrix._version != was for ref, was in self.adapter]):
@@ -139,6 +150,18 @@ def compute(module: nn.Module, x: Tensor, projection: Projection, layer: type) -
     return _lead(module, leader, x, projection, mode, layer)
 
 
+def small_reason(module: nn.Module, x: object, rows: Optional[int] = None) -> Optional[str]:
+    """Why PEFT's own forward is the fastest for a call of `module`, as far as a glance tells."""
+    reason = peft_small.small_reason(module, x, rows)
+    if reason is not None:
+        return reason
+    reason = peft_small.small_alone_reason(module, x, rows)
+    if reason is None:
+        return None
+    leader = _leaders.get(module)
+    return reason if leader is not None and leader.is_alone() else None
+
+
 def group_of(module: nn.Module) -> tuple[nn.Module, ...]:
     """The siblings that `module` leads or belongs to, itself included; empty where it is alone."""
     for leader in list(_leaders.values()):
@@ -180,7 +203,7 @@ def _ready(sibling: nn.Module, x: Tensor, layer: type) -> Optional[Projection]:
     bound = sibling.__dict__.get("forward")
     if getattr(bound, "__func__", None) is not layer.forward or sibling._forward_pre_hooks:
         return None
-    if peft_state.small_reason(sibling, x):
+    if small_reason(sibling, x):
         return None
     state = peft_state.read_linear(sibling)
     if isinstance(state, str) or peft_state.call_reason(state, x, (), {}) or peft_state.called_reason(state, x):
@@ -244,4 +267,5 @@ def _note_siblings() -> None:
     first = _calls.seen[0]() if _calls.seen else None
     leader = _leaders.get(first) if first is not None else None
     if leader is not None:
-        leader.observed = tuple(_calls.seen) if len(_calls.seen) > 1 else ()
+        alone = len(_calls.seen) == 1
+        leader.observed, leader.was_alone = () if alone else tuple(_calls.seen), alone

@@ -325,7 +325,7 @@ class _Down(torch.autograd.Function):
 
 def _makes_u_again(projections: Sequence[Projection]) -> bool:
     """Whether the gated MLP's backward makes gate's u again instead of keeping it: DoRA with dropout keeps u beside y of
-    both gate and up, a third of what a layer saves. Not for a checkpoint, or whoever else decides by hooks what stays."""
+    both gate and up. Not for a checkpoint, or whoever else decides by hooks what stays."""
     operands, _, spec = projections[0]
     if len(projections) < 3 or spec.dropout == 0.0 or operands.magnitude is None or not operands.magnitude.requires_grad:
         return False
