@@ -5,8 +5,8 @@
 //
 // Gate and up may be the halves of one projection. The activation and h are computed again in
 // backward. DoRA's gain on gate and up rides in the activation's pass where they have no dropout:
-// their y is never written, `outputs` holds u. With dropout both are kept, or u of the first one is left out of the
-// backward's `us` and made again. `up_to_h` leaves out down's product and gives h [M, I] for y: all that
+// their y is never written, `outputs` holds u. With dropout both are there, and the backward makes u of the first one
+// again where its `us` come without. `up_to_h` leaves out down's product and gives h [M, I] for y: all that
 // the backward needs, for LoRA, is there before it.
 #include <tuple>
 
@@ -106,23 +106,26 @@ std::tuple<Tensors, Tensors> gated_backward(const Tensor& dy, const Tensor& x, T
   const auto [dgate, dup] = halves.of(d_outputs);
   {
     const View h = fresh_like(gate), dh = halves.together ? View(fresh_like(gate)) : dgate;
-    const Backward last(out, h, {Optionals{dy}, out.gain(0) ? Tensors{us.back()} : Tensors{}, norms, needs, /*need_dx=*/true, ts[1]});
+    const Tensors last_us = out.gain(0) ? Tensors{us.back()} : Tensors{};
+    const Backward last(out, h, {Optionals{dy}, last_us, norms, needs, /*need_dx=*/true, ts[1]});
     last.input(dh);
     run_gated({gate, up, h, dh, dgate, dup, activation, halves.gain(in, 0), halves.gain(in, 1)});
     last.parameters(h, last_grads);
   }
   const View rows = matrix(x);
-  const auto us_of_inputs = [&] {
-    Tensors first_us;
+  // What is made again lives as long as the pass over dy that reads it.
+  const auto first_us = [&] {
+    Tensors found;
     auto kept = us.end() - (out.gain(0) ? 1 : 0);
     for (size_t i = inputs; i-- > 0;) {
       if (!in.gain(i)) continue;
-      const bool made_again = in.masked(i) && kept == us.begin();
-      first_us.insert(first_us.begin(), !in.masked(i) ? outputs[i] : made_again ? project_dropped(rows, in, i, ts[0]) : *--kept);
+      const auto u = [&] { return kept == us.begin() ? project_dropped(rows, in, i, ts[0]) : *--kept; };
+      found.insert(found.begin(), in.masked(i) ? u() : outputs[i]);
     }
-    return first_us;
+    return found;
   };
-  const Backward first(in, rows, {Optionals(d_outputs.begin(), d_outputs.end()), us_of_inputs(), norms, needs, need_dx, ts[0], /*own_dys=*/true});
+  const Optionals first_dys(d_outputs.begin(), d_outputs.end());
+  const Backward first(in, rows, {first_dys, first_us(), norms, needs, need_dx, ts[0], /*own_dys=*/true});
   if (need_dx) {
     dx.push_back(empty_as(x, rows.size(1)));
     first.input(matrix(dx[0]));

@@ -36,14 +36,22 @@ Tensor as(ScalarType dtype, const View& m) {
 }
 
 #if defined(CUDA_KERNEL)
-// The sum of terms as one launch of our own, its epilogue still to be filled in. A single term is the
+// The sum of terms as one launch of our own, what it does beside still to be filled in. A single term is the
 // library's: it needs no second pass over out.
-std::optional<Gemm> gemm_of(const View& out, const std::vector<Term>& terms) {
-  if (!out.is_cuda() || terms.size() < 2 || !gemm_sm90_pays(out)) return std::nullopt;
+std::optional<Gemm> gemm_of(const View& out, const std::vector<Term>& terms, const std::vector<Term>& leading = {}) {
+  if (!out.is_cuda() || leading.size() + terms.size() < 2 || !gemm_sm90_pays(out)) return std::nullopt;
   const bool rows_are_n = terms[0].b.stride(0) == 1;
   Gemm gemm{{}, rows_are_n, out};
-  for (const Term& term : terms) gemm.segments.push_back({term.a, rows_are_n ? term.b.transposed() : term.b});
+  for (const auto* part : {&leading, &terms})
+    for (const Term& term : *part) gemm.segments.push_back({term.a, rows_are_n ? term.b.transposed() : term.b});
+  gemm.leading = leading.size();
   return gemm;
+}
+
+bool run_where_served(const Gemm& gemm) {
+  if (!gemm_sm90_serves(gemm)) return false;
+  gemm_sm90(gemm);
+  return true;
 }
 #endif
 
@@ -107,11 +115,9 @@ void multiply(const View& out, const View& a, const View& b, double alpha, bool 
 
 void multiply(const View& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias) {
 #if defined(CUDA_KERNEL)
-  const std::optional<Gemm> gemm = gemm_of(out, terms);
-  if (gemm) {
-    Gemm whole = *gemm;
-    whole.bias = bias;
-    if (gemm_sm90_serves(whole)) return gemm_sm90(whole);
+  if (std::optional<Gemm> gemm = gemm_of(out, terms)) {
+    gemm->bias = bias;
+    if (run_where_served(*gemm)) return;
   }
 #endif
   bool fresh = true;
@@ -126,51 +132,33 @@ void multiply(const View& out, const std::vector<Term>& terms, const std::option
 
 bool multiply_dropped(const View& out, const std::vector<Term>& dropped, const Dropped& mask, const std::vector<Term>& terms) {
 #if defined(CUDA_KERNEL)
-  std::vector<Term> all(dropped);
-  all.insert(all.end(), terms.begin(), terms.end());
-  std::optional<Gemm> gemm = gemm_of(out, all);
-  if (!gemm) return false;
-  gemm->mask = mask;
-  gemm->leading = dropped.size();
-  if (!gemm_sm90_serves(*gemm)) return false;
-  gemm_sm90(*gemm);
-  return true;
-#else
-  return false;
+  if (std::optional<Gemm> gemm = gemm_of(out, terms, dropped)) {
+    gemm->mask = mask;
+    return run_where_served(*gemm);
+  }
 #endif
+  return false;
 }
 
 bool multiply_excess(const View& out, const View& z, const std::vector<Term>& leading, const std::vector<Term>& terms,
                      const Tensor& gain, const std::optional<Tensor>& bias) {
 #if defined(CUDA_KERNEL)
-  std::vector<Term> all(leading);
-  all.insert(all.end(), terms.begin(), terms.end());
-  std::optional<Gemm> gemm = gemm_of(out, all);
-  if (!gemm) return false;
-  gemm->gain = gain;
-  gemm->z = z;
-  gemm->bias = bias;
-  gemm->leading = leading.size();
-  if (!gemm_sm90_serves(*gemm)) return false;
-  gemm_sm90(*gemm);
-  return true;
-#else
-  return false;
+  if (std::optional<Gemm> gemm = gemm_of(out, terms, leading)) {
+    gemm->gain = gain, gemm->z = z, gemm->bias = bias;
+    return run_where_served(*gemm);
+  }
 #endif
+  return false;
 }
 
 bool multiply_scaled(const View& out, const View& z, const std::vector<Term>& terms, const Tensor& gain) {
 #if defined(CUDA_KERNEL)
-  std::optional<Gemm> gemm = gemm_of(out, terms);
-  if (!gemm) return false;
-  gemm->gain = gain;
-  gemm->z = z;
-  if (!gemm_sm90_serves(*gemm)) return false;
-  gemm_sm90(*gemm);
-  return true;
-#else
-  return false;
+  if (std::optional<Gemm> gemm = gemm_of(out, terms)) {
+    gemm->gain = gain, gemm->z = z;
+    return run_where_served(*gemm);
+  }
 #endif
+  return false;
 }
 
 }  // namespace lora_fused

@@ -381,13 +381,16 @@ Outputs project(const View& x, const Tensor& like, const Members& members, const
     const View y(result, x.size(0), n, n, 1);
     if (!members.scaled(i)) {
       out.ys.push_back(result);
-      if (members.gain(i)) out.us.push_back(fresh_like(y));
-      if (members.gain(i) && multiply_excess(y, out.us.back(), terms(*drops[i]), terms(x), *members.gain(i), members.bias(i)))
+      if (!members.gain(i)) {
+        multiply(y, terms(x), members.bias(i));
         continue;
+      }
+      const Tensor u = fresh_like(y);
+      out.us.push_back(u);
+      if (multiply_excess(y, u, terms(*drops[i]), terms(x), *members.gain(i), members.bias(i))) continue;
       multiply(y, terms(x), members.bias(i));
-      if (!members.gain(i)) continue;
-      multiply(out.us.back(), terms(*drops[i]), std::nullopt);
-      scale({out.us.back(), y, members.gain_of(i), Scale::kAddExcess});
+      multiply(u, terms(*drops[i]), std::nullopt);
+      scale({u, y, members.gain_of(i), Scale::kAddExcess});
       continue;
     }
     const Tensor u = scaled_too ? fresh_like(y) : y.tensor();

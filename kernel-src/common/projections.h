@@ -176,7 +176,7 @@ class Backward {
   bool need_dx_;
   View x_, t_;
   std::vector<MaybeView> dys_, lora_dys_;  // by member, [M, N]
-  Optionals dots_, sums_, dbs_;                        // [N], [N], and where made with dt [N, R]
+  Optionals dots_, sums_, dbs_;            // [N], [N], and where made with dt [N, R]
   Adapters adapters_;
   MaybeView dt_;
 };

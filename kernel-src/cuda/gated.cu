@@ -2,8 +2,8 @@
 //
 // Fused: value, slope, both gradients and h again; bound by traffic. float32 inside (float64 for
 // float64), one rounding. A thread takes eight neighbouring columns, in one 16-byte access of half
-// precision where every row starts on such a boundary: a kernel of its own, since loads of either kind in one cost a
-// quarter of the memory's rate.
+// precision where every row starts on such a boundary: a kernel of its own, in which no registers serve loads of both
+// kinds.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
