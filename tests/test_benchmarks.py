@@ -272,7 +272,7 @@ def test_a_case_measures_frozen_ours_and_peft(lora_fused, device, measured):
     assert "PEFT  0.89x" in compare_lora.describe(result)
 
 
-def test_a_model_is_measured_once_each_way(lora_fused, device, measured):
+def test_a_model_is_measured_once_each_way(lora_fused, device, measured, small):
     result = compare_lora.run_case(LLAMA, lora_fused, device)
     assert [count > 0 for count in measured] == [False, True, False]
     assert "PEFT  2.00x" in compare_lora.describe(result)

@@ -9,10 +9,10 @@ from cases import UNIT, relative
 # masks in registers takes (33).
 SHAPES = ((1, 64), (37, 200), (300, 1024), (70, 33), (1030, 96))
 # Where the GPU has our own GEMM large enough for it, in the forward and in the backward: tiles on most of 132
-# multiprocessors.
-LARGE = (4090, 1016) if torch.cuda.is_available() else (2100, 1000)
+# multiprocessors. A CPU has one path for all sizes, and may multiply half precision slowly.
+LARGE = (4090, 1016) if torch.cuda.is_available() else (210, 1000)
 # As many tokens and outputs as one read of dy takes for dt and dB on Hopper.
-MANY = (15000, 40)
+MANY = (15000, 40) if torch.cuda.is_available() else (1500, 40)
 # Of three members: features out, rank, dropout, DoRA, base bias.
 GROUPS = {
     "masks": ((72, 8, 0.1, False, False), (40, 16, 0.3, False, True), (64, 32, 0.5, False, False)),
