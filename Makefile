@@ -30,10 +30,10 @@ build: $(READY)  ## build this machine's variant into build/
 demo: build  ## fine-tune with PEFT alone and kernelized, and compare
 	$(PYTHON) examples/finetune.py
 
-# Two workers, as CI has cores, where pytest-xdist is installed.
+# Two workers, as CI has cores, where pytest-xdist is installed. More threads than cores wait for each other.
 test: build  ## run the tests
 	@parallel=$$($(PYTHON) -c 'import xdist; print("-n 2 --dist loadgroup")' 2>/dev/null); \
-	set -x; $(PYTHON) -m pytest $$parallel tests
+	set -x; OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$parallel tests
 
 conformance: build  ## run PEFT's own LoRA tests with and without the kernel (SDIST=file: no download)
 	$(PYTHON) scripts/conformance.py $(if $(SDIST),--sdist $(SDIST))

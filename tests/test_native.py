@@ -33,6 +33,15 @@ FIELDS = ("weight", "bias", "lora_a", "lora_b", "lora_bias", "magnitude")
 SCALES = 4  # of a quantised weight, which none of these is
 
 
+@pytest.fixture
+def three_threads():
+    """More than a test's process has otherwise: rows and columns are dealt out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
 def draw(generator, *shape):
     return torch.randn(*shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5
 
@@ -84,6 +93,11 @@ def compare(ours, truth, dtype, stored):
 def test_group(lora_fused, device, m, k, group, dtype, adapter):
     """Given the rounded operands, every result is within a few roundings of float64's."""
     check_group(lora_fused, device, m, k, GROUPS[group], dtype, adapter)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_group_on_several_threads(lora_fused, three_threads, group):
+    check_group(lora_fused, "cpu", 300, 1024, GROUPS[group], torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("dtype,adapter", DTYPES[1:], ids=str)
@@ -227,7 +241,7 @@ def test_what_the_ops_take(lora_fused):
 @pytest.mark.parametrize("gate_half", (None, 0, 1))
 @pytest.mark.parametrize("dora", (False, True))
 @pytest.mark.parametrize("p", (0.0, 0.3))
-def test_gated(lora_fused, device, p, dora, gate_half, dtype, adapter):
+def test_gated(lora_fused, device, three_threads, p, dora, gate_half, dtype, adapter):
     generator = torch.Generator().manual_seed(1)
     m, k, i, n = 130, 96, 136, 72
     outs = (i, i) if gate_half is None else (2 * i,)
