@@ -487,6 +487,12 @@ def environment(device: str = "cuda") -> dict:
     }
 
 
+def written(environment: dict, results: list[dict]) -> str:
+    """JSON with a line for each case."""
+    rows = ",\n".join(json.dumps(result) for result in results)
+    return f'{{"environment": {json.dumps(environment)}, "results": [\n{rows}\n]}}\n'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", type=pathlib.Path, default=ROOT / "build", help="build folder to load")
@@ -509,7 +515,7 @@ def main() -> None:
         results.append(run(case, lora_fused))
         print(show(results[-1]), flush=True)
         release_memory()
-        arguments.out.write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
+        arguments.out.write_text(written(environment(), results))
 
 
 if __name__ == "__main__":

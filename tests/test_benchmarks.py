@@ -272,6 +272,13 @@ def test_a_case_measures_frozen_ours_and_peft(lora_fused, device, measured):
     assert "PEFT  0.89x" in compare_lora.describe(result)
 
 
+def test_results_are_written_a_line_a_case():
+    results = [dict(LINEAR, times_ms=[1.0, 2.5]), LLAMA]
+    text = compare_lora.written({"gpu": "none"}, results)
+    assert json.loads(text) == {"environment": {"gpu": "none"}, "results": results}
+    assert len(text.splitlines()) == len(results) + 2
+
+
 def test_a_model_is_measured_once_each_way(lora_fused, device, measured, small):
     result = compare_lora.run_case(LLAMA, lora_fused, device)
     assert [count > 0 for count in measured] == [False, True, False]
