@@ -1,0 +1,98 @@
+"""transformers' Trainer: a kernelized model has the losses and ends with the adapters of PEFT's own, and takes up again
+where it was saved."""
+
+import pytest
+import torch
+from cases import DEVICE, peft_llama
+from peft.tuners.lora import Linear
+from test_fallbacks import explain, kernelized
+from transformers import Trainer, TrainingArguments
+
+STEPS = 6
+
+
+def rows():
+    """Token ids, each row counting on from where it starts."""
+    ids = [torch.arange(start, start + 12) % 64 for start in range(0, 64, 3)]
+    return [dict(input_ids=row, labels=row) for row in ids]
+
+
+def trained(model, folder, resume=None, **options):
+    """Each step's loss, and the trained parameters at the end."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        optim="sgd",  # Adam makes much of the smallest difference
+        learning_rate=0.1,
+        report_to=[],
+        use_cpu=DEVICE == "cpu",
+        disable_tqdm=True,
+        **{"save_strategy": "no", **options},
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows())
+    trainer.train(resume_from_checkpoint=resume)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return losses, {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(ours, theirs, rtol):
+    assert len(ours[0]) == len(theirs[0]) == STEPS
+    torch.testing.assert_close(ours[0], theirs[0], rtol=rtol, atol=0.0)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, value in ours[1].items():
+        assert (value - theirs[1][name]).norm() <= rtol * theirs[1][name].norm(), name
+
+
+@pytest.fixture
+def peft_is_not_called(monkeypatch):
+    """Called once a model is kernelized: from then on PEFT's own forward fails."""
+
+    def refuse(self, *_, **__):
+        raise AssertionError("PEFT's own forward runs")
+
+    return lambda: monkeypatch.setattr(Linear, "forward", refuse)
+
+
+OPTIONS = {
+    "plain": {},
+    "accumulation": dict(gradient_accumulation_steps=2),
+    "checkpointing": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}),
+    "reentrant": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
+}
+
+
+@pytest.mark.parametrize("dora", (False, True), ids=("LoRA", "DoRA"))
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_losses_and_adapters_are_those_of_peft(lora_fused, peft_is_not_called, tmp_path, dora, options):
+    theirs = trained(peft_llama(use_dora=dora), tmp_path, **options)
+    model = kernelized(lora_fused, peft_llama(use_dora=dora))
+    assert all(row.fused for row in explain(lora_fused, model))
+    before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    peft_is_not_called()
+    ours = trained(model, tmp_path, **options)
+    assert not any(torch.equal(value, before[name]) for name, value in ours[1].items())
+    assert_same(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("dora", (False, True), ids=("LoRA", "DoRA"))
+def test_mixed_precision_is_as_near_to_float32_as_peft(lora_fused, peft_is_not_called, tmp_path, dora):
+    _, truth = trained(peft_llama(use_dora=dora), tmp_path)
+    _, theirs = trained(peft_llama(use_dora=dora), tmp_path, bf16=True)
+    model = kernelized(lora_fused, peft_llama(use_dora=dora))
+    peft_is_not_called()
+    _, ours = trained(model, tmp_path, bf16=True)
+
+    def distance(found):
+        return torch.stack([(found[name] - value).norm() for name, value in truth.items()]).norm()
+
+    assert 0.0 < distance(ours) <= 1.5 * distance(theirs)
+
+
+def test_training_is_taken_up_again(lora_fused, peft_is_not_called, tmp_path):
+    save = dict(save_strategy="steps", save_steps=STEPS // 2)
+    whole = trained(kernelized(lora_fused, peft_llama()), tmp_path, **save)
+    again = kernelized(lora_fused, peft_llama())
+    peft_is_not_called()
+    assert_same(trained(again, tmp_path, tmp_path / f"checkpoint-{STEPS // 2}", **save), whole, 1e-6)
