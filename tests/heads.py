@@ -78,6 +78,23 @@ def assert_same(ours, theirs):
             torch.testing.assert_close(grad, grads_peft[name], rtol=1e-11, atol=1e-11, msg=name)
 
 
+def take_out(layers):
+    """Takes their parameters out of layers, as FSDP1 does; the result puts tensors made of them in their place, as FSDP1
+    does before every pass."""
+    taken = []
+    for layer in layers:
+        for name, parameter in [*layer.named_parameters(recurse=False)]:
+            layer.register_parameter(f"flat_{name}", parameter)
+            del layer._parameters[name]
+            taken.append((layer, name, parameter))
+
+    def put(*_):
+        for layer, name, parameter in taken:
+            layer.__dict__[name] = 1.5 * parameter
+
+    return put
+
+
 def learned(lora_fused, model, x):
     """A kernelized copy that has seen one pass."""
     ours = kernelized(lora_fused, model)

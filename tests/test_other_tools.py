@@ -6,7 +6,7 @@ import accelerate
 import pytest
 import torch
 from cases import DEVICE, peft_llama
-from heads import assert_same, functions, heads, inner, learned, step
+from heads import assert_same, functions, heads, inner, learned, step, take_out
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from test_adapters import tokens
@@ -15,6 +15,7 @@ from test_gated import assert_same as assert_same_mlp
 from test_gated import glu, mlp_of
 from test_gated import step as mlp_step
 from torch import nn
+from torch.nn.utils import prune
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -55,6 +56,55 @@ def test_hooks_of_accelerate(lora_fused, first):
     for each in (model, ours):
         accelerate.hooks.remove_hook_from_module(inner(each).k)
     assert_same(step(ours, x), step(model, x))
+
+
+PARTS = ("base_layer", "lora_A.default", "lora_B.default")
+
+
+def reason_of_k(lora_fused, ours):
+    return next(row.reason for row in explain(lora_fused, ours) if row.module.endswith(".k"))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_pruning_takes_a_weight_out(lora_fused, part):
+    model, x = heads(), torch.randn(5, 32, dtype=torch.float64)
+    ours = learned(lora_fused, model, x)
+    for each in (model, ours):
+        prune.l1_unstructured(inner(each).k.get_submodule(part), "weight", 0.5)
+    for _ in range(3):
+        assert_same(step(ours, x), step(model, x))
+    assert "has hooks" in reason_of_k(lora_fused, ours)
+
+
+@pytest.mark.parametrize("dora", (False, True), ids=("LoRA", "DoRA"))
+def test_tensors_in_place_of_parameters(lora_fused, dora):
+    """As FSDP1 puts them, with the graph of the parameters that they are made of."""
+    model, x = heads(use_dora=dora), torch.randn(5, 32, dtype=torch.float64)
+    ours = learned(lora_fused, model, x)
+    puts = []
+    for each in (model, ours):
+        k = inner(each).k
+        puts.append(take_out((k.base_layer, k.lora_A["default"], k.lora_B["default"], *k.lora_magnitude_vector.values())))
+    for _ in range(3):
+        for put in puts:
+            put()
+        result = step(ours, x)
+        assert_same(result, step(model, x))
+        assert functions(result[0]) == 1
+    assert reason_of_k(lora_fused, ours) is None
+
+
+@pytest.mark.parametrize("name", ("weight", "bias"))
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_no_parameter_is_found_by_peft(lora_fused, part, name):
+    model, x = heads(), torch.randn(5, 32, dtype=torch.float64)
+    ours = learned(lora_fused, model, x)
+    for each in (model, ours):
+        layer = inner(each).k.get_submodule(part)
+        layer._buffers[name] = layer._parameters.pop(name)
+    for _ in range(3):
+        assert_same(step(ours, x), step(model, x))
+    assert f"'{name}' is not where it belongs" in reason_of_k(lora_fused, ours)
 
 
 def vectorized(model, x, parameters):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from heads import NAMES, heads, inner, kernelized
+from heads import NAMES, heads, inner, kernelized, take_out
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,7 +31,8 @@ def model_of(lora_fused, drawn):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_random_passes(lora_fused, monkeypatch, seed):
+@pytest.mark.parametrize("out", (False, True), ids=("parameters", "taken out"))
+def test_random_passes(lora_fused, monkeypatch, seed, out):
     """y = J x + b and dx = Jᵀ dy with the same masks in J. A draw of three seeds is not three draws of one, as on a GPU."""
     own = lora_fused.functional.draw_seeds
 
@@ -42,6 +43,10 @@ def test_random_passes(lora_fused, monkeypatch, seed):
     monkeypatch.setattr(lora_fused.functional, "draw_seeds", draw_seeds)
     drawn, waiting = random.Random(seed), []
     ours, biases = model_of(lora_fused, drawn)
+    if out:
+        layers = [getattr(inner(ours), name) for name in NAMES]
+        put = take_out([part["default"] for layer in layers for part in (layer.lora_A, layer.lora_B)])
+        inner(ours).register_forward_pre_hook(put)
 
     def pick():
         return torch.randn(4, 32, dtype=torch.float64), drawn.choice(PASSES)

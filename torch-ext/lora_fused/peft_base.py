@@ -36,16 +36,22 @@ class Base(NamedTuple):
     called: Optional[str] = None
 
 
+def tensor_of(layer: nn.Module, name: str) -> Optional[Tensor]:
+    """A layer's parameter, or what FSDP1 has put in its place. KeyError where it is neither."""
+    parameters = layer._parameters
+    return parameters[name] if name in parameters else layer.__dict__[name]
+
+
 def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:
     """What a base layer computes now; `opaque` where the LoRA layer is one for bases of a kind of its own."""
     if type(base) is nn.Linear or (transposed and _is_conv1d(base)):
-        weight = base._parameters["weight"]
+        weight = tensor_of(base, "weight")
         if _is_torchao(weight):
             return _called(f"{type(weight).__name__}")
         if transposed and type(base) is nn.Linear:
             return "fan_in_fan_out on a Linear"
         shape = (base.nf, base.nx) if transposed else (base.out_features, base.in_features)
-        return Base(Operands(weight, base._parameters["bias"]), shape)
+        return Base(Operands(weight, tensor_of(base, "bias")), shape)
     if isinstance(base, _bitsandbytes("Linear4bit")) and _runs(base, "Linear4bit"):
         return _read_4bit(base)
     if isinstance(base, _bitsandbytes("Linear8bitLt")) and _runs(base, "Linear8bitLt"):
@@ -84,7 +90,7 @@ def _is_fp8(cls: type) -> bool:
 
 def _read_4bit(base: nn.Module) -> Union[Base, str]:
     with torch._C.DisableTorchFunctionSubclass():  # else every look at the weight costs a call
-        weight = base._parameters["weight"]
+        weight = tensor_of(base, "weight")
         state = getattr(weight, "quant_state", None)
         shape = (base.out_features, base.in_features)
         if state is None:
@@ -108,7 +114,7 @@ def _read_4bit(base: nn.Module) -> Union[Base, str]:
     quantized = FourBit(
         shape, state.blocksize, 0 if nested is None else nested.blocksize, state.quant_type == "fp4", state.dtype
     )
-    bias, compute = base._parameters["bias"], base.compute_dtype
+    bias, compute = tensor_of(base, "bias"), base.compute_dtype
     if device == "cpu" and shape[1] % state.blocksize != 0:
         called = "base called: rows of broken blocks, which bitsandbytes reads in its own way on the CPU"
         return Base(Operands(None, bias), shape, called=called)
@@ -155,7 +161,7 @@ def _broken_4bit(weight: Tensor, state, shape: tuple[int, int]) -> Optional[str]
 def _read_8bit(base: nn.Module) -> Union[Base, str]:
     """Activations are quantised too, so the product is the layer's own; DoRA's norm needs the weight."""
     with torch._C.DisableTorchFunctionSubclass():
-        weight = base._parameters["weight"]
+        weight = tensor_of(base, "weight")
         waiting = getattr(weight, "CB", None) is not None  # the layer's next call takes over the weight's scales
         absmax = getattr(weight, "SCB", None) if waiting else base.state.SCB
         shape = (base.out_features, base.in_features)
@@ -168,6 +174,6 @@ def _read_8bit(base: nn.Module) -> Union[Base, str]:
             and absmax.numel() == shape[0]
             and absmax.device == weight.device
         )
-    bias = base._parameters["bias"]
+    bias = tensor_of(base, "bias")
     operands = Operands(weight, bias, None, None, None, None, absmax) if known else Operands(None, bias)
     return Base(operands, shape, EightBit(shape) if known else None, called=f"base called: {type(base).__name__}")

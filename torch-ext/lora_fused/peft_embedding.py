@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .autocast import autocast_dtype
-from .peft_state import bypass_reason
+from .peft_base import tensor_of
+from .peft_state import bypass_reason, taken_out_reason
 from .table import Table
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -57,7 +58,10 @@ def read_embedding(module: nn.Module) -> Union[AdaptedTable, str]:
         return "no active adapter on this layer"
     if len(names) > 1:
         return f"several active adapters ({', '.join(names)})"
-    return _read_adapter(module, names[0])
+    try:
+        return _read_adapter(module, names[0])
+    except KeyError as error:
+        return taken_out_reason(error)
 
 
 def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
@@ -72,7 +76,7 @@ def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
         reason = bypass_reason(("lora_magnitude_vector",), (dora,))
         if reason:
             return reason
-        magnitude = dora._parameters["weight"]
+        magnitude = tensor_of(dora, "weight")
     if name in module.input_fns or name in module.output_fns:
         return "the embedding is sharded by tensor parallelism"
     reason = _base_reason(base) or bypass_reason(("base_layer",), (base,))
@@ -86,7 +90,7 @@ def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
     own = 1.0 if type(base) is nn.Embedding else base.embed_scale
     scale, number = (own, 1.0) if isinstance(own, Tensor) else (None, float(own))
     a, b = modules["lora_embedding_A"]._parameters[name], modules["lora_embedding_B"]._parameters[name]
-    table = Table(base._parameters["weight"], a, b, magnitude, scale)
+    table = Table(tensor_of(base, "weight"), a, b, magnitude, scale)
     reason = _tensor_reason(table, (base.num_embeddings, base.embedding_dim))
     return reason or AdaptedTable(table, float(scaling), base.padding_idx, number)
 

@@ -58,5 +58,8 @@ def _waits_for_host(x: Tensor, size: int, features: int) -> bool:
 
 
 def _is_adapted_in(dtype: torch.dtype, modules: dict[str, nn.Module]) -> bool:
-    weights = [lora_a._parameters.get("weight") for lora_a in modules["lora_A"]._modules.values()]
-    return all([weight is not None and weight.dtype == dtype for weight in weights])
+    for lora_a in modules["lora_A"]._modules.values():
+        weight = lora_a._parameters.get("weight", lora_a.__dict__.get("weight"))  # as `tensor_of` has it
+        if weight is None or weight.dtype != dtype:
+            return False
+    return True

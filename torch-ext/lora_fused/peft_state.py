@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .autocast import autocast_dtype
-from .peft_base import Base, Broken, read_base
+from .peft_base import Base, Broken, read_base, tensor_of
 from .projection import Operands, Projection, ProjectionSpec, Quantized
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -128,12 +128,18 @@ def read_linear(module: nn.Module) -> Union[Adapted, str]:
     if module.merged_adapters:
         return "the adapter is merged into the base weight"
     active, known = module.active_adapter, module._modules["lora_A"]._modules
-    if isinstance(active, str):
-        return _read_adapter(module, active) if active in known else "no active adapter on this layer"
-    names = [name for name in active if name in known]
+    names = [name for name in ((active,) if isinstance(active, str) else active) if name in known]
     if len(names) != 1:
         return f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
-    return _read_adapter(module, names[0])
+    try:
+        return _read_adapter(module, names[0])
+    except KeyError as error:
+        return taken_out_reason(error)
+
+
+def taken_out_reason(error: KeyError) -> str:
+    """Of a module without what belongs there: PEFT's own forward finds what another tool put in its place."""
+    return f"{error} is not where it belongs: another tool has taken it out"
 
 
 def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
@@ -163,16 +169,17 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
     scaling = module.scaling[name]
     if not isinstance(scaling, (int, float)):
         return f"scaling is a {type(scaling).__name__}, not a number"
-    a, b = lora_a._parameters, lora_b._parameters
-    if a["bias"] is not None or (dora is not None and b["bias"] is not None):
+    lora_bias = tensor_of(lora_b, "bias")
+    if tensor_of(lora_a, "bias") is not None or (dora is not None and lora_bias is not None):
         return "a bias where PEFT has none"
     if _has_any_global_hook():
         return "hooks on all modules"
     weight, bias, _, _, _, _, *scales = base.operands
     if dora is not None and transposed and weight.requires_grad:
         return "DoRA on a trained Conv1D weight, whose gradient PEFT detaches in part"
-    magnitude = None if dora is None else dora._parameters["weight"]
-    operands = Operands(weight, bias, a["weight"], b["weight"], b["bias"], magnitude, *scales)
+    magnitude = None if dora is None else tensor_of(dora, "weight")
+    a, b = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight")
+    operands = Operands(weight, bias, a, b, lora_bias, magnitude, *scales)
     reason = _tensor_reason(operands, base, transposed)
     if reason is None and base.shape is not None:
         reason = _fit_reason(operands, *base.shape)
@@ -187,7 +194,10 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
 
 def read_plain(module: nn.Module) -> Union[Adapted, str]:
     """The base product of a linear that has no adapter, or why it must be called itself."""
-    base = read_base(module, False, False)
+    try:
+        base = read_base(module, False, False)
+    except KeyError as error:
+        return taken_out_reason(error)
     if isinstance(base, str):
         return base
     reason = base.called or bypass_reason(("the linear",), (module,)) or _tensor_reason(base.operands, base)

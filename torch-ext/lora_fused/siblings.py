@@ -86,7 +86,8 @@ class _Leader:
         return self.stays_alone
 
     def awaits_repetition(self) -> bool:
-        if self.unrepeated and any([(matrix := ref()) is None or matrix._version != was for ref, was in self.adapter]):
+        """A matrix that is gone says nothing: FSDP1 has others in every pass."""
+        if self.unrepeated and any([(now := ref()) is not None and now._version != was for ref, was in self.adapter]):
             self.unrepeated = 0
         return self.unrepeated > 0
 
