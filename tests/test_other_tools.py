@@ -5,7 +5,7 @@ import copy
 import accelerate
 import pytest
 import torch
-from cases import DEVICE, peft_llama
+from cases import DEVICE, LINEARS, peft_llama, tiny_llama
 from heads import assert_same, functions, heads, inner, learned, step, take_out
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
@@ -58,6 +58,74 @@ def test_hooks_of_accelerate(lora_fused, first):
     assert_same(step(ours, x), step(model, x))
 
 
+def on_its_device(layer, **options):
+    accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.AlignDevicesHook(DEVICE, **options))
+
+
+def no_gradient(layer):
+    on_its_device(layer)
+    layer._hf_hook.no_grad = True
+
+
+def wrapped_again(layer):
+    on_its_device(layer)
+    inner_forward = layer.forward
+    layer.forward = lambda x: 2 * inner_forward(x)
+
+
+WITHOUT_EFFECT = {
+    "as device_map has it": on_its_device,
+    "and back": lambda layer: on_its_device(layer, io_same_device=True),
+}
+WITH_EFFECT = {
+    "offload": lambda layer: on_its_device(layer, offload=True, weights_map=dict(layer.named_parameters())),
+    "no gradient": no_gradient,
+    "another hook": lambda layer: accelerate.hooks.add_hook_to_module(layer, Tripled()),
+    "wrapped again": wrapped_again,
+}
+
+
+@pytest.mark.parametrize("hook", (WITHOUT_EFFECT | WITH_EFFECT).values(), ids=WITHOUT_EFFECT | WITH_EFFECT)
+def test_hooks_of_accelerate_on_a_base(lora_fused, hook):
+    """`device_map` puts them there before PEFT comes; one that only moves inputs is passed over."""
+    model, x = heads(), torch.randn(5, 32, dtype=torch.float64)
+    for each in (model, ours := learned(lora_fused, model, x)):
+        hook(inner(each).k.base_layer)
+    for _ in range(3):
+        result = step(ours, x)
+        assert_same(result, step(model, x))
+    reason = reason_of_k(lora_fused, ours)
+    if hook in WITHOUT_EFFECT.values():
+        assert functions(result[0]) == 1 and reason is None
+    else:
+        assert "base_layer has a forward of its own" in reason
+
+
+def test_a_model_with_a_device_map(lora_fused):
+    """As on several GPUs: every module with weights has a hook, and PEFT comes after that."""
+    base = tiny_llama()
+    accelerate.hooks.attach_execution_device_hook(base.to(DEVICE), DEVICE)
+    assert "forward" in vars(base.model.layers[0].mlp.gate_proj)
+    targets = [*LINEARS, "embed_tokens"]
+    options = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    model, ids = get_peft_model(base, options), tokens()
+
+    def passed():
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    theirs = passed()
+    lora_fused.register_peft_layers()
+    kernelize(model, mode=Mode.TRAINING, device=DEVICE)
+    for _ in range(3):
+        torch.testing.assert_close(passed(), theirs, rtol=1e-4, atol=1e-6)
+    rows = explain(lora_fused, model)
+    assert all(row.fused for row in rows)
+    assert {row.group for row in rows} == {"single", "q_proj+k_proj+v_proj", "gate_proj+up_proj"}
+
+
 PARTS = ("base_layer", "lora_A.default", "lora_B.default")
 
 
@@ -65,12 +133,20 @@ def reason_of_k(lora_fused, ours):
     return next(row.reason for row in explain(lora_fused, ours) if row.module.endswith(".k"))
 
 
+TAKE_OUT = {
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "weight_norm": lambda layer: torch.nn.utils.weight_norm(layer),
+}
+
+
 @pytest.mark.parametrize("part", PARTS)
-def test_pruning_takes_a_weight_out(lora_fused, part):
+@pytest.mark.parametrize("tool", TAKE_OUT.values(), ids=TAKE_OUT)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_tools_that_take_a_weight_out(lora_fused, part, tool):
     model, x = heads(), torch.randn(5, 32, dtype=torch.float64)
     ours = learned(lora_fused, model, x)
     for each in (model, ours):
-        prune.l1_unstructured(inner(each).k.get_submodule(part), "weight", 0.5)
+        tool(inner(each).k.get_submodule(part))
     for _ in range(3):
         assert_same(step(ours, x), step(model, x))
     assert "has hooks" in reason_of_k(lora_fused, ours)

@@ -31,6 +31,8 @@ def trained(model, folder, resume=None, **options):
         disable_tqdm=True,
         **{"save_strategy": "no", **options},
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else it takes nn.DataParallel
     trainer = Trainer(model, arguments, train_dataset=rows())
     trainer.train(resume_from_checkpoint=resume)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]

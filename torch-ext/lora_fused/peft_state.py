@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import weakref
 from typing import NamedTuple, Optional, Sequence, Union
 
@@ -235,11 +236,22 @@ def bypass_reason(names: Sequence[str], parts: Sequence[Optional[nn.Module]]) ->
     for i, part in enumerate(parts):
         if part is None:
             continue
-        if "forward" in part.__dict__:
+        if "forward" in part.__dict__ and not _moves_inputs_alone(part):
             return f"{names[i]} has a forward of its own, set by another tool"
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             return hooks_reason(names[i], part)
     return None
+
+
+def _moves_inputs_alone(part: nn.Module) -> bool:
+    """Whether all that comes before the class's own forward is accelerate's hook of a `device_map` that offloads nothing:
+    it moves inputs to the weights' device, and where they are not there PEFT's forward runs."""
+    hooks = sys.modules.get("accelerate.hooks")
+    hook, own = part.__dict__.get("_hf_hook"), part.__dict__.get("_old_forward")
+    if hooks is None or type(hook) is not hooks.AlignDevicesHook or hook.offload or hook.no_grad:
+        return False
+    is_hooked = getattr(part.__dict__["forward"], "__wrapped__", None) is own  # and nobody else's forward
+    return is_hooked and getattr(own, "__func__", None) is type(part).forward
 
 
 def hooks_reason(name: str, part: nn.Module) -> Optional[str]:
