@@ -204,6 +204,15 @@ def dual(model, x, parameters):
         return torch.autograd.forward_ad.unpack_dual(y)
 
 
+def traced(model, x, parameters):
+    """By torch.jit, and run on more rows than it was traced with."""
+    return torch.jit.trace(model, (x[:2],))(x)
+
+
+def exported(model, x, parameters):
+    return torch.export.export(model, (x,)).module()(x)
+
+
 def node_names(y):
     names, queue = set(), [y.grad_fn]
     while queue:
@@ -214,7 +223,7 @@ def node_names(y):
     return names
 
 
-@pytest.mark.parametrize("transformed", (vectorized, gradients, pushed_forward, dual))
+@pytest.mark.parametrize("transformed", (vectorized, gradients, pushed_forward, dual, traced, exported))
 @pytest.mark.parametrize("make,node", ((heads, "NativeGroup"), (glu, "NativeGated")), ids=("heads", "gated"))
 def test_transforms_of_functions_run_peft_s_forward(lora_fused, make, node, transformed):
     """Whatever ran before, and what runs after is fused again."""

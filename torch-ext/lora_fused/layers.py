@@ -1,8 +1,8 @@
 """The layers that `kernelize` maps onto PEFT modules: stateless, `forward` alone.
 
 `kernelize` binds a forward on each instance, so `self` is PEFT's own module here and
-`type(self).forward(self, ...)` is PEFT's own forward. That is what torch.compile gets as well: what
-runs together is observed from call to call, which no graph can hold. So do torch.func's transforms and
+`type(self).forward(self, ...)` is PEFT's own forward. That is what torch.compile and torch.jit.trace get as well:
+what runs together is observed from call to call, which no graph can hold. So do torch.func's transforms and
 forward-mode differentiation, for which the ops have no rules.
 """
 
@@ -40,9 +40,10 @@ class LoraLinearOfX(nn.Module):
 
 
 def _is_transformed() -> bool:
-    """Whether what runs is traced by torch.compile, transformed by torch.func, or differentiated forward."""
+    """Whether what runs is traced by torch.compile or torch.jit, transformed by torch.func, or differentiated forward."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
