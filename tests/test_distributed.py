@@ -2,9 +2,11 @@
 checkpointing."""
 
 import functools
+import importlib.util
 import os
 import pathlib
 import socket
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,29 +23,49 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WORLD, STEPS = 2, 3
 FLAT = "fsdp1, flat parameters"  # as PEFT's documentation sets it up: each matrix of an adapter is wrapped by itself
-# wrapper, kernelized before it, DoRA, checkpointing, parameters in bfloat16
+
+
+class Case(NamedTuple):
+    """before: kernelized before it is wrapped; bf16: parameters in bfloat16; four_bit: an NF4 base, stored as float32."""
+
+    wrapper: str
+    before: bool = False
+    dora: bool = False
+    checkpointing: bool = False
+    bf16: bool = False
+    four_bit: bool = False
+
+
 CASES = (
-    ("ddp", True, False, False, False),
-    ("ddp", False, True, True, False),
-    ("fsdp2", True, False, False, False),
-    ("fsdp2", False, True, True, False),
-    ("fsdp2", False, False, True, True),
-    ("fsdp1", True, True, False, False),
-    ("fsdp1", False, False, True, True),
-    (FLAT, True, False, False, False),
-    (FLAT, False, False, True, False),
+    Case("ddp", before=True),
+    Case("ddp", dora=True, checkpointing=True),
+    Case("fsdp2", before=True),
+    Case("fsdp2", dora=True, checkpointing=True),
+    Case("fsdp2", checkpointing=True, bf16=True),
+    Case("fsdp2", checkpointing=True, four_bit=True),
+    Case("fsdp1", before=True, dora=True),
+    Case("fsdp1", checkpointing=True, bf16=True),
+    Case("fsdp1", before=True, checkpointing=True, four_bit=True),
+    Case(FLAT, before=True),
+    Case(FLAT, checkpointing=True),
 )
 
 
-def llama(dora: bool, checkpointing: bool):
+def llama(case: Case):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=64, use_cache=False,
     )  # fmt: skip
-    options = dict(r=4, use_dora=dora, init_lora_weights=False, target_modules=LINEARS)
-    model = get_peft_model(transformers.LlamaForCausalLM(config), LoraConfig(**options)).train()
-    if checkpointing:
+    options = dict(r=4, use_dora=case.dora, init_lora_weights=False, target_modules=LINEARS)
+    base = transformers.LlamaForCausalLM(config)
+    if case.four_bit:
+        import quantised
+
+        make = functools.partial(quantised.four_bit, compute=torch.float32, storage=torch.float32)
+        quantised.replace(base, make, LINEARS)
+    model = get_peft_model(base, LoraConfig(**options)).train()
+    if case.checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     return model
@@ -67,13 +89,12 @@ def wrapped(model, wrapper: str, bf16: bool):
     return fully_shard(model, mp_policy=policy)
 
 
-def trained(model, case, rank: int, fuse):
+def trained(model, case: Case, rank: int, fuse):
     """Losses of some steps; the model is kernelized by `fuse`, before it is wrapped or after."""
-    wrapper, before, _, _, bf16 = case
-    if before:
+    if case.before:
         fuse(model)
-    outer = wrapped(model, wrapper, bf16)
-    if not before:
+    outer = wrapped(model, case.wrapper, case.bf16)
+    if not case.before:
         fuse(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -108,22 +129,24 @@ def compare(rank: int, build: pathlib.Path, port: int):
             kernelize(model, mode=Mode.TRAINING, device="cpu")
 
     for case in CASES:
-        expected = trained(llama(*case[2:4]), case, rank, lambda model: None)
+        if case.four_bit and importlib.util.find_spec("bitsandbytes") is None:
+            continue
+        expected = trained(llama(case), case, rank, lambda model: None)
         counts.clear()
-        model = llama(*case[2:4])
+        model = llama(case)
         losses = trained(model, case, rank, fuse)
-        tolerance = 2e-2 if case[4] else 1e-5
+        tolerance = 2e-2 if case.bf16 else 1e-5
         torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{case}: {text}")
-        if case[0] == FLAT:
+        if case.wrapper == FLAT:
             assert counts == {}
             assert not any(row.fused for row in lora_fused.explain(model))
             continue
         # q, k and v, o; the MLP. Two layers a step.
         assert counts.get("compute_group", 0) >= 2 * 2 * STEPS, (case, counts)
         assert counts.get("compute_gated", 0) >= 2 * STEPS, (case, counts)
-        if case[0] != "ddp":  # at rest
+        if case.wrapper != "ddp":  # at rest
             reasons = {row.reason for row in lora_fused.explain(model)}
-            assert all(reason and "shard" in reason for reason in reasons), reasons
+            assert all(reason and ("shard" in reason or case.four_bit) for reason in reasons), reasons
     dist.destroy_process_group()
 
 

@@ -1,6 +1,7 @@
 """Whole models on four-bit bases: groups and gated MLPs, quantised and mixed; training, saving, what is
 kept for backward, streams, and quantisation states that are damaged."""
 
+import copy
 import gc
 import weakref
 from random import Random
@@ -368,16 +369,23 @@ def test_x_on_another_device(lora_fused):
 
 
 def test_states_that_are_bitsandbytes_own(lora_fused):
-    """A state that its layer alone holds, and one packed for inference: PEFT's own forward."""
+    """One that its layer alone holds, as under FSDP; where it does not fit, and packed for inference: PEFT's own forward."""
     case = QUANTISED_CASES[5]
     model = quantised.replace(quantised.One(case, F32, "cpu"), lambda m: quantised.four_bit(m, F32))
     model, layer = quantised.adapted(model, case)
     quantised.fuse(lora_fused, model)
-    state, layer.base_layer.weight.quant_state = layer.base_layer.weight.quant_state, None
+    x, base = torch.randn(40, case.k), layer.base_layer
+    expected, state = model(x), base.quant_state
+    base.weight.quant_state = None
+    assert lora_fused.explain(model)[0].fused
+    assert torch.equal(model(x), expected) and base.weight.quant_state is None
+    base.quant_state = copy.copy(state)
+    base.quant_state.blocksize = 100
     with pytest.warns(UserWarning):
-        assert "lost its quantisation state" in lora_fused.explain(model)[0].reason
-    assert model(torch.randn(40, case.k)).shape == (40, case.n)  # its forward finds it on the layer
-    assert layer.base_layer.weight.quant_state is state and lora_fused.explain(model)[0].fused
+        assert "blocksize 100" in lora_fused.explain(model)[0].reason
+    base.quant_state = state
+    type(layer).forward(layer, x)
+    assert base.weight.quant_state is state
     state.packing_format_for_cpu = True
     with pytest.warns(UserWarning):
         assert "packed for inference" in lora_fused.explain(model)[0].reason

@@ -91,11 +91,10 @@ def _is_fp8(cls: type) -> bool:
 def _read_4bit(base: nn.Module) -> Union[Base, str]:
     with torch._C.DisableTorchFunctionSubclass():  # else every look at the weight costs a call
         weight = tensor_of(base, "weight")
-        state = getattr(weight, "quant_state", None)
+        own = getattr(weight, "quant_state", None)
+        state = base.quant_state if own is None else own  # FSDP's tensors have lost it; bitsandbytes looks there, too
         shape = (base.out_features, base.in_features)
         if state is None:
-            if base.quant_state is not None:
-                return "the base weight has lost its quantisation state"  # its forward finds it again
             return Broken(f"base weight of {weight.dtype}, shape {tuple(weight.shape)}, is not quantised yet: "
                           "move the layer to its device")  # fmt: skip
         if weight.is_meta:
@@ -108,7 +107,7 @@ def _read_4bit(base: nn.Module) -> Union[Base, str]:
             return f"quantisation {state.quant_type} of {state.dtype}"
         broken = _broken_4bit(weight, state, shape)
         if broken:
-            return Broken(broken)
+            return broken if own is None else Broken(broken)
         device = device_type(weight)
     nested = state.state2
     quantized = FourBit(
