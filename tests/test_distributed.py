@@ -45,7 +45,7 @@ CASES = (
     Case("fsdp2", checkpointing=True, four_bit=True),
     Case("fsdp1", before=True, dora=True),
     Case("fsdp1", checkpointing=True, bf16=True),
-    Case("fsdp1", before=True, checkpointing=True, four_bit=True),
+    Case("fsdp1", before=True, dora=True, checkpointing=True, four_bit=True),
     Case(FLAT, before=True),
     Case(FLAT, checkpointing=True),
 )
