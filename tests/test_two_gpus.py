@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from test_fallbacks import explain, kernelized
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-SHAPE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=1)
+SHAPE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=1, attn_implementation="eager")
 VARIANTS = {
     "LoRA": {},
     "DoRA": dict(use_dora=True),
@@ -42,7 +42,8 @@ def test_the_second_gpu_computes_as_the_first(lora_fused, variant, autocast, tok
         assert torch.cuda.current_device() == 0
         found.append(two_passes(model, device, tokens, autocast))
     assert len(found[0]) == len(found[1]) > 14
-    assert all(map(torch.equal, *found))
+    for first, second in zip(*found):  # equal but for what others' kernels add in no fixed order
+        assert (second - first).norm() <= 1e-2 * first.norm()
 
 
 @pytest.mark.parametrize("dora", (False, True), ids=("LoRA", "DoRA"))
