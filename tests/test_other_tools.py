@@ -133,6 +133,28 @@ def reason_of_k(lora_fused, ours):
     return next(row.reason for row in explain(lora_fused, ours) if row.module.endswith(".k"))
 
 
+def test_weights_that_are_fetched_when_read(lora_fused):
+    """As DeepSpeed's ZeRO-3 has them, with hooks on every module: a fused forward looks at none."""
+    reads = []
+
+    class Fetching(dict):
+        def __getitem__(self, name):
+            reads.append(name)
+            return super().__getitem__(name)
+
+    model, x = heads(), torch.randn(5, 32, dtype=torch.float64)
+    ours, counts = learned(lora_fused, model, x), []
+    for each in (model, ours):
+        for part in inner(each).modules():
+            part._parameters = Fetching(part._parameters)
+            part.register_forward_pre_hook(lambda *_: None)
+        reads.clear()
+        inner(each)(x)
+        counts.append(len(reads))
+    assert counts[0] == counts[1] > 0
+    assert "hooks" in reason_of_k(lora_fused, ours)
+
+
 TAKE_OUT = {
     "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
     "weight_norm": lambda layer: torch.nn.utils.weight_norm(layer),

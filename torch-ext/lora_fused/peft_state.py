@@ -20,7 +20,7 @@ from .peft_base import Base, Broken, read_base, tensor_of
 from .projection import Operands, Projection, ProjectionSpec, Quantized
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
-_PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector", "base_layer")
+_PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -154,16 +154,20 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
         if type(variant) is not _dora_variant():
             return f"LoRA variant {type(variant).__name__}"
         dora = modules["lora_magnitude_vector"]._modules[name]
+    # Before a weight is looked at, which may be a tool's to fetch from elsewhere.
+    watched = bypass_reason(_PARTS, (lora_a, lora_b, dropout, dora))
+    if watched:
+        return watched
     transposed = getattr(module, "fan_in_fan_out", False)
     base = read_base(layer, transposed, kind.opaque)
     if isinstance(base, str):
         return base
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return f"adapter layers are {type(lora_a).__name__} and {type(lora_b).__name__}, not Linear"
-    # A base that is called keeps what others do to its calls.
-    watched = bypass_reason(_PARTS, (lora_a, lora_b, dropout, dora, layer if base.called is None else None))
-    if watched:
-        return watched
+    if base.called is None:  # what others do to the calls of a base that is called stays
+        watched = bypass_reason(("base_layer",), (layer,))
+        if watched:
+            return watched
     p = _dropout(module, dropout, dora is not None)
     if isinstance(p, str):
         return p
@@ -195,13 +199,16 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
 
 def read_plain(module: nn.Module) -> Union[Adapted, str]:
     """The base product of a linear that has no adapter, or why it must be called itself."""
+    watched = bypass_reason(("the linear",), (module,))
+    if watched:
+        return watched
     try:
         base = read_base(module, False, False)
     except KeyError as error:
         return taken_out_reason(error)
     if isinstance(base, str):
         return base
-    reason = base.called or bypass_reason(("the linear",), (module,)) or _tensor_reason(base.operands, base)
+    reason = base.called or _tensor_reason(base.operands, base)
     return reason or Adapted(Projection(base.operands, 1.0, _spec(0.0, False, base.quantized)), True, base, module.training)
 
 
