@@ -77,7 +77,7 @@ def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
         if reason:
             return reason
         magnitude = tensor_of(dora, "weight")
-    if name in module.input_fns or name in module.output_fns:
+    if name in getattr(module, "input_fns", ()) or name in getattr(module, "output_fns", ()):  # not before PEFT 0.19
         return "the embedding is sharded by tensor parallelism"
     reason = _base_reason(base) or bypass_reason(("base_layer",), (base,))
     if reason:
