@@ -13,6 +13,7 @@ PACKAGE = ROOT / "torch-ext" / "lora_fused"
 # From the top down; a module imports only what stands below it.
 LAYERS = (
     "__init__",
+    "explanation",
     "mapping",
     "layers",
     "siblings",
@@ -36,6 +37,8 @@ LAYERS = (
     "peft_small",
     "peft_state",
     "peft_base",
+    "last_call",
+    "genuine",
     "autocast",
     "projection",
     "table",

@@ -153,6 +153,15 @@ def _choose(x: Tensor, projections: Sequence[Projection], taken: Taken) -> str:
     return backends.choose(x.device, x.dtype, taken, work)
 
 
+def describe_backend(x: Tensor, projections: Sequence[Projection], lora_dtype: Optional[torch.dtype], work: int) -> str:
+    """What a reader calls the backend of a group of projections of x, which has autocast's dtype where that is on; `work` as
+    `backend.choose` asks for it."""
+    dtype = lora_dtype or x.dtype
+    taken = takes(projections, dtype, lora_dtype, x.is_cuda)
+    chosen = backends.choose(x.device, dtype, taken, lambda: work)
+    return backends.NATIVE if taken.native and backends.is_library(chosen) else backends.describe(chosen)
+
+
 def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Optional[Tensor]:
     """int64 [members] from torch's generator for the device, on the device; None without dropout."""
     if not any([projection.spec.dropout > 0 for projection in projections]):

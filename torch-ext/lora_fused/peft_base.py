@@ -11,6 +11,7 @@ from typing import NamedTuple, Optional, Union
 import torch
 from torch import Tensor, nn
 
+from . import genuine
 from .autocast import device_type
 from .projection import EightBit, FourBit, Operands, Quantized
 
@@ -44,6 +45,13 @@ def tensor_of(layer: nn.Module, name: str) -> Optional[Tensor]:
 
 def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:
     """What a base layer computes now; `opaque` where the LoRA layer is one for bases of a kind of its own."""
+    found = _read(base, transposed, opaque)
+    if type(base) is nn.Linear or isinstance(found, str) or found.called:
+        return found
+    return genuine.forward_reason(type(base)) or found
+
+
+def _read(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:
     if type(base) is nn.Linear or (transposed and _is_conv1d(base)):
         weight = tensor_of(base, "weight")
         if _is_torchao(weight):
@@ -53,7 +61,7 @@ def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, st
         shape = (base.nf, base.nx) if transposed else (base.out_features, base.in_features)
         return Base(Operands(weight, tensor_of(base, "bias")), shape)
     if isinstance(base, _bitsandbytes("Linear4bit")) and _runs(base, "Linear4bit"):
-        return _read_4bit(base)
+        return genuine.function_reason(sys.modules["bitsandbytes"], "matmul_4bit") or _read_4bit(base)
     if isinstance(base, _bitsandbytes("Linear8bitLt")) and _runs(base, "Linear8bitLt"):
         return _read_8bit(base)
     if opaque or _is_fp8(type(base)):
