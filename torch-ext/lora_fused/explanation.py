@@ -102,7 +102,8 @@ class _Model:
         self.compiled = _below(filter(_is_compiled, modules))
         self.fsdp1 = _below(filter(_is_fsdp1, modules))
         self.fsdp2 = _below(filter(_is_fsdp2, modules))
-        self.mlps: dict[nn.Module, nn.Module] = {}  # by projection, of those that are one Function
+        self.parents: dict[nn.Module, nn.Module] = {}  # gated MLPs with a forward of this kernel, by projection
+        self.mlps: dict[nn.Module, nn.Module] = {}  # those that are one Function at their next call
         self.mlp_reasons: dict[nn.Module, str] = {}  # by projection, of the others
         for module in modules:
             self._look_for_mlp(module)
@@ -128,10 +129,9 @@ class _Model:
         return module in self.compiled and not last_call.ran_since_trace(module)
 
     def _last(self, module: nn.Module) -> Optional[str]:
-        mlp = self.mlps.get(module)
-        note = last_call.of(module)
-        if mlp is not None and last_call.of(mlp) is None:
-            note = None
+        parent = self.parents.get(module)
+        in_mlp = parent is not None and last_call.of(parent) is None
+        note = None if in_mlp else last_call.of(module)
         return FUSED if note is None else None if note is last_call.NEVER else note
 
     def _next_call(self, module: nn.Module, name: str) -> Row:
@@ -182,6 +182,8 @@ class _Model:
         if not adapted:
             return
         structure = mlp_state.structure_of(module)
+        if not isinstance(structure, str) and last_call.is_of_kernel(module):
+            self.parents.update((part, module) for part in mlp_state.projections_of(module, structure))
         reason = structure if isinstance(structure, str) else self._mlp_reason(module, structure)
         if reason is None:
             self.mlps.update((part, module) for part in mlp_state.projections_of(module, structure))
@@ -228,7 +230,7 @@ def _is_fsdp2(module: nn.Module) -> bool:
 
 def _gathered(module: nn.Module) -> nn.Module:
     """A shallow copy of a module in which every parameter that `fully_shard` has sharded is whole: a tensor of its global
-    shape without memory of its own."""
+    shape, most of them without memory."""
     copy = object.__new__(type(module))
     copy.__dict__.update(module.__dict__)
     copy.__dict__["_parameters"] = {name: _whole(parameter) for name, parameter in module._parameters.items()}
@@ -242,8 +244,10 @@ def _whole(parameter: Optional[Tensor]) -> Optional[Tensor]:
     tensors = sys.modules.get("torch.distributed.tensor")
     if tensors is None or not isinstance(parameter, tensors.DTensor) or parameter.device_mesh.ndim > 1:
         return parameter  # over several dimensions it may be sharded within calls too
-    value = torch.empty((), dtype=parameter.dtype, device=parameter.to_local().device).expand(parameter.shape)
-    return value.detach().requires_grad_(parameter.requires_grad)
+    # A packed weight is one column, and has to be contiguous.
+    own = parameter.shape if parameter.shape[-1:] == (1,) else ()
+    value = torch.empty(own, dtype=parameter.dtype, device=parameter.to_local().device).expand(parameter.shape)
+    return value.requires_grad_(parameter.requires_grad)
 
 
 def _looks_gated(module: nn.Module) -> bool:
