@@ -36,6 +36,7 @@ LAYERS = (
     "peft_small",
     "peft_state",
     "peft_base",
+    "peft_scaling",
     "autocast",
     "projection",
     "table",

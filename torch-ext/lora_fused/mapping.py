@@ -8,7 +8,7 @@ import math
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import Callable, Iterator, Optional, Sequence
+from typing import Callable, Iterable, Iterator, Optional, Sequence
 
 import torch
 from torch import nn
@@ -178,9 +178,11 @@ def explain(model: nn.Module, rows: int = 8192) -> Explanation:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}, expected a torch.nn.Module")
     names = {module: name for name, module in model.named_modules()}
-    in_mlp = _gated_mlps(names)
+    in_mlp, never_called = _gated_mlps(names), _never_called(names)
     table = [
         _explain_module(name, module, rows, names, in_mlp.get(module))
+        if module not in never_called
+        else Row(name, type(module).__name__, False, None, None, "nn.MultiheadAttention reads its weight, never calls it")
         for module, name in names.items()
         if peft_state.is_lora_module(module)
     ]
@@ -194,6 +196,12 @@ def explain(model: nn.Module, rows: int = 8192) -> Explanation:
             stacklevel=2,
         )
     return Explanation(table)
+
+
+def _never_called(modules: Iterable[nn.Module]) -> set[Optional[nn.Module]]:
+    """The output projections of torch's attention, which multiplies with their weights itself."""
+    attentions = [module for module in modules if type(module).forward is nn.MultiheadAttention.forward]
+    return {module._modules.get("out_proj") for module in attentions}
 
 
 def _is_fully_sharded(module: nn.Module) -> bool:
