@@ -39,11 +39,14 @@ _recognised: weakref.WeakKeyDictionary[nn.Module, _Recognised] = weakref.WeakKey
 
 
 def structure_of(module: nn.Module) -> Union[GatedMLP, str]:
-    """What `mlp_structure.recognise` says of the module, asked once while its activation stays."""
+    """What `mlp_structure.recognise` says of the module, asked once while its activation stays, and the dtype of its
+    weights where its forward asks for that."""
     known = _recognised.get(module)
     if known is not None and not isinstance(known.structure, str):
         now = [module._modules.get(name) for name in known.structure.activation_modules]
         if any(ref() is not part for ref, part in zip(known.activations, now)):
+            known = None
+        elif known.structure.dtype not in (None, mlp_structure.weights_dtype(module)):
             known = None
     if known is None:
         structure = mlp_structure.recognise(module)
@@ -90,6 +93,12 @@ def read_mlp(
         reason = peft_state.hooks_reason(name, module._modules[name])
         if reason:
             return reason
+    for name in structure.dropouts:
+        reason = _dropping_reason(name, module._modules[name])
+        if reason:
+            return reason
+    if structure.dtype is not None and (x.dtype != structure.dtype or autocast_dtype(x) is not None):
+        return f"its forward asks for dtypes, and x has {x.dtype}, the weights {structure.dtype}, or autocast is on"
     parts = projections_of(module, structure)
     states = []
     for part in parts:
@@ -115,6 +124,15 @@ def read_mlp(
     if width != (2 * down_width if structure.fused else down_width) or any([_outputs(p) != width for p in inputs[1:]]):
         return "gate, up and down do not fit together"
     return AdaptedMLP(tuple(inputs), output, structure.activation, structure.gate_half, result_dtype)
+
+
+def _dropping_reason(name: str, dropout: nn.Module) -> Optional[str]:
+    """Why a child that was a dropout changes what it is given, or may do so."""
+    if type(dropout) is not nn.Dropout:
+        return f"{name} is a {type(dropout).__name__}"
+    if dropout.training and dropout.p > 0.0:
+        return f"{name} drops between the projections"
+    return peft_state.bypass_reason((name,), (dropout,))
 
 
 def _read_part(part: nn.Module, linear_layer: type) -> Union[peft_state.Adapted, str]:
