@@ -31,28 +31,33 @@ class AdaptedMLP(NamedTuple):
 
 
 class _Recognised(NamedTuple):
+    """What was found, with the activation's children and the dtype of the weights at that time."""
+
     structure: Union[GatedMLP, str]
     activations: tuple[Optional[weakref.ref], ...]
+    dtype: Optional[torch.dtype]
+
+    def holds(self, module: nn.Module) -> bool:
+        structure = self.structure
+        depends_on_dtype = isinstance(structure, str) or structure.dtype is not None
+        if depends_on_dtype and self.dtype != mlp_structure.weights_dtype(module):
+            return False
+        names = () if isinstance(structure, str) else structure.activation_modules
+        return all([ref() is module._modules.get(name) for ref, name in zip(self.activations, names)])
 
 
 _recognised: weakref.WeakKeyDictionary[nn.Module, _Recognised] = weakref.WeakKeyDictionary()
 
 
 def structure_of(module: nn.Module) -> Union[GatedMLP, str]:
-    """What `mlp_structure.recognise` says of the module, asked once while its activation stays, and the dtype of its
-    weights where its forward asks for that."""
+    """What `mlp_structure.recognise` says of the module, asked once while its activation stays and, where that may matter,
+    the dtype of its weights."""
     known = _recognised.get(module)
-    if known is not None and not isinstance(known.structure, str):
-        now = [module._modules.get(name) for name in known.structure.activation_modules]
-        if any(ref() is not part for ref, part in zip(known.activations, now)):
-            known = None
-        elif known.structure.dtype not in (None, mlp_structure.weights_dtype(module)):
-            known = None
-    if known is None:
+    if known is None or not known.holds(module):
         structure = mlp_structure.recognise(module)
         names = () if isinstance(structure, str) else structure.activation_modules
-        known = _Recognised(structure, tuple(weakref.ref(module._modules[name]) for name in names))
-        _recognised[module] = known
+        activations = tuple(weakref.ref(module._modules[name]) for name in names)
+        known = _recognised[module] = _Recognised(structure, activations, mlp_structure.weights_dtype(module))
     return known.structure
 
 
