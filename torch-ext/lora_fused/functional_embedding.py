@@ -80,7 +80,7 @@ def compute_table(
 ) -> Tensor:
     """`lora_embedding` on operands that are known to be right; a scaling that is a tensor is multiplied into B."""
     if isinstance(scaling, Tensor):
-        table, scaling = table._replace(lora_b=table.lora_b * scaling), 1.0
+        table, scaling = table._replace(lora_b=table.lora_b * scaling.clone()), 1.0
     if backend is None:
         backend = backends.choose_embedding(table, ids.numel())
     spec = TableSpec(scaling, padding_idx, scale, backend)

@@ -108,6 +108,7 @@ def _folded(projection: Projection) -> Projection:
     operands, scaling, spec = projection
     if not isinstance(scaling, Tensor):
         return projection
+    scaling = scaling.clone()  # autograd keeps it, and the next swap fills the tensor itself
     lora_bias = None if operands.lora_bias is None else operands.lora_bias * scaling
     return Projection(operands._replace(lora_b=operands.lora_b * scaling, lora_bias=lora_bias), 1.0, spec)
 
