@@ -54,6 +54,13 @@ def tensor_of(layer: nn.Module, name: str) -> Optional[Tensor]:
     return parameters[name] if name in parameters else layer.__dict__[name]
 
 
+def sharded_note(part: nn.Module) -> str:
+    """Said beside the reason that a module's calls are changed: tensor and expert parallelism do so where they shard it."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    tensors = () if distributed is None else part._parameters.values()
+    return " (its weights are sharded, DTensors)" if any([isinstance(t, distributed.DTensor) for t in tensors]) else ""
+
+
 def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:
     """What a base layer computes now; `opaque` where the LoRA layer is one for bases of a kind of its own."""
     cls = type(base)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .autocast import autocast_dtype
-from .peft_base import Base, Broken, read_base, tensor_of
+from .peft_base import Base, Broken, read_base, sharded_note, tensor_of
 from .peft_scaling import read_scaling
 from .projection import Operands, Projection, ProjectionSpec, Quantized
 
@@ -248,7 +248,7 @@ def bypass_reason(names: Sequence[str], parts: Sequence[Optional[nn.Module]]) ->
         if part is None:
             continue
         if "forward" in part.__dict__ and not _moves_inputs_alone(part):
-            return f"{names[i]} has a forward of its own, set by another tool"
+            return f"{names[i]} has a forward of its own, set by another tool{sharded_note(part)}"
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             return hooks_reason(names[i], part)
     return None
@@ -268,7 +268,7 @@ def _moves_inputs_alone(part: nn.Module) -> bool:
 def hooks_reason(name: str, part: nn.Module) -> Optional[str]:
     """Whether somebody watches the calls of a module."""
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-        return f"{name} has hooks"
+        return f"{name} has hooks{sharded_note(part)}"
     return None
 
 
