@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
-from cases import peft_llama, randomise_adapters
-from heads import NAMES, assert_same, heads, inner, kernelized, step
+from cases import assert_as_good, peft_llama, randomise_adapters
+from heads import NAMES, assert_same, heads, inner, step
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
@@ -25,6 +25,11 @@ def way(lora_fused, request, monkeypatch):
     if request.param == "folded":
         monkeypatch.setattr(scaling, "_is_at_hand", lambda scaling: False)
     return request.param
+
+
+def kernelized(lora_fused, model):
+    lora_fused.register_peft_layers()
+    return kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device="cpu")
 
 
 def explained(lora_fused, model):
@@ -108,8 +113,7 @@ def test_hot_swap(lora_fused, way, config):
     plain = peft_llama(torch.float64, target_modules=targets, **config)
     prepare_model_for_compiled_hotswap(plain, target_rank=6)
     randomise_adapters(plain, torch.float64)
-    lora_fused.register_peft_layers()
-    ours = kernelize(copy.deepcopy(plain), mode=Mode.TRAINING, device="cpu")
+    ours = kernelized(lora_fused, plain)
     assert all(type(scaling["default"]) is torch.Tensor for scaling in scalings(ours))
     for value in (2.0, 0.75):
         for model in (plain, ours):
@@ -135,8 +139,7 @@ def test_a_base_that_is_called(lora_fused, way):
     from test_known_bases import gradients, tied_llama
 
     plain = tensors(tied_llama(lora_bias=True, bias="all"))
-    lora_fused.register_peft_layers()
-    ours = kernelize(copy.deepcopy(plain), mode=Mode.TRAINING, device="cpu")
+    ours = kernelized(lora_fused, plain)
     assert [row.backend for row in explained(lora_fused, ours)][-1] == "base called"
     ids = torch.randint(0, 64, (2, 7))
     y, expected = ours(ids).logits, plain(ids).logits
@@ -151,8 +154,7 @@ def test_a_base_that_is_called(lora_fused, way):
 def test_nothing_waits_for_a_value(lora_fused, way):
     """Neither a group, nor a gated MLP, nor an embedding reads what is on a GPU."""
     model = tensors(peft_llama(target_modules=["embed_tokens", "q_proj", "k_proj", "gate_proj", "down_proj"]))
-    lora_fused.register_peft_layers()
-    ours = kernelize(model, mode=Mode.TRAINING, device="cpu").base_model.model.model
+    ours = kernelized(lora_fused, model).base_model.model.model
     ids, x = torch.arange(6).view(1, 6), torch.randn(2, 3, 64)
     layer = ours.layers[0]
 
@@ -228,8 +230,7 @@ def test_embedding_alone(lora_fused):
         plain = get_peft_model(model.double(), config, autocast_adapter_dtype=False)
         randomise_adapters(plain, torch.float64)
         plain.base_model.model.embed.scaling["default"] = scaling
-        lora_fused.register_peft_layers()
-        ours = kernelize(copy.deepcopy(plain), mode=Mode.TRAINING, device="cpu")
+        ours = kernelized(lora_fused, plain)
         assert explained(lora_fused, ours)[0].fused == (scaling.dim() == 0)
         ids, gradients = torch.randint(0, 12, (3, 5)), []
         for each in (ours, plain):
@@ -238,3 +239,81 @@ def test_embedding_alone(lora_fused):
             gradients.append([y.detach(), *(p.grad for p in each.parameters() if p.requires_grad)])
         assert len(gradients[0]) == 3
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+# ---- half precision, in which s·B is rounded once more ----
+
+BF16, F32 = torch.bfloat16, torch.float32
+DTYPES = ((BF16, BF16, False), (BF16, F32, True), (F32, F32, True))  # base, adapter, autocast
+
+
+def half_precision(lora_fused, device, config, base, adapter, autocast):
+    """(kernelized, PEFT's, truth) of a model with scalings that are tensors."""
+    truth = heads(**config)
+    plain = copy.deepcopy(truth).to(device=device, dtype=base)
+    for name, parameter in plain.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(adapter)
+    with torch.no_grad():  # what is in the model, in float64
+        for one, other in zip(truth.parameters(), plain.parameters(), strict=True):
+            one.copy_(other)
+    for model in (truth, plain):
+        for scaling in scalings(model):
+            scaling["default"] = torch.tensor(1.3, device=device if model is plain else "cpu")
+    lora_fused.register_peft_layers()
+    return kernelize(copy.deepcopy(plain), mode=Mode.TRAINING, device=device), plain, truth
+
+
+def passes(model, x, dy, autocast=False):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    with torch.autocast(x.device.type, BF16, enabled=autocast):
+        y = inner(model)(x)
+    y.backward(dy.to(y.dtype))
+    return {"y": y, "x": x.grad, **{name: p.grad for name, p in model.named_parameters() if p.requires_grad}}
+
+
+def assert_all_as_good(ours, theirs, truth, unit):
+    assert ours.keys() == theirs.keys() == truth.keys() and len(ours) >= 8
+    for name, value in ours.items():
+        assert_as_good(name, value, theirs[name], truth[name], unit, stored=2)
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("config", VARIANTS[:3], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_half_precision(lora_fused, way, config, dtypes):
+    ours, plain, truth = half_precision(lora_fused, "cpu", config, *dtypes)
+    x, dy = torch.randn(64, 32).to(dtypes[0]), torch.randn(64, 36).bfloat16()
+    for value in (1.3, 0.2):
+        for model in (ours, plain, truth):
+            for scaling in scalings(model):
+                scaling["default"].fill_(value)
+        found = [passes(model, x, dy, dtypes[2]) for model in (ours, plain)]
+        assert_all_as_good(*found, passes(truth, x.double(), dy.double()), BF16)
+    assert all(row.fused for row in explained(lora_fused, ours))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("config", VARIANTS[:3], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_on_a_gpu(lora_fused, config, dtypes):
+    """The host waits for nothing, and a swap is seen."""
+    ours, plain, truth = half_precision(lora_fused, "cuda", config, *dtypes)
+    x, dy = torch.randn(64, 32).to(dtypes[0]), torch.randn(64, 36).bfloat16()
+    on_gpu = x.cuda(), dy.cuda()
+    for _ in range(2):  # groups, libraries' first calls
+        passes(ours, *on_gpu, dtypes[2])
+    for value in (1.3, 0.2):
+        for model in (ours, plain, truth):
+            for scaling in scalings(model):
+                scaling["default"].fill_(value)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            mine = passes(ours, *on_gpu, dtypes[2])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert_all_as_good(mine, passes(plain, *on_gpu, dtypes[2]), passes(truth, x.double(), dy.double()), BF16)
+    rows = explained(lora_fused, ours)
+    assert len(rows) == 3 and all(row.fused and row.group == "q+k+v" for row in rows), str(rows)
