@@ -37,6 +37,7 @@ LAYERS = (
     "peft_small",
     "peft_state",
     "peft_base",
+    "peft_scaling",
     "last_call",
     "genuine",
     "autocast",

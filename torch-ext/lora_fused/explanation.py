@@ -102,6 +102,8 @@ class _Model:
         self.compiled = _below(filter(_is_compiled, modules))
         self.fsdp1 = _below(filter(_is_fsdp1, modules))
         self.fsdp2 = _below(filter(_is_fsdp2, modules))
+        attentions = [module for module in modules if type(module).forward is nn.MultiheadAttention.forward]
+        self.never_called = {module._modules.get("out_proj") for module in attentions}  # attention multiplies itself
         self.parents: dict[nn.Module, nn.Module] = {}  # gated MLPs with a forward of this kernel, by projection
         self.mlps: dict[nn.Module, nn.Module] = {}  # those that are one Function at their next call
         self.mlp_reasons: dict[nn.Module, str] = {}  # by projection, of the others
@@ -136,6 +138,8 @@ class _Model:
 
     def _next_call(self, module: nn.Module, name: str) -> Row:
         row = Row(name, type(module).__name__, fused=False)
+        if module in self.never_called:
+            return _unfused(row, "nn.MultiheadAttention reads its weight, never calls it")
         if peft_embedding.is_plain_embedding(module):
             return _next_embedding_call(module, self._at_call(module), self.rows, row)
         if not peft_state.is_lora_linear(module):

@@ -202,7 +202,7 @@ def bypass_reason(names: Sequence[str], parts: Sequence[Optional[nn.Module]]) ->
         if part is None:
             continue
         if "forward" in part.__dict__ and not is_own(part.__dict__["forward"], part) and not _moves_inputs_alone(part):
-            return f"{names[i]} has a forward of its own, set by another tool"
+            return f"{names[i]} has a forward of its own, set by another tool{_sharded_note(part)}"
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             return hooks_reason(names[i], part)
     return None
@@ -227,5 +227,12 @@ def _moves_inputs_alone(part: nn.Module) -> bool:
 def hooks_reason(name: str, part: nn.Module) -> Optional[str]:
     """Whether somebody watches the calls of a module."""
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-        return f"{name} has hooks"
+        return f"{name} has hooks{_sharded_note(part)}"
     return None
+
+
+def _sharded_note(part: nn.Module) -> str:
+    """Said beside the reason that a module's calls are changed: tensor and expert parallelism do so where they shard it."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    tensors = () if distributed is None else part._parameters.values()
+    return " (its weights are sharded, DTensors)" if any([isinstance(t, distributed.DTensor) for t in tensors]) else ""

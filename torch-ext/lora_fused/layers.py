@@ -106,7 +106,21 @@ class LoraGatedMLPOfHiddenStates(nn.Module):
         return _gated_mlp(self, hidden_states)
 
 
-GATED_MLP_BY_INPUT = {"x": LoraGatedMLP, "hidden_states": LoraGatedMLPOfHiddenStates}
+class LoraGatedMLPOfHiddenState(nn.Module):
+    """`LoraGatedMLP` for modules that name their input `hidden_state`."""
+
+    can_torch_compile = False
+    has_backward = True
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        return _gated_mlp(self, hidden_state)
+
+
+GATED_MLP_BY_INPUT = {
+    "x": LoraGatedMLP,
+    "hidden_states": LoraGatedMLPOfHiddenStates,
+    "hidden_state": LoraGatedMLPOfHiddenState,
+}
 
 
 def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:

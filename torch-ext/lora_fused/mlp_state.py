@@ -41,6 +41,7 @@ class _Recognised(NamedTuple):
     functions: tuple[Callable, ...]
     activations: tuple[tuple[str, weakref.ref, Callable, Callable], ...]  # name, module, its class's forward and __call__
     attributes: tuple[tuple[str, weakref.ref], ...]  # functions on the module itself
+    dtype: Optional[torch.dtype]  # of the weights, where the structure may depend on it
 
 
 _PLAIN = (types.FunctionType, types.BuiltinFunctionType)
@@ -50,7 +51,8 @@ _functions = (F.silu, F.gelu, F.relu, torch.sigmoid, torch.tanh, torch.relu)
 
 
 def structure_of(module: nn.Module) -> Union[GatedMLP, str]:
-    """What `mlp_structure.recognise` says of the module, asked once while all that it ran stays in its place."""
+    """What `mlp_structure.recognise` says of the module, asked once while all that it ran stays in its place,
+    and the dtype of its weights where that may matter."""
     known = _recognised.get(module)
     functions = _current_functions()
     if known is None or known.functions is not functions or not _is_as_it_was(module, known):
@@ -60,7 +62,9 @@ def structure_of(module: nn.Module) -> Union[GatedMLP, str]:
         parts = ((name, module._modules[name]) for name in names)
         activations = tuple((name, weakref.ref(part), type(part).forward, type(part).__call__) for name, part in parts)
         attributes = tuple((name, weakref.ref(each)) for name, each in vars(module).items() if isinstance(each, _PLAIN))
-        known = _Recognised(structure, forward, getattr(forward, "__code__", None), functions, activations, attributes)
+        dtype = mlp_structure.weights_dtype(module) if refused or structure.dtype is not None else None
+        code = getattr(forward, "__code__", None)
+        known = _Recognised(structure, forward, code, functions, activations, attributes, dtype)
         _recognised[module] = known
     return known.structure
 
@@ -91,7 +95,8 @@ def _is_as_it_was(module: nn.Module, known: _Recognised) -> bool:
     for name, ref in known.attributes:
         if (attribute := ref()) is None or vars(module).get(name) is not attribute:
             return False
-    return True
+    depends_on_dtype = isinstance(known.structure, str) or known.structure.dtype is not None
+    return not depends_on_dtype or known.dtype == mlp_structure.weights_dtype(module)
 
 
 def projections_of(module: nn.Module, structure: GatedMLP) -> tuple[nn.Module, ...]:
@@ -131,6 +136,12 @@ def read_mlp(
     watched = genuine.bypass_reason(names, [module._modules[name] for name in names])
     if watched:
         return watched
+    for name in structure.dropouts:
+        reason = _dropping_reason(name, module._modules[name])
+        if reason:
+            return reason
+    if structure.dtype is not None and (x.dtype != structure.dtype or autocast_dtype(x) is not None):
+        return f"its forward asks for dtypes, and x has {x.dtype}, the weights {structure.dtype}, or autocast is on"
     parts = projections_of(module, structure)
     states = []
     for part in parts:
@@ -156,6 +167,15 @@ def read_mlp(
     if width != (2 * down_width if structure.fused else down_width) or any([_outputs(p) != width for p in inputs[1:]]):
         return "gate, up and down do not fit together"
     return AdaptedMLP(tuple(inputs), output, structure.activation, structure.gate_half, result_dtype)
+
+
+def _dropping_reason(name: str, dropout: nn.Module) -> Optional[str]:
+    """Why a child that was a dropout changes what it is given, or may do so."""
+    if type(dropout) is not nn.Dropout:
+        return f"{name} is a {type(dropout).__name__}"
+    if dropout.training and dropout.p > 0.0:
+        return f"{name} drops between the projections"
+    return genuine.bypass_reason((name,), (dropout,))
 
 
 def _read_part(part: nn.Module, linear_layer: type) -> Union[peft_state.Adapted, str]:

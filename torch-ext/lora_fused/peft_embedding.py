@@ -14,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import genuine
 from .autocast import autocast_dtype
 from .peft_base import tensor_of
+from .peft_scaling import read_scaling
 from .peft_state import taken_out_reason
 from .table import Table
 
@@ -28,7 +29,7 @@ class AdaptedTable(NamedTuple):
     """An embedding ready to compute; `scale` is the embedding's own where it is a number."""
 
     table: Table
-    scaling: float
+    scaling: Union[float, Tensor]
     padding_idx: Optional[int]
     scale: float
 
@@ -92,15 +93,13 @@ def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
         return reason
     if _has_any_global_hook():
         return "hooks on all modules"
-    scaling = module.scaling[name]
-    if not isinstance(scaling, (int, float)):
-        return f"scaling is a {type(scaling).__name__}, not a number"
     own = 1.0 if type(base) is nn.Embedding else base.embed_scale
     scale, number = (own, 1.0) if isinstance(own, Tensor) else (None, float(own))
     a, b = modules["lora_embedding_A"]._parameters[name], modules["lora_embedding_B"]._parameters[name]
     table = Table(tensor_of(base, "weight"), a, b, magnitude, scale)
     reason = _tensor_reason(table, (base.num_embeddings, base.embedding_dim))
-    return reason or AdaptedTable(table, float(scaling), base.padding_idx, number)
+    scaling = reason or read_scaling(module.scaling[name], b)
+    return scaling if isinstance(scaling, str) else AdaptedTable(table, scaling, base.padding_idx, number)
 
 
 @functools.lru_cache(maxsize=None)

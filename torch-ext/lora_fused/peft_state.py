@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import genuine
 from .autocast import autocast_dtype
 from .peft_base import Base, Broken, read_base, tensor_of
+from .peft_scaling import read_scaling
 from .projection import Operands, Projection, ProjectionSpec, Quantized
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -184,8 +185,6 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
     if isinstance(p, str):
         return p
     scaling = module.scaling[name]
-    if not isinstance(scaling, (int, float)):
-        return f"scaling is a {type(scaling).__name__}, not a number"
     lora_bias = tensor_of(lora_b, "bias")
     if tensor_of(lora_a, "bias") is not None or (dora is not None and lora_bias is not None):
         return "a bias where PEFT has none"
@@ -202,9 +201,14 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
         reason = _fit_reason(operands, *base.shape)
     if reason:
         return reason
-    projection = Projection(operands, float(scaling), _spec(p, transposed, base.quantized))
-    if base.called and delta_reason(projection):
-        return delta_reason(projection)
+    if type(scaling) is not float:
+        scaling = read_scaling(scaling, b)
+        if isinstance(scaling, str):
+            return scaling
+    projection = Projection(operands, scaling, _spec(p, transposed, base.quantized))
+    reason = delta_reason(projection) if base.called else None
+    if reason:
+        return f"{reason} ({base.called})"
     casts_input = getattr(module, "cast_input_dtype_enabled", True)
     return Adapted(projection, casts_input, base, module.training, kind.promotes)
 
