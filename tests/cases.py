@@ -214,10 +214,12 @@ class OwnForwards:
     replaced is a reason to run it. Sees this thread alone."""
 
     def __init__(self):
-        from peft.tuners import lora
+        from peft.tuners.lora import LoraLayer
 
-        layers = [cls for cls in vars(lora).values() if isinstance(cls, type) and issubclass(cls, lora.LoraLayer)]
-        self._names = {cls.forward.__code__: cls.__name__ for cls in layers if "forward" in vars(cls)}
+        classes = [LoraLayer]
+        for cls in classes:
+            classes += cls.__subclasses__()
+        self._names = {cls.forward.__code__: cls.__name__ for cls in classes if "forward" in vars(cls)}
         self.calls: Counter[str] = Counter()
 
     def _profile(self, frame, event, _):
