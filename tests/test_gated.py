@@ -148,6 +148,18 @@ def test_configurations(lora_fused, config, lead):
     assert_same(result, step(model, x))
 
 
+@pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=("lora", "dora"))
+@pytest.mark.parametrize("part", ("w1", "w2", "w3"))
+def test_a_trained_weight(lora_fused, part, config):
+    """Of any of the three, which the native op leaves to the chain of operations."""
+    model, x = glu(**config), torch.randn(5, 32, dtype=torch.float64)
+    getattr(mlp_of(model), part).base_layer.weight.requires_grad_(True)
+    ours = kernelized(lora_fused, model)
+    result = step(ours, x)
+    assert is_one_function(result["y"]) and any("base_layer.weight" in name for name in result)
+    assert_same(result, step(model, x))
+
+
 @pytest.mark.parametrize("config", (dict(lora_dropout=0.3), dict(lora_dropout=0.3, use_dora=True)), ids=str)
 def test_dropout(lora_fused, config):
     """Every projection has a mask of its own, down's included."""
