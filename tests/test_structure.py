@@ -40,6 +40,7 @@ LAYERS = (
     "projection",
     "table",
     "tuned",
+    "integrity",
     "_ops",
 )
 LAZY = {"peft", "kernels", "transformers", "bitsandbytes", "triton"}
