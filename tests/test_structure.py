@@ -40,6 +40,7 @@ LAYERS = (
     "projection",
     "table",
     "tuned",
+    "versions",
     "integrity",
     "_ops",
 )

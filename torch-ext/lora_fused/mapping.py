@@ -13,7 +13,7 @@ from typing import Callable, Iterator, Optional, Sequence
 import torch
 from torch import nn
 
-from . import backend, layers, mlp_state, peft_embedding, peft_state, siblings
+from . import backend, layers, mlp_state, peft_embedding, peft_state, siblings, versions
 from .autocast import autocast_dtype
 from .autograd.native import takes
 
@@ -108,8 +108,9 @@ def register_peft_layers() -> None:
     `kernelize`, globally.
 
     Global, because `kernelize` run again without a mapping gives layers their old forward back.
-    Raises ImportError where peft or kernels is missing.
+    Raises ImportError, and maps nothing, where peft, kernels or torch is missing or too old.
     """
+    versions.check()
     from kernels import register_kernel_mapping
 
     _Marks().mark_all()
@@ -119,7 +120,8 @@ def register_peft_layers() -> None:
 @contextlib.contextmanager
 def use_peft_layers() -> Iterator[None]:
     """`register_peft_layers` for the duration of a with-block; models kernelized inside keep their
-    layers afterwards."""
+    layers afterwards. Raises ImportError as that does."""
+    versions.check()
     from kernels import use_kernel_mapping
 
     marks = _Marks()
