@@ -13,6 +13,7 @@ PACKAGE = ROOT / "torch-ext" / "lora_fused"
 # From the top down; a module imports only what stands below it.
 LAYERS = (
     "__init__",
+    "kernelized",
     "mapping",
     "layers",
     "siblings",

@@ -39,12 +39,13 @@ class LoadedLayer:
         return f"{self.layer.__module__}.{self.layer.__name__}"
 
 
-def _mapping() -> dict:
+def layer_mapping() -> dict:
+    """Our layers by name and device, as `kernels` takes them."""
     mapped = (layers.LoraLinear, layers.LoraLinearOfX, layers.LoraEmbedding, *layers.GATED_MLP_BY_INPUT.values())
     return {layer.__name__: {device: LoadedLayer(layer) for device in _DEVICES} for layer in mapped}
 
 
-class _Marks:
+class Marks:
     """Classes that `kernelize` is told of, and what they said before."""
 
     def __init__(self):
@@ -71,15 +72,17 @@ class _Marks:
         Not for `root` itself: always False."""
         peft_state.note_names(root)
         for module in root.modules():
-            cls = type(module)
-            if "kernel_layer_name" in cls.__dict__ or not mlp_state.is_adapted(module):
-                continue
-            structure = mlp_state.structure_of(module)
-            layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
-            if layer is not None and not structure.optional:
-                adapted = functools.partial(_is_adapted_instance, cls)
-                self.mark(cls, layer.__name__, functools.partial(_is_free, layer, adapted))
+            if "kernel_layer_name" not in type(module).__dict__ and mlp_state.is_adapted(module):
+                self.mark_gated_mlp(module)
         return False
+
+    def mark_gated_mlp(self, module: nn.Module) -> None:
+        """Marks the class of an adapted gated MLP, if its input is called as one of our layers calls it."""
+        cls, structure = type(module), mlp_state.structure_of(module)
+        layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
+        if layer is not None and not structure.optional:
+            adapted = functools.partial(_is_adapted_instance, cls)
+            self.mark(cls, layer.__name__, functools.partial(_is_free, layer, adapted))
 
     def restore(self) -> None:
         for cls, attributes in self.before.items():
@@ -113,8 +116,8 @@ def register_peft_layers() -> None:
     versions.check()
     from kernels import register_kernel_mapping
 
-    _Marks().mark_all()
-    register_kernel_mapping(_mapping())
+    Marks().mark_all()
+    register_kernel_mapping(layer_mapping())
 
 
 @contextlib.contextmanager
@@ -124,10 +127,10 @@ def use_peft_layers() -> Iterator[None]:
     versions.check()
     from kernels import use_kernel_mapping
 
-    marks = _Marks()
+    marks = Marks()
     marks.mark_all()
     try:
-        with use_kernel_mapping(_mapping()):
+        with use_kernel_mapping(layer_mapping()):
             yield
     finally:
         marks.restore()
