@@ -223,7 +223,8 @@ def _gated_mlps(names: dict[nn.Module, str]) -> dict[nn.Module, str]:
         if not any(forward is layer.forward for layer in layers.GATED_MLP_BY_INPUT.values()):
             continue
         parts = mlp_state.projections_of(module, mlp_state.structure_of(module))
-        state = peft_state.read_linear(next(part for part in parts if peft_state.is_lora_linear(part)))
+        adapted = next(filter(peft_state.is_lora_linear, parts), None)  # none is left after unload()
+        state = "not adapted" if adapted is None else peft_state.read_linear(adapted)
         if isinstance(state, str):
             continue
         example = _example(state)
