@@ -3,8 +3,8 @@
 
 Every row is this environment with some packages in other versions, which pip puts, without their dependencies, into a
 folder that comes first on PYTHONPATH. The kernel is the one in `build/` for every row. What is found is merged into
-`docs/versions.json` by the versions that ran, so that another torch's rows are added from an environment that has it, and
-README's table is made from that.
+`docs/versions.json` by the versions that ran, so that another torch's rows are added from an environment that has it,
+and README's table is made from that.
 """
 
 import argparse
@@ -62,7 +62,17 @@ def run_row(wanted: dict[str, str]) -> dict:
         env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         report = Path(folder, "junit.xml")
         files = [f"tests/{name}.py" for name in TESTS]
-        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}", *files]
+        pytest = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--tb=short",
+            f"--junitxml={report}",
+            *files,
+        ]
         done = subprocess.run(pytest, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if not report.exists():
             sys.exit(f"{done.stdout}\nversion_matrix: pytest failed to start with {wanted}")
@@ -74,7 +84,9 @@ def run_row(wanted: dict[str, str]) -> dict:
 
 def versions(env: dict[str, str], wanted: dict[str, str]) -> dict[str, str]:
     """What a process with this environment imports; must be what was wanted."""
-    code = f"import importlib, json; print(json.dumps({{n: importlib.import_module(n).__version__ for n in {PACKAGES}}}))"
+    code = (
+        f"import importlib, json; print(json.dumps({{n: importlib.import_module(n).__version__ for n in {PACKAGES}}}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=env, check=True, text=True, capture_output=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found | wanted == found, (found, wanted)
@@ -90,7 +102,10 @@ def count(report: Path) -> dict[str, int]:
 
 def key(row: dict) -> tuple:
     """What ran: rows of the same versions replace each other, and are sorted by them."""
-    return tuple([int(part) if part.isdigit() else 0 for part in row[name].split("+")[0].split(".")] for name in ("python", *PACKAGES))
+    return tuple(
+        [int(part) if part.isdigit() else 0 for part in row[name].split("+")[0].split(".")]
+        for name in ("python", *PACKAGES)
+    )
 
 
 def merged(rows: list[dict], new: list[dict]) -> list[dict]:
@@ -100,7 +115,9 @@ def merged(rows: list[dict], new: list[dict]) -> list[dict]:
 def table(results: dict) -> str:
     lines = ["| Python | torch | kernels | PEFT | transformers | Tests |", "|---|---|---|---|---|---|"]
     for row in results["rows"]:
-        found = f"{row['passed']} passed" + "".join(f", {row[what]} {what}" for what in ("failed", "skipped") if row[what])
+        found = f"{row['passed']} passed" + "".join(
+            f", {row[what]} {what}" for what in ("failed", "skipped") if row[what]
+        )
         lines.append(f"| {' | '.join(row[name] for name in ('python', *PACKAGES))} | {found} |")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Kernelizing binds forwards on instances: what copying, pickling, unloading and undoing do to them, and to the values."""
+"""Kernelizing binds forwards on instances: what copying, pickling, unloading and undoing do to them and to values."""
 
 import copy
 import pickle

@@ -270,7 +270,18 @@ def written(text):
         (become_a_folder, "cannot be read"),
         (point_nowhere, "cannot be read"),
     ],
-    ids=("empty", "half", "no text", "list", "nothing in it", "files a list", "no base64", "no hash", "folder", "dangling"),
+    ids=(
+        "empty",
+        "half",
+        "no text",
+        "list",
+        "nothing in it",
+        "files a list",
+        "no base64",
+        "no hash",
+        "folder",
+        "dangling",
+    ),
 )
 def test_damaged_metadata(damage, words, copied, check):
     damage(copied.metadata)
@@ -280,7 +291,9 @@ def test_damaged_metadata(damage, words, copied, check):
 def test_damaged_metadata_is_seen_by_a_bare_import(copied):
     """`kernels` reads it before the package does and has an error of its own."""
     halve(copied.metadata)
-    assert_refused(load(*bare_import(copied)), copied.repository / "imported" / "lora_fused" / "metadata.json", "malformed")
+    assert_refused(
+        load(*bare_import(copied)), copied.repository / "imported" / "lora_fused" / "metadata.json", "malformed"
+    )
 
 
 def test_digest_of_an_unknown_kind(copied, check):
@@ -293,7 +306,9 @@ def test_the_message_mends_a_damaged_cache(tmp_path):
     """A snapshot links to blobs: deleting the snapshot alone would bring the damaged one back."""
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "LOCAL_KERNELS"))}
     with HubServer(REPO_ID, BUILD) as hub:
-        env = keep | dict(HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path), HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1")
+        env = keep | dict(
+            HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path), HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1"
+        )
         env |= {"HF_HUB_OFFLINE": "0"}
         assert_loaded(load(FROM_HUB, env))
         (library,) = tmp_path.rglob("snapshots/**/*.so")

@@ -43,7 +43,9 @@ def tokens():
 
 def forwards(model):
     """The functions that stand in the instances, by module."""
-    return {name: vars(module)["forward"].__func__ for name, module in model.named_modules() if "forward" in vars(module)}
+    return {
+        name: vars(module)["forward"].__func__ for name, module in model.named_modules() if "forward" in vars(module)
+    }
 
 
 def passed(model, ids):
@@ -66,7 +68,11 @@ def test_fused_as_by_kernelize(lora_fused, kernelize_adapted):
     assert len(rows) == 15 and all(row.fused for row in rows)
     assert rows == list(explain(lora_fused, all_of_it))
     assert {row.layer for row in rows} == {"LoraLinear", "LoraGatedMLP", "LoraEmbedding"}
-    adapted = {name: function for name, function in forwards(all_of_it).items() if function.__module__.startswith(lora_fused.__name__)}
+    adapted = {
+        name: function
+        for name, function in forwards(all_of_it).items()
+        if function.__module__.startswith(lora_fused.__name__)
+    }
     assert forwards(ours) == adapted and len(adapted) == 17  # two MLPs
 
 
@@ -218,7 +224,9 @@ def test_one_module_and_none(lora_fused, kernelize_adapted):
 def test_a_model_with_a_device_map_keeps_its_hooks(lora_fused, kernelize_adapted):
     base = tiny_llama()
     accelerate.hooks.attach_execution_device_hook(base.to(DEVICE), DEVICE)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM", init_lora_weights=False))
+    model = get_peft_model(
+        base, LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM", init_lora_weights=False)
+    )
     hooked = [m for m in model.modules() if isinstance(m, LlamaRMSNorm)]
     theirs, before = passed(model, tokens()), [vars(m)["forward"] for m in hooked]
     kernelize_adapted(model, mode=Mode.TRAINING)

@@ -31,15 +31,17 @@ def check(package: Path) -> None:
     """Compares the files of `package` with the digest in its `metadata.json`.
 
     A native library that is missing, cannot be read or differs raises ImportError, with its path as `path`, and so does
-    a `metadata.json` that cannot be read. Any other file that is missing or differs, and a `.py` file that is not in the
-    digest, is a warning. Without a `metadata.json`, or a digest in it, there is no check.
+    a `metadata.json` that cannot be read. Any other file that is missing or differs, and a `.py` file that is not in
+    the digest, is a warning. Without a `metadata.json`, or a digest in it, there is no check.
     """
     digest = _read_digest(package / METADATA)
     if digest is None:
         return
     if digest.algorithm not in _ALGORITHMS:
         where = package / METADATA
-        warnings.warn(f"lora_fused: files are not checked, since {where} has a digest of unknown kind {digest.algorithm!r}")
+        warnings.warn(
+            f"lora_fused: files are not checked, since {where} has a digest of unknown kind {digest.algorithm!r}"
+        )
         return
     changed = []
     for name, expected in digest.files.items():
@@ -51,7 +53,9 @@ def check(package: Path) -> None:
     changed += [f"{name} is new" for name in _sources(package) if name not in digest.files]
     if changed:
         files = "; ".join(changed)
-        warnings.warn(f"lora_fused: files in {package} are not as built: {files}. If nobody edited them, {_remedy(package)}")
+        warnings.warn(
+            f"lora_fused: files in {package} are not as built: {files}. If nobody edited them, {_remedy(package)}"
+        )
 
 
 def _read_digest(path: Path) -> Optional[_Digest]:

@@ -31,12 +31,12 @@ class _Alone(nn.Module):
 
 
 def kernelize_adapted(model: nn.Module, *, mode, device: Optional[Union[str, torch.device]] = None) -> nn.Module:
-    """Binds our forwards on the LoRA modules and the adapted gated MLPs of `model`, as `kernelize(model, mode=mode)` does
-    inside `use_peft_layers()`, and touches no other module. Returns `model`.
+    """Binds our forwards on the LoRA modules and the adapted gated MLPs of `model`, as `kernelize(model, mode=mode)`
+    does inside `use_peft_layers()`, and touches no other module. Returns `model`.
 
-    `device`: as `kernelize` takes it; each module's own by default. A module whose tensors are all on the meta device, to
-    be put elsewhere by another tool, counts as on the CPU. Raises ImportError as `register_peft_layers` does, ValueError
-    where `kernelize` does.
+    `device`: as `kernelize` takes it; each module's own by default. A module whose tensors are all on the meta device,
+    to be put elsewhere by another tool, counts as on the CPU. Raises ImportError as `register_peft_layers` does,
+    ValueError where `kernelize` does.
     """
     versions.check()
     from kernels import kernelize, use_kernel_mapping

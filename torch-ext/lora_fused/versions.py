@@ -11,7 +11,7 @@ WANTED = {"kernels": "0.17", "peft": "0.18", "torch": "2.11"}
 
 def check() -> None:
     """Raises one ImportError that names every package which is missing, too old or cannot be imported, with the command
-    that installs what is wanted. Development versions count as the release they lead to."""
+    that installs what is wanted. Development versions count as the release that they lead to."""
     problems = {name: problem for name, minimum in WANTED.items() if (problem := _problem(name, minimum))}
     if not problems:
         return
