@@ -14,6 +14,7 @@ PACKAGE = ROOT / "torch-ext" / "lora_fused"
 LAYERS = (
     "__init__",
     "explanation",
+    "kernelized",
     "mapping",
     "layers",
     "siblings",
@@ -44,6 +45,8 @@ LAYERS = (
     "projection",
     "table",
     "tuned",
+    "versions",
+    "integrity",
     "_ops",
 )
 LAZY = {"peft", "kernels", "transformers", "bitsandbytes", "triton"}

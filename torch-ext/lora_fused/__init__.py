@@ -3,7 +3,13 @@
 `__all__` is what version 1 promises; everything else may change.
 """
 
-from . import _ops as _ops  # first, so that a damaged library leaves nothing half loaded
+from pathlib import Path as _Path
+
+from . import integrity as _integrity
+
+_integrity.check(_Path(__file__).parent)  # before the library is opened
+
+from . import _ops as _ops  # before the rest, so that a library that fails to load leaves nothing half loaded
 
 from . import layers
 from .functional import lora_linear, lora_linear_group, row_norm

@@ -9,7 +9,7 @@ from typing import Callable, Iterator
 
 from torch import nn
 
-from . import genuine, layers, mlp_state, peft_embedding, peft_state
+from . import genuine, layers, mlp_state, peft_embedding, peft_state, versions
 
 _DEVICES = ("cpu", "cuda")
 _CLASS_ATTRIBUTES = ("kernel_layer_name", "kernel_condition")
@@ -32,12 +32,13 @@ class LoadedLayer:
         return f"{self.layer.__module__}.{self.layer.__name__}"
 
 
-def _mapping() -> dict:
+def layer_mapping() -> dict:
+    """Our layers by name and device, as `kernels` takes them."""
     mapped = (layers.LoraLinear, layers.LoraLinearOfX, layers.LoraEmbedding, *layers.GATED_MLP_BY_INPUT.values())
     return {layer.__name__: {device: LoadedLayer(layer) for device in _DEVICES} for layer in mapped}
 
 
-class _Marks:
+class Marks:
     """Classes that `kernelize` is told of, and what they said before."""
 
     def __init__(self):
@@ -64,15 +65,17 @@ class _Marks:
         Not for `root` itself: always False."""
         peft_state.note_names(root)
         for module in root.modules():
-            cls = type(module)
-            if "kernel_layer_name" in cls.__dict__ or not mlp_state.is_adapted(module):
-                continue
-            structure = mlp_state.structure_of(module)
-            layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
-            if layer is not None and not structure.optional:
-                adapted = functools.partial(_is_adapted_instance, cls)
-                self.mark(cls, layer.__name__, functools.partial(_is_free, layer, adapted))
+            if "kernel_layer_name" not in type(module).__dict__ and mlp_state.is_adapted(module):
+                self.mark_gated_mlp(module)
         return False
+
+    def mark_gated_mlp(self, module: nn.Module) -> None:
+        """Marks the class of an adapted gated MLP, if its input is called as one of our layers calls it."""
+        cls, structure = type(module), mlp_state.structure_of(module)
+        layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
+        if layer is not None and not structure.optional:
+            adapted = functools.partial(_is_adapted_instance, cls)
+            self.mark(cls, layer.__name__, functools.partial(_is_free, layer, adapted))
 
     def restore(self) -> None:
         for cls, attributes in self.before.items():
@@ -101,24 +104,26 @@ def register_peft_layers() -> None:
     `kernelize`, globally.
 
     Global, because `kernelize` run again without a mapping gives layers their old forward back.
-    Raises ImportError where peft or kernels is missing.
+    Raises ImportError, and maps nothing, where peft, kernels or torch is missing or too old.
     """
+    versions.check()
     from kernels import register_kernel_mapping
 
-    _Marks().mark_all()
-    register_kernel_mapping(_mapping())
+    Marks().mark_all()
+    register_kernel_mapping(layer_mapping())
 
 
 @contextlib.contextmanager
 def use_peft_layers() -> Iterator[None]:
     """`register_peft_layers` for the duration of a with-block; models kernelized inside keep their
-    layers afterwards."""
+    layers afterwards. Raises ImportError as that does."""
+    versions.check()
     from kernels import use_kernel_mapping
 
-    marks = _Marks()
+    marks = Marks()
     marks.mark_all()
     try:
-        with use_kernel_mapping(_mapping()):
+        with use_kernel_mapping(layer_mapping()):
             yield
     finally:
         marks.restore()
