@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../kernel-src/common/names.h"
 #include "python_module.h"
 
 // One more macro level, so that TORCH_EXTENSION_NAME is expanded before it is stringified.
@@ -10,6 +11,7 @@
 #define OPS_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 
 OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
+  ops.def("names(str kind) -> str");
   ops.def("row_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
   ops.def("gain(Tensor magnitude, Tensor norm) -> Tensor");
   ops.def("dropout(Tensor x, Tensor seed, float p, Tensor(a!) out, bool accumulate=False, bool scaled=True) -> ()");
@@ -60,6 +62,10 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "Tensor lora_b, Tensor? magnitude, Tensor? gain, Tensor? norm, Tensor? scale, float scaling, "
       "float number, int padding, bool need_a, bool need_b, bool need_m) -> Tensor[]");
 }
+
+std::string names(std::string kind) { return lora_fused::names_of(kind); }
+
+OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) { ops.impl("names", TORCH_BOX(&names)); }
 
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("row_norm", TORCH_BOX(&row_norm_cpu));

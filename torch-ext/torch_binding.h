@@ -3,8 +3,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
+
+// The names of what the ops take as numbers, see kernel-src/common/names.h.
+std::string names(std::string kind);
 
 // Each op: one declaration per device; kernel-src/ says what it computes.
 torch::stable::Tensor row_norm_cpu(const torch::stable::Tensor& weight,

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dropout.h"
+#include "names.h"
 #include "view.h"
 
 namespace lora_fused {
@@ -36,8 +37,6 @@ struct PartSum {
   std::optional<Parts> parts = std::nullopt;
 };
 
-enum Activation : int64_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
-
 // DoRA's gain on the value u before it, which holds the bias b: g∘(u - b) + b, in the order that
 // leaves u unchanged where g is 1. Vectors [N]: the gain in float32 (float64 for float64), the bias
 // in u's dtype.
@@ -51,7 +50,7 @@ struct Gain {
 struct Gated {
   View gate, up, h;
   MaybeView dh, dgate, dup;
-  int64_t activation;
+  int64_t activation;  // an Activation
   Gain gate_gain, up_gain;
 };
 

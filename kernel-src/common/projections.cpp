@@ -206,14 +206,34 @@ std::optional<double> common_scaling(const Members& members) {
 
 }  // namespace
 
+void Lists::check() const {
+  using P = PackedWeight;
+  STD_TORCH_CHECK(quantized.empty() || quantized.size() == P::kFields * weights.size(), "quantized: ", quantized.size(),
+                  " numbers for ", weights.size(), " weights, expected ", int64_t{P::kFields}, " each");
+  for (size_t at = 0; at < quantized.size(); at += P::kFields) {
+    const int64_t* const q = quantized.data() + at;
+    STD_TORCH_CHECK(q[P::kFormat] >= 0 && q[P::kFormat] < kFormats, "weight ", at / P::kFields, ": format ", q[P::kFormat],
+                    " is unknown, expected one of ", names_of("formats"));
+    STD_TORCH_CHECK(q[P::kDtype] >= 0 && q[P::kDtype] < kQuantizedDtypes, "weight ", at / P::kFields, ": dtype ", q[P::kDtype],
+                    " is unknown, expected one of ", names_of("dtypes"));
+    const size_t last = q[P::kFirstScale] + (q[P::kFormat] == kFloating ? 0 : q[P::kNestedBlocksize] > 0 ? 4 : 1);
+    STD_TORCH_CHECK(q[P::kFirstScale] >= 0 && last <= scales.size(), "weight ", at / P::kFields, ": ", scales.size(),
+                    " scales, expected at least ", last);
+  }
+}
+
 void FourBitWeight::dequantize(int64_t first, const Tensor& out) const {
-  const int64_t* q = numbers_;
-  const auto nested = [&](int which) { return q[4] > 0 ? MaybeTensor(scales_[which]) : std::nullopt; };
+  using P = PackedWeight;
+  static_assert(kFormats == 3, "FourBitWeight: NF4 or FP4");
+  const int64_t *q = numbers_, blocksize = q[P::kBlocksize], nested_blocksize = q[P::kNestedBlocksize];
+  const bool fp4 = q[P::kFormat] == kFp4;
+  const auto nested = [&](int which) { return nested_blocksize > 0 ? MaybeTensor(scales_[which]) : std::nullopt; };
 #if defined(CUDA_KERNEL)
   if (out.is_cuda())
-    return dequantize_4bit_cuda(packed_, scales_[0], nested(1), nested(2), nested(3), q[3], q[4], q[0] == 2, first, out);
+    return dequantize_4bit_cuda(packed_, scales_[0], nested(1), nested(2), nested(3), blocksize, nested_blocksize, fp4,
+                                first, out);
 #endif
-  dequantize_4bit_cpu(packed_, scales_[0], nested(1), nested(2), nested(3), q[3], q[4], q[0] == 2, first, out);
+  dequantize_4bit_cpu(packed_, scales_[0], nested(1), nested(2), nested(3), blocksize, nested_blocksize, fp4, first, out);
 }
 
 std::optional<Dropped> Members::mask(size_t i) const {
@@ -235,7 +255,7 @@ Tensor Members::weight(size_t i, ScalarType dtype) const {
 }
 
 std::optional<FourBitWeight> Members::packed(size_t i) const {
-  if (lists_.quantized.empty() || quantized(i)[0] == 0) return std::nullopt;
+  if (!is_packed(i)) return std::nullopt;
   return FourBitWeight(lists_.weights[first_ + i], lists_.scales, quantized(i));
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
-from .activation import ACTIVATIONS
+from .activation import INDEX
 from .autocast import autocast_dtype, without_autocast
 from .autograd.gated import GatedMLPFunction, forward_gated
 from .autograd.linear import LoraLinearFunction, forward_group
@@ -122,7 +122,7 @@ def compute_gated(
     names = [backend or _choose(x, part, taken) for part in (inputs, (output,))]
     seeds = draw_seeds(x.device, projections)
     if taken.native and all(map(backends.is_library, names)):
-        return gated_mlp(x, projections, (ACTIVATIONS.index(activation), gate_half), seeds, taken.exact)
+        return gated_mlp(x, projections, (INDEX[activation], gate_half), seeds, taken.exact)
     groups = (
         GroupSpec(tuple(projection.spec for projection in part), name, lora_dtype)
         for part, name in zip((inputs, (output,)), names)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backend as backends
 from .. import base, ops
-from ..projection import Operands, Projection, Quantized, Taken
+from ..projection import FourBit, Operands, Projection, Quantized, Taken
 from .once import once_differentiable
 
 _NEED_A, _NEED_B, _NEED_BIAS, _NEED_MAGNITUDE = 1, 2, 4, 8
@@ -31,6 +31,8 @@ def takes(
     exact = False
     for (weight, bias, lora_a, lora_b, *_), _, spec in projections:
         quantized = spec.quantized
+        if quantized is not None and type(quantized) is not FourBit:
+            return Taken(False)
         stored = weight.dtype if quantized is None else quantized.dtype
         if stored != dtype or (quantized is None and weight.requires_grad):
             return Taken(False)
@@ -56,7 +58,7 @@ class _Wanted(NamedTuple):
 
 
 class _Fixed(NamedTuple):
-    """What is no tensor of a call; `quantized` as kernel-src/common/projections.h has it."""
+    """What is no tensor of a call; `quantized` as `ops.PackedWeight` has it."""
 
     scalings: tuple[float, ...]
     dropouts: Sequence[float]  # empty without any

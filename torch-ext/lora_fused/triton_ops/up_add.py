@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import tuned
 from ..projection import Mask
-from .launch import dot_precision, on_device, rank_block, shared_memory
+from .launch import dot_precision, on_device, on_values, rank_block, shared_memory
 from .mask import arguments, dropped
 
 try:
@@ -199,6 +199,7 @@ def _descriptor_fits(matrix: Tensor) -> bool:
     )
 
 
+@on_values
 def up_add(
     x: Tensor,
     weight: Tensor,
@@ -223,6 +224,7 @@ def up_add(
     return y
 
 
+@on_values
 def up_add_scaled(
     x: Tensor, weight: Tensor, t: Optional[Tensor], up: Optional[Tensor], gain: Tensor, bias: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
@@ -232,6 +234,7 @@ def up_add_scaled(
     return y, z
 
 
+@on_values
 def up_add_dropped(
     x: Tensor, d: Tensor, weight: Tensor, t: Tensor, up: Tensor, gain: Tensor, bias: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
