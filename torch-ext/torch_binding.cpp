@@ -24,13 +24,14 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "-> ()");
   ops.def(
       "gemm(Tensor[] a, Tensor[] b, bool b_rows_are_n, Tensor(a!) out, Tensor? bias=None, "
-      "Tensor? gain=None, Tensor(b!)? z=None, bool accumulate=False, Tensor? seed=None, float p=0.0, int leading=0) -> ()");
+      "Tensor? gain=None, Tensor(b!)? z=None, bool accumulate=False, Tensor? seed=None, float p=0.0, int leading=0, "
+      "float leading_scale=1.0) -> ()");
   ops.def(
       "skinny(Tensor[] x, Tensor[] other, Tensor(a!)[] out, float scaling, bool across, bool hopper, "
       "Tensor? seed=None, float p=0.0, int exact=0) -> ()");
   ops.def(
       "dy_products(Tensor[] dy, Tensor[] b, Tensor[] t, Tensor(a!)[] dt, Tensor(b!)[] db, float scaling, "
-      "bool exact=False) -> ()");
+      "bool exact=False, float db_scaling=1.0) -> ()");
   ops.def(
       "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
       "Tensor?[] lora_b, Tensor?[] gains, Tensor?[] magnitudes, float[] scalings, Tensor? seeds, float[] dropouts, "

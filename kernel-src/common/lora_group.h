@@ -82,22 +82,24 @@ struct SkinnyDown {
   std::optional<Parts> parts = std::nullopt;
 };
 
-// out = tᵀ dropped(x) for t [M, R] and x [M, C], rows of t strided or not: [R, C], or [C, R] where
+// out = scaling · tᵀ dropped(x) for t [M, R] and x [M, C], rows of t strided or not: [R, C], or [C, R] where
 // transposed, contiguous, in x's dtype or float32. Exact, t is the sum of t and of `rest`, in the same memory.
 struct SkinnyOuter {
   View t, x, out;
   bool transposed;
   std::optional<Dropped> mask;
   MaybeView rest = std::nullopt;
+  double scaling = 1.0;
 };
 
-// dt [M, R] = scaling · dy b and db [N, R] = dyᵀ t for dy [M, N], b [N, R] and t [M, R], from one read of dy; dt and
+// dt [M, R] = scaling · dy b and db [N, R] = db_scaling · dyᵀ t for dy [M, N], b [N, R] and t [M, R], from one read of dy; dt and
 // db in dy's dtype or float32. Rows are contiguous, and may be strided. Exact, b and t are [.., 2R], each with the rest
 // of its values beside them, and dt's parts are written.
 struct DyProducts {
   View dy, b, t, dt, db;
   double scaling;
   std::optional<Parts> parts = std::nullopt;
+  double db_scaling = 1.0;
 };
 
 // dropped(dt a), a term of dx [M, K].

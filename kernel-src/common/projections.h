@@ -50,6 +50,11 @@ class FourBitWeight {
   const int64_t* numbers_;
 };
 
+// What of the scaling s is left for the products that read t: float16 may not have the range for s·D(x) Aᵀ where it has
+// it for D(x) Aᵀ, which PEFT multiplies by B first. So there t has a factor of at most 1, and what is beyond is a power
+// of two, 1 elsewhere. projection.py, `split_scaling`, has the same rule.
+double beyond_t(double scaling, ScalarType dtype);
+
 // [first, first + count) of them, which share an input.
 class Members {
  public:
@@ -69,6 +74,9 @@ class Members {
   const std::optional<Tensor>& b(size_t i) const { return lists_.lora_b[first_ + i]; }
   const std::optional<Tensor>& gain(size_t i) const { return of(lists_.gains, i); }
   double scaling(size_t i) const { return lists_.scalings[first_ + i]; }
+  // The two factors of it where x is in `dtype`: t's own, and that of the products which read t.
+  double down_scaling(size_t i, ScalarType dtype) const { return scaling(i) / up_scaling(i, dtype); }
+  double up_scaling(size_t i, ScalarType dtype) const { return beyond_t(scaling(i), dtype); }
   bool masked(size_t i) const { return !lists_.dropouts.empty() && lists_.dropouts[first_ + i] != 0.0; }
   int64_t rank(size_t i) const { return a(i) ? a(i)->size(0) : 0; }
   std::optional<Dropped> mask(size_t i) const;

@@ -90,7 +90,7 @@ def compute_group(
     """`lora_linear_group` on operands that are known to be right; `token` is kept as the graph is."""
     lora_dtype, x = _autocast(x)
     taken = takes(projections, x.dtype, lora_dtype, x.is_cuda)
-    backend = backend or _choose(x, projections, taken)
+    backend = backend or _choose(x, projections, taken, lora_dtype)
     seeds = draw_seeds(x.device, projections, share_mask)
     if taken.native and backends.is_library(backend):
         return lora_group(x, projections, seeds, taken.exact, token)
@@ -119,7 +119,7 @@ def compute_gated(
     projections = (*inputs, output)
     lora_dtype, x = _autocast(x)
     taken = takes(projections, x.dtype, lora_dtype, x.is_cuda)
-    names = [backend or _choose(x, part, taken) for part in (inputs, (output,))]
+    names = [backend or _choose(x, part, taken, lora_dtype) for part in (inputs, (output,))]
     seeds = draw_seeds(x.device, projections)
     if taken.native and all(map(backends.is_library, names)):
         return gated_mlp(x, projections, (INDEX[activation], gate_half), seeds, taken.exact)
@@ -144,13 +144,21 @@ def _autocast(x: Tensor) -> tuple[Optional[torch.dtype], Tensor]:
     return dtype, x if dtype is None or x.dtype == dtype else x.to(dtype)
 
 
-def _choose(x: Tensor, projections: Sequence[Projection], taken: Taken) -> str:
+def _choose(
+    x: Tensor, projections: Sequence[Projection], taken: Taken, lora_dtype: Optional[torch.dtype]
+) -> str:
     """Name of the backend; `taken` is of all that is computed together."""
+    if x.dtype == torch.float16 and lora_dtype is None and any([_is_wide(p.operands.lora_a) for p in projections]):
+        return backends.LIBRARY  # Triton stores t and dt in x's dtype, which has not the range for an adapter in float32
 
     def work() -> int:
         return math.prod(x.shape[:-1]) * max(math.prod(projection.shape) for projection in projections)
 
     return backends.choose(x.device, x.dtype, taken, work)
+
+
+def _is_wide(lora_a: Optional[Tensor]) -> bool:
+    return lora_a is not None and lora_a.dtype != torch.float16
 
 
 def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Optional[Tensor]:

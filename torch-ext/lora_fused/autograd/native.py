@@ -27,9 +27,12 @@ def takes(
 ) -> Taken:
     """Of projections of an x in `dtype`: the ops compute those on a frozen base of that dtype, with the LoRA path
     in it too or exactly. Exactly on a GPU, of DoRA without dropout, and not in float16, which has not the range for
-    what the gradients of float32 adapters hold."""
-    exact = False
-    for (weight, bias, lora_a, lora_b, *_), _, spec in projections:
+    what the gradients of float32 adapters hold. Nor has it the range for DoRA's value before the gain, nor for s·b_B
+    alone where s is beyond 1."""
+    exact, half = False, dtype == torch.float16
+    for (weight, bias, lora_a, lora_b, lora_bias, magnitude, *_), scaling, spec in projections:
+        if half and (magnitude is not None or (lora_bias is not None and abs(scaling) > 1.0)):
+            return Taken(False)
         quantized = spec.quantized
         if quantized is not None and type(quantized) is not FourBit:
             return Taken(False)
