@@ -19,6 +19,7 @@ LAYERS = (
     "functional_delta",
     "functional",
     "functional_embedding",
+    "checks",
     "autograd",
     "compose",
     "member",
@@ -40,6 +41,7 @@ LAYERS = (
     "projection",
     "table",
     "tuned",
+    "errors",
     "_ops",
 )
 LAZY = {"peft", "kernels", "transformers", "bitsandbytes", "triton"}

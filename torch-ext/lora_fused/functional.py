@@ -14,10 +14,9 @@ from .autocast import autocast_dtype, without_autocast
 from .autograd.gated import GatedMLPFunction, forward_gated
 from .autograd.linear import LoraLinearFunction, forward_group
 from .autograd.native import gated_mlp, lora_group, takes
+from .checks import check_number, check_tensor
 from .member import members_of
 from .projection import GatedSpec, GroupSpec, Operands, Projection, ProjectionSpec, Taken, flatten
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def lora_linear(
@@ -68,12 +67,14 @@ def lora_linear_group(
     Members may differ in everything, and have no adapter at all. Each draws a dropout mask of its
     own, as PEFT's layers do; with `share_mask` they have one in common.
     """
-    _check_tensor("x", x)
+    check_tensor("x", x)
     if x.dim() < 1:
         raise ValueError(f"x: shape {tuple(x.shape)}, expected at least one dimension")
     if not projections:
         raise ValueError("projections: empty, expected at least one")
     for projection in projections:
+        if not isinstance(projection, Projection):
+            raise TypeError(f"projections: {type(projection).__name__}, expected each to be a Projection")
         _check_projection(x, projection)
     _check_dtypes(x, projections)
     return compute_group(x, projections, share_mask=share_mask, backend=backend)
@@ -180,6 +181,7 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
     Raises ValueError or TypeError naming the tensor, what was seen and what was expected.
     Source: Liu et al. 2024, arXiv:2402.09353, equation 5.
     """
+    check_number("scaling", scaling)
     _check_operands(Operands(weight, None, lora_a, lora_b))
     with torch.no_grad():
         return backends.row_norm(weight, lora_a, lora_b, scaling)
@@ -187,10 +189,9 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
 
 def _check_projection(x: Tensor, projection: Projection) -> None:
     operands, spec = projection.operands, projection.spec
-    if not isinstance(projection.scaling, (int, float)) or not math.isfinite(projection.scaling):
-        raise TypeError(f"scaling: {projection.scaling!r}, expected a finite number")
-    if not 0.0 <= spec.dropout <= 1.0:
-        raise ValueError(f"dropout: {spec.dropout}, expected a probability from 0 to 1")
+    check_number("scaling", projection.scaling)
+    if not isinstance(spec.dropout, (int, float)) or not 0.0 <= spec.dropout <= 1.0:
+        raise ValueError(f"dropout: {spec.dropout!r}, expected a probability from 0 to 1")
     _check_operands(operands, spec.transposed)
     if x.device != operands.weight.device:
         raise ValueError(f"x: on {x.device}, expected {operands.weight.device} as weight is")
@@ -214,11 +215,12 @@ def _check_dtypes(x: Tensor, projections: Sequence[Projection]) -> None:
 def _check_operands(operands: Operands, transposed: bool = False) -> None:
     for name, tensor in zip(Operands._fields, operands):
         if tensor is not None:
-            _check_tensor(name, tensor)
+            check_tensor(name, tensor)
     weight, lora_a, lora_b = operands.weight, operands.lora_a, operands.lora_b
     if weight.dim() != 2:
         raise ValueError(f"weight: shape {tuple(weight.shape)}, expected {'[K, N]' if transposed else '[N, K]'}")
     n, k = reversed(weight.shape) if transposed else weight.shape
+    fitting = f"for weight of shape {tuple(weight.shape)}"
     if (lora_a is None) != (lora_b is None):
         raise ValueError("lora_a and lora_b: one is None, expected both or neither")
     if lora_a is None:
@@ -227,9 +229,9 @@ def _check_operands(operands: Operands, transposed: bool = False) -> None:
             raise ValueError(f"{extra}: given without lora_a and lora_b")
     else:
         if lora_a.dim() != 2 or lora_a.shape[1] != k:
-            raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}, expected [R, {k}]")
+            raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}, expected [R, {k}] {fitting}")
         if lora_b.dim() != 2 or lora_b.shape != (n, lora_a.shape[0]):
-            raise ValueError(f"lora_b: shape {tuple(lora_b.shape)}, expected [{n}, {lora_a.shape[0]}]")
+            raise ValueError(f"lora_b: shape {tuple(lora_b.shape)}, expected [{n}, {lora_a.shape[0]}] {fitting}")
         if lora_a.shape[0] == 0:
             raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}, expected a rank of at least 1")
     if operands.lora_bias is not None and operands.magnitude is not None:
@@ -237,14 +239,9 @@ def _check_operands(operands: Operands, transposed: bool = False) -> None:
     for name in ("bias", "lora_bias", "magnitude"):
         vector = getattr(operands, name)
         if vector is not None and vector.shape != (n,):
-            raise ValueError(f"{name}: shape {tuple(vector.shape)}, expected [{n}]")
+            raise ValueError(f"{name}: shape {tuple(vector.shape)}, expected [{n}] {fitting}")
     for name, tensor in zip(Operands._fields, operands):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{name}: on {tensor.device}, expected {weight.device} as weight is")
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name}: dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")

@@ -173,10 +173,14 @@ def explain(model: nn.Module, rows: int = 8192) -> Explanation:
 
     The backend is that of a call with `rows` rows (tokens of all sequences together), in the base
     weight's dtype, or autocast's inside an autocast block. Warns where nothing is fused. Raises
-    TypeError if `model` is no module.
+    TypeError if `model` is no module or `rows` no number of rows, ValueError if that is negative.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}, expected a torch.nn.Module")
+    if not isinstance(rows, int) or isinstance(rows, bool):
+        raise TypeError(f"rows: {rows!r}, expected an int, the number of rows of a call")
+    if rows < 0:
+        raise ValueError(f"rows: {rows}, expected at least 0")
     names = {module: name for name, module in model.named_modules()}
     in_mlp = _gated_mlps(names)
     table = [

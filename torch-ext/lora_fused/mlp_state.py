@@ -86,6 +86,8 @@ def read_mlp(
         return structure
     if not isinstance(x, Tensor):
         return f"x is a {type(x).__name__}"
+    if x.is_nested:
+        return "x is nested"
     for name in structure.activation_modules:
         reason = peft_state.hooks_reason(name, module._modules[name])
         if reason:

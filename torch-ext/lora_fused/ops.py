@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
+from .errors import native_error
 from .projection import Mask
 
 
@@ -56,7 +57,7 @@ def _row_norm_fake(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: floa
 
 def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """‖W + s·B·A‖ by row in float32, computed by the C++ (CPU) or CUDA op."""
-    return ops.row_norm(weight, lora_a, lora_b, scaling)
+    return _row_norm(weight, lora_a, lora_b, scaling)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gain"))
@@ -66,7 +67,7 @@ def _gain_fake(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """magnitude / norm [N] in norm's dtype, and exactly 1 where they differ by the norm's rounding alone."""
-    return ops.gain(magnitude.to(norm.dtype).contiguous(), norm)
+    return _gain(magnitude.to(norm.dtype).contiguous(), norm)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("dropout"))
@@ -79,7 +80,7 @@ def _dropout_fake(
 def dropout(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
     """mask ∘ x / (1 - p) for x [M, K], in `dtype`, computed by the C++ (CPU) or CUDA op."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    ops.dropout(x.contiguous(), mask.seed, mask.p, out)
+    _dropout(x.contiguous(), mask.seed, mask.p, out)
     return out
 
 
@@ -95,7 +96,7 @@ def dora_gains(
     """(`row_norm`, `gain`) of each member, in float32. Weights in four bits, described by `scales` and `quantized` as
     `PackedWeight` has them, become floating point some rows at a time."""
     ready = [as_magnitude(magnitude) for magnitude in magnitudes]
-    return ops.dora_gains(weights, lora_a, lora_b, ready, scalings, scales, quantized)
+    return _dora_gains(weights, lora_a, lora_b, ready, scalings, scales, quantized)
 
 
 def as_magnitude(magnitude: Tensor) -> Tensor:
@@ -266,21 +267,33 @@ for _name in (
         _dispatch.impl(_name, _on_values(getattr(ops, _name).default), _key)
 
 
-def _past_subclasses(op):
-    """An op whose operands may be bitsandbytes' parameters: a subclass of a tensor that would be asked first."""
+def _op(name: str, past_subclasses: bool = False):
+    """An op as it is called here, with the cause of a failure in place of C++'s words. `past_subclasses`: its operands may
+    be bitsandbytes' parameters, a subclass of a tensor that would be asked first."""
+    op = getattr(ops, name).default
 
     def call(*args):
-        with torch._C.DisableTorchFunctionSubclass():
+        try:
             return op(*args)
+        except RuntimeError as error:
+            raise native_error(error, args) from None
 
-    return call
+    def call_past(*args):
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return op(*args)
+        except RuntimeError as error:
+            raise native_error(error, args) from None
+
+    return call_past if past_subclasses else call
 
 
-dequantize_4bit = _past_subclasses(ops.dequantize_4bit.default)
-lora_forward = _past_subclasses(ops.lora_forward.default)
-lora_backward = _past_subclasses(ops.lora_backward.default)
-gated_forward = _past_subclasses(ops.gated_forward.default)
-gated_backward = _past_subclasses(ops.gated_backward.default)
-column_norm = ops.column_norm.default
-embedding_forward = ops.embedding_forward.default
-embedding_backward = ops.embedding_backward.default
+dequantize_4bit = _op("dequantize_4bit", past_subclasses=True)
+lora_forward = _op("lora_forward", past_subclasses=True)
+lora_backward = _op("lora_backward", past_subclasses=True)
+gated_forward = _op("gated_forward", past_subclasses=True)
+gated_backward = _op("gated_backward", past_subclasses=True)
+column_norm = _op("column_norm")
+embedding_forward = _op("embedding_forward")
+embedding_backward = _op("embedding_backward")
+_row_norm, _gain, _dropout, _dora_gains = _op("row_norm"), _op("gain"), _op("dropout"), _op("dora_gains")
