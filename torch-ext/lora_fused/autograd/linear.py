@@ -57,9 +57,9 @@ def is_scaled(member: Member) -> bool:
     return member.operands.magnitude is not None and member.mask is None
 
 
-def scaled_output(member: Member, z: Tensor, gain: Tensor) -> Tensor:
-    """y = g∘z + b of a member that `is_scaled`."""
-    return backends.pointwise(z).scale(z, gain, member.bias(z.dtype))
+def scaled_output(member: Member, z: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """y = g∘z + b in `dtype` of a member that `is_scaled`."""
+    return backends.pointwise(z).scale(z, gain, member.bias(z.dtype)).to(dtype)
 
 
 def _gains(members: Sequence[Member]) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:

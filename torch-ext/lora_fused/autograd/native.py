@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backend as backends
 from .. import base, ops
-from ..projection import Operands, Projection, Quantized, Taken
+from ..projection import FourBit, Operands, Projection, Quantized, Taken
 from . import outputs
 from .once import once_differentiable
 
@@ -28,10 +28,15 @@ def takes(
 ) -> Taken:
     """Of projections of an x in `dtype`: the ops compute those on a frozen base of that dtype, with the LoRA path
     in it too or exactly. Exactly on a GPU, of DoRA without dropout, and not in float16, which has not the range for
-    what the gradients of float32 adapters hold."""
-    exact = False
-    for (weight, bias, lora_a, lora_b, *_), _, spec in projections:
+    what the gradients of float32 adapters hold. Nor has it the range for DoRA's value before the gain, nor for s·b_B
+    alone where s is beyond 1."""
+    exact, half = False, dtype == torch.float16
+    for (weight, bias, lora_a, lora_b, lora_bias, magnitude, *_), scaling, spec in projections:
+        if half and (magnitude is not None or (lora_bias is not None and abs(scaling) > 1.0)):
+            return Taken(False)
         quantized = spec.quantized
+        if quantized is not None and type(quantized) is not FourBit:
+            return Taken(False)
         stored = weight.dtype if quantized is None else quantized.dtype
         if stored != dtype or (quantized is None and weight.requires_grad):
             return Taken(False)
@@ -57,7 +62,7 @@ class _Wanted(NamedTuple):
 
 
 class _Fixed(NamedTuple):
-    """What is no tensor of a call; `quantized` as kernel-src/common/projections.h has it."""
+    """What is no tensor of a call; `quantized` as `ops.PackedWeight` has it."""
 
     scalings: tuple[float, ...]
     dropouts: Sequence[float]  # empty without any
