@@ -15,7 +15,7 @@ namespace lora_fused {
 #define LORA_FUSED_FORMATS(X) X(kFloating, floating) X(kNf4, nf4) X(kFp4, fp4)
 
 // The dtype of a quantised weight before it was quantised.
-#define LORA_FUSED_DTYPES(X) X(kFloat32, float32) X(kBFloat16, bfloat16) X(kFloat16, float16)
+#define LORA_FUSED_DTYPES(X) X(kFromFloat32, float32) X(kFromBFloat16, bfloat16) X(kFromFloat16, float16)
 
 // The numbers that describe one weight: ops.py, `PackedWeight`, says what they are.
 #define LORA_FUSED_PACKED_WEIGHT(X)                                                                           \

@@ -40,7 +40,7 @@ class FourBitWeight {
   ScalarType dtype() const {
     static_assert(kQuantizedDtypes == 3, "FourBitWeight: a dtype for each");
     const int64_t dtype = numbers_[PackedWeight::kDtype];
-    return dtype == kBFloat16 ? ScalarType::BFloat16 : dtype == kFloat16 ? ScalarType::Half : ScalarType::Float;
+    return dtype == kFromBFloat16 ? ScalarType::BFloat16 : dtype == kFromFloat16 ? ScalarType::Half : ScalarType::Float;
   }
   // From element `first` of the flat weight on, as many as `out` has, in its dtype.
   void dequantize(int64_t first, const Tensor& out) const;
