@@ -36,6 +36,14 @@ FIELDS = ("weight", "bias", "lora_a", "lora_b", "lora_bias", "magnitude")
 SCALES = 4  # of a quantised weight, which none of these is
 
 
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """What the ops allocate is NaN on the CPU; `poison` does it on a GPU."""
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def three_threads():
     """More than a test's process has otherwise: rows and columns are dealt out."""

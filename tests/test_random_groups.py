@@ -8,7 +8,7 @@ import formula
 import pytest
 import torch
 from cases import UNIT, relative
-from test_native import draw, flat_on, operands_of, poison, projections_of
+from test_native import draw, flat_on, operands_of, poison, poisoned_memory, projections_of  # noqa: F401
 
 RANKS = (1, 3, 4, 8, 12, 16, 40)
 
