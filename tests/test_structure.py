@@ -13,12 +13,15 @@ PACKAGE = ROOT / "torch-ext" / "lora_fused"
 # From the top down; a module imports only what stands below it.
 LAYERS = (
     "__init__",
+    "explanation",
+    "kernelized",
     "mapping",
     "layers",
     "siblings",
     "functional_delta",
     "functional",
     "functional_embedding",
+    "checks",
     "autograd",
     "compose",
     "member",
@@ -36,10 +39,16 @@ LAYERS = (
     "peft_small",
     "peft_state",
     "peft_base",
+    "peft_scaling",
+    "last_call",
+    "genuine",
     "autocast",
     "projection",
     "table",
     "tuned",
+    "versions",
+    "integrity",
+    "errors",
     "_ops",
 )
 LAZY = {"peft", "kernels", "transformers", "bitsandbytes", "triton"}

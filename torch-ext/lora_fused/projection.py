@@ -6,6 +6,7 @@ gradient), so a group is described by a hashable `GroupSpec` and a flat tuple of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Optional, Sequence, Union
 
@@ -81,10 +82,10 @@ class ProjectionSpec:
 
 class Projection(NamedTuple):
     """One projection ready to compute; the scaling stands beside the spec since it may change at
-    every step."""
+    every step. As a tensor without dimensions it is not to be waited for: `fold` comes first."""
 
     operands: Operands
-    scaling: float = 1.0
+    scaling: Union[float, Tensor] = 1.0
     spec: ProjectionSpec = ProjectionSpec()
 
     @property
@@ -94,6 +95,23 @@ class Projection(NamedTuple):
             return self.spec.quantized.shape
         n, k = self.operands.weight.shape
         return (k, n) if self.spec.transposed else (n, k)
+
+
+def fold(projections: Sequence[Projection]) -> Sequence[Projection]:
+    """The same projections with scalings that are tensors multiplied into B and its bias, where autograd sees them."""
+    for projection in projections:
+        if type(projection.scaling) is not float:
+            return tuple(map(_folded, projections))
+    return projections
+
+
+def _folded(projection: Projection) -> Projection:
+    operands, scaling, spec = projection
+    if not isinstance(scaling, Tensor):
+        return projection
+    scaling = scaling.clone()  # autograd keeps it, and the next swap fills the tensor itself
+    lora_bias = None if operands.lora_bias is None else operands.lora_bias * scaling
+    return Projection(operands._replace(lora_b=operands.lora_b * scaling, lora_bias=lora_bias), 1.0, spec)
 
 
 @dataclass(frozen=True)
@@ -143,6 +161,20 @@ class Mask(NamedTuple):
 
     seed: Tensor
     p: float
+
+
+def split_scaling(scaling: float, *dtypes: torch.dtype) -> tuple[float, float]:
+    """(down, up), of which the scaling is the product: t = down·dropout(x) Aᵀ is kept, and what is made of t has the
+    factor up. `dtypes`: those that t may be stored in.
+
+    float16 may not have the range for s·dropout(x) Aᵀ where it has it for dropout(x) Aᵀ, which PEFT multiplies by B
+    first. So there |down| is at most 1, and up a power of two, 1 elsewhere. kernel-src/common/projections.h, `beyond_t`,
+    has the same rule."""
+    if torch.float16 not in dtypes or not abs(scaling) > 1.0:
+        return scaling, 1.0
+    mantissa, exponent = math.frexp(abs(scaling))
+    up = math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent)
+    return scaling / up, up
 
 
 def flatten(projections: Sequence[Operands]) -> tuple[Optional[Tensor], ...]:
