@@ -4,7 +4,7 @@ checkpoint waits."""
 import pytest
 import torch
 from cases import SeededDropout
-from heads import NAMES, assert_same, functions, heads, inner, kernelized, learned, step
+from heads import NAMES, functions, heads, inner, kernelized, learned, step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +20,12 @@ def frozen(module, name, x):
         module.k.lora_A["default"].weight.requires_grad_(False)
 
 
+def trained(module, name, x):
+    """It is frozen when q runs."""
+    if name == "q":
+        module.k.lora_B["default"].weight.requires_grad_(True)
+
+
 def wrapped_anew(module, name, x):
     """Another parameter over the same memory."""
     if name == "q":
@@ -27,15 +33,20 @@ def wrapped_anew(module, name, x):
             layer.weight = nn.Parameter(layer.weight.data)
 
 
-@pytest.mark.parametrize("between", (frozen, wrapped_anew))
+@pytest.mark.parametrize("between", (frozen, trained, wrapped_anew))
 def test_gradients_are_those_of_the_parameters_at_the_call(lora_fused, between):
     model, x = heads(), x_of()
-    ours = learned(lora_fused, model, x)
-    results = [step(each, x, between=between) for each in (ours, model)]
-    assert results[1][1].keys() == {"x", *(name for name, p in model.named_parameters() if p.requires_grad)}
-    assert_same(*results)
-    frozen_grads = [inner(each).k.lora_A["default"].weight.grad for each in (ours, model)]
-    assert (frozen_grads[0] is None) == (frozen_grads[1] is None) == (between is frozen)
+    inner(model).k.lora_B["default"].weight.requires_grad_(between is not trained)
+    ours, found = learned(lora_fused, model, x), []
+    for each in (ours, model):
+        y, _ = step(each, x, between=between)
+        found.append({name: p.grad for name, p in each.named_parameters()})
+    mine, peft = found
+    there = {name for name, grad in peft.items() if grad is not None}
+    assert there == {name for name, grad in mine.items() if grad is not None}
+    assert len(there) == (5 if between is frozen else 6)
+    for name in there:
+        torch.testing.assert_close(mine[name], peft[name], rtol=1e-11, atol=1e-11, msg=name)
 
 
 def test_an_input_that_is_trained_from_the_second_sibling_on(lora_fused):
