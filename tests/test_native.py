@@ -301,3 +301,27 @@ def test_gated(lora_fused, device, three_threads, p, dora, gate_half, dtype, ada
     compare(run(native, "cpu", torch.float64, torch.float64), truth, torch.float64, stored=64)
     if not (p and dora) and (dtype, adapter) == (torch.bfloat16, torch.float32):
         compare(run(functools.partial(native, exact=True), device, dtype, adapter), truth, dtype, stored=8)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("activation", range(5))
+def test_gates_of_zero_and_far_from_it(lora_fused, device, activation, dtype):
+    """Values and slopes are those of autograd, which has 0 where ReLU has none, and nothing overflows on the way: y = f(x)."""
+    maths, eye = lora_fused.activation, torch.eye(6, device=device, dtype=dtype)
+    up = lora_fused.Operands(torch.zeros_like(eye), torch.ones(6, device=device, dtype=dtype))
+    far = 1e3 if maths.ACTIVATIONS[activation] == "relu2" else 1e25
+    x = torch.tensor([[0.0, 1.0, -1.0, 35.0, -35.0, far]], device=device, dtype=dtype, requires_grad=True)
+    projections = [lora_fused.Projection(each) for each in (lora_fused.Operands(eye), up, lora_fused.Operands(eye))]
+    y = lora_fused.autograd.native.gated_mlp(x, projections, (activation, 0), None)
+    truth = x.detach().double().requires_grad_()
+    value = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda g: torch.nn.functional.gelu(g, approximate="tanh"),
+        "relu": torch.relu,
+        "relu2": lambda g: torch.relu(g).square(),
+    }[maths.ACTIVATIONS[activation]](truth)
+    (slope,) = torch.autograd.grad(value.sum(), truth)
+    y.sum().backward()
+    torch.testing.assert_close(y.double(), value, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x.grad.double(), slope, rtol=1e-5, atol=1e-6)
