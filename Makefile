@@ -1,7 +1,7 @@
 # Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test conformance matrix clean gpu-check bench tune cuda-compile
+.PHONY: help venv build demo test families conformance matrix clean gpu-check bench tune cuda-compile
 
 ifdef PYTHON
 READY :=
@@ -34,6 +34,9 @@ demo: build  ## fine-tune with PEFT alone and kernelized, and compare
 test: build  ## run the tests
 	@parallel=$$($(PYTHON) -c 'import xdist; print("-n 2 --dist loadgroup")' 2>/dev/null); \
 	set -x; OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$parallel tests
+
+families: build  ## hold every model family against PEFT and write the README's table of them
+	OMP_NUM_THREADS=1 $(PYTHON) scripts/families_table.py --measure
 
 conformance: build  ## run PEFT's own LoRA tests with and without the kernel (SDIST=file: no download)
 	$(PYTHON) scripts/conformance.py $(if $(SDIST),--sdist $(SDIST))

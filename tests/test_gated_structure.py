@@ -33,6 +33,7 @@ class Mlp(nn.Module):
         self.w1, self.w3, self.w2 = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
         self.both, self.square = nn.Linear(4, 12), nn.Linear(4, 4)
         self.act, self.norm, self.dropout = nn.SiLU(), nn.LayerNorm(4), nn.Dropout(0.5)
+        self.channels = nn.Dropout1d(0.5)
         self.scale = nn.Parameter(torch.ones(()))
         self.extra, self.log = None, []
 
@@ -122,6 +123,48 @@ GATED = {
     "second half": (second_half_is_the_gate, ("both", "both", "gelu")),
 }
 
+
+def cast_to_weight(self, x):
+    """As T5 does, some of whose weights may be of another dtype."""
+    h = self.dropout(self.act(self.w1(x)) * self.w3(x))
+    if isinstance(self.w2.weight, torch.Tensor) and h.dtype != self.w2.weight.dtype:
+        h = h.to(self.w2.weight.dtype)
+    return self.w2(h)
+
+
+# With the dropouts on the way, and whether the forward asks for dtypes.
+CONDITIONAL = {
+    "dropout before down": (lambda self, x: self.w2(self.dropout(self.act(self.w1(x)) * self.w3(x))), ("dropout",), False),
+    "dropout after down": (lambda self, x: self.dropout(self.w2(self.act(self.w1(x)) * self.w3(x))), ("dropout",), False),
+    "the same one twice": (
+        lambda self, x: self.dropout(self.w2(self.dropout(self.dropout(self.act(self.w1(x)) * self.w3(x))))),
+        ("dropout",),
+        False,
+    ),
+    "cast to weight": (cast_to_weight, ("dropout",), True),
+    "on dtype": (
+        lambda self, x: x if x.dtype.is_complex else self.w2(self.act(self.w1(x)) * self.w3(x)),
+        (),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_what_holds_under_a_condition(structure, maths, name):
+    forward, dropouts, asks = CONDITIONAL[name]
+    module = mlp(forward)
+    found = structure.recognise(module)
+    assert (found.gate, found.up, found.down, found.activation) == ("w1", "w3", "w2", "silu")
+    assert found.dropouts == dropouts and found.dtype == (torch.float32 if asks else None)
+    module.dropout.p = 0.0
+    assert_computes_gated_mlp(module, found, maths, 4)
+    assert structure.recognise(module).dtype == (torch.float64 if asks else None)
+    module.w3.half()  # no dtype that all have
+    found = structure.recognise(module)
+    assert isinstance(found, str) == asks, found
+
+
 WITH_MODULE = {"module", "swapped factors", "roles by computation"}
 
 
@@ -147,13 +190,16 @@ MISSES = {
     "another input": (lambda self, x, y: self.w2(self.act(self.w1(x)) * self.w3(y)), "more than one input: y"),
     "a changed input": (lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(self.norm(x))), "both factors"),
     "x plus one": (lambda self, x: self.w2(self.act(self.w1(x + 1)) * self.w3(x)), "add"),
-    "dropout": (lambda self, x: self.w2(self.dropout(self.act(self.w1(x)) * self.w3(x))), "not a product"),
+    "dropout of x": (lambda self, x: self.w2(self.act(self.w1(self.dropout(x))) * self.w3(x)), "has parameters"),
+    "dropout of up": (lambda self, x: self.w2(self.act(self.w1(x)) * self.dropout(self.w3(x))), "both factors"),
+    "unused dropout": (lambda self, x: (self.dropout(x), self.w2(self.act(self.w1(x)) * self.w3(x)))[1], "more than"),
+    "dropout of two": (lambda self, x: self.w2(self.dropout(self.act(self.w1(x)) * self.w3(x), x)), "a dropout's result"),
+    "channel dropout": (lambda self, x: self.w2(self.channels(self.act(self.w1(x)) * self.w3(x))), "not a product"),
     "dropout inside": (lambda self, x: self.w2(self.dropout(self.act(self.w1(x))) * self.w3(x)), "random"),
     "functional dropout": (
         lambda self, x: self.w2(F.dropout(self.act(self.w1(x)), 0.5, self.training) * self.w3(x)),
         "dropout is no activation",
     ),
-    "dropout after": (lambda self, x: self.dropout(self.w2(self.act(self.w1(x)) * self.w3(x))), "not a product"),
     "norm": (lambda self, x: self.w2(self.act(self.w1(self.norm(x))) * self.w3(x)), "has parameters"),
     "factor two": (lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x) * 2), "mul is no activation"),
     "scaled gate": (lambda self, x: self.w2(self.act(2 * self.w1(x)) * self.w3(x)), "mul is no activation"),
@@ -181,7 +227,15 @@ MISSES = {
     "unused call": (lambda self, x: (self.norm(x), self.w2(self.act(self.w1(x)) * self.w3(x)))[1], "more than"),
     "hook": (lambda self, x: (x.register_hook(print), self.w2(self.act(self.w1(x)) * self.w3(x)))[1], "more than"),
     "on data": (lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x)) if x.sum() > 0 else x, "reads __bool__"),
-    "on dtype": (lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x)) if x.dtype.is_complex else x, "reads __get__"),
+    "on device": (lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x)) if x.is_cuda else x, "reads __get__"),
+    "on another dtype": (
+        lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x)) if x.dtype == torch.float16 else x,
+        "not a child module's: x",
+    ),
+    "on the dtype of a parameter": (
+        lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x)) if self.scale.dtype == torch.float32 else x,
+        "something else than its input",
+    ),
     "on weight": (
         lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x)) if self.scale > 0 else x,
         "something else than its input",

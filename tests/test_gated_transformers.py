@@ -48,8 +48,18 @@ RECOGNISED = {
     "dinov2.Dinov2SwiGLUFFN": "silu",
     "zamba.ZambaMLP": "gelu",
     "recurrent_gemma.RecurrentGemmaMlp": "gelu_tanh",
+    "qwen2_5_vl.Qwen2_5_VLMLP": "silu",
+    "qwen2_5_omni.Qwen2_5OmniMLP": "silu",
+    "glm4v.Glm4VisionMlp": "silu",
+    "exaone4_5.Exaone4_5_MLP": "silu",
+    # While nothing is dropped, in one dtype.
+    "t5.T5DenseGatedActDense": "relu",
+    "mt5.MT5DenseGatedActDense": "gelu_tanh",
+    "umt5.UMT5DenseGatedActDense": "gelu_tanh",
+    "longt5.LongT5DenseGatedActDense": "relu",
+    "modernbert.ModernBertMLP": "gelu",
 }
-FUSED = {"Phi3MLP", "GlmMLP", "Glm4MLP", "GraniteMoeSharedMLP", "Dinov2SwiGLUFFN"}
+FUSED = {"Phi3MLP", "GlmMLP", "Glm4MLP", "GraniteMoeSharedMLP", "Dinov2SwiGLUFFN", "ModernBertMLP"}
 NOT_GATED = {
     "starcoder2.Starcoder2MLP": "dropout",
     "falcon.FalconMLP": "not a product",
@@ -59,9 +69,7 @@ NOT_GATED = {
     "arcee.ArceeMLP": "not a product",
     "clip.CLIPMLP": "not a product",
     "bitnet.BitNetMLP": "ffn_sub_norm",
-    "modernbert.ModernBertMLP": "drop",
     "falcon_h1.FalconH1MLP": "mul",
-    "t5.T5DenseGatedActDense": "reads __get__|something else",
     "moshi.MoshiGatingMLP": "reads __get__",
     "mixtral.MixtralSparseMoeBlock": "reads __get__",
     "deepseek_v3.DeepseekV3MoE": "reads __get__",
@@ -70,6 +78,7 @@ NOT_GATED = {
 }
 SMALL = dict(hidden_size=16, intermediate_size=24, moe_intermediate_size=24, d_model=16, d_ff=24, ffn_dim=24)
 SMALL |= dict(shared_intermediate_size=24)
+SMALL |= dict(dropout_rate=0.0)
 SMALL |= dict(num_local_experts=4, n_routed_experts=4, num_experts=4, num_experts_per_tok=2, mlp_ratio=2)
 
 

@@ -53,7 +53,7 @@ def test_hooks_of_accelerate(lora_fused, first):
     for _ in range(3):
         assert_same(step(ours, x), step(model, x))
     reasons = {row.module.rpartition(".")[2]: row.reason for row in explain(lora_fused, ours)}
-    assert reasons == {"q": None, "k": "another tool set its forward", "v": None}
+    assert reasons == {"q": None, "k": "another tool set its forward: accelerate.hooks.add_hook_to_module.<locals>.new_forward", "v": None}
     for each in (model, ours):
         accelerate.hooks.remove_hook_from_module(inner(each).k)
     assert_same(step(ours, x), step(model, x))
@@ -290,7 +290,7 @@ def test_a_hook_on_an_embedding_stays(lora_fused):
         accelerate.hooks.add_hook_to_module(inner(each).table, Tripled())
     ours = kernelized(lora_fused, ours)
     assert torch.equal(ours(ids), model(ids))
-    assert explain(lora_fused, ours)[0].reason == "another tool set its forward"
+    assert explain(lora_fused, ours)[0].reason.startswith("another tool set its forward: accelerate.hooks.")
 
 
 @pytest.mark.parametrize("dora", (False, True))
@@ -333,4 +333,7 @@ def test_a_compiled_model_runs_peft_s_forward(lora_fused, backend):
         loss.backward()
         grads.append([p.grad for p in each.parameters() if p.requires_grad])
     torch.testing.assert_close(grads[1], grads[0])
-    assert all(row.fused for row in explain(lora_fused, ours))
+    assert not any(row.fused for row in explain(lora_fused, ours))
+    assert {row.reason for row in explain(lora_fused, ours)} == {lora_fused.explanation.COMPILED}
+    ours(input_ids=tokens(), labels=tokens())
+    assert all(row.fused and row.last == "fused" for row in explain(lora_fused, ours))

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "torch-ext" / "lora_fused"
 # From the top down; a module imports only what stands below it.
 LAYERS = (
     "__init__",
+    "explanation",
     "kernelized",
     "mapping",
     "layers",
@@ -37,6 +38,9 @@ LAYERS = (
     "peft_small",
     "peft_state",
     "peft_base",
+    "peft_scaling",
+    "last_call",
+    "genuine",
     "autocast",
     "projection",
     "table",

@@ -14,7 +14,8 @@ from . import _ops as _ops  # before the rest, so that a library that fails to l
 from . import layers
 from .functional import lora_linear, lora_linear_group, row_norm
 from .functional_embedding import lora_embedding
-from .mapping import explain, register_peft_layers, use_peft_layers
+from .explanation import explain
+from .mapping import register_peft_layers, use_peft_layers
 from .projection import Operands, Projection, ProjectionSpec
 
 __all__ = [

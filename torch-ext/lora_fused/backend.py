@@ -23,6 +23,8 @@ REFERENCE = "reference"
 LIBRARY = "library"
 TRITON = "triton"
 CUDA = "cuda"  # of embeddings alone
+NATIVE = "native"  # what a reader calls the native ops
+_TORCH = "torch"  # and products of torch, chained in Python
 _TRITON_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -61,6 +63,16 @@ def is_hopper(device: torch.device) -> bool:
 def is_library(name: str) -> bool:
     """Whether the native op may take whole groups."""
     return name == LIBRARY
+
+
+def describe(name: str) -> str:
+    """What a reader calls a backend that is not the native ops'."""
+    return TRITON if name == TRITON else _TORCH
+
+
+def describe_embedding(name: str) -> str:
+    """The same of `choose_embedding`'s."""
+    return NATIVE if name == CUDA else describe(name)
 
 
 def get(name: str) -> ModuleType:

@@ -15,7 +15,7 @@ from .autograd.gated import GatedMLPFunction, forward_gated
 from .autograd.linear import LoraLinearFunction, forward_group
 from .autograd.native import gated_mlp, lora_group, takes
 from .member import members_of
-from .projection import GatedSpec, GroupSpec, Operands, Projection, ProjectionSpec, Taken, flatten
+from .projection import GatedSpec, GroupSpec, Operands, Projection, ProjectionSpec, Taken, flatten, fold
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -88,6 +88,7 @@ def compute_group(
     token: object = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear_group` on operands that are known to be right; `token` is kept as the graph is."""
+    projections = fold(projections)
     lora_dtype, x = _autocast(x)
     taken = takes(projections, x.dtype, lora_dtype, x.is_cuda)
     backend = backend or _choose(x, projections, taken)
@@ -116,7 +117,7 @@ def compute_gated(
 ) -> Tensor:
     """down(f(gate(x))·up(x)) on operands that are known to be right: `inputs` are gate and up, or the one
     projection that holds both as halves, `output` is down, f one of `activation.ACTIVATIONS`."""
-    projections = (*inputs, output)
+    *inputs, output = projections = fold((*inputs, output))
     lora_dtype, x = _autocast(x)
     taken = takes(projections, x.dtype, lora_dtype, x.is_cuda)
     names = [backend or _choose(x, part, taken) for part in (inputs, (output,))]
@@ -151,6 +152,15 @@ def _choose(x: Tensor, projections: Sequence[Projection], taken: Taken) -> str:
         return math.prod(x.shape[:-1]) * max(math.prod(projection.shape) for projection in projections)
 
     return backends.choose(x.device, x.dtype, taken, work)
+
+
+def describe_backend(x: Tensor, projections: Sequence[Projection], lora_dtype: Optional[torch.dtype], work: int) -> str:
+    """What a reader calls the backend of a group of projections of x, which has autocast's dtype where that is on; `work` as
+    `backend.choose` asks for it."""
+    dtype = lora_dtype or x.dtype
+    taken = takes(projections, dtype, lora_dtype, x.is_cuda)
+    chosen = backends.choose(x.device, dtype, taken, lambda: work)
+    return backends.NATIVE if taken.native and backends.is_library(chosen) else backends.describe(chosen)
 
 
 def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Optional[Tensor]:

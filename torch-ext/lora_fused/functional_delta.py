@@ -9,14 +9,14 @@ from . import base as bases
 from .autocast import autocast_dtype
 from .autograd.delta import DeltaFunction, DeltaSpec
 from .functional import draw_seeds
-from .projection import Projection
+from .projection import Projection, fold
 
 
 def add_delta(base: Tensor, x: Tensor, projection: Projection, promotes: bool) -> Tensor:
     """base + the delta of `projection` for x, on operands that are known to be right: base [..., N] the base
     module's own result for x [..., K]. In base's dtype, or where the delta `promotes` in the widest of
     base's, its own and the magnitude's. DoRA (without dropout) needs a quantised weight, of which it takes the norm."""
-    operands, scaling, spec = projection
+    ((operands, scaling, spec),) = fold((projection,))
     dtype = autocast_dtype(x) or operands.lora_a.dtype
     out_dtype = base.dtype
     for part in (dtype, getattr(operands.magnitude, "dtype", dtype)) if promotes else ():

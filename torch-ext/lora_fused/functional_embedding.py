@@ -73,12 +73,14 @@ def lora_embedding(
 def compute_table(
     ids: Tensor,
     table: Table,
-    scaling: float,
+    scaling: Union[float, Tensor],
     padding_idx: Optional[int],
     scale: float,
     backend: Optional[str] = None,
 ) -> Tensor:
-    """`lora_embedding` on operands that are known to be right."""
+    """`lora_embedding` on operands that are known to be right; a scaling that is a tensor is multiplied into B."""
+    if isinstance(scaling, Tensor):
+        table, scaling = table._replace(lora_b=table.lora_b * scaling.clone()), 1.0
     if backend is None:
         backend = backends.choose_embedding(table, ids.numel())
     spec = TableSpec(scaling, padding_idx, scale, backend)

@@ -49,7 +49,8 @@ class GatedMLP:
     activation, none where functions are called: their hooks, like the projections', are the
     caller's to look at.
     `input` is the parameter's name; the description holds for calls that leave the parameters in
-    `optional` (*args and **kwargs included) at their defaults.
+    `optional` (*args and **kwargs included) at their defaults, while none of `dropouts`, children after the
+    product or after down, drops anything, and where `dtype` is given, for an x, weights and products of that one.
     """
 
     gate: str
@@ -61,6 +62,8 @@ class GatedMLP:
     activation_modules: tuple[str, ...] = ()
     input: str = "x"
     optional: tuple[str, ...] = ()
+    dropouts: tuple[str, ...] = ()
+    dtype: Optional[torch.dtype] = None
 
 
 class _Refusal(Exception):
@@ -109,11 +112,21 @@ def recognise(module: nn.Module) -> Union[GatedMLP, str]:
         return f"cannot be traced: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
+def weights_dtype(module: nn.Module) -> Optional[torch.dtype]:
+    """The one floating-point dtype that the weights of a module's children have, None where there is none."""
+    weights = [getattr(child, "weight", None) for child in module._modules.values()]
+    dtypes = {weight.dtype for weight in weights if isinstance(weight, Tensor)}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    return dtype if dtype is not None and dtype.is_floating_point else None
+
+
 def _recognise(module: nn.Module, training: bool) -> GatedMLP:
     forward = type(module).forward
     name, optional = _parameters(forward)
-    x, calls, result = _record(module, forward, training)
-    down, product = _projection(result, "the result")
+    x, recorder, result = _record(module, forward, training)
+    calls, dropouts = recorder.calls, []
+    down, product = _projection(_before_dropouts(result, module, dropouts), "the result")
+    product = _before_dropouts(product, module, dropouts)
     if not _is_product(product):
         raise _Refusal(f"the input of {down} is not a product of two: {_show(product)}")
     first, second = (_branch(factor, x) for factor in product.args)
@@ -128,8 +141,8 @@ def _recognise(module: nn.Module, training: bool) -> GatedMLP:
     projections = [gate.projection, down] + [up.projection] * (not fused)
     if len(set(projections)) != len(projections):
         raise _Refusal(f"a projection is used twice: {', '.join(projections)}")
-    # Down and the product; the projections, or one with its chunk and two halves; the activation.
-    if len(calls) != 2 + (4 if fused else 2) + len(gate.chain):
+    # Down and the product; the projections, or one with its chunk and two halves; the activation; dropouts.
+    if len(calls) != 2 + (4 if fused else 2) + len(gate.chain) + len(dropouts):
         raise _Refusal(f"computes more than a gated MLP: {', '.join(map(_show, calls))}")
     return GatedMLP(
         gate=gate.projection,
@@ -141,6 +154,8 @@ def _recognise(module: nn.Module, training: bool) -> GatedMLP:
         activation_modules=tuple(call.name for call in gate.chain if call.is_child),
         input=name,
         optional=optional,
+        dropouts=tuple(dict.fromkeys(dropouts)),
+        dtype=recorder.dtype if recorder.asked_dtype else None,
     )
 
 
@@ -156,6 +171,14 @@ def _projection(value: object, what: str) -> tuple[str, object]:
     if not isinstance(value, _Call) or not value.is_child or len(value.args) != 1 or value.kwargs:
         raise _Refusal(f"{what} is not a child module's: {_show(value)}")
     return value.name, value.args[0]
+
+
+def _before_dropouts(value: object, module: nn.Module, passed: list[str]) -> object:
+    """What goes into the dropouts that give `value`; their names are added to `passed`."""
+    while isinstance(value, _Call) and value.is_child and type(module._modules.get(value.target)) is nn.Dropout:
+        name, value = _projection(value, "a dropout's result")
+        passed.append(name)
+    return value
 
 
 def _is_product(value: object) -> bool:
@@ -192,15 +215,21 @@ class _Symbol(Tensor):
 
 
 class _Recorder(TorchFunctionMode):
-    """Records calls on symbols; refuses every other torch function, so nothing is computed or drawn."""
+    """Records calls on symbols; refuses every other torch function, so nothing is computed or drawn. Symbols and weights
+    of children have `dtype`; `asked_dtype` where that was asked."""
 
-    def __init__(self):
+    def __init__(self, module: nn.Module):
         super().__init__()
         self.calls: list[_Call] = []
         self.state = _state()
+        self.dtype, self.asked_dtype = weights_dtype(module), False
+        self.weights = [getattr(child, "weight", None) for child in module._modules.values()]
 
     def __torch_function__(self, func, kinds, args=(), kwargs=None):
         name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
+        if self.dtype is not None and getattr(func, "__self__", None) is Tensor.dtype and self._is_known(args[0]):
+            self.asked_dtype = True
+            return self.dtype
         if not any(isinstance(leaf, _Symbol) for leaf in tree_leaves((args, kwargs))):
             raise _Refusal(f"calls {name} on something else than its input")
         if name in _QUESTIONS:
@@ -209,6 +238,9 @@ class _Recorder(TorchFunctionMode):
         if name == "chunk" and (args[1:], kwargs) in _HALVES:
             return self.record(operator.getitem, (result, 0)), self.record(operator.getitem, (result, 1))
         return result
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        return isinstance(tensor, _Symbol) or any([tensor is weight for weight in self.weights])
 
     def child(self, path: str, args: tuple, kwargs: dict) -> _Symbol:
         if "." in path:
@@ -255,11 +287,11 @@ def _parameters(forward: Callable) -> tuple[str, tuple[str, ...]]:
     return parameters[0].name, tuple(variadic.get(p.kind, "") + p.name for p in others)
 
 
-def _record(module: nn.Module, forward: Callable, training: bool) -> tuple[_Call, list[_Call], object]:
-    """(x, the calls, the result) of one forward; gradients are on in training and off otherwise."""
+def _record(module: nn.Module, forward: Callable, training: bool) -> tuple[_Call, _Recorder, object]:
+    """(x, the record, the result) of one forward; gradients are on in training and off otherwise."""
     x = _Call("x", (), {})
     with torch.inference_mode(False), torch.set_grad_enabled(training):
-        recorder, symbol = _Recorder(), _symbol(x)
+        recorder, symbol = _Recorder(module), _symbol(x)
         copy = _stand_in(module, recorder.child)
         copy.__dict__["training"] = training
         before = _contents(copy)
@@ -268,7 +300,7 @@ def _record(module: nn.Module, forward: Callable, training: bool) -> tuple[_Call
     after = _contents(copy)
     if len(after) != len(before) or any(old is not new for old, new in zip(before, after)):
         raise _Refusal("forward changes the module's attributes")
-    return x, recorder.calls, _plain(result)
+    return x, recorder, _plain(result)
 
 
 def _stand_in(module: nn.Module, record: Callable, path: str = "", seen: Optional[dict] = None) -> nn.Module:

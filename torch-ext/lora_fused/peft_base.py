@@ -5,17 +5,30 @@ forward runs. Read anew at every call, so nothing here can go stale.
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
-from .autocast import device_type
+from . import genuine
+from .autocast import autocast_dtype, device_type
 from .projection import EightBit, FourBit, Operands, Quantized
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+# Every class of a floating-point base whose product we make, as (module, name): x Wᵀ + b, W stored as [N, K] or [K, N].
+_FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
+LINEARS = (("torch.nn.modules.linear", "Linear"), ("torch.nn.modules.linear", "NonDynamicallyQuantizableLinear"), _FALCON)
+TRANSPOSED = (("transformers.pytorch_utils", "Conv1D"),)
+# Bases that are called whatever LoRA layer stands on them: their weight is not what they multiply with.
+_CALLED = (
+    ("transformers.integrations.finegrained_fp8", "FP8Linear"),
+    ("peft.utils.other", "TrainableTokensWrapper"),
+    ("peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"),
+)
 
 
 class Broken(str):
@@ -44,21 +57,44 @@ def tensor_of(layer: nn.Module, name: str) -> Optional[Tensor]:
 
 def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:
     """What a base layer computes now; `opaque` where the LoRA layer is one for bases of a kind of its own."""
-    if type(base) is nn.Linear or (transposed and _is_conv1d(base)):
+    found = _read(base, transposed, opaque)
+    if type(base) is nn.Linear or isinstance(found, str) or found.called:
+        return found
+    return genuine.forward_reason(type(base)) or found
+
+
+def _read(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:
+    cls = type(base)
+    linear = cls is nn.Linear or is_listed(cls, LINEARS)
+    if linear or (transposed and is_listed(cls, TRANSPOSED)):
         weight = tensor_of(base, "weight")
         if _is_torchao(weight):
             return _called(f"{type(weight).__name__}")
-        if transposed and type(base) is nn.Linear:
-            return "fan_in_fan_out on a Linear"
+        if transposed and linear:
+            return f"fan_in_fan_out on a {cls.__name__}"
+        bias = tensor_of(base, "bias")
+        if cls is not nn.Linear and _adds_bias_in_its_dtype(cls, bias):
+            return _called(f"{cls.__name__} adds its bias of {bias.dtype} to what autocast gives")
         shape = (base.nf, base.nx) if transposed else (base.out_features, base.in_features)
-        return Base(Operands(weight, tensor_of(base, "bias")), shape)
+        return Base(Operands(weight, bias), shape)
     if isinstance(base, _bitsandbytes("Linear4bit")) and _runs(base, "Linear4bit"):
-        return _read_4bit(base)
+        return genuine.function_reason(sys.modules["bitsandbytes"], "matmul_4bit") or _read_4bit(base)
     if isinstance(base, _bitsandbytes("Linear8bitLt")) and _runs(base, "Linear8bitLt"):
         return _read_8bit(base)
-    if opaque or _is_fp8(type(base)):
-        return _called(f"{type(base).__name__}")
-    return f"unknown base layer {type(base).__name__}"
+    if opaque or is_listed(cls, _CALLED):
+        return _called(f"{cls.__name__}")
+    return f"unknown base layer {cls.__name__}"
+
+
+@functools.lru_cache(maxsize=None)
+def is_listed(cls: type, listed: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a class is the one of that name in one of the modules listed, and not just called like it."""
+    return any([cls is getattr(sys.modules.get(module), name, None) for module, name in listed])
+
+
+def _adds_bias_in_its_dtype(cls: type, bias: Optional[Tensor]) -> bool:
+    """FalconLinear adds its bias after the product, so that under autocast the result has the wider dtype."""
+    return bias is not None and is_listed(cls, (_FALCON,)) and autocast_dtype(bias) not in (None, bias.dtype)
 
 
 def _called(kind: str) -> Base:
@@ -76,16 +112,8 @@ def _runs(base: nn.Module, name: str) -> bool:
     return type(base).forward is _bitsandbytes(name).forward
 
 
-def _is_conv1d(base: nn.Module) -> bool:
-    return type(base).__name__ == "Conv1D" and type(base).__module__ == "transformers.pytorch_utils"
-
-
 def _is_torchao(weight: Tensor) -> bool:
     return type(weight).__module__.startswith("torchao.")
-
-
-def _is_fp8(cls: type) -> bool:
-    return cls.__name__ == "FP8Linear" and cls.__module__ == "transformers.integrations.finegrained_fp8"
 
 
 def _read_4bit(base: nn.Module) -> Union[Base, str]:

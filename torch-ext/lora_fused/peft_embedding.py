@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from . import genuine
 from .autocast import autocast_dtype
 from .peft_base import tensor_of
-from .peft_state import bypass_reason, taken_out_reason
+from .peft_scaling import read_scaling
+from .peft_state import taken_out_reason
 from .table import Table
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -27,7 +29,7 @@ class AdaptedTable(NamedTuple):
     """An embedding ready to compute; `scale` is the embedding's own where it is a number."""
 
     table: Table
-    scaling: float
+    scaling: Union[float, Tensor]
     padding_idx: Optional[int]
     scale: float
 
@@ -45,7 +47,11 @@ def is_plain_embedding(module: nn.Module) -> bool:
 
 
 def read_embedding(module: nn.Module) -> Union[AdaptedTable, str]:
-    """The embedding that a `peft.tuners.lora.Embedding` computes now, or why it is PEFT's to compute."""
+    """The embedding that a `peft.tuners.lora.Embedding` computes now, or why it is PEFT's to compute. What all embeddings
+    have in common `genuine.embedding_reason` looks at."""
+    replaced = genuine.forward_reason(type(module))
+    if replaced:
+        return replaced
     if module.disable_adapters:
         return "adapters are disabled"
     if module.merged:
@@ -73,26 +79,27 @@ def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
         if type(variant) is not _dora_variant():
             return f"LoRA variant {type(variant).__name__}"
         dora = modules["lora_magnitude_vector"]._modules[name]
-        reason = bypass_reason(("lora_magnitude_vector",), (dora,))
+        reason = genuine.forward_reason(type(variant)) or genuine.forward_reason(type(dora))
+        if reason:
+            return reason
+        reason = genuine.bypass_reason(("lora_magnitude_vector",), (dora,))
         if reason:
             return reason
         magnitude = tensor_of(dora, "weight")
     if name in getattr(module, "input_fns", ()) or name in getattr(module, "output_fns", ()):  # not before PEFT 0.19
         return "the embedding is sharded by tensor parallelism"
-    reason = _base_reason(base) or bypass_reason(("base_layer",), (base,))
+    reason = _base_reason(base) or genuine.forward_reason(type(base)) or genuine.bypass_reason(("base_layer",), (base,))
     if reason:
         return reason
     if _has_any_global_hook():
         return "hooks on all modules"
-    scaling = module.scaling[name]
-    if not isinstance(scaling, (int, float)):
-        return f"scaling is a {type(scaling).__name__}, not a number"
     own = 1.0 if type(base) is nn.Embedding else base.embed_scale
     scale, number = (own, 1.0) if isinstance(own, Tensor) else (None, float(own))
     a, b = modules["lora_embedding_A"]._parameters[name], modules["lora_embedding_B"]._parameters[name]
     table = Table(tensor_of(base, "weight"), a, b, magnitude, scale)
     reason = _tensor_reason(table, (base.num_embeddings, base.embedding_dim))
-    return reason or AdaptedTable(table, float(scaling), base.padding_idx, number)
+    scaling = reason or read_scaling(module.scaling[name], b)
+    return scaling if isinstance(scaling, str) else AdaptedTable(table, scaling, base.padding_idx, number)
 
 
 @functools.lru_cache(maxsize=None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .autocast import autocast_dtype
+from .peft_base import LINEARS, is_listed
 from .peft_state import FEW_ROWS, has_dropout, linear_kinds
 
 # On a GPU so few rows without a gradient wait for the host, and of an adapter in x's dtype PEFT's own forward asks
@@ -34,7 +35,8 @@ def small_reason(module: nn.Module, x: object, rows: Optional[int] = None) -> Op
     few = SMALL if size <= FEW_ROWS * features else None
     if modules["lora_magnitude_vector"]._modules:
         return None
-    if type(modules["base_layer"]) is not nn.Linear:
+    base = type(modules["base_layer"])
+    if base is not nn.Linear and not is_listed(base, LINEARS):
         return few if linear_kinds()[type(module)].name == "Linear4bit" else None
     if not _waits_for_host(x, size, features):
         return None
@@ -48,8 +50,10 @@ def small_alone_reason(module: nn.Module, x: object, rows: Optional[int] = None)
     features, modules = module.in_features, module._modules
     if not _waits_for_host(x, x.numel() if rows is None else rows * features, features) or has_dropout(module):
         return None
-    plain = type(modules["base_layer"]) is nn.Linear and not modules["lora_magnitude_vector"]._modules
-    return SMALL_ALONE if plain and _is_adapted_in(x.dtype, modules) else None
+    if modules["lora_magnitude_vector"]._modules:
+        return None
+    base = type(modules["base_layer"])
+    return SMALL_ALONE if (base is nn.Linear or is_listed(base, LINEARS)) and _is_adapted_in(x.dtype, modules) else None
 
 
 def _waits_for_host(x: Tensor, size: int, features: int) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 import weakref
 from typing import NamedTuple, Optional, Sequence, Union
 
@@ -15,12 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from . import genuine
 from .autocast import autocast_dtype
 from .peft_base import Base, Broken, read_base, tensor_of
+from .peft_scaling import read_scaling
 from .projection import Operands, Projection, ProjectionSpec, Quantized
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
+_FORWARDS, _CODES = genuine.FORWARDS, genuine.CODES
 _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -76,18 +78,20 @@ def is_lora_module(module: nn.Module) -> bool:
     return isinstance(module, LoraLayer)
 
 
+_kinds: dict[type, Kind] = {}
+
+
 @functools.lru_cache(maxsize=None)
 def linear_kinds() -> dict[type, Kind]:
     """PEFT's LoRA linears that can be imported here, and what they are."""
-    found = {}
     for kind in _KINDS:
         try:
             cls = getattr(importlib.import_module(f"peft.tuners.lora.{kind.module}"), kind.name, None)
         except ImportError:  # its quantisation library is not here
             continue
         if cls is not None:
-            found[cls] = kind
-    return found
+            _kinds[cls] = kind
+    return _kinds
 
 
 def is_lora_linear(module: nn.Module) -> bool:
@@ -123,7 +127,13 @@ def root_classes() -> tuple[type[nn.Module], ...]:
 
 
 def read_linear(module: nn.Module) -> Union[Adapted, str]:
-    """The projection that one of PEFT's LoRA linears computes now, or why it is PEFT's to compute."""
+    """The projection that one of PEFT's LoRA linears computes now, or why it is PEFT's to compute. What all linears have in
+    common `genuine.linear_reason` looks at."""
+    cls = type(module)
+    if _FORWARDS.get(cls) is not cls.forward or _CODES[cls] is not cls.forward.__code__:
+        replaced = genuine.forward_reason(cls)
+        if replaced:
+            return replaced
     if module.disable_adapters:
         return "adapters are disabled"
     if module.merged_adapters:
@@ -146,7 +156,7 @@ def taken_out_reason(error: KeyError) -> str:
 def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
     # Straight from the registries: nn.Module.__getattr__ would cost more than the checks do.
     modules = module._modules
-    layer, kind = modules["base_layer"], linear_kinds()[type(module)]
+    layer, kind = modules["base_layer"], (_kinds or linear_kinds())[type(module)]
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout, dora = modules["lora_dropout"]._modules[name], None
     if name in module.lora_variant:
@@ -154,8 +164,11 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
         if type(variant) is not _dora_variant():
             return f"LoRA variant {type(variant).__name__}"
         dora = modules["lora_magnitude_vector"]._modules[name]
+        replaced = genuine.forward_reason(type(variant)) or genuine.forward_reason(type(dora))
+        if replaced:
+            return replaced
     # Before a weight is looked at, which may be a tool's to fetch from elsewhere.
-    watched = bypass_reason(_PARTS, (lora_a, lora_b, dropout, dora))
+    watched = genuine.bypass_reason(_PARTS, (lora_a, lora_b, dropout, dora))
     if watched:
         return watched
     transposed = getattr(module, "fan_in_fan_out", False)
@@ -165,15 +178,13 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return f"adapter layers are {type(lora_a).__name__} and {type(lora_b).__name__}, not Linear"
     if base.called is None:  # what others do to the calls of a base that is called stays
-        watched = bypass_reason(("base_layer",), (layer,))
+        watched = genuine.bypass_reason(("base_layer",), (layer,))
         if watched:
             return watched
     p = _dropout(module, dropout, dora is not None)
     if isinstance(p, str):
         return p
     scaling = module.scaling[name]
-    if not isinstance(scaling, (int, float)):
-        return f"scaling is a {type(scaling).__name__}, not a number"
     lora_bias = tensor_of(lora_b, "bias")
     if tensor_of(lora_a, "bias") is not None or (dora is not None and lora_bias is not None):
         return "a bias where PEFT has none"
@@ -190,16 +201,21 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
         reason = _fit_reason(operands, *base.shape)
     if reason:
         return reason
-    projection = Projection(operands, float(scaling), _spec(p, transposed, base.quantized))
-    if base.called and delta_reason(projection):
-        return delta_reason(projection)
+    if type(scaling) is not float:
+        scaling = read_scaling(scaling, b)
+        if isinstance(scaling, str):
+            return scaling
+    projection = Projection(operands, scaling, _spec(p, transposed, base.quantized))
+    reason = delta_reason(projection) if base.called else None
+    if reason:
+        return f"{reason} ({base.called})"
     casts_input = getattr(module, "cast_input_dtype_enabled", True)
     return Adapted(projection, casts_input, base, module.training, kind.promotes)
 
 
 def read_plain(module: nn.Module) -> Union[Adapted, str]:
     """The base product of a linear that has no adapter, or why it must be called itself."""
-    watched = bypass_reason(("the linear",), (module,))
+    watched = genuine.bypass_reason(("the linear",), (module,))
     if watched:
         return watched
     try:
@@ -236,36 +252,6 @@ def _dropout(module: nn.Module, dropout: nn.Module, dora: bool) -> Union[float, 
     if type(dropout) is not nn.Dropout:
         return f"dropout layer {type(dropout).__name__}"
     return float(dropout.p) if dropout.training and (module.training or not dora) else 0.0
-
-
-def bypass_reason(names: Sequence[str], parts: Sequence[Optional[nn.Module]]) -> Optional[str]:
-    """Other tools watch or replace the calls of inner modules; a fused forward would skip them."""
-    for i, part in enumerate(parts):
-        if part is None:
-            continue
-        if "forward" in part.__dict__ and not _moves_inputs_alone(part):
-            return f"{names[i]} has a forward of its own, set by another tool"
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-            return hooks_reason(names[i], part)
-    return None
-
-
-def _moves_inputs_alone(part: nn.Module) -> bool:
-    """Whether all that comes before the class's own forward is accelerate's hook of a `device_map` that offloads nothing:
-    it moves inputs to the weights' device, and where they are not there PEFT's forward runs."""
-    hooks = sys.modules.get("accelerate.hooks")
-    hook, own = part.__dict__.get("_hf_hook"), part.__dict__.get("_old_forward")
-    if hooks is None or type(hook) is not hooks.AlignDevicesHook or hook.offload or hook.no_grad:
-        return False
-    is_hooked = getattr(part.__dict__["forward"], "__wrapped__", None) is own  # and nobody else's forward
-    return is_hooked and getattr(own, "__func__", None) is type(part).forward
-
-
-def hooks_reason(name: str, part: nn.Module) -> Optional[str]:
-    """Whether somebody watches the calls of a module."""
-    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-        return f"{name} has hooks"
-    return None
 
 
 def _device(operands: Operands) -> torch.device:

@@ -81,10 +81,10 @@ class ProjectionSpec:
 
 class Projection(NamedTuple):
     """One projection ready to compute; the scaling stands beside the spec since it may change at
-    every step."""
+    every step. As a tensor without dimensions it is not to be waited for: `fold` comes first."""
 
     operands: Operands
-    scaling: float = 1.0
+    scaling: Union[float, Tensor] = 1.0
     spec: ProjectionSpec = ProjectionSpec()
 
     @property
@@ -94,6 +94,23 @@ class Projection(NamedTuple):
             return self.spec.quantized.shape
         n, k = self.operands.weight.shape
         return (k, n) if self.spec.transposed else (n, k)
+
+
+def fold(projections: Sequence[Projection]) -> Sequence[Projection]:
+    """The same projections with scalings that are tensors multiplied into B and its bias, where autograd sees them."""
+    for projection in projections:
+        if type(projection.scaling) is not float:
+            return tuple(map(_folded, projections))
+    return projections
+
+
+def _folded(projection: Projection) -> Projection:
+    operands, scaling, spec = projection
+    if not isinstance(scaling, Tensor):
+        return projection
+    scaling = scaling.clone()  # autograd keeps it, and the next swap fills the tensor itself
+    lora_bias = None if operands.lora_bias is None else operands.lora_bias * scaling
+    return Projection(operands._replace(lora_b=operands.lora_b * scaling, lora_bias=lora_bias), 1.0, spec)
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,8 @@ def _claim(module: nn.Module, x: Tensor, projection: Projection, mode: _Mode) ->
 
 def _same(before: Projection, now: Projection) -> bool:
     same_tensors = all(map(operator.is_, before.operands, now.operands))
-    return same_tensors and before.scaling == now.scaling and before.spec == now.spec
+    same_scaling = before.scaling is now.scaling or before.scaling == now.scaling  # a tensor's value is not waited for
+    return same_tensors and same_scaling and before.spec == now.spec
 
 
 def _states(projection: Projection) -> list[_State]:
@@ -240,9 +241,12 @@ def _states(projection: Projection) -> list[_State]:
 
 
 def _states_of(projection: Projection) -> list[_State]:
+    tensors = projection.operands
+    if type(projection.scaling) is not float:
+        tensors = (*tensors, projection.scaling)
     return [
         (-1 if tensor.is_inference() else tensor._version, tensor.requires_grad, tensor.data_ptr())
-        for tensor in projection.operands
+        for tensor in tensors
         if tensor is not None
     ]
 

@@ -1,0 +1,46 @@
+"""Writes the README's table of model families from tests/families.json; with --measure that file first, from the models
+themselves, each held against PEFT."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import families  # noqa: E402
+from test_families import BEGIN, END, README  # noqa: E402
+
+
+def measured() -> dict:
+    from kernels import get_local_kernel
+
+    lora_fused, before = get_local_kernel(ROOT / "build"), families.read_table() if families.TABLE.exists() else {}
+    table = {}
+    for name, family in families.FAMILIES.items():
+        if family.is_here():
+            table[name] = families.measure(lora_fused, family)
+            print(f"{name}: {table[name]}", flush=True)
+        else:
+            table[name] = before[name]
+            print(f"{name}: not in this transformers, its row stays")
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", action="store_true", help="run every family and write tests/families.json")
+    if parser.parse_args().measure:
+        rows = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in measured().items()]
+        families.TABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    text = README.read_text()
+    head, _, rest = text.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    README.write_text(f"{head}{BEGIN}\n{families.readme_section(families.read_table())}\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Whole model families, kernelized, against PEFT, and the README's table of them."""
+
+import pathlib
+
+import pytest
+import torch
+from families import FAMILIES, measure, read_table, readme_section
+
+README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- families table: begin -->", "<!-- families table: end -->"
+VARIANTS = {"lora": {}, "dora": dict(use_dora=True)}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The sizes are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_as_peft(lora_fused, name, variant):
+    """Losses, all gradients, generation; what is fused is what the table says, in numbers of calls and by `explain`."""
+    family = FAMILIES[name]
+    if not family.is_here():
+        pytest.skip(f"this transformers has no {family.config} or {family.model}")
+    if variant == "dora" and not family.dora:
+        pytest.skip("PEFT has no DoRA for experts")
+    assert measure(lora_fused, family, **VARIANTS[variant]) == read_table()[name]
+
+
+def test_enough_of_them_run():
+    assert sum(family.is_here() for family in FAMILIES.values()) >= 40
+    table = read_table()
+    assert table.keys() == FAMILIES.keys()
+    assert all(0 < row["fused"] <= row["modules"] and row["computed"] > 0 for row in table.values())
+
+
+def test_readme_has_the_table():
+    text = README.read_text()
+    assert text.count(BEGIN) == text.count(END) == 1
+    assert text.partition(BEGIN)[2].partition(END)[0].strip() == readme_section(read_table())
