@@ -21,6 +21,7 @@ LAYERS = (
     "functional_delta",
     "functional",
     "functional_embedding",
+    "checks",
     "autograd",
     "compose",
     "member",
@@ -47,6 +48,7 @@ LAYERS = (
     "tuned",
     "versions",
     "integrity",
+    "errors",
     "_ops",
 )
 LAZY = {"peft", "kernels", "transformers", "bitsandbytes", "triton"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 import warnings
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from . import backend, functional, genuine, last_call, layers, mlp_state, peft_embedding, peft_state, siblings
-from .autocast import autocast_dtype
 
 BASE_CALLED = "base called"  # in place of a backend
 FUSED = "fused"
@@ -76,10 +74,15 @@ def explain(model: nn.Module, rows: int = 8192) -> Explanation:
 
     The backend is that of a call with `rows` rows (tokens of all sequences together), in the base
     weight's dtype, or autocast's inside an autocast block. What torch.compile has traced, and weights that FSDP shards between
-    calls, are known by what the last call ran. Warns where nothing is fused. Raises TypeError if `model` is no module.
+    calls, are known by what the last call ran. Warns where nothing is fused. Raises TypeError if `model` is no
+    module or `rows` no number of rows, ValueError if that is negative.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}, expected a torch.nn.Module")
+    if not isinstance(rows, int) or isinstance(rows, bool):
+        raise TypeError(f"rows: {rows!r}, expected an int, the number of rows of a call")
+    if rows < 0:
+        raise ValueError(f"rows: {rows}, expected at least 0")
     seen = _Model(model, rows)
     table = [seen.row(module, name) for module, name in seen.names.items() if peft_state.is_lora_module(module)]
     if not table:
@@ -159,9 +162,7 @@ class _Model:
             if reason:
                 return _unfused(row, f"{reason} ({called})")
             return Row(name, layer.__name__, fused=True, backend=BASE_CALLED, group="single", reason=called)
-        lora_dtype = autocast_dtype(example)
-        work = self.rows * math.prod(state.projection.shape)
-        chosen = functional.describe_backend(example, (state.projection,), lora_dtype, work)
+        chosen = functional.describe_backend(example, (state.projection,), self.rows)
         if module in self.mlps:
             return Row(name, layers.LoraGatedMLP.__name__, fused=True, backend=chosen, group=self.names[self.mlps[module]])
         return Row(name, layer.__name__, fused=True, backend=chosen, group=self._group(module))

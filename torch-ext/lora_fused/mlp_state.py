@@ -132,6 +132,8 @@ def read_mlp(
         return structure
     if not isinstance(x, Tensor):
         return f"x is a {type(x).__name__}"
+    if x.is_nested:
+        return "x is nested"
     names = structure.activation_modules
     watched = genuine.bypass_reason(names, [module._modules[name] for name in names])
     if watched:

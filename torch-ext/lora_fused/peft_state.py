@@ -16,14 +16,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import genuine
 from .autocast import autocast_dtype
-from .peft_base import Base, Broken, read_base, tensor_of
+from .peft_base import (
+    PLAIN_TENSORS, STRIDED, Base, Broken, device_of, fit_reason, read_base, tensor_of, tensor_reason, unread_reason,
+)  # fmt: skip
 from .peft_scaling import read_scaling
 from .projection import Operands, Projection, ProjectionSpec, Quantized
 
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
 _PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 _FORWARDS, _CODES = genuine.FORWARDS, genuine.CODES
-_ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 # Up to so many rows bitsandbytes multiplies with four-bit weights as they are, on any GPU.
@@ -144,13 +144,8 @@ def read_linear(module: nn.Module) -> Union[Adapted, str]:
         return f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
     try:
         return _read_adapter(module, names[0])
-    except KeyError as error:
-        return taken_out_reason(error)
-
-
-def taken_out_reason(error: KeyError) -> str:
-    """Of a module without what belongs there: PEFT's own forward finds what another tool put in its place."""
-    return f"{error} is not where it belongs: another tool has taken it out"
+    except (KeyError, RuntimeError) as error:
+        return unread_reason(error)
 
 
 def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
@@ -196,9 +191,9 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
     magnitude = None if dora is None else tensor_of(dora, "weight")
     a, b = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight")
     operands = Operands(weight, bias, a, b, lora_bias, magnitude, *scales)
-    reason = _tensor_reason(operands, base, transposed)
+    reason = tensor_reason(operands, base, transposed)
     if reason is None and base.shape is not None:
-        reason = _fit_reason(operands, *base.shape)
+        reason = fit_reason(operands, *base.shape)
     if reason:
         return reason
     if type(scaling) is not float:
@@ -220,11 +215,9 @@ def read_plain(module: nn.Module) -> Union[Adapted, str]:
         return watched
     try:
         base = read_base(module, False, False)
-    except KeyError as error:
-        return taken_out_reason(error)
-    if isinstance(base, str):
-        return base
-    reason = base.called or _tensor_reason(base.operands, base)
+        reason = base if isinstance(base, str) else base.called or tensor_reason(base.operands, base)
+    except (KeyError, RuntimeError) as error:
+        reason = unread_reason(error)
     return reason or Adapted(Projection(base.operands, 1.0, _spec(0.0, False, base.quantized)), True, base, module.training)
 
 
@@ -251,47 +244,10 @@ def _dropout(module: nn.Module, dropout: nn.Module, dora: bool) -> Union[float, 
         return 0.0
     if type(dropout) is not nn.Dropout:
         return f"dropout layer {type(dropout).__name__}"
-    return float(dropout.p) if dropout.training and (module.training or not dora) else 0.0
-
-
-def _device(operands: Operands) -> torch.device:
-    """Of the base weight, or of the adapter where that is unknown. A quantised weight is a subclass whose every
-    attribute costs a call of Python; its scales are where it is (`peft_base`)."""
-    for tensor in (operands.absmax, operands.weight):
-        if tensor is not None:
-            return tensor.device
-    return operands.lora_a.device
-
-
-def _tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> Optional[str]:
-    """Of all tensors, or of the adapter's alone where the weight is not floating-point numbers."""
-    weight, bias = operands[:2]
-    dense = base.quantized is None and weight is not None
-    device = _device(operands)
-    for i, tensor in enumerate((weight if dense else None, None if base.called else bias, *operands[2:6])):
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN_TENSORS:
-            return f"{Operands._fields[i]} is a {type(tensor).__name__} (sharded or wrapped)"
-        if tensor.is_meta:
-            return f"{Operands._fields[i]} is on the meta device"
-        if tensor.dtype not in _ADAPTER_DTYPES:
-            return f"{Operands._fields[i]} has dtype {tensor.dtype}"
-        if tensor.device != device:
-            return f"{Operands._fields[i]} is on {tensor.device}, the base weight on {device}"
-    if dense and weight.shape != (base.shape[::-1] if transposed else base.shape):
-        return f"weight has shape {tuple(weight.shape)} (sharded or replaced)"
-    return None
-
-
-def _fit_reason(operands: Operands, n: int, k: int) -> Optional[str]:
-    """An adapter that does not fit gets PEFT's own error."""
-    a, b, magnitude = operands.lora_a.shape, operands.lora_b.shape, operands.magnitude
-    if len(a) != 2 or a[1] != k or b != (n, a[0]):
-        return f"lora_A has shape {tuple(a)} and lora_B {tuple(b)}, which do not fit"
-    if magnitude is not None and magnitude.shape != (n,):
-        return f"the magnitude has shape {tuple(magnitude.shape)}, which does not fit"
-    return None
+    p = dropout.p
+    if not 0.0 <= p <= 1.0:
+        return f"dropout probability {p}"
+    return float(p) if dropout.training and (module.training or not dora) else 0.0
 
 
 def call_reason(adapted: Adapted, x: object, args: tuple, kwargs: dict) -> Optional[str]:
@@ -303,20 +259,26 @@ def call_reason(adapted: Adapted, x: object, args: tuple, kwargs: dict) -> Optio
         return f"x is a {type(x).__name__}"
     if x.dim() < 1:
         return "x has no dimension"
-    return input_reason(adapted, x, x.shape[-1])
+    try:
+        features = x.shape[-1]
+    except RuntimeError:
+        return "x is nested"
+    return input_reason(adapted, x, features)
 
 
 def input_reason(adapted: Adapted, x: Tensor, features: int) -> Optional[str]:
     """Why PEFT computes an input of x's dtype, device and dimensions but with this many features."""
     operands, base = adapted.projection.operands, adapted.base
-    if type(x) not in _PLAIN_TENSORS:
+    if type(x) not in PLAIN_TENSORS:
         return f"x is a {type(x).__name__}"
+    if x.layout is not STRIDED:
+        return f"x has the layout {x.layout}"
     width = base.shape[1] if base.shape is not None else operands.lora_a.shape[1]
     if features != width:
         return f"x has shape {tuple(x.shape)}"
     if x.dim() == 1 and operands.magnitude is not None:
         return "DoRA of a vector, of which PEFT makes a matrix"
-    device = _device(operands)
+    device = device_of(operands)
     if x.device != device:
         text = f"x is on {x.device}, the base weight on {device}"
         return text if base.quantized is None else Broken(text)
