@@ -324,15 +324,19 @@ def test_the_next_attempt_of_a_batch_size_finder(lora_fused):
     assert alive_at == [0, 0, 0]
 
 
-def test_results_go_with_their_input(lora_fused):
+@pytest.mark.parametrize("native", (True, False), ids=("native", "eager"))
+@pytest.mark.parametrize("shape", ((5, 32), (1, 5, 32)), ids=str)
+def test_results_go_with_their_input(lora_fused, monkeypatch, native, shape):
     """What a skipped sibling would have been given, and the graph behind it, before the next forward."""
+    if not native:
+        monkeypatch.setattr(lora_fused.functional, "takes", lambda *_: lora_fused.projection.Taken(False))
     model = learned(lora_fused, heads(), torch.randn(5, 32, dtype=torch.float64))
-    x = torch.tanh(torch.randn(5, 32, dtype=torch.float64, requires_grad=True))
-    inner(model)(x, names=("q", "k"))
+    x = torch.tanh(torch.randn(shape, dtype=torch.float64, requires_grad=True))
+    y = inner(model)(x, names=("q", "k"))
     results = lora_fused.siblings._threads.calls.ahead.results
     assert len(results) == 1
     del x
-    assert len(results) == 0
+    assert len(results) == 0 and y.requires_grad
 
 
 def test_garbage_collection_between_siblings_takes_nothing(lora_fused):
