@@ -515,6 +515,19 @@ def test_what_is_left_goes_with_the_graph(pair_of):
         assert alive(refs) == 0
 
 
+def test_steps_whose_other_backward_calls_never_come(pair_of):
+    """Each keeps what it saved until the next step's outputs take the place of its own."""
+    _, ours = pair_of("dora")
+    counts, refs = [], []
+    for _ in range(5):
+        with unpacked_by(refs):
+            ys = outputs(ours, features())
+        backward(ys[0])
+        copy.deepcopy(ours)
+        counts.append(alive(refs))
+    assert counts[0] > 0 and counts == counts[:1] * 5
+
+
 @pytest.mark.parametrize("names", (["q"], ["q", "k"]), ids="+".join)
 def test_nothing_is_left_for_results_that_nobody_was_given(pair_of, names):
     """Siblings that are not called: their results are computed ahead, and the graph is held by what is there."""

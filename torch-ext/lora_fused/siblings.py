@@ -10,8 +10,8 @@ an address tell: a write that moves neither, as one through `.data`, is not seen
 x. Between two passes everything is seen, since the first of the siblings computes again.
 
 Results that nobody comes for, after an exception or where a sibling is skipped, go with their x, with the module that
-led, with their thread, or when that thread calls another group, whichever is first. What is given back to nobody by then
-has its graph freed by the backward of the others (`autograd.outputs`), and is not given out any more.
+led, with their thread, or when that thread leads another group, whichever is first. A result that is still there when a
+backward call frees its graph is not given out any more (`autograd.outputs`).
 
 One rule keeps checkpointing right, which must recompute what its forward did: the group of a module
 changes only while no graph of its earlier calls is waiting for its backward, and never during a
