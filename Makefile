@@ -1,7 +1,7 @@
 # Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test families conformance clean gpu-check bench tune cuda-compile
+.PHONY: help venv build demo test families conformance matrix clean gpu-check bench tune cuda-compile
 
 ifdef PYTHON
 READY :=
@@ -40,6 +40,9 @@ families: build  ## hold every model family against PEFT and write the README's 
 
 conformance: build  ## run PEFT's own LoRA tests with and without the kernel (SDIST=file: no download)
 	$(PYTHON) scripts/conformance.py $(if $(SDIST),--sdist $(SDIST))
+
+matrix: build  ## run some tests with other versions of PEFT, kernels, transformers, and write README's table (ROWS=0,3: those)
+	$(PYTHON) scripts/version_matrix.py $(if $(ROWS),--rows $(ROWS))
 
 gpu-check: build  ## check parity and gradients on this machine's GPU
 	PYTHON=$(PYTHON) scripts/gpu_check.sh

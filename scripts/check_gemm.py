@@ -24,10 +24,10 @@ LARGER = ((257, 1000, (520, 24)), (1000, 776, (2048, 16, 8, 64, 32, 40, 128, 8))
           (2300, 4104, (1000, 200, 48)), (2048, 4096, (4096, 1024, 1024, 96)), (70000, 264, (128, 32)))
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a last place
 EPILOGUES = ("plain", "bias", "accumulate", "gain", "gain and bias", "dropped", "dropped, gain and bias", "excess",
-             "excess and bias")
+             "excess and bias", "multiplied", "multiplied, gain and bias")
 # Whether b is [N, k], and what becomes of the sum; (gain - 1)∘ of the leading segments for such b alone.
 FORMS = [(rows, name) for rows in (True, False) for name in EPILOGUES if rows or "excess" not in name]
-P, SEED = 0.3, 2**40 + 1  # of what is dropped: the sum of the first half of the segments
+P, SEED = 0.3, 2**40 + 1  # of what is dropped, or multiplied in float16: the sum of the first half of the segments
 LINEARS = ((4096, 4096), (4096, 14336), (14336, 4096))  # in, out
 
 
@@ -40,7 +40,8 @@ def padded(rows: int, cols: int, dtype, fill=None) -> Tensor:
 
 def check(ops, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue: str, dtype) -> None:
     excess = "excess" in epilogue
-    leading = len(ks) // 2 if "dropped" in epilogue or excess else 0
+    multiplied = 4.0 if "multiplied" in epilogue and len(ks) > 1 and dtype == torch.float16 else 1.0
+    leading = len(ks) // 2 if "dropped" in epilogue or excess or multiplied != 1.0 else 0
     a = [padded(m, k, dtype) for k in ks]
     b = [padded(n, k, dtype) if rows_are_n else padded(k, n, dtype) for k in ks]
     bias = padded(1, n, dtype)[0] if "bias" in epilogue else None
@@ -53,7 +54,9 @@ def check(ops, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue: 
     if leading and excess:
         z_truth, truth, acc = before, acc + before * (gain.double() - 1), acc.abs() + before.abs()
     else:
-        if leading:
+        if multiplied != 1.0:
+            acc = acc + multiplied * before
+        elif leading:
             mask, seed = torch.empty(m, n, device="cuda"), torch.tensor([SEED], device="cuda")
             ops.dropout(torch.ones_like(mask), seed, P, mask)
             acc = acc + mask.double() * before
@@ -67,7 +70,7 @@ def check(ops, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue: 
     slack = sum(ks) / 16 * 2.0**-23 * acc.square().mean().sqrt()
     if gain is not None:
         slack = slack * ((gain.double() - 1).abs() + 1 if excess else gain.double().abs().clamp(min=1))
-    ops.gemm(a, b, rows_are_n, out, bias, gain, z, accumulate, seed, P, leading)
+    ops.gemm(a, b, rows_are_n, out, bias, gain, z, accumulate, seed, P, leading, multiplied)
     for name, value, exact in (("out", out, truth), ("z", z, z_truth)):
         if value is None:
             continue

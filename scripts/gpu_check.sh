@@ -8,7 +8,14 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-gpu-check}
 mkdir -p "$OUT"
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-"$PYTHON" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
+"$PYTHON" -c 'import kernels, peft, torch, transformers, triton
+print(*(f"{m.__name__} {m.__version__}" for m in (torch, triton, kernels, peft, transformers)))' || exit 1
+# What transformers kernelizes itself depends on both.
+for name in transformers kernels; do
+    pinned=$(sed -n "s/^$name==\([0-9.]*\).*/\1/p" requirements.txt | head -n 1)
+    "$PYTHON" -c "import sys, $name; sys.exit($name.__version__ != '$pinned')" ||
+        { echo "gpu_check: $name $pinned is wanted, as in requirements.txt (pip install --no-deps $name==$pinned)"; exit 1; }
+done
 make build PYTHON="$PYTHON" || exit 1
 
 # Most of the time goes into compiling Triton kernels: in parallel where pytest-xdist is installed.

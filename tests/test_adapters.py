@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from cases import DEVICE, LINEARS, Case, assert_as_good, peft_linear, peft_llama, randomise_adapters, tiny_llama
+from cases import DEVICE, LINEARS, Case, OwnForwards, assert_as_good, peft_linear, peft_llama, randomise_adapters, tiny_llama
 from heads import assert_same, functions, heads, inner, learned, step
 from kernels import Mode, kernelize
 from peft import EvaConfig, LoftQConfig, LoraConfig, get_peft_model
@@ -46,7 +46,9 @@ def assert_trains_as_peft(lora_fused, model):
     assert len(rows) == 14 and all(row.fused for row in rows), str(rows)
     expected = losses(model.train())
     assert expected[-1] != expected[0]
-    assert losses(ours) == pytest.approx(expected, rel=1e-9)
+    with OwnForwards() as calls:
+        assert losses(ours) == pytest.approx(expected, rel=1e-9)
+    assert not calls
 
 
 INITIALISATIONS = {
@@ -257,10 +259,14 @@ def test_inference(lora_fused):
     model.eval()
     with torch.inference_mode():
         for _ in range(3):
-            torch.testing.assert_close(inner(ours)(x), inner(model)(x))
+            with OwnForwards() as calls:
+                y = inner(ours)(x)
+            assert not calls
+            torch.testing.assert_close(y, inner(model)(x))
     ours.requires_grad_(False)
-    y = inner(ours)(x)
-    assert not y.requires_grad
+    with OwnForwards() as calls:
+        y = inner(ours)(x)
+    assert not calls and not y.requires_grad
     torch.testing.assert_close(y, inner(model)(x))
 
 

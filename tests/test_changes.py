@@ -8,7 +8,7 @@ import copy
 import bitsandbytes
 import pytest
 import torch
-from cases import Case, peft_linear
+from cases import Case, OwnForwards, peft_linear
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -69,7 +69,7 @@ def layer_of(model):
 
 
 def assert_follows(pair, change):
-    """Outputs and gradients agree before and after `change(layer)` and move with it."""
+    """Outputs and gradients agree before and after `change(layer)` and move with it; what follows it is fused."""
     plain, ours, x = pair
     before = ours(x).detach()
     torch.testing.assert_close(before, plain(x))
@@ -78,7 +78,9 @@ def assert_follows(pair, change):
     results = []
     for model in (plain, ours):
         model.zero_grad()
-        y = model(x)
+        with OwnForwards() as calls:
+            y = model(x)
+        assert bool(calls) == (model is plain)
         if y.requires_grad:
             y.square().sum().backward()
         results.append((y, {name: p.grad for name, p in model.named_parameters()}))
@@ -165,13 +167,19 @@ def test_moved_to_another_device(pair):
     plain, ours, x = pair
     for device in ("cpu", "cuda"):
         plain, ours, x = plain.to(device), ours.to(device), x.to(device)
-        torch.testing.assert_close(ours(x), plain(x))
+        with OwnForwards() as calls:
+            y = ours(x)
+        assert not calls
+        torch.testing.assert_close(y, plain(x))
 
 
 def test_moved_to_another_dtype(pair):
     plain, ours, x = pair
     plain, ours, x = plain.double(), ours.double(), x.double()
-    torch.testing.assert_close(ours(x), plain(x), rtol=1e-12, atol=1e-12)
+    with OwnForwards() as calls:
+        y = ours(x)
+    assert not calls
+    torch.testing.assert_close(y, plain(x), rtol=1e-12, atol=1e-12)
 
 
 def test_hot_swapped_adapter(lora_fused, device, tmp_path):

@@ -1,10 +1,11 @@
 """The dropout mask: its statistics, one mask from every backend, reproducible and replayed."""
 
+import copy
 import math
 
 import pytest
 import torch
-from cases import Case, peft_linear
+from cases import Case, OwnForwards, SeededDropout, peft_linear
 from kernels import Mode, kernelize
 
 M, K = 512, 1024
@@ -161,6 +162,31 @@ def test_backward_replays_the_mask(lora_fused, device, config):
     torch.manual_seed(2)
     model(x).sum().backward()
     assert torch.equal(x.grad != 0, kept != 0)
+
+
+@pytest.mark.parametrize("dropout", (False, True), ids=("eval", "train"))
+@pytest.mark.parametrize("layer", (False, True), ids=("in eval", "in train"))
+@pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=("lora", "dora"))
+def test_both_training_flags_are_asked(lora_fused, device, dropout, layer, config):
+    """The dropout's own, and of DoRA the layer's too: they differ where a user switches one of them."""
+    model, _ = peft_linear(Case((64,), 32, 16, 4), torch.float32, torch.float32, device, lora_dropout=0.5, **config)
+    proj = model.base_model.model.proj
+    proj.training = layer
+    proj.lora_dropout["default"].training = dropout
+    lora_fused.register_peft_layers()
+    ours = kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device=device)
+    assert SeededDropout.replace_all(lora_fused, model) == 1
+    results, x = [], torch.randn(64, 32, device=device, requires_grad=True)
+    for each in (model, ours):
+        torch.manual_seed(5)
+        with OwnForwards() as calls:
+            y = each(x)
+        assert bool(calls) == (each is model)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *(p for p in each.parameters() if p.requires_grad)])])
+    for mine, peft in zip(*reversed(results)):
+        torch.testing.assert_close(mine, peft, rtol=1e-4, atol=1e-4)
+    torch.manual_seed(6)
+    assert torch.equal(ours(x), results[1][0]) != (dropout and (layer or not config))
 
 
 def test_expectation_is_that_without_dropout(lora_fused, device):

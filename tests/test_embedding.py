@@ -119,7 +119,7 @@ def test_no_gradient_wanted_and_double_backward(lora_fused):
             torch.testing.assert_close(model(ids), expected)
     b = next(p for name, p in model.named_parameters() if "embedding_B" in name)
     (db,) = torch.autograd.grad(model(ids).square().sum(), b, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="^lora_fused: gradients of gradients .*without kernelize"):
         db.sum().backward()
 
 

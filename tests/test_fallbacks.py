@@ -21,10 +21,10 @@ def kernelized(lora_fused, model):
     return kernelize(model, mode=Mode.TRAINING, device=DEVICE)
 
 
-def explain(lora_fused, model):
+def explain(lora_fused, model, rows=8192):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return lora_fused.explain(model)
+        return lora_fused.explain(model, rows)
 
 
 def assert_peft_runs(lora_fused, model, reason, inputs=None, **call):
@@ -242,7 +242,7 @@ def test_explain_covers_every_module_and_prints(lora_fused):
     rows = lora_fused.explain(kernelized(lora_fused, model))
     names = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     assert {row.module for row in rows} == names and len(rows) == 14
-    assert all(row.fused and row.backend == "library" and row.group for row in rows)
+    assert all(row.fused and row.backend == "native" and row.group for row in rows)
     text = str(rows)
     assert text.startswith("14 of 14 LoRA modules fused") and "q_proj" in text
 

@@ -1,5 +1,6 @@
 """The gated MLP as one Function: the models it is found in, against PEFT, and what keeps it out."""
 
+import contextlib
 import copy
 import functools
 import warnings
@@ -7,7 +8,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from cases import DEVICE, DrawnDropout, assert_as_good, randomise_adapters, take_exactly
+from cases import DEVICE, DrawnDropout, OwnForwards, assert_as_good, randomise_adapters, take_exactly
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -113,11 +114,14 @@ def test_models(lora_fused, name, config):
     rows = lora_fused.explain(ours)
     assert len(rows) >= 4 and all(row.layer == "LoraGatedMLP" and row.fused for row in rows), str(rows)
     tokens = torch.randint(1, 64, (2, 9))
-    results = []
+    results, counts = [], []
     for model in (plain, ours):
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
+        with OwnForwards() as calls:
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
         results.append({"loss": loss, **{n: p.grad for n, p in model.named_parameters() if p.requires_grad}})
+        counts.append(calls.total())
+    assert counts == [len(rows), 0]
     assert_same(results[1], results[0])
 
 
@@ -144,6 +148,18 @@ def test_configurations(lora_fused, config, lead):
     assert_same(result, step(model, x))
 
 
+@pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=("lora", "dora"))
+@pytest.mark.parametrize("part", ("w1", "w2", "w3"))
+def test_a_trained_weight(lora_fused, part, config):
+    """Of any of the three, which the native op leaves to the chain of operations."""
+    model, x = glu(**config), torch.randn(5, 32, dtype=torch.float64)
+    getattr(mlp_of(model), part).base_layer.weight.requires_grad_(True)
+    ours = kernelized(lora_fused, model)
+    result = step(ours, x)
+    assert is_one_function(result["y"]) and any("base_layer.weight" in name for name in result)
+    assert_same(result, step(model, x))
+
+
 @pytest.mark.parametrize("config", (dict(lora_dropout=0.3), dict(lora_dropout=0.3, use_dora=True)), ids=str)
 def test_dropout(lora_fused, config):
     """Every projection has a mask of its own, down's included."""
@@ -154,7 +170,9 @@ def test_dropout(lora_fused, config):
         drops = getattr(mlp_of(model), name).lora_dropout
         drops["default"] = DrawnDropout(lora_fused, 0.3, (5, features), DEVICE, index, 3)
     torch.manual_seed(4)
-    assert_same(step(ours, x), step(model, x))
+    result = step(ours, x)
+    assert is_one_function(result["y"])
+    assert_same(result, step(model, x))
 
 
 @pytest.mark.parametrize("base", (torch.float32, torch.bfloat16, torch.float16), ids=str)
@@ -220,7 +238,8 @@ def test_checkpointing(lora_fused, monkeypatch, reentrant, after, config):
 @pytest.mark.parametrize("policy", (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE), ids=str)
 def test_selective_checkpointing(lora_fused, policy):
     """It keeps what ops gave and gives it out again in their order."""
-    ours, x = kernelized(lora_fused, glu()), torch.randn(5, 32, dtype=torch.float64)
+    model, x = glu(), torch.randn(5, 32, dtype=torch.float64)
+    ours = kernelized(lora_fused, model)
     contexts = functools.partial(create_selective_checkpoint_contexts, lambda *_, **__: policy)
 
     class Selective(nn.Module):
@@ -231,8 +250,10 @@ def test_selective_checkpointing(lora_fused, policy):
         def forward(self, x):
             return checkpoint(lambda x: self.ours(x).tanh(), x * 1, use_reentrant=False, context_fn=contexts)
 
-    result = step(Selective(), x)
-    expected = step(nn.Sequential(ours, nn.Tanh()), x)
+    with OwnForwards() as calls:
+        result = step(Selective(), x)
+    assert not calls
+    expected = step(nn.Sequential(model, nn.Tanh()), x)
     assert_same({name.replace("ours.", "0."): value for name, value in result.items()}, expected)
 
 
@@ -241,14 +262,19 @@ def test_no_gradient_wanted(lora_fused):
     ours = kernelized(lora_fused, model)
     for scope in (torch.no_grad, torch.inference_mode):
         with scope():
-            torch.testing.assert_close(ours(x), model(x))
+            with OwnForwards() as calls:
+                y = ours(x)
+            assert not calls
+            torch.testing.assert_close(y, model(x))
 
 
 def test_frozen_adapters_still_pass_the_gradient_on(lora_fused):
     model, x = glu(), torch.randn(5, 32, dtype=torch.float64)
     model.requires_grad_(False)
     ours = kernelized(lora_fused, model)
-    assert_same(step(ours, x), step(model, x))
+    result = step(ours, x)
+    assert is_one_function(result["y"])
+    assert_same(result, step(model, x))
 
 
 def hook(module, args, output):
@@ -296,18 +322,56 @@ def test_a_projection_falls_back_alone(lora_fused, change, alone):
     assert all(row.layer != "LoraGatedMLP" for row in rows.values())
 
 
-def test_another_activation_later(lora_fused):
+def llama():
     base = transformers.AutoModelForCausalLM.from_config(CONFIGS["Llama"]).double()
-    plain = get_peft_model(base, LoraConfig(r=4, target_modules=MLP), autocast_adapter_dtype=False)
-    randomise_adapters(plain, torch.float64)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=MLP), autocast_adapter_dtype=False)
+    randomise_adapters(model, torch.float64)
+    return model
+
+
+def set_activation(model, act):
+    for module in model.modules():
+        if hasattr(module, "act_fn"):
+            module.act_fn = act
+
+
+@contextlib.contextmanager
+def count_gated(lora_fused):
+    """A list that grows with every gated MLP that is computed as one."""
+    own, calls = lora_fused.functional.compute_gated, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora_fused.functional, "compute_gated", lambda *args, **options: calls.append(0) or own(*args, **options))
+        yield calls
+
+
+def test_another_activation_later(lora_fused):
+    plain = llama()
     ours = kernelized(lora_fused, plain)
     tokens = torch.randint(1, 64, (2, 9))
-    for act in (nn.GELU(), nn.Softplus(), nn.SiLU()):
-        for model in (plain, ours):
-            for module in model.modules():
-                if hasattr(module, "act_fn"):
-                    module.act_fn = act
-        torch.testing.assert_close(ours(input_ids=tokens).logits, plain(input_ids=tokens).logits)
+    for act, known in ((nn.GELU(), True), (nn.SiLU(), True), (nn.Softplus(), False)):
+        set_activation(plain, act), set_activation(ours, act)
+        with count_gated(lora_fused) as calls:
+            logits = ours(input_ids=tokens).logits
+        assert len(calls) == (2 if known else 0)
+        torch.testing.assert_close(logits, plain(input_ids=tokens).logits)
+
+
+@pytest.mark.xfail(reason="explain takes the reason why a module is no gated MLP for its structure", strict=True)
+def test_explain_after_an_activation_that_is_not_known(lora_fused):
+    ours = kernelized(lora_fused, llama())
+    set_activation(ours, nn.Softplus())
+    rows = lora_fused.explain(ours)
+    assert len(rows) == 6 and all(row.fused and row.layer == "LoraLinear" for row in rows), str(rows)
+
+
+@pytest.mark.xfail(reason="what is no gated MLP once stays none", strict=True)
+def test_a_known_activation_after_one_that_is_not(lora_fused):
+    ours, tokens = kernelized(lora_fused, llama()), torch.randint(1, 64, (2, 9))
+    for act in (nn.Softplus(), nn.SiLU()):
+        set_activation(ours, act)
+        with count_gated(lora_fused) as calls:
+            ours(input_ids=tokens)
+    assert len(calls) == 2
 
 
 def test_an_mlp_without_adapters_is_left_alone(lora_fused):
@@ -333,5 +397,5 @@ def test_use_peft_layers_restores_every_class(lora_fused):
 def test_double_backward_raises(lora_fused):
     ours, x = kernelized(lora_fused, glu()), torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
     (dx,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="^lora_fused: gradients of gradients .*without kernelize"):
         dx.sum().backward()

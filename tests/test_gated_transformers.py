@@ -106,7 +106,8 @@ def test_gated_mlps_of_transformers(structure, maths, name):
     module = build(name)
     found = structure.recognise(module)
     assert not isinstance(found, str), found
-    assert found.activation == RECOGNISED[name] and found.fused == (name.split(".")[1] in FUSED)
+    fused = name.split(".")[1] in FUSED and not hasattr(module, "gate_proj")  # some have been taken apart
+    assert found.activation == RECOGNISED[name] and found.fused == fused
     assert_computes_gated_mlp(module, found, maths, module.get_submodule(found.gate).in_features)
 
 

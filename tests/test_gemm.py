@@ -59,14 +59,14 @@ def test_as_a_thread_s_first_call(gemm):
     torch.testing.assert_close(out, a[0] @ b[0].t())
 
 
-def single(*, n=128, dtype=torch.bfloat16, count=1, bias=False, gain=False, accumulate=False, shift=0, dropped=None, leading=0):
+def single(*, n=128, dtype=torch.bfloat16, count=1, bias=False, gain=False, accumulate=False, shift=0, dropped=None, leading=0, factor=1.0):
     a, b, out = operands(n=n, dtype=dtype)
     if shift:
         a = [torch.zeros(a[0].numel() + shift, device="cuda", dtype=dtype)[shift:].view_as(a[0])]
     vector = torch.ones(n, device="cuda", dtype=dtype) if bias else None
     seed = None if dropped is None else torch.tensor([3], device="cuda")
     gain = torch.ones(n, device="cuda") if gain else None
-    return a * count, b * count, True, out, vector, gain, None, accumulate, seed, 0.1, leading if dropped is None else dropped
+    return a * count, b * count, True, out, vector, gain, None, accumulate, seed, 0.1, leading if dropped is None else dropped, factor
 
 
 REFUSED = {
@@ -79,6 +79,9 @@ REFUSED = {
     "a mask over nothing": dict(count=2, dropped=0),
     "a mask over all": dict(count=2, dropped=2),
     "leading segments for nothing": dict(count=2, leading=1),
+    "a multiple of nothing": dict(count=2, dtype=torch.float16, factor=2.0),
+    "a multiple in bfloat16": dict(count=2, leading=1, factor=2.0),
+    "a multiple under a mask": dict(count=2, dtype=torch.float16, dropped=1, factor=2.0),
 }
 
 

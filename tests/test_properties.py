@@ -309,11 +309,11 @@ def test_dropout_in_training_is_reproducible(lora_fused):
         if refused:
             return
         model, results = kernelized(lora_fused, built), []
-        for number, seed in enumerate((0, 0, 1, 1, 2)):  # groups run from the second pass on
+        if attempt(lambda: run(built, plan, 0))[1]:  # PEFT's own model refuses the pass
+            return
+        for seed in (0, 0, 1, 1, 2):  # groups run from the second pass on
             torch.manual_seed(seed)
-            result, error = attempt(lambda: run(model, plan, 0))
-            if error:
-                return
+            result = run(model, plan, 0)
             results.append({name: v if v is None else v.clone() for name, v in result.items()})
         assert_close(results[3], results[2], exact=True)
         assert all(v is None or v.isfinite().all() for v in results[4].values())

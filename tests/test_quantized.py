@@ -6,7 +6,7 @@ quantised layer.
 
 import pytest
 import torch
-from cases import BROKEN_ROWS, QUANTISED_CASES, VARIANTS, DrawnDropout, assert_as_good, take_exactly
+from cases import BROKEN_ROWS, QUANTISED_CASES, VARIANTS, DrawnDropout, OwnForwards, assert_as_good, take_exactly
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("bitsandbytes")
@@ -53,13 +53,16 @@ def compare(lora_fused, case, precision, device, state, config, expect):
     if dropout:
         layer.lora_dropout["default"] = own
     quantised.fuse(lora_fused, model, device)
-    rows = lora_fused.explain(model, rows=x.numel() // case.k)
-    if autocast is None:
-        assert expect == "PEFT's" and not rows[0].fused or rows[0].fused and (rows[0].backend == "base called") == (expect == "base called"), str(rows)
+    with quantised.as_on_gpu(device, autocast):
+        row = lora_fused.explain(model, rows=x.numel() // case.k)[0]
+    said = "PEFT's" if not row.fused else "base called" if row.backend == "base called" else "fused"
+    assert said == expect, row
     torch.set_rng_state(generator[0])
     if device == "cuda":
         torch.cuda.set_rng_state(generator[1])
-    ours, our_grads = quantised.step(model, x, dy, autocast)
+    with OwnForwards() as calls:
+        ours, our_grads = quantised.step(model, x, dy, autocast)
+    assert bool(calls) == (expect == "PEFT's")
     unit = autocast or compute
     assert_as_good("y", ours, theirs, truth, unit)
     assert set(our_grads) == set(their_grads)
@@ -99,10 +102,13 @@ def test_few_rows_without_a_gradient(lora_fused, device, rows, variant, precisio
     x = torch.randn(rows, case.k, device=device).to(compute)
     quantised.fuse(lora_fused, model, device)
     with torch.no_grad(), quantised.as_on_gpu(device, autocast):
-        theirs, ours = type(layer).forward(layer, x), model(x)
+        theirs = type(layer).forward(layer, x)
+        with OwnForwards() as calls:
+            ours = model(x)
         row = lora_fused.explain(model, rows=rows)[0]
     with torch.no_grad():
         assert_as_good("y", ours, theirs, exact(x.double()), autocast or compute)
+    assert bool(calls) != row.fused
     if rows > 4:
         assert row.fused and row.backend != "base called", row
     elif variant.startswith("dora"):
@@ -117,8 +123,10 @@ def test_few_rows_of_a_reentrant_checkpoint(lora_fused, device):
     model, layer, _ = make(case, F32, F32, device, STATES[0], lora_dropout=0.5)
     quantised.fuse(lora_fused, model, device)
     x, dy = torch.randn(2, case.k, device=device, requires_grad=True), torch.randn(2, case.n, device=device)
-    y = checkpoint(model, x, use_reentrant=True)
-    y.backward(dy)
+    with OwnForwards() as calls:
+        y = checkpoint(model, x, use_reentrant=True)
+        y.backward(dy)
+    assert not calls
     bias = layer.base_layer.bias
     linear = y if bias is None else y - bias
     torch.testing.assert_close((linear * dy).sum(), (x * x.grad).sum(), rtol=1e-4, atol=1e-4)
@@ -155,7 +163,9 @@ def test_products_in_another_dtype_than_x(lora_fused, device, compute, x_dtype, 
         layer.lora_dropout["default"] = own
     quantised.fuse(lora_fused, model, device)
     (torch.cuda if device == "cuda" else torch).set_rng_state(state)
-    ours, our_grads = quantised.step(model, x, dy)
+    with OwnForwards() as calls:
+        ours, our_grads = quantised.step(model, x, dy)
+    assert not calls
     narrow = BF16 if BF16 in (compute, x_dtype) else F16
     assert ours.dtype == theirs.dtype == x_dtype
     torch.testing.assert_close(ours, theirs, rtol=4 * 2.0**-8, atol=0.05)
@@ -175,8 +185,9 @@ def test_float32_x_under_autocast_keeps_its_dtype(lora_fused, device):
     with torch.autocast(device, dtype=BF16):
         rows = quantised.fuse(lora_fused, model, device)
     assert rows[0].fused and rows[0].backend != "base called"
-    ours, our_grads = quantised.step(model, x, dy, BF16)
-    assert ours.dtype == F32
+    with OwnForwards() as calls:
+        ours, our_grads = quantised.step(model, x, dy, BF16)
+    assert not calls and ours.dtype == F32
     assert_as_good("y", ours, theirs, truth, BF16)
     for name, grad in our_grads.items():
         assert_as_good(name, grad, their_grads[name], true_grads[name], BF16)

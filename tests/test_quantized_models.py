@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 import torch
-from cases import FACTOR, QUANTISED_CASES, UNIT, Case
+from cases import FACTOR, QUANTISED_CASES, UNIT, Case, OwnForwards
 from peft import PeftModel
 from torch import nn
 
@@ -28,7 +28,16 @@ def run(model, ids, autocast=None):
     return out.logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
+def run_fused(model, ids, autocast=None):
+    """`run` of a kernelized model, in which PEFT's own forward has no part."""
+    with OwnForwards() as calls:
+        results = run(model, ids, autocast)
+    assert not calls
+    return results
+
+
 def assert_close(ours, theirs, tolerance):
+    assert ours[1].keys() == theirs[1].keys()
     for name, (mine, peft) in {"logits": (ours[0], theirs[0]), **{n: (g, theirs[1][n]) for n, g in ours[1].items()}}.items():
         error = (mine.double() - peft.double()).norm() / peft.double().norm()
         assert error <= tolerance, (name, error.item())
@@ -42,7 +51,7 @@ def test_llama(lora_fused, device, names, config):
     theirs = run(model, ids)
     quantised.fuse(lora_fused, model, device)
     for _ in range(3):
-        ours = run(model, ids)
+        ours = run_fused(model, ids)
     rows = lora_fused.explain(model, rows=ids.numel())
     assert all(row.fused and row.backend != "base called" for row in rows), str(rows)
     groups = {row.module.rpartition(".")[2]: row.group for row in rows}
@@ -63,7 +72,7 @@ def test_llama_under_autocast(lora_fused, device, names, config):
     theirs = run(model, ids, BF16)
     quantised.fuse(lora_fused, model, device)
     for _ in range(2):
-        ours = run(model, ids, BF16)
+        ours = run_fused(model, ids, BF16)
     assert ours[0].dtype == theirs[0].dtype
     with quantised.as_on_gpu(device, BF16):
         rows = lora_fused.explain(model, rows=ids.numel())
@@ -80,7 +89,7 @@ def test_a_frozen_quantised_member(lora_fused, device, config):
     model, ids = quantised.llama(device, target_modules=["gate_proj", "q_proj"], **config)
     theirs = run(model, ids)
     quantised.fuse(lora_fused, model, device)
-    ours = run(model, ids)
+    ours = run_fused(model, ids)
     rows = lora_fused.explain(model, rows=ids.numel())
     assert {row.group for row in rows if row.module.endswith("gate_proj")} != {"single"}, str(rows)
     assert_close(ours, theirs, 2e-5)
@@ -104,15 +113,16 @@ def test_random_members(lora_fused, device, seed):
     theirs = run(model, ids)
     quantised.fuse(lora_fused, model, device)
     for _ in range(3):
-        ours = run(model, ids)
+        ours = run_fused(model, ids)
     assert_close(ours, theirs, 2e-5)
 
 
 @pytest.mark.parametrize("reentrant", (False, True))
 @pytest.mark.parametrize("config", ({}, dict(lora_dropout=0.2)), ids=str)
 def test_checkpointing(lora_fused, device, reentrant, config):
-    """Weights dequantised again for the recomputation, too: the gradients of a run without it."""
+    """Weights dequantised again for the recomputation, too: the gradients of a run without it, and PEFT's."""
     model, ids = quantised.llama(device, **config)
+    theirs = run(model, ids)
     quantised.fuse(lora_fused, model, device)
     for _ in range(3):
         run(model, ids)
@@ -121,7 +131,10 @@ def test_checkpointing(lora_fused, device, reentrant, config):
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
     torch.manual_seed(3)
-    assert_close(run(model, ids), plain, 1e-6)
+    ours = run_fused(model, ids)
+    assert_close(ours, plain, 1e-6)
+    if not config:
+        assert_close(ours, theirs, 2e-5)
 
 
 @pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=("lora", "dora"))
@@ -132,7 +145,7 @@ def test_twenty_steps_and_back_to_plain_peft(lora_fused, device, config, tmp_pat
     def train(fused):
         model, ids = quantised.llama(device, **config)
         if fused:
-            quantised.fuse(lora_fused, model, device)
+            assert all(row.fused for row in quantised.fuse(lora_fused, model, device))
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
         losses = []
         for _ in range(20):
@@ -165,19 +178,23 @@ def test_states_change_after_kernelizing(lora_fused, device):
     quantised.fuse(lora_fused, model, device)
     x = torch.randn(40, case.k, device=device)
 
-    def check():
+    def check(fused=True):
         with torch.no_grad():
-            torch.testing.assert_close(model(x), type(layer).forward(layer, x), rtol=1e-5, atol=1e-5)
+            with OwnForwards() as calls:
+                ours = model(x)
+            assert bool(calls) != fused
+            torch.testing.assert_close(ours, type(layer).forward(layer, x), rtol=1e-5, atol=1e-5)
 
     check()
     with model.disable_adapter():
-        check()
+        check(fused=False)
     model.add_adapter("other", model.peft_config["default"])
     model.set_adapter("other")
     check()
     model.base_model.set_adapter(["default", "other"])
-    assert "several active adapters" in lora_fused.explain(model)[0].reason
-    check()
+    with pytest.warns(UserWarning, match="none of the 1"):
+        assert "several active adapters" in lora_fused.explain(model)[0].reason
+    check(fused=False)
     model.set_adapter("default")
     new = quantised.four_bit(nn.Linear(case.k, case.n, device=device), F32, device, quant_type="fp4", blocksize=32)
     layer.base_layer.weight = new.weight
@@ -185,7 +202,7 @@ def test_states_change_after_kernelizing(lora_fused, device):
     layer.base_layer.weight.data = torch.randint_like(new.weight.data, 0, 256)
     check()
     model.merge_adapter()
-    check()
+    check(fused=False)
 
 
 def test_small_inputs_do_not_dequantise(lora_fused, device, monkeypatch):
@@ -404,7 +421,7 @@ def test_two_models_interleaved(lora_fused, device):
         quantised.fuse(lora_fused, model, device)
         run(model, models[0][1])
     ids = models[0][1]
-    alone = [run(model, ids) for model, _ in models]
+    alone = [run_fused(model, ids) for model, _ in models]
     for model, _ in models:
         model.zero_grad()
     outs = [model(ids, labels=ids) for model, _ in models]

@@ -1,5 +1,6 @@
-"""Native ops on random groups against the same in float64: ranks, widths and token numbers of any alignment, masks, members
-without an adapter, DoRA, adapters of other dtypes, outputs without a gradient, frozen matrices, x without a gradient."""
+"""Random groups against autograd through the formula itself, in float64: ranks, widths and token numbers of any alignment,
+masks, members without an adapter, DoRA, adapters of other dtypes, outputs without a gradient, frozen matrices, x without a
+gradient. By the native op, and by the chain of operations that serves what the op does not take."""
 
 import random
 
@@ -34,12 +35,14 @@ class RandomGroup:
             self.scalings.append(0.5 if alike else pick.choice((0.5, 0.7)))
             self.kinds.append((half, pick.choice(("", "", "a", "b"))))  # what is frozen
         self.used = [i == 0 or pick.random() < 0.85 for i in range(count)]
+        self.used[0] = count == 1 or pick.random() < 0.85 or not any(self.used[1:])
         self.need_x = pick.random() < 0.8
         self.x = draw(self.generator, self.m, self.k).to(dtype).double()
         self.dys = [draw(self.generator, self.m, each[0].shape[0]).to(dtype).double() for each in self.operands]
         self.seeds = torch.randint(2**62, (count,), generator=self.generator)
 
-    def run(self, lora_fused, device, dtype, adapter, exact):
+    def run(self, compute, device, dtype, adapter):
+        """[outputs, dx, gradients of the trained operands] of `compute(x, flat operands)`."""
         flat = flat_on(self.operands, device, dtype, adapter)
         fields = len(flat) // len(self.operands)
         for i, (half, frozen) in enumerate(self.kinds):
@@ -49,29 +52,63 @@ class RandomGroup:
                     continue
                 wanted = dtype if half else tensor.dtype
                 flat[fields * i + at] = tensor.detach().to(wanted).requires_grad_(frozen != name)
-        x = self.x.to(device, dtype).requires_grad_(self.need_x)
+        x = self.x.detach().to(device, dtype).requires_grad_(self.need_x)
         dys = [dy.to(device, dtype) for dy in self.dys]
         poison(device)
-        specs = [lora_fused.ProjectionSpec(p) for p in self.dropouts]
-        projections = projections_of(lora_fused, flat, self.scalings, specs)
-        seeds = self.seeds.to(device) if any(self.dropouts) else None
-        ys = lora_fused.autograd.native.lora_group(x, projections, seeds, exact)
+        ys = compute(x, flat)
         pairs = [(y, dy) for y, dy, used in zip(ys, dys, self.used) if used and y.requires_grad]
         if pairs:
             torch.autograd.backward(*zip(*pairs))
         return [*ys, x.grad, *(tensor.grad for tensor in flat if tensor is not None and tensor.requires_grad)]
 
+    def seeds_on(self, device):
+        return self.seeds.to(device) if any(self.dropouts) else None
 
-@pytest.mark.parametrize("seed", range(30))
-@pytest.mark.parametrize(
-    "dtype, adapter, exact",
-    ((torch.float32, torch.float32, False), (torch.bfloat16, torch.float32, False), (torch.bfloat16, torch.float32, True)),
-    ids=("float32", "as under autocast", "exact"),
-)
-def test_random_group(lora_fused, device, seed, dtype, adapter, exact):
-    group = RandomGroup(seed, dtype, adapter if exact else dtype, exact)
-    ours = group.run(lora_fused, device, dtype, adapter, exact)
-    truth = group.run(lora_fused, "cpu", torch.float64, torch.float64, False)
+    def natively(self, lora_fused, exact):
+        def compute(x, flat):
+            specs = [lora_fused.ProjectionSpec(p) for p in self.dropouts]
+            projections = projections_of(lora_fused, flat, self.scalings, specs)
+            return lora_fused.autograd.native.lora_group(x, projections, self.seeds_on(x.device), exact)
+
+        return compute
+
+    def in_a_chain(self, lora_fused):
+        def compute(x, flat):
+            specs = tuple(lora_fused.ProjectionSpec(p) for p in self.dropouts)
+            group = lora_fused.projection.GroupSpec(specs, "reference")
+            seeds = self.seeds_on(x.device)
+            return lora_fused.autograd.linear.LoraLinearFunction.apply(group, self.scalings, None, x, seeds, *flat)
+
+        return compute
+
+    def by_formula(self, lora_fused):
+        """The native op's masks, and nothing else of ours."""
+
+        def dropped(x, i):
+            scale = torch.empty_like(x, requires_grad=False)
+            lora_fused._ops.ops.dropout(torch.ones_like(x), self.seeds[i : i + 1], self.dropouts[i], scale)
+            return x * scale
+
+        def member(x, i, weight, bias, a, b, lora_bias, magnitude, *_):
+            y = x @ weight.t()
+            if a is not None:
+                d = dropped(x, i) if self.dropouts[i] else x
+                delta = self.scalings[i] * d @ a.t() @ b.t()
+                if magnitude is None:
+                    y = y + delta
+                else:
+                    gain = magnitude / (weight + self.scalings[i] * b @ a).norm(dim=1).detach()
+                    y = y + delta + (gain - 1) * (d @ weight.t() + delta)
+            return y if bias is None else y + bias
+
+        def compute(x, flat):
+            fields = len(flat) // len(self.operands)
+            return [member(x, i, *flat[fields * i : fields * (i + 1)]) for i in range(len(self.operands))]
+
+        return compute
+
+
+def compare(ours, truth, dtype):
     assert len(ours) == len(truth)
     for i, (value, expected) in enumerate(zip(ours, truth)):
         assert (value is None) == (expected is None), f"result {i}"
@@ -83,3 +120,26 @@ def test_random_group(lora_fused, device, seed, dtype, adapter, exact):
             continue
         error, _ = relative(value, expected)
         assert error <= 8 * UNIT[dtype] + expected.numel() ** 0.5 * 2.0**-24, f"result {i}: {error:.3g}"
+
+
+PRECISIONS = {
+    "float32": (torch.float32, torch.float32, False),
+    "as under autocast": (torch.bfloat16, torch.float32, False),
+    "exact": (torch.bfloat16, torch.float32, True),
+}
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("dtype, adapter, exact", PRECISIONS.values(), ids=PRECISIONS)
+def test_random_group(lora_fused, device, seed, dtype, adapter, exact):
+    group = RandomGroup(seed, dtype, adapter if exact else dtype, exact)
+    truth = group.run(group.by_formula(lora_fused), "cpu", torch.float64, torch.float64)
+    compare(group.run(group.natively(lora_fused, exact), device, dtype, adapter), truth, dtype)
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_random_group_in_a_chain(lora_fused, device, seed, dtype):
+    group = RandomGroup(seed, dtype, dtype, exact=False)
+    truth = group.run(group.by_formula(lora_fused), "cpu", torch.float64, torch.float64)
+    compare(group.run(group.in_a_chain(lora_fused), device, dtype, dtype), truth, dtype)

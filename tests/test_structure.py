@@ -13,12 +13,15 @@ PACKAGE = ROOT / "torch-ext" / "lora_fused"
 # From the top down; a module imports only what stands below it.
 LAYERS = (
     "__init__",
+    "explanation",
+    "kernelized",
     "mapping",
     "layers",
     "siblings",
     "functional_delta",
     "functional",
     "functional_embedding",
+    "checks",
     "autograd",
     "compose",
     "member",
@@ -37,10 +40,15 @@ LAYERS = (
     "peft_state",
     "peft_base",
     "peft_scaling",
+    "last_call",
+    "genuine",
     "autocast",
     "projection",
     "table",
     "tuned",
+    "versions",
+    "integrity",
+    "errors",
     "_ops",
 )
 LAZY = {"peft", "kernels", "transformers", "bitsandbytes", "triton"}

@@ -3,8 +3,7 @@ where it was saved."""
 
 import pytest
 import torch
-from cases import DEVICE, peft_llama
-from peft.tuners.lora import Linear
+from cases import DEVICE, OwnForwards, peft_llama
 from test_fallbacks import explain, kernelized
 from transformers import Trainer, TrainingArguments
 
@@ -47,14 +46,12 @@ def assert_same(ours, theirs, rtol):
         assert (value - theirs[1][name]).norm() <= rtol * theirs[1][name].norm(), name
 
 
-@pytest.fixture
-def peft_is_not_called(monkeypatch):
-    """Called once a model is kernelized: from then on PEFT's own forward fails."""
-
-    def refuse(self, *_, **__):
-        raise AssertionError("PEFT's own forward runs")
-
-    return lambda: monkeypatch.setattr(Linear, "forward", refuse)
+def trained_fused(model, folder, *args, **options):
+    """`trained`, of a kernelized model, in which PEFT's own forward has no part."""
+    with OwnForwards() as calls:
+        found = trained(model, folder, *args, **options)
+    assert not calls
+    return found
 
 
 OPTIONS = {
@@ -67,24 +64,22 @@ OPTIONS = {
 
 @pytest.mark.parametrize("dora", (False, True), ids=("LoRA", "DoRA"))
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_losses_and_adapters_are_those_of_peft(lora_fused, peft_is_not_called, tmp_path, dora, options):
+def test_losses_and_adapters_are_those_of_peft(lora_fused, tmp_path, dora, options):
     theirs = trained(peft_llama(use_dora=dora), tmp_path, **options)
     model = kernelized(lora_fused, peft_llama(use_dora=dora))
     assert all(row.fused for row in explain(lora_fused, model))
     before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
-    peft_is_not_called()
-    ours = trained(model, tmp_path, **options)
+    ours = trained_fused(model, tmp_path, **options)
     assert not any(torch.equal(value, before[name]) for name, value in ours[1].items())
     assert_same(ours, theirs, 1e-5)
 
 
 @pytest.mark.parametrize("dora", (False, True), ids=("LoRA", "DoRA"))
-def test_mixed_precision_is_as_near_to_float32_as_peft(lora_fused, peft_is_not_called, tmp_path, dora):
+def test_mixed_precision_is_as_near_to_float32_as_peft(lora_fused, tmp_path, dora):
     _, truth = trained(peft_llama(use_dora=dora), tmp_path)
     _, theirs = trained(peft_llama(use_dora=dora), tmp_path, bf16=True)
     model = kernelized(lora_fused, peft_llama(use_dora=dora))
-    peft_is_not_called()
-    _, ours = trained(model, tmp_path, bf16=True)
+    _, ours = trained_fused(model, tmp_path, bf16=True)
 
     def distance(found):
         return torch.stack([(found[name] - value).norm() for name, value in truth.items()]).norm()
@@ -92,9 +87,8 @@ def test_mixed_precision_is_as_near_to_float32_as_peft(lora_fused, peft_is_not_c
     assert 0.0 < distance(ours) <= 1.5 * distance(theirs)
 
 
-def test_training_is_taken_up_again(lora_fused, peft_is_not_called, tmp_path):
+def test_training_is_taken_up_again(lora_fused, tmp_path):
     save = dict(save_strategy="steps", save_steps=STEPS // 2)
     whole = trained(kernelized(lora_fused, peft_llama()), tmp_path, **save)
     again = kernelized(lora_fused, peft_llama())
-    peft_is_not_called()
-    assert_same(trained(again, tmp_path, tmp_path / f"checkpoint-{STEPS // 2}", **save), whole, 1e-6)
+    assert_same(trained_fused(again, tmp_path, tmp_path / f"checkpoint-{STEPS // 2}", **save), whole, 1e-6)

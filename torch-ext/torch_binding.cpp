@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../kernel-src/common/names.h"
 #include "python_module.h"
 
 // One more macro level, so that TORCH_EXTENSION_NAME is expanded before it is stringified.
@@ -10,6 +11,7 @@
 #define OPS_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 
 OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
+  ops.def("names(str kind) -> str");
   ops.def("row_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
   ops.def("gain(Tensor magnitude, Tensor norm) -> Tensor");
   ops.def("dropout(Tensor x, Tensor seed, float p, Tensor(a!) out, bool accumulate=False, bool scaled=True) -> ()");
@@ -22,13 +24,14 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "-> ()");
   ops.def(
       "gemm(Tensor[] a, Tensor[] b, bool b_rows_are_n, Tensor(a!) out, Tensor? bias=None, "
-      "Tensor? gain=None, Tensor(b!)? z=None, bool accumulate=False, Tensor? seed=None, float p=0.0, int leading=0) -> ()");
+      "Tensor? gain=None, Tensor(b!)? z=None, bool accumulate=False, Tensor? seed=None, float p=0.0, int leading=0, "
+      "float leading_scale=1.0) -> ()");
   ops.def(
       "skinny(Tensor[] x, Tensor[] other, Tensor(a!)[] out, float scaling, bool across, bool hopper, "
       "Tensor? seed=None, float p=0.0, int exact=0) -> ()");
   ops.def(
       "dy_products(Tensor[] dy, Tensor[] b, Tensor[] t, Tensor(a!)[] dt, Tensor(b!)[] db, float scaling, "
-      "bool exact=False) -> ()");
+      "bool exact=False, float db_scaling=1.0) -> ()");
   ops.def(
       "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
       "Tensor?[] lora_b, Tensor?[] gains, Tensor?[] magnitudes, float[] scalings, Tensor? seeds, float[] dropouts, "
@@ -60,6 +63,10 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "Tensor lora_b, Tensor? magnitude, Tensor? gain, Tensor? norm, Tensor? scale, float scaling, "
       "float number, int padding, bool need_a, bool need_b, bool need_m) -> Tensor[]");
 }
+
+std::string names(std::string kind) { return lora_fused::names_of(kind); }
+
+OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) { ops.impl("names", TORCH_BOX(&names)); }
 
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("row_norm", TORCH_BOX(&row_norm_cpu));

@@ -3,8 +3,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
+
+// The names of what the ops take as numbers, see kernel-src/common/names.h.
+std::string names(std::string kind);
 
 // Each op: one declaration per device; kernel-src/ says what it computes.
 torch::stable::Tensor row_norm_cpu(const torch::stable::Tensor& weight,
@@ -84,19 +88,19 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors> gated_backward(
 void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n,
                torch::stable::Tensor out, std::optional<torch::stable::Tensor> bias,
                std::optional<torch::stable::Tensor> gain, std::optional<torch::stable::Tensor> z,
-               bool accumulate, std::optional<torch::stable::Tensor> seed, double p, int64_t leading);
+               bool accumulate, std::optional<torch::stable::Tensor> seed, double p, int64_t leading, double leading_scale);
 
-// out = scaling · D(x) otherᵀ [M, R], or D(x)ᵀ other [C, R] where across, of each of a list; D drops with probability p
+// out = scaling · D(x) otherᵀ [M, R], or scaling · D(x)ᵀ other [C, R] where across, of each of a list; D drops with probability p
 // where there is a seed. `hopper`: by skinny_sm90, else by the kernels of skinny.cu. An error where those don't serve.
 // `exact`, on Hopper, the ranks of a member: other is [2R, C] or [M, 2R], with its rest below or beside it, and of
 // scaling · D(x) otherᵀ the parts [M, 3R] are written.
 void skinny_cuda(lora_fused::Tensors x, lora_fused::Tensors other, lora_fused::Tensors out, double scaling, bool across,
                  bool hopper, std::optional<torch::stable::Tensor> seed, double p, int64_t exact);
 
-// dt = scaling · dy b and db = dyᵀ t of each of a list, from one read of dy; an error where dy_products_sm90_serves
+// dt = scaling · dy b and db = db_scaling · dyᵀ t of each of a list, from one read of dy; an error where dy_products_sm90_serves
 // refuses. `exact`: b is [N, 2R] and t [M, 2R], with their rests beside them, and of dt the parts [M, 3R] are written.
 void dy_products_cuda(lora_fused::Tensors dy, lora_fused::Tensors b, lora_fused::Tensors t, lora_fused::Tensors dt,
-                      lora_fused::Tensors db, double scaling, bool exact);
+                      lora_fused::Tensors db, double scaling, bool exact, double db_scaling);
 
 // On CUDA alone: the CPU computes an embedding with the library's products.
 lora_fused::Tensors column_norm_cuda(const torch::stable::Tensor& weight, const torch::stable::Tensor& lora_a,

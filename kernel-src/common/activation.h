@@ -43,6 +43,7 @@ LORA_FUSED_HD void value_and_slope(T g, int64_t activation, T& value, T& slope) 
     value = g * s;
     slope = s * (T(1) + g * sigmoid(-exponent) * twice * (T(1) + T(0.134145) * square));
   } else {
+    static_assert(kActivations == 5, "value_and_slope: a formula for each activation");
     const T positive = g <= T(0) ? T(0) : g;  // NaN stays
     value = activation == kRelu ? positive : positive * positive;
     slope = activation == kRelu ? (g <= T(0) ? T(0) : T(1)) : T(2) * positive;

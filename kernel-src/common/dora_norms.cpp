@@ -95,6 +95,7 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_gains(
   const std::vector<double> dropouts;
   Optionals gains;
   const lora_fused::Lists lists{weights, biases, a, b, gains, scalings, seeds, dropouts, scales, quantized, /*exact=*/false};
+  lists.check();
   const lora_fused::Norms norms(lists, of, gains, /*product=*/std::nullopt);
   return {norms.norms(), norms.gains()};
 }

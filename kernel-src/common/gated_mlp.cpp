@@ -66,6 +66,8 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> gated_forward(
     Tensors scales, std::vector<int64_t> quantized, bool exact, int64_t activation, int64_t gate_half, bool up_to_h) {
   const OnDevice device(x);
   const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact};
+  lists.check();
+  check_activation(activation);
   const size_t inputs = weights.size() - 1;
   const Norms norms(lists, magnitudes, gains, x.scalar_type());
   const Members in(lists, 0, inputs), out(lists, inputs, 1);
@@ -97,6 +99,8 @@ std::tuple<Tensors, Tensors> gated_backward(const Tensor& dy, const Tensor& x, T
                                             bool need_dx, std::vector<int64_t> needs) {
   const OnDevice device(x);
   const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact};
+  lists.check();
+  check_activation(activation);
   const size_t inputs = weights.size() - 1;
   const Members in(lists, 0, inputs), out(lists, inputs, 1);
   const Halves halves{inputs == 1, gate_half};

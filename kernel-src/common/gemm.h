@@ -16,12 +16,12 @@ struct GemmSegment {
   View a, b;
 };
 
-// acc = Σ aᵢ bᵢ over the segments, summed in float32, of which the sum of the `leading` ones is masked first, where there
-// is a mask: D(Σ aᵢ bᵢ) + Σ aᵢ bᵢ. Then one of
+// acc = Σ aᵢ bᵢ over the segments, summed in float32, of which the sum of the `leading` ones is masked or multiplied by
+// `leading_scale` first, where there is one: D(Σ aᵢ bᵢ) + Σ aᵢ bᵢ. Then one of
 //   out = acc + bias      bias [N] in out's dtype, or none
 //   out += acc            accumulate: acc is rounded to out's dtype before it is added
 //   z = acc, out = gain∘acc + bias     gain [N] in float32, z as out
-// or, of leading segments without a mask and for b [N, k] alone,
+// or, of leading segments without either and for b [N, k] alone,
 //   z = Σ aᵢ bᵢ of these, out = (gain - 1)∘z + Σ aᵢ bᵢ of the others + bias
 // out [M, N] with contiguous rows; every matrix bfloat16, or every one float16.
 struct Gemm {
@@ -33,6 +33,7 @@ struct Gemm {
   MaybeView z = std::nullopt;
   std::optional<Dropped> mask = std::nullopt;
   size_t leading = 0;  // fewer than there are segments
+  double leading_scale = 1.0;  // in float16 alone
 };
 
 #if defined(CUDA_KERNEL)

@@ -28,6 +28,7 @@ std::tuple<Tensors, Tensors, Tensor, Tensors, Tensors> lora_forward(
     Tensors scales, std::vector<int64_t> quantized, bool exact) {
   const OnDevice device(x);
   const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact};
+  lists.check();
   const Norms norms(lists, magnitudes, gains, x.scalar_type());
   Outputs out = project(matrix(x), x, Members(lists, 0, weights.size()), norms, /*scaled_too=*/true);
   return {out.ys, out.us, out.t, norms.norms(), norms.gains()};
@@ -42,6 +43,7 @@ std::tuple<Tensors, Tensors> lora_backward(Optionals dys, const Tensor& x, const
                                            std::vector<int64_t> needs) {
   const OnDevice device(x);
   const Lists lists{weights, biases, lora_a, lora_b, gains, scalings, seeds, dropouts, scales, quantized, exact};
+  lists.check();
   const Members members(lists, 0, weights.size());
   const View rows = matrix(x);
   const Backward backward(members, rows, {dys, us, norms, needs, need_dx, t});

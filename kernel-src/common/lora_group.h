@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dropout.h"
+#include "names.h"
 #include "view.h"
 
 namespace lora_fused {
@@ -36,8 +37,6 @@ struct PartSum {
   std::optional<Parts> parts = std::nullopt;
 };
 
-enum Activation : int64_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
-
 // DoRA's gain on the value u before it, which holds the bias b: g∘(u - b) + b, in the order that
 // leaves u unchanged where g is 1. Vectors [N]: the gain in float32 (float64 for float64), the bias
 // in u's dtype.
@@ -51,7 +50,7 @@ struct Gain {
 struct Gated {
   View gate, up, h;
   MaybeView dh, dgate, dup;
-  int64_t activation;
+  int64_t activation;  // an Activation
   Gain gate_gain, up_gain;
 };
 
@@ -83,22 +82,24 @@ struct SkinnyDown {
   std::optional<Parts> parts = std::nullopt;
 };
 
-// out = tᵀ dropped(x) for t [M, R] and x [M, C], rows of t strided or not: [R, C], or [C, R] where
+// out = scaling · tᵀ dropped(x) for t [M, R] and x [M, C], rows of t strided or not: [R, C], or [C, R] where
 // transposed, contiguous, in x's dtype or float32. Exact, t is the sum of t and of `rest`, in the same memory.
 struct SkinnyOuter {
   View t, x, out;
   bool transposed;
   std::optional<Dropped> mask;
   MaybeView rest = std::nullopt;
+  double scaling = 1.0;
 };
 
-// dt [M, R] = scaling · dy b and db [N, R] = dyᵀ t for dy [M, N], b [N, R] and t [M, R], from one read of dy; dt and
+// dt [M, R] = scaling · dy b and db [N, R] = db_scaling · dyᵀ t for dy [M, N], b [N, R] and t [M, R], from one read of dy; dt and
 // db in dy's dtype or float32. Rows are contiguous, and may be strided. Exact, b and t are [.., 2R], each with the rest
 // of its values beside them, and dt's parts are written.
 struct DyProducts {
   View dy, b, t, dt, db;
   double scaling;
   std::optional<Parts> parts = std::nullopt;
+  double db_scaling = 1.0;
 };
 
 // dropped(dt a), a term of dx [M, K].

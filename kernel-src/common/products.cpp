@@ -36,15 +36,29 @@ Tensor as(ScalarType dtype, const View& m) {
 }
 
 #if defined(CUDA_KERNEL)
+bool is_scaled(const Term& term) { return term.alpha != 1.0; }
+
 // The sum of terms as one launch of our own, what it does beside still to be filled in. A single term is the
 // library's: it needs no second pass over out.
-std::optional<Gemm> gemm_of(const View& out, const std::vector<Term>& terms, const std::vector<Term>& leading = {}) {
+std::optional<Gemm> gemm_of(const View& out, const std::vector<Term>& terms, const std::vector<Term>& leading) {
   if (!out.is_cuda() || leading.size() + terms.size() < 2 || !gemm_sm90_pays(out)) return std::nullopt;
+  if (std::any_of(terms.begin(), terms.end(), is_scaled)) return std::nullopt;
   const bool rows_are_n = terms[0].b.stride(0) == 1;
   Gemm gemm{{}, rows_are_n, out};
   for (const auto* part : {&leading, &terms})
     for (const Term& term : *part) gemm.segments.push_back({term.a, rows_are_n ? term.b.transposed() : term.b});
   gemm.leading = leading.size();
+  return gemm;
+}
+
+// The same of terms of which some have an alpha in common: these lead.
+std::optional<Gemm> gemm_of(const View& out, const std::vector<Term>& terms) {
+  std::vector<Term> plain, scaled;
+  for (const Term& term : terms) (is_scaled(term) ? scaled : plain).push_back(term);
+  for (const Term& term : scaled)
+    if (term.alpha != scaled[0].alpha || plain.empty()) return std::nullopt;
+  std::optional<Gemm> gemm = gemm_of(out, plain, scaled);
+  if (gemm && !scaled.empty()) gemm->leading_scale = scaled[0].alpha;
   return gemm;
 }
 
@@ -123,15 +137,16 @@ void multiply(const View& out, const std::vector<Term>& terms, const std::option
   bool fresh = true;
   for (const Term& term : terms) {
     if (fresh && bias)
-      addmm(out.tensor(), *bias, term.a.tensor(), term.b.tensor(), 1.0, 1.0);
+      addmm(out.tensor(), *bias, term.a.tensor(), term.b.tensor(), 1.0, term.alpha);
     else
-      multiply(out, term.a, term.b, 1.0, !fresh);
+      multiply(out, term.a, term.b, term.alpha, !fresh);
     fresh = false;
   }
 }
 
 bool multiply_dropped(const View& out, const std::vector<Term>& dropped, const Dropped& mask, const std::vector<Term>& terms) {
 #if defined(CUDA_KERNEL)
+  if (std::any_of(dropped.begin(), dropped.end(), is_scaled)) return false;
   if (std::optional<Gemm> gemm = gemm_of(out, terms, dropped)) {
     gemm->mask = mask;
     return run_where_served(*gemm);
@@ -143,6 +158,7 @@ bool multiply_dropped(const View& out, const std::vector<Term>& dropped, const D
 bool multiply_excess(const View& out, const View& z, const std::vector<Term>& leading, const std::vector<Term>& terms,
                      const Tensor& gain, const std::optional<Tensor>& bias) {
 #if defined(CUDA_KERNEL)
+  if (std::any_of(leading.begin(), leading.end(), is_scaled)) return false;
   if (std::optional<Gemm> gemm = gemm_of(out, terms, leading)) {
     gemm->gain = gain, gemm->z = z, gemm->bias = bias;
     return run_where_served(*gemm);

@@ -44,12 +44,13 @@ Tensor empty_as(const Tensor& of, int64_t cols);
 void multiply(const View& out, const View& a, const View& b, double alpha, bool add);
 bool gives_float(const View& a);
 
-// a b, one term of a sum: a [M, k], b [k, N].
+// alpha·a b, one term of a sum: a [M, k], b [k, N].
 struct Term {
   View a, b;
+  double alpha = 1.0;
 };
 
-// out [M, N] = the sum of all terms + bias [N]: one launch of our own GEMM where it serves and is faster
+// out [M, N] = the sum of all terms + bias [N], of which the first has an alpha of 1: one launch of our own GEMM where it serves and is faster
 // than the library's products one after another.
 void multiply(const View& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias);
 

@@ -1,6 +1,8 @@
 // The forward and the backward of projections that share an input, see projections.h.
 #include "projections.h"
 
+#include <cmath>
+
 #include <torch/csrc/stable/ops.h>
 
 #include "dora_norms.h"
@@ -143,11 +145,11 @@ class OneRead {
 
   // dB [N, R] in `dtype`, to be filled with dt = scaling·dy b by `run`; none where other products are to be taken.
   MaybeTensor takes(const View& dy, const View& b, const View& t, const View& dt, double scaling, ScalarType dtype,
-                    const std::optional<Parts>& parts = std::nullopt) {
+                    const std::optional<Parts>& parts = std::nullopt, double db_scaling = 1.0) {
 #if defined(CUDA_KERNEL)
     if (!pays_ || !skinny_sm90_serves(dy)) return std::nullopt;
     const Tensor db = empty(dy.base(), {b.size(0), dt.size(1)}, dtype);
-    const DyProducts products{dy, b, t, dt, db, scaling, parts};
+    const DyProducts products{dy, b, t, dt, db, scaling, parts, db_scaling};
     if (!dy_products_sm90_serves(products)) return std::nullopt;
     products_.push_back(products);
     return db;
@@ -200,20 +202,47 @@ auto common(const Members& members, Of of) -> std::optional<decltype(of(size_t{}
   return shared;
 }
 
-std::optional<double> common_scaling(const Members& members) {
-  return common(members, [&](size_t i) { return members.scaling(i); });
+std::optional<double> common_down_scaling(const Members& members, ScalarType dtype) {
+  return common(members, [&](size_t i) { return members.down_scaling(i, dtype); });
 }
 
 }  // namespace
 
+double beyond_t(double scaling, ScalarType dtype) {
+  if (dtype != ScalarType::Half || !(std::abs(scaling) > 1.0)) return 1.0;
+  int exponent = 0;  // 2^exponent is above |s|, and twice it where s is a power of two itself
+  const bool is_power = std::frexp(std::abs(scaling), &exponent) == 0.5;
+  return std::ldexp(1.0, is_power ? exponent - 1 : exponent);
+}
+
+void Lists::check() const {
+  using P = PackedWeight;
+  STD_TORCH_CHECK(quantized.empty() || quantized.size() == P::kFields * weights.size(), "quantized: ", quantized.size(),
+                  " numbers for ", weights.size(), " weights, expected ", int64_t{P::kFields}, " each");
+  for (size_t at = 0; at < quantized.size(); at += P::kFields) {
+    const int64_t* const q = quantized.data() + at;
+    STD_TORCH_CHECK(q[P::kFormat] >= 0 && q[P::kFormat] < kFormats, "weight ", at / P::kFields, ": format ", q[P::kFormat],
+                    " is unknown, expected one of ", names_of("formats"));
+    STD_TORCH_CHECK(q[P::kDtype] >= 0 && q[P::kDtype] < kQuantizedDtypes, "weight ", at / P::kFields, ": dtype ", q[P::kDtype],
+                    " is unknown, expected one of ", names_of("dtypes"));
+    const size_t last = q[P::kFirstScale] + (q[P::kFormat] == kFloating ? 0 : q[P::kNestedBlocksize] > 0 ? 4 : 1);
+    STD_TORCH_CHECK(q[P::kFirstScale] >= 0 && last <= scales.size(), "weight ", at / P::kFields, ": ", scales.size(),
+                    " scales, expected at least ", last);
+  }
+}
+
 void FourBitWeight::dequantize(int64_t first, const Tensor& out) const {
-  const int64_t* q = numbers_;
-  const auto nested = [&](int which) { return q[4] > 0 ? MaybeTensor(scales_[which]) : std::nullopt; };
+  using P = PackedWeight;
+  static_assert(kFormats == 3, "FourBitWeight: NF4 or FP4");
+  const int64_t *q = numbers_, blocksize = q[P::kBlocksize], nested_blocksize = q[P::kNestedBlocksize];
+  const bool fp4 = q[P::kFormat] == kFp4;
+  const auto nested = [&](int which) { return nested_blocksize > 0 ? MaybeTensor(scales_[which]) : std::nullopt; };
 #if defined(CUDA_KERNEL)
   if (out.is_cuda())
-    return dequantize_4bit_cuda(packed_, scales_[0], nested(1), nested(2), nested(3), q[3], q[4], q[0] == 2, first, out);
+    return dequantize_4bit_cuda(packed_, scales_[0], nested(1), nested(2), nested(3), blocksize, nested_blocksize, fp4,
+                                first, out);
 #endif
-  dequantize_4bit_cpu(packed_, scales_[0], nested(1), nested(2), nested(3), q[3], q[4], q[0] == 2, first, out);
+  dequantize_4bit_cpu(packed_, scales_[0], nested(1), nested(2), nested(3), blocksize, nested_blocksize, fp4, first, out);
 }
 
 std::optional<Dropped> Members::mask(size_t i) const {
@@ -235,7 +264,7 @@ Tensor Members::weight(size_t i, ScalarType dtype) const {
 }
 
 std::optional<FourBitWeight> Members::packed(size_t i) const {
-  if (lists_.quantized.empty() || quantized(i)[0] == 0) return std::nullopt;
+  if (!is_packed(i)) return std::nullopt;
   return FourBitWeight(lists_.weights[first_ + i], lists_.scales, quantized(i));
 }
 
@@ -247,7 +276,7 @@ bool Members::any_masked() const {
 
 Adapters::Adapters(const View& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b)
     : parts(members.exact() ? 3 : 1),
-      together(members.exact() && !members.any_masked() && common_scaling(members) &&
+      together(members.exact() && !members.any_masked() && common_down_scaling(members, x.scalar_type()) &&
                common(members, [&](size_t i) { return members.rank(i); })) {
   const ScalarType dtype = x.scalar_type();
   std::vector<Cast> casts;
@@ -338,7 +367,8 @@ Tensor project_down(const View& x, const Members& members, const Adapters& adapt
     return whole;
   }
   // On the CPU a member's t is that of the member alone, bit for bit: a group changes no result.
-  const std::optional<double> shared = common_scaling(members);
+  const ScalarType dtype = x.scalar_type();
+  const std::optional<double> shared = common_down_scaling(members, dtype);
   if (shared && x.is_cuda() && !members.any_masked()) {
     multiply_down(t, x, *adapters.a, *shared);
     return whole;
@@ -347,10 +377,10 @@ Tensor project_down(const View& x, const Members& members, const Adapters& adapt
   for (size_t i = 0; i < members.count(); ++i) {
     if (!members.a(i)) continue;
     const View part = adapters.part(t, i), a = adapters.a_of(i);
-    if (members.masked(i) && !members.gain(i) && together.takes({x, a, part, members.scaling(i), members.mask(i)}))
-      continue;
+    const double scaling = members.down_scaling(i, dtype);
+    if (members.masked(i) && !members.gain(i) && together.takes({x, a, part, scaling, members.mask(i)})) continue;
     if (members.masked(i)) drops[i] = dropped(x, *members.mask(i));
-    multiply_down(part, drops[i] ? *drops[i] : x, a, members.scaling(i));
+    multiply_down(part, drops[i] ? *drops[i] : x, a, scaling);
   }
   together.run();
   return whole;
@@ -374,7 +404,8 @@ Outputs project(const View& x, const Tensor& like, const Members& members, const
     norms.from_weight(members.index(i), weight);
     const auto terms = [&](const View& input) {
       std::vector<Term> sum{{input, View(weight).transposed()}};
-      if (members.b(i)) sum.push_back({adapters.part(out.t, i), adapters.b[i]->transposed()});
+      if (members.b(i))
+        sum.push_back({adapters.part(out.t, i), adapters.b[i]->transposed(), members.up_scaling(i, x.scalar_type())});
       return sum;
     };
     const Tensor result = empty_as(like, n);
@@ -408,7 +439,8 @@ Tensor project_dropped(const View& x, const Members& members, size_t i, const Te
   const Tensor weight = members.weight(i, x.scalar_type());
   const Tensor u = empty(x.base(), {x.size(0), members.outputs(i)}, x.scalar_type());
   const Term base{dropped(x, *members.mask(i)), View(weight).transposed()};
-  multiply(u, {base, {adapters.part(t, i), adapters.b[i]->transposed()}}, std::nullopt);
+  const double scaling = members.up_scaling(i, x.scalar_type());
+  multiply(u, {base, {adapters.part(t, i), adapters.b[i]->transposed(), scaling}}, std::nullopt);
   return u;
 }
 
@@ -485,7 +517,8 @@ void Backward::project_down() {
     }
     const View &dy = *lora_dys_[i], &b = *adapters_.b[i];
     if (needs(i, kNeedB))
-      dbs_[i] = one_read.takes(dy, b, adapters_.part(t_, i), part, members_.scaling(i), members_.b(i)->scalar_type());
+      dbs_[i] = one_read.takes(dy, b, adapters_.part(t_, i), part, members_.scaling(i), members_.b(i)->scalar_type(),
+                               std::nullopt, members_.up_scaling(i, x_.scalar_type()));
     if (!dbs_[i] && !together.takes({dy, b.transposed(), part, members_.scaling(i), std::nullopt}))
       multiply(part, dy, b, members_.scaling(i), /*add=*/false);
   }
@@ -630,18 +663,19 @@ void Backward::parameters(const View& x, Tensors& grads) const {
   if (members_.exact()) return parameters_exactly(x, grads);
   std::vector<Cast> casts;
   Together<SkinnyOuter> together;
-  // tᵀ D(input) or, turned, its transpose, in `dtype`: with all others of its kind, by the library into what is
+  // scaling·tᵀ D(input) or, turned, its transpose, in `dtype`: with all others of its kind, by the library into what is
   // wanted, or by a conversion of its product in x's dtype.
   const auto product = [&](const View& t, const View& input, ScalarType dtype, bool turned,
-                           const std::optional<Dropped>& mask) {
+                           const std::optional<Dropped>& mask, double scaling = 1.0) {
     const int64_t rank = t.size(1), cols = input.size(1);
     const std::vector<int64_t> sizes{turned ? cols : rank, turned ? rank : cols};
     const Tensor wanted = empty(x.base(), sizes, dtype);
     const bool direct = dtype == x.scalar_type() || (dtype == ScalarType::Float && gives_float(x));
-    if (direct && together.takes({t, input, wanted, turned, mask})) return wanted;
+    if (direct && together.takes({t, input, wanted, turned, mask, std::nullopt, scaling})) return wanted;
     const Tensor own = direct ? wanted : empty(x.base(), sizes, x.scalar_type());
     const View from = mask ? dropped(input, *mask) : input;
-    turned ? multiply(own, from.transposed(), t, 1.0, /*add=*/false) : multiply(own, t.transposed(), from, 1.0, /*add=*/false);
+    turned ? multiply(own, from.transposed(), t, scaling, /*add=*/false)
+           : multiply(own, t.transposed(), from, scaling, /*add=*/false);
     if (!direct) casts.push_back({own, wanted});
     return wanted;
   };
@@ -660,7 +694,8 @@ void Backward::parameters(const View& x, Tensors& grads) const {
     if (dbs_[i])
       grads.push_back(*dbs_[i]);
     else if (needs(i, kNeedB))
-      grads.push_back(product(adapters_.part(t_, i), *lora_dys_[i], members_.b(i)->scalar_type(), /*turned=*/true, std::nullopt));
+      grads.push_back(product(adapters_.part(t_, i), *lora_dys_[i], members_.b(i)->scalar_type(), /*turned=*/true,
+                              std::nullopt, members_.up_scaling(i, x.scalar_type())));
     if (needs(i, kNeedBias)) grads.push_back(*sums_[i]);
     if (needs(i, kNeedMagnitude)) grads.push_back(*dots_[i]);
   }

@@ -18,29 +18,29 @@ struct Lists {
   const std::vector<double>& scalings;
   const std::optional<Tensor>& seeds;
   const std::vector<double>& dropouts;
-  // Of weights in four bits: kQuantizedFields numbers a projection and the scales they point to; both
-  // are empty where no weight is quantised.
+  // Of weights in four bits: a PackedWeight a projection and the scales they point to; both are empty where no weight
+  // is quantised.
   const Tensors& scales;
   const std::vector<int64_t>& quantized;
   // Adapters of float32 beside x in bfloat16, of DoRA without dropout: multiplied as two parts each.
   bool exact;
-};
 
-// format (0 floating point, 1 NF4, 2 FP4), N, K, blocksize, nested_blocksize, index in scales of absmax,
-// which nested_absmax, nested_code and offset follow where nested_blocksize is not 0, and the dtype before it was
-// quantised (0 float32, 1 bfloat16, 2 float16).
-constexpr size_t kQuantizedFields = 7;
+  // An error where `quantized` says what this library does not know, which would be taken for something else.
+  void check() const;
+};
 
 // A weight of four bits a value, of the lists above: `numbers` are its own of `quantized`.
 class FourBitWeight {
  public:
   FourBitWeight(const Tensor& packed, const Tensors& scales, const int64_t* numbers)
-      : packed_(packed), scales_(scales.data() + numbers[5]), numbers_(numbers) {}
+      : packed_(packed), scales_(scales.data() + numbers[PackedWeight::kFirstScale]), numbers_(numbers) {}
 
-  int64_t rows() const { return numbers_[1]; }
-  int64_t cols() const { return numbers_[2]; }
+  int64_t rows() const { return numbers_[PackedWeight::kRows]; }
+  int64_t cols() const { return numbers_[PackedWeight::kCols]; }
   ScalarType dtype() const {
-    return numbers_[6] == 1 ? ScalarType::BFloat16 : numbers_[6] == 2 ? ScalarType::Half : ScalarType::Float;
+    static_assert(kQuantizedDtypes == 3, "FourBitWeight: a dtype for each");
+    const int64_t dtype = numbers_[PackedWeight::kDtype];
+    return dtype == kFromBFloat16 ? ScalarType::BFloat16 : dtype == kFromFloat16 ? ScalarType::Half : ScalarType::Float;
   }
   // From element `first` of the flat weight on, as many as `out` has, in its dtype.
   void dequantize(int64_t first, const Tensor& out) const;
@@ -49,6 +49,11 @@ class FourBitWeight {
   const Tensor &packed_, *scales_;
   const int64_t* numbers_;
 };
+
+// What of the scaling s is left for the products that read t: float16 may not have the range for s·D(x) Aᵀ where it has
+// it for D(x) Aᵀ, which PEFT multiplies by B first. So there t has a factor of at most 1, and what is beyond is a power
+// of two, 1 elsewhere. projection.py, `split_scaling`, has the same rule.
+double beyond_t(double scaling, ScalarType dtype);
 
 // [first, first + count) of them, which share an input.
 class Members {
@@ -62,13 +67,16 @@ class Members {
   // None of a weight in floating point.
   std::optional<FourBitWeight> packed(size_t i) const;
   int64_t outputs(size_t i) const {
-    return lists_.quantized.empty() || quantized(i)[0] == 0 ? lists_.weights[first_ + i].size(0) : quantized(i)[1];
+    return is_packed(i) ? quantized(i)[PackedWeight::kRows] : lists_.weights[first_ + i].size(0);
   }
   const std::optional<Tensor>& bias(size_t i) const { return of(lists_.biases, i); }
   const std::optional<Tensor>& a(size_t i) const { return lists_.lora_a[first_ + i]; }
   const std::optional<Tensor>& b(size_t i) const { return lists_.lora_b[first_ + i]; }
   const std::optional<Tensor>& gain(size_t i) const { return of(lists_.gains, i); }
   double scaling(size_t i) const { return lists_.scalings[first_ + i]; }
+  // The two factors of it where x is in `dtype`: t's own, and that of the products which read t.
+  double down_scaling(size_t i, ScalarType dtype) const { return scaling(i) / up_scaling(i, dtype); }
+  double up_scaling(size_t i, ScalarType dtype) const { return beyond_t(scaling(i), dtype); }
   bool masked(size_t i) const { return !lists_.dropouts.empty() && lists_.dropouts[first_ + i] != 0.0; }
   int64_t rank(size_t i) const { return a(i) ? a(i)->size(0) : 0; }
   std::optional<Dropped> mask(size_t i) const;
@@ -86,7 +94,8 @@ class Members {
   }
 
  private:
-  const int64_t* quantized(size_t i) const { return lists_.quantized.data() + kQuantizedFields * (first_ + i); }
+  const int64_t* quantized(size_t i) const { return lists_.quantized.data() + PackedWeight::kFields * (first_ + i); }
+  bool is_packed(size_t i) const { return !lists_.quantized.empty() && quantized(i)[PackedWeight::kFormat] != kFloating; }
 
   const Lists& lists_;
   size_t first_, count_;

@@ -62,7 +62,7 @@ void launch(const std::vector<DyProducts>& products, size_t begin) {
     e.dt_parts = next, e.db_parts = next + int64_t{e.slabs} * args.rows * e.width;
     next += parts_of(p, e.slabs, args.shares);
     Sum& dt = sums.sum[2 * args.entries] = sum_of(e.dt_parts, e.slabs, e.width, p.dt, p.parts.has_value(), p.scaling);
-    sums.sum[2 * args.entries + 1] = sum_of(e.db_parts, args.shares, e.width, p.db, p.parts.has_value(), 1.0);
+    sums.sum[2 * args.entries + 1] = sum_of(e.db_parts, args.shares, e.width, p.db, p.parts.has_value(), p.db_scaling);
     if (p.parts) dt.part_ranks = static_cast<int>(p.parts->ranks), dt.parts_apart = static_cast<int>(p.parts->apart);
     most_quads = std::max<int64_t>(most_quads, int64_t{std::max(args.rows, e.columns)} * e.width / 4);
     slabs += e.slabs, ++args.entries;
@@ -92,7 +92,8 @@ void lora_fused::dy_products_sm90(const std::vector<DyProducts>& products) {
     is_brain(products[0].dy) ? launch<__nv_bfloat16>(products, first) : launch<__half>(products, first);
 }
 
-void dy_products_cuda(Tensors dy, Tensors b, Tensors t, Tensors dt, Tensors db, double scaling, bool exact) {
+void dy_products_cuda(Tensors dy, Tensors b, Tensors t, Tensors dt, Tensors db, double scaling, bool exact,
+                      double db_scaling) {
   STD_TORCH_CHECK(!dy.empty() && b.size() == dy.size() && t.size() == dy.size() && dt.size() == dy.size() &&
                       db.size() == dy.size(),
                   "dy_products: lists of ", dy.size(), ", ", b.size(), ", ", t.size(), ", ", dt.size(), " and ", db.size());
@@ -108,7 +109,7 @@ void dy_products_cuda(Tensors dy, Tensors b, Tensors t, Tensors dt, Tensors db, 
                         is(db[i], cols, ranks),
                     "dy_products: shapes or dtypes of entry ", i);
     const auto parts = exact ? std::optional<Parts>({ranks, ranks}) : std::nullopt;
-    products.push_back({dy[i], b[i], t[i], View(dt[i]).columns(0, ranks), db[i], scaling, parts});
+    products.push_back({dy[i], b[i], t[i], View(dt[i]).columns(0, ranks), db[i], scaling, parts, db_scaling});
     STD_TORCH_CHECK(dy_products_sm90_serves(products.back()),
                     "dy_products: not for this device, these dtypes, ranks or strides");
   }

@@ -108,6 +108,7 @@ void run(const lora_fused::Gated& g, cudaStream_t stream) {
   a.activation = g.activation;
   if (a.total == 0) return;
   if (!aligned) return launch<kAny, false>(a, stream);
+  static_assert(kActivations == 5, "gated: a kernel for each activation");
   switch (g.activation) {
     case lora_fused::kSilu: return launch<lora_fused::kSilu, true>(a, stream);
     case lora_fused::kGelu: return launch<lora_fused::kGelu, true>(a, stream);

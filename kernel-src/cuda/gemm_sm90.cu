@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../../torch-ext/torch_binding.h"
 #include "../common/gemm.h"
@@ -42,7 +43,7 @@ void launch(const Gemm& gemm, int count) {
     args.steps += args.steps_of[s];
     if (s + 1 == static_cast<int>(gemm.leading)) args.leading_steps = args.steps;
   }
-  args.mask = mask_of(gemm.mask), args.kept = static_cast<float>(scale_of(gemm.mask));
+  args.mask = mask_of(gemm.mask), args.kept = static_cast<float>(gemm.mask ? scale_of(gemm.mask) : gemm.leading_scale);
   encode_boxes(args.out, gemm.out, 16);
   if (gemm.z) encode_boxes(args.z, *gemm.z, 16);
   args.tiles_m = tiles(gemm.out.size(0), kBlockM * kCluster);
@@ -87,10 +88,19 @@ void launch(const Gemm& gemm) {
     launch<T, 256, kRowsAreN, kMiddle>(gemm, count);
 }
 
+// In float16 alone: in bfloat16 no term needs a scale.
+template <typename T>
+void launch_scaled(const Gemm& gemm) {
+  if constexpr (std::is_same_v<T, __half>)
+    gemm.b_rows_are_n ? launch<T, true, Middle::kScale>(gemm) : launch<T, false, Middle::kScale>(gemm);
+}
+
 template <typename T>
 void launch(const Gemm& gemm) {
   if (gemm.mask)
     gemm.b_rows_are_n ? launch<T, true, Middle::kMask>(gemm) : launch<T, false, Middle::kMask>(gemm);
+  else if (gemm.leading_scale != 1.0)
+    launch_scaled<T>(gemm);
   else if (gemm.leading > 0)
     launch<T, true, Middle::kExcess>(gemm);
   else
@@ -129,7 +139,9 @@ bool gemm_sm90_serves(const Gemm& gemm) {
     return false;
   if (gemm.accumulate && (gemm.gain || gemm.bias)) return false;
   if (gemm.leading >= gemm.segments.size() || (gemm.mask && gemm.leading == 0)) return false;
-  if (gemm.leading > 0 && !gemm.mask && !(gemm.gain && gemm.b_rows_are_n)) return false;
+  const bool scaled = gemm.leading_scale != 1.0;
+  if (scaled && (gemm.leading == 0 || gemm.mask || dtype != ScalarType::Half)) return false;
+  if (gemm.leading > 0 && !gemm.mask && !scaled && !(gemm.gain && gemm.b_rows_are_n)) return false;
   return is_hopper(out.get_device_index());
 }
 
@@ -146,7 +158,7 @@ void gemm_sm90(const Gemm& gemm) {
 
 void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n, Tensor out,
                std::optional<Tensor> bias, std::optional<Tensor> gain, std::optional<Tensor> z,
-               bool accumulate, std::optional<Tensor> seed, double p, int64_t leading) {
+               bool accumulate, std::optional<Tensor> seed, double p, int64_t leading, double leading_scale) {
   STD_TORCH_CHECK(a.size() == b.size(), "gemm: ", a.size(), " matrices a for ", b.size(), " b");
   for (const auto* matrices : {&a, &b})
     for (const Tensor& m : *matrices) STD_TORCH_CHECK(m.dim() == 2, "gemm: a and b must be matrices");
@@ -154,7 +166,7 @@ void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n, 
   Gemm gemm{{}, b_rows_are_n, out, accumulate, bias, gain, z ? lora_fused::MaybeView(*z) : std::nullopt};
   for (size_t i = 0; i < a.size(); ++i) gemm.segments.push_back({a[i], b[i]});
   if (seed) gemm.mask = {*seed, p};
-  gemm.leading = static_cast<size_t>(leading);
+  gemm.leading = static_cast<size_t>(leading), gemm.leading_scale = leading_scale;
   STD_TORCH_CHECK(lora_fused::gemm_sm90_serves(gemm),
                   "gemm: not for this device, these dtypes, shapes or strides");
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());

@@ -22,8 +22,8 @@ constexpr int kPart = 16;                   // K of one wgmma
 constexpr int kCluster = 2;                 // blocks of neighbouring rows that share b
 constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
 constexpr int kConsumerWarps = 4 * kConsumers;
-// What becomes of the leading segments' sum: D of it, or z = it and then (gain - 1)∘z.
-enum class Middle { kNone, kMask, kExcess };
+// What becomes of the leading segments' sum: D of it, a multiple of it, or z = it and then (gain - 1)∘z.
+enum class Middle { kNone, kMask, kScale, kExcess };
 constexpr int kSlabs = 2, kSlabBytes = 16 * 128;  // a warp's staging: 16 rows x 64 columns each
 
 template <int kBlockN>
@@ -47,7 +47,7 @@ struct Arguments {
   const void* bias;
   const float* gain;  // with z
   Mask mask;
-  float kept;         // what is kept is multiplied by it
+  float kept;         // what is kept of the leading segments' sum is multiplied by it
   int leading_steps;  // of the leading segments, fewer than all
 };
 
@@ -253,9 +253,12 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
           const uint64_t key = kMiddle == Middle::kMask ? args.mask.key() : 0;
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
-            if constexpr (kMiddle == Middle::kMask)
+            if constexpr (kMiddle == Middle::kMask) {
               drop(args, key, acc + 32 * part, place.x + warp * 16 + lane / 4, place.y + 64 * part);
-            else {
+            } else if constexpr (kMiddle == Middle::kScale) {
+#pragma unroll
+              for (int i = 0; i < 32; ++i) acc[32 * part + i] *= args.kept;
+            } else {
               store_z(part);
               scale(args, acc + 32 * part, place.y + 64 * part, 1.0f);
             }

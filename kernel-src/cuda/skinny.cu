@@ -53,7 +53,7 @@ Entry<T> entry_of(const SkinnyOuter& d) {
   e.ranks = static_cast<int>(d.t.size(1));
   e.out_is_float = d.out.scalar_type() == ScalarType::Float;
   e.transposed = d.transposed;
-  e.scaling = static_cast<float>(scale_of(d.mask));
+  e.scaling = static_cast<float>(d.scaling * scale_of(d.mask));
   e.mask = mask_of(d.mask);
   return e;
 }
@@ -211,7 +211,7 @@ void skinny_cuda(Tensors x, Tensors other, Tensors out, double scaling, bool acr
     bool serves;
     if (across) {
       const bool turned = out[i].stride(1) == 1;
-      outers.push_back({part(0), x[i], turned ? View(out[i]) : View(out[i]).transposed(), turned, mask, rest});
+      outers.push_back({part(0), x[i], turned ? View(out[i]) : View(out[i]).transposed(), turned, mask, rest, scaling});
       const bool contiguous = turned ? out[i].stride(0) == ranks : out[i].stride(0) == 1 && out[i].stride(1) == cols;
       serves = hopper ? skinny_sm90_serves(outers.back())
                       : skinny_serves(x[i]) && skinny_serves(other[i]) && contiguous;

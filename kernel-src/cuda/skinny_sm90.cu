@@ -36,7 +36,7 @@ Work work_of(const SkinnyDown& d) {
 }
 
 Work work_of(const SkinnyOuter& d) {
-  return {kAcross, d.x, d.t, d.transposed ? d.out : d.out.transposed(), 1.0, d.mask, d.rest, std::nullopt};
+  return {kAcross, d.x, d.t, d.transposed ? d.out : d.out.transposed(), d.scaling, d.mask, d.rest, std::nullopt};
 }
 
 // Ranks from the first element of `other` to the first of `rest`.

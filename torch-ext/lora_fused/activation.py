@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import ops
+
 TANH_SCALE = math.sqrt(2.0 / math.pi)
 TANH_CUBIC = 0.044715
 # Beyond this σ(2z) is 0 or 1 in float64 too, so z of the clamped g is exact and g³ is finite.
@@ -69,6 +71,7 @@ _SLOPE = {
     "relu2": lambda g: F.relu(g).mul_(2.0),
 }
 ACTIVATIONS = tuple(_VALUE)
+INDEX = {name: ops.ACTIVATIONS.index(name) for name in ACTIVATIONS}  # of each in the native ops
 
 
 def activate(gate: Tensor, activation: str) -> Tensor:

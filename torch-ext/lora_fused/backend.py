@@ -23,6 +23,8 @@ REFERENCE = "reference"
 LIBRARY = "library"
 TRITON = "triton"
 CUDA = "cuda"  # of embeddings alone
+NATIVE = "native"  # what a reader calls the native ops
+_TORCH = "torch"  # and products of torch, chained in Python
 _TRITON_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -61,6 +63,16 @@ def is_hopper(device: torch.device) -> bool:
 def is_library(name: str) -> bool:
     """Whether the native op may take whole groups."""
     return name == LIBRARY
+
+
+def describe(name: str) -> str:
+    """What a reader calls a backend that is not the native ops'."""
+    return TRITON if name == TRITON else _TORCH
+
+
+def describe_embedding(name: str) -> str:
+    """The same of `choose_embedding`'s."""
+    return NATIVE if name == CUDA else describe(name)
 
 
 def get(name: str) -> ModuleType:
@@ -111,7 +123,7 @@ def dora_gains(
             gains[i] = ops.gain(magnitude, norms[i])
     if batch:
         fields = ([field[i] for i in batch] for field in (weights, lora_a, lora_b, magnitudes, scalings))
-        numbers = [number for i in batch for number in quantized[7 * i : 7 * i + 7]]
+        numbers = [number for i in batch for number in ops.PackedWeight.of(quantized, i)] if quantized else ()
         for i, norm, gain in zip(batch, *ops.dora_gains(*fields, scales, numbers)):
             norms[i], gains[i] = norm, gain
     return norms, gains
@@ -124,7 +136,7 @@ def norm_is_native(weight: Tensor, lora_a: Tensor, lora_b: Tensor, quantized: Op
     if dtype == torch.float64 or lora_a.dtype == torch.float64 or lora_b.dtype == torch.float64:
         return False
     if quantized is not None:
-        return isinstance(quantized, FourBit)
+        return type(quantized) is FourBit
     return not _row_norm_pays_in_triton(weight, lora_a.shape[0])
 
 

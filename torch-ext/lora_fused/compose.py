@@ -18,30 +18,35 @@ from .member import Gradients, Member, Outputs, cat, split
 def _down(ops: ModuleType, x: Tensor, batch: Sequence[Member], dtype: Optional[torch.dtype]) -> Tensor:
     """t of a batch, [M, Σ R]."""
     lora_a = cat([member.operands.lora_a for member in batch], 0)
-    scalings = {member.scaling for member in batch}
-    if len(scalings) == 1:
-        return ops.down(x, lora_a, scalings.pop(), dtype, batch[0].mask)
+    scalings = [member.split_scaling(x.dtype, dtype)[0] for member in batch]
+    if len(set(scalings)) == 1:
+        return ops.down(x, lora_a, scalings[0], dtype, batch[0].mask)
     t = ops.down(x, lora_a, 1.0, dtype)
-    for member, part in zip(batch, split(t, batch)):
-        part.mul_(member.scaling)
+    for scaling, part in zip(scalings, split(t, batch)):
+        part.mul_(scaling)
     return t
 
 
-def _project_member(ops: ModuleType, x: Tensor, member: Member, t: Optional[Tensor], gain: Optional[Tensor]):
+def _project_member(
+    ops: ModuleType, x: Tensor, member: Member, t: Optional[Tensor], gain: Optional[Tensor], dtype: Optional[torch.dtype]
+):
     """(y, z) of one member."""
     lora_b, weight, bias = member.operands.lora_b, member.weight(x.dtype), member.bias(x.dtype)
+    if t is None:
+        return ops.up_add(x, weight, bias=bias), None
+    _, scaling = member.split_scaling(x.dtype, dtype)
     if gain is None:
-        return ops.up_add(x, weight, t, lora_b, bias), None
+        return ops.up_add(x, weight, t, lora_b, bias, scaling=scaling), None
     if member.mask is None:
-        return ops.up_add_scaled(x, weight, t, lora_b, gain, bias)
-    return ops.up_add_dropped(x, ops.dropout(x, member.mask), weight, t, lora_b, gain, bias)
+        return ops.up_add_scaled(x, weight, t, lora_b, gain, bias, scaling)
+    return ops.up_add_dropped(x, ops.dropout(x, member.mask), weight, t, lora_b, gain, bias, scaling)
 
 
 def project(ops: ModuleType, x: Tensor, batch: Sequence[Member], gains, dtype: Optional[torch.dtype]) -> Outputs:
     """Outputs of a batch for x [M, K]; gains are [N] or None by member, `dtype` as `ops.down` takes it."""
     t = _down(ops, x, batch, dtype) if batch[0].operands.lora_a is not None else None
     parts = (None,) * len(batch) if t is None else split(t, batch)
-    results = [_project_member(ops, x, *each) for each in zip(batch, parts, gains)]
+    results = [_project_member(ops, x, *each, dtype) for each in zip(batch, parts, gains)]
     return Outputs([y for y, _ in results], [z for _, z in results], t)
 
 
@@ -72,10 +77,14 @@ class Backward:
             das = [part if need.lora_a else None for part, need in zip(split(da, batch, 0), needs)]
         if adapted:
             dbs = [
-                ops.outer(dy, part, member.operands.lora_b.dtype) if need.lora_b else None
+                self._up_grad(member, dy, part) if need.lora_b else None
                 for dy, part, member, need in zip(lora_dys, split(t, batch), batch, needs)
             ]
         return Gradients(dx, das, dbs)
+
+    def _up_grad(self, member: Member, dy: Tensor, t: Tensor) -> Tensor:
+        _, scaling = member.split_scaling(self.x.dtype, self.dtype)
+        return self.ops.outer(dy, t, member.operands.lora_b.dtype, scaling=scaling)
 
     def _input_grad(self, member: Member, dy, lora_dy, gain, dt, dx) -> Tensor:
         ops, weight = self.ops, member.weight_of_backward(dy.dtype).t()

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
-from .activation import ACTIVATIONS
+from .activation import INDEX
 from .autocast import autocast_dtype, without_autocast
 from .autograd.gated import GatedMLPFunction, forward_gated
 from .autograd.linear import LoraLinearFunction, forward_group
 from .autograd.native import gated_mlp, lora_group, takes
+from .checks import check_number, check_tensor
 from .member import members_of
 from .projection import GatedSpec, GroupSpec, Operands, Projection, ProjectionSpec, Taken, flatten, fold
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def lora_linear(
@@ -68,12 +67,14 @@ def lora_linear_group(
     Members may differ in everything, and have no adapter at all. Each draws a dropout mask of its
     own, as PEFT's layers do; with `share_mask` they have one in common.
     """
-    _check_tensor("x", x)
+    check_tensor("x", x)
     if x.dim() < 1:
         raise ValueError(f"x: shape {tuple(x.shape)}, expected at least one dimension")
     if not projections:
         raise ValueError("projections: empty, expected at least one")
     for projection in projections:
+        if not isinstance(projection, Projection):
+            raise TypeError(f"projections: {type(projection).__name__}, expected each to be a Projection")
         _check_projection(x, projection)
     _check_dtypes(x, projections)
     return compute_group(x, projections, share_mask=share_mask, backend=backend)
@@ -91,7 +92,7 @@ def compute_group(
     projections = fold(projections)
     lora_dtype, x = _autocast(x)
     taken = takes(projections, x.dtype, lora_dtype, x.is_cuda)
-    backend = backend or _choose(x, projections, taken)
+    backend = backend or _choose(x, projections, taken, lora_dtype)
     seeds = draw_seeds(x.device, projections, share_mask)
     if taken.native and backends.is_library(backend):
         return lora_group(x, projections, seeds, taken.exact, token)
@@ -120,10 +121,10 @@ def compute_gated(
     *inputs, output = projections = fold((*inputs, output))
     lora_dtype, x = _autocast(x)
     taken = takes(projections, x.dtype, lora_dtype, x.is_cuda)
-    names = [backend or _choose(x, part, taken) for part in (inputs, (output,))]
+    names = [backend or _choose(x, part, taken, lora_dtype) for part in (inputs, (output,))]
     seeds = draw_seeds(x.device, projections)
     if taken.native and all(map(backends.is_library, names)):
-        return gated_mlp(x, projections, (ACTIVATIONS.index(activation), gate_half), seeds, taken.exact)
+        return gated_mlp(x, projections, (INDEX[activation], gate_half), seeds, taken.exact)
     groups = (
         GroupSpec(tuple(projection.spec for projection in part), name, lora_dtype)
         for part, name in zip((inputs, (output,)), names)
@@ -145,13 +146,34 @@ def _autocast(x: Tensor) -> tuple[Optional[torch.dtype], Tensor]:
     return dtype, x if dtype is None or x.dtype == dtype else x.to(dtype)
 
 
-def _choose(x: Tensor, projections: Sequence[Projection], taken: Taken) -> str:
-    """Name of the backend; `taken` is of all that is computed together."""
+def _choose(
+    x: Tensor,
+    projections: Sequence[Projection],
+    taken: Taken,
+    lora_dtype: Optional[torch.dtype],
+    rows: Optional[int] = None,
+) -> str:
+    """Name of the backend; `taken` is of all that is computed together. `rows` in place of x's own, where given."""
+    if x.dtype == torch.float16 and lora_dtype is None and any([_is_wide(p.operands.lora_a) for p in projections]):
+        return backends.LIBRARY  # Triton stores t and dt in x's dtype, which has not the range for an adapter in float32
 
     def work() -> int:
-        return math.prod(x.shape[:-1]) * max(math.prod(projection.shape) for projection in projections)
+        tokens = math.prod(x.shape[:-1]) if rows is None else rows
+        return tokens * max(math.prod(projection.shape) for projection in projections)
 
     return backends.choose(x.device, x.dtype, taken, work)
+
+
+def _is_wide(lora_a: Optional[Tensor]) -> bool:
+    return lora_a is not None and lora_a.dtype != torch.float16
+
+
+def describe_backend(x: Tensor, projections: Sequence[Projection], rows: int) -> str:
+    """What a reader calls the backend of a group of projections of `rows` rows like those of x."""
+    lora_dtype, x = _autocast(x)
+    taken = takes(projections, x.dtype, lora_dtype, x.is_cuda)
+    chosen = _choose(x, projections, taken, lora_dtype, rows)
+    return backends.NATIVE if taken.native and backends.is_library(chosen) else backends.describe(chosen)
 
 
 def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Optional[Tensor]:
@@ -173,6 +195,7 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
     Raises ValueError or TypeError naming the tensor, what was seen and what was expected.
     Source: Liu et al. 2024, arXiv:2402.09353, equation 5.
     """
+    check_number("scaling", scaling)
     _check_operands(Operands(weight, None, lora_a, lora_b))
     with torch.no_grad():
         return backends.row_norm(weight, lora_a, lora_b, scaling)
@@ -180,10 +203,9 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
 
 def _check_projection(x: Tensor, projection: Projection) -> None:
     operands, spec = projection.operands, projection.spec
-    if not isinstance(projection.scaling, (int, float)) or not math.isfinite(projection.scaling):
-        raise TypeError(f"scaling: {projection.scaling!r}, expected a finite number")
-    if not 0.0 <= spec.dropout <= 1.0:
-        raise ValueError(f"dropout: {spec.dropout}, expected a probability from 0 to 1")
+    check_number("scaling", projection.scaling)
+    if not isinstance(spec.dropout, (int, float)) or not 0.0 <= spec.dropout <= 1.0:
+        raise ValueError(f"dropout: {spec.dropout!r}, expected a probability from 0 to 1")
     _check_operands(operands, spec.transposed)
     if x.device != operands.weight.device:
         raise ValueError(f"x: on {x.device}, expected {operands.weight.device} as weight is")
@@ -207,11 +229,12 @@ def _check_dtypes(x: Tensor, projections: Sequence[Projection]) -> None:
 def _check_operands(operands: Operands, transposed: bool = False) -> None:
     for name, tensor in zip(Operands._fields, operands):
         if tensor is not None:
-            _check_tensor(name, tensor)
+            check_tensor(name, tensor)
     weight, lora_a, lora_b = operands.weight, operands.lora_a, operands.lora_b
     if weight.dim() != 2:
         raise ValueError(f"weight: shape {tuple(weight.shape)}, expected {'[K, N]' if transposed else '[N, K]'}")
     n, k = reversed(weight.shape) if transposed else weight.shape
+    fitting = f"for weight of shape {tuple(weight.shape)}"
     if (lora_a is None) != (lora_b is None):
         raise ValueError("lora_a and lora_b: one is None, expected both or neither")
     if lora_a is None:
@@ -220,9 +243,9 @@ def _check_operands(operands: Operands, transposed: bool = False) -> None:
             raise ValueError(f"{extra}: given without lora_a and lora_b")
     else:
         if lora_a.dim() != 2 or lora_a.shape[1] != k:
-            raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}, expected [R, {k}]")
+            raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}, expected [R, {k}] {fitting}")
         if lora_b.dim() != 2 or lora_b.shape != (n, lora_a.shape[0]):
-            raise ValueError(f"lora_b: shape {tuple(lora_b.shape)}, expected [{n}, {lora_a.shape[0]}]")
+            raise ValueError(f"lora_b: shape {tuple(lora_b.shape)}, expected [{n}, {lora_a.shape[0]}] {fitting}")
         if lora_a.shape[0] == 0:
             raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}, expected a rank of at least 1")
     if operands.lora_bias is not None and operands.magnitude is not None:
@@ -230,14 +253,9 @@ def _check_operands(operands: Operands, transposed: bool = False) -> None:
     for name in ("bias", "lora_bias", "magnitude"):
         vector = getattr(operands, name)
         if vector is not None and vector.shape != (n,):
-            raise ValueError(f"{name}: shape {tuple(vector.shape)}, expected [{n}]")
+            raise ValueError(f"{name}: shape {tuple(vector.shape)}, expected [{n}] {fitting}")
     for name, tensor in zip(Operands._fields, operands):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{name}: on {tensor.device}, expected {weight.device} as weight is")
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name}: dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Optional, Union
 
 import torch
@@ -12,9 +11,9 @@ from . import backend as backends
 from . import cuda_embedding
 from .autocast import without_autocast
 from .autograd.embedding import LoraEmbeddingFunction, forward_table
+from .checks import check_number, check_tensor
 from .table import Table, TableSpec
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ID_DTYPES = (torch.int64, torch.int32)
 
 
@@ -56,14 +55,13 @@ def lora_embedding(
     scale, number = (embed_scale, 1.0) if isinstance(embed_scale, Tensor) else (None, embed_scale)
     table = Table(weight, lora_a, lora_b, magnitude, scale)
     for name, value in (("scaling", scaling), ("embed_scale", number)):
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise TypeError(f"{name}: {value!r}, expected a finite number")
+        check_number(name, value)
     _check_table(table)
     _check_ids(ids, table)
     if padding_idx is not None:
         rows = weight.shape[0]
-        if not -rows <= padding_idx < rows:
-            raise ValueError(f"padding_idx: {padding_idx}, expected one of the {rows} rows of weight")
+        if not isinstance(padding_idx, int) or not -rows <= padding_idx < rows:
+            raise ValueError(f"padding_idx: {padding_idx!r}, expected one of the {rows} rows of weight")
         padding_idx %= rows
     if backend == backends.CUDA and not cuda_embedding.fits(table):
         raise ValueError("backend: 'cuda' takes contiguous half-precision tables on a GPU, H a multiple of 8")
@@ -95,10 +93,7 @@ def _check_table(table: Table) -> None:
         if tensor is None and name in ("magnitude", "scale"):
             continue
         name = "embed_scale" if name == "scale" else name
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: {type(tensor).__name__}, expected a torch.Tensor")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+        check_tensor(name, tensor)
         if tensor.device != table.weight.device:
             raise ValueError(f"{name}: on {tensor.device}, expected {table.weight.device} as weight is")
     weight, lora_a, lora_b, magnitude, scale = table
@@ -116,9 +111,6 @@ def _check_table(table: Table) -> None:
 
 
 def _check_ids(ids: Tensor, table: Table) -> None:
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"ids: {type(ids).__name__}, expected a torch.Tensor")
-    if ids.dtype not in ID_DTYPES:
-        raise TypeError(f"ids: dtype {ids.dtype}, expected one of {', '.join(map(str, ID_DTYPES))}")
+    check_tensor("ids", ids, ID_DTYPES)
     if ids.device != table.weight.device:
         raise ValueError(f"ids: on {ids.device}, expected {table.weight.device} as weight is")

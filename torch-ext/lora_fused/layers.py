@@ -3,16 +3,25 @@
 `kernelize` binds a forward on each instance, so `self` is PEFT's own module here and
 `type(self).forward(self, ...)` is PEFT's own forward. That is what torch.compile and torch.jit.trace get as well:
 what runs together is observed from call to call, which no graph can hold. So do torch.func's transforms and
-forward-mode differentiation, for which the ops have no rules.
+forward-mode differentiation, for which the ops have no rules. And so does every call in which PEFT's forward would
+run what another tool has put in the place of a forward or a function (`genuine`).
 """
 
 from __future__ import annotations
+
+from typing import Optional
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from . import functional, functional_delta, functional_embedding, mlp_state, peft_embedding, peft_state, siblings
+from . import functional, functional_delta, functional_embedding, genuine, last_call
+from . import mlp_state, peft_embedding, peft_state, siblings
+
+# Bound once: attributes of modules cost as much as the answers.
+_is_compiling = torch.compiler.is_compiling
+_notes, _NEVER = last_call.notes, last_call.NEVER
+_is_traced, _is_transformed = torch._C._is_tracing, torch._C._are_functorch_transforms_active
 
 
 class LoraLinear(nn.Module):
@@ -39,33 +48,39 @@ class LoraLinearOfX(nn.Module):
         return _linear(self, x, (), {})
 
 
-def _is_transformed() -> bool:
-    """Whether what runs is traced by torch.compile or torch.jit, transformed by torch.func, or differentiated forward."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+def _transform_reason() -> Optional[str]:
+    """Who differentiates or records a call in a way for which there are no rules here."""
+    if _is_traced():
+        return "torch.jit traces the call"
+    if _is_transformed():
+        return "torch.func transforms the call"
+    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
 
 
 def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
-    if _is_transformed() or siblings.small_reason(module, x):
+    if _is_compiling():
+        last_call.note_trace()
         return type(module).forward(module, x, *args, **kwargs)
-    state = peft_state.read_linear(module)
-    reason = state if isinstance(state, str) else peft_state.call_reason(state, x, args, kwargs)
+    reason = _transform_reason() or siblings.small_reason(module, x) or genuine.linear_reason()
+    if reason is None:
+        state = peft_state.read_linear(module)
+        reason = state if isinstance(state, str) else peft_state.call_reason(state, x, args, kwargs)
     if reason is None:
         called = peft_state.called_reason(state, x)
         if called is None:
+            if _notes.get(id(module), _NEVER) is not None:
+                last_call.note(module, None)
             y = siblings.compute(module, x, state.projection, LoraLinear)
             return y if state.base.quantized is None else y.to(peft_state.result_dtype(state, x))
         reason = peft_state.delta_reason(state.projection)
         if reason is None:
+            last_call.note(module, None)
             base = peft_state.call_base(module, x)
             promotes = state.promotes and torch.is_autocast_enabled()
             return functional_delta.add_delta(base, x, state.projection, promotes)
     if isinstance(reason, peft_state.Broken):
         raise ValueError(f"{peft_state.name_of(module)}: {reason}")
+    last_call.note(module, reason)
     return type(module).forward(module, x, *args, **kwargs)
 
 
@@ -109,11 +124,15 @@ GATED_MLP_BY_INPUT = {
 
 
 def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if _is_transformed() or mlp_state.is_small(module, x):
+    if _is_compiling():
+        last_call.note_trace()
         return type(module).forward(module, x)
-    state = mlp_state.read_mlp(module, x, LoraLinear)
+    reason = _transform_reason() or mlp_state.small_reason(module, x) or genuine.linear_reason()
+    state = reason or mlp_state.read_mlp(module, x, LoraLinear)
     if isinstance(state, str):
+        last_call.note(module, state)
         return type(module).forward(module, x)
+    last_call.note(module, None)
     y = functional.compute_gated(x, state.inputs, state.output, state.activation, state.gate_half)
     return y if state.result_dtype is None else y.to(state.result_dtype)
 
@@ -126,9 +145,14 @@ class LoraEmbedding(nn.Module):
     has_backward = True
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if _is_transformed():
+        if _is_compiling():
+            last_call.note_trace()
             return type(self).forward(self, x, *args, **kwargs)
-        state = peft_embedding.read_embedding(self)
-        if isinstance(state, str) or peft_embedding.embedding_call_reason(state, x, args, kwargs):
+        reason = _transform_reason() or genuine.embedding_reason()
+        if reason is None:
+            state = peft_embedding.read_embedding(self)
+            reason = state if isinstance(state, str) else peft_embedding.embedding_call_reason(state, x, args, kwargs)
+        last_call.note(self, reason)
+        if reason is not None:
             return type(self).forward(self, x, *args, **kwargs)
         return functional_embedding.compute_table(x, *state)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import base
-from .projection import Mask, Operands, ProjectionSpec, Quantized, unflatten
+from .projection import Mask, Operands, ProjectionSpec, Quantized, split_scaling, unflatten
 
 
 class Member(NamedTuple):
@@ -35,16 +35,23 @@ class Member(NamedTuple):
         return base.dequantize(self.operands, self.quantized, self.quantized.dtype).to(dtype)
 
     def bias(self, dtype: torch.dtype) -> Optional[Tensor]:
-        """b + s·b_B."""
+        """b + s·b_B in `dtype`, or in float32 where float16 may not have the range: PEFT adds b_B to t Bᵀ first."""
         bias, lora_bias = self.operands.bias, self.operands.lora_bias
         if lora_bias is not None:
-            scaled = lora_bias * self.scaling
+            wide = dtype == torch.float16
+            scaled = (lora_bias.float() if wide else lora_bias) * self.scaling
             bias = scaled if bias is None else bias + scaled
+            dtype = torch.float32 if wide else dtype
         return None if bias is None else bias.to(dtype)
+
+    def split_scaling(self, x_dtype: torch.dtype, lora_dtype: Optional[torch.dtype]) -> tuple[float, float]:
+        """`projection.split_scaling` for an x and a LoRA path in these dtypes, None for the adapter's own."""
+        return split_scaling(self.scaling, x_dtype, lora_dtype or self.operands.lora_a.dtype)
 
 
 class Outputs(NamedTuple):
-    """Of a batch: y [M, N] of each member, for DoRA z [M, N] before the gain, and t [M, Σ R]."""
+    """Of a batch: y [M, N] of each member, for DoRA z [M, N] before the gain, of an x in
+    float16 in float32, and t [M, Σ R]."""
 
     ys: list[Tensor]
     zs: list[Optional[Tensor]]

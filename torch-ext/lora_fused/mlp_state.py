@@ -7,13 +7,15 @@ every call (`peft_state`).
 from __future__ import annotations
 
 import functools
+import types
 import weakref
-from typing import NamedTuple, Optional, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from . import mlp_structure, peft_small, peft_state
+from . import genuine, mlp_structure, peft_small, peft_state
 from .autocast import autocast_dtype
 from .mlp_structure import GatedMLP
 from .projection import Projection
@@ -31,34 +33,70 @@ class AdaptedMLP(NamedTuple):
 
 
 class _Recognised(NamedTuple):
-    """What was found, with the activation's children and the dtype of the weights at that time."""
+    """A structure and what it was found in. Weak, where something could hold the module itself."""
 
     structure: Union[GatedMLP, str]
-    activations: tuple[Optional[weakref.ref], ...]
-    dtype: Optional[torch.dtype]
-
-    def holds(self, module: nn.Module) -> bool:
-        structure = self.structure
-        depends_on_dtype = isinstance(structure, str) or structure.dtype is not None
-        if depends_on_dtype and self.dtype != mlp_structure.weights_dtype(module):
-            return False
-        names = () if isinstance(structure, str) else structure.activation_modules
-        return all([ref() is module._modules.get(name) for ref, name in zip(self.activations, names)])
+    forward: Callable
+    code: Optional[types.CodeType]
+    functions: tuple[Callable, ...]
+    activations: tuple[tuple[str, weakref.ref, Callable, Callable], ...]  # name, module, its class's forward and __call__
+    attributes: tuple[tuple[str, weakref.ref], ...]  # functions on the module itself
+    dtype: Optional[torch.dtype]  # of the weights, where the structure may depend on it
 
 
+_PLAIN = (types.FunctionType, types.BuiltinFunctionType)
 _recognised: weakref.WeakKeyDictionary[nn.Module, _Recognised] = weakref.WeakKeyDictionary()
+# What activations are made of, as far as others replace it: a new tuple whenever one of them is another.
+_functions = (F.silu, F.gelu, F.relu, torch.sigmoid, torch.tanh, torch.relu)
 
 
 def structure_of(module: nn.Module) -> Union[GatedMLP, str]:
-    """What `mlp_structure.recognise` says of the module, asked once while its activation stays and, where that may matter,
-    the dtype of its weights."""
+    """What `mlp_structure.recognise` says of the module, asked once while all that it ran stays in its place,
+    and the dtype of its weights where that may matter."""
     known = _recognised.get(module)
-    if known is None or not known.holds(module):
-        structure = mlp_structure.recognise(module)
-        names = () if isinstance(structure, str) else structure.activation_modules
-        activations = tuple(weakref.ref(module._modules[name]) for name in names)
-        known = _recognised[module] = _Recognised(structure, activations, mlp_structure.weights_dtype(module))
+    functions = _current_functions()
+    if known is None or known.functions is not functions or not _is_as_it_was(module, known):
+        structure, forward = mlp_structure.recognise(module), type(module).forward
+        refused = isinstance(structure, str)  # for what any of its children does
+        names = [name for name, part in module.named_children()] if refused else structure.activation_modules
+        parts = ((name, module._modules[name]) for name in names)
+        activations = tuple((name, weakref.ref(part), type(part).forward, type(part).__call__) for name, part in parts)
+        attributes = tuple((name, weakref.ref(each)) for name, each in vars(module).items() if isinstance(each, _PLAIN))
+        dtype = mlp_structure.weights_dtype(module) if refused or structure.dtype is not None else None
+        code = getattr(forward, "__code__", None)
+        known = _Recognised(structure, forward, code, functions, activations, attributes, dtype)
+        _recognised[module] = known
     return known.structure
+
+
+def _current_functions() -> tuple[Callable, ...]:
+    global _functions
+    silu, gelu, relu, sigmoid, tanh, plain_relu = _functions
+    if (
+        F.silu is not silu
+        or F.gelu is not gelu
+        or F.relu is not relu
+        or torch.sigmoid is not sigmoid
+        or torch.tanh is not tanh
+        or torch.relu is not plain_relu
+    ):
+        _functions = (F.silu, F.gelu, F.relu, torch.sigmoid, torch.tanh, torch.relu)
+    return _functions
+
+
+def _is_as_it_was(module: nn.Module, known: _Recognised) -> bool:
+    forward = type(module).forward
+    if forward is not known.forward or getattr(forward, "__code__", None) is not known.code:
+        return False
+    for name, ref, own_forward, call in known.activations:
+        part = module._modules.get(name)
+        if part is not ref() or type(part).forward is not own_forward or type(part).__call__ is not call:
+            return False
+    for name, ref in known.attributes:
+        if (attribute := ref()) is None or vars(module).get(name) is not attribute:
+            return False
+    depends_on_dtype = isinstance(known.structure, str) or known.structure.dtype is not None
+    return not depends_on_dtype or known.dtype == mlp_structure.weights_dtype(module)
 
 
 def projections_of(module: nn.Module, structure: GatedMLP) -> tuple[nn.Module, ...]:
@@ -75,13 +113,13 @@ def is_adapted(module: nn.Module) -> bool:
     return not isinstance(structure, str) and any(map(peft_state.is_lora_linear, projections_of(module, structure)))
 
 
-def is_small(module: nn.Module, x: object) -> bool:
-    """Whether its projections had better run alone, as PEFT runs them; as the first that has an adapter says."""
+def small_reason(module: nn.Module, x: object) -> Optional[str]:
+    """Why its projections had better run alone, as PEFT runs them; as the first that has an adapter says."""
     if not torch.is_grad_enabled():
         for part in module._modules.values():
             if peft_state.is_lora_linear(part):
-                return peft_small.small_reason(part, x) is not None
-    return False
+                return peft_small.small_reason(part, x)
+    return None
 
 
 def read_mlp(
@@ -94,10 +132,12 @@ def read_mlp(
         return structure
     if not isinstance(x, Tensor):
         return f"x is a {type(x).__name__}"
-    for name in structure.activation_modules:
-        reason = peft_state.hooks_reason(name, module._modules[name])
-        if reason:
-            return reason
+    if x.is_nested:
+        return "x is nested"
+    names = structure.activation_modules
+    watched = genuine.bypass_reason(names, [module._modules[name] for name in names])
+    if watched:
+        return watched
     for name in structure.dropouts:
         reason = _dropping_reason(name, module._modules[name])
         if reason:
@@ -137,7 +177,7 @@ def _dropping_reason(name: str, dropout: nn.Module) -> Optional[str]:
         return f"{name} is a {type(dropout).__name__}"
     if dropout.training and dropout.p > 0.0:
         return f"{name} drops between the projections"
-    return peft_state.bypass_reason((name,), (dropout,))
+    return genuine.bypass_reason((name,), (dropout,))
 
 
 def _read_part(part: nn.Module, linear_layer: type) -> Union[peft_state.Adapted, str]:
@@ -145,7 +185,7 @@ def _read_part(part: nn.Module, linear_layer: type) -> Union[peft_state.Adapted,
         return peft_state.read_plain(part)
     if getattr(part.__dict__.get("forward"), "__func__", None) is not linear_layer.forward:
         return "not kernelized"
-    return peft_state.hooks_reason("the layer", part) or peft_state.read_linear(part)
+    return genuine.hooks_reason("the layer", part) or peft_state.read_linear(part)
 
 
 def _called(adapted: peft_state.Adapted, x: Tensor, check_features: bool) -> Optional[str]:

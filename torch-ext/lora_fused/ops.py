@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
+from .errors import native_error
 from .projection import Mask
+
+
+def _names(of: str) -> tuple[str, ...]:
+    """What the library calls the numbers of one kind, in their order (kernel-src/common/names.h)."""
+    return tuple(ops.names(of).split(","))
+
+
+ACTIVATIONS = _names("activations")
+FORMATS = _names("formats")
+# Of a quantised weight before it was quantised, and what it becomes.
+QUANTIZED_DTYPES = tuple(getattr(torch, name) for name in _names("dtypes"))
+
+
+class PackedWeight(NamedTuple):
+    """The numbers by which the native ops read one weight, `quantized` is those of all weights one after another.
+
+    format: its place in FORMATS. rows, cols: [N, K]. blocksize and nested_blocksize as `FourBit` has them.
+    first_scale: the place in `scales` of absmax, which nested_absmax, nested_code and offset follow where
+    nested_blocksize is not 0. dtype: the place in QUANTIZED_DTYPES.
+    """
+
+    format: int = FORMATS.index("floating")
+    rows: int = 0
+    cols: int = 0
+    blocksize: int = 0
+    nested_blocksize: int = 0
+    first_scale: int = 0
+    dtype: int = 0
+
+    @classmethod
+    def of(cls, quantized: Sequence[int], i: int) -> PackedWeight:
+        """Weight i's."""
+        size = len(cls._fields)
+        return cls(*quantized[size * i : size * i + size])
+
+
+if PackedWeight._fields != _names("packed_weight"):
+    raise ImportError(f"this library reads a packed weight as {_names('packed_weight')}, expected {PackedWeight._fields}")
 
 
 @torch.library.register_fake(add_op_namespace_prefix("row_norm"))
@@ -18,7 +57,7 @@ def _row_norm_fake(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: floa
 
 def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """‖W + s·B·A‖ by row in float32, computed by the C++ (CPU) or CUDA op."""
-    return ops.row_norm(weight, lora_a, lora_b, scaling)
+    return _row_norm(weight, lora_a, lora_b, scaling)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gain"))
@@ -28,7 +67,7 @@ def _gain_fake(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """magnitude / norm [N] in norm's dtype, and exactly 1 where they differ by the norm's rounding alone."""
-    return ops.gain(magnitude.to(norm.dtype).contiguous(), norm)
+    return _gain(magnitude.to(norm.dtype).contiguous(), norm)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("dropout"))
@@ -41,7 +80,7 @@ def _dropout_fake(
 def dropout(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
     """mask ∘ x / (1 - p) for x [M, K], in `dtype`, computed by the C++ (CPU) or CUDA op."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    ops.dropout(x.contiguous(), mask.seed, mask.p, out)
+    _dropout(x.contiguous(), mask.seed, mask.p, out)
     return out
 
 
@@ -55,9 +94,9 @@ def dora_gains(
     weights, lora_a, lora_b, magnitudes, scalings, scales=(), quantized=()
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(`row_norm`, `gain`) of each member, in float32. Weights in four bits, described by `scales` and `quantized` as
-    kernel-src/common/projections.h has them, become floating point some rows at a time."""
+    `PackedWeight` has them, become floating point some rows at a time."""
     ready = [as_magnitude(magnitude) for magnitude in magnitudes]
-    return ops.dora_gains(weights, lora_a, lora_b, ready, scalings, scales, quantized)
+    return _dora_gains(weights, lora_a, lora_b, ready, scalings, scales, quantized)
 
 
 def as_magnitude(magnitude: Tensor) -> Tensor:
@@ -98,8 +137,11 @@ def _made(x, widths, magnitudes):
 
 
 def _widths(weights, quantized) -> list[int]:
-    """N of each weight, as kernel-src/common/projections.h has it."""
-    return [quantized[7 * i + 1] if quantized and quantized[7 * i] else w.shape[0] for i, w in enumerate(weights)]
+    """N of each weight."""
+    if not quantized:
+        return [w.shape[0] for w in weights]
+    packed = [PackedWeight.of(quantized, i) for i in range(len(weights))]
+    return [p.rows if FORMATS[p.format] != "floating" else w.shape[0] for p, w in zip(packed, weights)]
 
 
 def _gradients(x, used, widths, downs, lora_b, need_dx, needs):
@@ -193,21 +235,65 @@ for _name in (
     for _key in ("Autograd", "ADInplaceOrView"):
         _dispatch.impl(_name, torch.library.fallthrough_kernel, _key)
 
-def _past_subclasses(op):
-    """An op whose operands may be bitsandbytes' parameters: a subclass of a tensor that would be asked first."""
 
-    def call(*args):
+def with_values(arg):
+    """An argument whose tensors hold their values in memory as they are: not negated by a bit, as z.conj().imag is, and no
+    zeros without memory. Lists and named tuples of them too."""
+    if isinstance(arg, Tensor):
+        return arg.clone() if arg._is_zerotensor() else arg.resolve_neg() if arg.is_neg() else arg
+    if isinstance(arg, (list, tuple)):
+        values = [with_values(each) for each in arg]
+        return type(arg)._make(values) if hasattr(arg, "_make") else values
+    return arg
+
+
+def _on_values(op):
+    """The kernel of an op for operands whose memory does not hold their values. The dispatcher asks for it where any tensor
+    is such a one, those in lists included, which torch's own fallback passes over where a list may hold None."""
+
+    def call(*args, **kwargs):
         with torch._C.DisableTorchFunctionSubclass():
-            return op(*args)
+            return op(*map(with_values, args), **{name: with_values(arg) for name, arg in kwargs.items()})
 
     return call
 
 
-dequantize_4bit = _past_subclasses(ops.dequantize_4bit.default)
-lora_forward = _past_subclasses(ops.lora_forward.default)
-lora_backward = _past_subclasses(ops.lora_backward.default)
-gated_forward = _past_subclasses(ops.gated_forward.default)
-gated_backward = _past_subclasses(ops.gated_backward.default)
-column_norm = ops.column_norm.default
-embedding_forward = ops.embedding_forward.default
-embedding_backward = ops.embedding_backward.default
+# What an op writes is never such a tensor.
+for _name in (
+    "row_norm", "gain", "dropout", "dora_gains", "lora_forward", "lora_backward", "gated_forward", "gated_backward",
+    "column_norm", "embedding_forward", "embedding_backward", "dequantize_4bit",
+):  # fmt: skip
+    for _key in ("Negative", "ZeroTensor"):
+        _dispatch.impl(_name, _on_values(getattr(ops, _name).default), _key)
+
+
+def _op(name: str, past_subclasses: bool = False):
+    """An op as it is called here, with the cause of a failure in place of C++'s words. `past_subclasses`: its operands may
+    be bitsandbytes' parameters, a subclass of a tensor that would be asked first."""
+    op = getattr(ops, name).default
+
+    def call(*args):
+        try:
+            return op(*args)
+        except RuntimeError as error:
+            raise native_error(error, args) from None
+
+    def call_past(*args):
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return op(*args)
+        except RuntimeError as error:
+            raise native_error(error, args) from None
+
+    return call_past if past_subclasses else call
+
+
+dequantize_4bit = _op("dequantize_4bit", past_subclasses=True)
+lora_forward = _op("lora_forward", past_subclasses=True)
+lora_backward = _op("lora_backward", past_subclasses=True)
+gated_forward = _op("gated_forward", past_subclasses=True)
+gated_backward = _op("gated_backward", past_subclasses=True)
+column_norm = _op("column_norm")
+embedding_forward = _op("embedding_forward")
+embedding_backward = _op("embedding_backward")
+_row_norm, _gain, _dropout, _dora_gains = _op("row_norm"), _op("gain"), _op("dropout"), _op("dora_gains")

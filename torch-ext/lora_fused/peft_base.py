@@ -1,6 +1,6 @@
 """What stands under a LoRA layer: the base's part of `peft_state`. A base layer becomes the operands
 of its product, or the reason why its own forward computes the product ("base called"), or why PEFT's
-forward runs. Read anew at every call, so nothing here can go stale.
+forward runs; and whether tensors are what the products take. Read anew at every call, so nothing here can go stale.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ from typing import NamedTuple, Optional, Union
 import torch
 from torch import Tensor, nn
 
+from . import genuine
 from .autocast import autocast_dtype, device_type
 from .projection import EightBit, FourBit, Operands, Quantized
 
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STRIDED, _META = torch.strided, torch.device("meta")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -59,15 +63,22 @@ def tensor_of(layer: nn.Module, name: str) -> Optional[Tensor]:
     return parameters[name] if name in parameters else layer.__dict__[name]
 
 
-def sharded_note(part: nn.Module) -> str:
-    """Said beside the reason that a module's calls are changed: tensor and expert parallelism do so where they shard it."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    tensors = () if distributed is None else part._parameters.values()
-    return " (its weights are sharded, DTensors)" if any([isinstance(t, distributed.DTensor) for t in tensors]) else ""
+def unread_reason(error: Exception) -> str:
+    """Of a module that cannot be read: PEFT's own forward finds what another tool put elsewhere, or says what is wrong."""
+    if isinstance(error, KeyError):
+        return f"{error} is not where it belongs: another tool has taken it out"
+    return f"a parameter cannot be read: {error}"
 
 
 def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:
     """What a base layer computes now; `opaque` where the LoRA layer is one for bases of a kind of its own."""
+    found = _read(base, transposed, opaque)
+    if type(base) is nn.Linear or isinstance(found, str) or found.called:
+        return found
+    return genuine.forward_reason(type(base)) or found
+
+
+def _read(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:
     cls = type(base)
     linear = cls is nn.Linear or is_listed(cls, LINEARS)
     if linear or (transposed and is_listed(cls, TRANSPOSED)):
@@ -82,7 +93,7 @@ def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, st
         shape = (base.nf, base.nx) if transposed else (base.out_features, base.in_features)
         return Base(Operands(weight, bias), shape)
     if isinstance(base, _bitsandbytes("Linear4bit")) and _runs(base, "Linear4bit"):
-        return _read_4bit(base)
+        return genuine.function_reason(sys.modules["bitsandbytes"], "matmul_4bit") or _read_4bit(base)
     if isinstance(base, _bitsandbytes("Linear8bitLt")) and _runs(base, "Linear8bitLt"):
         return _read_8bit(base)
     if opaque or is_listed(cls, _CALLED):
@@ -208,3 +219,48 @@ def _read_8bit(base: nn.Module) -> Union[Base, str]:
     bias = tensor_of(base, "bias")
     operands = Operands(weight, bias, None, None, None, None, absmax) if known else Operands(None, bias)
     return Base(operands, shape, EightBit(shape) if known else None, called=f"base called: {type(base).__name__}")
+
+
+def device_of(operands: Operands) -> torch.device:
+    """Of the base weight, or of the adapter where that is unknown. A quantised weight is a subclass whose every
+    attribute costs a call of Python; its scales are where it is (`peft_base`)."""
+    for tensor in (operands.absmax, operands.weight):
+        if tensor is not None:
+            return tensor.device
+    return operands.lora_a.device
+
+
+def tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> Optional[str]:
+    """Of all tensors, or of the adapter's alone where the weight is not floating-point numbers."""
+    weight, bias = operands[:2]
+    dense = base.quantized is None and weight is not None
+    device = device_of(operands)
+    for i, tensor in enumerate((weight if dense else None, None if base.called else bias, *operands[2:6])):
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN_TENSORS:
+            return f"{Operands._fields[i]} is a {type(tensor).__name__} (sharded or wrapped)"
+        if tensor.layout is not STRIDED:
+            return f"{Operands._fields[i]} has the layout {tensor.layout}"
+        if tensor.dtype not in DTYPES:
+            return f"{Operands._fields[i]} has dtype {tensor.dtype}"
+        if tensor.device != device:
+            return f"{Operands._fields[i]} is on {tensor.device}, the base weight on {device}"
+    if device == _META:
+        return "its tensors are on the meta device"
+    if dense and weight.shape != (base.shape[::-1] if transposed else base.shape):
+        return f"weight has shape {tuple(weight.shape)} (sharded or replaced)"
+    if bias is not None and base.called is None and bias.shape != (base.shape[0],):
+        return f"bias has shape {tuple(bias.shape)}, which does not fit"
+    return None
+
+
+def fit_reason(operands: Operands, n: int, k: int) -> Optional[str]:
+    """An adapter that does not fit gets PEFT's own error."""
+    a, b = operands.lora_a.shape, operands.lora_b.shape
+    if len(a) != 2 or a[1] != k or b != (n, a[0]):
+        return f"lora_A has shape {tuple(a)} and lora_B {tuple(b)}, which do not fit"
+    for i in (4, 5):
+        if operands[i] is not None and operands[i].shape != (n,):
+            return f"{Operands._fields[i]} has shape {tuple(operands[i].shape)}, which does not fit"
+    return None

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from . import genuine
 from .autocast import autocast_dtype
-from .peft_base import tensor_of
+from .peft_base import tensor_of, unread_reason
 from .peft_scaling import read_scaling
-from .peft_state import bypass_reason, taken_out_reason
 from .table import Table
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -46,7 +46,11 @@ def is_plain_embedding(module: nn.Module) -> bool:
 
 
 def read_embedding(module: nn.Module) -> Union[AdaptedTable, str]:
-    """The embedding that a `peft.tuners.lora.Embedding` computes now, or why it is PEFT's to compute."""
+    """The embedding that a `peft.tuners.lora.Embedding` computes now, or why it is PEFT's to compute. What all embeddings
+    have in common `genuine.embedding_reason` looks at."""
+    replaced = genuine.forward_reason(type(module))
+    if replaced:
+        return replaced
     if module.disable_adapters:
         return "adapters are disabled"
     if module.merged:
@@ -61,8 +65,8 @@ def read_embedding(module: nn.Module) -> Union[AdaptedTable, str]:
         return f"several active adapters ({', '.join(names)})"
     try:
         return _read_adapter(module, names[0])
-    except KeyError as error:
-        return taken_out_reason(error)
+    except (KeyError, RuntimeError) as error:
+        return unread_reason(error)
 
 
 def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
@@ -74,13 +78,16 @@ def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
         if type(variant) is not _dora_variant():
             return f"LoRA variant {type(variant).__name__}"
         dora = modules["lora_magnitude_vector"]._modules[name]
-        reason = bypass_reason(("lora_magnitude_vector",), (dora,))
+        reason = genuine.forward_reason(type(variant)) or genuine.forward_reason(type(dora))
+        if reason:
+            return reason
+        reason = genuine.bypass_reason(("lora_magnitude_vector",), (dora,))
         if reason:
             return reason
         magnitude = tensor_of(dora, "weight")
     if name in getattr(module, "input_fns", ()) or name in getattr(module, "output_fns", ()):  # not before PEFT 0.19
         return "the embedding is sharded by tensor parallelism"
-    reason = _base_reason(base) or bypass_reason(("base_layer",), (base,))
+    reason = _base_reason(base) or genuine.forward_reason(type(base)) or genuine.bypass_reason(("base_layer",), (base,))
     if reason:
         return reason
     if _has_any_global_hook():
@@ -132,6 +139,8 @@ def _tensor_reason(table: Table, shape: tuple[int, int]) -> Optional[str]:
             continue
         if type(tensor) not in _PLAIN_TENSORS and not (name == "scale" and isinstance(tensor, nn.Buffer)):
             return f"{name} is a {type(tensor).__name__} (sharded or wrapped)"
+        if tensor.layout is not torch.strided:
+            return f"{name} has the layout {tensor.layout}"
         if tensor.is_meta:
             return f"{name} is on the meta device"
         if tensor.dtype not in _DTYPES:
@@ -142,6 +151,8 @@ def _tensor_reason(table: Table, shape: tuple[int, int]) -> Optional[str]:
         return f"weight has shape {tuple(table.weight.shape)} (sharded or replaced)"
     if table.lora_a.shape[1] != shape[0] or table.lora_b.shape != (shape[1], table.lora_a.shape[0]):
         return f"adapter of shapes {tuple(table.lora_a.shape)} and {tuple(table.lora_b.shape)} on a table of {shape}"
+    if table.magnitude is not None and table.magnitude.shape != (shape[1],):
+        return f"magnitude has shape {tuple(table.magnitude.shape)}, which does not fit"
     return None
 
 
@@ -153,6 +164,8 @@ def embedding_call_reason(adapted: AdaptedTable, ids: object, args: tuple, kwarg
     table = adapted.table
     if type(ids) is not Tensor or ids.dtype not in _ID_DTYPES:
         return f"ids are a {type(ids).__name__} of {getattr(ids, 'dtype', None)}"
+    if ids.layout is not torch.strided or ids.is_nested:
+        return f"ids are {'nested' if ids.is_nested else ids.layout}"
     if ids.device != table.weight.device:
         return f"ids are on {ids.device}, the base weight on {table.weight.device}"
     if autocast_dtype(ids) is not None:

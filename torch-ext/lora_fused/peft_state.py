@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 import weakref
 from typing import NamedTuple, Optional, Sequence, Union
 
@@ -15,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from . import genuine
 from .autocast import autocast_dtype
-from .peft_base import Base, Broken, read_base, sharded_note, tensor_of
+from .peft_base import (
+    PLAIN_TENSORS, STRIDED, Base, Broken, device_of, fit_reason, read_base, tensor_of, tensor_reason, unread_reason,
+)  # fmt: skip
 from .peft_scaling import read_scaling
 from .projection import Operands, Projection, ProjectionSpec, Quantized
 
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
 _PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
-_ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FORWARDS, _CODES = genuine.FORWARDS, genuine.CODES
 
 
 # Up to so many rows bitsandbytes multiplies with four-bit weights as they are, on any GPU.
@@ -77,18 +78,20 @@ def is_lora_module(module: nn.Module) -> bool:
     return isinstance(module, LoraLayer)
 
 
+_kinds: dict[type, Kind] = {}
+
+
 @functools.lru_cache(maxsize=None)
 def linear_kinds() -> dict[type, Kind]:
     """PEFT's LoRA linears that can be imported here, and what they are."""
-    found = {}
     for kind in _KINDS:
         try:
             cls = getattr(importlib.import_module(f"peft.tuners.lora.{kind.module}"), kind.name, None)
         except ImportError:  # its quantisation library is not here
             continue
         if cls is not None:
-            found[cls] = kind
-    return found
+            _kinds[cls] = kind
+    return _kinds
 
 
 def is_lora_linear(module: nn.Module) -> bool:
@@ -124,7 +127,13 @@ def root_classes() -> tuple[type[nn.Module], ...]:
 
 
 def read_linear(module: nn.Module) -> Union[Adapted, str]:
-    """The projection that one of PEFT's LoRA linears computes now, or why it is PEFT's to compute."""
+    """The projection that one of PEFT's LoRA linears computes now, or why it is PEFT's to compute. What all linears have in
+    common `genuine.linear_reason` looks at."""
+    cls = type(module)
+    if _FORWARDS.get(cls) is not cls.forward or _CODES[cls] is not cls.forward.__code__:
+        replaced = genuine.forward_reason(cls)
+        if replaced:
+            return replaced
     if module.disable_adapters:
         return "adapters are disabled"
     if module.merged_adapters:
@@ -135,19 +144,14 @@ def read_linear(module: nn.Module) -> Union[Adapted, str]:
         return f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
     try:
         return _read_adapter(module, names[0])
-    except KeyError as error:
-        return taken_out_reason(error)
-
-
-def taken_out_reason(error: KeyError) -> str:
-    """Of a module without what belongs there: PEFT's own forward finds what another tool put in its place."""
-    return f"{error} is not where it belongs: another tool has taken it out"
+    except (KeyError, RuntimeError) as error:
+        return unread_reason(error)
 
 
 def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
     # Straight from the registries: nn.Module.__getattr__ would cost more than the checks do.
     modules = module._modules
-    layer, kind = modules["base_layer"], linear_kinds()[type(module)]
+    layer, kind = modules["base_layer"], (_kinds or linear_kinds())[type(module)]
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout, dora = modules["lora_dropout"]._modules[name], None
     if name in module.lora_variant:
@@ -155,8 +159,11 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
         if type(variant) is not _dora_variant():
             return f"LoRA variant {type(variant).__name__}"
         dora = modules["lora_magnitude_vector"]._modules[name]
+        replaced = genuine.forward_reason(type(variant)) or genuine.forward_reason(type(dora))
+        if replaced:
+            return replaced
     # Before a weight is looked at, which may be a tool's to fetch from elsewhere.
-    watched = bypass_reason(_PARTS, (lora_a, lora_b, dropout, dora))
+    watched = genuine.bypass_reason(_PARTS, (lora_a, lora_b, dropout, dora))
     if watched:
         return watched
     transposed = getattr(module, "fan_in_fan_out", False)
@@ -166,7 +173,7 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return f"adapter layers are {type(lora_a).__name__} and {type(lora_b).__name__}, not Linear"
     if base.called is None:  # what others do to the calls of a base that is called stays
-        watched = bypass_reason(("base_layer",), (layer,))
+        watched = genuine.bypass_reason(("base_layer",), (layer,))
         if watched:
             return watched
     p = _dropout(module, dropout, dora is not None)
@@ -184,9 +191,9 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
     magnitude = None if dora is None else tensor_of(dora, "weight")
     a, b = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight")
     operands = Operands(weight, bias, a, b, lora_bias, magnitude, *scales)
-    reason = _tensor_reason(operands, base, transposed)
+    reason = tensor_reason(operands, base, transposed)
     if reason is None and base.shape is not None:
-        reason = _fit_reason(operands, *base.shape)
+        reason = fit_reason(operands, *base.shape)
     if reason:
         return reason
     if type(scaling) is not float:
@@ -203,16 +210,14 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
 
 def read_plain(module: nn.Module) -> Union[Adapted, str]:
     """The base product of a linear that has no adapter, or why it must be called itself."""
-    watched = bypass_reason(("the linear",), (module,))
+    watched = genuine.bypass_reason(("the linear",), (module,))
     if watched:
         return watched
     try:
         base = read_base(module, False, False)
-    except KeyError as error:
-        return taken_out_reason(error)
-    if isinstance(base, str):
-        return base
-    reason = base.called or _tensor_reason(base.operands, base)
+        reason = base if isinstance(base, str) else base.called or tensor_reason(base.operands, base)
+    except (KeyError, RuntimeError) as error:
+        reason = unread_reason(error)
     return reason or Adapted(Projection(base.operands, 1.0, _spec(0.0, False, base.quantized)), True, base, module.training)
 
 
@@ -239,77 +244,10 @@ def _dropout(module: nn.Module, dropout: nn.Module, dora: bool) -> Union[float, 
         return 0.0
     if type(dropout) is not nn.Dropout:
         return f"dropout layer {type(dropout).__name__}"
-    return float(dropout.p) if dropout.training and (module.training or not dora) else 0.0
-
-
-def bypass_reason(names: Sequence[str], parts: Sequence[Optional[nn.Module]]) -> Optional[str]:
-    """Other tools watch or replace the calls of inner modules; a fused forward would skip them."""
-    for i, part in enumerate(parts):
-        if part is None:
-            continue
-        if "forward" in part.__dict__ and not _moves_inputs_alone(part):
-            return f"{names[i]} has a forward of its own, set by another tool{sharded_note(part)}"
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-            return hooks_reason(names[i], part)
-    return None
-
-
-def _moves_inputs_alone(part: nn.Module) -> bool:
-    """Whether all that comes before the class's own forward is accelerate's hook of a `device_map` that offloads nothing:
-    it moves inputs to the weights' device, and where they are not there PEFT's forward runs."""
-    hooks = sys.modules.get("accelerate.hooks")
-    hook, own = part.__dict__.get("_hf_hook"), part.__dict__.get("_old_forward")
-    if hooks is None or type(hook) is not hooks.AlignDevicesHook or hook.offload or hook.no_grad:
-        return False
-    is_hooked = getattr(part.__dict__["forward"], "__wrapped__", None) is own  # and nobody else's forward
-    return is_hooked and getattr(own, "__func__", None) is type(part).forward
-
-
-def hooks_reason(name: str, part: nn.Module) -> Optional[str]:
-    """Whether somebody watches the calls of a module."""
-    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-        return f"{name} has hooks{sharded_note(part)}"
-    return None
-
-
-def _device(operands: Operands) -> torch.device:
-    """Of the base weight, or of the adapter where that is unknown. A quantised weight is a subclass whose every
-    attribute costs a call of Python; its scales are where it is (`peft_base`)."""
-    for tensor in (operands.absmax, operands.weight):
-        if tensor is not None:
-            return tensor.device
-    return operands.lora_a.device
-
-
-def _tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> Optional[str]:
-    """Of all tensors, or of the adapter's alone where the weight is not floating-point numbers."""
-    weight, bias = operands[:2]
-    dense = base.quantized is None and weight is not None
-    device = _device(operands)
-    for i, tensor in enumerate((weight if dense else None, None if base.called else bias, *operands[2:6])):
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN_TENSORS:
-            return f"{Operands._fields[i]} is a {type(tensor).__name__} (sharded or wrapped)"
-        if tensor.is_meta:
-            return f"{Operands._fields[i]} is on the meta device"
-        if tensor.dtype not in _ADAPTER_DTYPES:
-            return f"{Operands._fields[i]} has dtype {tensor.dtype}"
-        if tensor.device != device:
-            return f"{Operands._fields[i]} is on {tensor.device}, the base weight on {device}"
-    if dense and weight.shape != (base.shape[::-1] if transposed else base.shape):
-        return f"weight has shape {tuple(weight.shape)} (sharded or replaced)"
-    return None
-
-
-def _fit_reason(operands: Operands, n: int, k: int) -> Optional[str]:
-    """An adapter that does not fit gets PEFT's own error."""
-    a, b, magnitude = operands.lora_a.shape, operands.lora_b.shape, operands.magnitude
-    if len(a) != 2 or a[1] != k or b != (n, a[0]):
-        return f"lora_A has shape {tuple(a)} and lora_B {tuple(b)}, which do not fit"
-    if magnitude is not None and magnitude.shape != (n,):
-        return f"the magnitude has shape {tuple(magnitude.shape)}, which does not fit"
-    return None
+    p = dropout.p
+    if not 0.0 <= p <= 1.0:
+        return f"dropout probability {p}"
+    return float(p) if dropout.training and (module.training or not dora) else 0.0
 
 
 def call_reason(adapted: Adapted, x: object, args: tuple, kwargs: dict) -> Optional[str]:
@@ -321,20 +259,26 @@ def call_reason(adapted: Adapted, x: object, args: tuple, kwargs: dict) -> Optio
         return f"x is a {type(x).__name__}"
     if x.dim() < 1:
         return "x has no dimension"
-    return input_reason(adapted, x, x.shape[-1])
+    try:
+        features = x.shape[-1]
+    except RuntimeError:
+        return "x is nested"
+    return input_reason(adapted, x, features)
 
 
 def input_reason(adapted: Adapted, x: Tensor, features: int) -> Optional[str]:
     """Why PEFT computes an input of x's dtype, device and dimensions but with this many features."""
     operands, base = adapted.projection.operands, adapted.base
-    if type(x) not in _PLAIN_TENSORS:
+    if type(x) not in PLAIN_TENSORS:
         return f"x is a {type(x).__name__}"
+    if x.layout is not STRIDED:
+        return f"x has the layout {x.layout}"
     width = base.shape[1] if base.shape is not None else operands.lora_a.shape[1]
     if features != width:
         return f"x has shape {tuple(x.shape)}"
     if x.dim() == 1 and operands.magnitude is not None:
         return "DoRA of a vector, of which PEFT makes a matrix"
-    device = _device(operands)
+    device = device_of(operands)
     if x.device != device:
         text = f"x is on {x.device}, the base weight on {device}"
         return text if base.quantized is None else Broken(text)

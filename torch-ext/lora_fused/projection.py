@@ -6,6 +6,7 @@ gradient), so a group is described by a hashable `GroupSpec` and a flat tuple of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Optional, Sequence, Union
 
@@ -160,6 +161,20 @@ class Mask(NamedTuple):
 
     seed: Tensor
     p: float
+
+
+def split_scaling(scaling: float, *dtypes: torch.dtype) -> tuple[float, float]:
+    """(down, up), of which the scaling is the product: t = down·dropout(x) Aᵀ is kept, and what is made of t has the
+    factor up. `dtypes`: those that t may be stored in.
+
+    float16 may not have the range for s·dropout(x) Aᵀ where it has it for dropout(x) Aᵀ, which PEFT multiplies by B
+    first. So there |down| is at most 1, and up a power of two, 1 elsewhere. kernel-src/common/projections.h, `beyond_t`,
+    has the same rule."""
+    if torch.float16 not in dtypes or not abs(scaling) > 1.0:
+        return scaling, 1.0
+    mantissa, exponent = math.frexp(abs(scaling))
+    up = math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent)
+    return scaling / up, up
 
 
 def flatten(projections: Sequence[Operands]) -> tuple[Optional[Tensor], ...]:

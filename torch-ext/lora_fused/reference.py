@@ -42,24 +42,42 @@ def up_add(
     bias: Optional[Tensor] = None,
     mask: Optional[Mask] = None,
     out: Optional[Tensor] = None,
+    *,
+    scaling: float = 1.0,
 ) -> Tensor:
-    """y = x weightᵀ + dropout(t upᵀ) + bias for weight [N, K], t [M, R], up [N, R]: [M, N] in x's
+    """y = x weightᵀ + dropout(scaling · t upᵀ) + bias for weight [N, K], t [M, R], up [N, R]: [M, N] in x's
     dtype. With `out` [M, N] the sum is added to it, in place, and no bias is taken."""
+    if bias is not None and bias.dtype != x.dtype:
+        return _wide(x, weight, t, up, bias, scaling).to(x.dtype)
     y = torch.nn.functional.linear(x, weight, bias) if out is None else out.addmm_(x, weight.t())
     if t is None:
         return y
     up = up.to(t.dtype)
     if mask is None and t.dtype == y.dtype:
-        return y.addmm_(t, up.t())
+        return y.addmm_(t, up.t(), alpha=scaling)
     delta = t @ up.t()
-    return y.add_(delta if mask is None else dropout(delta, mask))
+    return y.add_(delta if mask is None else dropout(delta, mask), alpha=scaling)
 
 
-def outer(left: Tensor, right: Tensor, dtype: torch.dtype, mask: Optional[Mask] = None) -> Tensor:
-    """leftᵀ dropout(right) for left [M, P] and right [M, Q]: [P, Q] in `dtype`, summed over tokens."""
+def _wide(x: Tensor, weight: Tensor, t: Optional[Tensor], up: Optional[Tensor], bias: Optional[Tensor], scaling: float):
+    """`up_add` of half-precision products that are summed in float32: a sum may be beyond float16 where they are not."""
+    rounded = bias is None or bias.dtype == x.dtype
+    y = torch.nn.functional.linear(x, weight, bias if rounded else None).float()
+    if not rounded:
+        y += bias
+    return y if t is None else y.add_(t @ up.to(t.dtype).t(), alpha=scaling)
+
+
+def outer(
+    left: Tensor, right: Tensor, dtype: torch.dtype, mask: Optional[Mask] = None, scaling: float = 1.0
+) -> Tensor:
+    """scaling · leftᵀ dropout(right) for left [M, P] and right [M, Q]: [P, Q] in `dtype`, summed over tokens."""
     wide = torch.promote_types(left.dtype, right.dtype)
     right = right.to(wide) if mask is None else dropout(right, mask, wide)
-    return (left.to(wide).t() @ right).to(dtype)
+    left = left.to(wide).t()
+    if scaling == 1.0:
+        return (left @ right).to(dtype)
+    return torch.addmm(right.new_empty((1,)), left, right, beta=0, alpha=scaling).to(dtype)
 
 
 def scale(z: Tensor, gain: Tensor, bias: Optional[Tensor] = None) -> Tensor:
@@ -70,28 +88,38 @@ def scale(z: Tensor, gain: Tensor, bias: Optional[Tensor] = None) -> Tensor:
 
 
 def up_add_scaled(
-    x: Tensor, weight: Tensor, t: Tensor, up: Tensor, gain: Tensor, bias: Optional[Tensor] = None
+    x: Tensor, weight: Tensor, t: Tensor, up: Tensor, gain: Tensor, bias: Optional[Tensor] = None, scaling: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """(y, z) with z = x weightᵀ + t upᵀ and y = z∘g + b."""
-    return rescale(up_add(x, weight, t, up, bias), gain, bias)
+    """(y, z) with z = x weightᵀ + scaling · t upᵀ and y = z∘g + b, of an x in float16 z in float32: it may leave
+    float16's range where g brings y back."""
+    if x.dtype != torch.float16:
+        return rescale(up_add(x, weight, t, up, bias, scaling=scaling), gain, bias)
+    y, z = rescale(_wide(x, weight, t, up, bias, scaling), gain, bias)
+    return y.to(x.dtype), z
 
 
 def up_add_dropped(
-    x: Tensor, d: Tensor, weight: Tensor, t: Tensor, up: Tensor, gain: Tensor, bias: Optional[Tensor] = None
-) -> tuple[Tensor, Tensor]:
-    """(y, z) with z = d weightᵀ + t upᵀ and y = x weightᵀ + t upᵀ + b + (g - 1)∘z.
+    x: Tensor, d: Tensor, weight: Tensor, t: Tensor, up: Tensor, gain: Tensor, bias: Optional[Tensor] = None,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, z) with z = d weightᵀ + s·t upᵀ and y = x weightᵀ + s·t upᵀ + b + (g - 1)∘z for the scaling s, z as in
+    `up_add_scaled`.
 
-    y is summed as x weightᵀ + b + (g - 1)∘(d weightᵀ) + g∘(t upᵀ): a large t upᵀ makes the norm large and
+    y is summed as x weightᵀ + b + (g - 1)∘(d weightᵀ) + g∘(s·t upᵀ): a large t upᵀ makes the norm large and
     g small, so a sum rounded before g is applied would cost y its last bits.
     """
     z = torch.nn.functional.linear(d, weight)
-    y = torch.nn.functional.linear(x, weight, bias).addcmul_(z, gain - 1)
+    y = torch.nn.functional.linear(x, weight, bias)
     up = up.to(t.dtype)
+    if x.dtype == torch.float16:
+        y, z, delta = y.float(), z.float(), (t @ up.t()).float().mul_(scaling)
+        return y.addcmul_(z, gain - 1).addcmul_(delta, gain).to(x.dtype), z.add_(delta)
+    y.addcmul_(z, gain - 1)
     if t.dtype == z.dtype:
         gained = (up * gain[:, None]).to(up.dtype)
-        return y.addmm_(t, gained.t()), z.addmm_(t, up.t())
+        return y.addmm_(t, gained.t(), alpha=scaling), z.addmm_(t, up.t(), alpha=scaling)
     delta = t @ up.t()
-    return y.addcmul_(delta, gain), z.add_(delta)
+    return y.addcmul_(delta, gain, value=scaling), z.add_(delta, alpha=scaling)
 
 
 def rescale(y: Tensor, gain: Tensor, bias: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
     y = e · g ∘ (W[i] + s · A[:, i]ᵀ Bᵀ)        g = m / ‖W + s·(B·A)ᵀ‖ by column, 1 for plain LoRA
 
 Shapes: ids of any shape with M elements, weight [V, H], lora_a [R, V], lora_b [H, R], gain and
-norm [H], rows A[:, i]ᵀ [M, R]. The base is read in its own dtype, the adapter multiplied in its own;
+norm [H], rows A[:, i]ᵀ [M, R]. The base is read in its own dtype, the adapter multiplied in its own, float16
+in float32;
 e is cast to each one's dtype where it is a tensor, as the modules that hold one do.
 """
 
@@ -37,8 +38,9 @@ def gather_add(
     """(y [*ids.shape, H] in the table's dtype, rows [M, R] in A's dtype if `keep`)."""
     base = torch.nn.functional.embedding(ids, table.weight)
     rows = table.lora_a.index_select(1, ids.reshape(-1)).t()
-    base = _scaled(base, table, spec)
-    delta = _scaled(_product(rows, table.lora_b.t()).mul_(spec.scaling), table, spec).view(base.shape)
+    base = _scaled(base, table, spec, base.dtype)
+    delta = _scaled(_product(rows, table.lora_b.t()).mul_(spec.scaling), table, spec, table.lora_b.dtype)
+    delta = delta.view(base.shape)
     y = base + delta
     if gain is not None:
         y = y * gain
@@ -62,13 +64,14 @@ def gather_backward(
     drows = db = dm = None
     gained = dy if gain is None else dy * gain
     if needs.lora_a:
-        drows = _scaled(_product(gained, table.lora_b).mul_(spec.scaling), table, spec)
+        drows = _scaled(_product(gained, table.lora_b).mul_(spec.scaling), table, spec, table.lora_b.dtype)
     if needs.lora_b:
-        db = _scaled(_product(gained.t(), rows).mul_(spec.scaling), table, spec).to(table.lora_b.dtype)
+        db = _product(gained.t(), rows).mul_(spec.scaling)
+        db = _scaled(db, table, spec, table.lora_b.dtype).to(table.lora_b.dtype)
     if needs.magnitude:
         wide = torch.promote_types(dy.dtype, norm.dtype)
-        base = _scaled(torch.nn.functional.embedding(ids, table.weight), table, spec)
-        delta = _scaled(_product(rows, table.lora_b.t()).mul_(spec.scaling), table, spec)
+        base = _scaled(torch.nn.functional.embedding(ids, table.weight), table, spec, table.weight.dtype)
+        delta = _scaled(_product(rows, table.lora_b.t()).mul_(spec.scaling), table, spec, table.lora_b.dtype)
         dm = ((base + delta).to(wide) * dy).sum(0).div_(norm).to(table.magnitude.dtype)
     return drows, db, dm
 
@@ -92,12 +95,15 @@ def own_scale(table: Table, spec: TableSpec, dtype: torch.dtype):
     return spec.scale if table.scale is None else table.scale.to(dtype)
 
 
-def _scaled(value: Tensor, table: Table, spec: TableSpec) -> Tensor:
+def _scaled(value: Tensor, table: Table, spec: TableSpec, dtype: torch.dtype) -> Tensor:
     if table.scale is None and spec.scale == 1.0:
         return value
-    return value * own_scale(table, spec, value.dtype)
+    return value * own_scale(table, spec, dtype)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left right in the wider of their dtypes, and for float16 in float32: what it is multiplied by or added to may bring
+    it back into float16's range."""
     wide = torch.promote_types(left.dtype, right.dtype)
+    wide = torch.float32 if wide == torch.float16 else wide
     return left.to(wide) @ right.to(wide)

@@ -19,6 +19,7 @@ its small calls, which are seen here no more.
 
 from __future__ import annotations
 
+import gc
 import operator
 import threading
 import weakref
@@ -36,16 +37,24 @@ MAX_CHANGES = 8
 
 
 class _Token:
-    """Lives as long as a graph that may still run backward, and counts itself in and out."""
+    """Of one call's graph: lives as long as that may still run backward, and counts itself in and out. `autograd.outputs`
+    asks it."""
 
-    __slots__ = ("waiting",)
+    __slots__ = ("waiting", "given", "may_be_recomputed")
 
-    def __init__(self, waiting: dict[int, None]):
+    def __init__(self, waiting: dict[int, None], outputs: int, may_be_recomputed: bool):
         self.waiting = waiting
+        self.given = [True] + [False] * (outputs - 1)  # to whom called for it, by output; empty when that has ended
+        self.may_be_recomputed = may_be_recomputed
         waiting[id(self)] = None
 
     def __del__(self):
         self.waiting.pop(id(self), None)
+
+    def withdraw(self) -> list[bool]:
+        given = self.given.copy()
+        self.given.clear()
+        return given
 
 
 # What a call depends on besides its operands: grad mode, whether x needs a gradient, autocast's dtype, and the backward
@@ -110,37 +119,96 @@ _State = tuple[int, bool, int]
 
 
 class _Result(NamedTuple):
+    """Of one sibling: what its call has to be like, y, and where its graph's token notes that it was given, None without a
+    graph."""
+
     projection: Projection
     states: list[_State]
     y: Tensor
+    given: Optional[list[bool]]
+    output: int
 
 
-class _Calls(threading.local):
+class _Tie(weakref.ref):
+    """Lets results go with the object that it refers to. They hold parameters and a graph, and so must not outlive
+    their model, whatever came instead of the calls that they were computed for."""
+
+    __slots__ = ("results",)
+
+    def __new__(cls, tied: object, results: dict[int, _Result]):
+        return super().__new__(cls, tied, _let_go)
+
+    def __init__(self, tied: object, results: dict[int, _Result]):
+        super().__init__(tied, _let_go)
+        self.results = results
+
+
+def _let_go(tie: _Tie) -> None:
+    tie.results.clear()
+
+
+class _Ahead:
+    """Results computed ahead for calls with one x, by module. They go with x, which no graph of theirs holds, and with
+    the module that led. A checkpoint's graph may hold both: `_let_go_of_checkpoints`."""
+
+    __slots__ = ("x", "leaders", "version", "pointer", "mode", "in_checkpoint", "results")
+
+    def __init__(self, x: Tensor, mode: _Mode):
+        self.results: dict[int, _Result] = {}
+        self.x, self.leaders = _Tie(x, self.results), []
+        self.version, self.pointer, self.mode, self.in_checkpoint = x._version, x.data_ptr(), mode, False
+
+    def is_for(self, x: Tensor, mode: _Mode) -> bool:
+        """`.data` may replace x's memory under the same version."""
+        return self.x() is x and self.version == x._version and self.pointer == x.data_ptr() and self.mode == mode
+
+
+class _Calls:
     """Of one thread: results computed ahead, and the modules called with the last input."""
 
+    __slots__ = ("ahead", "seen_x", "seen_version", "seen")
+
     def __init__(self):
-        self.x: Optional[Tensor] = None
-        self.version = 0
-        self.mode: Optional[_Mode] = None
-        self.results: dict[int, _Result] = {}
+        self.ahead: Optional[_Ahead] = None
         self.seen_x: Optional[weakref.ref] = None
         self.seen_version = 0
         self.seen: list[weakref.ref] = []
 
 
+class _Threads(threading.local):
+    def __init__(self):
+        self.calls = _Calls()
+
+
 _leaders: weakref.WeakKeyDictionary[nn.Module, _Leader] = weakref.WeakKeyDictionary()
-_calls = _Calls()
+_threads = _Threads()
+
+
+def _saves_by_hooks() -> bool:
+    """As in a checkpoint, which runs calls again for what their graph needs."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _let_go_of_checkpoints(phase: str, _: dict, threads: _Threads = _threads) -> None:
+    """What a checkpoint has saved holds the function that it runs again, and so modules, and what that is called with:
+    results of a checkpoint that was left would hold themselves. When garbage is collected they are let go."""
+    ahead = threads.calls.ahead
+    if phase == "start" and ahead is not None and ahead.in_checkpoint and not _saves_by_hooks():
+        ahead.results.clear()
+
+
+gc.callbacks.append(_let_go_of_checkpoints)
 
 
 def compute(module: nn.Module, x: Tensor, projection: Projection, layer: type) -> Tensor:
     """y of `module`, which `layer` serves, from the group's computation where there is one."""
     if x.is_inference():  # keeps no version, so a change of x would go unseen
         return functional.compute_group(x, (projection,))[0]
-    mode = _mode(x)
+    calls, mode = _threads.calls, _mode(x)
     forward = mode[-1] == _FORWARD
     if forward:
-        _observe(module, x)
-    result = _claim(module, x, projection, mode)
+        _observe(calls, module, x)
+    result = _claim(calls, module, x, projection, mode)
     if result is not None:
         return result
     leader = _leaders.get(module)
@@ -148,7 +216,7 @@ def compute(module: nn.Module, x: Tensor, projection: Projection, layer: type) -
         leader = _leaders[module] = _Leader()
     if forward:
         leader.settle()
-    return _lead(module, leader, x, projection, mode, layer)
+    return _lead(calls, module, leader, x, projection, mode, layer)
 
 
 def small_reason(module: nn.Module, x: object, rows: Optional[int] = None) -> Optional[str]:
@@ -177,7 +245,7 @@ def _alive(group: Sequence[weakref.ref]) -> tuple[nn.Module, ...]:
     return tuple(member for member in members if member is not None)
 
 
-def _lead(module, leader: _Leader, x: Tensor, projection: Projection, mode: _Mode, layer: type) -> Tensor:
+def _lead(calls, module, leader: _Leader, x: Tensor, projection: Projection, mode: _Mode, layer: type) -> Tensor:
     members, projections = [module], [projection]
     for sibling in _alive(leader.group):
         if sibling is not module:
@@ -185,16 +253,22 @@ def _lead(module, leader: _Leader, x: Tensor, projection: Projection, mode: _Mod
             if state is not None:
                 members.append(sibling)
                 projections.append(state)
-    if _calls.x is not x or _calls.version != x._version or _calls.mode != mode:
-        _forget()
+    if calls.ahead is not None and not calls.ahead.is_for(x, mode):
+        calls.ahead = None  # results that nobody came for
     if module.training:
         leader.count(mode, projection)
-    token = _Token(leader.waiting) if torch.is_grad_enabled() else None
+    by_hooks = _saves_by_hooks()
+    token = _Token(leader.waiting, len(members), by_hooks) if torch.is_grad_enabled() else None
     outputs = functional.compute_group(x, projections, token=token)
     if len(members) > 1:
-        _calls.x, _calls.version, _calls.mode = x, x._version, mode
-        for sibling, state, y in zip(members[1:], projections[1:], outputs[1:]):
-            _calls.results[id(sibling)] = _Result(state, _states(state), y)
+        ahead = _Ahead(x, mode) if calls.ahead is None else calls.ahead
+        ahead.in_checkpoint |= by_hooks
+        ahead.leaders.append(_Tie(module, ahead.results))
+        given = None if token is None else token.given
+        for i in range(1, len(members)):
+            state = projections[i]
+            ahead.results[id(members[i])] = _Result(state, _states(state), outputs[i], given, i)
+        calls.ahead = ahead
     return outputs[0]
 
 
@@ -212,16 +286,21 @@ def _ready(sibling: nn.Module, x: Tensor, layer: type) -> Optional[Projection]:
     return state.projection
 
 
-def _claim(module: nn.Module, x: Tensor, projection: Projection, mode: _Mode) -> Optional[Tensor]:
-    if _calls.x is not x:
+def _claim(calls, module: nn.Module, x: Tensor, projection: Projection, mode: _Mode) -> Optional[Tensor]:
+    ahead = calls.ahead
+    if ahead is None or ahead.x() is not x:
         return None
-    result = _calls.results.pop(id(module), None)
-    if result is None or _calls.version != x._version or _calls.mode != mode:
+    result = ahead.results.pop(id(module), None)
+    if result is None or not ahead.is_for(x, mode):
         return None
     if not _same(result.projection, projection) or result.states != _states(projection):
         return None
-    if not _calls.results:
-        _forget()
+    if not ahead.results:
+        calls.ahead = None
+    if result.given is not None:
+        if not result.given:  # its graph is freed
+            return None
+        result.given[result.output] = True
     return result.y
 
 
@@ -251,26 +330,20 @@ def _states_of(projection: Projection) -> list[_State]:
     ]
 
 
-def _forget() -> None:
-    """Results that nobody came for are let go."""
-    _calls.x = None
-    _calls.results.clear()
-
-
-def _observe(module: nn.Module, x: Tensor) -> None:
-    seen, ref = _calls.seen_x() if _calls.seen_x is not None else None, weakref.ref(module)
-    if seen is x and _calls.seen_version == x._version:
-        if ref not in _calls.seen:
-            _calls.seen.append(ref)
+def _observe(calls: _Calls, module: nn.Module, x: Tensor) -> None:
+    seen, ref = calls.seen_x() if calls.seen_x is not None else None, weakref.ref(module)
+    if seen is x and calls.seen_version == x._version:
+        if ref not in calls.seen:
+            calls.seen.append(ref)
             return
-        _forget()  # another pass over the same input: what is left of the last one has its graph
-    _note_siblings()
-    _calls.seen_x, _calls.seen_version, _calls.seen = weakref.ref(x), x._version, [ref]
+        calls.ahead = None  # another pass over the same input: what is left of the last one has its graph
+    _note_siblings(calls.seen)
+    calls.seen_x, calls.seen_version, calls.seen = weakref.ref(x), x._version, [ref]
 
 
-def _note_siblings() -> None:
-    first = _calls.seen[0]() if _calls.seen else None
+def _note_siblings(seen: list[weakref.ref]) -> None:
+    first = seen[0]() if seen else None
     leader = _leaders.get(first) if first is not None else None
     if leader is not None:
-        alone = len(_calls.seen) == 1
-        leader.observed, leader.was_alone = () if alone else tuple(_calls.seen), alone
+        alone = len(seen) == 1
+        leader.observed, leader.was_alone = () if alone else tuple(seen), alone

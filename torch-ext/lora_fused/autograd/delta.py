@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..autocast import without_autocast
-from ..projection import Mask
+from ..projection import Mask, split_scaling
 from .once import once_differentiable
 
 
@@ -37,14 +37,19 @@ class DeltaSpec(NamedTuple):
         return None if seed is None else Mask(seed, self.dropout)
 
 
-def _sum(spec: DeltaSpec, base: Tensor, t: Tensor, lora_b: Tensor, lora_bias: Optional[Tensor]) -> Tensor:
-    """base + t Bᵀ + s·b_B in a tensor of its own."""
-    lora_b = lora_b.to(spec.dtype)
+def _sum(spec: DeltaSpec, base: Tensor, t: Tensor, lora_b: Tensor, lora_bias: Optional[Tensor], wide: bool) -> Tensor:
+    """base + s·d Aᵀ Bᵀ + s·b_B in a tensor of its own, in float32 where `wide`."""
+    lora_b, (_, scaling) = lora_b.to(spec.dtype), split_scaling(spec.scaling, spec.dtype)
+    if wide:
+        base = base.float()
     if base.dtype == spec.dtype == spec.out_dtype:
-        y = torch.addmm(base, t, lora_b.t())
+        y = torch.addmm(base, t, lora_b.t(), alpha=scaling)
     else:
-        y = (base + t @ lora_b.t()).to(spec.out_dtype)
-    return y if lora_bias is None else y.add_(lora_bias * spec.scaling)
+        y = torch.add(base, t @ lora_b.t(), alpha=scaling)
+        y = y if wide else y.to(spec.out_dtype)
+    if lora_bias is None:
+        return y
+    return y.add_((lora_bias.float() if wide else lora_bias) * spec.scaling)
 
 
 class DeltaFunction(torch.autograd.Function):
@@ -56,10 +61,13 @@ class DeltaFunction(torch.autograd.Function):
     def forward(ctx, spec: DeltaSpec, base, x, seed, bias, lora_a, lora_b, lora_bias, magnitude, norm):
         rows = x.reshape(-1, x.shape[-1])
         with without_autocast(x):
-            t = reference.down(rows, lora_a, spec.scaling, spec.dtype, spec.mask(seed))
-            y, z = _sum(spec, base.reshape(-1, base.shape[-1]), t, lora_b, lora_bias), None
+            t = reference.down(rows, lora_a, split_scaling(spec.scaling, spec.dtype)[0], spec.dtype, spec.mask(seed))
+            # A sum that float16 may not have the range for where it has it for y.
+            wide = spec.out_dtype == torch.float16 and (magnitude is not None or lora_bias is not None)
+            y, z = _sum(spec, base.reshape(-1, base.shape[-1]), t, lora_b, lora_bias, wide), None
             if magnitude is not None:
                 y, z = reference.rescale(y, ops.gain(magnitude, norm), bias)
+            y = y.to(spec.out_dtype)
         ctx.spec, ctx.shape, ctx.dtypes = spec, x.shape, (base.dtype, x.dtype)
         ctx.save_for_backward(rows, t, z, seed, lora_a, lora_b, lora_bias, magnitude, norm)
         return y.view(base.shape)
@@ -86,6 +94,7 @@ class DeltaFunction(torch.autograd.Function):
                 dx = dx.to(x_dtype) if seed is None else reference.dropout(dx, spec.mask(seed), x_dtype)
             if needs[5]:
                 da = reference.outer(dt, rows, lora_a.dtype, spec.mask(seed))
-            db = reference.outer(wide, t, lora_b.dtype) if needs[6] else None
+            up = split_scaling(spec.scaling, spec.dtype)[1]
+            db = reference.outer(wide, t, lora_b.dtype, scaling=up) if needs[6] else None
         dbase = dy.to(base_dtype).view(shape) if needs[1] else None
         return None, dbase, None if dx is None else dx.view(ctx.shape), None, None, da, db, db_lora, dm, None

@@ -72,7 +72,7 @@ class GatedMLPFunction(torch.autograd.Function):
         with without_autocast(rows):
             members = members_of(spec.members, ctx.scalings, seeds, flat)
             outputs = [
-                scaled_output(member, first.zs[i], first.gains[i]) if is_scaled(member) else kept[i]
+                scaled_output(member, first.zs[i], first.gains[i], rows.dtype) if is_scaled(member) else kept[i]
                 for i, member in enumerate(members[:-1])
             ]
             gate, up = _halves(spec, outputs)

@@ -30,6 +30,7 @@ from .. import base, compose
 from ..autocast import without_autocast
 from ..member import Member, batches_of, cat, members_of, split
 from ..projection import GroupSpec, Operands, flatten, unflatten
+from . import outputs
 from .once import once_differentiable
 
 
@@ -56,9 +57,9 @@ def is_scaled(member: Member) -> bool:
     return member.operands.magnitude is not None and member.mask is None
 
 
-def scaled_output(member: Member, z: Tensor, gain: Tensor) -> Tensor:
-    """y = g∘z + b of a member that `is_scaled`."""
-    return backends.pointwise(z).scale(z, gain, member.bias(z.dtype))
+def scaled_output(member: Member, z: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """y = g∘z + b in `dtype` of a member that `is_scaled`."""
+    return backends.pointwise(z).scale(z, gain, member.bias(z.dtype)).to(dtype)
 
 
 def _gains(members: Sequence[Member]) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
@@ -150,37 +151,52 @@ def backward_group(
 
 class LoraLinearFunction(torch.autograd.Function):
     """Apply as `(group, scalings, token, x, seeds, *flatten(operands))`, x [..., K] in the dtype of the
-    base product; gives a tuple of [..., N], one per member. Double backward raises.
+    base product; gives a tuple of [..., N], one per member, which separate backward calls may reach (`outputs`). Double
+    backward raises.
 
-    `token` is kept until backward has run or the graph is gone: who made the call may watch it.
+    `token` is kept until backward has run through all outputs or the graph is gone: who made the call may watch it.
     Tokens are flattened in here: views around the Function would be two more nodes of the graph.
     """
 
     @staticmethod
     def forward(ctx, group: GroupSpec, scalings, token, x: Tensor, seeds: Optional[Tensor], *flat):
-        rows = x.reshape(-1, x.shape[-1])
+        # A graph of several outputs holds no x: `siblings` keeps results as long as there is one.
+        rows = (x if len(group.members) == 1 else x.detach()).reshape(-1, x.shape[-1])
         with without_autocast(x):
             members = members_of(group.members, scalings, seeds, flat)
-            outputs, saved = forward_group(group, rows, members, x.shape[:-1])
-        ctx.group, ctx.scalings, ctx.token, ctx.shape = group, scalings, token, x.shape
+            ys, saved = forward_group(group, rows, members, x.shape[:-1])
+        ctx.group, ctx.scalings, ctx.token, ctx.shape, ctx.kept = group, scalings, token, x.shape, None
         ctx.set_materialize_grads(False)
-        kept = saved.flat()
-        ctx.kept = len(kept)
-        ctx.save_for_backward(rows, seeds, *kept, *flat)
-        return tuple(outputs)
+        made = saved.flat()
+        ctx.made = len(made)
+        ctx.save_for_backward(rows, seeds, *made, *flat)
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys: Optional[Tensor]):
-        rows, seeds, *rest = ctx.saved_tensors
-        kept, flat = rest[: ctx.kept], rest[ctx.kept :]
+        used = [dy is not None for dy in dys]
+        saved = outputs.saved_tensors(ctx, used, _operands)
+        rows, seeds, *rest = saved
+        made, flat = rest[: ctx.made], rest[ctx.made :]
         needs_x, _, *needs_flat = ctx.needs_input_grad[3:]
         with without_autocast(rows):
             members = members_of(ctx.group.members, ctx.scalings, seeds, flat)
-            saved = Saved.of(kept, len(members))
-            dx, grads = backward_group(ctx.group, rows, members, saved, dys, needs_x, unflatten(needs_flat))
-        ctx.token = None
-        return None, None, None, None if dx is None else dx.view(ctx.shape), None, *flatten(grads)
+            needs = unflatten(needs_flat)
+            dx, grads = backward_group(ctx.group, rows, members, Saved.of(made, len(members)), dys, needs_x, needs)
+        result = (None, None, None, None if dx is None else dx.view(ctx.shape), None, *flatten(grads))
+        outputs.ran(ctx, used, saved, result)
+        return result
+
+
+def _operands(ctx) -> list[Optional[outputs.Operand]]:
+    """Of the tensors that `LoraLinearFunction` saves. Weights and A are read for dx alone, vectors not at all."""
+    vectors = ("bias", "lora_bias", "magnitude")
+    read = [name not in vectors if ctx.needs_input_grad[3] else name == "lora_b" for name in Operands._fields]
+    found: list[Optional[outputs.Operand]] = [("x", None), *[None] * (1 + ctx.made)]
+    for i in range(len(ctx.group.members)):
+        found += [(name, i) if is_read else None for name, is_read in zip(Operands._fields, read)]
+    return found
 
 
 def shaped(y: Tensor, lead: Sequence[int]) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import backend as backends
 from .. import base, ops
-from ..projection import Operands, Projection, Quantized, Taken
+from ..projection import FourBit, Operands, Projection, Quantized, Taken
+from . import outputs
 from .once import once_differentiable
 
 _NEED_A, _NEED_B, _NEED_BIAS, _NEED_MAGNITUDE = 1, 2, 4, 8
@@ -27,10 +28,15 @@ def takes(
 ) -> Taken:
     """Of projections of an x in `dtype`: the ops compute those on a frozen base of that dtype, with the LoRA path
     in it too or exactly. Exactly on a GPU, of DoRA without dropout, and not in float16, which has not the range for
-    what the gradients of float32 adapters hold."""
-    exact = False
-    for (weight, bias, lora_a, lora_b, *_), _, spec in projections:
+    what the gradients of float32 adapters hold. Nor has it the range for DoRA's value before the gain, nor for s·b_B
+    alone where s is beyond 1."""
+    exact, half = False, dtype == torch.float16
+    for (weight, bias, lora_a, lora_b, lora_bias, magnitude, *_), scaling, spec in projections:
+        if half and (magnitude is not None or (lora_bias is not None and abs(scaling) > 1.0)):
+            return Taken(False)
         quantized = spec.quantized
+        if quantized is not None and type(quantized) is not FourBit:
+            return Taken(False)
         stored = weight.dtype if quantized is None else quantized.dtype
         if stored != dtype or (quantized is None and weight.requires_grad):
             return Taken(False)
@@ -56,7 +62,7 @@ class _Wanted(NamedTuple):
 
 
 class _Fixed(NamedTuple):
-    """What is no tensor of a call; `quantized` as kernel-src/common/projections.h has it."""
+    """What is no tensor of a call; `quantized` as `ops.PackedWeight` has it."""
 
     scalings: tuple[float, ...]
     dropouts: Sequence[float]  # empty without any
@@ -203,30 +209,46 @@ def lora_group(
 
 class NativeGroupFunction(torch.autograd.Function):
     """Apply as `(projections, wanted, exact, token, x, seeds, *tensors)`, wanted and tensors as `trained` gives them;
-    gives a tuple of [..., N], one per projection. Double backward raises."""
+    gives a tuple of [..., N], one per projection, which separate backward calls may reach (`outputs`). Double backward
+    raises."""
 
     @staticmethod
     def forward(ctx, projections, wanted, exact, token, x: Tensor, seeds: Optional[Tensor], *_):
         ctx.fixed, fields, (ys, us, t) = _group_forward(projections, exact, x, seeds)
         ctx.wanted, ctx.token, ctx.us, ctx.lengths = wanted, token, len(us), [len(field) for field in fields]
+        ctx.kept = None
         ctx.set_materialize_grads(False)
+        if len(ys) > 1:
+            x = x.detach()  # a graph that holds no x: `siblings` keeps results as long as there is one
         ctx.save_for_backward(x, seeds, t, *us, *[tensor for field in fields for tensor in field])
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys: Optional[Tensor]):
-        x, seeds, t, *rest = ctx.saved_tensors
-        us, fields, fixed = rest[: ctx.us], _Fields.of(rest[ctx.us :], ctx.lengths), ctx.fixed
         used = [dy is not None for dy in dys]
+        saved = outputs.saved_tensors(ctx, used, _operands)
+        x, seeds, t, *rest = saved
+        us, fields, fixed = rest[: ctx.us], _Fields.of(rest[ctx.us :], ctx.lengths), ctx.fixed
         dx, grads = ops.lora_backward(
             dys, x, t, us, fields.weights, fields.biases, fields.lora_a, fields.lora_b, fields.gains, fields.norms,
             fixed.scalings, seeds, fixed.dropouts, fields.scales, fixed.quantized,
             fixed.exact, ctx.needs_input_grad[4] and any(used), [wanted.needs for wanted in ctx.wanted],
         )  # fmt: skip
-        ctx.token = None
         by_trained = _by_trained(grads, ctx.wanted, fixed.scalings, used)
-        return None, None, None, None, dx[0] if dx else None, None, *by_trained
+        result = (None, None, None, None, dx[0] if dx else None, None, *by_trained)
+        outputs.ran(ctx, used, saved, result)
+        return result
+
+
+def _operands(ctx) -> list[Optional[outputs.Operand]]:
+    """Of the tensors that `NativeGroupFunction` saves. Weights and A are read for dx alone, biases for dm."""
+    needs_x, dora = ctx.needs_input_grad[4], bool(ctx.lengths[5])
+    names = ("weight" if needs_x else None, "bias" if dora else None, "lora_a" if needs_x else None, "lora_b", None, None)
+    found: list[Optional[outputs.Operand]] = [("x", None), *[None] * (2 + ctx.us)]
+    for name, length in zip(names, ctx.lengths):
+        found += [None if name is None else (name, i) for i in range(length)]
+    return found + [("the scale of a quantised weight", None) if needs_x else None] * ctx.lengths[6]
 
 
 def _gated_forward(

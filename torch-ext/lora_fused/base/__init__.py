@@ -13,18 +13,21 @@ from torch import Tensor
 
 from .. import backend as backends
 from .. import ops
-from ..projection import FourBit, Operands, Quantized
+from ..projection import EightBit, FourBit, Operands, Quantized
 from . import eight_bit, four_bit
 
 # Elements of W that `row_norm` has in floating point at a time: 32 MB of bfloat16, which stays in
 # the cache of a large GPU between the two kernels.
 NORM_ELEMENTS = 2**24
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FORMATS = {FourBit: four_bit, EightBit: eight_bit}
+_FLOATING, _NF4, _FP4 = ops.PackedWeight(), ops.FORMATS.index("nf4"), ops.FORMATS.index("fp4")
 _FIRST_SCALE = Operands._fields.index("absmax")  # from there on the scales of a quantised weight
 
 
 def _rows(operands: Operands, quantized: Quantized, dtype: torch.dtype, first: int, rows: int) -> Tensor:
-    form = four_bit if isinstance(quantized, FourBit) else eight_bit
+    form = _FORMATS.get(type(quantized))
+    if form is None:
+        raise TypeError(f"weight: format {type(quantized).__name__} is unknown, expected FourBit or EightBit")
     return form.rows(operands, quantized, dtype, first, rows)
 
 
@@ -50,15 +53,16 @@ def row_norm(operands: Operands, quantized: Quantized, scaling: float) -> Tensor
 def packed(
     formats: Sequence[Optional[Quantized]], operands: Sequence[Operands]
 ) -> tuple[list[int], list[Tensor]]:
-    """The native ops' `quantized` and `scales` of weights of which some are in four bits
-    (kernel-src/common/projections.h)."""
+    """The native ops' `quantized` and `scales` of weights of which some are in four bits (`ops.PackedWeight`)."""
     numbers, scales = [], []
     for form, p in zip(formats, operands):
-        if not isinstance(form, FourBit):
-            numbers += [0] * 7
+        if form is None:
+            numbers += _FLOATING
             continue
-        numbers += [2 if form.fp4 else 1, *form.shape, form.blocksize, form.nested_blocksize, len(scales)]
-        numbers.append(_DTYPES.index(form.dtype))
+        if type(form) is not FourBit:
+            raise TypeError(f"weight: format {type(form).__name__} is none of the native ops', expected FourBit")
+        name, dtype = _FP4 if form.fp4 else _NF4, ops.QUANTIZED_DTYPES.index(form.dtype)
+        numbers += ops.PackedWeight(name, *form.shape, form.blocksize, form.nested_blocksize, len(scales), dtype)
         scales += [scale for scale in p[_FIRST_SCALE:] if scale is not None]
     return numbers, scales
 
@@ -75,8 +79,9 @@ def dora_gains(
         and not backends.norm_is_native(p.weight, p.lora_a, p.lora_b, form)
     ]  # fmt: skip
     together = [None if i in apart else magnitude for i, magnitude in enumerate(magnitudes)]
+    forms = [None if magnitude is None else form for magnitude, form in zip(together, formats)]
     adapters = [p.lora_a for p in operands], [p.lora_b for p in operands]
-    norms, gains = backends.dora_gains(weights, *adapters, together, scalings, formats, *packed(formats, operands))
+    norms, gains = backends.dora_gains(weights, *adapters, together, scalings, forms, *packed(forms, operands))
     for i in apart:
         norms[i] = row_norm(operands[i], formats[i], scalings[i])
         gains[i] = ops.gain(magnitudes[i], norms[i])

@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
+from .. import ops
 from ..projection import FourBit, Operands
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rows(operands: Operands, quantized: FourBit, dtype: torch.dtype, first: int, count: int) -> Tensor:
     """Rows [first, first + count) of the weight, [count, K] in `dtype`; first is a multiple of eight, so
     that they begin on a byte. float64 holds the float32 values."""
     k = quantized.shape[1]
-    made = dtype if dtype in _DTYPES else torch.float32
+    made = dtype if dtype in ops.QUANTIZED_DTYPES else torch.float32
     out = torch.empty((count, k), dtype=made, device=operands.weight.device)
     return backends.dequantize_4bit(operands, quantized, first * k, out).to(dtype)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dot_precision, on_device, rank_block
+from .launch import dot_precision, on_device, on_values, rank_block
 
 
 @triton.jit
@@ -116,6 +116,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@on_values
 def column_norm(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, tile: Optional[NormTile] = None
 ) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..projection import FourBit, Operands
 from ..reference import code_4bit
-from .launch import on_device
+from .launch import on_device, on_values
 
 BLOCK = 2048  # bytes of a program: 16 of each of 128 threads
 
@@ -53,6 +53,7 @@ def dequantize_4bit_fwd_kernel(
     tl.store(out_ptr + to, values.to(out_ptr.dtype.element_ty), mask=to < count)
 
 
+@on_values
 def dequantize_4bit(operands: Operands, quantized: FourBit, first: int, out: Tensor) -> Tensor:
     """Elements [first, first + out.numel()) of the flat weight written to `out` (contiguous float32, bfloat16
     or float16); first is even."""

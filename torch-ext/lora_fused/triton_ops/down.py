@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..projection import Mask
-from .launch import dot_precision, on_device, rank_block, shared_memory
+from .launch import dot_precision, on_device, on_values, rank_block, shared_memory
 from .mask import arguments, dropped
 
 
@@ -84,6 +84,7 @@ def choose_tile(x: Tensor, a: Tensor) -> tuple[int, int]:
     return block_m, block_k
 
 
+@on_values
 def down(
     x: Tensor, a: Tensor, scaling: float, dtype: Optional[torch.dtype] = None, mask: Optional[Mask] = None
 ) -> Tensor:

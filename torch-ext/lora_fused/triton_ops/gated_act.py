@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation import TANH_CUBIC, TANH_SATURATED, TANH_SCALE
-from .launch import on_device
+from .launch import on_device, on_values
 
 _CUBIC = tl.constexpr(TANH_CUBIC)
 _SATURATED = tl.constexpr(TANH_SATURATED)
@@ -114,6 +114,7 @@ def gated_bwd_kernel(
     tl.store(dup_ptr + row * stride_dup + cols, (value * dh).to(dup_ptr.dtype.element_ty), mask=mask)
 
 
+@on_values
 def gated(gate: Tensor, up: Tensor, activation: str, *, out: Optional[Tensor] = None) -> Tensor:
     """h = f(gate)·up for gate and up [M, I] with contiguous rows of any row stride: [M, I] in gate's
     dtype, into `out` (contiguous rows; it may be gate or up) where given."""
@@ -137,6 +138,7 @@ def gated(gate: Tensor, up: Tensor, activation: str, *, out: Optional[Tensor] = 
     return h
 
 
+@on_values
 def gated_backward(
     dh: Tensor,
     gate: Tensor,

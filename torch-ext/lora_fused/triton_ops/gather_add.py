@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..table import Table, TableSpec
-from .launch import dot_precision, on_device, rank_block
+from .launch import dot_precision, on_device, on_values, rank_block
 
 
 @triton.jit
@@ -112,6 +112,7 @@ BLOCK_H = 128
 PROGRAMS = 512  # from which the GPU is full
 
 
+@on_values
 def gather_add(
     ids: Tensor, table: Table, spec: TableSpec, gain: Optional[Tensor], keep: bool
 ) -> tuple[Tensor, Optional[Tensor]]:

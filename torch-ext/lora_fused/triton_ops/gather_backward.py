@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..reference_embedding import own_scale
 from ..table import Table, TableSpec
-from .launch import on_device
+from .launch import on_device, on_values
 
 BLOCK_M, BLOCK_H = 32, 128
 PROGRAMS = 1024  # about eight for each multiprocessor of a large GPU
@@ -63,6 +63,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
+@on_values
 def gather_backward(
     dy: Tensor,
     ids: Tensor,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device, shared_memory
+from .launch import on_device, on_values, shared_memory
 from .up_add import LARGE_SHARED_MEMORY, TensorDescriptor, _descriptor_fits
 
 BLOCK_N, BLOCK_K, BLOCK_R = 128, 256, 64
@@ -95,6 +95,7 @@ def _splits(row_blocks: int, col_tiles: int, programs: int) -> int:
     return min(range(1, min(col_tiles, 32) + 1), key=cost)
 
 
+@on_values
 def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """‖W + s·B·A‖ by row: [N] in float32, from operands that `row_norm_fits`."""
     lora_a, lora_b = _halves(lora_a, lora_b)

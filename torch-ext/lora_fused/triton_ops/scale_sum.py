@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import on_device, on_values
 
 BLOCK_M, BLOCK_N = 32, 128
 PROGRAMS = 1024  # about eight for each multiprocessor of a large GPU
@@ -45,6 +45,7 @@ def scale_sum_fwd_kernel(
     tl.store(partial_ptr + tl.program_id(1) * N + cols, total, mask=col_mask)
 
 
+@on_values
 def scale_sum(dy: Tensor, z: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """(g∘dy [M, N] in dy's dtype, Σ dy∘z over tokens [N] in float32) for contiguous dy and z [M, N] and
     gain [N] in float32."""

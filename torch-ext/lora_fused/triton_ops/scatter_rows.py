@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference_embedding
-from .launch import on_device, rank_block
+from .launch import on_device, on_values, rank_block
 
 PAIRWISE_UP_TO = 4096  # tokens
 CHUNK = 128
@@ -56,6 +56,7 @@ def scatter_rows_bwd_kernel(
         tl.store(da_ptr + ranks.to(tl.int64) * V + own, column, mask=rank_mask)
 
 
+@on_values
 def scatter_rows(drows: Tensor, ids: Tensor, lora_a: Tensor, padding_idx: Optional[int]) -> Tensor:
     """dA [R, V] in A's dtype from drows [M, R] in float32, as `reference_embedding.scatter_rows`."""
     m, (r, v) = ids.shape[0], lora_a.shape

@@ -18,15 +18,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuned
+from .. import reference, tuned
 from ..projection import Mask
-from .launch import dot_precision, on_device, rank_block, shared_memory
+from .launch import dot_precision, on_device, on_values, rank_block, shared_memory
 from .mask import arguments, dropped
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # Triton without tensor descriptors: every load goes through pointers
     TensorDescriptor = None
+
+
+@triton.jit
+def _add_lora(
+    acc, t_ptr, u_ptr, rows, cols, row_mask, col_mask, R, stride_tm, stride_un, stride_ur,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + t Uᵀ."""
+    # Not pipelined: one or two steps for common ranks, and stages of a float32 U would not fit.
+    for start_r in tl.range(0, R, BLOCK_R, num_stages=1):
+        ranks = start_r + tl.arange(0, BLOCK_R)
+        rank_mask = ranks < R
+        t = tl.load(
+            t_ptr + rows[:, None] * stride_tm + ranks[None, :],
+            mask=row_mask[:, None] & rank_mask[None, :],
+            other=0.0,
+        )
+        u = tl.load(
+            u_ptr + cols[None, :] * stride_un + ranks[:, None].to(tl.int64) * stride_ur,
+            mask=col_mask[None, :] & rank_mask[:, None],
+            other=0.0,
+        )
+        acc = tl.dot(t, u.to(t.dtype), acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -39,6 +63,7 @@ def up_add_fwd_kernel(
     gain_ptr,
     z_ptr,
     y_ptr,
+    scaling,
     M,
     N,
     K,
@@ -62,6 +87,7 @@ def up_add_fwd_kernel(
     W_DESCRIPTOR: tl.constexpr,
     W_ROWS_ARE_N: tl.constexpr,
     HAS_LORA: tl.constexpr,
+    IS_SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -85,6 +111,11 @@ def up_add_fwd_kernel(
     col_mask = cols < N
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if IS_SCALED:  # first, so that one accumulator serves both products
+        acc = _add_lora(
+            acc, t_ptr, u_ptr, rows, cols, row_mask, col_mask, R, stride_tm, stride_un, stride_ur, BLOCK_R, PRECISION
+        )
+        acc *= scaling
     for start_k in range(0, K, BLOCK_K):
         inner = start_k + tl.arange(0, BLOCK_K)
         inner_mask = inner < K
@@ -108,25 +139,13 @@ def up_add_fwd_kernel(
             )
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-    if HAS_LORA:
+    if HAS_LORA and not IS_SCALED:
         lora = acc
         if HAS_MASK:  # a sum of its own, since only this term is dropped
             lora = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        # Not pipelined: one or two steps for common ranks, and stages of a float32 U would not fit.
-        for start_r in tl.range(0, R, BLOCK_R, num_stages=1):
-            ranks = start_r + tl.arange(0, BLOCK_R)
-            rank_mask = ranks < R
-            t = tl.load(
-                t_ptr + rows[:, None] * stride_tm + ranks[None, :],
-                mask=row_mask[:, None] & rank_mask[None, :],
-                other=0.0,
-            )
-            u = tl.load(
-                u_ptr + cols[None, :] * stride_un + ranks[:, None].to(tl.int64) * stride_ur,
-                mask=col_mask[None, :] & rank_mask[:, None],
-                other=0.0,
-            )
-            lora = tl.dot(t, u.to(t.dtype), lora, input_precision=PRECISION)
+        lora = _add_lora(
+            lora, t_ptr, u_ptr, rows, cols, row_mask, col_mask, R, stride_tm, stride_un, stride_ur, BLOCK_R, PRECISION
+        )
         if HAS_MASK:
             acc += dropped(lora, seed_ptr, threshold, keep_scale, rows, start_n, BLOCK_N)
         else:
@@ -199,6 +218,7 @@ def _descriptor_fits(matrix: Tensor) -> bool:
     )
 
 
+@on_values
 def up_add(
     x: Tensor,
     weight: Tensor,
@@ -208,44 +228,54 @@ def up_add(
     mask: Optional[Mask] = None,
     out: Optional[Tensor] = None,
     *,
+    scaling: float = 1.0,
     descriptors: bool = True,
     tile: Optional[Tile] = None,
 ) -> Tensor:
-    """y = x weightᵀ + dropout(t upᵀ) + bias: [M, N] in x's dtype, summed in float32. With `out` [M, N],
-    contiguous, the sum is added to it, in place.
+    """y = x weightᵀ + dropout(scaling · t upᵀ) + bias: [M, N] in x's dtype, summed in float32; with a mask the scaling
+    is 1. With `out` [M, N], contiguous, the sum is added to it, in place.
 
     x [M, K] and t [M, R] with contiguous rows, weight [N, K] in x's dtype, contiguous or the
     transpose of a contiguous matrix, up [N, R] of any strides and dtype. `descriptors=False`
     reads everything through pointers; `tile` is the one to run instead of the chosen one.
     """
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device) if out is None else out
-    _launch(x, weight, (t, up), bias, y, mask=mask, add=out is not None, descriptors=descriptors, tile=tile)
+    lora = t, up, scaling
+    _launch(x, weight, lora, bias, y, mask=mask, add=out is not None, descriptors=descriptors, tile=tile)
     return y
 
 
+@on_values
 def up_add_scaled(
-    x: Tensor, weight: Tensor, t: Optional[Tensor], up: Optional[Tensor], gain: Tensor, bias: Optional[Tensor] = None
-) -> tuple[Tensor, Tensor]:
-    """(y, z) with z = x weightᵀ + t upᵀ and y = gain∘z + bias, gain [N] in float32; else as `up_add`."""
-    y, z = (torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device) for _ in range(2))
-    _launch(x, weight, (t, up), bias, y, scaled=(gain, z))
+    x: Tensor, weight: Tensor, t: Optional[Tensor], up: Optional[Tensor], gain: Tensor, bias: Optional[Tensor] = None,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, z) with z = x weightᵀ + scaling · t upᵀ and y = gain∘z + bias, gain [N] in float32; z of an x in float16 in
+    float32, as in `reference.up_add_scaled`; else as `up_add`."""
+    wide = torch.float32 if x.dtype == torch.float16 else x.dtype
+    y, z = (torch.empty((x.shape[0], weight.shape[0]), dtype=dtype, device=x.device) for dtype in (x.dtype, wide))
+    _launch(x, weight, (t, up, scaling), bias, y, scaled=(gain, z))
     return y, z
 
 
+@on_values
 def up_add_dropped(
-    x: Tensor, d: Tensor, weight: Tensor, t: Tensor, up: Tensor, gain: Tensor, bias: Optional[Tensor] = None
-) -> tuple[Tensor, Tensor]:
-    """(y, z) with z = d weightᵀ + t upᵀ and y = x weightᵀ + t upᵀ + bias + (gain - 1)∘z, nothing of y rounded
-    before the gain, as in `reference.up_add_dropped`; else as `up_add_scaled`."""
+    x: Tensor, d: Tensor, weight: Tensor, t: Tensor, up: Tensor, gain: Tensor, bias: Optional[Tensor] = None,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, z) with z = d weightᵀ + s·t upᵀ and y = x weightᵀ + s·t upᵀ + bias + (gain - 1)∘z for the scaling s, nothing
+    of y rounded before the gain, as in `reference.up_add_dropped`; else as `up_add_scaled`."""
+    if x.dtype == torch.float16:  # which may not hold g∘U
+        return reference.up_add_dropped(x, d, weight, t, up, gain, bias, scaling)
     y, z = up_add_scaled(d, weight, None, None, gain - 1, bias)
-    y = up_add(x, weight, t, up * gain[:, None], out=y)
-    return y, z.addmm_(t, up.to(t.dtype).t())
+    y = up_add(x, weight, t, up * gain[:, None], out=y, scaling=scaling)
+    return y, z.addmm_(t, up.to(t.dtype).t(), alpha=scaling)
 
 
 def _launch(
     x, weight, lora, bias, y, *, mask=None, add=False, scaled=(None, None), descriptors=True, tile=None
 ) -> None:
-    (m, k), n, (t, up) = x.shape, weight.shape[0], lora
+    (m, k), n, (t, up, scaling) = x.shape, weight.shape[0], lora
     if m == 0 or n == 0:
         return
     tile = tile or choose_tile(x, n, mask is not None)
@@ -269,6 +299,7 @@ def _launch(
             gain,
             z,
             y,
+            scaling,
             m,
             n,
             k,
@@ -290,6 +321,7 @@ def _launch(
             W_DESCRIPTOR=w_descriptor,
             W_ROWS_ARE_N=rows_are_n,
             HAS_LORA=t is not None,
+            IS_SCALED=t is not None and scaling != 1.0,
             HAS_BIAS=bias is not None,
             HAS_GAIN=gain is not None,
             HAS_MASK=mask is not None,

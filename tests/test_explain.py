@@ -1,0 +1,374 @@
+"""`explain` against the truth: PEFT's own forward calls are counted, module by module."""
+
+import contextlib
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import transformers
+from cases import DEVICE, LINEARS, peft_llama, tiny_llama
+from kernels import Mode, kernelize
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from test_fallbacks import explain, kernelized
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+pytestmark = pytest.mark.usefixtures("on_device")
+TOKENS = 18
+
+
+@pytest.fixture
+def own_calls(monkeypatch):
+    """The modules whose own forward PEFT has entered."""
+    entered, check = [], LoraLayer._check_forward_args
+
+    def counted(self, *args, **kwargs):
+        entered.append(self)
+        return check(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoraLayer, "_check_forward_args", counted)
+    return entered
+
+
+def tokens():
+    return torch.randint(0, 64, (2, TOKENS // 2), generator=torch.Generator(DEVICE).manual_seed(3))
+
+
+def train(model):
+    model.train()
+    ids = tokens()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+
+
+def evaluate(model):
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=tokens())
+
+
+def under_autocast(model):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        train(model)
+
+
+def holds(lora_fused, model, own_calls, run=train, *, fused, again=True, rows=TOKENS, root=None):
+    """What `explain` says of the next call and of the last one is what PEFT's forward has been entered for; `fused` is how
+    many LoRA modules are. Asked of `root`, where the model that runs is another one's copy or wrapper."""
+    root = model if root is None else root
+    for _ in range(2 if again else 1):
+        before = explain(lora_fused, root, rows)
+        own_calls.clear()
+        run(model)
+    after = explain(lora_fused, root, rows)
+    modules = dict(root.named_modules())
+    entered = {id(module) for module in own_calls}
+    assert len(after) == len(before) and len(after) > 0
+    for row, earlier in zip(after, before):
+        own = id(modules[row.module]) in entered
+        assert (row.last == "fused") != own, (row, own)
+        assert row.fused != own, (row, own)
+        assert row.fused == (row.reason is None) or row.backend == "base called", row
+        if again:
+            assert earlier.fused == row.fused, (earlier, row)
+    assert sum(row.fused for row in after) == fused
+    return after
+
+
+@pytest.mark.parametrize("dora", (False, True))
+@pytest.mark.parametrize("run", (train, evaluate, under_autocast))
+def test_eager(lora_fused, own_calls, run, dora):
+    rows = holds(lora_fused, kernelized(lora_fused, peft_llama(use_dora=dora)), own_calls, run, fused=14)
+    assert {row.backend for row in rows} == {"native"}
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_checkpointing(lora_fused, own_calls, reentrant):
+    model = kernelized(lora_fused, peft_llama(lora_dropout=0.1))
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    holds(lora_fused, model, own_calls, fused=14)
+
+
+def test_before_the_first_call(lora_fused):
+    rows = explain(lora_fused, kernelized(lora_fused, peft_llama()))
+    assert all(row.fused and row.last is None for row in rows)
+
+
+def test_small_batches(lora_fused, own_calls, monkeypatch):
+    monkeypatch.setattr(lora_fused.peft_small, "_SMALL_ANYWHERE", True)
+    monkeypatch.setattr(lora_fused.peft_small, "SMALL_ROWS", 512)
+    model = kernelized(lora_fused, peft_llama())
+    with torch.no_grad():
+        rows = holds(lora_fused, model, own_calls, evaluate, fused=0)
+    assert {row.reason for row in rows} == {lora_fused.peft_small.SMALL}
+
+
+def disable(model):
+    model.base_model.disable_adapter_layers()
+
+
+def add_adapter(model):
+    model.add_adapter("other", LoraConfig(r=2, target_modules=LINEARS))
+    model.base_model.set_adapter(["default", "other"])
+
+
+def hook(model):
+    for layer in model.base_model.model.model.layers:
+        layer.self_attn.q_proj.lora_A.default.register_forward_hook(lambda *_: None)
+        layer.mlp.up_proj.base_layer.register_forward_hook(lambda *_: None)
+
+
+def replace_forward(model):
+    for layer in model.base_model.model.model.layers:
+        down = layer.mlp.down_proj
+        down.lora_dropout.default.forward = lambda x: x
+
+
+def drop_a_forward(model):
+    """As a model that gets another adapter after it was kernelized."""
+    for layer in model.base_model.model.model.layers:
+        del layer.self_attn.k_proj.forward
+
+
+@pytest.mark.parametrize(
+    "change,fused",
+    ((disable, 0), (lambda m: m.merge_adapter(), 0), (add_adapter, 0), (hook, 10), (replace_forward, 12), (drop_a_forward, 12)),
+    ids=("disabled", "merged", "several", "hooks", "another's forward", "not kernelized"),
+)
+def test_fallbacks(lora_fused, own_calls, change, fused):
+    model = kernelized(lora_fused, peft_llama())
+    train(model)
+    change(model)
+    run = evaluate if fused == 0 else train
+    rows = holds(lora_fused, model, own_calls, run, fused=fused)
+    assert all(row.fused or row.reason for row in rows)
+
+
+def test_a_state_that_has_changed_since_the_last_call_shows(lora_fused, own_calls):
+    model = kernelized(lora_fused, peft_llama())
+    disable(model)
+    evaluate(model)
+    model.base_model.enable_adapter_layers()
+    rows = explain(lora_fused, model)
+    assert all(row.fused and row.last == "adapters are disabled" for row in rows)
+    assert "last call: adapters are disabled" in str(rows)
+
+
+# ---- torch.compile ----
+
+
+def compile_model(model):
+    return torch.compile(model, backend="eager", fullgraph=True)
+
+
+def compile_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def compile_layers(model):
+    for layer in model.base_model.model.model.layers:
+        layer.compile(backend="eager")
+    return model
+
+
+def compile_regions(model):
+    from accelerate.utils import compile_regions
+
+    return compile_regions(model, backend="eager")
+
+
+def compile_the_forward(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "compiled", (compile_model, compile_in_place, compile_layers, compile_regions, compile_the_forward), ids=lambda f: f.__name__
+)
+def test_compiled(lora_fused, own_calls, compiled):
+    """What runs is asked of the model that was kernelized, which may not know who compiles it."""
+    torch.compiler.reset()
+    model = kernelized(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
+    evaluate(model)
+    wrapped = compiled(model)
+    if wrapped is model and compiled is not compile_the_forward:  # it shows before the first call
+        assert not any(row.fused for row in explain(lora_fused, model))
+    holds(lora_fused, wrapped, own_calls, evaluate, again=False, fused=0, root=model)
+    evaluate(wrapped)  # no trace: nothing enters PEFT's forward in Python, and what is said stays
+    rows = explain(lora_fused, model)
+    assert {row.reason for row in rows} == {lora_fused.explanation.COMPILED}
+    assert not any(row.fused for row in explain(lora_fused, wrapped))
+    if wrapped is not model and compiled is compile_model:
+        holds(lora_fused, model, own_calls, fused=7)  # called past the compiler
+
+
+def test_a_compiled_function(lora_fused, own_calls):
+    torch.compiler.reset()
+    model = kernelized(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
+    holds(lora_fused, model, own_calls, torch.compile(train, backend="eager"), again=False, fused=0)
+
+
+def test_another_model_that_is_compiled_changes_nothing(lora_fused, own_calls):
+    torch.compiler.reset()
+    model, other = (kernelized(lora_fused, peft_llama()) for _ in range(2))
+    train(model)
+    train(compile_model(other))
+    assert all(row.fused and row.last == "fused" for row in explain(lora_fused, model))
+
+
+def test_a_compiler_that_is_switched_off(lora_fused, own_calls):
+    torch.compiler.reset()
+    model = kernelized(lora_fused, peft_llama())
+    compiled = compile_in_place(model)
+    with torch._dynamo.config.patch(disable=True):
+        holds(lora_fused, compiled, own_calls, fused=14)
+
+
+def test_one_graph_serves_all_layers(lora_fused):
+    """The note of a trace asks Dynamo for nothing that differs between the layers of a model."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    shape = dict(num_hidden_layers=4, use_cache=False)
+    plain, model = peft_llama(shape=shape), kernelized(lora_fused, peft_llama(shape=shape))
+    frames = []
+    for each in (plain, model):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        evaluate(compile_layers(each))
+        frames.append(dict(torch._dynamo.utils.counters["frames"]))
+    assert frames[0] == frames[1] and frames[0]["ok"] < 4
+    assert not any(row.fused for row in explain(lora_fused, model))
+
+
+def test_trainer_that_compiles(lora_fused, own_calls, tmp_path):
+    torch.compiler.reset()
+    model = kernelized(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
+    data = [{"input_ids": ids, "labels": ids} for ids in tokens().cpu()]
+    arguments = transformers.TrainingArguments(
+        output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=DEVICE == "cpu",
+        torch_compile=True, torch_compile_backend="eager", disable_tqdm=True,
+    )  # fmt: skip
+    with torch.device("cpu"):
+        transformers.Trainer(model=model, args=arguments, train_dataset=data).train()
+    assert len({id(module) for module in own_calls}) == 7
+    rows = explain(lora_fused, model)
+    assert {row.reason for row in rows} == {lora_fused.explanation.COMPILED}
+
+
+# ---- what is not kernelized, and why ----
+
+
+def test_a_mode_without_layers(lora_fused, own_calls):
+    lora_fused.register_peft_layers()
+    for mode in (Mode.TRAINING | Mode.TORCH_COMPILE, Mode.INFERENCE | Mode.TORCH_COMPILE):
+        model = kernelize(peft_llama(), mode=mode, device=DEVICE)
+        rows = holds(lora_fused, model, own_calls, fused=0)
+        assert all("modes with TORCH_COMPILE" in row.reason for row in rows)
+
+
+def test_a_device_without_layers(lora_fused):
+    lora_fused.register_peft_layers()
+    model = kernelize(peft_llama(), mode=Mode.TRAINING, device="xpu")
+    assert all("devices other than cpu and cuda" in row.reason for row in explain(lora_fused, model))
+
+
+def test_not_kernelized_yet(lora_fused):
+    lora_fused.register_peft_layers()
+    assert all(row.reason.startswith("not kernelized: call kernelize(") for row in explain(lora_fused, peft_llama()))
+
+
+def test_another_build_of_this_kernel(lora_fused, own_calls):
+    import types
+
+    model = peft_llama()
+    source = "def forward(self, x, *args, **kwargs):\n    return type(self).forward(self, x, *args, **kwargs)\n"
+    names = {"__name__": "_lora_fused_cpu_1234567.layers"}
+    exec(source, names)
+    names["forward"].__qualname__ = "LoraLinear.forward"
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.forward = types.MethodType(names["forward"], module)
+    rows = holds(lora_fused, model, own_calls, fused=0)
+    assert {row.reason for row in rows} == {"kernelized by another build of this kernel, _lora_fused_cpu_1234567"}
+
+
+def test_a_shallow_copy_is_bound_to_its_original(lora_fused):
+    model = kernelized(lora_fused, peft_llama())
+    attention = model.base_model.model.model.layers[0].self_attn
+    attention.q_proj = copy.copy(attention.q_proj)
+    rows = explain(lora_fused, model)
+    assert [row.fused for row in rows].count(False) == 1
+    assert "bound to another module" in next(row.reason for row in rows if not row.fused)
+    assert all(row.fused for row in explain(lora_fused, kernelized(lora_fused, model)))
+
+
+def test_a_pickled_model(lora_fused, own_calls):
+    model = kernelized(lora_fused, peft_llama())
+    loaded = pickle.loads(pickle.dumps(model))
+    rows = holds(lora_fused, loaded, own_calls, fused=0)
+    assert all("pickled" in row.reason for row in rows)
+    assert all(row.fused for row in explain(lora_fused, kernelized(lora_fused, loaded)))
+
+
+class LigerSwiGLUMLP(nn.Module):
+    """A gated MLP by one of Liger's functions, which hides what it computes."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = own.gate_proj, own.up_proj, own.down_proj
+
+    def forward(self, x):
+        return self.down_proj(SiluMul.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, dh):
+        with torch.enable_grad():
+            gate, up = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+            return torch.autograd.grad(nn.functional.silu(gate) * up, (gate, up), dh)
+
+
+def test_gated_mlps_that_are_not_one_function(lora_fused, own_calls):
+    base = tiny_llama()
+    base.model.layers[0].mlp = LigerSwiGLUMLP(base.model.layers[0].mlp)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=LINEARS, task_type="CAUSAL_LM"))
+    rows = holds(lora_fused, kernelized(lora_fused, model), own_calls, fused=14)
+    assert sum(row.mlp is not None for row in rows) == 3
+    assert all(("layers.0.mlp" in row.module) == (row.mlp is not None) for row in rows)
+    assert "its MLP is not one Function: " in str(rows)
+    assert {row.layer for row in rows if "layers.1.mlp" in row.module} == {"LoraGatedMLP"}
+
+
+def test_base_called(lora_fused, own_calls):
+    pytest.importorskip("bitsandbytes")
+    from quantised import eight_bit, replace
+
+    base = replace(tiny_llama(torch.bfloat16), lambda linear: eight_bit(linear, DEVICE), LINEARS)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=LINEARS, task_type="CAUSAL_LM"))
+    rows = holds(lora_fused, kernelized(lora_fused, model), own_calls, fused=14)
+    assert {row.backend for row in rows} == {"base called"}
+
+
+def test_what_is_forgotten(lora_fused):
+    """Notes go with their modules."""
+    import gc
+
+    notes = lora_fused.last_call.notes
+    model = kernelized(lora_fused, peft_llama())
+    train(model)
+    known = {id(module) for module in model.modules()} & notes.keys()
+    assert len(known) > 8
+    del model
+    gc.collect()
+    assert not known & notes.keys()

@@ -1,0 +1,404 @@
+"""What PEFT's forward would call may be replaced by another tool, on its class or in its module, before or after `kernelize`:
+then PEFT's forward runs, and `explain` says what is replaced and by whom. Put back, the model is fused again."""
+
+import contextlib
+import copy
+import functools
+import importlib.util
+import sys
+
+import peft.tuners.lora.dora
+import peft.tuners.lora.layer
+import peft.tuners.lora.variants
+import pytest
+import torch
+import transformers
+from cases import DEVICE, randomise_adapters
+from peft import LoraConfig, get_peft_model
+from test_fallbacks import explain, kernelized
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+pytestmark = pytest.mark.usefixtures("on_device")
+
+
+class Linear(nn.Module):
+    layer = nn.Linear
+
+    def __init__(self):
+        super().__init__()
+        self.proj = self.layer(16, 16)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+class Transposed(Linear):
+    layer = transformers.pytorch_utils.Conv1D
+
+
+class Table(nn.Module):
+    def __init__(self, scaled=False):
+        super().__init__()
+        make = transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding if scaled else nn.Embedding
+        self.table = make(16, 16, **(dict(padding_idx=0, embed_scale=4.0) if scaled else {}))
+
+    def forward(self, x):
+        return self.table((x.abs() * 5).long() % 16)
+
+
+class MLP(nn.Module):
+    """A gated MLP; nobody else's, so that its class can be replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class FunctionalMLP(MLP):
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def adapted(base, **options):
+    torch.manual_seed(0)
+    names = [name for name, module in base.named_modules() if not list(module.children()) and "act" not in name]
+    config = LoraConfig(r=4, target_modules=names, init_lora_weights=True, **options)
+    model = get_peft_model(base.double(), config, autocast_adapter_dtype=False)
+    randomise_adapters(model, torch.float64)
+    return model
+
+
+def linear(**options):
+    return adapted(Linear(), **options)
+
+
+def scaled(own):
+    """A replacement as tools write them: it looks like what it wraps, and computes something else."""
+
+    @functools.wraps(own)
+    def forward(*args, **kwargs):
+        result = own(*args, **kwargs)
+        return tuple(1.5 * each for each in result) if isinstance(result, tuple) else 1.5 * result
+
+    return forward
+
+
+def added(own):
+    """One that wraps nothing, of a function of two operands."""
+
+    def forward(x, weight, bias=None):
+        return 0.5 + own(x, weight, bias)
+
+    return forward
+
+
+def of_peft(own):
+    """PEFT's LoRA with something between A and B."""
+
+    def forward(self, x, *args, **kwargs):
+        y = self.base_layer(x)
+        for name in self.active_adapters:
+            y = y + self.lora_B[name](torch.tanh(self.lora_A[name](x))) * self.scaling[name]
+        return y
+
+    return forward
+
+
+def renamed(own):
+    """A genuine function in another's place."""
+    return nn.Tanh.forward
+
+
+class Replacement:
+    """`name` of `owner` becomes what `make` gives for it. A function that a class inherits is put on that class."""
+
+    def __init__(self, model, owner, name, make=scaled):
+        self.model, self.owner, self.name, self.make = model, owner, name, make
+
+    def __str__(self):
+        return f"{getattr(self.owner, '__name__', self.owner)}.{self.name}-{self.make.__name__}"
+
+    @contextlib.contextmanager
+    def active(self):
+        mine, own = vars(self.owner).get(self.name), getattr(self.owner, self.name)
+        new = self.make(own)
+        setattr(self.owner, self.name, staticmethod(new) if isinstance(mine, staticmethod) else new)
+        try:
+            yield
+        finally:
+            delattr(self.owner, self.name) if mine is None else setattr(self.owner, self.name, mine)
+
+
+layer, variants, dora = peft.tuners.lora.layer, peft.tuners.lora.variants, peft.tuners.lora.dora
+gemma3 = transformers.models.gemma3.modeling_gemma3
+DORA = functools.partial(linear, use_dora=True)
+DROPPING = functools.partial(linear, lora_dropout=0.5)
+REPLACEMENTS = (
+    Replacement(linear, layer.Linear, "forward"),
+    Replacement(linear, layer.Linear, "forward", of_peft),
+    Replacement(linear, nn.Linear, "forward"),
+    Replacement(linear, nn.Linear, "__call__"),
+    Replacement(linear, nn.Module, "__call__"),
+    Replacement(linear, F, "linear"),
+    Replacement(linear, F, "linear", added),
+    Replacement(linear, nn.Identity, "forward"),
+    Replacement(linear, nn.Identity, "forward", renamed),
+    Replacement(DROPPING, nn.Dropout, "forward"),
+    Replacement(DROPPING, F, "dropout"),
+    Replacement(DORA, variants.DoraLinearVariant, "forward"),
+    Replacement(DORA, dora.DoraLinearLayer, "forward"),
+    Replacement(lambda: adapted(Transposed(), fan_in_fan_out=True), Transposed.layer, "forward"),
+    Replacement(lambda: adapted(Table()), layer.Embedding, "forward"),
+    Replacement(lambda: adapted(Table()), nn.Embedding, "forward"),
+    Replacement(lambda: adapted(Table()), nn.Module, "__call__"),
+    Replacement(lambda: adapted(Table()), F, "embedding"),
+    Replacement(lambda: adapted(Table(), use_dora=True), variants.DoraEmbeddingVariant, "forward"),
+    Replacement(lambda: adapted(Table(), use_dora=True), dora.DoraEmbeddingLayer, "forward"),
+    Replacement(lambda: adapted(Table(scaled=True)), gemma3.Gemma3TextScaledWordEmbedding, "forward"),
+    Replacement(lambda: adapted(MLP()), MLP, "forward"),
+    Replacement(lambda: adapted(MLP()), nn.SiLU, "forward"),
+    Replacement(lambda: adapted(MLP()), nn.SiLU, "__call__"),
+    Replacement(lambda: adapted(MLP()), F, "silu"),
+    Replacement(lambda: adapted(FunctionalMLP()), F, "silu"),
+    Replacement(lambda: adapted(MLP()), F, "linear"),
+)
+OF_MLPS = ("MLP.", "SiLU.", ".silu")  # the projections are still fused, each alone
+
+
+def values(model, evaluate):
+    model.train(not evaluate)
+    x = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator(DEVICE).manual_seed(2), requires_grad=True)
+    model.zero_grad()
+    torch.manual_seed(5)  # PEFT's masks
+    y = model(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def assert_close(ours, theirs):
+    assert len(ours) == len(theirs) > 2
+    for mine, expected in zip(ours, theirs):
+        torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("late", (False, True), ids=("before", "after"))
+@pytest.mark.parametrize("replacement", REPLACEMENTS, ids=str)
+def test_a_replaced_function_is_called(lora_fused, replacement, late):
+    theirs = replacement.model()
+    evaluate = theirs.peft_config["default"].lora_dropout > 0  # whose masks are others than PEFT's where it is fused
+    ours = copy.deepcopy(theirs)
+    if late:
+        kernelized(lora_fused, ours)
+        for _ in range(2):
+            plain = values(ours, evaluate)
+    with replacement.active():
+        kernelized(lora_fused, ours)
+        expected = values(theirs, evaluate)
+        for _ in range(2):
+            assert_close(values(ours, evaluate), expected)
+        rows = explain(lora_fused, ours)
+        if any(part in str(replacement) for part in OF_MLPS):
+            assert all(row.mlp is not None for row in rows), str(rows)
+        else:
+            assert not any(row.fused for row in rows)
+            for row in rows:
+                assert row.reason == row.last and " is replaced by " in row.reason
+                assert replacement.name in row.reason and row.reason.partition(" by ")[2].startswith((__name__, "torch.nn"))
+    kernelized(lora_fused, ours)  # what was no gated MLP may be one
+    assert_close(values(ours, evaluate), values(theirs, evaluate))
+    rows = explain(lora_fused, ours)
+    assert all(row.fused and row.last == "fused" and row.mlp is None for row in rows), rows
+    if late:  # and the replacement did something
+        assert not torch.equal(expected[0], plain[0])
+
+
+@pytest.mark.parametrize("dora", (False, True))
+@pytest.mark.parametrize("which", ("class", "function", "PEFT's class"))
+def test_replaced_under_four_bit_weights(lora_fused, which, dora):
+    bnb = pytest.importorskip("bitsandbytes")
+    import peft.tuners.lora.bnb as peft_bnb
+    from quantised import four_bit
+
+    base = Linear().float()
+    base.proj, base.is_loaded_in_4bit = four_bit(nn.Linear(64, 64), torch.float32, DEVICE), True
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["proj"], use_dora=dora))
+    randomise_adapters(model, torch.float32)
+    ours = kernelized(lora_fused, copy.deepcopy(model))
+    x = torch.randn(9, 64)
+    assert explain(lora_fused, ours)[0].fused
+    owner = {"class": bnb.nn.Linear4bit, "function": bnb, "PEFT's class": peft_bnb.Linear4bit}[which]
+    name = "matmul_4bit" if which == "function" else "forward"
+    before = ours(x)
+    with Replacement(None, owner, name).active():
+        torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(ours(x), before, rtol=0.1)
+        assert f"{name} is replaced by {__name__}" in explain(lora_fused, ours)[0].reason
+    torch.testing.assert_close(ours(x), before)
+
+
+@pytest.mark.parametrize("owner", (layer.Linear, nn.Linear))
+def test_code_that_is_exchanged_in_place(lora_fused, owner):
+    """As tools do that reload sources: the function stays the same object."""
+    theirs = linear()
+    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    values(ours, False)
+
+    def forward(self, x, *args, **kwargs):
+        return x * 3.0
+
+    function, own = owner.forward, owner.forward.__code__
+    try:
+        function.__code__ = forward.__code__
+        assert torch.equal(ours(torch.ones(2, 16).double()), theirs(torch.ones(2, 16).double()))
+        assert "forward is replaced" in explain(lora_fused, ours)[0].reason
+    finally:
+        function.__code__ = own
+    assert explain(lora_fused, ours)[0].fused
+
+
+class Doubling(TorchFunctionMode):
+    def __torch_function__(self, func, kinds, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return 2 * result if func is F.linear else result
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", (Doubling, Counting, lambda: FlopCounterMode(display=False)), ids=lambda m: m.__name__)
+@pytest.mark.parametrize("base", (linear, lambda: adapted(Table()), lambda: adapted(MLP())), ids=("linear", "table", "mlp"))
+def test_an_active_mode_sees_peft_s_operations(lora_fused, base, mode):
+    theirs = base()
+    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    values(ours, False)
+    results, seen = [], []
+    for model in (ours, theirs):
+        with mode() as active:
+            results.append(values(model, False))
+        seen.append(active.get_total_flops() if isinstance(active, FlopCounterMode) else getattr(active, "seen", None))
+    assert_close(*results)
+    assert seen[0] == seen[1]
+    with mode():
+        rows = explain(lora_fused, ours)
+    assert all(not row.fused and "sees every operation" in row.reason for row in rows)
+    values(ours, False)
+    assert all(row.fused and row.last == "fused" for row in explain(lora_fused, ours))
+
+
+def test_a_default_device_and_selective_checkpoints_keep_the_model_fused(lora_fused):
+    theirs = adapted(MLP())
+    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    with torch.device(DEVICE):
+        assert_close(values(ours, False), values(theirs, False))
+        assert all(row.fused and row.last == "fused" for row in explain(lora_fused, ours))
+    from torch.utils import checkpoint
+
+    save = functools.partial(checkpoint.create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    checkpoint.checkpoint(ours, x, use_reentrant=False, context_fn=save).sum().backward()
+    assert all(row.last == "fused" for row in explain(lora_fused, ours))
+
+
+def test_the_linear_of_deepspeed_is_the_same_mathematics(lora_fused, tmp_path, monkeypatch):
+    """ZeRO-3 leaves its own function in the place of F.linear for good. Anybody else's of that name is a replacement."""
+    source = tmp_path / "linear.py"
+    source.write_text("import torch\n\ndef zero3_linear_wrap(x, weight, bias=None):\n    return torch._C._nn.linear(x, weight, bias)\n")
+    name = "deepspeed.runtime.zero.linear"
+    spec = importlib.util.spec_from_file_location(name, source)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    theirs = linear()
+    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    monkeypatch.setattr(F, "linear", module.zero3_linear_wrap)
+    assert_close(values(ours, False), values(theirs, False))
+    assert explain(lora_fused, ours)[0].last == "fused"
+
+    def zero3_linear_wrap(x, weight, bias=None):
+        return 2 * torch._C._nn.linear(x, weight, bias)
+
+    zero3_linear_wrap.__module__ = name
+    monkeypatch.setattr(F, "linear", zero3_linear_wrap)
+    assert_close(values(ours, False), values(theirs, False))
+    assert explain(lora_fused, ours)[0].last.startswith("torch.nn.functional.linear is replaced")
+
+
+def test_an_activation_that_is_exchanged(lora_fused):
+    """A module, a function on the module, a forward on the activation itself."""
+    theirs = adapted(MLP())
+    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    values(ours, False)
+    for change in (
+        lambda mlp: setattr(mlp, "act_fn", nn.Tanh()),
+        lambda mlp: setattr(mlp, "act_fn", nn.GELU()),
+        lambda mlp: setattr(mlp.act_fn, "forward", lambda x: x),
+    ):
+        for model in (ours, theirs):
+            change(model.base_model.model)
+        assert_close(values(ours, False), values(theirs, False))
+
+
+class WithFunction(MLP):
+    def __init__(self):
+        super().__init__()
+        del self.act_fn
+        self.act_fn = F.silu
+
+
+def test_a_function_on_the_module_that_is_exchanged(lora_fused):
+    theirs = adapted(WithFunction())
+    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    values(ours, False)
+    assert {row.layer for row in explain(lora_fused, ours)} == {"LoraGatedMLP"}
+    for function in (torch.tanh, F.gelu, lambda x: F.silu(2 * x)):
+        for model in (ours, theirs):
+            model.base_model.model.act_fn = function
+        assert_close(values(ours, False), values(theirs, False))
+
+
+def test_between_siblings(lora_fused):
+    """The first computes for both; what is replaced before the second is called is called."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.between = nn.Linear(16, 16), nn.Linear(16, 16), contextlib.ExitStack()
+
+        def forward(self, x):
+            q = self.q(x)
+            self.between.enter_context(replacement.active()) if self.replace else None
+            return q * self.k(x)
+
+    replacement = Replacement(None, F, "linear", added)
+    base = Two()
+    base.between.__deepcopy__ = lambda memo: contextlib.ExitStack()
+    base.replace = False
+    torch.manual_seed(0)
+    theirs = get_peft_model(base.double(), LoraConfig(r=4, target_modules=["q", "k"]), autocast_adapter_dtype=False)
+    randomise_adapters(theirs, torch.float64)
+    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    for _ in range(3):
+        values(ours, False)
+    assert [row.group for row in explain(lora_fused, ours)] == ["q+k", "q+k"]
+    found = []
+    for model in (ours, theirs):
+        inner = model.base_model.model
+        inner.replace = True
+        with inner.between:
+            found.append(values(model, False))
+    assert_close(*found)

@@ -1,0 +1,310 @@
+"""What a kernelized model will run, and what it last ran."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Optional, Sequence, Union
+
+import torch
+from torch import Tensor, nn
+
+from . import backend, functional, genuine, last_call, layers, mlp_state, peft_embedding, peft_state, siblings
+
+BASE_CALLED = "base called"  # in place of a backend
+FUSED = "fused"
+COMPILED = "torch.compile: its graph has PEFT's own forward"
+_GATED = ({"gate", "down"}, {"w1", "w2", "w3"}, {"wi_0", "wi_1", "wo"})  # how gated MLPs name their projections
+
+
+@dataclass(frozen=True)
+class Row:
+    """One LoRA module: `fused` with its `backend` and `group`, or PEFT's forward and the `reason`. Where
+    the backend is "base called" the delta is fused and the base module's own forward runs, for the
+    `reason`. `mlp`: why the gated MLP that it is a projection of is not one Function. `last`: what its last call ran, "fused"
+    or the reason why PEFT's own forward did; None where it was not called yet."""
+
+    module: str
+    layer: str
+    fused: bool
+    backend: Optional[str] = None
+    group: Optional[str] = None
+    reason: Optional[str] = None
+    mlp: Optional[str] = None
+    last: Optional[str] = None
+
+
+class Explanation(Sequence[Row]):
+    """The rows of `explain`, which print as a table."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self._rows = tuple(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        return self._rows[index]
+
+    def __str__(self) -> str:
+        cells = [("module", "runs", "backend", "group", "reason")]
+        for row in self._rows:
+            runs = f"{row.layer}, fused" if row.fused else "PEFT's own forward"
+            cells.append((row.module, runs, row.backend or "-", row.group or "-", _notes(row)))
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells]
+        fused = sum(row.fused for row in self._rows)
+        return "\n".join([f"{fused} of {len(self)} LoRA modules fused", *lines])
+
+
+def _notes(row: Row) -> str:
+    """The reason, and what else differs from what one would expect."""
+    notes = [row.reason] if row.reason else []
+    if row.mlp:
+        notes.append(f"its MLP is not one Function: {row.mlp}")
+    if row.last is not None and row.last != (FUSED if row.fused else row.reason):
+        notes.append(f"last call: {row.last}")
+    return "; ".join(notes)
+
+
+def explain(model: nn.Module, rows: int = 8192) -> Explanation:
+    """What every LoRA module of `model` does at its next call, by its state now, and what its last call ran.
+
+    The backend is that of a call with `rows` rows (tokens of all sequences together), in the base
+    weight's dtype, or autocast's inside an autocast block. What torch.compile has traced, and weights that FSDP shards between
+    calls, are known by what the last call ran. Warns where nothing is fused. Raises TypeError if `model` is no
+    module or `rows` no number of rows, ValueError if that is negative.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__}, expected a torch.nn.Module")
+    if not isinstance(rows, int) or isinstance(rows, bool):
+        raise TypeError(f"rows: {rows!r}, expected an int, the number of rows of a call")
+    if rows < 0:
+        raise ValueError(f"rows: {rows}, expected at least 0")
+    seen = _Model(model, rows)
+    table = [seen.row(module, name) for module, name in seen.names.items() if peft_state.is_lora_module(module)]
+    if not table:
+        warnings.warn("lora_fused: the model has no PEFT LoRA modules, nothing is fused", stacklevel=2)
+    elif not any(row.fused for row in table):
+        warnings.warn(
+            f"lora_fused: none of the {len(table)} LoRA modules is fused; {table[0].module}: {table[0].reason}",
+            stacklevel=2,
+        )
+    return Explanation(table)
+
+
+class _Model:
+    """A model as `explain` looks at it: names, who is compiled or sharded, and which projections gated MLPs compute."""
+
+    def __init__(self, model: nn.Module, rows: int):
+        self.rows = rows
+        self.names = {module: name for name, module in model.named_modules()}
+        modules = list(self.names)
+        self.compiled = _below(filter(_is_compiled, modules))
+        self.fsdp1 = _below(filter(_is_fsdp1, modules))
+        self.fsdp2 = _below(filter(_is_fsdp2, modules))
+        attentions = [module for module in modules if type(module).forward is nn.MultiheadAttention.forward]
+        self.never_called = {module._modules.get("out_proj") for module in attentions}  # attention multiplies itself
+        self.parents: dict[nn.Module, nn.Module] = {}  # gated MLPs with a forward of this kernel, by projection
+        self.mlps: dict[nn.Module, nn.Module] = {}  # those that are one Function at their next call
+        self.mlp_reasons: dict[nn.Module, str] = {}  # by projection, of the others
+        for module in modules:
+            self._look_for_mlp(module)
+
+    def row(self, module: nn.Module, name: str) -> Row:
+        """What is known of one LoRA module."""
+        row = self._next_call(module, name)
+        if last_call.is_of_kernel(module):
+            row = dataclasses.replace(row, last=self._last(module))
+        if row.fused and module not in self.mlps:
+            row = dataclasses.replace(row, mlp=self.mlp_reasons.get(module))
+        if self._is_in_graph(module, row):
+            return _unfused(row, COMPILED)
+        if row.last is None or not (module in self.fsdp1 or module in self.fsdp2):
+            return row
+        if row.last == FUSED:
+            return dataclasses.replace(row, fused=True, reason=row.reason if row.fused else None)
+        return _unfused(row, row.last)
+
+    def _is_in_graph(self, module: nn.Module, row: Row) -> bool:
+        if row.last == last_call.TRACED:
+            return True
+        return module in self.compiled and not last_call.ran_since_trace(module)
+
+    def _last(self, module: nn.Module) -> Optional[str]:
+        parent = self.parents.get(module)
+        in_mlp = parent is not None and last_call.of(parent) is None
+        note = None if in_mlp else last_call.of(module)
+        return FUSED if note is None else None if note is last_call.NEVER else note
+
+    def _next_call(self, module: nn.Module, name: str) -> Row:
+        row = Row(name, type(module).__name__, fused=False)
+        if module in self.never_called:
+            return _unfused(row, "nn.MultiheadAttention reads its weight, never calls it")
+        if peft_embedding.is_plain_embedding(module):
+            return _next_embedding_call(module, self._at_call(module), self.rows, row)
+        if not peft_state.is_lora_linear(module):
+            return _unfused(row, f"no fused layer for {type(module).__module__}.{type(module).__name__}")
+        kind = peft_state.linear_kinds()[type(module)]
+        layer = layers.LoraLinearOfX if kind.only_x else layers.LoraLinear
+        state = _unmapped_reason(module, layer) or genuine.linear_reason() or peft_state.read_linear(self._at_call(module))
+        if isinstance(state, str):
+            return _unfused(row, self._when_gathered(module, state))
+        example = _example(state)
+        reason = peft_state.call_reason(state, example, (), {}) or siblings.small_reason(module, example, self.rows)
+        if reason:
+            return _unfused(row, reason)
+        called = peft_state.called_reason(state, example, self.rows)
+        if called:
+            reason = peft_state.delta_reason(state.projection)
+            if reason:
+                return _unfused(row, f"{reason} ({called})")
+            return Row(name, layer.__name__, fused=True, backend=BASE_CALLED, group="single", reason=called)
+        chosen = functional.describe_backend(example, (state.projection,), self.rows)
+        if module in self.mlps:
+            return Row(name, layers.LoraGatedMLP.__name__, fused=True, backend=chosen, group=self.names[self.mlps[module]])
+        return Row(name, layer.__name__, fused=True, backend=chosen, group=self._group(module))
+
+    def _group(self, module: nn.Module) -> str:
+        """The last parts of the siblings' names; groups are seen at a model's second pass."""
+        members = siblings.group_of(module)
+        return "+".join(self.names.get(member, "?").rpartition(".")[2] for member in members) or "single"
+
+    def _at_call(self, module: nn.Module) -> nn.Module:
+        """A module as its calls find it."""
+        return _gathered(module) if module in self.fsdp2 else module
+
+    def _when_gathered(self, module: nn.Module, reason: str) -> str:
+        if module in self.fsdp1:
+            return f"{reason} between calls; FSDP gathers it for a call, whose own state decides"
+        return reason
+
+    def _look_for_mlp(self, module: nn.Module) -> None:
+        """Notes which projections a gated MLP computes, or why it computes none."""
+        adapted = [child for child in module.children() if peft_state.is_lora_linear(child)]
+        if not adapted:
+            return
+        structure = mlp_state.structure_of(module)
+        if not isinstance(structure, str) and last_call.is_of_kernel(module):
+            self.parents.update((part, module) for part in mlp_state.projections_of(module, structure))
+        reason = structure if isinstance(structure, str) else self._mlp_reason(module, structure)
+        if reason is None:
+            self.mlps.update((part, module) for part in mlp_state.projections_of(module, structure))
+        elif not isinstance(structure, str) or _looks_gated(module):
+            self.mlp_reasons.update((part, reason) for part in adapted)
+
+    def _mlp_reason(self, module: nn.Module, structure: mlp_state.GatedMLP) -> Optional[str]:
+        layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
+        if layer is None:
+            return f"its input is called {structure.input}"
+        reason = _unmapped_reason(module, layer)
+        if reason:
+            return reason
+        whole = self._at_call(module)
+        part = next(filter(peft_state.is_lora_linear, mlp_state.projections_of(whole, structure)), None)
+        state = "no projection is adapted" if part is None else peft_state.read_linear(part)
+        if not isinstance(state, str):
+            state = mlp_state.read_mlp(whole, _example(state), layers.LoraLinear, check_features=False)
+        return state if isinstance(state, str) else None
+
+
+def _below(roots) -> set[nn.Module]:
+    return {module for root in roots for module in root.modules()}
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether calls of a module go through torch.compile."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None or dynamo.config.disable:
+        return False
+    return isinstance(module, dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to the module itself."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def _gathered(module: nn.Module) -> nn.Module:
+    """A shallow copy of a module in which every parameter that `fully_shard` has sharded is whole: a tensor of its global
+    shape, most of them without memory."""
+    copy = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__["_parameters"] = {name: _whole(parameter) for name, parameter in module._parameters.items()}
+    copy.__dict__["_modules"] = {
+        name: None if part is None else _gathered(part) for name, part in module._modules.items()
+    }
+    return copy
+
+
+def _whole(parameter: Optional[Tensor]) -> Optional[Tensor]:
+    tensors = sys.modules.get("torch.distributed.tensor")
+    if tensors is None or not isinstance(parameter, tensors.DTensor) or parameter.device_mesh.ndim > 1:
+        return parameter  # over several dimensions it may be sharded within calls too
+    # A packed weight is one column, and has to be contiguous.
+    own = parameter.shape if parameter.shape[-1:] == (1,) else ()
+    value = torch.empty(own, dtype=parameter.dtype, device=parameter.to_local().device).expand(parameter.shape)
+    return value.requires_grad_(parameter.requires_grad)
+
+
+def _looks_gated(module: nn.Module) -> bool:
+    """Whether the projections are called as those of gated MLPs are; what it computes is another question."""
+    names = module._modules
+    return any(all(any(part in name for name in names) for part in parts) for parts in _GATED)
+
+
+def _example(state: peft_state.Adapted) -> Tensor:
+    """An x without rows that fits a projection: in the dtype of its base, the adapter's where that is unknown."""
+    operands, base = state.projection.operands, state.base
+    known = operands.weight if operands.weight is not None else operands.lora_a
+    dtype = known.dtype if base.quantized is None else base.compute or base.quantized.dtype
+    features = operands.lora_a.shape[1] if base.shape is None else base.shape[1]
+    return torch.empty((0, features), dtype=dtype, device=known.device)
+
+
+def _unfused(row: Row, reason: str) -> Row:
+    return dataclasses.replace(row, fused=False, backend=None, group=None, reason=reason, mlp=None)
+
+
+def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> Optional[str]:
+    """Why the layer's forward is not the one that a module runs; None where it is."""
+    bound = module.__dict__.get("forward")
+    forward = getattr(bound, "__func__", None)
+    if forward is layer.forward:
+        if bound.__self__ is module:
+            return None
+        return "its forward is bound to another module, as copy.copy leaves it: kernelize the copy"
+    if bound is None:
+        if type(module).__dict__.get("kernel_layer_name") == layer.__name__:
+            return "not kernelized: call kernelize(model, mode=Mode.TRAINING)"
+        return "not kernelized: call register_peft_layers(), then kernelize(model)"
+    if genuine.is_own(bound, module):
+        return (
+            "its class's own forward is bound to it: it was pickled, or kernelized without a layer of this kernel, which has "
+            "none for modes with TORCH_COMPILE or devices other than cpu and cuda, or before register_peft_layers()"
+        )
+    if getattr(forward, "__qualname__", None) == layer.forward.__qualname__:
+        return f"kernelized by another build of this kernel, {forward.__module__.rpartition('.')[0]}"
+    return f"another tool set its forward: {genuine.name_of(bound)}"
+
+
+def _next_embedding_call(module: nn.Module, at_call: nn.Module, rows: int, row: Row) -> Row:
+    layer = layers.LoraEmbedding
+    state: Union[peft_embedding.AdaptedTable, str]
+    state = _unmapped_reason(module, layer) or genuine.embedding_reason() or peft_embedding.read_embedding(at_call)
+    if isinstance(state, str):
+        return _unfused(row, state)
+    example = torch.empty((0,), dtype=torch.int64, device=state.table.weight.device)
+    reason = peft_embedding.embedding_call_reason(state, example, (), {})
+    if reason:
+        return _unfused(row, reason)
+    chosen = backend.describe_embedding(backend.choose_embedding(state.table, rows))
+    return Row(row.module, layer.__name__, fused=True, backend=chosen, group="single")

@@ -1,0 +1,84 @@
+"""What the last call of each module ran, so that `explain` need not guess what it cannot see: torch.compile may have traced a
+module from outside of the model, and sharded weights are whole in calls alone.
+
+A note is None where our forward computed the call, else the reason why the module's own did.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Optional
+
+from torch import nn
+
+TRACED = "torch.compile traced its last call, and a graph has the module's own forward"
+NEVER = "not called yet"  # in place of a note
+
+_PACKAGE = __name__.rpartition(".")[0]
+notes: dict[int, Optional[str]] = {}  # by id: a dict of weak references costs a call five times as much
+_references: dict[int, weakref.ref] = {}
+_traced: set[int] = set()  # what torch.compile has traced at some time
+
+
+def note(module: nn.Module, reason: Optional[str]) -> None:
+    """`module` runs: our forward, or its own for `reason`."""
+    if notes.get(id(module), NEVER) is not reason:
+        _change(module, reason)
+
+
+def _change(module: nn.Module, reason: Optional[str]) -> None:
+    key = id(module)
+    if key not in _references:
+
+        def forget(_, key=key):
+            _references.pop(key, None)
+            notes.pop(key, None)
+            _traced.discard(key)
+
+        _references[key] = weakref.ref(module, forget)
+    notes[key] = reason
+
+
+def of(module: nn.Module) -> Optional[str]:
+    """The note of a module's last call; NEVER before the first."""
+    return notes.get(id(module), NEVER)
+
+
+def is_of_kernel(module: nn.Module) -> bool:
+    """Whether a module runs a forward of this kernel, which notes its calls."""
+    forward = getattr(module.__dict__.get("forward"), "__func__", None)
+    return forward is not None and forward.__module__.startswith(_PACKAGE)
+
+
+def ran_since_trace(module: nn.Module) -> bool:
+    """Whether a module that torch.compile has traced was called outside of the graph since."""
+    return id(module) in _traced and of(module) is not TRACED
+
+
+def note_trace() -> bool:
+    """Called while torch.compile traces a forward of this kernel, without a break of its graph. It takes no argument, since
+    Dynamo would compile again for every other one: one graph may serve all layers of a model. So all that is below the
+    outermost module that is running is noted; each notes itself again when it is called outside of a graph."""
+    for module in {module for root in _running() for module in root.modules()}:
+        if is_of_kernel(module):
+            note(module, TRACED)
+            _traced.add(id(module))
+    return True
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo here: its graph takes the result and no call.
+note_trace._dynamo_marked_constant = True
+
+
+def _running() -> list[nn.Module]:
+    """The outermost module whose method is running, or what a compiled function's callers hold."""
+    frame, outermost, held = sys._getframe(1), None, []
+    while frame is not None:
+        found = frame.f_locals
+        if isinstance(found.get("self"), nn.Module):
+            outermost = found["self"]
+        if not frame.f_globals.get("__name__", "").startswith("torch."):
+            held += [value for value in found.values() if isinstance(value, nn.Module)]
+        frame = frame.f_back
+    return held if outermost is None else [outermost]
