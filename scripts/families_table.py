@@ -4,7 +4,6 @@ themselves, each held against PEFT."""
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import sys
 
@@ -18,8 +17,7 @@ from test_families import BEGIN, END, README  # noqa: E402
 def measured() -> dict:
     from kernels import get_local_kernel
 
-    lora_fused, before = get_local_kernel(ROOT / "build"), families.read_table() if families.TABLE.exists() else {}
-    table = {}
+    lora_fused, (_, before), table = get_local_kernel(ROOT / "build"), families.read_table(), {}
     for name, family in families.FAMILIES.items():
         if family.is_here():
             table[name] = families.measure(lora_fused, family)
@@ -34,12 +32,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", action="store_true", help="run every family and write tests/families.json")
     if parser.parse_args().measure:
-        rows = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in measured().items()]
-        families.TABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+        families.write_table(measured())
     text = README.read_text()
     head, _, rest = text.partition(BEGIN)
     tail = rest.partition(END)[2]
-    README.write_text(f"{head}{BEGIN}\n{families.readme_section(families.read_table())}\n{END}{tail}")
+    README.write_text(f"{head}{BEGIN}\n{families.readme_section(families.read_table()[1])}\n{END}{tail}")
 
 
 if __name__ == "__main__":

@@ -388,6 +388,7 @@ def measure(lora_fused, family: Family, **config) -> dict:
         compare(results, f"pass {step}")
         assert any(grad is not None and grad.abs().max() > 0 for name, grad in results[1].items() if "lora_B" in name)
     rows = explained(lora_fused, ours)
+    assert {row.last for row in rows if row.fused} <= {"fused", None}, str(rows)  # None: never called
     ours.eval(), theirs.eval()
     with counted(lora_fused) as evaluated, torch.no_grad():
         compare([{"the loss": loss_of(model(**inputs))} for model in (ours, theirs)], "evaluation")
@@ -403,23 +404,40 @@ def measure(lora_fused, family: Family, **config) -> dict:
         gated_in_evaluation=evaluated["gated"],
         groups=sorted({row.group for row in rows if row.fused and "+" in row.group}),
         reasons=sorted({row.reason for row in rows if row.reason}),
+        mlps=sorted({row.mlp for row in rows if row.mlp}),
     )
 
 
-def read_table() -> dict:
-    return json.loads(TABLE.read_text())
+def without_version(row: dict) -> dict:
+    """What every version of transformers has in common: one may fuse projections in its model that another calls apart."""
+    return dict(
+        unfused=row["modules"] - row["fused"], **{key: row[key] for key in ("gated", "gated_in_evaluation", "reasons")}
+    )
 
 
-def readme_section(table: dict) -> str:
+def read_table() -> tuple[str, dict]:
+    """(the version of transformers that it was measured with, rows by family)."""
+    table = json.loads(TABLE.read_text())
+    return table["transformers"], table["families"]
+
+
+def write_table(rows: dict) -> None:
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    version = json.dumps(transformers.__version__)
+    TABLE.write_text(f'{{\n  "transformers": {version},\n  "families": {{\n{lines}\n  }}\n}}\n')
+
+
+def readme_section(rows: dict) -> str:
     """The table as the README has it: families of which the same is to be said share a line."""
     lines = {}
-    for name, row in table.items():
+    for name, row in rows.items():
         share = "all" if row["fused"] == row["modules"] else f"{row['fused']} of {row['modules']}"
         gated = str(row["gated"] or "-")
         if row["gated_in_evaluation"] != row["gated"]:
             gated = f"{row['gated_in_evaluation']} in evaluation alone"
-        key = share, gated, "; ".join(row["groups"]) or "-", "; ".join(row["reasons"]) or "-"
+        notes = [*row["reasons"], *(f"MLPs: {reason}" for reason in row["mlps"])]
+        key = share, gated, "; ".join(row["groups"]) or "-", "; ".join(notes) or "-"
         lines.setdefault(key, []).append(name)
-    head = ("Family", "LoRA modules fused", "Gated MLPs, one Function each", "Groups", "Not fused, or base called")
+    head = ("Family", "LoRA modules fused", "Gated MLPs, one Function each", "Groups", "What is not, and why")
     body = [(", ".join(names), *key) for key, names in lines.items()]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *body))

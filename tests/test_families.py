@@ -4,7 +4,8 @@ import pathlib
 
 import pytest
 import torch
-from families import FAMILIES, measure, read_table, readme_section
+import transformers
+from families import FAMILIES, measure, read_table, readme_section, without_version
 
 README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- families table: begin -->", "<!-- families table: end -->"
@@ -29,17 +30,21 @@ def test_as_peft(lora_fused, name, variant):
         pytest.skip(f"this transformers has no {family.config} or {family.model}")
     if variant == "dora" and not family.dora:
         pytest.skip("PEFT has no DoRA for experts")
-    assert measure(lora_fused, family, **VARIANTS[variant]) == read_table()[name]
+    version, rows = read_table()
+    row, expected = measure(lora_fused, family, **VARIANTS[variant]), rows[name]
+    if transformers.__version__ != version:
+        row, expected = without_version(row), without_version(expected)
+    assert row == expected
 
 
 def test_enough_of_them_run():
     assert sum(family.is_here() for family in FAMILIES.values()) >= 40
-    table = read_table()
-    assert table.keys() == FAMILIES.keys()
-    assert all(0 < row["fused"] <= row["modules"] and row["computed"] > 0 for row in table.values())
+    _, rows = read_table()
+    assert rows.keys() == FAMILIES.keys()
+    assert all(0 < row["fused"] <= row["modules"] and row["computed"] > 0 for row in rows.values())
 
 
 def test_readme_has_the_table():
     text = README.read_text()
     assert text.count(BEGIN) == text.count(END) == 1
-    assert text.partition(BEGIN)[2].partition(END)[0].strip() == readme_section(read_table())
+    assert text.partition(BEGIN)[2].partition(END)[0].strip() == readme_section(read_table()[1])

@@ -12,9 +12,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.models.esm.modeling_esmfold import EsmFoldLinear
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-SAME_PRODUCT = (FalconLinear, NonDynamicallyQuantizableLinear)
+SAME_PRODUCT = (FalconLinear, NonDynamicallyQuantizableLinear, EsmFoldLinear)
 CASE = Case((5, 3), 32, 16, 4)
 VARIANTS = (
     {},

@@ -24,7 +24,12 @@ _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # Every class of a floating-point base whose product we make, as (module, name): x Wᵀ + b, W stored as [N, K] or [K, N].
 _FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
-LINEARS = (("torch.nn.modules.linear", "Linear"), ("torch.nn.modules.linear", "NonDynamicallyQuantizableLinear"), _FALCON)
+LINEARS = (
+    ("torch.nn.modules.linear", "Linear"),
+    ("torch.nn.modules.linear", "NonDynamicallyQuantizableLinear"),
+    ("transformers.models.esm.modeling_esmfold", "EsmFoldLinear"),
+    _FALCON,
+)
 TRANSPOSED = (("transformers.pytorch_utils", "Conv1D"),)
 # Bases that are called whatever LoRA layer stands on them: their weight is not what they multiply with.
 _CALLED = (
