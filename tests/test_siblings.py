@@ -31,6 +31,24 @@ def test_members_that_differ_run_as_one(lora_fused, config):
     assert {row.group for row in lora_fused.explain(ours)} == {"q+k+v"}
 
 
+def test_deterministic_algorithms_know_no_groups(lora_fused):
+    """What a model has learnt of its siblings would differ between a run and one that takes it up again."""
+    model, x = heads(), torch.randn(2, 5, 32, dtype=torch.float64)
+    ours, expected = kernelized(lora_fused, model), step(model, x)
+    counts = []
+    for deterministic in (True, True, True, False, False, True, False):
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        try:
+            result = step(ours, x)
+            groups = {row.group for row in lora_fused.explain(ours)}
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert_same(result, expected)
+        counts.append(functions(result[0]))
+        assert groups == ({"q+k+v"} if counts[-1] == 1 else {"single"})
+    assert counts == [3, 3, 3, 3, 1, 3, 1]
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU multiplies by all A's at once")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_a_group_changes_no_bit_of_an_output(lora_fused, dtype):

@@ -21,6 +21,9 @@ that nobody computes again, as those of reinforcement learning, count until an o
 
 A module that was called alone, when no graph of its calls waits, is known as such from then on: PEFT's own forward serves
 its small calls, which are seen here no more.
+
+Under `torch.use_deterministic_algorithms` every module computes alone: what runs together is learnt while a model runs, and
+a run that is taken up again in a new process would add dx in another order than the run that it continues.
 """
 
 from __future__ import annotations
@@ -186,6 +189,7 @@ class _Threads(threading.local):
         self.calls = _Calls()
 
 
+_is_deterministic = torch._C._get_deterministic_algorithms
 _leaders: weakref.WeakKeyDictionary[nn.Module, _Leader] = weakref.WeakKeyDictionary()
 _threads = _Threads()
 
@@ -208,7 +212,7 @@ gc.callbacks.append(_let_go_of_checkpoints)
 
 def compute(module: nn.Module, x: Tensor, projection: Projection, layer: type) -> Tensor:
     """y of `module`, which `layer` serves, from the group's computation where there is one."""
-    if x.is_inference():  # keeps no version, so a change of x would go unseen
+    if x.is_inference() or _is_deterministic():  # the first keeps no version, so a change of x would go unseen
         return functional.compute_group(x, (projection,))[0]
     calls, mode = _threads.calls, _mode(x)
     forward = mode[-1] == _FORWARD
@@ -231,7 +235,7 @@ def small_reason(module: nn.Module, x: object, rows: Optional[int] = None) -> Op
     if reason is not None:
         return reason
     reason = peft_small.small_alone_reason(module, x, rows)
-    if reason is None:
+    if reason is None or _is_deterministic():
         return None
     leader = _leaders.get(module)
     return reason if leader is not None and leader.is_alone() else None
@@ -239,7 +243,7 @@ def small_reason(module: nn.Module, x: object, rows: Optional[int] = None) -> Op
 
 def group_of(module: nn.Module) -> tuple[nn.Module, ...]:
     """The siblings that `module` leads or belongs to, itself included; empty where it is alone."""
-    for leader in list(_leaders.values()):
+    for leader in () if _is_deterministic() else list(_leaders.values()):
         group = _alive(leader.group)
         if module in group:
             return group
