@@ -189,7 +189,7 @@ def test_dora_with_dropout_on_a_called_base_is_pefts(lora_fused):
     assert torch.isfinite(model(torch.randn(40, CASE.k))).all()
 
 
-def fp8_reference(x, weight, scale, block_size=None, activation_scale=None, bias=None, **_):
+def fp8_reference(x, weight, scale, block_size=None, activation_scale=None, bias=None, *_, **__):
     """What the FP8 kernel computes, but for the quantisation of x: weights times the scales of their blocks."""
     wide = weight.float()
     if block_size is None or scale.numel() == 1:

@@ -16,6 +16,11 @@ def in_place_on_x(module, name, x):
             x.mul_(2.0)
 
 
+def replaced_data_of_x(module, name, x):
+    if name == "q":
+        x.data = x.data * 2  # the version is the same
+
+
 def in_place_on_a_weight(module, name, x):
     if name == "q":
         with torch.no_grad():
@@ -64,6 +69,40 @@ def test_an_input_that_changes_between_siblings(lora_fused):
         torch.testing.assert_close(inner(ours)(x.clone(), in_place_on_x), inner(model)(x.clone(), in_place_on_x))
     with torch.inference_mode():  # where tensors keep no version
         torch.testing.assert_close(inner(ours)(x.clone(), in_place_on_x), inner(model)(x.clone(), in_place_on_x))
+
+
+def test_an_input_whose_memory_is_replaced_between_siblings(lora_fused):
+    model, x = heads(), torch.randn(5, 32, dtype=torch.float64)
+    ours = learned(lora_fused, model, x)
+    inner(ours)(x.clone())  # now they run as a group
+    with torch.no_grad():
+        y, expected = inner(ours)(x.clone(), replaced_data_of_x), inner(model)(x.clone(), replaced_data_of_x)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("skipped", (False, True), ids=("", "skipped"))
+@pytest.mark.parametrize("gradient", (False, True), ids=("no_grad", ""))
+def test_writes_through_data_between_passes(lora_fused, gradient, skipped):
+    """They move no version, as an 8-bit optimizer's; x is the same tensor in every pass, in one of which siblings are skipped."""
+    model, x = heads(use_dora=True), torch.randn(5, 32, dtype=torch.float64)
+    ours = learned(lora_fused, model, x)
+    inner(ours)(x.clone())
+    for change in (
+        lambda layer: layer.base_layer.weight.data.mul_(1.5),
+        lambda layer: layer.lora_A["default"].weight.data.add_(0.5),
+        lambda layer: layer.lora_B["default"].weight.data.copy_(layer.lora_B["default"].weight.data * 2),
+        lambda layer: layer.lora_magnitude_vector["default"].weight.data.mul_(0.5),
+        lambda layer: x.data.mul_(1.25) if layer is inner(ours).k else None,
+    ):
+        with torch.set_grad_enabled(gradient):
+            if skipped:
+                inner(ours)(x, names=("q",))
+            before = inner(ours)(x)
+            for each in (model, ours):
+                change(inner(each).k)
+            y, expected = inner(ours)(x), inner(model)(x)
+            torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+            assert not torch.allclose(before, y)
 
 
 @pytest.mark.parametrize("scope", (torch.no_grad, torch.enable_grad))

@@ -189,6 +189,20 @@ def test_both_training_flags_are_asked(lora_fused, device, dropout, layer, confi
     assert torch.equal(ours(x), results[1][0]) != (dropout and (layer or not config))
 
 
+@pytest.mark.parametrize("make", (torch.nn.AlphaDropout, torch.nn.FeatureAlphaDropout), ids=lambda make: make.__name__)
+def test_another_kind_of_dropout_is_peft_s(lora_fused, device, make):
+    model, x = trained(lora_fused, device), torch.randn(64, 32, device=device)
+    layer = model.base_model.model.proj
+    layer.lora_dropout["default"] = make(0.5)
+    with pytest.warns(UserWarning, match=f"dropout layer {make.__name__}"):
+        lora_fused.explain(model)
+    results = []
+    for forward in (model, lambda x: type(layer).forward(layer, x)):
+        torch.manual_seed(5)
+        results.append(forward(x))
+    assert torch.equal(*results)
+
+
 def test_expectation_is_that_without_dropout(lora_fused, device):
     model, x = trained(lora_fused, device), torch.randn(64, 32, device=device)
     with torch.no_grad():

@@ -82,6 +82,34 @@ def test_unknown_tables_hooks_and_sharding(lora_fused):
     assert_peft_runs(lora_fused, model, "tensor parallelism", ids)
 
 
+def test_tables_and_adapters_of_other_sizes(lora_fused):
+    """Larger than the embedding says: torch looks rows up in whatever is there."""
+    ids, model = draw_ids(CASE), peft_embedding(CASE)
+    layer = model.base_model.model.table
+    layer.base_layer.weight = nn.Parameter(torch.randn(25, 16))
+    assert_peft_runs(lora_fused, model, "weight has shape (25, 16)", ids)
+    model = peft_embedding(CASE)
+    model.base_model.model.table.lora_embedding_A["default"] = nn.Parameter(torch.randn(4, 25))
+    assert_peft_runs(lora_fused, model, "adapter of shapes (4, 25) and (16, 4)", ids)
+
+
+def test_a_scaled_embedding_that_computes_otherwise(lora_fused):
+    """It puts a second table in place of an id, which no fused forward does."""
+    modeling = pytest.importorskip("transformers.models.t5gemma2.modeling_t5gemma2")
+    table = modeling.T5Gemma2TextScaledWordEmbedding(20, 16, padding_idx=0, embed_scale=2.0, eoi_token_index=3)
+    table.eoi_embedding.data.normal_()
+    model = adapt(table, CASE, torch.float32, torch.float32)
+    ids = torch.tensor([1, 3, 3, 7])
+    assert_peft_runs(lora_fused, model, "unknown base layer T5Gemma2TextScaledWordEmbedding", ids)
+
+
+def test_a_padding_index_from_the_end(lora_fused):
+    given = {name: tensor.requires_grad_() for name, tensor in arguments().items() if name in ("weight", "lora_a", "lora_b")}
+    lora_fused.lora_embedding(torch.tensor([1, 7, 7]), **given, scaling=1.0, padding_idx=-1).sum().backward()
+    for rows in (given["weight"].grad, given["lora_a"].grad.t()):
+        assert rows[1].any() and not rows[7].any()
+
+
 def test_embed_scale_that_the_base_ignores(lora_fused):
     model = peft_embedding(CASE)
     model.base_model.model.table.base_layer.embed_scale = 3.0

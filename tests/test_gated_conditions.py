@@ -19,7 +19,6 @@ OF_HIDDEN_STATE = (
     "qwen2_5_omni.Qwen2_5OmniMLP",
     "glm4v.Glm4VisionMlp",
     "exaone4_5.Exaone4_5_MLP",
-    "dinov2.Dinov2SwiGLUFFN",
 )
 WITH_DROPOUT = ("t5.T5DenseGatedActDense", "umt5.UMT5DenseGatedActDense", "modernbert.ModernBertMLP")
 

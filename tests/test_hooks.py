@@ -47,15 +47,16 @@ def step(model, x):
     return [y.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("make,part", [*((linear, part) for part in PARTS), (embedding, PARTS[-1])])
 @pytest.mark.parametrize("register", ON_A_PART)
-def test_on_a_part(lora_fused, part, register):
-    (model, x), seen = linear(), []
+def test_on_a_part(lora_fused, make, part, register):
+    (model, x), seen = make(), []
     ours = kernelized(lora_fused, copy.deepcopy(model))
     assert explain(lora_fused, ours)[0].fused
     calls = []
     for each in (model, ours):
-        hook = getattr(each.base_model.model.proj.get_submodule(part), register)(lambda *_: seen.append(part))
+        layer = next(iter(each.base_model.model.children()))
+        hook = getattr(layer.get_submodule(part), register)(lambda *_: seen.append(part))
         results = step(each, x)
         calls.append((len(seen), results))
         seen.clear()

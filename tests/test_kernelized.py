@@ -167,7 +167,7 @@ def test_a_forward_of_another_tool_on_a_lora_linear_stays(lora_fused, kernelize_
     kernelize_adapted(model, mode=Mode.TRAINING)
     assert vars(inner(model).k)["forward"] is theirs
     reasons = {row.module.rpartition(".")[2]: row.reason for row in explain(lora_fused, model)}
-    assert reasons == {"q": None, "k": "another tool set its forward", "v": None}
+    assert reasons["k"].startswith("another tool set its forward") and reasons["q"] is reasons["v"] is None
 
 
 def test_a_gated_mlp_that_another_mapping_names(lora_fused, kernelize_adapted, monkeypatch):

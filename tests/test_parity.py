@@ -147,6 +147,25 @@ def test_one_frozen_adapter_matrix(lora_fused, frozen):
         torch.testing.assert_close(value, theirs[name])
 
 
+@pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=("lora", "dora"))
+def test_a_bias_of_another_dtype_under_autocast(lora_fused, device, config):
+    """Which casts it; without autocast PEFT refuses it, see test_bad_input."""
+    case = Case((9,), 64, 48, 8, bias=True)
+    model, layer = peft_linear(case, torch.bfloat16, torch.float32, device, **config)
+    layer.base_layer.bias.data = torch.randn(48)
+    layer.base_layer.bias.requires_grad_(True)
+    x, dy = torch.randn(9, 64, device=device).bfloat16(), torch.randn(9, 48, device=device).bfloat16()
+    truth = run(copy.deepcopy(model).double(), x.double(), dy.double())
+    theirs = run(copy.deepcopy(model), x, dy, torch.bfloat16)
+    lora_fused.register_peft_layers()
+    kernelize(model, mode=Mode.TRAINING, device=device)
+    with OwnForwards() as calls:
+        ours = run(model, x, dy, torch.bfloat16)
+    assert not calls and ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert_as_good(name, value, theirs[name], truth[name], torch.bfloat16)
+
+
 def test_no_gradient_wanted(lora_fused):
     model, _ = peft_linear(Case((5,), 32, 16, 4), torch.float32, torch.float32)
     x = torch.randn(5, 32)

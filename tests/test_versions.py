@@ -148,7 +148,7 @@ def test_what_is_imported_counts(content, words, tmp_path):
     (tmp_path / "peft" / "__init__.py").write_text(content)
     done = subprocess.run(
         [sys.executable, "-c", IN_A_PROCESS.format(build=str(BUILD))],
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))},
         capture_output=True,
         text=True,
     )

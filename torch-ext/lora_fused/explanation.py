@@ -242,6 +242,8 @@ def _gathered(module: nn.Module) -> nn.Module:
     copy.__dict__["_modules"] = {
         name: None if part is None else _gathered(part) for name, part in module._modules.items()
     }
+    if genuine.is_own(module.__dict__.get("forward"), module):
+        del copy.__dict__["forward"]
     return copy
 
 
@@ -288,8 +290,8 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> Optional[str]
         return "not kernelized: call register_peft_layers(), then kernelize(model)"
     if genuine.is_own(bound, module):
         return (
-            "its class's own forward is bound to it: it was pickled, or kernelized without a layer of this kernel, which has "
-            "none for modes with TORCH_COMPILE or devices other than cpu and cuda, or before register_peft_layers()"
+            "not kernelized: its class's own forward is bound to it, as it is after pickling, or after kernelize without a layer of this kernel: there is "
+            "none for modes with TORCH_COMPILE, for devices other than cpu and cuda, or before register_peft_layers()"
         )
     if getattr(forward, "__qualname__", None) == layer.forward.__qualname__:
         return f"kernelized by another build of this kernel, {forward.__module__.rpartition('.')[0]}"

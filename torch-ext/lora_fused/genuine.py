@@ -26,7 +26,7 @@ _function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C.
 # Same mathematics under another name. DeepSpeed's ZeRO-3 leaves its own `linear` in place for good.
 _EQUIVALENT = {("torch.nn.functional", "linear"): ("deepspeed.runtime.zero.linear", "zero3_linear_wrap")}
 # They change nothing that a layer computes: the default device of new tensors, and selective checkpointing.
-_HARMLESS_MODES = (
+HARMLESS_MODES = (
     ("torch.utils._device", "DeviceContext"),
     ("torch.utils.checkpoint", "_CachingTorchDispatchMode"),
     ("torch.utils.checkpoint", "_CachedTorchDispatchMode"),
@@ -191,7 +191,7 @@ def _mode_reason() -> Optional[str]:
 
     for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
         cls = type(mode)
-        if (cls.__module__, cls.__qualname__) not in _HARMLESS_MODES:
+        if (cls.__module__, cls.__qualname__) not in HARMLESS_MODES:
             return f"{cls.__module__}.{cls.__qualname__} is active, which sees every operation"
     return None
 

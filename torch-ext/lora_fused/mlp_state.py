@@ -149,6 +149,8 @@ def read_mlp(
     for part in parts:
         adapted = _read_part(part, linear_layer)
         if not isinstance(adapted, str):
+            adapted = adapted.base.called or adapted
+        if not isinstance(adapted, str):
             # The last takes the product of the first ones' outputs, in x's dtype and on its device.
             given = check_features and part is not parts[-1] and x.dim() > 0
             features = x.shape[-1] if given else _features(adapted.projection)

@@ -5,7 +5,13 @@ a row with the same tensor are noted; from a later pass on, the first of them co
 keeps the others' results until they are called. A result is given out only if the call is the
 one it was computed for: the same tensor unchanged, the same operands, scaling and dropout, the
 same grad mode and autocast. In every other case the module computes alone, so a sibling that is
-skipped, replaced, moved or called with another input costs time, never correctness.
+skipped, replaced, moved or called with another input costs time, never correctness. "Unchanged" is what a version and
+an address tell: a write that moves neither, as one through `.data`, is not seen between two siblings' calls with one
+x. Between two passes everything is seen, since the first of the siblings computes again.
+
+Results that nobody comes for, after an exception or where a sibling is skipped, go with their x, with the module that
+led, with their thread, or when that thread leads another group, whichever is first. A result that is still there when a
+backward call frees its graph is not given out any more (`autograd.outputs`).
 
 One rule keeps checkpointing right, which must recompute what its forward did: the group of a module
 changes only while no graph of its earlier calls is waiting for its backward, and never during a
@@ -130,21 +136,21 @@ class _Result(NamedTuple):
 
 
 class _Tie(weakref.ref):
-    """Lets results go with the object that it refers to. They hold parameters and a graph, and so must not outlive
+    """Lets `results` go with the object that it refers to. They hold parameters and a graph, and so must not outlive
     their model, whatever came instead of the calls that they were computed for."""
 
     __slots__ = ("results",)
-
-    def __new__(cls, tied: object, results: dict[int, _Result]):
-        return super().__new__(cls, tied, _let_go)
-
-    def __init__(self, tied: object, results: dict[int, _Result]):
-        super().__init__(tied, _let_go)
-        self.results = results
+    results: dict[int, _Result]
 
 
 def _let_go(tie: _Tie) -> None:
     tie.results.clear()
+
+
+def _tie(results: dict[int, _Result], tied: object) -> _Tie:
+    tie = _Tie(tied, _let_go)
+    tie.results = results
+    return tie
 
 
 class _Ahead:
@@ -155,7 +161,7 @@ class _Ahead:
 
     def __init__(self, x: Tensor, mode: _Mode):
         self.results: dict[int, _Result] = {}
-        self.x, self.leaders = _Tie(x, self.results), []
+        self.x, self.leaders = _tie(self.results, x), []
         self.version, self.pointer, self.mode, self.in_checkpoint = x._version, x.data_ptr(), mode, False
 
     def is_for(self, x: Tensor, mode: _Mode) -> bool:
@@ -191,7 +197,7 @@ def _saves_by_hooks() -> bool:
 
 def _let_go_of_checkpoints(phase: str, _: dict, threads: _Threads = _threads) -> None:
     """What a checkpoint has saved holds the function that it runs again, and so modules, and what that is called with:
-    results of a checkpoint that was left would hold themselves. When garbage is collected they are let go."""
+    results of a checkpoint that was left may hold themselves. They are let go when their thread collects garbage."""
     ahead = threads.calls.ahead
     if phase == "start" and ahead is not None and ahead.in_checkpoint and not _saves_by_hooks():
         ahead.results.clear()
@@ -263,7 +269,7 @@ def _lead(calls, module, leader: _Leader, x: Tensor, projection: Projection, mod
     if len(members) > 1:
         ahead = _Ahead(x, mode) if calls.ahead is None else calls.ahead
         ahead.in_checkpoint |= by_hooks
-        ahead.leaders.append(_Tie(module, ahead.results))
+        ahead.leaders.append(_tie(ahead.results, module))
         given = None if token is None else token.given
         for i in range(1, len(members)):
             state = projections[i]
@@ -320,14 +326,13 @@ def _states(projection: Projection) -> list[_State]:
 
 
 def _states_of(projection: Projection) -> list[_State]:
-    tensors = projection.operands
+    tensors = [tensor for tensor in projection.operands if tensor is not None]
     if type(projection.scaling) is not float:
-        tensors = (*tensors, projection.scaling)
-    return [
-        (-1 if tensor.is_inference() else tensor._version, tensor.requires_grad, tensor.data_ptr())
-        for tensor in tensors
-        if tensor is not None
-    ]
+        tensors.append(projection.scaling)
+    try:
+        return [(tensor._version, tensor.requires_grad, tensor.data_ptr()) for tensor in tensors]
+    except RuntimeError:  # those of inference mode keep no version
+        return [(-1 if t.is_inference() else t._version, t.requires_grad, t.data_ptr()) for t in tensors]
 
 
 def _observe(calls: _Calls, module: nn.Module, x: Tensor) -> None:
