@@ -165,6 +165,21 @@ def test_what_holds_under_a_condition(structure, maths, name):
     assert isinstance(found, str) == asks, found
 
 
+class Unreadable(nn.Module):
+    """Its weight is elsewhere now."""
+
+    @property
+    def weight(self):
+        raise RuntimeError("not here")
+
+
+def test_a_weight_that_cannot_be_read(structure):
+    for name, found in (("module", "silu"), ("dropout before down", "silu"), ("cast to weight", None)):
+        module = mlp((GATED | CONDITIONAL)[name][0])
+        module.extra = Unreadable()
+        assert getattr(structure.recognise(module), "activation", None) == found
+
+
 WITH_MODULE = {"module", "swapped factors", "roles by computation"}
 
 

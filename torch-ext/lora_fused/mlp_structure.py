@@ -114,10 +114,17 @@ def recognise(module: nn.Module) -> Union[GatedMLP, str]:
 
 def weights_dtype(module: nn.Module) -> Optional[torch.dtype]:
     """The one floating-point dtype that the weights of a module's children have, None where there is none."""
-    weights = [getattr(child, "weight", None) for child in module._modules.values()]
-    dtypes = {weight.dtype for weight in weights if isinstance(weight, Tensor)}
-    dtype = dtypes.pop() if len(dtypes) == 1 else None
-    return dtype if dtype is not None and dtype.is_floating_point else None
+    dtypes = {weight.dtype for weight in _weights(module)}
+    return dtypes.pop() if len(dtypes) == 1 and all(dtype.is_floating_point for dtype in dtypes) else None
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    """The weights of a module's children, none where they cannot all be read."""
+    try:
+        weights = [getattr(child, "weight", None) for child in module._modules.values()]
+    except Exception:  # whatever a property may raise
+        return []
+    return [weight for weight in weights if isinstance(weight, Tensor)]
 
 
 def _recognise(module: nn.Module, training: bool) -> GatedMLP:
@@ -223,13 +230,14 @@ class _Recorder(TorchFunctionMode):
         self.calls: list[_Call] = []
         self.state = _state()
         self.dtype, self.asked_dtype = weights_dtype(module), False
-        self.weights = [getattr(child, "weight", None) for child in module._modules.values()]
+        self.weights = _weights(module)
 
     def __torch_function__(self, func, kinds, args=(), kwargs=None):
         name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
-        if self.dtype is not None and getattr(func, "__self__", None) is Tensor.dtype and self._is_known(args[0]):
-            self.asked_dtype = True
-            return self.dtype
+        if self.dtype is not None and getattr(func, "__self__", None) is Tensor.dtype:
+            if isinstance(args[0], _Symbol) or any([args[0] is weight for weight in self.weights]):
+                self.asked_dtype = True
+                return self.dtype
         if not any(isinstance(leaf, _Symbol) for leaf in tree_leaves((args, kwargs))):
             raise _Refusal(f"calls {name} on something else than its input")
         if name in _QUESTIONS:
@@ -238,9 +246,6 @@ class _Recorder(TorchFunctionMode):
         if name == "chunk" and (args[1:], kwargs) in _HALVES:
             return self.record(operator.getitem, (result, 0)), self.record(operator.getitem, (result, 1))
         return result
-
-    def _is_known(self, tensor: Tensor) -> bool:
-        return isinstance(tensor, _Symbol) or any([tensor is weight for weight in self.weights])
 
     def child(self, path: str, args: tuple, kwargs: dict) -> _Symbol:
         if "." in path:
