@@ -16,7 +16,6 @@ import os
 import pathlib
 import socket
 import sys
-import threading
 
 import conformance_hub
 import datasets
@@ -38,7 +37,6 @@ NEEDS_HUB = (
 
 outcomes: dict[str, dict] = {}
 calls: collections.Counter = collections.Counter()
-_inside = threading.local()
 
 
 def _refuse(self, address):
@@ -51,8 +49,8 @@ _connect, socket.socket.connect = socket.socket.connect, _refuse
 datasets.load_dataset = conformance_hub.load_dataset
 
 
-def count_calls(layer: type, peft_classes: tuple[type, ...]) -> None:
-    """Counts each call of a layer as fused, or as PEFT's own where it called what it replaces. Not what
+def count_calls(layer: type, name: str, last_call) -> None:
+    """Counts each call of a layer as fused or as the module's own forward, as `last_call` of the kernel has it. Not what
     torch.compile traces: a count would be a graph break."""
     ours = layer.forward
 
@@ -60,69 +58,24 @@ def count_calls(layer: type, peft_classes: tuple[type, ...]) -> None:
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             return ours(self, *args, **kwargs)
-        before, _inside.fell_back = getattr(_inside, "fell_back", False), False
         try:
             return ours(self, *args, **kwargs)
         finally:
-            calls[f"{layer.__name__}: {'own forward' if _inside.fell_back else 'fused'}"] += 1
-            _inside.fell_back = before
+            calls[f"{name}: {'fused' if last_call.of(self) is None else 'own forward'}"] += 1
 
     layer.forward = forward
-    for cls in peft_classes:
-        count_originals(cls)
-
-
-def count_originals(cls: type) -> None:
-    original = cls.forward
-
-    @functools.wraps(original)
-    def forward(self, *args, **kwargs):
-        if not torch.compiler.is_compiling():
-            _inside.fell_back = True
-        return original(self, *args, **kwargs)
-
-    cls.forward = forward
-
-
-def count_gated(layer: type) -> None:
-    """A gated MLP's own forward is its class's; that `compute_gated` was reached tells."""
-    ours = layer.forward
-
-    @functools.wraps(ours)
-    def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling():
-            return ours(self, *args, **kwargs)
-        before, _inside.gated = getattr(_inside, "gated", False), False
-        try:
-            return ours(self, *args, **kwargs)
-        finally:
-            calls[f"LoraGatedMLP: {'fused' if _inside.gated else 'own forward'}"] += 1
-            _inside.gated = before
-
-    layer.forward = forward
-
-
-def note_gated(functional) -> None:
-    compute = functional.compute_gated
-
-    def compute_gated(*args, **kwargs):
-        _inside.gated = True
-        return compute(*args, **kwargs)
-
-    functional.compute_gated = compute_gated
 
 
 def kernelize_what_peft_adapts() -> None:
     import kernels
-    from peft.tuners.lora import Embedding, Linear
     from peft.tuners.tuners_utils import BaseTuner
 
     lora_fused = kernels.get_local_kernel(pathlib.Path(BUILD))
-    count_calls(lora_fused.layers.LoraLinear, (Linear,))
-    count_calls(lora_fused.layers.LoraEmbedding, (Embedding,))
-    note_gated(lora_fused.functional)
-    for layer in lora_fused.layers.GATED_MLP_BY_INPUT.values():
-        count_gated(layer)
+    layers, last_call = lora_fused.layers, lora_fused.last_call
+    count_calls(layers.LoraLinear, "LoraLinear", last_call)
+    count_calls(layers.LoraEmbedding, "LoraEmbedding", last_call)
+    for layer in layers.GATED_MLP_BY_INPUT.values():
+        count_calls(layer, "LoraGatedMLP", last_call)
     lora_fused.register_peft_layers()
     inject, default = BaseTuner.inject_adapter, "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -245,20 +245,17 @@ def test_one_graph_serves_all_layers(lora_fused):
     assert not any(row.fused for row in explain(lora_fused, model))
 
 
-def test_trainer_that_compiles(lora_fused, own_calls, tmp_path):
+def test_trainer_that_compiles(lora_fused, own_calls, tmp_path, monkeypatch):
     torch.compiler.reset()
+    monkeypatch.setattr(transformers.training_args, "enable_tf32", lambda enable: None)  # for the tests after this one
     model = kernelized(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
     data = [{"input_ids": ids, "labels": ids} for ids in tokens().cpu()]
     arguments = transformers.TrainingArguments(
         output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=DEVICE == "cpu",
         torch_compile=True, torch_compile_backend="eager", disable_tqdm=True,
     )  # fmt: skip
-    precision = torch.get_float32_matmul_precision()
-    try:
-        with torch.device("cpu"):
-            transformers.Trainer(model=model, args=arguments, train_dataset=data).train()
-    finally:  # Trainer allows TF32 where it compiles
-        torch.set_float32_matmul_precision(precision)
+    with torch.device("cpu"):
+        transformers.Trainer(model=model, args=arguments, train_dataset=data).train()
     assert len({id(module) for module in own_calls}) == 7
     rows = explain(lora_fused, model)
     assert {row.reason for row in rows} == {lora_fused.explanation.COMPILED}
@@ -315,7 +312,7 @@ def test_a_pickled_model(lora_fused, own_calls):
     model = kernelized(lora_fused, get_peft_model(nn.Sequential(nn.Linear(16, 16)), LoraConfig(r=4, target_modules=["0"])))
     loaded = pickle.loads(pickle.dumps(model))
     rows = holds(lora_fused, loaded, own_calls, lambda each: each(torch.randn(3, 16)), fused=0)
-    assert all("pickling" in row.reason for row in rows)
+    assert all("pickled" in row.reason for row in rows)
     assert all(row.fused for row in explain(lora_fused, kernelized(lora_fused, loaded)))
 
 

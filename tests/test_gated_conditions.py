@@ -178,4 +178,5 @@ def test_autocast_with_a_cast_inside(lora_fused):
     with torch.autocast(x.device.type, torch.bfloat16):
         y, expected = ours(x), plain(x)
     assert not is_one_function(y) and y.dtype == expected.dtype
-    torch.testing.assert_close(y, expected, rtol=2**-6, atol=2**-6)
+    truth = plain.double()(x.double())
+    assert relative(y, truth)[0] <= 2 * relative(expected, truth)[0] + 2**-7

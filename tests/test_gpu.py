@@ -5,7 +5,7 @@ import collections
 
 import pytest
 import torch
-from cases import randomise_adapters, relative
+from cases import DEVICE, Case, peft_linear, randomise_adapters, relative
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from test_dropout import number
@@ -283,6 +283,14 @@ def test_a_graph_draws_a_new_mask_at_every_replay(lora_fused):
     first = y.clone()
     graph.replay()
     assert not torch.equal(first, y)
+
+
+@pytest.mark.skipif(DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU")
+def test_explain_names_the_gemm(lora_fused):
+    model, _ = peft_linear(Case((4,), 4096, 4096, 16), torch.bfloat16, torch.bfloat16)
+    lora_fused.register_peft_layers()
+    kernelize(model, mode=Mode.TRAINING, device=DEVICE)
+    assert [lora_fused.explain(model, rows)[0].backend for rows in (8192, 600)] == ["native, Hopper GEMM", "native"]
 
 
 BACKENDS = ("library", "reference", "triton")

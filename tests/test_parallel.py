@@ -233,7 +233,8 @@ def run_all(rank: int, build: pathlib.Path, folder: pathlib.Path, port: int):
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
-def test_as_peft_in_two_processes(lora_fused, tmp_path):
+def test_as_peft_in_two_processes(lora_fused, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # transformers gives each process a GPU of its own
     tiny_llama().save_pretrained(tmp_path / "llama")
     config = transformers.MixtralConfig(
         vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,

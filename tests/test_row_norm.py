@@ -187,7 +187,7 @@ def test_triton(lora_fused, device, monkeypatch, shape, dtypes):
     kernels = pytest.importorskip("triton") and lora_fused.backend.get("triton")
     operands = [t.to(device) for t in make(*shape, dtypes)]
     if device == "cpu":  # the interpreter: no bfloat16 dot, no limit
-        monkeypatch.setitem(kernels.row_norm.__globals__, "shared_memory", lambda device: 2**20)
+        monkeypatch.setitem(kernels.row_norm_fits.__globals__, "shared_memory", lambda device: 2**20)
         if dtypes[1] != dtypes[2] or dtypes[1] == torch.float32:
             pytest.skip("the interpreter's bfloat16 dot is wrong")
     assert kernels.row_norm_fits(*operands)

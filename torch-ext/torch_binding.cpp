@@ -26,6 +26,7 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "gemm(Tensor[] a, Tensor[] b, bool b_rows_are_n, Tensor(a!) out, Tensor? bias=None, "
       "Tensor? gain=None, Tensor(b!)? z=None, bool accumulate=False, Tensor? seed=None, float p=0.0, int leading=0, "
       "float leading_scale=1.0) -> ()");
+  ops.def("gemm_pays(Tensor like, int rows, int cols) -> bool");
   ops.def(
       "skinny(Tensor[] x, Tensor[] other, Tensor(a!)[] out, float scaling, bool across, bool hopper, "
       "Tensor? seed=None, float p=0.0, int exact=0) -> ()");
@@ -64,6 +65,8 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "float number, int padding, bool need_a, bool need_b, bool need_m) -> Tensor[]");
 }
 
+bool gemm_pays_cpu(const torch::stable::Tensor&, int64_t, int64_t) { return false; }
+
 std::string names(std::string kind) { return lora_fused::names_of(kind); }
 
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) { ops.impl("names", TORCH_BOX(&names)); }
@@ -74,6 +77,7 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("dropout", TORCH_BOX(&dropout_cpu));
   ops.impl("dora_gains", TORCH_BOX(&dora_gains));
   ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_cpu));
+  ops.impl("gemm_pays", TORCH_BOX(&gemm_pays_cpu));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
   ops.impl("gated_forward", TORCH_BOX(&gated_forward));
@@ -88,6 +92,7 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("dora_gains", TORCH_BOX(&dora_gains));
   ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_cuda));
   ops.impl("gemm", TORCH_BOX(&gemm_cuda));
+  ops.impl("gemm_pays", TORCH_BOX(&gemm_pays_cuda));
   ops.impl("skinny", TORCH_BOX(&skinny_cuda));
   ops.impl("dy_products", TORCH_BOX(&dy_products_cuda));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));

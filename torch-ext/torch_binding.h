@@ -84,6 +84,9 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors> gated_backward(
     lora_fused::Tensors scales, std::vector<int64_t> quantized, bool exact, int64_t activation,
     int64_t gate_half, bool need_dx, std::vector<int64_t> needs);
 
+// Whether a sum of products [rows, cols] in like's dtype, on its device, is one launch of gemm_sm90: for `explain`.
+bool gemm_pays_cuda(const torch::stable::Tensor& like, int64_t rows, int64_t cols);
+
 // kernel-src/common/gemm.h says what it computes; an error where gemm_sm90_serves refuses.
 void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n,
                torch::stable::Tensor out, std::optional<torch::stable::Tensor> bias,

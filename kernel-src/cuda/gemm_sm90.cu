@@ -117,6 +117,12 @@ bool fits(const Tensor& v, ScalarType dtype, int64_t count) {
          v.is_contiguous() && reinterpret_cast<uintptr_t>(v.const_data_ptr()) % 8 == 0;
 }
 
+// Whether the tiles of out [m, n] keep the multiprocessors busy.
+bool fills(int64_t m, int64_t n, int32_t device) {
+  constexpr double kEnough = 0.75;
+  return Tiling(m, n, multiprocessors(device)).efficiency >= kEnough;
+}
+
 }  // namespace
 
 namespace lora_fused {
@@ -145,16 +151,19 @@ bool gemm_sm90_serves(const Gemm& gemm) {
   return is_hopper(out.get_device_index());
 }
 
-bool gemm_sm90_pays(const View& out) {
-  constexpr double kEnough = 0.75;
-  return Tiling(out.size(0), out.size(1), multiprocessors(out.get_device_index())).efficiency >= kEnough;
-}
+bool gemm_sm90_pays(const View& out) { return fills(out.size(0), out.size(1), out.get_device_index()); }
 
 void gemm_sm90(const Gemm& gemm) {
   is_brain(gemm.out) ? launch<__nv_bfloat16>(gemm) : launch<__half>(gemm);
 }
 
 }  // namespace lora_fused
+
+bool gemm_pays_cuda(const Tensor& like, int64_t rows, int64_t cols) {
+  const ScalarType dtype = like.scalar_type();
+  if ((dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) || rows <= 0 || cols <= 0 || cols % 8 != 0) return false;
+  return lora_fused::is_hopper(like.get_device_index()) && fills(rows, cols, like.get_device_index());
+}
 
 void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n, Tensor out,
                std::optional<Tensor> bias, std::optional<Tensor> gain, std::optional<Tensor> z,

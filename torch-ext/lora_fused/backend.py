@@ -23,7 +23,8 @@ REFERENCE = "reference"
 LIBRARY = "library"
 TRITON = "triton"
 CUDA = "cuda"  # of embeddings alone
-NATIVE = "native"  # what a reader calls the native ops
+NATIVE = "native"  # what a reader calls the native ops,
+HOPPER_GEMM = "native, Hopper GEMM"  # with products of their own,
 _TORCH = "torch"  # and products of torch, chained in Python
 _TRITON_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -63,6 +64,11 @@ def is_hopper(device: torch.device) -> bool:
 def is_library(name: str) -> bool:
     """Whether the native op may take whole groups."""
     return name == LIBRARY
+
+
+def gemm_pays(x: Tensor, rows: int, outputs: int) -> bool:
+    """Whether the native ops compute [rows, outputs] of x's dtype and device, the LoRA terms inside, by one launch."""
+    return ops.gemm_pays(x, rows, outputs)
 
 
 def describe(name: str) -> str:

@@ -173,7 +173,10 @@ def describe_backend(x: Tensor, projections: Sequence[Projection], rows: int) ->
     lora_dtype, x = _autocast(x)
     taken = takes(projections, x.dtype, lora_dtype, x.is_cuda)
     chosen = _choose(x, projections, taken, lora_dtype, rows)
-    return backends.NATIVE if taken.native and backends.is_library(chosen) else backends.describe(chosen)
+    if not (taken.native and backends.is_library(chosen)):
+        return backends.describe(chosen)
+    pays = any([backends.gemm_pays(x, rows, projection.shape[0]) for projection in projections])
+    return backends.HOPPER_GEMM if pays else backends.NATIVE
 
 
 def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Optional[Tensor]:

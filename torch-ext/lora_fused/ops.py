@@ -60,6 +60,11 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
     return _row_norm(weight, lora_a, lora_b, scaling)
 
 
+def gemm_pays(like: Tensor, rows: int, cols: int) -> bool:
+    """Whether a sum of products [rows, cols] in like's dtype, on its device, is one launch (kernel-src/common/gemm.h)."""
+    return ops.gemm_pays(like, rows, cols)
+
+
 @torch.library.register_fake(add_op_namespace_prefix("gain"))
 def _gain_fake(magnitude: Tensor, norm: Tensor) -> Tensor:
     return torch.empty_like(norm)

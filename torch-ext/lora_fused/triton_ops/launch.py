@@ -24,7 +24,8 @@ def rank_block(rank: int) -> int:
 
 def dot_precision(x: Tensor) -> str:
     """float32 products use TF32 only where torch's own matrix products may."""
-    if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+    # `allow_tf32` raises where somebody has set this, as transformers' Trainer does.
+    if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 
