@@ -53,6 +53,7 @@ std::optional<Gemm> gemm_of(const View& out, const std::vector<Term>& terms, con
 
 // The same of terms of which some have an alpha in common: these lead.
 std::optional<Gemm> gemm_of(const View& out, const std::vector<Term>& terms) {
+  if (std::none_of(terms.begin(), terms.end(), is_scaled)) return gemm_of(out, terms, {});
   std::vector<Term> plain, scaled;
   for (const Term& term : terms) (is_scaled(term) ? scaled : plain).push_back(term);
   for (const Term& term : scaled)

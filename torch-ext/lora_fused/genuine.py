@@ -198,13 +198,14 @@ def _mode_reason() -> Optional[str]:
 
 def bypass_reason(names: Sequence[str], parts: Sequence[Optional[nn.Module]]) -> Optional[str]:
     """Other tools watch or replace the calls of inner modules; a fused forward would skip them."""
-    for i, part in enumerate(parts):
+    for part in parts:
         if part is None:
             continue
-        if "forward" in part.__dict__ and not is_own(part.__dict__["forward"], part) and not _moves_inputs_alone(part):
-            return f"{names[i]} has a forward of its own, set by another tool{_sharded_note(part)}"
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-            return hooks_reason(names[i], part)
+        state = part.__dict__
+        if "forward" in state and not is_own(state["forward"], part) and not _moves_inputs_alone(part):
+            return f"{names[parts.index(part)]} has a forward of its own, set by another tool{_sharded_note(part)}"
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
+            return hooks_reason(names[parts.index(part)], part)
     return None
 
 

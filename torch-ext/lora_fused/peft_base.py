@@ -72,6 +72,10 @@ def unread_reason(error: Exception) -> str:
 
 def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:
     """What a base layer computes now; `opaque` where the LoRA layer is one for bases of a kind of its own."""
+    if type(base) is nn.Linear and not transposed:  # nearly all, past what others ask
+        weight = tensor_of(base, "weight")
+        if type(weight) in PLAIN_TENSORS:
+            return Base(Operands(weight, tensor_of(base, "bias")), (base.out_features, base.in_features))
     found = _read(base, transposed, opaque)
     if type(base) is nn.Linear or isinstance(found, str) or found.called:
         return found
@@ -224,10 +228,10 @@ def _read_8bit(base: nn.Module) -> Union[Base, str]:
 def device_of(operands: Operands) -> torch.device:
     """Of the base weight, or of the adapter where that is unknown. A quantised weight is a subclass whose every
     attribute costs a call of Python; its scales are where it is (`peft_base`)."""
-    for tensor in (operands.absmax, operands.weight):
-        if tensor is not None:
-            return tensor.device
-    return operands.lora_a.device
+    known = operands.absmax
+    if known is None:
+        known = operands.lora_a if operands.weight is None else operands.weight
+    return known.device
 
 
 def tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> Optional[str]:
@@ -235,17 +239,14 @@ def tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> O
     weight, bias = operands[:2]
     dense = base.quantized is None and weight is not None
     device = device_of(operands)
-    for i, tensor in enumerate((weight if dense else None, None if base.called else bias, *operands[2:6])):
-        if tensor is None:
-            continue
-        if type(tensor) not in PLAIN_TENSORS:
-            return f"{Operands._fields[i]} is a {type(tensor).__name__} (sharded or wrapped)"
-        if tensor.layout is not STRIDED:
-            return f"{Operands._fields[i]} has the layout {tensor.layout}"
-        if tensor.dtype not in DTYPES:
-            return f"{Operands._fields[i]} has dtype {tensor.dtype}"
-        if tensor.device != device:
-            return f"{Operands._fields[i]} is on {tensor.device}, the base weight on {device}"
+    for tensor in (weight if dense else None, None if base.called else bias, *operands[2:6]):
+        if tensor is not None and (
+            type(tensor) not in PLAIN_TENSORS
+            or tensor.layout is not STRIDED
+            or tensor.dtype not in DTYPES
+            or tensor.device != device
+        ):
+            return _unfit_reason(next(name for name, each in zip(Operands._fields, operands) if each is tensor), tensor, device)
     if device == _META:
         return "its tensors are on the meta device"
     if dense and weight.shape != (base.shape[::-1] if transposed else base.shape):
@@ -255,12 +256,22 @@ def tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> O
     return None
 
 
+def _unfit_reason(name: str, tensor: Tensor, device: torch.device) -> str:
+    if type(tensor) not in PLAIN_TENSORS:
+        return f"{name} is a {type(tensor).__name__} (sharded or wrapped)"
+    if tensor.layout is not STRIDED:
+        return f"{name} has the layout {tensor.layout}"
+    if tensor.dtype not in DTYPES:
+        return f"{name} has dtype {tensor.dtype}"
+    return f"{name} is on {tensor.device}, the base weight on {device}"
+
+
 def fit_reason(operands: Operands, n: int, k: int) -> Optional[str]:
     """An adapter that does not fit gets PEFT's own error."""
     a, b = operands.lora_a.shape, operands.lora_b.shape
     if len(a) != 2 or a[1] != k or b != (n, a[0]):
         return f"lora_A has shape {tuple(a)} and lora_B {tuple(b)}, which do not fit"
-    for i in (4, 5):
-        if operands[i] is not None and operands[i].shape != (n,):
-            return f"{Operands._fields[i]} has shape {tuple(operands[i].shape)}, which does not fit"
+    for name, vector in (("lora_bias", operands.lora_bias), ("magnitude", operands.magnitude)):
+        if vector is not None and vector.shape != (n,):
+            return f"{name} has shape {tuple(vector.shape)}, which does not fit"
     return None

@@ -23,6 +23,7 @@ from .peft_scaling import read_scaling
 from .projection import Operands, Projection, ProjectionSpec, Quantized
 
 _PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
+_PLAIN_SPEC = ProjectionSpec()
 _FORWARDS, _CODES = genuine.FORWARDS, genuine.CODES
 
 
@@ -139,11 +140,15 @@ def read_linear(module: nn.Module) -> Union[Adapted, str]:
     if module.merged_adapters:
         return "the adapter is merged into the base weight"
     active, known = module.active_adapter, module._modules["lora_A"]._modules
-    names = [name for name in ((active,) if isinstance(active, str) else active) if name in known]
-    if len(names) != 1:
-        return f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
+    if len(active) == 1 and active[0] in known:  # a list of one, nearly always
+        name = active[0]
+    else:
+        names = [name for name in ((active,) if isinstance(active, str) else active) if name in known]
+        if len(names) != 1:
+            return f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
+        name = names[0]
     try:
-        return _read_adapter(module, names[0])
+        return _read_adapter(module, name)
     except (KeyError, RuntimeError) as error:
         return unread_reason(error)
 
@@ -200,7 +205,8 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
         scaling = read_scaling(scaling, b)
         if isinstance(scaling, str):
             return scaling
-    projection = Projection(operands, scaling, _spec(p, transposed, base.quantized))
+    plain = p == 0.0 and not transposed and base.quantized is None
+    projection = Projection(operands, scaling, _PLAIN_SPEC if plain else _spec(p, transposed, base.quantized))
     reason = delta_reason(projection) if base.called else None
     if reason:
         return f"{reason} ({base.called})"
@@ -276,7 +282,7 @@ def input_reason(adapted: Adapted, x: Tensor, features: int) -> Optional[str]:
     width = base.shape[1] if base.shape is not None else operands.lora_a.shape[1]
     if features != width:
         return f"x has shape {tuple(x.shape)}"
-    if x.dim() == 1 and operands.magnitude is not None:
+    if operands.magnitude is not None and x.dim() == 1:
         return "DoRA of a vector, of which PEFT makes a matrix"
     device = device_of(operands)
     if x.device != device:
@@ -287,14 +293,18 @@ def input_reason(adapted: Adapted, x: Tensor, features: int) -> Optional[str]:
             if tensor is not None and tensor.dtype == torch.float64:
                 return f"autocast with x of {x.dtype} and float64"
         return None if x.is_floating_point() else f"autocast with x of {x.dtype}"
-    dense = base.quantized is None and operands.weight is not None
-    bias = operands.bias
-    if dense and (x.dtype != operands.weight.dtype or (bias is not None and bias.dtype != operands.weight.dtype)):
-        return f"x of {x.dtype} on a base of {operands.weight.dtype} without autocast"
-    if not dense and not x.is_floating_point():
-        return f"x of {x.dtype}"
-    adapter = {tensor.dtype for tensor in (operands.lora_a, operands.lora_b, operands.lora_bias) if tensor is not None}
-    if len(adapter) > 1 or (adapter and not adapted.casts_input and x.dtype not in adapter):
+    weight, bias, lora_a, lora_b, lora_bias = operands[:5]
+    dtype = x.dtype
+    if base.quantized is None and weight is not None:
+        if dtype is not weight.dtype or (bias is not None and dtype is not bias.dtype):
+            return f"x of {dtype} on a base of {weight.dtype} without autocast"
+    elif not x.is_floating_point():
+        return f"x of {dtype}"
+    if lora_a is None:
+        return None
+    adapter = lora_a.dtype
+    differ = lora_b.dtype is not adapter or (lora_bias is not None and lora_bias.dtype is not adapter)
+    if differ or (dtype is not adapter and not adapted.casts_input):
         return "adapter dtypes differ and input casting does not reconcile them"
     return None
 
