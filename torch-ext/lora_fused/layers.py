@@ -132,7 +132,8 @@ def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if isinstance(state, str):
         last_call.note(module, state)
         return type(module).forward(module, x)
-    last_call.note(module, None)
+    if _notes.get(id(module), _NEVER) is not None:
+        last_call.note(module, None)
     y = functional.compute_gated(x, state.inputs, state.output, state.activation, state.gate_half)
     return y if state.result_dtype is None else y.to(state.result_dtype)
 
@@ -152,7 +153,8 @@ class LoraEmbedding(nn.Module):
         if reason is None:
             state = peft_embedding.read_embedding(self)
             reason = state if isinstance(state, str) else peft_embedding.embedding_call_reason(state, x, args, kwargs)
-        last_call.note(self, reason)
+        if _notes.get(id(self), _NEVER) is not reason:
+            last_call.note(self, reason)
         if reason is not None:
             return type(self).forward(self, x, *args, **kwargs)
         return functional_embedding.compute_table(x, *state)

@@ -268,10 +268,12 @@ def _unfit_reason(name: str, tensor: Tensor, device: torch.device) -> str:
 
 def fit_reason(operands: Operands, n: int, k: int) -> Optional[str]:
     """An adapter that does not fit gets PEFT's own error."""
+    lora_bias, magnitude = operands.lora_bias, operands.magnitude
     a, b = operands.lora_a.shape, operands.lora_b.shape
     if len(a) != 2 or a[1] != k or b != (n, a[0]):
         return f"lora_A has shape {tuple(a)} and lora_B {tuple(b)}, which do not fit"
-    for name, vector in (("lora_bias", operands.lora_bias), ("magnitude", operands.magnitude)):
-        if vector is not None and vector.shape != (n,):
-            return f"{name} has shape {tuple(vector.shape)}, which does not fit"
+    if lora_bias is not None and lora_bias.shape != (n,):
+        return f"lora_bias has shape {tuple(lora_bias.shape)}, which does not fit"
+    if magnitude is not None and magnitude.shape != (n,):
+        return f"magnitude has shape {tuple(magnitude.shape)}, which does not fit"
     return None

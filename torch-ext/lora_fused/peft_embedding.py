@@ -58,13 +58,16 @@ def read_embedding(module: nn.Module) -> Union[AdaptedTable, str]:
     # Straight from the registries: nn.Module.__getattr__ would cost more than the checks do.
     modules = module._modules
     adapters = modules["lora_embedding_A"]._parameters
-    names = [name for name in module.active_adapters if name in adapters]
-    if not names:
-        return "no active adapter on this layer"
-    if len(names) > 1:
-        return f"several active adapters ({', '.join(names)})"
+    active = module.active_adapters
+    if len(active) == 1 and active[0] in adapters:
+        name = active[0]
+    else:
+        names = [name for name in active if name in adapters]
+        if len(names) != 1:
+            return f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
+        name = names[0]
     try:
-        return _read_adapter(module, names[0])
+        return _read_adapter(module, name)
     except (KeyError, RuntimeError) as error:
         return unread_reason(error)
 
@@ -87,7 +90,9 @@ def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
         magnitude = tensor_of(dora, "weight")
     if name in getattr(module, "input_fns", ()) or name in getattr(module, "output_fns", ()):  # not before PEFT 0.19
         return "the embedding is sharded by tensor parallelism"
-    reason = _base_reason(base) or genuine.forward_reason(type(base)) or genuine.bypass_reason(("base_layer",), (base,))
+    reason = _base_reason(base) or genuine.bypass_reason(("base_layer",), (base,))
+    if reason is None and type(base) is not nn.Embedding:
+        reason = genuine.forward_reason(type(base))
     if reason:
         return reason
     if _has_any_global_hook():
@@ -97,8 +102,14 @@ def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
     a, b = modules["lora_embedding_A"]._parameters[name], modules["lora_embedding_B"]._parameters[name]
     table = Table(tensor_of(base, "weight"), a, b, magnitude, scale)
     reason = _tensor_reason(table, (base.num_embeddings, base.embedding_dim))
-    scaling = reason or read_scaling(module.scaling[name], b)
-    return scaling if isinstance(scaling, str) else AdaptedTable(table, scaling, base.padding_idx, number)
+    if reason:
+        return reason
+    scaling = module.scaling[name]
+    if type(scaling) is not float:
+        scaling = read_scaling(scaling, b)
+        if isinstance(scaling, str):
+            return scaling
+    return AdaptedTable(table, scaling, base.padding_idx, number)
 
 
 @functools.lru_cache(maxsize=None)

@@ -181,7 +181,7 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
         watched = genuine.bypass_reason(("base_layer",), (layer,))
         if watched:
             return watched
-    p = _dropout(module, dropout, dora is not None)
+    p = 0.0 if type(dropout) is nn.Identity else _dropout(module, dropout, dora is not None)
     if isinstance(p, str):
         return p
     scaling = module.scaling[name]
@@ -190,11 +190,12 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
         return "a bias where PEFT has none"
     if _has_any_global_hook():
         return "hooks on all modules"
-    weight, bias, _, _, _, _, *scales = base.operands
+    weight, bias = base.operands[:2]
     if dora is not None and transposed and weight.requires_grad:
         return "DoRA on a trained Conv1D weight, whose gradient PEFT detaches in part"
     magnitude = None if dora is None else tensor_of(dora, "weight")
     a, b = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight")
+    scales = () if base.quantized is None else base.operands[6:]
     operands = Operands(weight, bias, a, b, lora_bias, magnitude, *scales)
     reason = tensor_reason(operands, base, transposed)
     if reason is None and base.shape is not None:
@@ -246,8 +247,6 @@ def has_dropout(module: nn.Module) -> bool:
 
 def _dropout(module: nn.Module, dropout: nn.Module, dora: bool) -> Union[float, str]:
     """The probability that this call drops with. PEFT's DoRA asks the layer's training flag as well."""
-    if type(dropout) is nn.Identity:
-        return 0.0
     if type(dropout) is not nn.Dropout:
         return f"dropout layer {type(dropout).__name__}"
     p = dropout.p

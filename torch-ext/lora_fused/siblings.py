@@ -121,7 +121,7 @@ class _Leader:
 
 
 def _mode(x: Tensor) -> _Mode:
-    return torch.is_grad_enabled(), x.requires_grad, autocast_dtype(x), torch._C._current_graph_task_id()
+    return _is_grad_enabled(), x.requires_grad, autocast_dtype(x), _current_backward()
 
 
 _State = tuple[int, bool, int]
@@ -190,13 +190,15 @@ class _Threads(threading.local):
 
 
 _is_deterministic = torch._C._get_deterministic_algorithms
+_is_grad_enabled, _current_backward = torch.is_grad_enabled, torch._C._current_graph_task_id
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _leaders: weakref.WeakKeyDictionary[nn.Module, _Leader] = weakref.WeakKeyDictionary()
 _threads = _Threads()
 
 
 def _saves_by_hooks() -> bool:
     """As in a checkpoint, which runs calls again for what their graph needs."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return _top_hooks(True) is not None
 
 
 def _let_go_of_checkpoints(phase: str, _: dict, threads: _Threads = _threads) -> None:
