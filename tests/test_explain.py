@@ -254,9 +254,11 @@ def test_trainer_that_compiles(lora_fused, own_calls, tmp_path, monkeypatch):
         output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=DEVICE == "cpu",
         torch_compile=True, torch_compile_backend="eager", disable_tqdm=True,
     )  # fmt: skip
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)  # accelerate sets it
-    with torch.device("cpu"):
-        transformers.Trainer(model=model, args=arguments, train_dataset=data).train()
+    try:
+        with torch.device("cpu"):
+            transformers.Trainer(model=model, args=arguments, train_dataset=data).train()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False  # accelerate allows it where it compiles
     assert len({id(module) for module in own_calls}) == 7
     rows = explain(lora_fused, model)
     assert {row.reason for row in rows} == {lora_fused.explanation.COMPILED}

@@ -290,7 +290,7 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> Optional[str]
         return "not kernelized: call register_peft_layers(), then kernelize(model)"
     if genuine.is_own(bound, module):
         return (
-            "not kernelized: its own class's forward is bound to it, since it was pickled, or kernelized without a layer of "
+            "not kernelized: its class's own forward is bound to it, since it was pickled, or kernelized without a layer of "
             "this kernel: there is none for modes with TORCH_COMPILE, for devices other than cpu and cuda, or before "
             "register_peft_layers()"
         )

@@ -48,9 +48,11 @@ def is_plain_embedding(module: nn.Module) -> bool:
 def read_embedding(module: nn.Module) -> Union[AdaptedTable, str]:
     """The embedding that a `peft.tuners.lora.Embedding` computes now, or why it is PEFT's to compute. What all embeddings
     have in common `genuine.embedding_reason` looks at."""
-    replaced = genuine.forward_reason(type(module))
-    if replaced:
-        return replaced
+    cls = type(module)
+    if genuine.FORWARDS.get(cls) is not cls.forward or genuine.CODES[cls] is not cls.forward.__code__:
+        replaced = genuine.forward_reason(cls)
+        if replaced:
+            return replaced
     if module.disable_adapters:
         return "adapters are disabled"
     if module.merged:

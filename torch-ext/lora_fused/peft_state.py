@@ -164,9 +164,14 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
         if type(variant) is not _dora_variant():
             return f"LoRA variant {type(variant).__name__}"
         dora = modules["lora_magnitude_vector"]._modules[name]
-        replaced = genuine.forward_reason(type(variant)) or genuine.forward_reason(type(dora))
-        if replaced:
-            return replaced
+        kind_of_variant, kind_of_dora = type(variant), type(dora)
+        if (
+            _FORWARDS.get(kind_of_variant) is not kind_of_variant.forward
+            or _FORWARDS.get(kind_of_dora) is not kind_of_dora.forward
+        ):
+            replaced = genuine.forward_reason(kind_of_variant) or genuine.forward_reason(kind_of_dora)
+            if replaced:
+                return replaced
     # Before a weight is looked at, which may be a tool's to fetch from elsewhere.
     watched = genuine.bypass_reason(_PARTS, (lora_a, lora_b, dropout, dora))
     if watched:
