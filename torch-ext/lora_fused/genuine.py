@@ -52,8 +52,10 @@ def linear_reason() -> Optional[str]:
         and forward.__code__ is _linear_code
         and nn.Linear.__call__ is _call
         and nn.Dropout.forward is _dropout_forward
+        and nn.Dropout.__call__ is _call
         and F.dropout is _dropout
         and nn.Identity.forward is _identity_forward
+        and nn.Identity.__call__ is _call
         and not _function_modes()
         and not _dispatch_modes()
     ):
@@ -65,7 +67,8 @@ def _look_at_linear() -> Optional[str]:
     global _linear, _linear_forward, _linear_code, _dropout, _dropout_forward, _identity_forward, _call
     found = F.linear, nn.Linear.forward, nn.Linear.__call__, nn.Dropout.forward, F.dropout, nn.Identity.forward
     owners = (F, "linear"), (nn.Linear, "forward"), (nn.Linear, "__call__"), (nn.Dropout, "forward"), (F, "dropout")
-    reason = _first_reason((*owners, (nn.Identity, "forward"))) or _mode_reason()
+    others = (nn.Identity, "forward"), (nn.Dropout, "__call__"), (nn.Identity, "__call__")
+    reason = _first_reason((*owners, *others)) or _mode_reason()
     if reason is None:
         _linear, _linear_forward, _call, _dropout_forward, _dropout, _identity_forward = found
         _linear_code = _linear_forward.__code__
@@ -114,6 +117,11 @@ def forward_reason(cls: type) -> Optional[str]:
     if reason is None:
         FORWARDS[cls], CODES[cls] = found, found.__code__
     return reason
+
+
+def module_reason(cls: type) -> Optional[str]:
+    """Who has replaced how modules of a class are called, or their forward; None where both are genuine."""
+    return forward_reason(cls) or (None if cls.__call__ is _call else _replaced(cls, "__call__"))
 
 
 def function_reason(module: types.ModuleType, name: str) -> Optional[str]:

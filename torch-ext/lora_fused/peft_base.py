@@ -79,7 +79,7 @@ def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, st
     found = _read(base, transposed, opaque)
     if type(base) is nn.Linear or isinstance(found, str) or found.called:
         return found
-    return genuine.forward_reason(type(base)) or found
+    return genuine.module_reason(type(base)) or found
 
 
 def _read(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:

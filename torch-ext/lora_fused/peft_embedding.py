@@ -94,7 +94,7 @@ def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
         return "the embedding is sharded by tensor parallelism"
     reason = _base_reason(base) or genuine.bypass_reason(("base_layer",), (base,))
     if reason is None and type(base) is not nn.Embedding:
-        reason = genuine.forward_reason(type(base))
+        reason = genuine.module_reason(type(base))
     if reason:
         return reason
     if _has_any_global_hook():
