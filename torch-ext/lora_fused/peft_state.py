@@ -190,8 +190,13 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
     if isinstance(p, str):
         return p
     scaling = module.scaling[name]
-    lora_bias = tensor_of(lora_b, "bias")
-    if tensor_of(lora_a, "bias") is not None or (dora is not None and lora_bias is not None):
+    of_a, of_b = lora_a._parameters, lora_b._parameters
+    try:
+        a, b, bias_of_a, lora_bias = of_a["weight"], of_b["weight"], of_a["bias"], of_b["bias"]
+    except KeyError:  # FSDP1 has taken some out
+        a, b = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight")
+        bias_of_a, lora_bias = tensor_of(lora_a, "bias"), tensor_of(lora_b, "bias")
+    if bias_of_a is not None or (dora is not None and lora_bias is not None):
         return "a bias where PEFT has none"
     if _has_any_global_hook():
         return "hooks on all modules"
@@ -199,7 +204,6 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
     if dora is not None and transposed and weight.requires_grad:
         return "DoRA on a trained Conv1D weight, whose gradient PEFT detaches in part"
     magnitude = None if dora is None else tensor_of(dora, "weight")
-    a, b = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight")
     scales = () if base.quantized is None else base.operands[6:]
     operands = Operands(weight, bias, a, b, lora_bias, magnitude, *scales)
     reason = tensor_reason(operands, base, transposed)

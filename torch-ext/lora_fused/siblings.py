@@ -332,13 +332,15 @@ def _states(projection: Projection) -> list[_State]:
 
 
 def _states_of(projection: Projection) -> list[_State]:
-    tensors = [tensor for tensor in projection.operands if tensor is not None]
+    tensors = projection.operands
     if type(projection.scaling) is not float:
-        tensors.append(projection.scaling)
+        tensors = (*tensors, projection.scaling)
     try:
-        return [(tensor._version, tensor.requires_grad, tensor.data_ptr()) for tensor in tensors]
+        return [(t._version, t.requires_grad, t.data_ptr()) for t in tensors if t is not None]
     except RuntimeError:  # those of inference mode keep no version
-        return [(-1 if t.is_inference() else t._version, t.requires_grad, t.data_ptr()) for t in tensors]
+        return [
+            (-1 if t.is_inference() else t._version, t.requires_grad, t.data_ptr()) for t in tensors if t is not None
+        ]
 
 
 def _observe(calls: _Calls, module: nn.Module, x: Tensor) -> None:
