@@ -189,13 +189,15 @@ class _Model:
         structure = mlp_state.structure_of(module)
         if not isinstance(structure, str) and last_call.is_of_kernel(module):
             self.parents.update((part, module) for part in mlp_state.projections_of(module, structure))
-        reason = structure if isinstance(structure, str) else self._mlp_reason(module, structure)
+        reason = self._mlp_reason(module, structure)
         if reason is None:
             self.mlps.update((part, module) for part in mlp_state.projections_of(module, structure))
         elif not isinstance(structure, str) or _looks_gated(module):
             self.mlp_reasons.update((part, reason) for part in adapted)
 
-    def _mlp_reason(self, module: nn.Module, structure: mlp_state.GatedMLP) -> Optional[str]:
+    def _mlp_reason(self, module: nn.Module, structure: Union[mlp_state.GatedMLP, str]) -> Optional[str]:
+        if isinstance(structure, str):
+            return _replaced_in(module) or structure
         layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
         if layer is None:
             return f"its input is called {structure.input}"
@@ -208,6 +210,14 @@ class _Model:
         if not isinstance(state, str):
             state = mlp_state.read_mlp(whole, _example(state), layers.LoraLinear, check_features=False)
         return state if isinstance(state, str) else None
+
+
+def _replaced_in(module: nn.Module) -> Optional[str]:
+    """Who has replaced something that a module with adapted projections runs besides these."""
+    parts = [module, *(child for child in module.children() if not peft_state.is_lora_linear(child))]
+    reasons = [genuine.module_reason(type(part)) for part in parts]
+    reasons += [genuine.function_reason(nn.functional, name) for name in ("silu", "gelu", "relu")]
+    return next(filter(None, reasons), None)
 
 
 def _below(roots) -> set[nn.Module]:

@@ -163,11 +163,14 @@ def _is_defined_at(found: object, home: _Home) -> bool:
     if not isinstance(found, types.FunctionType):
         return False
     module = sys.modules.get(found.__globals__.get("__name__"))
-    spec = getattr(module, "__spec__", None)
-    if spec is None or found.__globals__ is not vars(module) or found.__code__.co_filename != spec.origin:
+    if module is None or found.__globals__ is not vars(module):
+        return False
+    spec = getattr(module, "__spec__", None)  # a script and a notebook have none
+    if module.__name__ != "__main__" and (spec is None or found.__code__.co_filename != spec.origin):
         return False
     # A module may take a function from another of its package, as bitsandbytes' does.
-    return _is_within(module.__name__, home.module) and found.__qualname__ == home.qualified
+    name = getattr(found.__code__, "co_qualname", found.__qualname__)  # what `wraps` does not copy, from Python 3.11 on
+    return _is_within(module.__name__, home.module) and name == home.qualified
 
 
 def _is_within(module: str, home: str) -> bool:
