@@ -111,7 +111,7 @@ class _Leader:
 
     def count(self, mode: _Mode, projection: Projection) -> None:
         """Of a call in training. Where a graph waits, what a backward pass computes again may be of that one."""
-        gradient, *_, backward_pass = mode
+        gradient, backward_pass = mode[0], mode[-1]
         if backward_pass == _FORWARD and not gradient:
             self.unrepeated += 1
             matrices = (projection.operands.lora_a, projection.operands.lora_b)

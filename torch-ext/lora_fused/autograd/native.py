@@ -31,7 +31,8 @@ def takes(
     what the gradients of float32 adapters hold. Nor has it the range for DoRA's value before the gain, nor for s·b_B
     alone where s is beyond 1."""
     exact, half = False, dtype == torch.float16
-    for (weight, bias, lora_a, lora_b, lora_bias, magnitude, *_), scaling, spec in projections:
+    for operands, scaling, spec in projections:
+        weight, bias, lora_a, lora_b, lora_bias, magnitude = operands[:6]
         if half and (magnitude is not None or (lora_bias is not None and abs(scaling) > 1.0)):
             return Taken(False)
         quantized = spec.quantized
@@ -96,7 +97,8 @@ class _Fields(NamedTuple):
 def trained(projections: Sequence[Projection]) -> tuple[list[_Wanted], list[Tensor]]:
     """What gradients there are, and the operands that get them, in the order in which backward gives them."""
     wanted, found = [], []
-    for (_, bias, lora_a, lora_b, lora_bias, magnitude, *_), _, _ in projections:
+    for operands, _, _ in projections:
+        _, bias, lora_a, lora_b, lora_bias, magnitude = operands[:6]
         needs, dtypes = 0, [None, None, None]
         if lora_a is not None and lora_a.requires_grad:
             needs |= _NEED_A
@@ -104,9 +106,9 @@ def trained(projections: Sequence[Projection]) -> tuple[list[_Wanted], list[Tens
         if lora_b is not None and lora_b.requires_grad:
             needs |= _NEED_B
             found.append(lora_b)
-        for i, (vector, need) in enumerate(((bias, _NEED_BIAS), (lora_bias, _NEED_BIAS), (magnitude, _NEED_MAGNITUDE))):
+        for i, vector in enumerate((bias, lora_bias, magnitude)):
             if vector is not None and vector.requires_grad:
-                needs |= need
+                needs |= _NEED_MAGNITUDE if vector is magnitude else _NEED_BIAS
                 dtypes[i] = vector.dtype
                 found.append(vector)
         wanted.append(_Wanted(needs, *dtypes))
