@@ -1,8 +1,6 @@
 """`explain` against the truth: PEFT's own forward calls are counted, module by module."""
 
-import contextlib
 import copy
-import io
 import pickle
 
 import pytest
@@ -14,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from test_fallbacks import explain, kernelized
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.usefixtures("on_device")
 TOKENS = 18

@@ -224,7 +224,7 @@ def test_dora_on_trained_tokens_is_pefts(lora_fused):
     ours = kernelized(lora_fused, model)
     row = rows_of(lora_fused, ours)[-1]
     assert not row.fused and row.reason.startswith("DoRA on a base that is called")
-    ids, results = torch.arange(8).view(1, 8), []
+    results = []
     for each in (ours, model):
         head = each.base_model.model.lm_head
         torch.manual_seed(0)

@@ -3,7 +3,6 @@ in its middle, and in four threads at once."""
 
 import concurrent.futures
 import copy
-import gc
 import itertools
 import random
 import statistics

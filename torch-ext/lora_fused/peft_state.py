@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import weakref
-from typing import NamedTuple, Optional, Sequence, Union
+from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
