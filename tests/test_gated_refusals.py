@@ -34,10 +34,10 @@ def test_a_child_that_defines_how_it_is_called(recognise):
     module = mlp(GATED["module"][0])
     assert recognise(module).gate == "w1"
     module.w3 = CalledTwice(4, 6)
-    assert recognise(module) == "w3 is a CalledTwice, which defines how it is called"
+    assert recognise(module).reason == "w3 is a CalledTwice, which defines how it is called"
 
 
 def test_an_activation_with_a_buffer(recognise):
     module = mlp(GATED["module"][0])
     module.act = SiluTimesBuffer()
-    assert recognise(module) == "act (SiluTimesBuffer) has parameters, buffers or parts of its own"
+    assert recognise(module).reason == "act (SiluTimesBuffer) has parameters, buffers or parts of its own"

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from . import last_call, shared_input
 from .functional import delta as functional_delta, dispatch, embedding as functional_embedding
 from .peft import embedding as peft_embedding, gated_mlp as peft_gated_mlp, linear as peft_linear, replaced
+from .specs import Fallback
 
 # Bound once: attributes of modules cost as much as the answers.
 _is_compiling = torch.compiler.is_compiling
@@ -65,7 +66,11 @@ def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> to
     reason = _transform_reason() or shared_input.small_reason(module, x) or replaced.linear_reason()
     if reason is None:
         state = peft_linear.read_linear(module)
-        reason = state if isinstance(state, str) else peft_linear.call_reason(state, x, args, kwargs)
+        fallback = state if isinstance(state, Fallback) else peft_linear.call_fallback(state, x, args, kwargs)
+        if fallback is not None:
+            if fallback.raises:
+                raise ValueError(f"{peft_linear.name_of(module)}: {fallback.reason}")
+            reason = fallback.reason
     if reason is None:
         called = peft_linear.called_reason(state, x)
         if called is None:
@@ -79,8 +84,6 @@ def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> to
             base = peft_linear.call_base(module, x)
             promotes = state.promotes and torch.is_autocast_enabled()
             return functional_delta.add_delta(base, x, state.projection, promotes)
-    if isinstance(reason, peft_linear.Broken):
-        raise ValueError(f"{peft_linear.name_of(module)}: {reason}")
     last_call.note(module, reason)
     return type(module).forward(module, x, *args, **kwargs)
 
@@ -129,9 +132,9 @@ def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         last_call.note_trace()
         return type(module).forward(module, x)
     reason = _transform_reason() or peft_gated_mlp.small_reason(module, x) or replaced.linear_reason()
-    state = reason or peft_gated_mlp.read_mlp(module, x, LoraLinear)
-    if isinstance(state, str):
-        last_call.note(module, state)
+    state = Fallback(reason) if reason else peft_gated_mlp.read_mlp(module, x, LoraLinear)
+    if isinstance(state, Fallback):
+        last_call.note(module, state.reason)
         return type(module).forward(module, x)
     if _notes.get(id(module), _NEVER) is not None:
         last_call.note(module, None)
@@ -153,7 +156,7 @@ class LoraEmbedding(nn.Module):
         reason = _transform_reason() or replaced.embedding_reason()
         if reason is None:
             state = peft_embedding.read_embedding(self)
-            reason = state if isinstance(state, str) else peft_embedding.embedding_call_reason(state, x, args, kwargs)
+            reason = state.reason if isinstance(state, Fallback) else peft_embedding.embedding_call_reason(state, x, args, kwargs)
         if _notes.get(id(self), _NEVER) is not reason:
             last_call.note(self, reason)
         if reason is not None:

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from .call_context import autocast_dtype
 from .functional import dispatch
 from .peft import linear as peft_linear, small_batch
-from .specs import Projection
+from .specs import Fallback, Projection
 
 # A group that keeps changing, as with alternating inputs, is not worth following.
 MAX_CHANGES = 8
@@ -294,7 +294,7 @@ def _ready(sibling: nn.Module, x: Tensor, layer: type) -> Optional[Projection]:
     if small_reason(sibling, x):
         return None
     state = peft_linear.read_linear(sibling)
-    if isinstance(state, str) or peft_linear.call_reason(state, x, (), {}) or peft_linear.called_reason(state, x):
+    if isinstance(state, Fallback) or peft_linear.call_fallback(state, x, (), {}) or peft_linear.called_reason(state, x):
         return None
     return state.projection
 
