@@ -9,8 +9,6 @@ run what another tool has put in the place of a forward or a function (`genuine`
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import nn
 from torch.autograd import forward_ad
@@ -49,7 +47,7 @@ class LoraLinearOfX(nn.Module):
         return _linear(self, x, (), {})
 
 
-def _transform_reason() -> Optional[str]:
+def _transform_reason() -> str | None:
     """Who differentiates or records a call in a way for which there are no rules here."""
     if _is_traced():
         return "torch.jit traces the call"
@@ -67,7 +65,7 @@ def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> to
         state = peft_linear.read_linear(module)
         reason = state if isinstance(state, str) else peft_linear.call_reason(state, x, args, kwargs)
     if reason is None:
-        called = peft_linear.called_reason(state, x)
+        called = peft_linear.own_forward_reason(state, x)
         if called is None:
             if _notes.get(id(module), _NEVER) is not None:
                 last_call.note(module, None)
@@ -79,7 +77,7 @@ def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> to
             base = peft_linear.call_base(module, x)
             promotes = state.promotes and torch.is_autocast_enabled()
             return functional_delta.add_delta(base, x, state.projection, promotes)
-    if isinstance(reason, peft_linear.Broken):
+    if isinstance(reason, peft_linear.InvalidState):
         raise ValueError(f"{peft_linear.name_of(module)}: {reason}")
     last_call.note(module, reason)
     return type(module).forward(module, x, *args, **kwargs)
@@ -158,4 +156,4 @@ class LoraEmbedding(nn.Module):
             last_call.note(self, reason)
         if reason is not None:
             return type(self).forward(self, x, *args, **kwargs)
-        return functional_embedding.compute_table(x, *state)
+        return functional_embedding.compute_embedding(x, *state)
