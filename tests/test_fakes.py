@@ -10,8 +10,8 @@ OPS = {
     "lora_backward",
     "gated_forward",
     "gated_backward",
-    "dora_scales",
-    "mag_norm_scale",
+    "dora_gains",
+    "gain",
     "row_norm",
     "dropout",
 }
@@ -91,4 +91,4 @@ def test_norms_alone(lora_fused, device):
     def run():
         lora_fused.backends.select.dora_scales(weights, a, b, magnitudes, [0.5, 2.0])
 
-    assert check(calls(lora_fused, run)) == {"dora_scales"}
+    assert check(calls(lora_fused, run)) == {"dora_gains"}

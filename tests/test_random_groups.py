@@ -108,12 +108,12 @@ def compare(ours, truth, dtype):
 PRECISIONS = {
     "float32": (torch.float32, torch.float32, False),
     "as under autocast": (torch.bfloat16, torch.float32, False),
-    "exact": (torch.bfloat16, torch.float32, True),
+    "bf16x3": (torch.bfloat16, torch.float32, True),
 }
 
 
 @pytest.mark.parametrize("seed", range(30))
-@pytest.mark.parametrize("dtype, adapter, exact", PRECISIONS.values(), ids=PRECISIONS)
+@pytest.mark.parametrize("dtype, adapter, bf16x3", PRECISIONS.values(), ids=PRECISIONS)
 def test_random_group(lora_fused, device, seed, dtype, adapter, bf16x3):
     group = RandomGroup(seed, dtype, adapter if bf16x3 else dtype, bf16x3)
     truth = group.run(group.by_formula(lora_fused), "cpu", torch.float64, torch.float64)

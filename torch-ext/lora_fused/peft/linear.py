@@ -276,7 +276,7 @@ def _dropout(module: nn.Module, dropout: nn.Module, dora: bool) -> float | str:
 
 
 def call_reason(adapted: AdaptedLinear, x: object, args: tuple, kwargs: dict) -> str | None:
-    """Why this call, with this x, is PEFT's own to compute; None where it is fused, its base called or not."""
+    """Why this call, with this x, is PEFT's own to compute; None where it is fused, its base layer with it or not."""
     if args or kwargs:
         given = ", ".join(kwargs) or "positional arguments"
         return f"the call passes {given}"
