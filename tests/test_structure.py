@@ -47,7 +47,9 @@ def imports(path):
     package = path.relative_to(PACKAGE).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1] + tuple((node.module or "").split(".") if node.module else ())
+            base = package[: len(package) - node.level + 1] + tuple(
+                (node.module or "").split(".") if node.module else ()
+            )
             for alias in node.names:
                 full = (*base, alias.name)
                 is_module = (PACKAGE.joinpath(*full).with_suffix(".py")).exists() or PACKAGE.joinpath(*full).is_dir()

@@ -9,8 +9,6 @@ run what another tool has put in the place of a forward or a function (`genuine`
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import nn
 from torch.autograd import forward_ad
@@ -50,7 +48,7 @@ class LoraLinearOfX(nn.Module):
         return _linear(self, x, (), {})
 
 
-def _transform_reason() -> Optional[str]:
+def _transform_reason() -> str | None:
     """Who differentiates or records a call in a way for which there are no rules here."""
     if _is_traced():
         return "torch.jit traces the call"
@@ -72,7 +70,7 @@ def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> to
                 raise ValueError(f"{peft_linear.name_of(module)}: {fallback.reason}")
             reason = fallback.reason
     if reason is None:
-        called = peft_linear.called_reason(state, x)
+        called = peft_linear.own_forward_reason(state, x)
         if called is None:
             if _notes.get(id(module), _NEVER) is not None:
                 last_call.note(module, None)
@@ -156,9 +154,13 @@ class LoraEmbedding(nn.Module):
         reason = _transform_reason() or replaced.embedding_reason()
         if reason is None:
             state = peft_embedding.read_embedding(self)
-            reason = state.reason if isinstance(state, Fallback) else peft_embedding.embedding_call_reason(state, x, args, kwargs)
+            reason = (
+                state.reason
+                if isinstance(state, Fallback)
+                else peft_embedding.embedding_call_reason(state, x, args, kwargs)
+            )
         if _notes.get(id(self), _NEVER) is not reason:
             last_call.note(self, reason)
         if reason is not None:
             return type(self).forward(self, x, *args, **kwargs)
-        return functional_embedding.compute_table(x, *state)
+        return functional_embedding.compute_embedding(x, *state)

@@ -5,14 +5,14 @@ PEFT's attribute names. Read anew at every call, so nothing here can go stale.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..call_context import autocast_dtype
-from ..specs import Fallback, Table
+from ..specs import EmbeddingOperands, Fallback
 from . import replaced
 from .base_layer import tensor_of, unread
 from .scaling import read_scaling
@@ -27,9 +27,9 @@ _SCALED_BUT_DIFFERENT = ("T5Gemma2TextScaledWordEmbedding",)
 class AdaptedTable(NamedTuple):
     """An embedding ready to compute; `scale` is the embedding's own where it is a number."""
 
-    table: Table
-    scaling: Union[float, Tensor]
-    padding_idx: Optional[int]
+    table: EmbeddingOperands
+    scaling: float | Tensor
+    padding_idx: int | None
     scale: float
 
 
@@ -45,7 +45,7 @@ def is_plain_embedding(module: nn.Module) -> bool:
     return type(module) is embedding_class()
 
 
-def read_embedding(module: nn.Module) -> Union[AdaptedTable, Fallback]:
+def read_embedding(module: nn.Module) -> AdaptedTable | Fallback:
     """The embedding that a `peft.tuners.lora.Embedding` computes now, or why it is PEFT's to compute. What all embeddings
     have in common `genuine.embedding_reason` looks at."""
     cls = type(module)
@@ -66,7 +66,9 @@ def read_embedding(module: nn.Module) -> Union[AdaptedTable, Fallback]:
     else:
         names = [name for name in active if name in adapters]
         if len(names) != 1:
-            return Fallback(f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer")
+            return Fallback(
+                f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
+            )
         name = names[0]
     try:
         return _read_adapter(module, name)
@@ -74,7 +76,7 @@ def read_embedding(module: nn.Module) -> Union[AdaptedTable, Fallback]:
         return unread(error)
 
 
-def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, Fallback]:
+def _read_adapter(module: nn.Module, name: str) -> AdaptedTable | Fallback:
     modules = module._modules
     base = modules["base_layer"]
     magnitude = None
@@ -100,7 +102,7 @@ def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, Fallback]
     own = 1.0 if type(base) is nn.Embedding else base.embed_scale
     scale, number = (own, 1.0) if isinstance(own, Tensor) else (None, float(own))
     a, b = modules["lora_embedding_A"]._parameters[name], modules["lora_embedding_B"]._parameters[name]
-    table = Table(tensor_of(base, "weight"), a, b, magnitude, scale)
+    table = EmbeddingOperands(tensor_of(base, "weight"), a, b, magnitude, scale)
     reason = _tensor_reason(table, (base.num_embeddings, base.embedding_dim))
     if reason:
         return Fallback(reason)
@@ -112,14 +114,14 @@ def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, Fallback]
     return AdaptedTable(table, scaling, base.padding_idx, number)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _dora_variant() -> type:
     from peft.tuners.lora.variants import DoraEmbeddingVariant
 
     return DoraEmbeddingVariant
 
 
-def _base_reason(base: nn.Module) -> Optional[str]:
+def _base_reason(base: nn.Module) -> str | None:
     cls = type(base)
     if cls is nn.Embedding:
         # PEFT multiplies its delta by any attribute of this name, also where the base ignores it.
@@ -136,16 +138,16 @@ def _base_reason(base: nn.Module) -> Optional[str]:
     return "sparse gradients" if base.sparse else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _is_scaled(cls: type) -> bool:
     """The embeddings of transformers whose forward is nn.Embedding's times `embed_scale`."""
     known = cls.__module__.startswith("transformers.models.") and cls.__name__.endswith("ScaledWordEmbedding")
     return known and cls.__name__ not in _SCALED_BUT_DIFFERENT and issubclass(cls, nn.Embedding)
 
 
-def _tensor_reason(table: Table, shape: tuple[int, int]) -> Optional[str]:
+def _tensor_reason(table: EmbeddingOperands, shape: tuple[int, int]) -> str | None:
     device = table.weight.device
-    for name, tensor in zip(Table._fields, table):
+    for name, tensor in zip(EmbeddingOperands._fields, table):
         if tensor is None:
             continue
         if type(tensor) not in _PLAIN_TENSORS and not (name == "scale" and isinstance(tensor, nn.Buffer)):
@@ -167,7 +169,7 @@ def _tensor_reason(table: Table, shape: tuple[int, int]) -> Optional[str]:
     return None
 
 
-def embedding_call_reason(adapted: AdaptedTable, ids: object, args: tuple, kwargs: dict) -> Optional[str]:
+def embedding_call_reason(adapted: AdaptedTable, ids: object, args: tuple, kwargs: dict) -> str | None:
     """Why this call, with these ids, is PEFT's own to compute; None where it is fused."""
     if args or kwargs:
         given = ", ".join(kwargs) or "positional arguments"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from typing import Callable, NamedTuple, Optional, Union
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +30,21 @@ class AdaptedMLP(NamedTuple):
     output: Projection
     activation: str
     gate_half: int
-    result_dtype: Optional[torch.dtype]
+    result_dtype: torch.dtype | None
 
 
 class _Recognised(NamedTuple):
     """A structure and what it was found in. Weak, where something could hold the module itself."""
 
-    structure: Union[GatedMLP, Fallback]
+    structure: GatedMLP | Fallback
     forward: Callable
-    code: Optional[types.CodeType]
+    code: types.CodeType | None
     functions: tuple[Callable, ...]
-    activations: tuple[tuple[str, weakref.ref, Callable, Callable], ...]  # name, module, its class's forward and __call__
+    activations: tuple[
+        tuple[str, weakref.ref, Callable, Callable], ...
+    ]  # name, module, its class's forward and __call__
     attributes: tuple[tuple[str, weakref.ref], ...]  # functions on the module itself
-    dtype: Optional[torch.dtype]  # of the weights, where the structure may depend on it
+    dtype: torch.dtype | None  # of the weights, where the structure may depend on it
 
 
 _PLAIN = (types.FunctionType, types.BuiltinFunctionType)
@@ -50,7 +53,7 @@ _recognised: weakref.WeakKeyDictionary[nn.Module, _Recognised] = weakref.WeakKey
 _functions = (F.silu, F.gelu, F.relu, torch.sigmoid, torch.tanh, torch.relu)
 
 
-def structure_of(module: nn.Module) -> Union[GatedMLP, Fallback]:
+def structure_of(module: nn.Module) -> GatedMLP | Fallback:
     """What `mlp_structure.recognise` says of the module, asked once while all that it ran stays in its place,
     and the dtype of its weights where that may matter."""
     known = _recognised.get(module)
@@ -110,10 +113,12 @@ def is_adapted(module: nn.Module) -> bool:
     if not any(peft_linear.is_lora_linear(child) for child in module.children()):
         return False
     structure = structure_of(module)
-    return not isinstance(structure, Fallback) and any(map(peft_linear.is_lora_linear, projections_of(module, structure)))
+    return not isinstance(structure, Fallback) and any(
+        map(peft_linear.is_lora_linear, projections_of(module, structure))
+    )
 
 
-def small_reason(module: nn.Module, x: object) -> Optional[str]:
+def small_reason(module: nn.Module, x: object) -> str | None:
     """Why its projections had better run alone, as PEFT runs them; as the first that has an adapter says."""
     if not torch.is_grad_enabled():
         for part in module._modules.values():
@@ -122,9 +127,7 @@ def small_reason(module: nn.Module, x: object) -> Optional[str]:
     return None
 
 
-def read_mlp(
-    module: nn.Module, x: object, linear_layer: type, check_features: bool = True
-) -> Union[AdaptedMLP, Fallback]:
+def read_mlp(module: nn.Module, x: object, linear_layer: type, check_features: bool = True) -> AdaptedMLP | Fallback:
     """What a gated MLP computes for x, its LoRA linears being served by `linear_layer`; without
     `check_features` for any x of its dtype and device."""
     structure = structure_of(module)
@@ -143,7 +146,9 @@ def read_mlp(
         if reason:
             return Fallback(reason)
     if structure.dtype is not None and (x.dtype != structure.dtype or autocast_dtype(x) is not None):
-        return Fallback(f"its forward asks for dtypes, and x has {x.dtype}, the weights {structure.dtype}, or autocast is on")
+        return Fallback(
+            f"its forward asks for dtypes, and x has {x.dtype}, the weights {structure.dtype}, or autocast is on"
+        )
     parts = projections_of(module, structure)
     states = []
     for part in parts:
@@ -170,7 +175,7 @@ def read_mlp(
     return AdaptedMLP(tuple(inputs), output, structure.activation, structure.gate_half, result_dtype)
 
 
-def _dropping_reason(name: str, dropout: nn.Module) -> Optional[str]:
+def _dropping_reason(name: str, dropout: nn.Module) -> str | None:
     """Why a child that was a dropout changes what it is given, or may do so."""
     if type(dropout) is not nn.Dropout:
         return f"{name} is a {type(dropout).__name__}"
@@ -179,7 +184,7 @@ def _dropping_reason(name: str, dropout: nn.Module) -> Optional[str]:
     return replaced.bypass_reason((name,), (dropout,))
 
 
-def _read_part(part: nn.Module, linear_layer: type) -> Union[peft_linear.Adapted, Fallback]:
+def _read_part(part: nn.Module, linear_layer: type) -> peft_linear.AdaptedLinear | Fallback:
     if not peft_linear.is_lora_linear(part):
         return peft_linear.read_plain(part)
     if getattr(part.__dict__.get("forward"), "__func__", None) is not linear_layer.forward:
@@ -189,16 +194,16 @@ def _read_part(part: nn.Module, linear_layer: type) -> Union[peft_linear.Adapted
 
 
 def _fallback_for(
-    adapted: peft_linear.Adapted, x: Tensor, features: Optional[int], own_rows: bool
-) -> Optional[Fallback]:
+    adapted: peft_linear.AdaptedLinear, x: Tensor, features: int | None, own_rows: bool
+) -> Fallback | None:
     """Why a projection of an input like x, with so many `features` where given, is not computed together with others; `own_rows`: of as many rows as
     x has."""
-    if adapted.base.called:
-        return Fallback(adapted.base.called)
+    if adapted.base.own_forward:
+        return Fallback(adapted.base.own_forward)
     fallback = peft_linear.input_fallback(adapted, x, _features(adapted.projection) if features is None else features)
     if fallback is not None:
         return fallback
-    called = peft_linear.called_reason(adapted, x, None if own_rows else peft_linear.FEW_ROWS + 1)
+    called = peft_linear.own_forward_reason(adapted, x, None if own_rows else peft_linear.FEW_ROWS + 1)
     return Fallback(called) if called else None
 
 

@@ -15,8 +15,9 @@ import inspect
 import operator
 import types
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class GatedMLP:
     input: str = "x"
     optional: tuple[str, ...] = ()
     dropouts: tuple[str, ...] = ()
-    dtype: Optional[torch.dtype] = None
+    dtype: torch.dtype | None = None
 
 
 class _Refusal(Exception):
@@ -75,7 +76,7 @@ class _Refusal(Exception):
 class _Call:
     """One recorded call: of a child (its name) or of a function, on other calls and constants."""
 
-    target: Union[str, Callable]
+    target: str | Callable
     args: tuple
     kwargs: dict
 
@@ -92,11 +93,11 @@ class _Branch(NamedTuple):
     """One factor of the product: a projection of x, its half, and what is applied to it."""
 
     projection: str
-    half: Optional[int]
+    half: int | None
     chain: tuple[_Call, ...]
 
 
-def recognise(module: nn.Module) -> Union[GatedMLP, Fallback]:
+def recognise(module: nn.Module) -> GatedMLP | Fallback:
     """The gated MLP that `type(module).forward` computes, or the reason why it is none.
 
     The instance's own forward is not looked at. Branches on the module's attributes are taken as
@@ -113,7 +114,7 @@ def recognise(module: nn.Module) -> Union[GatedMLP, Fallback]:
         return Fallback(f"cannot be traced: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
 
 
-def weights_dtype(module: nn.Module) -> Optional[torch.dtype]:
+def weights_dtype(module: nn.Module) -> torch.dtype | None:
     """The one floating-point dtype that the weights of a module's children have, None where there is none."""
     dtypes = {weight.dtype for weight in _weights(module)}
     return dtypes.pop() if len(dtypes) == 1 and all(dtype.is_floating_point for dtype in dtypes) else None
@@ -254,7 +255,7 @@ class _Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             return self.record(path, args, kwargs)
 
-    def record(self, target: Union[str, Callable], args: tuple, kwargs: Optional[dict] = None) -> _Symbol:
+    def record(self, target: str | Callable, args: tuple, kwargs: dict | None = None) -> _Symbol:
         if _state() != self.state:
             raise _Refusal("switches autograd or autocast within its forward")
         call = _Call(target, tuple(map(_plain, args)), {key: _plain(value) for key, value in (kwargs or {}).items()})
@@ -309,7 +310,7 @@ def _record(module: nn.Module, forward: Callable, training: bool) -> tuple[_Call
     return x, recorder, _plain(result)
 
 
-def _stand_in(module: nn.Module, record: Callable, path: str = "", seen: Optional[dict] = None) -> nn.Module:
+def _stand_in(module: nn.Module, record: Callable, path: str = "", seen: dict | None = None) -> nn.Module:
     """A shallow copy of `module` whose descendants are copies that call `record(path, args, kwargs)`.
 
     A copy has its original's class and attributes, so that a forward that asks for them branches

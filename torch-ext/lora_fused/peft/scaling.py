@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Union
-
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +9,7 @@ from ..call_context import autocast_dtype
 from ..specs import Fallback
 
 
-def read_scaling(scaling: object, lora_b: Tensor) -> Union[float, Tensor, Fallback]:
+def read_scaling(scaling: object, lora_b: Tensor) -> float | Tensor | Fallback:
     """The scaling of an adapter with this B, or why PEFT's own forward has to use it. A tensor's value is read where that
     costs nothing; on a GPU it would have to be waited for, so it stays a tensor, which `projection.fold` multiplies B with."""
     if isinstance(scaling, (int, float)):

@@ -9,7 +9,6 @@ results may take the place of operands.
 from __future__ import annotations
 
 import math
-from typing import Optional
 
 import torch
 import triton
@@ -115,7 +114,7 @@ def gated_bwd_kernel(
 
 
 @on_values
-def gated(gate: Tensor, up: Tensor, activation: str, *, out: Optional[Tensor] = None) -> Tensor:
+def gated(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None = None) -> Tensor:
     """h = f(gate)·up for gate and up [M, I] with contiguous rows of any row stride: [M, I] in gate's
     dtype, into `out` (contiguous rows; it may be gate or up) where given."""
     m, i = gate.shape
@@ -146,9 +145,9 @@ def gated_backward(
     activation: str,
     need_h: bool = True,
     *,
-    dgate: Optional[Tensor] = None,
-    dup: Optional[Tensor] = None,
-) -> tuple[Optional[Tensor], Tensor, Tensor]:
+    dgate: Tensor | None = None,
+    dup: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """(h, dgate, dup) as `activation.gated_backward`, one pass; h is None unless needed.
 
     dh, gate and up are [M, I] with contiguous rows of any row stride; so are `dgate` and `dup`,

@@ -90,7 +90,9 @@ def assert_as_peft(lora_fused, model, layer, dropout=0.0, dtypes=(F32, BF16)):
                 layer.lora_dropout["default"] = own
             kernelize(model, mode=Mode.TRAINING, device="cpu")
             row = lora_fused.explain(model)[0]
-            assert row.fused and row.backend == "base called" and row.reason.startswith("base called"), row
+            assert row.fused and row.backend == "fused delta" and row.reason.startswith("base layer's own forward: "), (
+                row
+            )
             before = getattr(layer.base_layer, "calls", None)
             torch.set_rng_state(state)
             ours = passes(model, x, dy, autocast)
