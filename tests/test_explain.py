@@ -362,7 +362,7 @@ def test_gated_mlps_that_are_not_one_function(lora_fused, own_calls):
     assert {row.layer for row in rows if "layers.1.mlp" in row.module} == {"LoraGatedMLP"}
 
 
-def test_base_called(lora_fused, own_calls):
+def test_fused_delta(lora_fused, own_calls):
     pytest.importorskip("bitsandbytes")
     from helpers.quantized import eight_bit, replace
 

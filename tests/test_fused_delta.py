@@ -219,7 +219,7 @@ def test_fp8(lora_fused, monkeypatch, block_size):
 def test_stand_ins_in_a_process_of_their_own(kind):
     if importlib.util.find_spec(kind) is not None:
         pytest.skip(f"{kind} itself is installed")
-    code = f"import test_base_called; test_base_called.with_stand_in({kind!r})"
+    code = f"import test_fused_delta; test_fused_delta.with_stand_in({kind!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("as PEFT\n"), done.stdout + done.stderr
 
