@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from . import last_call, layers, shared_input
 from .backends import select
+from .call_context import CallContext
 from .functional import dispatch
-from .peft import embedding as peft_embedding, gated_mlp as peft_gated_mlp, linear as peft_linear, replaced
+from .peft import embedding as peft_embedding, gated_mlp as peft_gated_mlp, linear as peft_linear, linear_call, replaced
 from .specs import Fallback
 
 FUSED_DELTA = "fused delta"  # in place of a backend
@@ -158,11 +159,12 @@ class _Model:
         if isinstance(state, Fallback):
             return _unfused(row, self._when_gathered(module, state.reason))
         example = _example(state)
-        fallback = peft_linear.call_fallback(state, example, (), {})
-        reason = fallback.reason if fallback else shared_input.small_reason(module, example, self.rows)
+        call = CallContext.of(example)
+        fallback = linear_call.call_fallback(state, example, call)
+        reason = fallback.reason if fallback else shared_input.small_reason(module, example, call, self.rows)
         if reason:
             return _unfused(row, reason)
-        called = peft_linear.own_forward_reason(state, example, self.rows)
+        called = linear_call.own_forward_reason(state, example, call, self.rows)
         if called:
             reason = peft_linear.delta_reason(state.projection)
             if reason:
@@ -218,7 +220,9 @@ class _Model:
             return "no projection is adapted"
         state = peft_linear.read_linear(part)
         if not isinstance(state, Fallback):
-            state = peft_gated_mlp.read_mlp(whole, _example(state), layers.LoraLinear, check_features=False)
+            example = _example(state)
+            call = CallContext.of(example)
+            state = peft_gated_mlp.read_mlp(whole, example, call, layers.LoraLinear, check_features=False)
         return state.reason if isinstance(state, Fallback) else None
 
 

@@ -40,17 +40,20 @@ _OWN_FORWARD = (
 
 
 class Base(NamedTuple):
-    """The product of a base layer: operands without an adapter, the shape [N, K] of the weight.
+    """The product of a base layer: its weight and bias as `Operands` has them, the shape [N, K] of the weight.
 
     compute: dtype of the product where the layer has one of its own; its result is cast back to x's.
-    called: why the layer's own forward computes the product; the weight may then be None.
+    own_forward: why the layer's own forward computes the product; the weight may then be None.
+    scales: of a quantized weight, `Operands` from absmax on.
     """
 
-    operands: Operands
+    weight: Tensor | None
+    bias: Tensor | None
     shape: tuple[int, int] | None
     quantized: Quantized | None = None
     compute: torch.dtype | None = None
     own_forward: str | None = None
+    scales: tuple[Tensor | None, ...] = ()
 
 
 def tensor_of(layer: nn.Module, name: str) -> Tensor | None:
@@ -71,7 +74,7 @@ def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Base | Fallbac
     if type(base) is nn.Linear and not transposed:  # nearly all, past what others ask
         weight = tensor_of(base, "weight")
         if type(weight) in PLAIN_TENSORS:
-            return Base(Operands(weight, tensor_of(base, "bias")), (base.out_features, base.in_features))
+            return Base(weight, tensor_of(base, "bias"), (base.out_features, base.in_features))
     found = _read(base, transposed, opaque)
     if type(base) is nn.Linear or isinstance(found, Fallback) or found.own_forward:
         return found
@@ -92,7 +95,7 @@ def _read(base: nn.Module, transposed: bool, opaque: bool) -> Base | Fallback:
         if cls is not nn.Linear and _adds_bias_in_its_dtype(cls, bias):
             return _with_own_forward(f"{cls.__name__} adds its bias of {bias.dtype} to what autocast gives")
         shape = (base.nf, base.nx) if transposed else (base.out_features, base.in_features)
-        return Base(Operands(weight, bias), shape)
+        return Base(weight, bias, shape)
     if isinstance(base, _bitsandbytes("Linear4bit")) and _runs(base, "Linear4bit"):
         reason = replaced.function_reason(sys.modules["bitsandbytes"], "matmul_4bit")
         return Fallback(reason) if reason else _read_4bit(base)
@@ -115,7 +118,7 @@ def _adds_bias_in_its_dtype(cls: type, bias: Tensor | None) -> bool:
 
 
 def _with_own_forward(kind: str) -> Base:
-    return Base(Operands(None), None, own_forward=f"base layer's own forward: {kind}")
+    return Base(None, None, None, own_forward=f"base layer's own forward: {kind}")
 
 
 def _bitsandbytes(name: str) -> type | tuple:
@@ -163,7 +166,7 @@ def _read_4bit(base: nn.Module) -> Base | Fallback:
         own_forward = (
             "base layer's own forward: rows of broken blocks, which bitsandbytes reads in its own way on the CPU"
         )
-        return Base(Operands(None, bias), shape, own_forward=own_forward)
+        return Base(None, bias, shape, own_forward=own_forward)
     own_forward = None
     if not base.compute_type_is_set:
         own_forward = "base layer's own forward: its first input decides what it computes in"
@@ -172,9 +175,7 @@ def _read_4bit(base: nn.Module) -> Base | Fallback:
     elif bias is not None and compute is not None and bias.dtype != compute:
         own_forward = f"base layer's own forward: it casts its bias of {bias.dtype} to {compute} first"
     more = (None,) * 3 if nested is None else (nested.absmax, nested.code, state.offset)
-    return Base(
-        Operands(weight, bias, None, None, None, None, state.absmax, *more), shape, quantized, compute, own_forward
-    )
+    return Base(weight, bias, shape, quantized, compute, own_forward, (state.absmax, *more))
 
 
 def _broken_4bit(weight: Tensor, state, shape: tuple[int, int]) -> str | None:
@@ -223,13 +224,10 @@ def _read_8bit(base: nn.Module) -> Base | Fallback:
             and absmax.device == weight.device
         )
     bias = tensor_of(base, "bias")
-    operands = Operands(weight, bias, None, None, None, None, absmax) if known else Operands(None, bias)
-    return Base(
-        operands,
-        shape,
-        EightBit(shape) if known else None,
-        own_forward=f"base layer's own forward: {type(base).__name__}",
-    )
+    own_forward = f"base layer's own forward: {type(base).__name__}"
+    if not known:
+        return Base(None, bias, shape, own_forward=own_forward)
+    return Base(weight, bias, shape, EightBit(shape), own_forward=own_forward, scales=(absmax,))
 
 
 def device_of(operands: Operands) -> torch.device:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..call_context import autocast_dtype
+from ..call_context import CallContext
 from ..specs import Fallback, Projection
-from . import linear as peft_linear, mlp_tracer, replaced, small_batch
+from . import linear as peft_linear, linear_call, mlp_tracer, replaced, small_batch
 from .mlp_tracer import GatedMLP
 
 
@@ -118,23 +118,23 @@ def is_adapted(module: nn.Module) -> bool:
     )
 
 
-def small_reason(module: nn.Module, x: object) -> str | None:
+def small_reason(module: nn.Module, x: Tensor, call: CallContext) -> str | None:
     """Why its projections had better run alone, as PEFT runs them; as the first that has an adapter says."""
-    if not torch.is_grad_enabled():
+    if not call.grad:
         for part in module._modules.values():
             if peft_linear.is_lora_linear(part):
-                return small_batch.small_reason(part, x)
+                return small_batch.small_reason(part, x, call)
     return None
 
 
-def read_mlp(module: nn.Module, x: object, linear_layer: type, check_features: bool = True) -> AdaptedMLP | Fallback:
+def read_mlp(
+    module: nn.Module, x: Tensor, call: CallContext, linear_layer: type, check_features: bool = True
+) -> AdaptedMLP | Fallback:
     """What a gated MLP computes for x, its LoRA linears being served by `linear_layer`; without
     `check_features` for any x of its dtype and device."""
     structure = structure_of(module)
     if isinstance(structure, Fallback):
         return structure
-    if not isinstance(x, Tensor):
-        return Fallback(f"x is a {type(x).__name__}")
     if x.is_nested:
         return Fallback("x is nested")
     names = structure.activation_modules
@@ -145,7 +145,7 @@ def read_mlp(module: nn.Module, x: object, linear_layer: type, check_features: b
         reason = _dropping_reason(name, module._modules[name])
         if reason:
             return Fallback(reason)
-    if structure.dtype is not None and (x.dtype != structure.dtype or autocast_dtype(x) is not None):
+    if structure.dtype is not None and (x.dtype != structure.dtype or call.autocast is not None):
         return Fallback(
             f"its forward asks for dtypes, and x has {x.dtype}, the weights {structure.dtype}, or autocast is on"
         )
@@ -156,7 +156,8 @@ def read_mlp(module: nn.Module, x: object, linear_layer: type, check_features: b
         if not isinstance(state, Fallback):
             # The last takes the product of the first ones' outputs, in x's dtype and on its device.
             given = check_features and part is not parts[-1] and x.dim() > 0
-            state = _fallback_for(state, x, x.shape[-1] if given else None, check_features) or state
+            features = x.shape[-1] if given else _features(state.projection)
+            state = _fallback_for(state, x, call, features, check_features) or state
         if isinstance(state, Fallback):
             return Fallback(f"{_name(module, part)}: {state.reason}")
         states.append(state)
@@ -164,9 +165,9 @@ def read_mlp(module: nn.Module, x: object, linear_layer: type, check_features: b
     quantized = [state.base.quantized is not None for state in states]
     if any(quantized):
         if all(quantized):
-            dtypes = (peft_linear.result_dtype(state, x) for state in states)
+            dtypes = (linear_call.result_dtype(state, x) for state in states)
             result_dtype = functools.reduce(torch.promote_types, dtypes, x.dtype)
-        elif autocast_dtype(x) is not None:
+        elif call.autocast is not None:
             return Fallback("quantized and other projections under autocast, whose results differ in dtype")
     *inputs, output = [state.projection for state in states]
     width, down_width = _outputs(inputs[0]), _features(output)
@@ -194,16 +195,15 @@ def _read_part(part: nn.Module, linear_layer: type) -> peft_linear.AdaptedLinear
 
 
 def _fallback_for(
-    adapted: peft_linear.AdaptedLinear, x: Tensor, features: int | None, own_rows: bool
+    adapted: peft_linear.AdaptedLinear, x: Tensor, call: CallContext, features: int, own_rows: bool
 ) -> Fallback | None:
-    """Why a projection of an input like x, with so many `features` where given, is not computed together with others; `own_rows`: of as many rows as
-    x has."""
+    """Why a projection of an input like x with so many features, `own_rows`: and so many rows as x, is not fused."""
     if adapted.base.own_forward:
         return Fallback(adapted.base.own_forward)
-    fallback = peft_linear.input_fallback(adapted, x, _features(adapted.projection) if features is None else features)
+    fallback = linear_call.input_fallback(adapted, x, call, features)
     if fallback is not None:
         return fallback
-    called = peft_linear.own_forward_reason(adapted, x, None if own_rows else peft_linear.FEW_ROWS + 1)
+    called = linear_call.own_forward_reason(adapted, x, call, None if own_rows else linear_call.FEW_ROWS + 1)
     return Fallback(called) if called else None
 
 
