@@ -5,7 +5,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "lora_group.h"
+#include "names.h"
 
 #if defined(__CUDACC__)
 #define LORA_FUSED_HD __host__ __device__ __forceinline__

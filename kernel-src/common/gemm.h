@@ -6,8 +6,8 @@
 #include <optional>
 #include <vector>
 
-#include "lora_group.h"
-#include "view.h"
+#include "kernels.h"
+#include "matrix_view.h"
 
 namespace lora_fused {
 
