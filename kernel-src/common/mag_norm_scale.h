@@ -1,6 +1,6 @@
-// DoRA's gain g = magnitude / norm, [N], for the CPU and the CUDA op.
+// DoRA's scale magnitude / norm, [N], PEFT's `mag_norm_scale`, for the CPU and the CUDA op.
 //
-// A gain that differs from 1 by no more than the norm's own rounding error is 1: at initialisation,
+// A scale that differs from 1 by no more than the norm's own rounding error is 1: at initialisation,
 // where the magnitude is a norm that another order of summation gave, DoRA then changes nothing,
 // down to the last bit, as PEFT's own does.
 #pragma once
@@ -8,23 +8,19 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#if defined(__CUDACC__)
-#define LORA_FUSED_HD __host__ __device__ __forceinline__
-#else
-#define LORA_FUSED_HD inline
-#endif
+#include "host_device.h"
 
 namespace lora_fused {
 
-constexpr double kGainUnits = 4.0;  // of the rounding unit: the native norm is within 3e-7
+constexpr double kScaleUnits = 4.0;  // of the rounding unit: the native norm is within 3e-7
 
 template <typename T>
-LORA_FUSED_HD T gain_of(T magnitude, T norm, T unit) {
-  const T gain = magnitude / norm, off = gain - T(1);
-  return off <= unit && off >= -unit ? T(1) : gain;
+LORA_FUSED_HD T mag_norm_scale_of(T magnitude, T norm, T unit) {
+  const T scale = magnitude / norm, off = scale - T(1);
+  return off <= unit && off >= -unit ? T(1) : scale;
 }
 
-inline void check_gain(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm,
+inline void check_mag_norm_scale(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm,
                        bool cuda) {
   using torch::headeronly::ScalarType;
   const auto dtype = norm.scalar_type();

@@ -10,14 +10,14 @@
 
 namespace lora_fused {
 
-class View {
+class MatrixView {
  public:
   // All of a tensor of one or two dimensions.
-  View(const torch::stable::Tensor& whole)  // NOLINT: a tensor is a view of itself
-      : View(whole, whole.size(0), whole.dim() > 1 ? whole.size(1) : 1, whole.stride(0),
+  MatrixView(const torch::stable::Tensor& whole)  // NOLINT: a tensor is a view of itself
+      : MatrixView(whole, whole.size(0), whole.dim() > 1 ? whole.size(1) : 1, whole.stride(0),
              whole.dim() > 1 ? whole.stride(1) : 1) {}
   // From element `offset` of it on.
-  View(const torch::stable::Tensor& base, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+  MatrixView(const torch::stable::Tensor& base, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
        int64_t offset = 0)
       : base_(base),
         dtype_(base.scalar_type()),
@@ -36,11 +36,11 @@ class View {
   auto get_device_index() const { return base_.get_device_index(); }
   const torch::stable::Tensor& base() const { return base_; }
 
-  View transposed() const { return part(sizes_[1], sizes_[0], strides_[1], strides_[0], 0); }
-  View rows(int64_t first, int64_t count) const {
+  MatrixView transposed() const { return part(sizes_[1], sizes_[0], strides_[1], strides_[0], 0); }
+  MatrixView rows(int64_t first, int64_t count) const {
     return part(count, sizes_[1], strides_[0], strides_[1], first * strides_[0]);
   }
-  View columns(int64_t first, int64_t count) const {
+  MatrixView columns(int64_t first, int64_t count) const {
     return part(sizes_[0], count, strides_[0], strides_[1], first * strides_[1]);
   }
 
@@ -53,8 +53,8 @@ class View {
   }
 
  private:
-  View part(int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int64_t offset) const {
-    View view = *this;
+  MatrixView part(int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int64_t offset) const {
+    MatrixView view = *this;
     view.sizes_[0] = rows, view.sizes_[1] = cols;
     view.strides_[0] = row_stride, view.strides_[1] = col_stride;
     view.offset_ += offset;
@@ -67,6 +67,6 @@ class View {
   int64_t sizes_[2], strides_[2], offset_;
 };
 
-using MaybeView = std::optional<View>;
+using MaybeMatrixView = std::optional<MatrixView>;
 
 }  // namespace lora_fused

@@ -15,10 +15,10 @@ int64_t rows_in(const Tensor& x) {
 
 Tensor in_rows(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-View matrix(const Tensor& y) {
+MatrixView matrix(const Tensor& y) {
   const Tensor whole = in_rows(y);
   const int64_t cols = y.size(y.dim() - 1);
-  return View(whole, rows_in(y), cols, cols, 1);
+  return MatrixView(whole, rows_in(y), cols, cols, 1);
 }
 
 Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
@@ -36,7 +36,7 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType d
   return Tensor(handle);
 }
 
-Tensor fresh_like(const View& m) { return empty(m.base(), {m.size(0), m.size(1)}, m.scalar_type()); }
+Tensor fresh_like(const MatrixView& m) { return empty(m.base(), {m.size(0), m.size(1)}, m.scalar_type()); }
 
 Tensor empty_as(const Tensor& of, int64_t cols) {
   std::vector<int64_t> sizes;

@@ -27,13 +27,13 @@ int64_t rows_in(const Tensor& x);
 Tensor in_rows(const Tensor& t);
 
 // [..., N] as [M, N]; a copy only of what is not contiguous.
-View matrix(const Tensor& y);
+MatrixView matrix(const Tensor& y);
 
 // Straight from the allocator, past the dispatcher; on like's device.
 Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);
 
 // Contiguous, of m's shape and dtype.
-Tensor fresh_like(const View& m);
+Tensor fresh_like(const MatrixView& m);
 
 // [*of's leading dimensions, cols], and it as a matrix.
 Tensor empty_as(const Tensor& of, int64_t cols);

@@ -1,4 +1,4 @@
-// DoRA's norms and gains, see dora_norms.h, and the op that makes nothing else.
+// DoRA's norms and scales, see dora_norms.h, and the op that makes nothing else.
 #include "dora_norms.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -25,9 +25,9 @@ void row_norms(const std::vector<RowNorm>& norms) {
 #endif
   for (const RowNorm& of : norms) {
     if (of.fill) of.fill();
-    Tensor norm = of.norm, gain = *of.gain;
+    Tensor norm = of.norm, scale = *of.mag_norm_scale;
     torch::stable::copy_(norm, row_norm_cpu(of.weight, of.a, of.b, of.scaling));
-    torch::stable::copy_(gain, gain_cpu(*of.magnitude, norm));
+    torch::stable::copy_(scale, mag_norm_scale_cpu(*of.magnitude, norm));
   }
 }
 
@@ -40,30 +40,30 @@ void append_pieces(const FourBitWeight& weight, const RowNorm& whole, MaybeTenso
   const Tensor a = in_rows(whole.a), b = in_rows(whole.b);
   for (int64_t first = 0; first < n; first += rows) {
     const int64_t count = std::min(rows, n - first);
-    const Tensor chunk = View(*made, count, k, k, 1).tensor();
+    const Tensor chunk = MatrixView(*made, count, k, k, 1).tensor();
     pieces.push_back({chunk, a, slice(b, first, count), slice(whole.norm, first, count), whole.scaling,
-                      slice(*whole.magnitude, first, count), slice(*whole.gain, first, count),
+                      slice(*whole.magnitude, first, count), slice(*whole.mag_norm_scale, first, count),
                       [=] { weight.dequantize(first * k, chunk); }});
   }
 }
 
 }  // namespace
 
-Norms::Norms(const Lists& lists, const Optionals& magnitudes, Optionals& gains, std::optional<ScalarType> product) {
+Norms::Norms(const GroupArgs& args, const Optionals& magnitudes, Optionals& mag_norm_scales, std::optional<ScalarType> product) {
   if (magnitudes.empty()) return;
-  const Members members(lists, 0, lists.weights.size());
-  gains.resize(members.count());
+  const Members members(args, 0, args.weights.size());
+  mag_norm_scales.resize(members.count());
   waiting_.resize(members.count());
   std::vector<RowNorm> now;
   MaybeTensor made;
   for (size_t i = 0; i < members.count(); ++i) {
     if (!magnitudes[i]) continue;
     STD_TORCH_CHECK(members.a(i) && members.b(i), "magnitudes: given without lora_a and lora_b");
-    for (Tensors* vectors : {&norms_, &gains_})
-      vectors->push_back(empty(lists.weights[i], {members.outputs(i)}, ScalarType::Float));
-    gains[i] = gains_.back();
-    const RowNorm of{lists.weights[i],    *members.a(i), *members.b(i), norms_.back(),
-                     members.scaling(i), magnitudes[i], gains_.back()};
+    for (Tensors* vectors : {&norms_, &mag_norm_scales_})
+      vectors->push_back(empty(args.weights[i], {members.outputs(i)}, ScalarType::Float));
+    mag_norm_scales[i] = mag_norm_scales_.back();
+    const RowNorm of{args.weights[i],    *members.a(i), *members.b(i), norms_.back(),
+                     members.scaling(i), magnitudes[i], mag_norm_scales_.back()};
     const std::optional<FourBitWeight> packed = members.packed(i);
     if (!packed)
       now.push_back(of);

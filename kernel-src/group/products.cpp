@@ -28,7 +28,7 @@ void addmm(const Tensor& out, const Tensor& add, const Tensor& a, const Tensor& 
 }
 
 // m in `dtype`, a copy where it is not.
-Tensor as(ScalarType dtype, const View& m) {
+Tensor as(ScalarType dtype, const MatrixView& m) {
   if (m.scalar_type() == dtype) return m.tensor();
   const Tensor copy = empty(m.base(), {m.size(0), m.size(1)}, dtype);
   TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), m.tensor().get(), 0));
@@ -40,8 +40,8 @@ bool is_scaled(const Term& term) { return term.alpha != 1.0; }
 
 // The sum of terms as one launch of our own, what it does beside still to be filled in. A single term is the
 // library's: it needs no second pass over out.
-std::optional<Gemm> gemm_of(const View& out, const std::vector<Term>& terms, const std::vector<Term>& leading) {
-  if (!out.is_cuda() || leading.size() + terms.size() < 2 || !gemm_sm90_pays(out)) return std::nullopt;
+std::optional<Gemm> gemm_of(const MatrixView& out, const std::vector<Term>& terms, const std::vector<Term>& leading) {
+  if (!out.is_cuda() || leading.size() + terms.size() < 2 || !gemm_sm90_is_faster(out)) return std::nullopt;
   if (std::any_of(terms.begin(), terms.end(), is_scaled)) return std::nullopt;
   const bool rows_are_n = terms[0].b.stride(0) == 1;
   Gemm gemm{{}, rows_are_n, out};
@@ -52,7 +52,7 @@ std::optional<Gemm> gemm_of(const View& out, const std::vector<Term>& terms, con
 }
 
 // The same of terms of which some have an alpha in common: these lead.
-std::optional<Gemm> gemm_of(const View& out, const std::vector<Term>& terms) {
+std::optional<Gemm> gemm_of(const MatrixView& out, const std::vector<Term>& terms) {
   if (std::none_of(terms.begin(), terms.end(), is_scaled)) return gemm_of(out, terms, {});
   std::vector<Term> plain, scaled;
   for (const Term& term : terms) (is_scaled(term) ? scaled : plain).push_back(term);
@@ -63,8 +63,8 @@ std::optional<Gemm> gemm_of(const View& out, const std::vector<Term>& terms) {
   return gemm;
 }
 
-bool run_where_served(const Gemm& gemm) {
-  if (!gemm_sm90_serves(gemm)) return false;
+bool run_if_supported(const Gemm& gemm) {
+  if (!gemm_sm90_supports(gemm)) return false;
   gemm_sm90(gemm);
   return true;
 }
@@ -72,13 +72,13 @@ bool run_where_served(const Gemm& gemm) {
 
 }  // namespace
 
-bool gives_float(const View& a) {
+bool supports_float_output(const MatrixView& a) {
   return a.is_cuda() && (a.scalar_type() == ScalarType::BFloat16 || a.scalar_type() == ScalarType::Half);
 }
 
-void multiply(const View& out, const View& a, const View& b, double alpha, bool add) {
+void multiply(const MatrixView& out, const MatrixView& a, const MatrixView& b, double alpha, bool add) {
 #if defined(CUDA_KERNEL)
-  if (out.is_cuda() && blas_gemm(out, a, b, static_cast<float>(alpha), add ? 1.0f : 0.0f)) return;
+  if (out.is_cuda() && cublas_gemm(out, a, b, static_cast<float>(alpha), add ? 1.0f : 0.0f)) return;
   if (out.is_cuda() && out.scalar_type() != a.scalar_type()) {  // a fresh product, unscaled
     const Tensor to = out.tensor(), left = a.tensor(), right = b.tensor();
     TORCH_ERROR_CODE_CHECK(
@@ -90,11 +90,11 @@ void multiply(const View& out, const View& a, const View& b, double alpha, bool 
   addmm(to, to, as(out.scalar_type(), a), as(out.scalar_type(), b), add ? 1.0 : 0.0, alpha);
 }
 
-void multiply(const View& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias) {
+void multiply(const MatrixView& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias) {
 #if defined(CUDA_KERNEL)
   if (std::optional<Gemm> gemm = gemm_of(out, terms)) {
     gemm->bias = bias;
-    if (run_where_served(*gemm)) return;
+    if (run_if_supported(*gemm)) return;
   }
 #endif
   bool fresh = true;
@@ -107,34 +107,35 @@ void multiply(const View& out, const std::vector<Term>& terms, const std::option
   }
 }
 
-bool multiply_dropped(const View& out, const std::vector<Term>& dropped, const Dropped& mask, const std::vector<Term>& terms) {
+bool multiply_dropped(const MatrixView& out, const std::vector<Term>& dropped, const Dropped& mask, const std::vector<Term>& terms) {
 #if defined(CUDA_KERNEL)
   if (std::any_of(dropped.begin(), dropped.end(), is_scaled)) return false;
   if (std::optional<Gemm> gemm = gemm_of(out, terms, dropped)) {
     gemm->mask = mask;
-    return run_where_served(*gemm);
+    return run_if_supported(*gemm);
   }
 #endif
   return false;
 }
 
-bool multiply_excess(const View& out, const View& z, const std::vector<Term>& leading, const std::vector<Term>& terms,
-                     const Tensor& gain, const std::optional<Tensor>& bias) {
+bool multiply_excess(const MatrixView& out, const MatrixView& unscaled, const std::vector<Term>& leading,
+                     const std::vector<Term>& terms, const Tensor& mag_norm_scale, const std::optional<Tensor>& bias) {
 #if defined(CUDA_KERNEL)
   if (std::any_of(leading.begin(), leading.end(), is_scaled)) return false;
   if (std::optional<Gemm> gemm = gemm_of(out, terms, leading)) {
-    gemm->gain = gain, gemm->z = z, gemm->bias = bias;
-    return run_where_served(*gemm);
+    gemm->mag_norm_scale = mag_norm_scale, gemm->unscaled = unscaled, gemm->bias = bias;
+    return run_if_supported(*gemm);
   }
 #endif
   return false;
 }
 
-bool multiply_scaled(const View& out, const View& z, const std::vector<Term>& terms, const Tensor& gain) {
+bool multiply_scaled(const MatrixView& out, const MatrixView& unscaled, const std::vector<Term>& terms,
+                     const Tensor& mag_norm_scale) {
 #if defined(CUDA_KERNEL)
   if (std::optional<Gemm> gemm = gemm_of(out, terms)) {
-    gemm->gain = gain, gemm->z = z;
-    return run_where_served(*gemm);
+    gemm->mag_norm_scale = mag_norm_scale, gemm->unscaled = unscaled;
+    return run_if_supported(*gemm);
   }
 #endif
   return false;

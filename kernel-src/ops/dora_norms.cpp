@@ -1,10 +1,10 @@
-// DoRA's norms and gains of several projections, as an op of their own.
+// DoRA's norms and mag_norm_scales of several projections, as an op of their own.
 #include <tuple>
 
 #include "../../torch-ext/torch_binding.h"
 #include "../group/dora_norms.h"
 
-std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_gains(
+std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_scales(
     lora_fused::Tensors weights, lora_fused::Tensors lora_a, lora_fused::Tensors lora_b, lora_fused::Tensors magnitudes,
     std::vector<double> scalings, lora_fused::Tensors scales, std::vector<int64_t> quantized) {
   using lora_fused::Optionals;
@@ -13,9 +13,9 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_gains(
   const Optionals biases, of(magnitudes.begin(), magnitudes.end());
   const std::optional<torch::stable::Tensor> seeds;
   const std::vector<double> dropouts;
-  Optionals gains;
-  const lora_fused::Lists lists{weights, biases, a, b, gains, scalings, seeds, dropouts, scales, quantized, /*exact=*/false};
-  lists.check();
-  const lora_fused::Norms norms(lists, of, gains, /*product=*/std::nullopt);
-  return {norms.norms(), norms.gains()};
+  Optionals mag_norm_scales;
+  const lora_fused::GroupArgs args{weights, biases, a, b, mag_norm_scales, scalings, seeds, dropouts, scales, quantized, /*bf16x3=*/false};
+  args.check();
+  const lora_fused::Norms norms(args, of, mag_norm_scales, /*product=*/std::nullopt);
+  return {norms.norms(), norms.mag_norm_scales()};
 }

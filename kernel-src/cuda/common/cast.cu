@@ -16,7 +16,7 @@ namespace {
 using namespace lora_fused::cast;
 using torch::headeronly::ScalarType;
 
-int code(const lora_fused::View& t) {
+int code(const lora_fused::MatrixView& t) {
   const auto dtype = t.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
                       dtype == ScalarType::Half,
@@ -32,7 +32,7 @@ Piece piece_of(const lora_fused::Cast& cast) {
   p.cols = cast.from.size(1);
   p.stride = cast.to.stride(0);
   p.transposed = cast.transposed;
-  p.rest = cast.rest;
+  p.lo = cast.lo;
   p.from_dtype = code(cast.from);
   p.to_dtype = code(cast.to);
   const bool whole_rows = p.transposed || p.stride == p.cols || (p.cols % kElements == 0 && p.stride % kElements == 0);
@@ -40,24 +40,24 @@ Piece piece_of(const lora_fused::Cast& cast) {
   return p;
 }
 
-Sum sum_of(const lora_fused::PartSum& part) {
+Sum sum_of(const lora_fused::HiLoSum& of) {
   Sum s{};
-  s.first = static_cast<const float*>(part.first.const_data_ptr());
-  s.second = static_cast<const float*>(part.second.const_data_ptr());
-  s.out = part.out.mutable_data_ptr();
-  s.scaling = static_cast<float>(part.scaling);
-  s.rows = part.first.size(0), s.cols = part.first.size(1);
-  s.from_stride = part.first.stride(0), s.to_stride = part.out.stride(0);
-  if (part.parts) s.part_ranks = part.parts->ranks, s.parts_apart = part.parts->apart;
-  STD_TORCH_CHECK(part.out.scalar_type() == (part.parts ? ScalarType::BFloat16 : ScalarType::Float),
-                  "part_sums: expected parts in bfloat16, sums in float32");
+  s.hi = static_cast<const float*>(of.hi.const_data_ptr());
+  s.lo = static_cast<const float*>(of.lo.const_data_ptr());
+  s.out = of.out.mutable_data_ptr();
+  s.scaling = static_cast<float>(of.scaling);
+  s.rows = of.hi.size(0), s.cols = of.hi.size(1);
+  s.from_stride = of.hi.stride(0), s.to_stride = of.out.stride(0);
+  if (of.split) s.split_ranks = of.split->ranks, s.split_stride = of.split->stride;
+  STD_TORCH_CHECK(of.out.scalar_type() == (of.split ? ScalarType::BFloat16 : ScalarType::Float),
+                  "hi_lo_sums: expected split sums in bfloat16, others in float32");
   return s;
 }
 
 }  // namespace
 
-void lora_fused::part_sums_cuda(const std::vector<PartSum>& sums) {
-  const cudaStream_t stream = stream_of(sums[0].first);
+void lora_fused::hi_lo_sums_cuda(const std::vector<HiLoSum>& sums) {
+  const cudaStream_t stream = stream_of(sums[0].hi);
   for (size_t first = 0; first < sums.size(); first += kSums) {
     const size_t count = std::min<size_t>(kSums, sums.size() - first);
     Sums arguments{};
@@ -67,7 +67,7 @@ void lora_fused::part_sums_cuda(const std::vector<PartSum>& sums) {
       most = std::max(most, arguments.sum[i].rows * arguments.sum[i].cols);
     }
     const dim3 grid(static_cast<unsigned>(std::min((most + kThreads - 1) / kThreads, kPieces)), static_cast<unsigned>(count));
-    part_sum_fwd_kernel<<<grid, kThreads, 0, stream>>>(arguments);
+    hi_lo_sum_fwd_kernel<<<grid, kThreads, 0, stream>>>(arguments);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }

@@ -1,5 +1,5 @@
-// Many small conversions between float32, bfloat16 and float16 in one launch, some transposed, and sums of
-// float32 products as halves and what these leave out.
+// Many small conversions between float32, bfloat16 and float16 in one launch, some transposed, and sums
+// of the products with hi and lo, in float32 or split again (bf16x3).
 //
 // Fused: the copies of all A's and B's of a batch to the dtype and layout of the products, and of all
 // gradients back. Each tensor is cut into pieces; grid.y is the tensor, grid.x its pieces. A thread takes
@@ -29,7 +29,7 @@ struct Piece {
   int64_t rows, cols;  // of `from`
   int64_t stride;      // from row to row of `to`, where not transposed
   int from_dtype, to_dtype;
-  bool transposed, rest;
+  bool transposed, lo;
   bool vector;  // four neighbours of `from` go to four neighbours, both aligned
 };
 
@@ -55,7 +55,7 @@ __device__ __forceinline__ void store(const Piece& p, int64_t i, float value) {
 
 // What is stored of a value: itself, or what its rounding to the target's dtype leaves out.
 __device__ __forceinline__ float wanted(const Piece& p, float value) {
-  if (!p.rest || p.to_dtype == kFloat) return p.rest ? 0.0f : value;
+  if (!p.lo || p.to_dtype == kFloat) return p.lo ? 0.0f : value;
   return value - (p.to_dtype == kBFloat16 ? __bfloat162float(__float2bfloat16(value)) : __half2float(__float2half(value)));
 }
 
@@ -124,13 +124,13 @@ static __global__ void __launch_bounds__(kThreads) cast_fwd_kernel(const __grid_
   }
 }
 
-// One `PartSum`; strides from row to row.
+// One `HiLoSum`; strides from row to row.
 struct Sum {
-  const float *first, *second;
+  const float *hi, *lo;
   void* out;
   float scaling;
   int64_t rows, cols, from_stride, to_stride;
-  int64_t part_ranks, parts_apart;  // `Parts`, or zeros
+  int64_t split_ranks, split_stride;  // `SplitLayout`, or zeros
 };
 
 constexpr int kSums = 16;  // of one launch
@@ -139,15 +139,15 @@ struct Sums {
   Sum sum[kSums];
 };
 
-static __global__ void __launch_bounds__(kThreads) part_sum_fwd_kernel(const __grid_constant__ Sums sums) {
+static __global__ void __launch_bounds__(kThreads) hi_lo_sum_fwd_kernel(const __grid_constant__ Sums sums) {
   const Sum& s = sums.sum[blockIdx.y];
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads, count = s.rows * s.cols;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
     const int64_t row = i / s.cols, col = i - row * s.cols;
     const int64_t from = row * s.from_stride + col, to = row * s.to_stride;
-    const float v = s.scaling * (s.first[from] + s.second[from]);
-    if (s.parts_apart > 0)
-      store_parts(static_cast<__nv_bfloat16*>(s.out) + to, col, s.part_ranks, s.parts_apart, v);
+    const float v = s.scaling * (s.hi[from] + s.lo[from]);
+    if (s.split_stride > 0)
+      store_split(static_cast<__nv_bfloat16*>(s.out) + to, col, s.split_ranks, s.split_stride, v);
     else
       static_cast<float*>(s.out)[to + col] = v;
   }

@@ -15,7 +15,7 @@
 
 namespace {
 
-using lora_fused::View;
+using lora_fused::MatrixView;
 using torch::headeronly::ScalarType;
 
 // As in cublas_api.h, whose headers a build need not have.
@@ -42,7 +42,7 @@ struct Operand {
   int64_t stride;
   bool valid;
 
-  explicit Operand(const View& m) {
+  explicit Operand(const MatrixView& m) {
     const bool by_rows = m.stride(1) == 1 || m.size(1) == 1;
     op = by_rows ? kOpN : kOpT;
     stride = by_rows ? m.stride(0) : m.stride(1);
@@ -53,7 +53,7 @@ struct Operand {
 
 }  // namespace
 
-bool lora_fused::blas_gemm(const View& out, const View& a, const View& b, float alpha, float beta) {
+bool lora_fused::cublas_gemm(const MatrixView& out, const MatrixView& a, const MatrixView& b, float alpha, float beta) {
   static const GemmEx gemm = find_gemm();
   const auto dtype = a.scalar_type();
   const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;

@@ -20,25 +20,25 @@ using torch::stable::Tensor;
 template <int kActivation, bool kAligned, typename T>
 void launch(const Arguments<T>& a, cudaStream_t stream) {
   const auto grid = static_cast<unsigned>(std::min((a.total + kThreads - 1) / kThreads, kMaxBlocks));
-  const auto kernel = a.dh.data != nullptr ? gated_kernel<T, kActivation, true, kAligned>
-                                           : gated_kernel<T, kActivation, false, kAligned>;
+  const auto kernel = a.dh.data != nullptr ? gated_activation_kernel<T, kActivation, true, kAligned>
+                                           : gated_activation_kernel<T, kActivation, false, kAligned>;
   kernel<<<grid, kThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename T>
-void run(const lora_fused::Gated& g, cudaStream_t stream) {
+void run(const lora_fused::GatedActivation& g, cudaStream_t stream) {
   bool aligned = true;
   Arguments<T> a{matrix<T>(g.gate, aligned),  matrix<T>(g.up, aligned),
                  matrix<T>(g.h, aligned),     matrix<T>(g.dh, aligned),
                  matrix<T>(g.dgate, aligned), matrix<T>(g.dup, aligned)};
-  a.gate_gain = vector<typename Arguments<T>::Wide>(g.gate_gain.gain);
-  a.up_gain = vector<typename Arguments<T>::Wide>(g.up_gain.gain);
+  a.gate_scale = vector<typename Arguments<T>::Wide>(g.gate_scale.scale);
+  a.up_scale = vector<typename Arguments<T>::Wide>(g.up_scale.scale);
   const auto on_boundary = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   a.cols = g.h.size(1);
-  aligned = aligned && on_boundary(a.gate_gain) && on_boundary(a.up_gain) && a.cols % kColumns == 0;
-  a.gate_bias = vector<T>(g.gate_gain.bias);
-  a.up_bias = vector<T>(g.up_gain.bias);
+  aligned = aligned && on_boundary(a.gate_scale) && on_boundary(a.up_scale) && a.cols % kColumns == 0;
+  a.gate_bias = vector<T>(g.gate_scale.bias);
+  a.up_bias = vector<T>(g.up_scale.bias);
   a.blocks = (a.cols + kColumns - 1) / kColumns;
   a.total = g.h.size(0) * a.blocks;
   a.activation = g.activation;
@@ -56,7 +56,7 @@ void run(const lora_fused::Gated& g, cudaStream_t stream) {
 
 }  // namespace
 
-void lora_fused::gated_cuda(const Gated& g) {
+void lora_fused::gated_activation_cuda(const GatedActivation& g) {
   const cudaStream_t stream = stream_of(g.h);
   switch (g.h.scalar_type()) {
     case ScalarType::Float: return run<float>(g, stream);

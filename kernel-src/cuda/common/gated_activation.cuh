@@ -20,25 +20,25 @@ template <typename T>
 struct Arguments {
   using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
   Matrix<T> gate, up, h, dh, dgate, dup;
-  const Wide *gate_gain, *up_gain;
+  const Wide *gate_scale, *up_scale;
   const T *gate_bias, *up_bias;
   int64_t cols, blocks, total, activation;
 };
 
-// Eight columns before the gain become those after it.
+// Eight unscaled columns become scaled ones.
 template <bool kAligned, typename T, typename Wide>
-__device__ __forceinline__ void gain_all(Wide (&x)[kColumns], const Wide* gain, const T* bias, int64_t col, int64_t cols) {
+__device__ __forceinline__ void scale_all(Wide (&x)[kColumns], const Wide* scale, const T* bias, int64_t col, int64_t cols) {
   Columns<Wide> by;
-  load(by, Matrix<Wide>{const_cast<Wide*>(gain), 0}, 0, col, cols - col, kAligned);
+  load(by, Matrix<Wide>{const_cast<Wide*>(scale), 0}, 0, col, cols - col, kAligned);
 #pragma unroll
   for (int j = 0; j < kColumns; ++j)
-    x[j] = rounded<T>(gained<T>(x[j], by.value[j], bias, min(col + j, cols - 1)));
+    x[j] = rounded<T>(scale_around_bias<T>(x[j], by.value[j], bias, min(col + j, cols - 1)));
 }
 
 constexpr int kAny = -1;  // the activation is read from the arguments
 
 template <typename T, int kActivation, bool kBackward, bool kAligned>
-__global__ void __launch_bounds__(kThreads) gated_kernel(const __grid_constant__ Arguments<T> a) {
+__global__ void __launch_bounds__(kThreads) gated_activation_kernel(const __grid_constant__ Arguments<T> a) {
   using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < a.total; i += step) {
@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kThreads) gated_kernel(const __grid_constant__
     Wide g[kColumns], u[kColumns];
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) g[j] = widen(gate.value[j]), u[j] = widen(up.value[j]);
-    if (a.gate_gain != nullptr) gain_all<kAligned>(g, a.gate_gain, a.gate_bias, col, a.cols);
-    if (a.up_gain != nullptr) gain_all<kAligned>(u, a.up_gain, a.up_bias, col, a.cols);
+    if (a.gate_scale != nullptr) scale_all<kAligned>(g, a.gate_scale, a.gate_bias, col, a.cols);
+    if (a.up_scale != nullptr) scale_all<kAligned>(u, a.up_scale, a.up_bias, col, a.cols);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {  // without a branch, so that no element waits for another
       Wide value, slope;

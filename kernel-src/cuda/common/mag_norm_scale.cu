@@ -18,10 +18,10 @@ using namespace lora_fused::mag_norm_scale;
 template <typename T>
 void run(const torch::stable::Tensor& out, const torch::stable::Tensor& magnitude,
          const torch::stable::Tensor& norm, cudaStream_t stream) {
-  const T unit = T(lora_fused::kGainUnits) * std::numeric_limits<T>::epsilon();
+  const T unit = T(lora_fused::kScaleUnits) * std::numeric_limits<T>::epsilon();
   const int64_t count = norm.numel();
   const unsigned grid = static_cast<unsigned>((count + kThreads - 1) / kThreads);
-  gain_fwd_kernel<T><<<grid, kThreads, 0, stream>>>(
+  mag_norm_scale_fwd_kernel<T><<<grid, kThreads, 0, stream>>>(
       static_cast<T*>(out.mutable_data_ptr()), static_cast<const T*>(magnitude.const_data_ptr()),
       static_cast<const T*>(norm.const_data_ptr()), count, unit);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -29,9 +29,9 @@ void run(const torch::stable::Tensor& out, const torch::stable::Tensor& magnitud
 
 }  // namespace
 
-torch::stable::Tensor gain_cuda(const torch::stable::Tensor& magnitude,
+torch::stable::Tensor mag_norm_scale_cuda(const torch::stable::Tensor& magnitude,
                                 const torch::stable::Tensor& norm) {
-  lora_fused::check_gain(magnitude, norm, /*cuda=*/true);
+  lora_fused::check_mag_norm_scale(magnitude, norm, /*cuda=*/true);
   const torch::stable::accelerator::DeviceGuard guard(norm.get_device_index());
   const torch::stable::Tensor out = torch::stable::empty_like(norm);
   if (norm.numel() == 0) return out;

@@ -24,20 +24,20 @@ V* data(const MaybeTensor& t) {
 }
 
 template <typename T>
-void run(const Scale& s) {
+void run(const ScaleOutput& s) {
   bool aligned = true;
-  ScaleArguments<T> a{matrix<T>(s.u, aligned), matrix<T>(s.y, aligned)};
-  a.gain = vector<Wide<T>>(s.gain.gain);
-  a.bias = vector<T>(s.gain.bias);
+  ScaleArguments<T> a{matrix<T>(s.unscaled, aligned), matrix<T>(s.y, aligned)};
+  a.scale = vector<Wide<T>>(s.scale.scale);
+  a.bias = vector<T>(s.scale.bias);
   const auto on_boundary = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  aligned = aligned && on_boundary(a.gain) && on_boundary(a.bias) && s.y.size(1) % kColumns == 0;
+  aligned = aligned && on_boundary(a.scale) && on_boundary(a.bias) && s.y.size(1) % kColumns == 0;
   a.cols = s.y.size(1);
   a.blocks = (a.cols + kColumns - 1) / kColumns;
   a.total = s.y.size(0) * a.blocks;
   a.form = s.form;
   if (a.total == 0) return;
   const int64_t grid = std::min((a.total + kThreads - 1) / kThreads, kMaxBlocks);
-  const auto kernel = aligned ? scale_fwd_kernel<T, true> : scale_fwd_kernel<T, false>;
+  const auto kernel = aligned ? scale_output_fwd_kernel<T, true> : scale_output_fwd_kernel<T, false>;
   kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream_of(s.y)>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -45,24 +45,24 @@ void run(const Scale& s) {
 int64_t blocks_of(int64_t cols) { return (cols + kBlockColumns - 1) / kBlockColumns; }
 
 template <typename T>
-void launch(const TokenSums* first, size_t count) {
+void launch(const ScaleOutputBackward* first, size_t count) {
   bool aligned = true, summed = false;
   int64_t blocks = 0, most = 0;
   SumArguments<T> a{};
   a.rows = first->dy.size(0);
   for (size_t i = 0; i < count; ++i) {
-    const TokenSums& s = first[i];
+    const ScaleOutputBackward& s = first[i];
     Pass<T>& pass = a.pass[i];
-    pass = {matrix<T>(s.dy, aligned), matrix<T>(s.u, aligned), matrix<T>(s.scaled, aligned)};
-    pass.gain = vector<Wide<T>>(s.gain.gain);
+    pass = {matrix<T>(s.dy, aligned), matrix<T>(s.unscaled, aligned), matrix<T>(s.dunscaled, aligned)};
+    pass.scale = vector<Wide<T>>(s.scale.scale);
     pass.norm = vector<Wide<T>>(s.norm);
-    pass.bias = vector<T>(s.gain.bias);
-    pass.dots = data<Wide<T>>(s.dots);
-    pass.sums = data<Wide<T>>(s.sums);
+    pass.bias = vector<T>(s.scale.bias);
+    pass.dmagnitude = data<Wide<T>>(s.dmagnitude);
+    pass.dbias = data<Wide<T>>(s.dbias);
     pass.cols = s.dy.size(1);
     pass.column = a.columns;
     aligned = aligned && pass.cols % kColumns == 0;
-    summed = summed || s.dots || s.sums;
+    summed = summed || s.dmagnitude || s.dbias;
     blocks += blocks_of(pass.cols);
     a.columns += pass.cols;
     most = std::max(most, pass.cols);
@@ -78,17 +78,17 @@ void launch(const TokenSums* first, size_t count) {
   a.sum_shares = a.dot_shares + a.shares * a.columns;
   const cudaStream_t stream = stream_of(first->dy);
   const dim3 grid(static_cast<unsigned>(blocks_of(most)), static_cast<unsigned>(a.shares), static_cast<unsigned>(count));
-  const auto kernel = aligned ? token_sums_fwd_kernel<T, true> : token_sums_fwd_kernel<T, false>;
+  const auto kernel = aligned ? scale_output_bwd_kernel<T, true> : scale_output_bwd_kernel<T, false>;
   kernel<<<grid, kThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (!summed) return;
   const dim3 reducers(static_cast<unsigned>((most + kReduceColumns - 1) / kReduceColumns), static_cast<unsigned>(count));
-  token_sums_reduce_kernel<T><<<reducers, kThreads, 0, stream>>>(a);
+  scale_output_bwd_reduce_kernel<T><<<reducers, kThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename T>
-void run(const std::vector<TokenSums>& all) {
+void run(const std::vector<ScaleOutputBackward>& all) {
   for (size_t first = 0; first < all.size(); first += kPasses)
     launch<T>(all.data() + first, std::min<size_t>(kPasses, all.size() - first));
 }
@@ -105,5 +105,5 @@ void run_as(const Work& work, ScalarType dtype) {
 
 }  // namespace
 
-void lora_fused::scale_cuda(const Scale& s) { run_as(s, s.y.scalar_type()); }
-void lora_fused::token_sums_cuda(const std::vector<TokenSums>& all) { run_as(all, all[0].dy.scalar_type()); }
+void lora_fused::scale_output_cuda(const ScaleOutput& s) { run_as(s, s.y.scalar_type()); }
+void lora_fused::scale_output_backward_cuda(const std::vector<ScaleOutputBackward>& all) { run_as(all, all[0].dy.scalar_type()); }

@@ -82,10 +82,10 @@ __device__ __forceinline__ void store(const Matrix<T>& m, const Columns<T>& from
     if (j < count) to[j] = from.value[j];
 }
 
-// g∘(u - b) + b at one column, in the order that leaves u where g is 1.
+// scale∘(u - b) + b at one column, in the order that leaves u where the scale is 1.
 template <typename T, typename Wide>
-__device__ __forceinline__ Wide gained(Wide u, Wide gain, const T* bias, int64_t col) {
-  return bias == nullptr ? u * gain : u + (u - widen(bias[col])) * (gain - 1);
+__device__ __forceinline__ Wide scale_around_bias(Wide u, Wide scale, const T* bias, int64_t col) {
+  return bias == nullptr ? u * scale : u + (u - widen(bias[col])) * (scale - 1);
 }
 
 // As if it had been stored.
@@ -101,7 +101,7 @@ const T* vector(const std::optional<torch::stable::Tensor>& t) {
 
 // `aligned` becomes false where the matrix allows no whole access.
 template <typename T>
-Matrix<T> matrix(const std::optional<View>& t, bool& aligned) {
+Matrix<T> matrix(const std::optional<MatrixView>& t, bool& aligned) {
   if (!t) return {nullptr, 0};
   T* data = static_cast<T*>(t->mutable_data_ptr());
   aligned = aligned && reinterpret_cast<uintptr_t>(data) % alignof(Columns<T>) == 0 &&

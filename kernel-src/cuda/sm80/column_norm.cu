@@ -2,7 +2,7 @@
 //
 // W [V,H] in bf16 or fp16, H a multiple of 8; A [R,V], B [H,R] of one dtype, fp32 or W's, R up to 64; all
 // contiguous. The vocabulary is dealt out to as many blocks as the GPU holds; a last kernel adds each
-// column's partial sums in a fixed order, so results are deterministic on a given GPU. column_norm_kernel.h
+// column's partial sums in a fixed order, so results are deterministic on a given GPU. column_norm.cuh
 // has the kernel and what it rounds; an A of float32 beside a float16 W must lie in that type's range.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
@@ -24,12 +24,12 @@ using namespace lora_fused::column_norm;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Rows up to which a float32 A enters in two parts: beyond, its rounding to bfloat16 changes a norm
+// Rows up to which a float32 A enters as hi and lo: beyond, its rounding to bfloat16 changes a norm
 // by 1e-5 (RMS; 4e-4 at 9 rows). One block a multiprocessor, for the registers that takes.
 constexpr int64_t kSplitRows = 8192;
 
 template <typename W, typename P, int kSteps, int kBlocks, bool kSplitA>
-void run(Args p, const Tensor& norm, const lora_fused::Gained& gained) {
+void run(Args p, const Tensor& norm, const lora_fused::MagNormScaleOut& scale_out) {
   using S = Shape<W, P, kSteps, kSplitA>;
   const auto kernel = column_norm_fwd_kernel<W, P, S, kBlocks>;
   const int device = norm.get_device_index();
@@ -48,21 +48,21 @@ void run(Args p, const Tensor& norm, const lora_fused::Gained& gained) {
   lora_fused::norm_finish_kernel<P, S::A::kRanks>
       <<<(p.h + lora_fused::kFinishThreads - 1) / lora_fused::kFinishThreads, lora_fused::kFinishThreads, 0, stream>>>(
           static_cast<float*>(norm.mutable_data_ptr()), p.partial, p.grams, static_cast<const P*>(p.b), p.scaling, p.h,
-          p.r, splits, gained);
+          p.r, splits, scale_out);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename W, typename P, int kBlocks, bool kSplitA>
-void run_rank(const Args& p, const Tensor& norm, const lora_fused::Gained& gained) {
-  (p.r <= 32 ? run<W, P, 2, kBlocks, kSplitA> : run<W, P, 4, kBlocks, kSplitA>)(p, norm, gained);
+void run_rank(const Args& p, const Tensor& norm, const lora_fused::MagNormScaleOut& scale_out) {
+  (p.r <= 32 ? run<W, P, 2, kBlocks, kSplitA> : run<W, P, 4, kBlocks, kSplitA>)(p, norm, scale_out);
 }
 
 template <typename W>
-void run_adapter(const Args& p, ScalarType dtype, const Tensor& norm, const lora_fused::Gained& gained) {
+void run_adapter(const Args& p, ScalarType dtype, const Tensor& norm, const lora_fused::MagNormScaleOut& scale_out) {
   const bool small = p.v <= kSplitRows;
   (dtype != ScalarType::Float ? run_rank<W, W, 2, false>
    : small                    ? run_rank<W, float, 1, true>
-                              : run_rank<W, float, 2, false>)(p, norm, gained);
+                              : run_rank<W, float, 2, false>)(p, norm, scale_out);
 }
 
 }  // namespace
@@ -100,13 +100,13 @@ lora_fused::Tensors column_norm_cuda(const Tensor& weight, const Tensor& lora_a,
   p.a_vector = reinterpret_cast<uintptr_t>(p.a) % 16 == 0 &&
                p.v * (dtype == ScalarType::Float ? 4 : 2) % 16 == 0;
   lora_fused::Tensors out{lora_fused::empty(weight, {p.h}, ScalarType::Float)};
-  lora_fused::Gained gained{};
+  lora_fused::MagNormScaleOut scale_out{};
   if (magnitude) {
     out.push_back(lora_fused::empty(weight, {p.h}, ScalarType::Float));
-    gained = {lora_fused::embedding::array_of(*magnitude, "magnitude"), static_cast<float*>(out[1].mutable_data_ptr()),
-              static_cast<float>(lora_fused::kGainUnits) * std::numeric_limits<float>::epsilon()};
+    scale_out = {lora_fused::embedding::array_of(*magnitude, "magnitude"), static_cast<float*>(out[1].mutable_data_ptr()),
+              static_cast<float>(lora_fused::kScaleUnits) * std::numeric_limits<float>::epsilon()};
   }
   if (p.h > 0)
-    (table == ScalarType::BFloat16 ? run_adapter<__nv_bfloat16> : run_adapter<__half>)(p, dtype, out[0], gained);
+    (table == ScalarType::BFloat16 ? run_adapter<__nv_bfloat16> : run_adapter<__half>)(p, dtype, out[0], scale_out);
   return out;
 }

@@ -1,7 +1,7 @@
-// The tensor-core kernel of column_norm: one pass over W, its sums as gram.h has them.
+// The tensor-core kernel of column_norm: one pass over W, its sums as norm_expansion.cuh has them.
 //
 // A block owns kCols columns, a warp an eighth of them, and walks through every gridDim.y-th tile of
-// kRows rows. W and A reach shared memory by cp.async in a ring of kStages tiles. A float32 A enters in two parts
+// kRows rows. W and A reach shared memory by cp.async in a ring of kStages tiles. A float32 A enters as hi and lo
 // where kSplitA, for small vocabularies; over a large one its rounding averages out.
 #pragma once
 
@@ -60,18 +60,18 @@ struct Sums {
   float squares[S::kTiles] = {}, cross[S::kTiles][kSteps][4] = {}, gram[S::Share::kGrams][2][4] = {};
 };
 
-// Adds 16 rows of a tile. `parts` and `low_parts` hold A's fragments at those rows.
+// Adds 16 rows of a tile. `fragments` and `lo_fragments` hold A's fragments at those rows.
 template <typename W, typename S>
 __device__ __forceinline__ void add_slab(Sums<S>& sums, uint32_t w_tile, int slab,
-                                         const uint4 (*parts)[32], const uint4 (*low_parts)[32]) {
+                                         const uint4 (*fragments)[32], const uint4 (*lo_fragments)[32]) {
   using Share = typename S::Share;
   constexpr int kSteps = Sums<S>::kSteps;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint32_t a[kSteps][4], a_low[S::kSplitA ? kSteps : 1][4];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    *reinterpret_cast<uint4*>(a[step]) = parts[step][lane];
-    if constexpr (S::kSplitA) *reinterpret_cast<uint4*>(a_low[step]) = low_parts[step][lane];
+    *reinterpret_cast<uint4*>(a[step]) = fragments[step][lane];
+    if constexpr (S::kSplitA) *reinterpret_cast<uint4*>(a_low[step]) = lo_fragments[step][lane];
   }
 #pragma unroll
   for (int two = 0; two < S::kTiles; two += 2) {
@@ -92,7 +92,7 @@ __device__ __forceinline__ void add_slab(Sums<S>& sums, uint32_t w_tile, int sla
   if (blockIdx.x > 0 || slab % Share::kCopies != Share::copy(warp)) return;
 #pragma unroll
   for (int i = 0; i < Share::kGrams; ++i)
-    add_gram<W, S::kSplitA>(sums.gram[i], parts, low_parts, Share::row_step(warp, i), Share::col_step(warp, i));
+    add_gram<W, S::kSplitA>(sums.gram[i], fragments, lo_fragments, Share::row_step(warp, i), Share::col_step(warp, i));
 }
 
 template <typename W, typename P, typename S, int kBlocks>
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(cons
   constexpr int kSteps = Sums<S>::kSteps;
   extern __shared__ __align__(128) char smem[];
   __shared__ float squares_of[S::kCols], cross_of[S::kCols];
-  __shared__ uint4 parts[A::kParts][32], low_parts[A::kLowParts][32];
+  __shared__ uint4 fragments[A::kFragments][32], lo_fragments[A::kLoFragments][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, col0 = blockIdx.x * S::kCols;
   const int stride = gridDim.y;
   int next = blockIdx.y;
@@ -121,12 +121,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(cons
     load(slot == 0 ? S::kStages - 1 : slot - 1);
     const char* stage = smem + slot * S::kStageBytes;
     slot = slot + 1 == S::kStages ? 0 : slot + 1;
-    A::template make_parts<kWarps>(parts, low_parts, reinterpret_cast<const P*>(stage + S::kWBytes));
+    A::template make_fragments<kWarps>(fragments, lo_fragments, reinterpret_cast<const P*>(stage + S::kWBytes));
     __syncthreads();
 #pragma unroll 2  // all of them take more registers than there are
     for (int slab = 0; slab < A::kSlabs; ++slab)
-      add_slab<W, S>(sums, shared_address(stage), slab, parts + slab * kSteps,
-                     low_parts + (S::kSplitA ? slab * kSteps : 0));
+      add_slab<W, S>(sums, shared_address(stage), slab, fragments + slab * kSteps,
+                     lo_fragments + (S::kSplitA ? slab * kSteps : 0));
   }
   asm volatile("cp.async.wait_group 0;\n" ::: "memory");
   __syncthreads();

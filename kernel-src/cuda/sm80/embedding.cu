@@ -1,8 +1,8 @@
-// An adapted embedding on CUDA, one op a direction: embedding_kernels.h says what they compute.
+// An adapted embedding on CUDA, one op a direction: embedding_common.cuh says what they compute.
 //
-// Fused: the gather of W and A, the rank-r product, scale and gain forward; all of dA, dB and dm
+// Fused: the gather of W and A, the rank-r product, scale and mag_norm_scale forward; all of dA, dB and dm
 // backward, with nothing between the launches but this file. Operands are contiguous, H a multiple
-// of 8 and rows 16-byte aligned; W in bfloat16 or float16, A and B in float32 too, gain and norm in
+// of 8 and rows 16-byte aligned; W in bfloat16 or float16, A and B in float32 too, mag_norm_scale and norm in
 // float32. An id out of range stops the kernel with a device-side assertion, as torch's own does.
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
@@ -109,8 +109,8 @@ void run_forward_adapter(const Tensor& y, float* rows, const Args& p, cudaStream
                             : run_forward<T, __half>)(y, rows, p, stream);
 }
 
-// Parts that a sum is cut into, so that few blocks fill the GPU too.
-int parts_of(int64_t blocks, int64_t pieces, int64_t at_most) {
+// Splits that a sum is cut into, so that few blocks fill the GPU too.
+int splits_of(int64_t blocks, int64_t pieces, int64_t at_most) {
   return static_cast<int>(
       std::clamp<int64_t>(320 / std::max<int64_t>(blocks, 1), 1, std::min(pieces, at_most)));
 }
@@ -120,7 +120,7 @@ struct Wanted {
   int dm_dtype;
 };
 
-// Parts of H and of the tokens so that few tokens or columns fill the GPU too.
+// Splits of H and of the tokens so that few tokens or columns fill the GPU too.
 template <typename T>
 void run_backward(const Wanted& wanted, const Tensor& dy, const float* kept, int64_t padding,
                   const Args& p, cudaStream_t stream) {
@@ -133,27 +133,27 @@ void run_backward(const Wanted& wanted, const Tensor& dy, const float* kept, int
   if (wanted.da != nullptr) {
     const int64_t pieces = ceil_div(p.h, kWarpCols);
     rows.blocks = static_cast<int>(ceil_div(p.m, kRowsTokens));
-    const int parts = parts_of(rows.blocks, pieces, 8);
-    rows.cols = static_cast<int>(ceil_div(pieces, parts)) * kWarpCols;
-    rows.parts = static_cast<int>(ceil_div(p.h, rows.cols));
-    drows = empty(dy, {rows.parts, p.m, int64_t{p.r}}, ScalarType::Float);
+    const int splits = splits_of(rows.blocks, pieces, 8);
+    rows.cols = static_cast<int>(ceil_div(pieces, splits)) * kWarpCols;
+    rows.splits = static_cast<int>(ceil_div(p.h, rows.cols));
+    drows = empty(dy, {rows.splits, p.m, int64_t{p.r}}, ScalarType::Float);
     rows.drows = static_cast<float*>(drows.mutable_data_ptr());
-    rows_blocks = rows.blocks * rows.parts * ranks;
+    rows_blocks = rows.blocks * rows.splits * ranks;
     bytes = p.r * p.v * (p.a.dtype == kFloat ? 4 : 2);
     zero_blocks = static_cast<int>(std::clamp<int64_t>(bytes / (16 * kBackwardThreads), 1, 256));
   }
   if (wanted.db != nullptr || wanted.dm != nullptr) {
     const int64_t pieces = std::max<int64_t>(ceil_div(p.m, kColumnsTokens), 1);
     columns.blocks = static_cast<int>(ceil_div(p.h, kColumns));
-    const int parts = parts_of(columns.blocks * ranks, pieces, 16);
-    columns.tokens = static_cast<int>(ceil_div(pieces, parts)) * kColumnsTokens;
-    columns.parts = static_cast<int>(ceil_div(pieces * kColumnsTokens, columns.tokens));
-    partial = empty(dy, {columns.parts, int64_t{p.h} * (p.r + 1)}, ScalarType::Float);
+    const int splits = splits_of(columns.blocks * ranks, pieces, 16);
+    columns.tokens = static_cast<int>(ceil_div(pieces, splits)) * kColumnsTokens;
+    columns.splits = static_cast<int>(ceil_div(pieces * kColumnsTokens, columns.tokens));
+    partial = empty(dy, {columns.splits, int64_t{p.h} * (p.r + 1)}, ScalarType::Float);
     columns.sums = static_cast<float*>(partial.mutable_data_ptr());
     columns.bases =
-        wanted.dm != nullptr ? columns.sums + int64_t{columns.parts} * p.h * p.r : nullptr;
+        wanted.dm != nullptr ? columns.sums + int64_t{columns.splits} * p.h * p.r : nullptr;
     columns.rows = kept;
-    columns_blocks = columns.blocks * columns.parts * ranks;
+    columns_blocks = columns.blocks * columns.splits * ranks;
   }
   products_bwd_kernel<T>
       <<<rows_blocks + columns_blocks + zero_blocks, kBackwardThreads, 0, stream>>>(
@@ -173,10 +173,10 @@ void run_backward(const Wanted& wanted, const Tensor& dy, const float* kept, int
 
 std::tuple<Tensor, Tensor> embedding_forward_cuda(const Tensor& ids, const Tensor& weight,
                                                   const Tensor& lora_a, const Tensor& lora_b,
-                                                  Optional gain, Optional scale, double scaling,
+                                                  Optional mag_norm_scale, Optional scale, double scaling,
                                                   double number, bool keep) {
   Args p = arguments(ids, weight, lora_a, lora_b, scale, scaling, number);
-  p.gain = floats(gain, "gain", weight);
+  p.mag_norm_scale = floats(mag_norm_scale, "gain", weight);
   const int dtype = dtype_of(weight, "weight");
   const lora_fused::OnDevice device(weight);
   std::vector<int64_t> sizes;
@@ -193,12 +193,12 @@ std::tuple<Tensor, Tensor> embedding_forward_cuda(const Tensor& ids, const Tenso
 
 lora_fused::Tensors embedding_backward_cuda(const Tensor& dy_any, const Tensor& ids, Optional rows,
                                             const Tensor& weight, const Tensor& lora_a,
-                                            const Tensor& lora_b, Optional magnitude, Optional gain,
+                                            const Tensor& lora_b, Optional magnitude, Optional mag_norm_scale,
                                             Optional norm, Optional scale, double scaling,
                                             double number, int64_t padding, bool need_a,
                                             bool need_b, bool need_m) {
   Args p = arguments(ids, weight, lora_a, lora_b, scale, scaling, number);
-  p.gain = floats(gain, "gain", weight);
+  p.mag_norm_scale = floats(mag_norm_scale, "gain", weight);
   p.norm = floats(norm, "norm", weight);
   const int dtype = dtype_of(weight, "weight");
   const Tensor dy = lora_fused::in_rows(dy_any);

@@ -1,5 +1,5 @@
-// The backward of an adapted embedding in two launches, see embedding_kernels.h: products, then dA's
-// scatter and the sums of parts.
+// The backward of an adapted embedding in two launches, see embedding_common.cuh: products, then dA's
+// scatter and the sums of splits.
 #pragma once
 
 #include "embedding_common.cuh"
@@ -8,33 +8,33 @@ namespace lora_fused {
 namespace embedding {
 
 // Backward, first launch: blocks that run along the columns (drows), blocks that run along the tokens
-// (dB and dm in parts), blocks that zero dA. Second launch: dA scattered, parts added.
+// (dB and dm in splits), blocks that zero dA. Second launch: dA scattered, splits added.
 constexpr int kBackwardThreads = 256;
 
 struct RowsArgs {
-  float* drows;  // [parts, m, r]
-  int blocks, parts, cols;  // of tokens; of H, `cols` columns each
+  float* drows;  // [splits, m, r]
+  int blocks, splits, cols;  // of tokens; of H, `cols` columns each
 };
 
 struct ColumnsArgs {
-  float *sums, *bases;  // [parts, h, r], [parts, h] or null
+  float *sums, *bases;  // [splits, h, r], [splits, h] or null
   const float* rows;    // [m, r]
-  int blocks, parts, tokens;  // of columns; of the tokens, `tokens` each
+  int blocks, splits, tokens;  // of columns; of the tokens, `tokens` each
 };
 
 constexpr int kRowsTokens = kBackwardThreads / 32 * 16;
 constexpr int kSlots = kWarpCols / 16 * kRankTiles * 32 / kBackwardThreads;  // fragments a thread stages
 
-// Partial drows: 128 tokens, one part of H, 32 ranks. 64 columns at a time: g∘B in shared memory as
+// Partial drows: 128 tokens, one split of H, 32 ranks. 64 columns at a time: g∘B in shared memory as
 // fragments, dy straight from global memory.
 template <typename T>
 __device__ __forceinline__ void rows_grad(char* smem, int block, const RowsArgs& q,
                                           const T* __restrict__ dy, const Args& p) {
-  auto* const up = reinterpret_cast<uint4(*)[kRankTiles][32]>(smem);  // [kWarpCols / 16]
+  auto* const b_fragments = reinterpret_cast<uint4(*)[kRankTiles][32]>(smem);  // [kWarpCols / 16]
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int part = block / q.blocks % q.parts, rank0 = block / q.blocks / q.parts * kRanks;
+  const int split_index = block / q.blocks % q.splits, rank0 = block / q.blocks / q.splits * kRanks;
   const int64_t token = int64_t{block % q.blocks} * kRowsTokens + threadIdx.x / 32 * 16 + g;
-  const int first = part * q.cols, end = min(first + q.cols, p.h);
+  const int first = split_index * q.cols, end = min(first + q.cols, p.h);
   float staged[kSlots][4];
   uint4 ahead[2][2];
   const auto fetch = [&](int col0) {
@@ -53,7 +53,7 @@ __device__ __forceinline__ void rows_grad(char* smem, int block, const RowsArgs&
       for (int k = 0; k < 4; ++k) {
         const int col = col0 + t * 16 + step * 4 + k;
         float x = col < end && rank < p.r ? load(p.b, int64_t{col} * p.r + rank) : 0.0f;
-        if (p.gain != nullptr && col < end) x *= p.gain[col];
+        if (p.mag_norm_scale != nullptr && col < end) x *= p.mag_norm_scale[col];
         staged[slot][k] = x;
       }
     }
@@ -64,7 +64,7 @@ __device__ __forceinline__ void rows_grad(char* smem, int block, const RowsArgs&
     __syncthreads();
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot)
-      (&up[0][0][0])[threadIdx.x + slot * kBackwardThreads] = parts_of(staged[slot]);
+      (&b_fragments[0][0][0])[threadIdx.x + slot * kBackwardThreads] = split_four(staged[slot]);
     uint32_t a[2][8];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -79,7 +79,7 @@ __device__ __forceinline__ void rows_grad(char* smem, int block, const RowsArgs&
                                    a[1][2 * step + 1]};
 #pragma unroll
       for (int tile = 0; tile < kRankTiles; ++tile)
-        multiply_parts<T>(c[tile], of_step, up[step][tile][lane]);
+        multiply_bf16x3<T>(c[tile], of_step, b_fragments[step][tile][lane]);
     }
   }
   const float on_delta = own_scale(p, p.b.dtype) * p.scaling;
@@ -90,7 +90,7 @@ __device__ __forceinline__ void rows_grad(char* smem, int block, const RowsArgs&
       const int rank = rank0 + tile * 8 + t * 2 + k % 2;
       const int64_t at = token + k / 2 * 8;
       if (at < p.m && rank < p.r)
-        q.drows[(part * p.m + at) * p.r + rank] = c[tile][k] * on_delta;
+        q.drows[(split_index * p.m + at) * p.r + rank] = c[tile][k] * on_delta;
     }
 }
 
@@ -98,22 +98,22 @@ constexpr int kColumns = 64, kColumnsTokens = 64;
 constexpr int kTileBytes = 2 * kColumnsTokens * kColumns * 2;
 constexpr int kBackwardBytes = kTileBytes + 2 * kColumnsTokens / 16 * kRankTiles * 32 * 16;
 
-// Partial dyᵀ rows and, where `bases` is not null, Σ dy∘W[i]: 64 columns, one part of the tokens, 32
+// Partial dyᵀ rows and, where `bases` is not null, Σ dy∘W[i]: 64 columns, one split of the tokens, 32
 // ranks. 64 tokens at a time: dy by cp.async, rows as fragments, both in two buffers.
 template <typename T>
 __device__ __forceinline__ void columns_grad(char* smem, int block, const ColumnsArgs& q,
                                              const T* __restrict__ dy, const Args& p) {
   constexpr int kChunks = kColumns / 8, kEach = kColumnsTokens * kChunks / kBackwardThreads;
   constexpr int kRowStep = kBackwardThreads / kChunks, kSteps64 = kColumnsTokens / 16;
-  using Parts = uint4[kSteps64][kRankTiles][32];
+  using Fragments = uint4[kSteps64][kRankTiles][32];
   auto* const tiles = reinterpret_cast<uint4(*)[kColumnsTokens * kChunks]>(smem);  // [2]
-  auto* const parts = reinterpret_cast<Parts*>(smem + kTileBytes);                 // [2]
+  auto* const fragments = reinterpret_cast<Fragments*>(smem + kTileBytes);                 // [2]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int tile_row = warp % 4, in_half = warp / 4;  // 16 columns and 32 tokens of 64
-  const int part = block / q.blocks % q.parts, rank0 = block / q.blocks / q.parts * kRanks;
+  const int split_index = block / q.blocks % q.splits, rank0 = block / q.blocks / q.splits * kRanks;
   const int col0 = block % q.blocks * kColumns;
   const int chunk = threadIdx.x % kChunks, col = col0 + chunk * 8;
-  const int64_t first = int64_t{part} * q.tokens;
+  const int64_t first = int64_t{split_index} * q.tokens;
   const int64_t end = first + q.tokens < p.m ? first + q.tokens : p.m;
   const bool with_base = q.bases != nullptr && rank0 == 0;
   float staged[kSlots][4], base[8] = {};
@@ -143,7 +143,7 @@ __device__ __forceinline__ void columns_grad(char* smem, int block, const Column
   const auto stage = [&](int buffer) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot)
-      (&parts[buffer][0][0][0])[threadIdx.x + slot * kBackwardThreads] = parts_of(staged[slot]);
+      (&fragments[buffer][0][0][0])[threadIdx.x + slot * kBackwardThreads] = split_four(staged[slot]);
   };
   float c[kRankTiles][4] = {};
   int buffer = 0;
@@ -166,7 +166,7 @@ __device__ __forceinline__ void columns_grad(char* smem, int block, const Column
       load_matrices<true>(a, shared_address(&tiles[buffer][row * kChunks + (at ^ (row & 7))]));
 #pragma unroll
       for (int tile = 0; tile < kRankTiles; ++tile)
-        multiply_parts<T>(c[tile], a, parts[buffer][step][tile][lane]);
+        multiply_bf16x3<T>(c[tile], a, fragments[buffer][step][tile][lane]);
     }
     if (with_base) {
 #pragma unroll
@@ -185,7 +185,7 @@ __device__ __forceinline__ void columns_grad(char* smem, int block, const Column
     if (more) stage(buffer ^ 1);
   }
   // The two halves of the tokens meet in shared memory, so do the rows of each chunk.
-  float* halves = reinterpret_cast<float*>(parts);
+  float* halves = reinterpret_cast<float*>(fragments);
   float* columns = reinterpret_cast<float*>(tiles);
   __syncthreads();
 #pragma unroll
@@ -202,14 +202,14 @@ __device__ __forceinline__ void columns_grad(char* smem, int block, const Column
       const int at = col0 + tile_row * 16 + k % 4 / 2 * 8 + g;
       const int rank = rank0 + k / 4 * 8 + t * 2 + k % 2;
       if (at < p.h && rank < p.r)
-        q.sums[(int64_t{part} * p.h + at) * p.r + rank] =
+        q.sums[(int64_t{split_index} * p.h + at) * p.r + rank] =
             c[k / 4][k % 4] + halves[(k * 4 + tile_row) * 32 + lane];
     }
   }
   if (with_base && threadIdx.x < kColumns && col0 + threadIdx.x < p.h) {
     float total = 0.0f;
     for (int i = 0; i < kRowStep; ++i) total += columns[i * kColumns + threadIdx.x];
-    q.bases[int64_t{part} * p.h + col0 + threadIdx.x] = total;
+    q.bases[int64_t{split_index} * p.h + col0 + threadIdx.x] = total;
   }
 }
 
@@ -236,26 +236,26 @@ struct FinishArgs {
   int dm_dtype, base_dtype;
 };
 
-// dB and dm from the parts of `columns_grad`: a warp a column.
+// dB and dm from the splits of `columns_grad`: a warp a column.
 __device__ __forceinline__ void finish_columns(int col, const FinishArgs& f, const ColumnsArgs& q,
                                                const Args& p) {
   const int lane = threadIdx.x % 32;
   if (col >= p.h) return;
   const float on_delta = own_scale(p, p.b.dtype) * p.scaling;
-  const float gain = p.gain != nullptr ? p.gain[col] : 1.0f;
+  const float mag_norm_scale = p.mag_norm_scale != nullptr ? p.mag_norm_scale[col] : 1.0f;
   float through_rows = 0.0f;
   for (int rank = lane; rank < p.r; rank += 32) {
     const int64_t at = int64_t{col} * p.r + rank;
     float total = 0.0f;
-    for (int part = 0; part < q.parts; ++part) total += q.sums[int64_t{part} * p.h * p.r + at];
-    if (f.db != nullptr) store(f.db, p.b.dtype, at, total * on_delta * gain);
+    for (int split_index = 0; split_index < q.splits; ++split_index) total += q.sums[int64_t{split_index} * p.h * p.r + at];
+    if (f.db != nullptr) store(f.db, p.b.dtype, at, total * on_delta * mag_norm_scale);
     if (f.dm != nullptr) through_rows = fmaf(total, load(p.b, at), through_rows);
   }
   if (f.dm == nullptr) return;
   for (int offset = 16; offset > 0; offset /= 2)
     through_rows += __shfl_xor_sync(0xffffffffu, through_rows, offset);
   float base = 0.0f;
-  for (int part = 0; part < q.parts; ++part) base += q.bases[int64_t{part} * p.h + col];
+  for (int split_index = 0; split_index < q.splits; ++split_index) base += q.bases[int64_t{split_index} * p.h + col];
   if (lane == 0)
     store(f.dm, f.dm_dtype, col,
           (own_scale(p, f.base_dtype) * base + on_delta * through_rows) / p.norm[col]);
@@ -299,8 +299,8 @@ __device__ __forceinline__ void scatter_rows(int64_t token, void* __restrict__ d
             same &= same - 1;
             values[j] = 0.0f;
             if (bit < 0 || rank >= p.r) continue;
-            for (int part = 0; part < q.parts; ++part)
-              values[j] += q.drows[(part * p.m + start + i * 32 + bit) * p.r + rank];
+            for (int split_index = 0; split_index < q.splits; ++split_index)
+              values[j] += q.drows[(split_index * p.m + start + i * 32 + bit) * p.r + rank];
           }
 #pragma unroll
           for (int j = 0; j < kAtOnce; ++j) total += values[j];

@@ -1,11 +1,11 @@
-// What the kernels of an adapted embedding share; embedding_{forward,backward}.h hold them.
+// What the kernels of an adapted embedding share; embedding_{forward,backward}.cuh hold them.
 //
-//   y[m] = g∘(e·W[i] + s·e·rows[m] Bᵀ)        rows[m] = A[:, i], i = ids[m]
-//   drows = s·e·(g∘dy) B    dB = s·e·(g∘dy)ᵀ rows    dm = Σ dy∘(e·W[i] + s·e·rows Bᵀ) / norm
+//   y[m] = c∘(e·W[i] + s·e·rows[m] Bᵀ)        rows[m] = A[:, i], i = ids[m]
+//   drows = s·e·(c∘dy) B    dB = s·e·(c∘dy)ᵀ rows    dm = Σ dy∘(e·W[i] + s·e·rows Bᵀ) / norm
 //   dA[:, v] = Σ drows over the tokens of v
 //
 // Bound by W[i], y and dy. Products run on tensor cores with float32 sums; what is not exact in the
-// half type of a product enters as two bfloat16 parts (16 bits, three products), so a float32 adapter
+// half type of a product enters as hi and lo of bfloat16 (16 bits, three products), so a float32 adapter
 // keeps its precision. Every sum has one owner and a fixed order: deterministic. A lane owns 16
 // neighbouring columns, in whose order fragments are loaded, so rows of W, y and dy move 16 bytes at
 // a time: H is a multiple of 8.
@@ -43,7 +43,7 @@ struct Args {
   bool wide;
   const void* w;  // [v, h]
   Array a, b;     // [r, v], [h, r]
-  const float *gain, *norm;  // [h], or null for LoRA
+  const float *mag_norm_scale, *norm;  // [h], or null for LoRA
   Array scale;    // one element, or null and `number`
   float scaling, number;
   int64_t m, v;
@@ -96,28 +96,28 @@ __device__ __forceinline__ uint4 load_row(const void* data, int64_t at, bool val
                : uint4{0, 0, 0, 0};
 }
 
-// c += a b with a in the half type T, b in two bfloat16 parts {b0, b1 high, b0, b1 low}.
+// c += a b with a in the half type T, b as hi and lo of bfloat16 {b0, b1 hi, b0, b1 lo}.
 template <typename T>
-__device__ __forceinline__ void multiply_parts(float (&c)[4], const uint32_t (&a)[4],
+__device__ __forceinline__ void multiply_bf16x3(float (&c)[4], const uint32_t (&a)[4],
                                                const uint4& b) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     multiply<__nv_bfloat16>(c, a, b.z, b.w);
     multiply<__nv_bfloat16>(c, a, b.x, b.y);
   } else {
-    uint32_t a_high[4], a_low[4];
+    uint32_t a_hi[4], a_lo[4];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const float2 value = pair(a[q], __half());
-      split(value.x, value.y, a_high[q], a_low[q]);
+      split(value.x, value.y, a_hi[q], a_lo[q]);
     }
-    multiply<__nv_bfloat16>(c, a_low, b.x, b.y);
-    multiply<__nv_bfloat16>(c, a_high, b.z, b.w);
-    multiply<__nv_bfloat16>(c, a_high, b.x, b.y);
+    multiply<__nv_bfloat16>(c, a_lo, b.x, b.y);
+    multiply<__nv_bfloat16>(c, a_hi, b.z, b.w);
+    multiply<__nv_bfloat16>(c, a_hi, b.x, b.y);
   }
 }
 
-// {b0, b1 high, b0, b1 low} of four values.
-__device__ __forceinline__ uint4 parts_of(const float (&x)[4]) {
+// {b0, b1 hi, b0, b1 lo} of four values.
+__device__ __forceinline__ uint4 split_four(const float (&x)[4]) {
   uint4 b;
   split(x[0], x[1], b.x, b.z);
   split(x[2], x[3], b.y, b.w);

@@ -1,4 +1,4 @@
-// gather_add: the forward of an adapted embedding in one launch, see embedding_kernels.h.
+// gather_add: the forward of an adapted embedding in one launch, see embedding_common.cuh.
 #pragma once
 
 #include "embedding_common.cuh"
@@ -17,7 +17,7 @@ struct ForwardBlock {
   static_assert(kForwardWarpCols == 32 && kForwardTokens % kWarps == 0 && kMost * kForwardTokens <= kThreads);
   struct Shared {
     uint4 w[kAhead][2][kThreads];  // of two tokens and 8 columns, each thread's own
-    float down[kMost * kForwardTokens][kRanks + 4];
+    float a[kMost * kForwardTokens][kRanks + 4];
     int ids[kMost * kForwardTokens];
   };
 };
@@ -30,7 +30,7 @@ template <typename T, typename P, typename Block>
 __global__ void __launch_bounds__(Block::kThreads)
     gather_add_fwd_kernel(T* __restrict__ y, float* __restrict__ rows, int steps, const Args p) {
   constexpr bool kSplit = std::is_same_v<P, float>;
-  constexpr int kTiles = kForwardWarpCols / 8, kParts = kSplit ? 2 : 1, kWarps = Block::kWarps;
+  constexpr int kTiles = kForwardWarpCols / 8, kSplits = kSplit ? 2 : 1, kWarps = Block::kWarps;
   constexpr int kGathered = Block::kMost == 1 ? kForwardTokens / kWarps : 8;  // of a warp at once
   using H = std::conditional_t<kSplit, __nv_bfloat16, P>;
   extern __shared__ __align__(16) char memory[];
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(Block::kThreads)
   const int tokens = steps * kForwardTokens, count = static_cast<int>(min(int64_t{tokens}, p.m - first));
 
   const int64_t id = threadIdx.x < count ? load_id(p, first + threadIdx.x) : 0;
-  uint32_t b[kTiles][kSteps][2][kParts];
+  uint32_t b[kTiles][kSteps][2][kSplits];
   const auto load_b = [&](int rank0) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(Block::kThreads)
       for (int i = 0; i < kGathered; ++i) {
         const int token = row0 + i * kWarps;
         if (token >= tokens) continue;
-        shared.down[pass * tokens + token][lane] = a[i];
+        shared.a[pass * tokens + token][lane] = a[i];
         if (rows != nullptr && blockIdx.x == 0 && token < count && rank < p.r)
           rows[(first + token) * p.r + rank] = a[i];
       }
@@ -107,11 +107,11 @@ __global__ void __launch_bounds__(Block::kThreads)
   const auto multiply_ranks = [&](float (&c)[kTiles][4], int row0) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      uint32_t a[kParts][4];
+      uint32_t a[kSplits][4];
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const float2 x = *reinterpret_cast<const float2*>(
-            &shared.down[row0 + g + q % 2 * 8][step * 16 + q / 2 * 8 + t * 2]);
+            &shared.a[row0 + g + q % 2 * 8][step * 16 + q / 2 * 8 + t * 2]);
         if constexpr (kSplit)
           split(x.x, x.y, a[0][q], a[1][q]);
         else
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Block::kThreads)
       }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const uint32_t(&of)[2][kParts] = b[tile][step];
+        const uint32_t(&of)[2][kSplits] = b[tile][step];
         if constexpr (kSplit) {
           multiply<H>(c[tile], a[1], of[0][0], of[1][0]);
           multiply<H>(c[tile], a[0], of[0][1], of[1][1]);
@@ -148,9 +148,9 @@ __global__ void __launch_bounds__(Block::kThreads)
     asm volatile("" ::: "memory");  // read before it is written again
     fetch(step + Block::kAhead);
     if (col >= p.h) continue;
-    float gain[8];
+    float mag_norm_scale[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) gain[i] = p.gain != nullptr ? p.gain[col + i] : 1.0f;
+    for (int i = 0; i < 8; ++i) mag_norm_scale[i] = p.mag_norm_scale != nullptr ? p.mag_norm_scale[col + i] : 1.0f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int token = start + g + 8 * i;
@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(Block::kThreads)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float2 from = pair(words[j], T());
-        out[j] = pack_as<T>((from.x * on_base + c[j][2 * i] * on_delta) * gain[2 * j],
-                            (from.y * on_base + c[j][2 * i + 1] * on_delta) * gain[2 * j + 1]);
+        out[j] = pack_as<T>((from.x * on_base + c[j][2 * i] * on_delta) * mag_norm_scale[2 * j],
+                            (from.y * on_base + c[j][2 * i + 1] * on_delta) * mag_norm_scale[2 * j + 1]);
       }
       *reinterpret_cast<uint4*>(y + (first + token) * p.h + col) =
           uint4{out[0], out[1], out[2], out[3]};

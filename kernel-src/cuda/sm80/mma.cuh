@@ -72,11 +72,11 @@ __device__ __forceinline__ uint32_t pack(H x, H y) {
          static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&y)) << 16;
 }
 
-// x and y as two bfloat16 pairs, high and low: 16 bits of each.
-__device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& low) {
-  high = pack(x, y);
-  const float2 rounded = pair(high, __nv_bfloat16());
-  low = pack(x - rounded.x, y - rounded.y);
+// x and y as two bfloat16 pairs, hi and lo: 16 bits of each.
+__device__ __forceinline__ void split(float x, float y, uint32_t& hi, uint32_t& lo) {
+  hi = pack(x, y);
+  const float2 rounded = pair(hi, __nv_bfloat16());
+  lo = pack(x - rounded.x, y - rounded.y);
 }
 
 }  // namespace lora_fused

@@ -2,8 +2,8 @@
 //
 // w is a column of W [V, H], b its row of B. A block sums A w over its share of the vocabulary on tensor cores and
 // applies B once, at its end, in float32; one block of each share sums A Aᵀ; a last kernel puts them together. So
-// one product of A and W serves for a B of any dtype. A float32 A is rounded to W's type, where kSplitA in two
-// parts. The terms cancel where s·b·A nearly takes w away: an error of 1e-7 of |w|², not of the result.
+// one product of A and W serves for a B of any dtype. A float32 A is rounded to W's type, where kSplitA as hi
+// and lo. The terms cancel where s·b·A nearly takes w away: an error of 1e-7 of |w|², not of the result.
 #pragma once
 
 #include "../../common/mag_norm_scale.h"
@@ -13,13 +13,13 @@
 namespace lora_fused {
 
 // A tile of A in shared memory, [kRanks, kWidth] with lines so long that reading fragments meets no bank
-// conflict, and its fragments, made once for all warps: parts[slab * kSteps + step] is that of 16
+// conflict, and its fragments, made once for all warps: fragments[slab * kSteps + step] is that of 16
 // ranks and 16 of the width, as a left operand; {x, z} and {y, w} are right operands of 8 ranks each.
 template <typename W, typename P, int kSteps, int kTileWidth, bool kSplitA>
 struct AdapterTile {
   static constexpr int kRanks = 16 * kSteps, kWidth = kTileWidth, kSlabs = kWidth / 16, kLine = kWidth + 8;
   static constexpr int kBytes = kRanks * kLine * static_cast<int>(sizeof(P));
-  static constexpr int kParts = kSlabs * kSteps, kLowParts = kSplitA ? kParts : 1;
+  static constexpr int kFragments = kSlabs * kSteps, kLoFragments = kSplitA ? kFragments : 1;
 
   // Columns first .. of A [r, count]; `vector`: its rows are 16-byte aligned.
   template <int kThreads>
@@ -43,26 +43,26 @@ struct AdapterTile {
   }
 
   template <int kWarps>
-  static __device__ __forceinline__ void make_parts(uint4 (*parts)[32], uint4 (*low_parts)[32], const P* tile) {
+  static __device__ __forceinline__ void make_fragments(uint4 (*fragments)[32], uint4 (*lo_fragments)[32], const P* tile) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = threadIdx.x / 32; i < kParts; i += kWarps) {
-      uint32_t high[4], low[4];
+    for (int i = threadIdx.x / 32; i < kFragments; i += kWarps) {
+      uint32_t hi[4], lo[4];
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int rank = i % kSteps * 16 + q % 2 * 8 + lane / 4, at = i / kSteps * 16 + q / 2 * 8 + lane % 4 * 2;
         const P* from = tile + rank * kLine + at;
         if constexpr (std::is_same_v<W, P>) {
-          high[q] = *reinterpret_cast<const uint32_t*>(from);
+          hi[q] = *reinterpret_cast<const uint32_t*>(from);
         } else {
           const float x = static_cast<float>(from[0]), y = static_cast<float>(from[1]);
-          high[q] = pack(W(x), W(y));
-          const float2 rounded = pair(high[q], W());
-          low[q] = pack(W(x - rounded.x), W(y - rounded.y));
+          hi[q] = pack(W(x), W(y));
+          const float2 rounded = pair(hi[q], W());
+          lo[q] = pack(W(x - rounded.x), W(y - rounded.y));
         }
       }
-      parts[i][lane] = uint4{high[0], high[1], high[2], high[3]};
-      if constexpr (kSplitA) low_parts[i][lane] = uint4{low[0], low[1], low[2], low[3]};
+      fragments[i][lane] = uint4{hi[0], hi[1], hi[2], hi[3]};
+      if constexpr (kSplitA) lo_fragments[i][lane] = uint4{lo[0], lo[1], lo[2], lo[3]};
     }
   }
 };
@@ -85,16 +85,16 @@ __device__ __forceinline__ void add_gram(float (&sum)[2][4], const uint4& left, 
   multiply<W>(sum[1], a, right.y, right.w);
 }
 
-// What is left and what is right of a block of A Aᵀ, in one part or two.
+// What is left and what is right of a block of A Aᵀ, hi alone or hi and lo.
 template <typename W, bool kSplitA>
-__device__ __forceinline__ void add_gram(float (&sum)[2][4], const uint4 (*parts)[32], const uint4 (*low_parts)[32],
+__device__ __forceinline__ void add_gram(float (&sum)[2][4], const uint4 (*fragments)[32], const uint4 (*lo_fragments)[32],
                                          int left, int right) {
   const int lane = threadIdx.x % 32;
-  add_gram<W>(sum, parts[left][lane], parts[right][lane]);
+  add_gram<W>(sum, fragments[left][lane], fragments[right][lane]);
   if constexpr (kSplitA) {
-    add_gram<W>(sum, parts[left][lane], low_parts[right][lane]);
-    add_gram<W>(sum, low_parts[left][lane], parts[right][lane]);
-    add_gram<W>(sum, low_parts[left][lane], low_parts[right][lane]);
+    add_gram<W>(sum, fragments[left][lane], lo_fragments[right][lane]);
+    add_gram<W>(sum, lo_fragments[left][lane], fragments[right][lane]);
+    add_gram<W>(sum, lo_fragments[left][lane], lo_fragments[right][lane]);
   }
 }
 
@@ -129,20 +129,20 @@ __device__ __forceinline__ void write_gram(float* gram, float* scratch, const fl
 
 constexpr int kFinishThreads = 256;
 
-// DoRA's magnitude [n] and where its gain goes; null for the norm alone.
-struct Gained {
+// DoRA's magnitude [n] and where magnitude / norm goes; null for the norm alone.
+struct MagNormScaleOut {
   embedding::Array magnitude;
-  float* gain;
-  float unit;  // of gain_of
+  float* mag_norm_scale;
+  float unit;  // of mag_norm_scale_of
 };
 
 // norm[i] = √(Σ over splits of partial[split, i] + s² b·G b), G the sum of `grams` [splits, kRanks, kRanks], b row i
-// of B [n, r]. Everything is added in a fixed order. Rounding may leave a sum below zero; NaN stays. And gain = magnitude / norm,
-// see common/gain.h.
+// of B [n, r]. Everything is added in a fixed order. Rounding may leave a sum below zero; NaN stays. And mag_norm_scale = magnitude / norm,
+// see common/mag_norm_scale.h.
 template <typename P, int kRanks>
 __global__ void __launch_bounds__(kFinishThreads)
     norm_finish_kernel(float* __restrict__ norm, const float* __restrict__ partial, const float* __restrict__ grams,
-                       const P* __restrict__ b, float scaling, int64_t n, int r, int splits, Gained gained) {
+                       const P* __restrict__ b, float scaling, int64_t n, int r, int splits, MagNormScaleOut scale_out) {
   __shared__ float4 gram[kRanks][kRanks / 4];
   constexpr int kPieces = kRanks * kRanks / 4;
   for (int i = threadIdx.x; i < kPieces; i += kFinishThreads) {
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   for (int split = 0; split < splits; ++split) total += partial[split * n + at];
   total = fmaf(scaling * scaling, form, total);
   norm[at] = sqrtf(total < 0.0f ? 0.0f : total);
-  if (gained.gain != nullptr) gained.gain[at] = gain_of(embedding::load(gained.magnitude, at), norm[at], gained.unit);
+  if (scale_out.mag_norm_scale != nullptr) scale_out.mag_norm_scale[at] = mag_norm_scale_of(embedding::load(scale_out.magnitude, at), norm[at], scale_out.unit);
 }
 
 __device__ __forceinline__ float add_square(float sum, float2 x) { return fmaf(x.x, x.x, fmaf(x.y, x.y, sum)); }

@@ -2,10 +2,10 @@
 //
 // W [N,K], A [R,K], B [N,R], each fp32, bf16 or fp16. The product runs on tensor cores, exact
 // products with fp32 sums: A and B of one half type and aligned as they are, anything else
-// split into two fp16 parts first (22 bits; a power of two per column of A and row of B keeps
+// split into hi and lo of fp16 first (22 bits; a power of two per column of A and row of B keeps
 // them in range) and multiplied in three terms. The tiles are dealt out evenly to as many
 // blocks as the GPU holds; a last kernel adds each row's partial sums in a fixed order, so
-// results are deterministic on a given GPU. Large bfloat16 weights beside a float32 A go to row_norm_sm90.cu on Hopper.
+// results are deterministic on a given GPU. Large bfloat16 weights beside a float32 A go to sm90/row_norm.cu on Hopper.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
@@ -21,7 +21,7 @@
 #include "../../common/row_norm_check.h"
 #include "../common/device.h"
 #include "row_norm.cuh"
-#include "row_norm_parts.cuh"
+#include "row_norm_split.cuh"
 #include "../common/stream.h"
 
 namespace {
@@ -68,17 +68,17 @@ int64_t plan(RowNormArgs& p, int64_t limit) {
 // One norm and what it needs until it is launched.
 struct Work {
   Tensor w, a, b, norm;
-  MaybeTensor magnitude, gain;
+  MaybeTensor magnitude, mag_norm_scale;
   double scaling;
   std::function<void()> fill;
   RowNormArgs args{};
   Matrix a_matrix, b_matrix;
-  int64_t bytes, ranks, lda, floats;  // of shared memory; of the parts; of the scratch buffer
+  int64_t bytes, ranks, lda, floats;  // of shared memory; of the split A and B; of the scratch buffer
   bool direct;                        // A and B as they are
 };
 
 Work work_of(const RowNorm& of) {
-  Work work{in_rows(of.weight), in_rows(of.a), in_rows(of.b), of.norm, of.magnitude, of.gain, of.scaling, of.fill};
+  Work work{in_rows(of.weight), in_rows(of.a), in_rows(of.b), of.norm, of.magnitude, of.mag_norm_scale, of.scaling, of.fill};
   const Device& device = device_of(of.weight.get_device_index());
   const Matrix w = matrix(work.w), a = matrix(work.a), b = matrix(work.b);
   work.a_matrix = a, work.b_matrix = b;
@@ -103,7 +103,7 @@ Work work_of(const RowNorm& of) {
   p.col_tiles = ceil_div(k, kCols);
   p.blocks = std::min(p.row_blocks * p.col_tiles,
                       int64_t{per_sm} * device.multiprocessors);
-  // Partial sums, scales, parts; every piece a multiple of 16 bytes.
+  // Partial sums, scales, split operands; every piece a multiple of 16 bytes.
   work.ranks = int64_t{period} * kRanks, work.lda = p.col_tiles * kCols;
   work.floats = (p.blocks + p.row_blocks) * kRows;
   if (!work.direct) work.floats += p.row_blocks * kRows + work.lda + (work.lda + n) * work.ranks;
@@ -129,26 +129,26 @@ void place(Work& work, float* scratch) {
 
 Split split_of(const Work& work) {
   const RowNormArgs& p = work.args;
-  const auto parts = [](const uint16_t* of) { return reinterpret_cast<__half*>(const_cast<uint16_t*>(of)); };
-  return {parts(p.a), parts(p.b), const_cast<float*>(p.col_scale), const_cast<float*>(p.row_scale),
+  const auto halves = [](const uint16_t* of) { return reinterpret_cast<__half*>(const_cast<uint16_t*>(of)); };
+  return {halves(p.a), halves(p.b), const_cast<float*>(p.col_scale), const_cast<float*>(p.row_scale),
           work.a_matrix, work.b_matrix, work.ranks, work.lda};
 }
 
 Finish finish_of(const Work& work) {
   const auto floats = [](const MaybeTensor& t) { return t ? static_cast<float*>(t->mutable_data_ptr()) : nullptr; };
   const RowNormArgs& p = work.args;
-  constexpr float kUnit = static_cast<float>(kGainUnits) * std::numeric_limits<float>::epsilon();
-  return {floats(work.norm), floats(work.gain), floats(work.magnitude), p.partial, p.n,
+  constexpr float kUnit = static_cast<float>(kScaleUnits) * std::numeric_limits<float>::epsilon();
+  return {floats(work.norm), floats(work.mag_norm_scale), floats(work.magnitude), p.partial, p.n,
           p.row_blocks,      p.col_tiles,       p.blocks,               kUnit};
 }
 
 // One launch a norm: with several in one, their arguments read by an index, it took 8 % longer.
 void launch_norm(const Work& work, cudaStream_t stream) {
   if (work.args.blocks == 0) return;
-  static SharedMemory of_brain, of_half;
-  const bool brain = work.direct && work.a_matrix.dtype == kBFloat16;  // parts are half
-  const auto kernel = brain ? row_norm_fwd_kernel<__nv_bfloat16> : row_norm_fwd_kernel<__half>;
-  (brain ? of_brain : of_half).allow(kernel, static_cast<int>(work.bytes), work.w.get_device_index());
+  static SharedMemory of_bfloat16, of_half;
+  const bool is_bfloat16 = work.direct && work.a_matrix.dtype == kBFloat16;  // split operands are half
+  const auto kernel = is_bfloat16 ? row_norm_fwd_kernel<__nv_bfloat16> : row_norm_fwd_kernel<__half>;
+  (is_bfloat16 ? of_bfloat16 : of_half).allow(kernel, static_cast<int>(work.bytes), work.w.get_device_index());
   kernel<<<static_cast<unsigned>(work.args.blocks), kThreads, work.bytes, stream>>>(work.args);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -184,7 +184,7 @@ void launch_finish(const std::vector<Work>& works, cudaStream_t stream) {
 
 namespace {
 
-// From so many elements in all, larger than a 4096×4096, on, a launch more pays on Hopper.
+// From so many elements in all, larger than a 4096×4096, on, a launch more is worth it on Hopper.
 constexpr int64_t kOnHopper = int64_t(5) << 22;
 
 // Takes out of `norms` those that row_norms_sm90 is to make.
@@ -192,9 +192,9 @@ std::vector<RowNorm> take_for_hopper(std::vector<RowNorm>& norms) {
   std::vector<RowNorm> taken, left;
   int64_t elements = 0;
   for (const RowNorm& of : norms) {
-    const bool serves = !of.fill && row_norm_sm90_serves(of);
-    if (serves) elements += of.weight.numel();
-    (serves ? taken : left).push_back(of);
+    const bool supports = !of.fill && row_norm_sm90_supports(of);
+    if (supports) elements += of.weight.numel();
+    (supports ? taken : left).push_back(of);
   }
   if (elements < kOnHopper) return {};
   norms = left;
@@ -206,7 +206,7 @@ std::vector<RowNorm> take_for_hopper(std::vector<RowNorm>& norms) {
 void lora_fused::row_norms_cuda(const std::vector<RowNorm>& all) {
   for (const RowNorm& of : all) {
     check_row_norm(of.weight, of.a, of.b, /*cuda=*/true);
-    if (of.magnitude) check_gain(*of.magnitude, of.norm, /*cuda=*/true);
+    if (of.magnitude) check_mag_norm_scale(*of.magnitude, of.norm, /*cuda=*/true);
   }
   std::vector<RowNorm> norms = all;
   row_norms_sm90(take_for_hopper(norms));

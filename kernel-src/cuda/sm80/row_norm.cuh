@@ -34,7 +34,7 @@ struct RowNormArgs {
   bool w_vector;  // rows of W are 16-byte aligned
   int64_t n, k;
   // Operands of one half type, rows 16-byte aligned. Ranks of product i start at step
-  // i·period; steps beyond 2·period pair the second part of A with the first part of B.
+  // i·period; steps beyond 2·period pair the lo of A with the hi of B.
   const uint16_t* a;  // [a_rows, lda]
   const uint16_t* b;  // [n, ldb]
   int64_t a_rows, lda, ldb;

@@ -1,6 +1,6 @@
 // Products of activations with an adapter's rank on CUDA, those of a whole group in one launch each:
 //
-//   down    t = s·D(x) Aᵀ          outer   dA = dtᵀ D(x), dB = dy'ᵀ t          up_add   dx += Σ D(dt A)
+//   shrink   t = s·D(x) Aᵀ      adapter_grad   dA = dtᵀ D(x), dB = dy'ᵀ t      dropped_expand_add   dx += Σ D(dt A)
 //
 // with D(x) = mask ∘ x / (1 - p), the scale applied to the sum, or x. Fused: the mask is drawn in
 // registers (Philox, see common/dropout.h), D(x) is never written, gradients are written in their own
@@ -15,7 +15,6 @@
 
 #include <algorithm>
 
-#include "../../../torch-ext/torch_binding.h"
 #include "../../common/kernels.h"
 #include "../common/device.h"
 #include "skinny.cuh"
@@ -28,12 +27,12 @@ using namespace lora_fused::skinny;
 using torch::headeronly::ScalarType;
 
 template <typename T>
-const T* read(const View& t) {
+const T* read(const MatrixView& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 
 template <typename T>
-Entry<T> entry_of(const SkinnyDown& d) {
+Entry<T> entry_of(const Shrink& d) {
   Entry<T> e{};
   e.x = read<T>(d.x), e.a = read<T>(d.a), e.out = d.t.mutable_data_ptr();
   e.x_stride = d.x.stride(0), e.a_stride = d.a.stride(0), e.t_stride = d.t.stride(0);
@@ -45,7 +44,7 @@ Entry<T> entry_of(const SkinnyDown& d) {
 }
 
 template <typename T>
-Entry<T> entry_of(const SkinnyOuter& d) {
+Entry<T> entry_of(const AdapterGrad& d) {
   Entry<T> e{};
   e.x = read<T>(d.x), e.t = read<T>(d.t), e.out = d.out.mutable_data_ptr();
   e.x_stride = d.x.stride(0), e.t_stride = d.t.stride(0);
@@ -59,7 +58,7 @@ Entry<T> entry_of(const SkinnyOuter& d) {
 }
 
 template <typename T>
-Entry<T> entry_of(const DroppedUp& d) {
+Entry<T> entry_of(const DroppedExpand& d) {
   Entry<T> e{};
   e.a = read<T>(d.a), e.t = read<T>(d.dt);
   e.a_stride = d.a.stride(0), e.t_stride = d.dt.stride(0);
@@ -80,48 +79,48 @@ struct Extent {
 
 // Sixteen warps where blocks of eight would leave a GPU of 132 multiprocessors with less than two each.
 template <typename T, int kTiles>
-void launch_down(const Arguments<T>& args, dim3 grid, cudaStream_t stream) {
+void launch_shrink(const Arguments<T>& args, dim3 grid, cudaStream_t stream) {
   const bool few = static_cast<int64_t>(grid.x) * grid.y * grid.z < 2 * 132;
   if (few)
-    skinny_down_fwd_kernel<T, kTiles, 16><<<grid, 32 * 16, 0, stream>>>(args);
+    shrink_fwd_kernel<T, kTiles, 16><<<grid, 32 * 16, 0, stream>>>(args);
   else
-    skinny_down_fwd_kernel<T, kTiles, 8><<<grid, 32 * 8, 0, stream>>>(args);
+    shrink_fwd_kernel<T, kTiles, 8><<<grid, 32 * 8, 0, stream>>>(args);
 }
 
 template <typename T>
-void launch(const Arguments<T>& args, const SkinnyDown*, Extent most, const View& like) {
+void launch(const Arguments<T>& args, const Shrink*, Extent most, const MatrixView& like) {
   const cudaStream_t stream = stream_of(like);
   const int tile = most.ranks <= 16 ? 16 : most.ranks <= 32 ? 32 : 64;
   const dim3 grid(blocks(args.rows, 16), args.entries, blocks(most.ranks, tile));
   if (tile == 16)
-    launch_down<T, 2>(args, grid, stream);
+    launch_shrink<T, 2>(args, grid, stream);
   else if (tile == 32)
-    launch_down<T, 4>(args, grid, stream);
+    launch_shrink<T, 4>(args, grid, stream);
   else
-    skinny_down_fwd_kernel<T, 8, 8><<<grid, 32 * 8, 0, stream>>>(args);
+    shrink_fwd_kernel<T, 8, 8><<<grid, 32 * 8, 0, stream>>>(args);
 }
 
 template <typename T>
-void launch(const Arguments<T>& args, const SkinnyOuter*, Extent most, const View& like) {
+void launch(const Arguments<T>& args, const AdapterGrad*, Extent most, const MatrixView& like) {
   const cudaStream_t stream = stream_of(like);
-  const dim3 grid(blocks(most.cols, kOuterCols), args.entries, blocks(most.ranks, kOuterRanks));
-  skinny_outer_bwd_kernel<T><<<grid, kThreads, 0, stream>>>(args);
+  const dim3 grid(blocks(most.cols, kGradCols), args.entries, blocks(most.ranks, kGradRanks));
+  adapter_grad_bwd_kernel<T><<<grid, kThreads, 0, stream>>>(args);
 }
 
 template <typename T>
-void launch(const Arguments<T>& args, const DroppedUp*, Extent most, const View& like) {
+void launch(const Arguments<T>& args, const DroppedExpand*, Extent most, const MatrixView& like) {
   const cudaStream_t stream = stream_of(like);
   int ranks = 0;
   for (int i = 0; i < args.entries; ++i) ranks += padded_ranks(args.entry[i].ranks);
-  dim3 grid(blocks(most.cols, kUpCols), blocks(args.rows, kUpRows * kUpTiles));
-  if (grid.x * grid.y < 2 * 132) grid.y = blocks(args.rows, kUpRows);  // few tokens: a tile a block fills a GPU better
+  dim3 grid(blocks(most.cols, kExpandCols), blocks(args.rows, kExpandRows * kExpandTiles));
+  if (grid.x * grid.y < 2 * 132) grid.y = blocks(args.rows, kExpandRows);  // few tokens: a tile a block fills a GPU better
   static SharedMemory shared_memory;
-  shared_memory.allow(dropped_up_add_bwd_kernel<T>, kUpRanks * kUpPitch * sizeof(T), like.get_device_index());
-  dropped_up_add_bwd_kernel<T><<<grid, kThreads, ranks * kUpPitch * sizeof(T), stream>>>(args);
+  shared_memory.allow(dropped_expand_add_bwd_kernel<T>, kExpandRanks * kExpandPitch * sizeof(T), like.get_device_index());
+  dropped_expand_add_bwd_kernel<T><<<grid, kThreads, ranks * kExpandPitch * sizeof(T), stream>>>(args);
 }
 
 template <typename T, typename Work>
-void run(const std::vector<Work>& works, const View& like, void* dx) {
+void run(const std::vector<Work>& works, const MatrixView& like, void* dx) {
   const int64_t rows = like.size(0);
   for (size_t first = 0; rows > 0 && first < works.size(); first += kEntries) {
     Arguments<T> args{};
@@ -140,90 +139,43 @@ void run(const std::vector<Work>& works, const View& like, void* dx) {
 
 // `like` has the tokens and the dtype that all entries share.
 template <typename Work>
-void run_as(const std::vector<Work>& works, const View& like, void* dx) {
+void run_as(const std::vector<Work>& works, const MatrixView& like, void* dx) {
   if (like.scalar_type() == ScalarType::BFloat16) return run<__nv_bfloat16>(works, like, dx);
   run<__half>(works, like, dx);
 }
 
 }  // namespace
 
-bool lora_fused::skinny_serves(const View& matrix) {
+bool lora_fused::skinny_supports(const MatrixView& matrix) {
   const auto dtype = matrix.scalar_type();
   return (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) && matrix.stride(1) == 1 &&
          matrix.size(1) % kColumns == 0 && matrix.stride(0) % kColumns == 0 && matrix.size(0) > 0 &&
          reinterpret_cast<uintptr_t>(matrix.const_data_ptr()) % 16 == 0;
 }
 
-void lora_fused::skinny_down_cuda(const std::vector<SkinnyDown>& entries) {
+void lora_fused::shrink_cuda(const std::vector<Shrink>& entries) {
   run_as(entries, entries[0].x, nullptr);
 }
 
-void lora_fused::skinny_outer_cuda(const std::vector<SkinnyOuter>& entries) {
+void lora_fused::adapter_grad_cuda(const std::vector<AdapterGrad>& entries) {
   run_as(entries, entries[0].x, nullptr);
 }
 
-void lora_fused::dropped_up_add_cuda(const View& dx, const std::vector<DroppedUp>& terms) {
+void lora_fused::dropped_expand_add_cuda(const MatrixView& dx, const std::vector<DroppedExpand>& terms) {
   // What a launch has shared memory for; ranks beyond that are a term of their own.
-  std::vector<DroppedUp> together;
+  std::vector<DroppedExpand> together;
   int ranks = 0;
   const auto launch_together = [&] {
     run_as(together, dx, dx.mutable_data_ptr());
     together.clear(), ranks = 0;
   };
-  for (const DroppedUp& term : terms)
-    for (int64_t first = 0; first < term.a.size(0); first += kUpRanks) {
-      const int64_t count = std::min<int64_t>(kUpRanks, term.a.size(0) - first);
+  for (const DroppedExpand& term : terms)
+    for (int64_t first = 0; first < term.a.size(0); first += kExpandRanks) {
+      const int64_t count = std::min<int64_t>(kExpandRanks, term.a.size(0) - first);
       const int padded = padded_ranks(static_cast<int>(count));
-      if (ranks + padded > kUpRanks) launch_together();
+      if (ranks + padded > kExpandRanks) launch_together();
       together.push_back({term.dt.columns(first, count), term.a.rows(first, count), term.mask});
       ranks += padded;
     }
   launch_together();
-}
-
-void skinny_cuda(Tensors x, Tensors other, Tensors out, double scaling, bool across, bool hopper, MaybeTensor seed,
-                 double p, int64_t exact) {
-  STD_TORCH_CHECK(!x.empty() && x.size() == other.size() && x.size() == out.size(), "skinny: ", x.size(), " x, ",
-                  other.size(), " other, ", out.size(), " out");
-  const torch::stable::accelerator::DeviceGuard guard(x[0].get_device_index());
-  STD_TORCH_CHECK(!seed || (seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cuda() && p >= 0.0 &&
-                            p <= 1.0),
-                  "skinny: expected a seed in int64 with one element, and p from 0 to 1");
-  STD_TORCH_CHECK(exact >= 0 && (hopper || exact == 0), "skinny: exact for Hopper alone");
-  const int64_t twice = exact > 0 ? 2 : 1, parts = exact > 0 && !across ? 3 : 1;
-  const std::optional<Dropped> mask = seed ? std::optional<Dropped>({*seed, p}) : std::nullopt;
-  std::vector<SkinnyDown> downs;
-  std::vector<SkinnyOuter> outers;
-  for (size_t i = 0; i < x.size(); ++i) {
-    STD_TORCH_CHECK(x[i].dim() == 2 && other[i].dim() == 2 && out[i].dim() == 2, "skinny: expected matrices");
-    const int64_t rows = x[i].size(0), cols = x[i].size(1), ranks = out[i].size(1) / parts;
-    STD_TORCH_CHECK(out[i].size(0) == (across ? cols : rows) && out[i].size(1) == parts * ranks &&
-                        other[i].size(0) == (across ? rows : twice * ranks) &&
-                        other[i].size(1) == (across ? twice * ranks : cols) &&
-                        x[i].scalar_type() == x[0].scalar_type() && (hopper || rows == x[0].size(0)),
-                    "skinny: shapes or dtypes of entry ", i);
-    const View both = across ? View(other[i]).transposed() : View(other[i]);  // [R, ..] and its rest
-    const auto part = [&](int64_t which) {
-      const View rows_of = both.rows(which * ranks, ranks);
-      return across ? rows_of.transposed() : rows_of;
-    };
-    const MaybeView rest = exact > 0 ? MaybeView(part(1)) : std::nullopt;
-    bool serves;
-    if (across) {
-      const bool turned = out[i].stride(1) == 1;
-      outers.push_back({part(0), x[i], turned ? View(out[i]) : View(out[i]).transposed(), turned, mask, rest, scaling});
-      const bool contiguous = turned ? out[i].stride(0) == ranks : out[i].stride(0) == 1 && out[i].stride(1) == cols;
-      serves = hopper ? skinny_sm90_serves(outers.back())
-                      : skinny_serves(x[i]) && skinny_serves(other[i]) && contiguous;
-    } else {
-      const auto written = exact > 0 ? std::optional<Parts>({exact, exact}) : std::nullopt;
-      downs.push_back({x[i], part(0), View(out[i]).columns(0, ranks), scaling, mask, rest, written});
-      serves = hopper ? skinny_sm90_serves(downs.back()) : skinny_serves(x[i]) && skinny_serves(other[i]);
-    }
-    STD_TORCH_CHECK(serves, "skinny: not for this device, these dtypes, shapes or strides");
-  }
-  if (across)
-    hopper ? skinny_sm90(outers) : skinny_outer_cuda(outers);
-  else
-    hopper ? skinny_sm90(downs) : skinny_down_cuda(downs);
 }

@@ -14,8 +14,8 @@ constexpr int kEntries = 16;  // of one launch
 
 template <typename T>
 struct Entry {
-  const T *x, *a, *t;  // [M, C], [R, C], [M, R]; up_add: a and t
-  void* out;           // down: t in T; outer: [R, C] or [C, R]
+  const T *x, *a, *t;  // [M, C], [R, C], [M, R]; expand: a and t
+  void* out;           // shrink: t in T; adapter_grad: [R, C] or [C, R]
   int64_t x_stride, a_stride, t_stride, cols;
   int ranks;
   bool out_is_float, transposed;
@@ -55,7 +55,7 @@ __device__ __forceinline__ const uint32_t* bits(const void* p) { return static_c
 // a lane loads eight neighbouring columns of x and of A, which only permutes the sum's order.
 template <typename T, int kTiles, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, kWarps > 8 ? 1 : kTiles > 4 ? 2 : 3)
-    skinny_down_fwd_kernel(const __grid_constant__ Arguments<T> args) {
+    shrink_fwd_kernel(const __grid_constant__ Arguments<T> args) {
   __shared__ float shared[kWarps][16][8 * kTiles];
   const Entry<T>& e = args.entry[blockIdx.y];
   const int first_rank = blockIdx.z * 8 * kTiles;
@@ -68,20 +68,20 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps > 8 ? 1 : kTiles > 4 ? 2 :
 #pragma unroll 2
   for (int64_t col = 32 * warp + 8 * q; col - 8 * q < e.cols; col += 32 * kWarps) {
     const bool inside = col < e.cols;
-    Columns<T> low = load_if(e.x, x_row + col, inside && row < args.rows);
-    Columns<T> high = load_if(e.x, x_row + 8 * e.x_stride + col, inside && row + 8 < args.rows);
+    Columns<T> top = load_if(e.x, x_row + col, inside && row < args.rows);
+    Columns<T> bottom = load_if(e.x, x_row + 8 * e.x_stride + col, inside && row + 8 < args.rows);
     Columns<T> a[kTiles];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const int rank = first_rank + 8 * i + g;
       a[i] = load_if(e.a, rank * e.a_stride + col, inside && rank < e.ranks);
     }
-    low = masked(low, key, e.mask, row, col);
-    high = masked(high, key, e.mask, row + 8, col);
+    top = masked(top, key, e.mask, row, col);
+    bottom = masked(bottom, key, e.mask, row + 8, col);
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
-      const uint32_t left[4] = {bits(&low)[2 * step], bits(&high)[2 * step], bits(&low)[2 * step + 1],
-                                bits(&high)[2 * step + 1]};
+      const uint32_t left[4] = {bits(&top)[2 * step], bits(&bottom)[2 * step], bits(&top)[2 * step + 1],
+                                bits(&bottom)[2 * step + 1]};
 #pragma unroll
       for (int i = 0; i < kTiles; ++i)
         multiply<T>(acc[i], left, bits(&a[i])[2 * step], bits(&a[i])[2 * step + 1]);
@@ -105,26 +105,26 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps > 8 ? 1 : kTiles > 4 ? 2 :
   }
 }
 
-constexpr int kOuterCols = 32, kOuterRanks = 32, kOuterRows = 32;  // of a block; of a warp's step
-constexpr int kOuterPitch = kOuterCols + 8;  // elements of a row in shared memory: no bank conflicts
+constexpr int kGradCols = 32, kGradRanks = 32, kGradRows = 32;  // of a block; of a warp's step
+constexpr int kGradPitch = kGradCols + 8;  // elements of a row in shared memory: no bank conflicts
 
 // 32 ranks by 32 columns of one entry. The warps take turns at 32 tokens, each with a stage of its own
 // in shared memory, from which ldmatrix transposes both operands.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 3) skinny_outer_bwd_kernel(const __grid_constant__ Arguments<T> args) {
+__global__ void __launch_bounds__(kThreads, 3) adapter_grad_bwd_kernel(const __grid_constant__ Arguments<T> args) {
   union Shared {
-    T stage[kWarps][2][kOuterRows][kOuterPitch];
-    float sums[kWarps][kOuterRanks][kOuterCols + 1];
+    T stage[kWarps][2][kGradRows][kGradPitch];
+    float sums[kWarps][kGradRanks][kGradCols + 1];
   };
   __shared__ __align__(16) Shared shared;
   const Entry<T>& e = args.entry[blockIdx.y];
-  const int first_rank = blockIdx.z * kOuterRanks;
-  const int64_t first_col = static_cast<int64_t>(blockIdx.x) * kOuterCols;
+  const int first_rank = blockIdx.z * kGradRanks;
+  const int64_t first_col = static_cast<int64_t>(blockIdx.x) * kGradCols;
   if (first_rank >= e.ranks || first_col >= e.cols) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint64_t key = e.mask.key();
-  T(*const xs)[kOuterPitch] = shared.stage[warp][0];
-  T(*const ts)[kOuterPitch] = shared.stage[warp][1];
+  T(*const xs)[kGradPitch] = shared.stage[warp][0];
+  T(*const ts)[kGradPitch] = shared.stage[warp][1];
   // A row's 32 elements are four pieces: lane / 4 is the first of four rows eight apart.
   const int piece = 8 * (lane % 4), first_row = lane / 4;
   const int64_t col = first_col + piece;
@@ -139,9 +139,9 @@ __global__ void __launch_bounds__(kThreads, 3) skinny_outer_bwd_kernel(const __g
       t[i] = load_if(e.t, row * e.t_stride + first_rank + piece, row < args.rows && rank_inside);
     }
   };
-  int64_t start = kOuterRows * warp;
+  int64_t start = kGradRows * warp;
   fetch(start);
-  for (; start < args.rows; start += kOuterRows * kWarps) {
+  for (; start < args.rows; start += kGradRows * kWarps) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = first_row + 8 * i;
@@ -149,9 +149,9 @@ __global__ void __launch_bounds__(kThreads, 3) skinny_outer_bwd_kernel(const __g
       *reinterpret_cast<Columns<T>*>(&ts[row][piece]) = t[i];
     }
     __syncwarp();
-    fetch(start + kOuterRows * kWarps);
+    fetch(start + kGradRows * kWarps);
 #pragma unroll
-    for (int step = 0; step < kOuterRows; step += 16) {
+    for (int step = 0; step < kGradRows; step += 16) {
       // Matrices of eight tokens by eight ranks or columns, in the order of the fragments' registers.
       uint32_t left[2][4], right[2][4];
       const int token = step + lane % 8;
@@ -178,10 +178,10 @@ __global__ void __launch_bounds__(kThreads, 3) skinny_outer_bwd_kernel(const __g
       for (int n = 0; n < 4; ++n) shared.sums[warp][rank + n / 2 * 8][at + n % 2] = acc[i][j][n];
     }
   __syncthreads();
-  for (int i = threadIdx.x; i < kOuterRanks * kOuterCols; i += kThreads) {
+  for (int i = threadIdx.x; i < kGradRanks * kGradCols; i += kThreads) {
     // Neighbouring threads write neighbouring elements.
-    const int rank = e.transposed ? i % kOuterRanks : i / kOuterCols;
-    const int at = e.transposed ? i / kOuterRanks : i % kOuterCols;
+    const int rank = e.transposed ? i % kGradRanks : i / kGradCols;
+    const int at = e.transposed ? i / kGradRanks : i % kGradCols;
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += shared.sums[w][rank][at];
@@ -196,27 +196,27 @@ __global__ void __launch_bounds__(kThreads, 3) skinny_outer_bwd_kernel(const __g
   }
 }
 
-constexpr int kUpRows = 64, kUpCols = 64, kUpPitch = kUpCols + 8, kUpTiles = 4;  // rows and columns; tiles of a block
-constexpr int kUpRanks = 640;  // of all entries of a launch, each rounded up to 32: rows of A in shared memory
+constexpr int kExpandRows = 64, kExpandCols = 64, kExpandPitch = kExpandCols + 8, kExpandTiles = 4;  // rows and columns; tiles of a block
+constexpr int kExpandRanks = 640;  // of all entries of a launch, each rounded up to 32: rows of A in shared memory
 
 __host__ __device__ constexpr int padded_ranks(int ranks) { return (ranks + 31) / 32 * 32; }
 
 // dx [64, 64] += all entries' terms, for every gridDim.y-th 64 rows; a warp has 16 rows by 32 columns. A's columns
 // are stored so that the four tiles of eight give a lane eight neighbouring columns, one Philox block.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 3) dropped_up_add_bwd_kernel(const __grid_constant__ Arguments<T> args) {
+__global__ void __launch_bounds__(kThreads, 3) dropped_expand_add_bwd_kernel(const __grid_constant__ Arguments<T> args) {
   extern __shared__ __align__(16) uint8_t storage[];
-  T(*const as)[kUpPitch] = reinterpret_cast<T(*)[kUpPitch]>(storage);
+  T(*const as)[kExpandPitch] = reinterpret_cast<T(*)[kExpandPitch]>(storage);
   __shared__ uint64_t keys[kEntries];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
-  const int64_t first_col = static_cast<int64_t>(blockIdx.x) * kUpCols, cols = args.entry[0].cols;
+  const int64_t first_col = static_cast<int64_t>(blockIdx.x) * kExpandCols, cols = args.entry[0].cols;
   const int warp_col = warp % 2 * 32;
   const int64_t col = first_col + warp_col + 8 * q;
   if (threadIdx.x < args.entries) keys[threadIdx.x] = args.entry[threadIdx.x].mask.key();
   for (int n = 0, above = 0; n < args.entries; above += padded_ranks(args.entry[n].ranks), ++n) {
     const Entry<T>& e = args.entry[n];
-    for (int i = threadIdx.x; i < padded_ranks(e.ranks) * (kUpCols / 8); i += kThreads) {
-      const int rank = i / (kUpCols / 8), piece = 8 * (i % (kUpCols / 8));
+    for (int i = threadIdx.x; i < padded_ranks(e.ranks) * (kExpandCols / 8); i += kThreads) {
+      const int rank = i / (kExpandCols / 8), piece = 8 * (i % (kExpandCols / 8));
       const Columns<T> a = load_if(e.a, rank * e.a_stride + first_col + piece,
                                    rank < e.ranks && first_col + piece < cols);
       // Columns 8u + 2v + {0, 1} of 32 go to place 8v + 2u.
@@ -226,12 +226,12 @@ __global__ void __launch_bounds__(kThreads, 3) dropped_up_add_bwd_kernel(const _
     }
   }
   __syncthreads();
-  for (int64_t tile = blockIdx.y; tile * kUpRows < args.rows; tile += gridDim.y) {
-    const int64_t row = tile * kUpRows + warp / 2 * 16 + g;
+  for (int64_t tile = blockIdx.y; tile * kExpandRows < args.rows; tile += gridDim.y) {
+    const int64_t row = tile * kExpandRows + warp / 2 * 16 + g;
     const bool inside[2] = {row < args.rows && col < cols, row + 8 < args.rows && col < cols};
     Columns<T> dx[2];
 #pragma unroll
-    for (int high = 0; high < 2; ++high) dx[high] = load_if(args.dx, (row + 8 * high) * cols + col, inside[high]);
+    for (int half = 0; half < 2; ++half) dx[half] = load_if(args.dx, (row + 8 * half) * cols + col, inside[half]);
     float total[2][kColumns] = {};
     for (int n = 0, above = 0; n < args.entries; ++n) {
       const Entry<T>& e = args.entry[n];
@@ -239,12 +239,12 @@ __global__ void __launch_bounds__(kThreads, 3) dropped_up_add_bwd_kernel(const _
       for (int first_rank = 0; first_rank < e.ranks; first_rank += 32, above += 32) {
         // A lane's eight neighbouring ranks are those of its two steps: rows of A are read to match.
         const int rank = first_rank + 8 * q;
-        const Columns<T> low = load_if(e.t, row * e.t_stride + rank, row < args.rows && rank < e.ranks);
-        const Columns<T> high = load_if(e.t, (row + 8) * e.t_stride + rank, row + 8 < args.rows && rank < e.ranks);
+        const Columns<T> top = load_if(e.t, row * e.t_stride + rank, row < args.rows && rank < e.ranks);
+        const Columns<T> bottom = load_if(e.t, (row + 8) * e.t_stride + rank, row + 8 < args.rows && rank < e.ranks);
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
-          const uint32_t left[4] = {bits(&low)[2 * step], bits(&high)[2 * step], bits(&low)[2 * step + 1],
-                                    bits(&high)[2 * step + 1]};
+          const uint32_t left[4] = {bits(&top)[2 * step], bits(&bottom)[2 * step], bits(&top)[2 * step + 1],
+                                    bits(&bottom)[2 * step + 1]};
           const int in_tile = lane % 8, second = lane / 8 % 2;
           const int from = above + 8 * (in_tile / 2) + in_tile % 2 + 2 * second + 4 * step;
 #pragma unroll
@@ -257,24 +257,24 @@ __global__ void __launch_bounds__(kThreads, 3) dropped_up_add_bwd_kernel(const _
         }
       }
 #pragma unroll
-      for (int high = 0; high < 2; ++high) {
-        const Words words = philox(keys[n], row + 8 * high, static_cast<uint32_t>(col / kMaskColumns));
+      for (int half = 0; half < 2; ++half) {
+        const Words words = philox(keys[n], row + 8 * half, static_cast<uint32_t>(col / kMaskColumns));
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
           const uint32_t word = words.word[j / 2];
           const bool keeps = j % 2 == 0 ? e.mask.keeps_low(word) : e.mask.keeps_high(word);
-          const float sum = fmaf(acc[j / 2][2 * high + j % 2], e.scaling, total[high][j]);
-          total[high][j] = keeps ? sum : total[high][j];
+          const float sum = fmaf(acc[j / 2][2 * half + j % 2], e.scaling, total[half][j]);
+          total[half][j] = keeps ? sum : total[half][j];
         }
       }
     }
 #pragma unroll
-    for (int high = 0; high < 2; ++high) {
-      if (!inside[high]) continue;
+    for (int half = 0; half < 2; ++half) {
+      if (!inside[half]) continue;
 #pragma unroll
       for (int j = 0; j < kColumns; ++j)
-        dx[high].value[j] = narrow<T, float>(widen(dx[high].value[j]) + total[high][j]);
-      store(args.dx + (row + 8 * high) * cols + col, dx[high]);
+        dx[half].value[j] = narrow<T, float>(widen(dx[half].value[j]) + total[half][j]);
+      store(args.dx + (row + 8 * half) * cols + col, dx[half]);
     }
   }
 }

@@ -1,4 +1,4 @@
-// The kernels of dy_products_sm90.cu: both products of dy with an adapter's rank on Hopper, from one read of dy.
+// The kernels of dt_db_sm90.cu: both products of dy with an adapter's rank on Hopper, from one read of dy.
 //
 //   dt [M, R] = scaling · dy B      dB [N, R] = dyᵀ t
 //
@@ -13,9 +13,9 @@
 #include "../common/bf16x3.cuh"
 #include "ptx.cuh"
 
-namespace lora_fused::sm90::dy_products {
+namespace lora_fused::sm90::dt_db {
 
-constexpr int kSlab = 512, kRows = 128, kCols = 128, kPart = 16;  // kPart: elements summed by a wgmma
+constexpr int kSlab = 512, kRows = 128, kCols = 128, kWgmmaK = 16;  // kWgmmaK: elements summed by a wgmma
 constexpr int kStagesOfSlab = kSlab / kCols;
 // One thread loads; its warpgroup is whole, since registers move between warpgroups.
 constexpr int kConsumerWarps = 8, kThreads = 32 * kConsumerWarps + 128;
@@ -28,7 +28,7 @@ constexpr int kMostRanks = 64, kEntries = 4, kFinishThreads = 256;
 
 struct Entry {
   CUtensorMap dy, b, t;
-  float *dt_parts, *db_parts;  // [slabs, M, width] and [shares, N, width]
+  float *dt_partials, *db_partials;  // [slabs, M, width] and [shares, N, width]
   int columns, width;          // N; ranks rounded up to what a wgmma takes
   int slabs, first_slab;
 };
@@ -97,7 +97,7 @@ __device__ __forceinline__ void store(float* to, int row, int rows, const float 
 template <typename T, int kWidth>
 __device__ __forceinline__ void consume(const Entry& e, const Arguments& args, uint32_t base, Barriers barriers,
                                         int slab, int share, int first, int last) {
-  constexpr uint64_t kAlongRow = kPart * 2 >> 4, kAlongColumn = kPart * 128 >> 4;
+  constexpr uint64_t kAlongRow = kWgmmaK * 2 >> 4, kAlongColumn = kWgmmaK * 128 >> 4;
   const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
   const auto release = [&](uint32_t barrier) {
     if (lane == 0) barrier_arrive(barrier);
@@ -119,13 +119,13 @@ __device__ __forceinline__ void consume(const Entry& e, const Arguments& args, u
       const uint64_t columns = matrix_descriptor(stage + group * 2 * kBox, kBox, 1024);
       wgmma_fence();
 #pragma unroll
-      for (int part = 0; part < kCols / kPart; ++part) {
+      for (int part = 0; part < kCols / kWgmmaK; ++part) {
         const int box = part / 4;  // of 64 columns
         wgmma<T, false, true>(dt, rows + box * (2 * kBox >> 4) + part % 4 * kAlongRow,
                               b + (2 * i + box) * (kBox >> 4) + part % 4 * kAlongColumn, i + part > 0);
       }
 #pragma unroll
-      for (int part = 0; part < kRows / kPart; ++part)
+      for (int part = 0; part < kRows / kWgmmaK; ++part)
         wgmma<T, true, true>(db[i], columns + part * kAlongColumn, t + part * kAlongColumn, 1);
       wgmma_commit();
       if (i > 0) {
@@ -139,17 +139,17 @@ __device__ __forceinline__ void consume(const Entry& e, const Arguments& args, u
     release(barriers.empty(before));
     release(barriers.t_empty(slots.at));
     keep_below(dt);
-    store<kWidth>(e.dt_parts + int64_t{slab} * args.rows * kWidth, step * kRows + 64 * group, args.rows, dt);
+    store<kWidth>(e.dt_partials + int64_t{slab} * args.rows * kWidth, step * kRows + 64 * group, args.rows, dt);
   }
 #pragma unroll
   for (int i = 0; i < kStagesOfSlab; ++i) {
     keep_below(db[i]);
-    store<kWidth>(e.db_parts + int64_t{share} * e.columns * kWidth, slab * kSlab + i * kCols + 64 * group, e.columns, db[i]);
+    store<kWidth>(e.db_partials + int64_t{share} * e.columns * kWidth, slab * kSlab + i * kCols + 64 * group, e.columns, db[i]);
   }
 }
 
 template <typename T>
-__global__ __launch_bounds__(kThreads, 1) void dy_products_kernel(const __grid_constant__ Arguments args) {
+__global__ __launch_bounds__(kThreads, 1) void dt_db_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t shared[];
   const uint32_t base = (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023) / 1024 * 1024;
@@ -187,27 +187,27 @@ __global__ __launch_bounds__(kThreads, 1) void dy_products_kernel(const __grid_c
 #endif
 }
 
-// out [rows, ranks] = scaling · the sum of parts [count, rows, width]; exact, of their columns below `ranks` and of as
+// out [rows, ranks] = scaling · the sum of partials [count, rows, width]; bf16x3, of their columns below `ranks` and of as
 // many after these.
 struct Sum {
-  const float* parts;
+  const float* partials;
   void* out;
   int64_t stride;  // of out's rows
   int count, rows, ranks, width;
-  bool exact, out_is_float;
+  bool bf16x3, out_is_float;
   float scaling;
-  int part_ranks, parts_apart;  // `Parts` of out, or zeros
+  int split_ranks, split_stride;  // `SplitLayout` of out, or zeros
 };
 
 struct Sums {
   Sum sum[2 * kEntries];
 };
 
-__device__ __forceinline__ float4 sum_of_parts(const float4* parts, int count, int64_t apart) {
+__device__ __forceinline__ float4 sum_of_partials(const float4* partials, int count, int64_t stride) {
   float4 sum{};
 #pragma unroll 8
   for (int part = 0; part < count; ++part) {
-    const float4 x = parts[part * apart];
+    const float4 x = partials[part * stride];
     sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
   }
   return sum;
@@ -222,11 +222,11 @@ __global__ __launch_bounds__(kFinishThreads) void finish_kernel(const __grid_con
   if (i >= all) return;
   const int rank = static_cast<int>(i % quads) * 4;
   if (rank >= s.ranks) return;
-  const float4* const parts = reinterpret_cast<const float4*>(s.parts) + i;
-  float4 sum = sum_of_parts(parts, s.count, all);
-  if (s.exact) {
-    const float4 rest = sum_of_parts(parts + s.ranks / 4, s.count, all);
-    sum = {sum.x + rest.x, sum.y + rest.y, sum.z + rest.z, sum.w + rest.w};
+  const float4* const partials = reinterpret_cast<const float4*>(s.partials) + i;
+  float4 sum = sum_of_partials(partials, s.count, all);
+  if (s.bf16x3) {
+    const float4 lo = sum_of_partials(partials + s.ranks / 4, s.count, all);
+    sum = {sum.x + lo.x, sum.y + lo.y, sum.z + lo.z, sum.w + lo.w};
   }
   const float values[] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
@@ -235,8 +235,8 @@ __global__ __launch_bounds__(kFinishThreads) void finish_kernel(const __grid_con
     const int64_t row = i / quads * s.stride, to = row + rank + j;
     const float value = values[j] * s.scaling;
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-      if (s.parts_apart > 0) {
-        store_parts(static_cast<T*>(s.out) + row, rank + j, s.part_ranks, s.parts_apart, value);
+      if (s.split_stride > 0) {
+        store_split(static_cast<T*>(s.out) + row, rank + j, s.split_ranks, s.split_stride, value);
         continue;
       }
     }
@@ -247,4 +247,4 @@ __global__ __launch_bounds__(kFinishThreads) void finish_kernel(const __grid_con
   }
 }
 
-}  // namespace lora_fused::sm90::dy_products
+}  // namespace lora_fused::sm90::dt_db

@@ -1,8 +1,8 @@
-// The kernel of gemm_sm90.cu: a matrix product for Hopper with the LoRA terms inside.
+// The kernel of gemm.cu: a matrix product for Hopper with the LoRA terms inside.
 //
 // Fused: every segment's product runs as further K steps of one accumulator, so a rank-R term costs
 // R/K of the base product and out is written once; a dropout mask or DoRA's excess over the sum of the leading segments,
-// in registers; bias or gain, z and y in the epilogue.
+// in registers; bias or DoRA's scale, the unscaled sum and y in the epilogue.
 //
 // A block makes tiles of 128 x kBlockN of out until none is left. One warp of it loads 64 columns of
 // a and of b a step into a ring of shared memory stages; two warpgroups multiply them, 64 rows each,
@@ -18,13 +18,13 @@
 namespace lora_fused::sm90 {
 
 constexpr int kBlockM = 128, kBlockK = 64;  // 64 elements of 2 bytes: one row of a swizzle
-constexpr int kPart = 16;                   // K of one wgmma
+constexpr int kWgmmaK = 16;                   // K of one wgmma
 constexpr int kCluster = 2;                 // blocks of neighbouring rows that share b
 constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
 constexpr int kConsumerWarps = 4 * kConsumers;
-// What becomes of the leading segments' sum: D of it, a multiple of it, or z = it and then (gain - 1)∘z.
-enum class Middle { kNone, kMask, kScale, kExcess };
-constexpr int kSlabs = 2, kSlabBytes = 16 * 128;  // a warp's staging: 16 rows x 64 columns each
+// What becomes of the leading segments' sum: D of it, a multiple of it, or unscaled = it and then (mag_norm_scale - 1)∘it.
+enum class LeadingOp { kNone, kMask, kScale, kExcess };
+constexpr int kStagingSlabs = 2, kSlabBytes = 16 * 128;  // a warp's staging: 16 rows x 64 columns each
 
 template <int kBlockN>
 struct Layout {
@@ -32,20 +32,20 @@ struct Layout {
   static constexpr int stage_bytes = a_bytes + b_bytes;
   static constexpr int stages = 192 * 1024 / stage_bytes;
   static constexpr int staging = stages * stage_bytes;
-  static constexpr int barriers = staging + kConsumerWarps * kSlabs * kSlabBytes;
+  static constexpr int barriers = staging + kConsumerWarps * kStagingSlabs * kSlabBytes;
   static constexpr int bytes = barriers + 2 * stages * 8 + 1024;  // to align the base
 };
 static_assert(Layout<256>::bytes <= 227 * 1024 && Layout<128>::bytes <= 227 * 1024);
 
 struct Arguments {
-  CUtensorMap a[kGemmSegments], b[kGemmSegments], out, z;
+  CUtensorMap a[kGemmSegments], b[kGemmSegments], out, unscaled;
   int steps_of[kGemmSegments];  // K steps of each segment
   int segments, steps;          // the sum of theirs
   int tiles_m, tiles_n;         // in clusters along M
   int n;
   bool accumulate;
   const void* bias;
-  const float* gain;  // with z
+  const float* mag_norm_scale;  // with unscaled
   Mask mask;
   float kept;         // what is kept of the leading segments' sum is multiplied by it
   int leading_steps;  // of the leading segments, fewer than all
@@ -121,7 +121,7 @@ struct Staging {
                                         int row, int col) {
     const int lane = threadIdx.x % 32;
     const uint32_t slab = slabs + turn * kSlabBytes;
-    if (lane == 0) store_wait_read<kSlabs - 1>();
+    if (lane == 0) store_wait_read<kStagingSlabs - 1>();
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -135,7 +135,7 @@ struct Staging {
       add ? tensor_add(map, slab, col, row) : tensor_store(map, slab, col, row);
       store_commit();
     }
-    turn = turn + 1 == kSlabs ? 0 : turn + 1;
+    turn = turn + 1 == kStagingSlabs ? 0 : turn + 1;
   }
 };
 
@@ -145,11 +145,11 @@ __device__ __forceinline__ int column_of(const Arguments& args, int col, int j) 
   return min(col + 8 * j + 2 * int(threadIdx.x % 4), args.n - 2);
 }
 
-// acc = (gain - less)∘acc in 64 columns; all loads before the first use.
+// acc = (mag_norm_scale - less)∘acc in 64 columns; all loads before the first use.
 __device__ __forceinline__ void scale(const Arguments& args, float* acc, int col, float less) {
   float2 g[8];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) g[j] = *reinterpret_cast<const float2*>(args.gain + column_of(args, col, j));
+  for (int j = 0; j < 8; ++j) g[j] = *reinterpret_cast<const float2*>(args.mag_norm_scale + column_of(args, col, j));
 #pragma unroll
   for (int i = 0; i < 32; ++i) acc[i] *= (i % 2 ? g[i / 4].y : g[i / 4].x) - less;
 }
@@ -198,17 +198,17 @@ __device__ __forceinline__ void drop(const Arguments& args, uint64_t key, float*
     }
 }
 
-// Lines of bias and gain that the end of a tile will read.
+// Lines of bias and mag_norm_scale that the end of a tile will read.
 template <typename T, int kBlockN>
 __device__ __forceinline__ void prefetch_vectors(const Arguments& args, int col) {
   const int line = threadIdx.x % 128, n = col + line * (128 / sizeof(float));
-  if (args.gain && line < kBlockN / 32 && n < args.n) prefetch_l1(args.gain + n);
+  if (args.mag_norm_scale && line < kBlockN / 32 && n < args.n) prefetch_l1(args.mag_norm_scale + n);
   if (args.bias && line < kBlockN / 32 && n < args.n)
     prefetch_l1(static_cast<const T*>(args.bias) + n);  // each line of it twice
 }
 
 // One warpgroup: the products and the stores of its rows of the block's tiles.
-template <typename T, int kBlockN, bool kRowsAreN, Middle kMiddle>
+template <typename T, int kBlockN, bool kRowsAreN, LeadingOp kLeading>
 __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, int rank) {
   using L = Layout<kBlockN>;
   const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
@@ -221,10 +221,10 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
   Ring<L::stages> ring;
   float acc[kBlockN / 2];
   // The tile before, rounded: its stores go out behind the first products of this one.
-  constexpr int kParts = kBlockN / 64;
+  constexpr int kSlabs = kBlockN / 64;
   uint32_t held[kBlockN / 4];
   int held_row = -1, held_col = 0;
-  Staging staging{base + L::staging + warp * kSlabs * kSlabBytes};
+  Staging staging{base + L::staging + warp * kStagingSlabs * kSlabBytes};
   const auto store_held = [&](int part) {
     staging.store(&args.out, args.accumulate, held + 16 * part, held_row, held_col + 64 * part);
   };
@@ -233,10 +233,10 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
        tile += gridDim.x / kCluster) {
     const int2 place = place_of<kBlockN>(args, tile, rank);
     prefetch_vectors<T, kBlockN>(args, place.y);
-    const auto store_z = [&](int part) {
+    const auto store_unscaled = [&](int part) {
       uint32_t pairs[16];
       pack_slab<T>(pairs, acc + 32 * part);
-      staging.store(&args.z, false, pairs, place.x + warp * 16, place.y + 64 * part);
+      staging.store(&args.unscaled, false, pairs, place.x + warp * 16, place.y + 64 * part);
     };
     int before = 0;  // the stage of the step before, whose product may still run
     for (int step = 0; step < args.steps; ++step) {
@@ -244,22 +244,22 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
       const uint32_t stage = base + ring.stage * L::stage_bytes;
       const uint64_t a = matrix_descriptor(stage + group * 64 * 128, 0, 1024);
       const uint64_t b = matrix_descriptor(stage + L::a_bytes, kBlockK * 128, 1024);
-      constexpr uint64_t kNextA = kPart * 2 >> 4;
-      constexpr uint64_t kNextB = (kRowsAreN ? kPart * 2 : kPart * 128) >> 4;
-      if constexpr (kMiddle != Middle::kNone) {
+      constexpr uint64_t kNextA = kWgmmaK * 2 >> 4;
+      constexpr uint64_t kNextB = (kRowsAreN ? kWgmmaK * 2 : kWgmmaK * 128) >> 4;
+      if constexpr (kLeading != LeadingOp::kNone) {
         if (step == args.leading_steps) {
           wgmma_wait<0>();
           keep_below(acc);
-          const uint64_t key = kMiddle == Middle::kMask ? args.mask.key() : 0;
+          const uint64_t key = kLeading == LeadingOp::kMask ? args.mask.key() : 0;
 #pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            if constexpr (kMiddle == Middle::kMask) {
+          for (int part = 0; part < kSlabs; ++part) {
+            if constexpr (kLeading == LeadingOp::kMask) {
               drop(args, key, acc + 32 * part, place.x + warp * 16 + lane / 4, place.y + 64 * part);
-            } else if constexpr (kMiddle == Middle::kScale) {
+            } else if constexpr (kLeading == LeadingOp::kScale) {
 #pragma unroll
               for (int i = 0; i < 32; ++i) acc[32 * part + i] *= args.kept;
             } else {
-              store_z(part);
+              store_unscaled(part);
               scale(args, acc + 32 * part, place.y + 64 * part, 1.0f);
             }
           }
@@ -267,12 +267,12 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
       }
       wgmma_fence();
 #pragma unroll
-      for (int part = 0; part < kBlockK / kPart; ++part)
+      for (int part = 0; part < kBlockK / kWgmmaK; ++part)
         wgmma<T, 0, !kRowsAreN>(acc, a + part * kNextA, b + part * kNextB, step + part > 0);
       wgmma_commit();
-      if (step < kParts && held_row >= 0) {
+      if (step < kSlabs && held_row >= 0) {
 #pragma unroll
-        for (int part = 0; part < kParts; ++part)
+        for (int part = 0; part < kSlabs; ++part)
           if (part == step) store_held(part);
       }
       wgmma_wait<1>();
@@ -285,11 +285,11 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
     keep_below(acc);
 
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < kSlabs; ++part) {
       if (part >= args.steps && held_row >= 0) store_held(part);
       const int col = place.y + 64 * part;
-      if (kMiddle != Middle::kExcess && args.gain) {
-        store_z(part);
+      if (kLeading != LeadingOp::kExcess && args.mag_norm_scale) {
+        store_unscaled(part);
         scale(args, acc + 32 * part, col, 0.0f);
       }
       if (args.bias) shift<T>(args, acc + 32 * part, col);
@@ -299,11 +299,11 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
     held_col = place.y;
   }
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) store_held(part);
+  for (int part = 0; part < kSlabs; ++part) store_held(part);
   if (lane == 0) store_wait_all();
 }
 
-template <typename T, int kBlockN, bool kRowsAreN, Middle kMiddle>
+template <typename T, int kBlockN, bool kRowsAreN, LeadingOp kLeading>
 __global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<kBlockN>;
@@ -327,7 +327,7 @@ __global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant
     if (threadIdx.x == 0) produce<kBlockN, kRowsAreN>(args, base, rank);
   } else {
     registers_raise<232>();
-    consume<T, kBlockN, kRowsAreN, kMiddle>(args, base, rank);
+    consume<T, kBlockN, kRowsAreN, kLeading>(args, base, rank);
   }
   cluster_sync();  // the other block of the cluster still arrives at this one's barriers
 #endif

@@ -1,5 +1,5 @@
-// DoRA's norms on Hopper, those of a group from one read of each weight: what is served, how it is cut, and the launches
-// of row_norm_sm90_kernel.h, which says what they compute.
+// DoRA's norms on Hopper, those of a group from one read of each weight: what is supported, how it is cut, and the launches
+// of row_norm.cuh, which says what they compute.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/macros.h>
 
@@ -20,7 +20,7 @@ using namespace lora_fused::sm90::row_norm;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kLeastColumns = 512;  // fewer would not average out what A's parts leave out
+constexpr int64_t kLeastColumns = 512;  // fewer would not average out what hi and lo of A leave out
 constexpr int kLeastSteps = 4;          // of a block
 constexpr size_t kNorms = kEntries / 2;
 
@@ -32,30 +32,30 @@ MatrixB matrix_b(const Tensor& b) {
           static_cast<int>(b.size(1))};
 }
 
-// A of each norm as two parts below each other, [2R, K], all made by one launch.
-std::vector<View> parts_of(const RowNorm* norms, size_t count) {
+// A of each norm as hi and lo below each other, [2R, K], all made by one launch.
+std::vector<MatrixView> split_a(const RowNorm* norms, size_t count) {
   int64_t total = 0, used = 0;
   for (size_t i = 0; i < count; ++i) total += padded(2 * norms[i].a.numel());
   const Tensor buffer = empty(norms[0].weight, {total}, ScalarType::BFloat16);
-  std::vector<View> parts;
+  std::vector<MatrixView> splits;
   std::vector<Cast> casts;
   for (size_t i = 0; i < count; ++i) {
     const Tensor a = in_rows(norms[i].a);
     const int64_t ranks = a.size(0), cols = a.size(1);
-    parts.push_back(View(buffer, 2 * ranks, cols, cols, 1, used));
+    splits.push_back(MatrixView(buffer, 2 * ranks, cols, cols, 1, used));
     used += padded(2 * ranks * cols);
-    casts.push_back({a, parts[i].rows(0, ranks)});
-    casts.push_back({a, parts[i].rows(ranks, ranks), /*transposed=*/false, /*rest=*/true});
+    casts.push_back({a, splits[i].rows(0, ranks)});
+    casts.push_back({a, splits[i].rows(ranks, ranks), /*transposed=*/false, /*lo=*/true});
   }
   cast_all_cuda(casts);
-  return parts;
+  return splits;
 }
 
-// W [N, K] or A's parts, beside these, as the next of the launch.
-Entry& push(Arguments& args, int& all_tiles, const View& w, const View& parts, int width) {
+// W [N, K] or A's hi and lo, beside these, as the next of the launch.
+Entry& push(Arguments& args, int& all_tiles, const MatrixView& w, const MatrixView& splits, int width) {
   Entry& e = args.entry[args.entries++];
-  encode_boxes(e.w, w, kRows);
-  encode_boxes(e.a, parts, width);
+  encode_tensor_map(e.w, w, kRows);
+  encode_tensor_map(e.a, splits, width);
   e.rows = static_cast<int>(w.size(0)), e.steps = tiles(w.size(1), kStep), e.tiles = tiles(w.size(0), kRows);
   e.first_step = args.steps, e.first_tile = all_tiles;
   args.steps += e.steps * e.tiles, all_tiles += e.tiles;
@@ -69,11 +69,11 @@ Finish finish_of(const RowNorm& of, const Arguments& args, const Entry& e, const
   f.norm = static_cast<float*>(of.norm.mutable_data_ptr());
   if (of.magnitude) {
     f.magnitude = static_cast<const float*>(of.magnitude->const_data_ptr());
-    f.gain = static_cast<float*>(of.gain->mutable_data_ptr());
+    f.mag_norm_scale = static_cast<float*>(of.mag_norm_scale->mutable_data_ptr());
   }
   f.rows = e.rows, f.steps = e.steps, f.first_step = e.first_step, f.first_tile = e.first_tile;
   f.all_steps = args.steps, f.blocks = args.blocks;
-  f.scaling = e.scaling, f.unit = static_cast<float>(kGainUnits) * std::numeric_limits<float>::epsilon();
+  f.scaling = e.scaling, f.unit = static_cast<float>(kScaleUnits) * std::numeric_limits<float>::epsilon();
   return f;
 }
 
@@ -82,15 +82,15 @@ void launch(const RowNorm* norms, size_t count) {
   constexpr int kWidth = 2 * kRanks;
   const Tensor& like = norms[0].weight;
   const int device = like.get_device_index();
-  const std::vector<View> parts = parts_of(norms, count);
+  const std::vector<MatrixView> splits = split_a(norms, count);
   std::vector<Tensor> bs;
   Arguments args{};
   int all_tiles = 0, most_rows = 0;
   for (size_t i = 0; i < count; ++i) {
     bs.push_back(in_rows(norms[i].b));
-    Entry& e = push(args, all_tiles, norms[i].weight, parts[i], kWidth);
+    Entry& e = push(args, all_tiles, norms[i].weight, splits[i], kWidth);
     e.b = matrix_b(bs[i]), e.scaling = static_cast<float>(norms[i].scaling);
-    push(args, all_tiles, parts[i], parts[i], kWidth);
+    push(args, all_tiles, splits[i], splits[i], kWidth);
     most_rows = std::max(most_rows, e.rows);
   }
   args.blocks = std::max(1, std::min(multiprocessors(device), args.steps / kLeastSteps));
@@ -119,11 +119,11 @@ void launch(const RowNorm* norms, size_t count) {
 
 }  // namespace
 
-bool lora_fused::row_norm_sm90_serves(const RowNorm& of) {
-  const View w = of.weight;
+bool lora_fused::row_norm_sm90_supports(const RowNorm& of) {
+  const MatrixView w = of.weight;
   const int64_t ranks = of.a.size(0);
   return of.a.scalar_type() == ScalarType::Float && w.scalar_type() == ScalarType::BFloat16 && ranks >= 1 &&
-         ranks <= kMostRanks && w.size(1) >= kLeastColumns && takes_boxes(w) && is_hopper(w.get_device_index());
+         ranks <= kMostRanks && w.size(1) >= kLeastColumns && supports_tma(w) && is_hopper(w.get_device_index());
 }
 
 void lora_fused::row_norms_sm90(const std::vector<RowNorm>& norms) {

@@ -1,4 +1,4 @@
-// The kernels of row_norm_sm90.cu: DoRA's norms of a group on Hopper, from one read of each weight, for a bfloat16 W and a
+// The kernels of row_norm.cu: DoRA's norms of a group on Hopper, from one read of each weight, for a bfloat16 W and a
 // float32 A.
 //
 //   |w + s·b A|² = |w|² + 2s b·(A w) + s² b·(A Aᵀ) b      for each row w of W [N, K] and b of B [N, R]
@@ -7,7 +7,7 @@
 // evenly, a run to each block, so that a run begins and ends anywhere in a row. One thread loads; four warpgroups
 // multiply 64 rows each by A and square what they multiply. Where rows or run end they apply B, in float32, and leave
 // |w|² and 2s b·(A w) of the run as one number each a row. A second kernel adds these up in their order, and A Aᵀ.
-// A is two bfloat16 parts below each other, 16 of its 24 bits, whose products are added up; B is of any dtype. A wgmma
+// A is hi and lo of bfloat16 below each other, 16 of its 24 bits, whose products are added up; B is of any dtype. A wgmma
 // truncates what it adds to: those of a step are a sum of their own, and steps are added up in registers. Terms cancel
 // where s·b A nearly takes w away: an error of 1e-7 of |w|², not of the result.
 // Everything is 128-byte swizzled; ragged edges and ranks are what the copy engine fills with zeros.
@@ -19,7 +19,7 @@
 
 namespace lora_fused::sm90::row_norm {
 
-constexpr int kRows = 256, kStep = 64, kPart = 16;  // kPart: elements summed by a wgmma
+constexpr int kRows = 256, kStep = 64, kWgmmaK = 16;  // kWgmmaK: elements summed by a wgmma
 constexpr int kGroups = 4, kConsumerWarps = 4 * kGroups;
 // One thread loads; its warpgroup is whole, since registers move between warpgroups.
 constexpr int kThreads = 128 * (kGroups + 1), kConsumerRegisters = 112, kProducerRegisters = 24;
@@ -137,7 +137,7 @@ __device__ __forceinline__ void add_squares(float (&squares)[4], const uint8_t* 
 
 // One warpgroup: what a run has of a tile's rows. Thread l of warp w has rows 16 w + l / 4 (+ 8) of `sums`.
 template <int kWidth>
-__device__ __forceinline__ void leave(const Arguments& args, const Entry& e, int tile, const float (&sums)[kWidth / 2],
+__device__ __forceinline__ void store_run(const Arguments& args, const Entry& e, int tile, const float (&sums)[kWidth / 2],
                                       float (&squares)[4]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (e.gram != nullptr) {
@@ -176,7 +176,7 @@ __device__ __forceinline__ void leave(const Arguments& args, const Entry& e, int
 
 template <int kWidth>
 __device__ __forceinline__ void consume(const Arguments& args, const uint8_t* shared, uint32_t base, const Run& run) {
-  constexpr uint64_t kNext = kPart * 2 >> 4;
+  constexpr uint64_t kNext = kWgmmaK * 2 >> 4;
   const int group = threadIdx.x / 128;
   const uint32_t full = base + kBarriers, empty = full + 8 * kStages;
   float acc[kWidth / 2] = {}, sums[kWidth / 2] = {}, squares[4] = {};
@@ -190,7 +190,7 @@ __device__ __forceinline__ void consume(const Arguments& args, const uint8_t* sh
     const uint64_t a = matrix_descriptor(base + ring.stage * kStageBytes + kWBytes, kBox, 1024);
     wgmma_fence();
 #pragma unroll
-    for (int part = 0; part < kStep / kPart; ++part) wgmma<__nv_bfloat16, 0, 0>(acc, w + part * kNext, a + part * kNext, part > 0);
+    for (int part = 0; part < kStep / kWgmmaK; ++part) wgmma<__nv_bfloat16, 0, 0>(acc, w + part * kNext, a + part * kNext, part > 0);
     wgmma_commit();
     add_squares(squares, shared + offset);
     wgmma_wait<0>();
@@ -199,7 +199,7 @@ __device__ __forceinline__ void consume(const Arguments& args, const uint8_t* sh
     for (int j = 0; j < kWidth / 2; ++j) sums[j] += acc[j];
     if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * ring.stage);
     if (at.step + 1 == e.steps || i + 1 == run.last) {
-      leave<kWidth>(args, e, at.tile, sums, squares);
+      store_run<kWidth>(args, e, at.tile, sums, squares);
 #pragma unroll
       for (int j = 0; j < kWidth / 2; ++j) sums[j] = 0.0f;
 #pragma unroll
@@ -235,15 +235,15 @@ __global__ __launch_bounds__(kThreads, 1) void products_kernel(const __grid_cons
 #endif
 }
 
-// The norms of one weight, and its gains where there is a magnitude.
+// The norms of one weight, and its mag_norm_scale where there is a magnitude.
 struct Finish {
   const float *products, *squares, *gram, *magnitude;
   MatrixB b;
-  float *norm, *gain;
+  float *norm, *mag_norm_scale;
   int rows, steps, first_step, first_tile;
   int all_steps, blocks;  // of the launch
   int grams;
-  float scaling, unit;  // unit: of gain_of
+  float scaling, unit;  // unit: of mag_norm_scale_of
 };
 
 struct Finishes {
@@ -268,7 +268,7 @@ __global__ __launch_bounds__(kFinishThreads) void finish_kernel(const __grid_con
       rows_of_b[row][rank] = row < count && rank < ranks ? widen(data[int64_t{first + row} * ranks + rank]) : 0.0f;
     }
   });
-  // A Aᵀ is the sum of each run's four blocks of it, two parts by two: many asked for at once.
+  // A Aᵀ is the sum of each run's four blocks of it, hi and lo by hi and lo: many asked for at once.
   float sums[kElements] = {};
   for (int term = 0; term < 4 * f.grams; term += kBatch) {
     float batch[kBatch][kElements];
@@ -314,7 +314,7 @@ __global__ __launch_bounds__(kFinishThreads) void finish_kernel(const __grid_con
   squared += f.scaling * f.scaling * of_gram;
   const float norm = sqrtf(squared < 0.0f ? 0.0f : squared);  // not a number stays so
   f.norm[row] = norm;
-  if (f.magnitude != nullptr) f.gain[row] = gain_of<float>(f.magnitude[row], norm, f.unit);
+  if (f.magnitude != nullptr) f.mag_norm_scale[row] = mag_norm_scale_of<float>(f.magnitude[row], norm, f.unit);
 }
 
 }  // namespace lora_fused::sm90::row_norm

@@ -1,7 +1,7 @@
-// The kernel of skinny_sm90.cu: products of activations with an adapter's rank on Hopper, each one read of x.
+// The kernel of skinny.cu: products of activations with an adapter's rank on Hopper, each one read of x.
 //
-//   down     out [M, R] = scaling · x aᵀ      a block has 128 rows of x, and steps along its columns
-//   across   out [C, R] = scaling · xᵀ t      a block has 128 columns of x, and steps along its rows
+//   by rows      out [M, R] = scaling · x aᵀ      a block has 128 rows of x, and steps along its columns
+//   by columns   out [C, R] = scaling · xᵀ t      a block has 128 columns of x, and steps along its rows
 //
 // Bound by that read: 2·R operations an element of 2 bytes; with a mask over x, by its integer arithmetic. One warp
 // loads x and the other operand 64 steps at a time into a ring in shared memory, two warpgroups multiply them, 64
@@ -9,7 +9,7 @@
 // a tile's steps; their sums meet in shared memory, added in the order of the blocks. Everything is 128-byte
 // swizzled; ragged edges and ranks are what the copy engine fills with zeros, or columns that nobody reads.
 //
-// Exact, the other operand is a sum of two, and each has a sum of its own in registers: twice the products of one
+// bf16x3: the other operand is the sum of hi and lo, and each has a sum of its own in registers: twice the products of one
 // read of x. These blocks have a multiprocessor of their own.
 #pragma once
 
@@ -19,24 +19,24 @@
 
 namespace lora_fused::sm90::skinny {
 
-constexpr int kTile = 128, kStep = 64, kPart = 16;  // rows of out; elements summed a step and a wgmma
+constexpr int kTile = 128, kStep = 64, kWgmmaK = 16;  // rows of out; elements summed a step and a wgmma
 constexpr int kConsumers = 2, kConsumerWarps = 4 * kConsumers, kThreads = 32 * kConsumerWarps + 32;
 constexpr int kBox = 64 * 128;  // bytes of 64 rows of 64 elements
 constexpr int kMostRanks = 128, kEntries = 8, kMostBlocks = 8;  // of a cluster
 constexpr int kXBytes = 2 * kBox, kMostStages = 4;
-// Of a kernel whose other operand is a sum of kParts matrices: the ring, the barriers after it, and all of it with
+// Of a kernel whose other operand is a sum of kSplits matrices: the ring, the barriers after it, and all of it with
 // what aligns the base.
-template <int kParts>
-constexpr int kRing = kParts == 1 ? 96 * 1024 : 144 * 1024;
-template <int kParts>
-constexpr int kBytes = kRing<kParts> + 2 * kMostStages * 8 + 1024;
-template <int kParts>
-constexpr int kBytesApart = kParts == 1 ? 120 * 1024 : kBytes<kParts>;  // no multiprocessor has as much twice
+template <int kSplits>
+constexpr int kRing = kSplits == 1 ? 96 * 1024 : 144 * 1024;
+template <int kSplits>
+constexpr int kBytes = kRing<kSplits> + 2 * kMostStages * 8 + 1024;
+template <int kSplits>
+constexpr int kBytesAlone = kSplits == 1 ? 120 * 1024 : kBytes<kSplits>;  // no multiprocessor has as much twice
 
 enum Form : int {
-  kDown,            // a [R, C]
-  kDownTransposed,  // aᵀ [C, R]
-  kAcross,          // t [M, R]
+  kByRows,            // a [R, C]
+  kByRowsTransposed,  // aᵀ [C, R]
+  kByColumns,          // t [M, R]
 };
 
 struct Entry {
@@ -49,8 +49,8 @@ struct Entry {
   bool out_is_float;
   float scaling;  // of the product, 1 / (1 - p) in it
   Mask mask;
-  int rest_at;                  // the second part of the other operand: ranks from the first
-  int part_ranks, parts_apart;  // `Parts` of out, or zeros
+  int lo_offset;                  // ranks from hi to lo of the other operand
+  int split_ranks, split_stride;  // `SplitLayout` of out, or zeros
 };
 
 struct Arguments {
@@ -58,13 +58,13 @@ struct Arguments {
   int entries;
 };
 
-// A stage holds two boxes of x and what every part of the other operand has beside them.
+// A stage holds two boxes of x and what hi and lo of the other operand have beside them.
 __device__ __forceinline__ int other_bytes(const Entry& e) {
-  return e.form == kDown ? e.width * 128 : (e.width + 63) / 64 * kBox;
+  return e.form == kByRows ? e.width * 128 : (e.width + 63) / 64 * kBox;
 }
-template <int kParts>
+template <int kSplits>
 __device__ __forceinline__ int stage_bytes(const Entry& e) {
-  return kXBytes + kParts * (e.width > 64 ? 2 : 1) * kBox;
+  return kXBytes + kSplits * (e.width > 64 ? 2 : 1) * kBox;
 }
 __device__ __forceinline__ int stages_of(const Entry& e) { return e.width > 64 ? 3 : 4; }
 
@@ -77,27 +77,27 @@ struct Ring {
 };
 
 // One thread: the loads of steps [first, last) of a tile.
-template <int kParts>
+template <int kSplits>
 __device__ __forceinline__ void produce(const Entry& e, uint32_t base, int at, int first, int last) {
   Ring ring{stages_of(e)};
-  const uint32_t bytes = kXBytes + kParts * other_bytes(e);
+  const uint32_t bytes = kXBytes + kSplits * other_bytes(e);
   for (int step = first; step < last; ++step, ring.advance()) {
-    const uint32_t full = base + kRing<kParts> + 8 * ring.stage, empty = full + 8 * kMostStages;
-    const uint32_t x = base + ring.stage * stage_bytes<kParts>(e);
+    const uint32_t full = base + kRing<kSplits> + 8 * ring.stage, empty = full + 8 * kMostStages;
+    const uint32_t x = base + ring.stage * stage_bytes<kSplits>(e);
     const int k = step * kStep;
     barrier_wait(empty, ring.phase ^ 1);
     barrier_arrive_expect(full, bytes);
-    if (e.form == kAcross) {
+    if (e.form == kByColumns) {
       tensor_load(x, &e.x, at, k, full);
       tensor_load(x + kBox, &e.x, at + 64, k, full);
     } else {
       tensor_load(x, &e.x, k, at, full);
     }
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const uint32_t other = x + kXBytes + part * other_bytes(e);
-      const int rank = part * e.rest_at;
-      if (e.form == kDown) {
+    for (int split = 0; split < kSplits; ++split) {
+      const uint32_t other = x + kXBytes + split * other_bytes(e);
+      const int rank = split * e.lo_offset;
+      if (e.form == kByRows) {
         tensor_load(other, &e.other, k, rank, full);
       } else {
         tensor_load(other, &e.other, rank, k, full);
@@ -127,36 +127,36 @@ struct Place {
 
 // One warpgroup: the sum of the block's steps for its 64 rows of out, to `sums` [kTile, kWidth + 4], which the ring
 // begins with.
-template <typename T, int kParts, int kWidth, bool kTransposeX, bool kTransposeOther>
+template <typename T, int kSplits, int kWidth, bool kTransposeX, bool kTransposeOther>
 __device__ __forceinline__ void consume(const Entry& e, uint32_t base, float* sums, Place from, int count) {
   constexpr int kPitch = kWidth + 4;
-  constexpr uint64_t kNextX = (kTransposeX ? kPart * 128 : kPart * 2) >> 4;
-  constexpr uint64_t kNextOther = (kTransposeOther ? kPart * 128 : kPart * 2) >> 4;
+  constexpr uint64_t kNextX = (kTransposeX ? kWgmmaK * 128 : kWgmmaK * 2) >> 4;
+  constexpr uint64_t kNextOther = (kTransposeOther ? kWgmmaK * 128 : kWgmmaK * 2) >> 4;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t full = base + kRing<kParts>, empty = full + 8 * kMostStages;
+  const uint32_t full = base + kRing<kSplits>, empty = full + 8 * kMostStages;
   const auto release = [&](int stage) {
     if (lane == 0) barrier_arrive(empty + 8 * stage);
   };
   const uint64_t key = e.mask.key();
-  float acc[kParts][kWidth / 2] = {};
+  float acc[kSplits][kWidth / 2] = {};
   Ring ring{stages_of(e)};
   int before = 0;
   for (int step = 0; step < count; ++step) {
     barrier_wait(full + 8 * ring.stage, ring.phase);
-    const uint32_t offset = ring.stage * stage_bytes<kParts>(e), stage = base + offset;
+    const uint32_t offset = ring.stage * stage_bytes<kSplits>(e), stage = base + offset;
     if (e.mask.seed != nullptr) {
       const int rows = from.at + 64 * group, k = (from.step + step) * kStep;
-      drop(reinterpret_cast<uint8_t*>(sums) + offset + group * kBox, e.mask, key, e.form == kAcross ? k : rows,
-           e.form == kAcross ? rows : k);
+      drop(reinterpret_cast<uint8_t*>(sums) + offset + group * kBox, e.mask, key, e.form == kByColumns ? k : rows,
+           e.form == kByColumns ? rows : k);
     }
     const uint64_t x = matrix_descriptor(stage + group * kBox, kBox, 1024);
     wgmma_fence();
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const uint64_t other = matrix_descriptor(stage + kXBytes + part * other_bytes(e), kBox, 1024);
+    for (int split = 0; split < kSplits; ++split) {
+      const uint64_t other = matrix_descriptor(stage + kXBytes + split * other_bytes(e), kBox, 1024);
 #pragma unroll
-      for (int i = 0; i < kStep / kPart; ++i)
-        wgmma<T, kTransposeX, kTransposeOther>(acc[part], x + i * kNextX, other + i * kNextOther, 1);
+      for (int i = 0; i < kStep / kWgmmaK; ++i)
+        wgmma<T, kTransposeX, kTransposeOther>(acc[split], x + i * kNextX, other + i * kNextOther, 1);
     }
     wgmma_commit();
     wgmma_wait<1>();
@@ -166,8 +166,8 @@ __device__ __forceinline__ void consume(const Entry& e, uint32_t base, float* su
   }
   wgmma_wait<0>();
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) keep_below(acc[part]);
-  if constexpr (kParts == 2) {
+  for (int split = 0; split < kSplits; ++split) keep_below(acc[split]);
+  if constexpr (kSplits == 2) {
 #pragma unroll
     for (int i = 0; i < kWidth / 2; ++i) acc[0][i] += acc[1][i];
   }
@@ -181,29 +181,29 @@ __device__ __forceinline__ void consume(const Entry& e, uint32_t base, float* su
   }
 }
 
-template <typename T, int kParts, int kWidth>
+template <typename T, int kSplits, int kWidth>
 __device__ __forceinline__ void consume_form(const Entry& e, uint32_t base, float* sums, Place from, int count) {
-  if (e.form == kDown)
-    consume<T, kParts, kWidth, false, false>(e, base, sums, from, count);
-  else if (e.form == kDownTransposed)
-    consume<T, kParts, kWidth, false, true>(e, base, sums, from, count);
+  if (e.form == kByRows)
+    consume<T, kSplits, kWidth, false, false>(e, base, sums, from, count);
+  else if (e.form == kByRowsTransposed)
+    consume<T, kSplits, kWidth, false, true>(e, base, sums, from, count);
   else
-    consume<T, kParts, kWidth, true, true>(e, base, sums, from, count);
+    consume<T, kSplits, kWidth, true, true>(e, base, sums, from, count);
 }
 
-template <typename T, int kParts>
+template <typename T, int kSplits>
 __device__ __forceinline__ void consume_width(const Entry& e, uint32_t base, float* sums, Place from, int count) {
   switch (e.width) {
-    case 16: return consume_form<T, kParts, 16>(e, base, sums, from, count);
-    case 32: return consume_form<T, kParts, 32>(e, base, sums, from, count);
-    case 64: return consume_form<T, kParts, 64>(e, base, sums, from, count);
-    case 96: return consume_form<T, kParts, 96>(e, base, sums, from, count);
-    default: return consume_form<T, kParts, 128>(e, base, sums, from, count);
+    case 16: return consume_form<T, kSplits, 16>(e, base, sums, from, count);
+    case 32: return consume_form<T, kSplits, 32>(e, base, sums, from, count);
+    case 64: return consume_form<T, kSplits, 64>(e, base, sums, from, count);
+    case 96: return consume_form<T, kSplits, 96>(e, base, sums, from, count);
+    default: return consume_form<T, kSplits, 128>(e, base, sums, from, count);
   }
 }
 
 // This block's share of the tile's rows: the sums of all blocks of the cluster, four ranks at a time.
-template <typename T, int kParts>
+template <typename T, int kSplits>
 __device__ __forceinline__ void reduce(const Entry& e, uint32_t sums, int at, int rank, int blocks) {
   const int first_row = rank * kTile / blocks, share = (rank + 1) * kTile / blocks - first_row;
   const int pitch = e.width + 4, quads = e.width / 4;
@@ -229,9 +229,9 @@ __device__ __forceinline__ void reduce(const Entry& e, uint32_t sums, int at, in
       const int column = 4 * quad + j;
       const int64_t to = (at + row) * e.row_stride + column * e.rank_stride;
       const float value = values[j] * e.scaling;
-      if constexpr (kParts == 2) {
-        if (e.parts_apart > 0) {
-          store_parts(static_cast<T*>(e.out) + (at + row) * e.row_stride, column, e.part_ranks, e.parts_apart, value);
+      if constexpr (kSplits == 2) {
+        if (e.split_stride > 0) {
+          store_split(static_cast<T*>(e.out) + (at + row) * e.row_stride, column, e.split_ranks, e.split_stride, value);
           continue;
         }
       }
@@ -243,8 +243,8 @@ __device__ __forceinline__ void reduce(const Entry& e, uint32_t sums, int at, in
   }
 }
 
-template <typename T, int kParts>
-__global__ __launch_bounds__(kThreads, 3 - kParts) void skinny_kernel(const __grid_constant__ Arguments args) {
+template <typename T, int kSplits>
+__global__ __launch_bounds__(kThreads, 3 - kSplits) void skinny_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t shared[];
   const uint32_t start = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -262,19 +262,19 @@ __global__ __launch_bounds__(kThreads, 3 - kParts) void skinny_kernel(const __gr
     tensor_map_prefetch(&e.other);
   } else if (threadIdx.x == 0) {
     for (int stage = 0; stage < kMostStages; ++stage) {
-      barrier_init(base + kRing<kParts> + 8 * stage, 1);
-      barrier_init(base + kRing<kParts> + 8 * (kMostStages + stage), kConsumerWarps);
+      barrier_init(base + kRing<kSplits> + 8 * stage, 1);
+      barrier_init(base + kRing<kSplits> + 8 * (kMostStages + stage), kConsumerWarps);
     }
     barrier_init_fence();
   }
   __syncthreads();
   if (threadIdx.x < 32 * kConsumerWarps)
-    consume_width<T, kParts>(e, base, sums, {at, first}, last - first);
+    consume_width<T, kSplits>(e, base, sums, {at, first}, last - first);
   else if (threadIdx.x == 32 * kConsumerWarps)
-    produce<kParts>(e, base, at, first, last);
+    produce<kSplits>(e, base, at, first, last);
   __syncwarp();
   cluster_sync();
-  reduce<T, kParts>(e, base, at, rank, blocks);
+  reduce<T, kSplits>(e, base, at, rank, blocks);
   if (blocks > 1) cluster_sync();  // others still read this block's sums
 #endif
 }

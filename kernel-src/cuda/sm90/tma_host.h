@@ -1,5 +1,5 @@
-// What the host does for kernels on Hopper's copy engine: tensor maps, made for every call, what of a matrix they ask,
-// and launches of clusters.
+// The host side of TMA (Hopper's copy engine): tensor maps, made for every call, what they ask of a matrix, and launches
+// of clusters.
 #pragma once
 
 #include <cuda.h>
@@ -29,7 +29,7 @@ inline Encode encoder() {
   return encode;
 }
 
-inline bool is_brain(const View& m) { return m.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
+inline bool is_bfloat16(const MatrixView& m) { return m.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
 
 // The encoder belongs to the driver, which asks for a context: a new thread, as autograd's, has none before its first
 // call of the runtime.
@@ -44,22 +44,22 @@ inline void bind_context() {
 }
 
 // Boxes of `rows` rows and 64 columns of a half-precision matrix with contiguous rows, 128-byte swizzled.
-inline void encode_boxes(CUtensorMap& map, const View& m, int rows) {
+inline void encode_tensor_map(CUtensorMap& map, const MatrixView& m, int rows) {
   bind_context();
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(m.size(1)),
                               static_cast<cuuint64_t>(m.size(0))};
   const cuuint64_t stride = static_cast<cuuint64_t>(m.stride(0)) * 2;
   const cuuint32_t box[] = {64, static_cast<cuuint32_t>(rows)}, steps[] = {1, 1};
   const CUresult result = encoder()(
-      &map, is_brain(m) ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+      &map, is_bfloat16(m) ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
       const_cast<void*>(m.const_data_ptr()), sizes, &stride, box, steps,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled failed with ", static_cast<int>(result));
 }
 
-// The copy engine takes it: contiguous rows at multiples of 16 bytes.
-inline bool takes_boxes(const View& m) {
+// TMA can copy it: contiguous rows at multiples of 16 bytes.
+inline bool supports_tma(const MatrixView& m) {
   constexpr int64_t kLimit = int64_t(1) << 22;
   const auto dtype = m.scalar_type();
   const bool half = dtype == torch::headeronly::ScalarType::BFloat16 || dtype == torch::headeronly::ScalarType::Half;

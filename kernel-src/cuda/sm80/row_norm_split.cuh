@@ -29,16 +29,16 @@ __device__ __forceinline__ int exponent_for(float largest) {
 }
 
 // x·2^exponent as the sum of two fp16 numbers.
-__device__ __forceinline__ void split(float x, int exponent, __half* high, __half* low) {
+__device__ __forceinline__ void split(float x, int exponent, __half* hi, __half* lo) {
   const float scaled = ldexpf(x, exponent);
-  *high = __float2half(scaled);
-  *low = __float2half(isfinite(scaled) ? scaled - __half2float(*high) : 0.0f);
+  *hi = __float2half(scaled);
+  *lo = __float2half(isfinite(scaled) ? scaled - __half2float(*hi) : 0.0f);
 }
 
-// A and B of one norm in parts: a_parts [2·ranks, lda], low parts, then high parts; b_parts [n, 2·ranks], high,
-// then low.
+// A and B of one norm as hi and lo: a_split [2·ranks, lda], lo above hi; b_split [n, 2·ranks], hi,
+// then lo.
 struct Split {
-  __half *a_parts, *b_parts;
+  __half *a_split, *b_split;
   float *col_scale, *row_scale;
   Matrix a, b;
   int64_t ranks, lda;
@@ -64,7 +64,7 @@ static __global__ void __launch_bounds__(256) row_norm_split_kernel(const __grid
     const int exponent = exponent_for(top);
     if (y == 0) s.col_scale[col] = ldexpf(1.0f, -exponent);
     for (int64_t r = y; r < s.ranks; r += 8)
-      split(load(s.a, r, col), exponent, s.a_parts + (s.ranks + r) * s.lda + col, s.a_parts + r * s.lda + col);
+      split(load(s.a, r, col), exponent, s.a_split + (s.ranks + r) * s.lda + col, s.a_split + r * s.lda + col);
   } else {
     const int64_t row = (blockIdx.x - a_blocks) * 8 + y;
     if (row >= s.b.rows) return;
@@ -75,17 +75,17 @@ static __global__ void __launch_bounds__(256) row_norm_split_kernel(const __grid
     const int exponent = exponent_for(top);
     if (x == 0) s.row_scale[row] = ldexpf(1.0f, -exponent);
     for (int64_t r = x; r < s.ranks; r += 32) {
-      __half* high = s.b_parts + row * 2 * s.ranks + r;
-      split(load(s.b, row, r), exponent, high, high + s.ranks);
+      __half* hi = s.b_split + row * 2 * s.ranks + r;
+      split(load(s.b, row, r), exponent, hi, hi + s.ranks);
     }
   }
 }
 
 struct Finish {
-  float *norm, *gain;
-  const float *magnitude, *partial;  // no magnitude: no gain
+  float *norm, *mag_norm_scale;
+  const float *magnitude, *partial;  // no magnitude: no scale
   int64_t n, row_blocks, col_tiles, blocks;
-  float unit;  // of gain_of
+  float unit;  // of mag_norm_scale_of
 };
 
 struct FinishBatch {
@@ -93,7 +93,7 @@ struct FinishBatch {
 };
 
 // Of norm blockIdx.y: the root of each row's partial sums, added in the order of the blocks that made
-// them, and the gain.
+// them, and the scale.
 static __global__ void row_norm_finish_kernel(const __grid_constant__ FinishBatch batch) {
   const Finish& f = batch.of[blockIdx.y];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -108,7 +108,7 @@ static __global__ void row_norm_finish_kernel(const __grid_constant__ FinishBatc
   }
   const float norm = sqrtf(total);
   f.norm[row] = norm;
-  if (f.magnitude != nullptr) f.gain[row] = gain_of<float>(f.magnitude[row], norm, f.unit);
+  if (f.magnitude != nullptr) f.mag_norm_scale[row] = mag_norm_scale_of<float>(f.magnitude[row], norm, f.unit);
 }
 
 }  // namespace lora_fused
