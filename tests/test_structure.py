@@ -10,8 +10,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "torch-ext" / "lora_fused"
 
-# Rooms, modules and folders of the package, from the top down. A room imports rooms of lower layers alone, and inside a folder
-# files import each other without a circle. docs/design.md draws this.
+# Rooms, modules and folders of the package, from the top down. A room imports rooms of lower layers alone, and inside a
+# folder files import each other without a circle. docs/design.md draws this.
 LAYERS = (
     ("__init__",),
     ("explanation", "binding"),

@@ -20,7 +20,8 @@ ABOUT = ("device", "source")  # keys for the reader alone
 
 
 class MeasuredTile(NamedTuple):
-    """The fastest tile of the GEMM with the LoRA term inside, as `triton_ops.linear_expand.Tile` has it, for (M, N, K)."""
+    """The fastest tile of the GEMM with the LoRA term inside, as `triton_ops.linear_expand.Tile` has it, for (M, N,
+    K)."""
 
     shape: tuple[int, int, int]
     tile: tuple[int, int, int, int, int]

@@ -1,9 +1,9 @@
 """The one place that chooses who computes.
 
-NATIVE is one op a direction for a whole group (`autograd.group_native`), or for an embedding; a group that the op does not
-take is chained from the operations of `reference`. TRITON and REFERENCE are modules of operations, which
-`autograd.eager_products` chains. Memory-bound passes are chosen apart from matrix products: one Triton kernel beats several
-of torch's at any size. The sizes from which one is chosen are those of `device_config`.
+NATIVE is one op a direction for a whole group (`autograd.group_native`), or for an embedding; a group that the op does
+not take is chained from the operations of `reference`. TRITON and REFERENCE are modules of operations, which
+`autograd.eager_products` chains. Memory-bound passes are chosen apart from matrix products: one Triton kernel beats
+several of torch's at any size. The sizes from which one is chosen are those of `device_config`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Operands that are known to be right, to the Function of the backend that computes them: the one place where a call goes
-to the native ops, or to the chain of operations (Triton, torch)."""
+"""Operands that are known to be right, to the Function of the backend that computes them: the one place where a call
+goes to the native ops, or to the chain of operations (Triton, torch)."""
 
 from __future__ import annotations
 

@@ -64,7 +64,8 @@ def tensor_of(layer: nn.Module, name: str) -> Tensor | None:
 
 
 def unread_reason(error: Exception) -> str:
-    """Of a module that cannot be read: PEFT's own forward finds what another tool put elsewhere, or says what is wrong."""
+    """Of a module that cannot be read: PEFT's own forward finds what another tool put elsewhere, or says what is
+    wrong."""
     if isinstance(error, KeyError):
         return f"{error} is not where it belongs: another tool has taken it out"
     return f"a parameter cannot be read: {error}"

@@ -46,8 +46,8 @@ def is_plain_embedding(module: nn.Module) -> bool:
 
 
 def read_embedding(module: nn.Module) -> AdaptedTable | str:
-    """The embedding that a `peft.tuners.lora.Embedding` computes now, or why it is PEFT's to compute. What all embeddings
-    have in common `genuine.embedding_reason` looks at."""
+    """The embedding that a `peft.tuners.lora.Embedding` computes now, or why it is PEFT's to compute. What all
+    embeddings have in common `genuine.embedding_reason` looks at."""
     cls = type(module)
     if replaced.FORWARDS.get(cls) is not cls.forward or replaced.CODES[cls] is not cls.forward.__code__:
         reason = replaced.forward_reason(cls)

@@ -223,8 +223,8 @@ class _Symbol(Tensor):
 
 
 class _Recorder(TorchFunctionMode):
-    """Records calls on symbols; refuses every other torch function, so nothing is computed or drawn. Symbols and weights
-    of children have `dtype`; `asked_dtype` where that was asked."""
+    """Records calls on symbols; refuses every other torch function, so nothing is computed or drawn. Symbols and
+    weights of children have `dtype`; `asked_dtype` where that was asked."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
