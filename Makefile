@@ -1,7 +1,7 @@
 # Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test families conformance matrix clean gpu-check bench tune cuda-compile
+.PHONY: help venv build check-build demo test families conformance matrix clean gpu-check bench tune cuda-compile
 
 ifdef PYTHON
 READY :=
@@ -26,6 +26,9 @@ venv: $(READY)  ## make .venv with the pinned dependencies
 
 build: $(READY)  ## build this machine's variant into build/
 	@$(PYTHON) scripts/build.py
+
+check-build: build  ## hold every variant in build/ against what the Hub asks: ABI, symbols, digest, a bare import (RELEASE=1)
+	@$(PYTHON) scripts/check_build.py $(if $(RELEASE),--release)
 
 demo: build  ## fine-tune with PEFT alone and kernelized, and compare
 	$(PYTHON) examples/finetune.py
