@@ -141,7 +141,8 @@ def variant_name(backend: str, torch: Torch, stable_abi: str) -> str:
 def compile_library(config: dict, backend: str, torch: Torch, ops_name: str, archs: list[str], limit: int) -> Path:
     """Run CMake in _build/<backend>; returns the library. Up to date: about a second."""
     kernels = [k for k in config["kernel"].values() if k["backend"] == backend]
-    sources = list(dict.fromkeys(sum((k["src"] for k in kernels), config["torch"]["src"])))
+    components = [config["torch"], *kernels]
+    sources = list(dict.fromkeys(sum((c["src"] for c in components), [])))
     major, minor = map(int, config["torch"]["stable-abi"][backend].split("."))
     include = sysconfig.get_paths()["include"]
     work = ROOT / "_build" / backend
@@ -153,6 +154,8 @@ def compile_library(config: dict, backend: str, torch: Torch, ops_name: str, arc
         "PYTHON_INCLUDE": include if Path(include, "Python.h").exists() else "",
         "STABLE_ABI": hex(major << 56 | minor << 48) + "ULL",
         "SOURCES": ";".join(s for s in sources if s.endswith((".cpp", ".cu"))),
+        "CXX_FLAGS": ";".join(dict.fromkeys(sum((c.get("cxx-flags", []) for c in components), []))),
+        "CUDA_FLAGS": ";".join(dict.fromkeys(sum((c.get("cuda-flags", []) for c in kernels), []))),
         "CXX_STD": 20 if torch.version >= (2, 12) else 17,
     }
     if backend == "cuda":
