@@ -4,7 +4,8 @@
 
 peft, triton and numpy are absent, an audit hook watches what the import does, and a network is not asked for. Its own
 process, with an empty home, is the caller's to give. The answer: `effects`, what the import did beyond reading and
-defining; `ops`, the operators it registered, each with the devices it has a kernel for; `error`, where it failed.
+defining; `ops`, the operators it registered, each with the devices it has a kernel for; `error`, where the import or a
+first product on the CPU failed; `no_torch`, where torch itself cannot be imported.
 """
 
 import importlib.util
@@ -50,10 +51,27 @@ def settings(torch):
     }
 
 
+def use(torch, module):
+    """One LoRA on the CPU, forward and backward, against its formula."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, a, b = (torch.randn(*shape, generator=generator) for shape in ((5, 12), (7, 12), (3, 12), (7, 3)))
+    grads = []
+    for function in (module.lora_linear, lambda x, w, a, b, s: x @ w.T + s * (x @ a.T) @ b.T):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, w, a, b)]
+        y = function(*leaves, 0.5)
+        grads.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for ours, formula in zip(*grads):
+        torch.testing.assert_close(ours, formula, rtol=1e-4, atol=1e-4)
+
+
 def main():
     sys.dont_write_bytecode = True
     sys.meta_path.insert(0, Absent)
-    import torch
+    try:
+        import torch
+    except (ImportError, OSError) as failure:
+        print(json.dumps({"no_torch": str(failure)}))
+        return
 
     variant = Path(sys.argv[1]).resolve()
     name = json.loads((variant / "metadata.json").read_text())["id"]
@@ -73,21 +91,26 @@ def main():
     spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     error = None
-    try:
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            filters = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        filters = list(warnings.filters)
+        try:
             spec.loader.exec_module(module)
-            effects += ["changed the warning filters"] * (warnings.filters != filters)
-    except Exception as failure:
-        error = f"{type(failure).__name__}: {failure}"
+        except Exception as failure:
+            error = failure
+        effects += ["changed the warning filters"] * (warnings.filters != filters)
     watching = False
+    after, new_ops = settings(torch), set(torch._C._dispatch_get_all_op_names()) - ops_before
     effects += [f"warned: {warning.message}" for warning in seen]
-    after = settings(torch)
     effects += [f"changed {what}" for what in before if after[what] != before[what]]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    new_ops = set(torch._C._dispatch_get_all_op_names()) - ops_before
     ops = {op: [device for device in DEVICES if has_kernel(op, device)] for op in sorted(new_ops)}
+    if error is None:
+        try:
+            use(torch, module)
+        except Exception as failure:
+            error = failure
+    error = error and f"{type(error).__name__}: {error}"
     print(json.dumps({"error": error, "effects": effects, "ops": ops}))
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Hold every variant in build/ against what the Kernel Hub and a stranger's machine ask of it.
 
-    python scripts/check_build.py [--build DIR] [--release]
+    python scripts/check_build.py [--build DIR] [--release] [--torch DIR]
 
 Each problem is one line: the variant, what is wrong, what to do. The exit status is 1 where there is one. What cannot be
 looked at on this machine, as the import of a CUDA variant without a CUDA torch, is said and is no problem. `--release` asks a
@@ -203,12 +203,15 @@ def _torch_symbols(library: Library, abi: tuple[int, int]) -> list[str]:
     return problems
 
 
-def check_import(variant: Path) -> tuple[list[str], str]:
-    """(problems, what could not be looked at) of importing the variant and nothing else."""
+def check_import(variant: Path, other_torch: Path | None = None) -> tuple[list[str], str]:
+    """(problems, what could not be looked at) of importing the variant and nothing else, with the installed torch or,
+    for a CUDA variant, with the torch folder `other_torch`."""
     cuda = "-cpu-" not in variant.name
-    if cuda and torch.version.cuda is None:
+    if cuda and torch.version.cuda is None and other_torch is None:
         return [], f"not imported: torch {torch.__version__} is a build without CUDA"
     keep = {key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH") if key in os.environ}
+    if cuda and other_torch:
+        keep["PYTHONPATH"] = str(other_torch.resolve().parent)
     script = Path(__file__).with_name("bare_import.py")
     with tempfile.TemporaryDirectory() as home:
         done = subprocess.run(
@@ -219,8 +222,10 @@ def check_import(variant: Path) -> tuple[list[str], str]:
     if done.returncode != 0:
         return [f"its import ended the process (status {done.returncode}): {done.stderr.strip()[-500:]}"], ""
     told = json.loads(done.stdout.splitlines()[-1])
+    if "no_torch" in told:
+        return [], f"not imported: no torch ({told['no_torch']})"
     if told["error"]:
-        return [f"cannot be imported without peft, triton and numpy: {told['error']}"], ""
+        return [f"cannot be imported and used without peft, triton and numpy: {told['error']}"], ""
     problems = [f"its import {effect}: move that to where it is used" for effect in told["effects"]]
     problems += [f"its import left {name} in the home folder: move that to where it is used" for name in left]
     namespace = json.loads((variant / "metadata.json").read_text())["id"]
@@ -234,7 +239,7 @@ def check_import(variant: Path) -> tuple[list[str], str]:
     return problems, ""
 
 
-def check_variant(variant: Path, release: bool = False) -> tuple[list[str], str]:
+def check_variant(variant: Path, release: bool = False, other_torch: Path | None = None) -> tuple[list[str], str]:
     """(problems, what could not be looked at) of one variant."""
     problems = [*check_layout(variant), *check_metadata(variant, release), *check_size(variant)]
     name = VARIANT.fullmatch(variant.name)
@@ -243,20 +248,21 @@ def check_variant(variant: Path, release: bool = False) -> tuple[list[str], str]
         problems += check_library(library, "cpu" if "-cpu-" in variant.name else "cuda", abi)
     if problems:
         return problems, "not imported, because of the above"
-    return check_import(variant)
+    return check_import(variant, other_torch)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, default=ROOT / "build", help="the folder of variants")
     parser.add_argument("--release", action="store_true", help="all architectures, and nothing that is not committed")
+    parser.add_argument("--torch", type=Path, help="the folder of a CUDA torch to import a CUDA variant with")
     args = parser.parse_args()
     variants = sorted(p for p in args.build.glob("*") if p.is_dir() and not p.name.startswith("."))
     if not variants:
         sys.exit(f"check-build: no variant in {args.build}: make build")
     failed = False
     for variant in variants:
-        problems, not_seen = check_variant(variant, args.release)
+        problems, not_seen = check_variant(variant, args.release, args.torch)
         for problem in problems:
             print(f"{variant.name}: {problem}")
         size = sum(path.stat().st_size for path in variant.rglob("*") if path.is_file()) / 1e6
