@@ -1,7 +1,7 @@
 # Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
-.PHONY: help venv build check-build demo test families conformance matrix clean gpu-check bench tune build-cuda reproduce
+.PHONY: help venv build check-build demo test families conformance matrix clean gpu-check bench tune build-cuda reproduce variants
 
 ifdef PYTHON
 READY :=
@@ -65,6 +65,9 @@ build-cuda: $(READY)  ## build and check the CUDA variant, no GPU needed (ARCHS=
 reproduce: $(READY)  ## build the last commit twice, under nothing but the same tools, and compare bytes (AGAINST=dir)
 	@$(PYTHON) scripts/reproduce.py $(if $(BACKEND),--backend $(BACKEND)) $(if $(ARCHS),--archs "$(ARCHS)") \
 	  $(if $(TORCH),--torch $(TORCH)) $(if $(AGAINST),--against $(AGAINST))
+
+variants: $(READY)  ## print the names of the variants that the flake builds, evaluated where Nix is installed
+	@$(PYTHON) scripts/variants.py
 
 clean:  ## remove what was built, not the venv
 	rm -rf build _build

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 from kernels._rust import Digest, DigestAlgorithm
+from kernels.resolver import resolve_local_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import check_build  # noqa: E402
 
-BUILT = next(path for path in sorted((ROOT / "build").iterdir()) if path.is_dir())
+BUILT = resolve_local_kernel(ROOT / "build", backend=None).variant_path  # this environment's
 
 
 @pytest.fixture
