@@ -26,7 +26,7 @@ def evaluated() -> dict[str, list[str]] | None:
     flags = ["--extra-experimental-features", "nix-command flakes", "--json"]
     told = {}
     for system in kept()["variants"]:
-        done = subprocess.run(["nix", "eval", *flags, f"{ROOT}#variants.{system}"], capture_output=True, text=True)
+        done = subprocess.run(["nix", "eval", *flags, f"{ROOT}#packages.{system}.variants"], capture_output=True, text=True)
         if done.returncode != 0:
             sys.exit(f"variants: {done.stderr}")
         told[system] = sorted(json.loads(done.stdout))

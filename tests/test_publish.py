@@ -37,12 +37,25 @@ def command(*arguments):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         main()
     return out.getvalue()
+def measure(where, branch=None):
+    from kernels.cli import benchmark
+    benchmark.MISSING_DEPS.clear()
+    benchmark.tabulate = lambda *args, **kwargs: ""  # draws the table
+    with contextlib.redirect_stderr(io.StringIO()):
+        return sorted(benchmark.run_benchmark(where, branch, None, iterations=1, warmup=0).timing_results)
 def product(kernel):
     import torch
     x, w, a, b = (torch.ones(shape) for shape in ((2, 4), (3, 4), (1, 4), (3, 1)))
     return kernel.lora_linear(x, w, a, b, 0.5)[0, 0].item()
 from kernels import get_kernel, get_locked_kernel, has_kernel, load_kernel
 """
+BENCHMARK = """
+from kernels.benchmark import Benchmark
+class Small(Benchmark):
+    def benchmark_nothing(self):
+        self.kernel.explain
+"""
+pytest.importorskip("sigstore", reason="the command line of kernels needs it; a bare GPU machine has none")
 
 
 def run(script, hub, home, **env):
@@ -85,7 +98,7 @@ def hub(tmp_path_factory):
     old = json.loads((BUILT / "metadata.json").read_text())["id"]
     kernel = folder / "kernel"
     (kernel / "benchmarks" / "results").mkdir(parents=True)
-    (kernel / "benchmarks" / "benchmark.py").write_text("# measures\n")
+    (kernel / "benchmarks" / "benchmark.py").write_text(BENCHMARK)
     (kernel / "benchmarks" / "tables.py").write_text("# is not uploaded\n")
     second = old[:-7] + ("0000000" if old[-7:] != "0000000" else "1111111")
     with HubServer(REPO_ID) as server:
@@ -137,6 +150,8 @@ step("load with all variants", lambda: load_kernel(repo, lockfile=lock).__file__
 from huggingface_hub import snapshot_download
 step("whole", lambda: snapshot_download(repo, repo_type="kernel", revision={hub.commit_of("v1")!r}))
 step("load with all", lambda: load_kernel(repo, lockfile=lock).__file__)
+step("benchmark", lambda: measure(repo, "v1"))
+step("benchmark of a folder", lambda: measure(told["whole"]["gave"]))
 """
     hub.trusted = True
     told = run(script, hub, folder / "home")
@@ -240,6 +255,15 @@ def test_locked_kernel_is_loaded_after_download(project):
 @pytest.mark.xfail(strict=True, raises=KeyError, reason=WANTS_ALL.format("benchmarks/, which --all-variants leaves out"))
 def test_locked_kernel_is_loaded_after_download_of_all_variants(project):
     assert project[0]["load with all variants"]["gave"] == project[0]["locked"]["gave"]
+
+
+def test_benchmark_of_a_downloaded_folder(project):
+    assert project[0]["benchmark of a folder"]["gave"] == ["Small.nothing"]
+
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="kernels asks for a model repository of that name")
+def test_benchmark_by_name(project):
+    assert project[0]["benchmark"]["gave"] == ["Small.nothing"]
 
 
 def test_offline_with_a_whole_snapshot_or_a_folder(hub, stranger, project, offline):
