@@ -23,9 +23,19 @@ ROOT = Path(__file__).resolve().parent.parent
 HOPPER = "sm_90a"
 # Hopper's kernels are those of namespace sm90; these of them only add up what others multiplied.
 ONLY_ADD = re.compile(r"::finish\w*$")
-# Bytes of stack that a kernel may use, by its name without template arguments: registers that did not fit, and arrays
-# with an index that is not known. Others use none.
-STACK_BYTES: dict[str, int] = {}
+# Bytes of stack that a kernel may use by architecture, any other kernel none: registers that did not fit, and arrays with
+# an index that is not known. As nvcc 13.0 compiles them.
+STACK_BYTES = {
+    "dropped_up_add_bwd_kernel": {"sm_80": 16, "sm_86": 16, "sm_89": 16, "sm_90a": 16, "sm_120": 8},
+    "gated_kernel": {"sm_90a": 80, "sm_120": 24},
+    "gather_add_fwd_kernel": {"sm_80": 24, "sm_86": 8, "sm_89": 8},
+    "gemm_kernel": {"sm_90a": 16},
+    "products_bwd_kernel": {"sm_120": 16},
+    "skinny_down_fwd_kernel": {"sm_80": 16, "sm_86": 8, "sm_89": 8, "sm_90a": 8, "sm_100": 24, "sm_120": 32},
+    "skinny_kernel": {"sm_90a": 56},
+    "skinny_outer_bwd_kernel": {"sm_80": 8, "sm_86": 8, "sm_89": 8, "sm_90a": 24, "sm_100": 216, "sm_120": 320},
+    "token_sums_fwd_kernel": {"sm_80": 32, "sm_86": 24, "sm_89": 24, "sm_90a": 48, "sm_120": 8},
+}
 
 
 def cuobjdump() -> str | None:
@@ -97,7 +107,7 @@ def check(tool: str, library: Path, archs: list[str]) -> list[str]:
         for kernel, stack in kernels.items():
             spilling[names[kernel]] = max(spilling[names[kernel]], stack)
         for name, stack in sorted(spilling.items()):
-            if stack > STACK_BYTES.get(name, 0):
+            if stack > STACK_BYTES.get(name.rpartition("::")[2], {}).get(arch, 0):
                 problems.append(f"{name} uses {stack} bytes of stack on {arch}, more than STACK_BYTES lists: free "
                                 "registers, or list it")  # fmt: skip
     if HOPPER in found:
