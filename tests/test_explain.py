@@ -289,9 +289,7 @@ def test_a_device_without_layers(lora_fused):
 
 def test_not_kernelized_yet(lora_fused):
     lora_fused.register_peft_layers()
-    assert all(
-        row.reason.startswith("not kernelized: call kernelize(") for row in explain(lora_fused, peft_llama())
-    )
+    assert all(row.reason.startswith("not kernelized: call kernelize(") for row in explain(lora_fused, peft_llama()))
 
 
 def test_another_build_of_this_kernel(lora_fused, own_calls):
@@ -306,9 +304,7 @@ def test_another_build_of_this_kernel(lora_fused, own_calls):
         if isinstance(module, LoraLayer):
             module.forward = types.MethodType(names["forward"], module)
     rows = holds(lora_fused, model, own_calls, fused=0)
-    assert {row.reason for row in rows} == {
-        "kernelized by another build of this kernel, _lora_fused_cpu_1234567"
-    }
+    assert {row.reason for row in rows} == {"kernelized by another build of this kernel, _lora_fused_cpu_1234567"}
 
 
 def test_a_shallow_copy_is_bound_to_its_original(lora_fused):
