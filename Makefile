@@ -56,7 +56,7 @@ tune: build  ## choose between library and Triton, and tiles, by measurement on 
 
 cuda-compile: $(READY)  ## compile the CUDA sources for every architecture (nvcc and torch headers)
 	@include=$$($(PYTHON) -c "import pathlib, importlib.util as u; print(pathlib.Path(u.find_spec('torch').origin).parent / 'include')"); \
-	for source in kernel-src/cuda/*.cu; do \
+	for source in $$(find kernel-src -name "*.cu" | sort); do \
 	  $(NVCC) -std=c++20 -O3 -DUSE_CUDA=1 -DCUDA_KERNEL -DTORCH_TARGET_VERSION=0x20b000000000000ULL \
 	    -isystem $$include $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
 	    -c $$source -o /dev/null && echo "compiled $$source for $(ARCHS)" || exit 1; \

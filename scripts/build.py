@@ -110,7 +110,7 @@ def compile_library(config: dict, backend: str, ops_name: str, archs: list[str])
         "TORCH_DIR": Path(torch.__file__).parent,
         "PYTHON_INCLUDE": include if Path(include, "Python.h").exists() else "",
         "STABLE_ABI": hex(major << 56 | minor << 48) + "ULL",
-        "SOURCES": ";".join(s for s in sources if not s.endswith(".h")),
+        "SOURCES": ";".join(s for s in sources if not s.endswith((".h", ".cuh"))),
         "CXX_STD": 20 if torch_version >= (2, 12) else 17,
     }
     if backend == "cuda":
