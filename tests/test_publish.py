@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from hub_server import HubServer
+from helpers.hub_server import HubServer
 from kernels._rust import Digest, DigestAlgorithm
 from kernels.compat import tomllib
 from kernels.resolver import resolve_local_kernel
