@@ -62,11 +62,17 @@ def test_the_build_ships_them(lora_fused):
     assert {path.suffix[1:] for path in files} <= endings
 
 
-def test_the_defaults_are_those_of_an_h200(lora_fused):
-    assert (
-        lora_fused.backends.device_config.read(SOURCES / "backends" / "configs" / "nvidia-h200.json")[:-1]
-        == lora_fused.backends.device_config.DeviceConfig()[:-1]
-    )
+def test_a_device_that_was_not_measured_takes_no_product_to_triton(lora_fused, monkeypatch):
+    defaults = lora_fused.backends.device_config.DeviceConfig()
+    measured = (defaults.linear_expand_from, defaults.row_norm_from_rank, defaults.row_norm_from)
+    assert measured == (math.inf,) * 3 and defaults.linear_expand_tiles == ()
+    monkeypatch.setattr(lora_fused.backends.device_config, "of", lambda device: defaults)
+    monkeypatch.setattr(lora_fused.backends.select, "is_hopper", lambda device: False)
+    for native in (True, False):
+        path = lora_fused.specs.NativePath(native)
+        assert lora_fused.backends.select.choose(GPU, torch.bfloat16, path, lambda: 2**60) == "native"
+    weight = SimpleNamespace(is_cuda=True, device=GPU, numel=lambda: 2**40)
+    assert not lora_fused.backends.select._row_norm_is_faster_in_triton(weight, 4096)
 
 
 def test_a_known_device_and_an_unknown_one(config):
@@ -126,7 +132,7 @@ def test_backend_chooses_by_them(lora_fused, config, monkeypatch):
         return backend.choose(GPU, torch.bfloat16, taken, lambda: work)
 
     assert (choose(999), choose(1000)) == ("native", "triton")
-    pays = backend._row_norm_pays_in_triton
+    pays = backend._row_norm_is_faster_in_triton
     weight = SimpleNamespace(is_cuda=True, device=GPU, numel=lambda: 64)
     assert (pays(weight, 7), pays(weight, 8)) == (False, True)
     weight.numel = lambda: 63

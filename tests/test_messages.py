@@ -29,7 +29,7 @@ def assert_plain(error):
 
 def test_the_pattern_finds_what_it_is_for():
     for text in (
-        "aoti_torch_cpu_addmm_out(out.get(), alpha) API call failed at kernel-src/common/products.cpp, line 27",
+        "aoti_torch_cpu_addmm_out(out.get(), alpha) API call failed at kernel-src/group/products.cpp, line 27",
         "check_dropout, kernel-src/cpu/../common/dropout.h:92, dropout: p is 1.5, expected 0 to 1",
         "_lora_fused_cpu_53c736a::row_norm() Expected a value of type 'float'",
     ):
@@ -248,9 +248,9 @@ FAILURES = {
     "check": ("check_dropout, kernel-src/cpu/../common/dropout.h:92, dropout: p is 1.5, expected 0 to 1",
               "dropout: p is 1.5, expected 0 to 1"),
     "allocation": ("aoti_torch_empty_strided(n, sizes.data(), &handle) API call failed at "
-                   "kernel-src/common/products.cpp, line 97",
+                   "kernel-src/common/tensors.cpp, line 97",
                    "lora_fused: DefaultCPUAllocator: can't allocate memory"),
-    "product": ("aoti_torch_cpu_addmm_out(out.get(), alpha) API call failed at kernel-src/common/products.cpp, line 27",
+    "product": ("aoti_torch_cpu_addmm_out(out.get(), alpha) API call failed at kernel-src/group/products.cpp, line 27",
                 "lora_fused: operands do not fit"),
     "torch's own": ("mat1 and mat2 shapes cannot be multiplied", "mat1 and mat2 shapes cannot be multiplied"),
 }  # fmt: skip

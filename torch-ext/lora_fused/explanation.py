@@ -311,9 +311,9 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> str | None:
         return "not kernelized: call register_peft_layers(), then kernelize(model)"
     if replaced.is_own(bound, module):
         return (
-            "not kernelized: its class's own forward is bound to it, since it was pickled, or kernelized without a layer "
-            "of this kernel: there is none for modes with TORCH_COMPILE, for devices other than cpu and cuda, or before "
-            "register_peft_layers()"
+            "not kernelized: its class's own forward is bound to it, since it was pickled, or kernelized without a "
+            "layer of this kernel: there is none for modes with TORCH_COMPILE, for devices other than cpu and cuda, or "
+            "before register_peft_layers()"
         )
     if getattr(forward, "__qualname__", None) == layer.forward.__qualname__:
         return f"kernelized by another build of this kernel, {forward.__module__.rpartition('.')[0]}"

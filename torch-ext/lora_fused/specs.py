@@ -120,7 +120,7 @@ class GroupSpec:
     """What is fixed about a group of projections of one input.
 
     members: one spec a projection.
-    backend: name of the backend that computes it, see `backend.choose`.
+    backend: name of the backend that computes it, see `select.choose`.
     lora_dtype: dtype of the LoRA path under autocast, None where the adapter's own holds.
     """
 
@@ -135,7 +135,7 @@ class GatedSpec:
 
     inputs: the group of gate and up, or of the one projection that holds both.
     output: the group of down alone.
-    activation: one of `activation.ACTIVATIONS`.
+    activation: one of `activations.ACTIVATIONS`.
     gate_half: which half of a projection that holds both is the gate.
     """
 

@@ -1,7 +1,7 @@
 """What was measured on a GPU, by device name: configs/*.json, which benchmarks/tune.py writes.
 
-A limit is a size from which an op goes to Triton, or up to which the native ops keep it; null in a file
-stands for infinity. A device without a file has the defaults, which are those of an H200.
+A limit is a size from which an op goes to Triton, or up to which the native ops keep it; null in a file stands for
+infinity. A device without a file was not measured: there no product goes to Triton that the native ops or torch can do.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ ABOUT = ("device", "source")  # keys for the reader alone
 
 
 class MeasuredTile(NamedTuple):
-    """The fastest tile of the GEMM with the LoRA term inside, as `triton_ops.linear_expand.Tile` has it, for (M, N,
-    K)."""
+    """The fastest tile of the GEMM with the LoRA term inside, as `triton.linear_expand.Tile` has it, for (M, N, K)."""
 
     shape: tuple[int, int, int]
     tile: tuple[int, int, int, int, int]
 
 
 class DeviceConfig(NamedTuple):
-    # Multiply-adds of one base product from which its GPU time hides the launches: below, a step
-    # waits for the host, and two library products cost it less than two Triton launches.
-    linear_expand_from: float = 2**37
-    # On an H200 Triton halves the CUDA op's GPU time at rank 384, equals it at 128 and is behind at
-    # 64, for 130 to 220 µs more host time: it gets large ranks of large weights (N·K·R products).
-    row_norm_from_rank: float = 128
-    row_norm_from: float = 2**34
-    # Tokens, and multiply-adds of an embedding's delta (M·H·R), up to which the native ops compute it.
+    """Limits of one device; the defaults are those of a device that nobody measured."""
+
+    # Multiply-adds of one base product from which its GPU time hides Triton's launches: below, a step waits for the
+    # host.
+    linear_expand_from: float = math.inf
+    # DoRA's norm goes to Triton from this rank and from this many multiply-adds (N·K·R) on.
+    row_norm_from_rank: float = math.inf
+    row_norm_from: float = math.inf
+    # Tokens, and multiply-adds of an embedding's delta (M·H·R), up to which the native ops compute it. Beyond 8192
+    # tokens their dA would go to torch's sorted scatter.
     embedding_tokens: float = 8192
-    embedding_up_to: float = 2**30
-    linear_expand_tiles: tuple[MeasuredTile, ...] = ()  # none measured: the rule in `triton_ops.linear_expand`
+    embedding_up_to: float = math.inf
+    linear_expand_tiles: tuple[MeasuredTile, ...] = ()  # none measured: the rule in `triton.linear_expand`
 
 
 LIMITS = tuple(name for name in DeviceConfig._fields if name != "linear_expand_tiles")

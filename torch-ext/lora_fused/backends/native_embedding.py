@@ -47,7 +47,7 @@ def column_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) 
 
 
 def column_norm_and_scale(table: EmbeddingOperands, scaling: float) -> tuple[Tensor, Tensor]:
-    """(`column_norm`, `ops.mag_norm_scale` of it), both [H] in float32."""
+    """(`column_norm`, `native.mag_norm_scale` of it), both [H] in float32."""
     weight, lora_a, lora_b, magnitude, _ = table
     norm, mag_norm_scale = native.column_norm(weight, lora_a, lora_b, scaling, magnitude.contiguous())
     return norm, mag_norm_scale

@@ -97,7 +97,7 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
     no kernel and stay exact."""
     if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype):
         return reference.row_norm(weight, lora_a, lora_b, scaling)
-    if _row_norm_pays_in_triton(weight, lora_a.shape[0]):
+    if _row_norm_is_faster_in_triton(weight, lora_a.shape[0]):
         kernels = get(TRITON)
         if kernels.row_norm_fits(weight, lora_a, lora_b):
             return kernels.row_norm(weight, lora_a, lora_b, scaling)
@@ -136,10 +136,10 @@ def norm_is_native(weight: Tensor, lora_a: Tensor, lora_b: Tensor, quantized: Qu
         return False
     if quantized is not None:
         return type(quantized) is FourBit
-    return not _row_norm_pays_in_triton(weight, lora_a.shape[0])
+    return not _row_norm_is_faster_in_triton(weight, lora_a.shape[0])
 
 
-def _row_norm_pays_in_triton(weight: Tensor, rank: int) -> bool:
+def _row_norm_is_faster_in_triton(weight: Tensor, rank: int) -> bool:
     if not weight.is_cuda:
         return False
     limits = device_config.of(weight.device)
@@ -175,7 +175,7 @@ def choose_embedding(table: EmbeddingOperands, tokens: int) -> str:
 
 def get_embedding(name: str) -> ModuleType:
     """The module with `column_norm`, `gather_add` and, but for NATIVE, which has `gradients`, with
-    `gather_backward` and `scatter_rows`, as `reference_embedding` defines them."""
+    `gather_backward` and `scatter_rows`, as `reference.embedding` defines them."""
     if name == NATIVE:
         return native_embedding
     ops = get(name)

@@ -57,7 +57,7 @@ def compute_gated(
     backend: str | None = None,
 ) -> Tensor:
     """down(f(gate(x))·up(x)) on operands that are known to be right: `inputs` are gate and up, or the one
-    projection that holds both as halves, `output` is down, f one of `activation.ACTIVATIONS`."""
+    projection that holds both as halves, `output` is down, f one of `activations.ACTIVATIONS`."""
     *inputs, output = projections = fold((*inputs, output))
     lora_dtype, x = _autocast(x)
     path = native_path(projections, x.dtype, lora_dtype, x.is_cuda)

@@ -1,4 +1,4 @@
-"""What stands under a LoRA layer: the base's part of `peft_state`. A base layer becomes the operands
+"""What stands under a LoRA layer: the base's part of `peft.linear`. A base layer becomes the operands
 of its product, or the reason why its own forward computes the product ("fused delta"), or why PEFT's
 forward runs; and whether tensors are what the products take. Read anew at every call, so nothing here can go stale.
 """
@@ -237,7 +237,7 @@ def _read_8bit(base: nn.Module) -> Base | str:
 
 def device_of(operands: Operands) -> torch.device:
     """Of the base weight, or of the adapter where that is unknown. A quantized weight is a subclass whose every
-    attribute costs a call of Python; its scales are where it is (`peft_base`)."""
+    attribute costs a call of Python; its scales are where it is (`peft.base_layer`)."""
     known = operands.absmax
     if known is None:
         known = operands.lora_a if operands.weight is None else operands.weight

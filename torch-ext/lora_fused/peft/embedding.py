@@ -1,4 +1,4 @@
-"""What PEFT's embedding computes now: the embedding's half of `peft_state`, and with it all that knows
+"""What PEFT's embedding computes now: the embedding's half of `peft.linear`, and with it all that knows
 PEFT's attribute names. Read anew at every call, so nothing here can go stale.
 """
 
@@ -47,7 +47,7 @@ def is_plain_embedding(module: nn.Module) -> bool:
 
 def read_embedding(module: nn.Module) -> AdaptedTable | str:
     """The embedding that a `peft.tuners.lora.Embedding` computes now, or why it is PEFT's to compute. What all
-    embeddings have in common `genuine.embedding_reason` looks at."""
+    embeddings have in common `replaced.embedding_reason` looks at."""
     cls = type(module)
     if replaced.FORWARDS.get(cls) is not cls.forward or replaced.CODES[cls] is not cls.forward.__code__:
         reason = replaced.forward_reason(cls)

@@ -1,7 +1,7 @@
 """A gated MLP module becomes the projections of one Function, or the reason why its own forward runs.
 
-What the module computes is recognised once (`mlp_structure`); what its projections are is read at
-every call (`peft_state`).
+What the module computes is recognised once (`mlp_tracer`); what its projections are is read at
+every call (`peft.linear`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _functions = (F.silu, F.gelu, F.relu, torch.sigmoid, torch.tanh, torch.relu)
 
 
 def structure_of(module: nn.Module) -> GatedMLP | str:
-    """What `mlp_structure.recognise` says of the module, asked once while all that it ran stays in its place,
+    """What `mlp_tracer.recognise` says of the module, asked once while all that it ran stays in its place,
     and the dtype of its weights where that may matter."""
     known = _recognised.get(module)
     functions = _current_functions()

@@ -3,7 +3,7 @@
 The class's forward runs on a symbol in place of x and on shallow copies in place of the module
 and its children; calls are recorded instead of computed. The record must hold the gated MLP and
 nothing else, in training and in evaluation, with and without gradients. The activation is then
-evaluated on a grid in float64 and compared with the formulas of `activation`: neither names nor
+evaluated on a grid in float64 and compared with the formulas of `reference.activations`: neither names nor
 classes decide. The module, hooks, random state and torch's own classes stay untouched, so other
 threads may run models meanwhile. (torch.fx would patch nn.Module while it traces, and passes
 over autograd Functions whose forward is the identity.)
@@ -43,7 +43,7 @@ _FAR = (0.0, 3e2, -7e2, 6.6e4, -1e5, 1e12, -3e12, 1e30, -2e30)
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """y = down(f(gate(x)) · up(x)): names of direct children, f one of `activation.ACTIVATIONS`.
+    """y = down(f(gate(x)) · up(x)): names of direct children, f one of `activations.ACTIVATIONS`.
 
     `fused`: gate and up are one child, whose output is cut in two along its last dimension; the
     half of index `gate_half` is the gate. `activation_modules` names the children that make the
@@ -352,7 +352,7 @@ def _contents(module: nn.Module) -> list:
 
 
 def _activation(chain: tuple[_Call, ...], children: dict, training: bool) -> str:
-    """Which of `activation.ACTIVATIONS` a chain of calls on one tensor computes."""
+    """Which of `activations.ACTIVATIONS` a chain of calls on one tensor computes."""
     shown = ", ".join(map(_show, chain))
     with torch.no_grad():
         grid = torch.tensor(_GRID + _FAR, dtype=torch.float64, device="cpu").unsqueeze(0)

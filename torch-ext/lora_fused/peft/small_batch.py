@@ -1,5 +1,5 @@
 """Which calls PEFT's own forward serves the fastest: small ones, which wait for the host, of an adapter of which PEFT
-asks little. Its result is right in any case, so a glance at the module is enough, and `peft_state` reads nothing.
+asks little. Its result is right in any case, so a glance at the module is enough, and `peft.linear` reads nothing.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def row_norm(operands: Operands, quantized: Quantized, scaling: float) -> Tensor
 
 
 def packed(formats: Sequence[Quantized | None], operands: Sequence[Operands]) -> tuple[list[int], list[Tensor]]:
-    """The native ops' `quantized` and `scales` of weights of which some are in four bits (`ops.PackedWeight`)."""
+    """The native ops' `quantized` and `scales` of weights of which some are in four bits (`native.PackedWeight`)."""
     numbers, scales = [], []
     for form, p in zip(formats, operands):
         if form is None:
@@ -67,7 +67,7 @@ def packed(formats: Sequence[Quantized | None], operands: Sequence[Operands]) ->
 def dora_scales(
     weights: Sequence[Tensor], operands: Sequence[Operands], formats: Sequence[Quantized | None], scalings
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """`backend.dora_scales` of members of which some are quantized; weights [N, K] are those of the others."""
+    """`select.dora_scales` of members of which some are quantized; weights [N, K] are those of the others."""
     magnitudes = [p.magnitude for p in operands]
     apart = [
         i

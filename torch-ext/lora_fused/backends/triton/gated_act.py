@@ -2,7 +2,7 @@
 
 Bound by traffic: the forward reads g and u and writes h, the backward reads dh, g and u and
 writes dg, du and, for the down projection's gradient, h again. float32 inside, one rounding.
-Formulas are those of `activation`. Each program reads its elements before it writes them, so
+Formulas are those of `reference.activations`. Each program reads its elements before it writes them, so
 results may take the place of operands.
 """
 
@@ -148,7 +148,7 @@ def gated_backward(
     dgate: Tensor | None = None,
     dup: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """(h, dgate, dup) as `activation.gated_backward`, one pass; h is None unless needed.
+    """(h, dgate, dup) as `activations.gated_backward`, one pass; h is None unless needed.
 
     dh, gate and up are [M, I] with contiguous rows of any row stride; so are `dgate` and `dup`,
     which receive the gradients where given: the two halves of one [M, 2I], or gate and up.

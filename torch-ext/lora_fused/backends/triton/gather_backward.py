@@ -73,7 +73,7 @@ def gather_backward(
     needs: EmbeddingOperands,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(drows [M, R] in float32, dB, dm) for contiguous dy [M, H] and flat ids [M], as
-    `reference_embedding.gather_backward`."""
+    `reference.embedding.gather_backward`."""
     weight, _, lora_b, magnitude, _ = table
     drows = db = dm = None
     on_delta = _own_scale(table, spec, lora_b.dtype) * spec.scaling

@@ -56,7 +56,7 @@ def scatter_rows_bwd_kernel(
 
 @on_values
 def scatter_rows(drows: Tensor, ids: Tensor, lora_a: Tensor, padding_idx: int | None) -> Tensor:
-    """dA [R, V] in A's dtype from drows [M, R] in float32, as `reference_embedding.scatter_rows`."""
+    """dA [R, V] in A's dtype from drows [M, R] in float32, as `reference.embedding.scatter_rows`."""
     m, (r, v) = ids.shape[0], lora_a.shape
     if m > PAIRWISE_UP_TO:
         return reference_embedding.scatter_rows(drows, ids, lora_a, padding_idx)
