@@ -201,7 +201,7 @@ class _Model:
         if not isinstance(structure, str) and last_call.is_of_kernel(module):
             self.parents.update((part, module) for part in peft_gated_mlp.projections_of(module, structure))
         reason = self._mlp_reason(module, structure)
-        if reason is None:
+        if reason is None and not isinstance(structure, str):
             self.mlps.update((part, module) for part in peft_gated_mlp.projections_of(module, structure))
         elif not isinstance(structure, str) or _looks_gated(module):
             self.mlp_reasons.update((part, reason) for part in adapted)
@@ -218,9 +218,10 @@ class _Model:
         whole = self._at_call(module)
         part = next(filter(peft_linear.is_lora_linear, peft_gated_mlp.projections_of(whole, structure)), None)
         state = "no projection is adapted" if part is None else peft_linear.read_linear(part)
-        if not isinstance(state, str):
-            state = peft_gated_mlp.read_mlp(whole, _example(state), layers.LoraLinear, check_features=False)
-        return state if isinstance(state, str) else None
+        if isinstance(state, str):
+            return state
+        whole_state = peft_gated_mlp.read_mlp(whole, _example(state), layers.LoraLinear, check_features=False)
+        return whole_state if isinstance(whole_state, str) else None
 
 
 def _replaced_in(module: nn.Module) -> str | None:

@@ -69,7 +69,7 @@ def note_trace() -> bool:
 
 # What torch.compiler.assume_constant_result does, which would import Dynamo here: its graph takes the result and no
 # call.
-note_trace._dynamo_marked_constant = True
+note_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _running() -> list[nn.Module]:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -84,7 +84,7 @@ def read(path: Path) -> DeviceConfig:
 def _tile(path: Path, entry) -> MeasuredTile:
     """One of 'linear_expand_tiles'."""
 
-    def sizes(key: str, count: int) -> tuple[int, ...]:
+    def sizes(key: str, count: int) -> tuple[Any, ...]:
         values = entry.get(key) if isinstance(entry, dict) else None
         if not isinstance(values, list) or len(values) != count or any(type(v) is not int or v < 1 for v in values):
             raise ValueError(

@@ -17,7 +17,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -109,7 +109,7 @@ def _first_reason(attributes) -> str | None:
     return None
 
 
-def forward_reason(cls: type) -> str | None:
+def forward_reason(cls: type[nn.Module]) -> str | None:
     """Who has replaced the forward of a class; None where it is genuine."""
     found = cls.forward
     if FORWARDS.get(cls) is found and CODES[cls] is found.__code__:
@@ -190,7 +190,7 @@ def _is_equivalent(found: object, home: _Home) -> bool:
     return known is not None and found is vars(known).get(other[1]) and _is_defined_at(found, _Home(*other))
 
 
-def name_of(found: object) -> str:
+def name_of(found: Any) -> str:
     """Where a function is from: of a wrapper, its own code, not what it says it wraps."""
     found = found.func if isinstance(found, functools.partial) else found
     found = getattr(found, "__func__", found)
@@ -230,7 +230,7 @@ def bypass_reason(names: Sequence[str], parts: Sequence[nn.Module | None]) -> st
     return None
 
 
-def is_own(bound: object, part: nn.Module) -> bool:
+def is_own(bound: Any, part: nn.Module) -> bool:
     """Whether a forward on an instance is that of its class, as `kernelize` leaves it where there is no kernel."""
     return getattr(bound, "__func__", None) is type(part).forward and bound.__self__ is part
 

@@ -33,7 +33,7 @@ def small_reason(module: nn.Module, x: object, rows: int | None = None) -> str |
     few = SMALL if size <= FEW_ROWS * features else None
     if modules["lora_magnitude_vector"]._modules:
         return None
-    base = type(modules["base_layer"])
+    base: type = type(modules["base_layer"])
     if base is not nn.Linear and not is_listed(base, LINEARS):
         return few if linear_kinds()[type(module)].name == "Linear4bit" else None
     if not _waits_for_host(x, size, features):
@@ -50,7 +50,7 @@ def small_alone_reason(module: nn.Module, x: object, rows: int | None = None) ->
         return None
     if modules["lora_magnitude_vector"]._modules:
         return None
-    base = type(modules["base_layer"])
+    base: type = type(modules["base_layer"])
     return SMALL_ALONE if (base is nn.Linear or is_listed(base, LINEARS)) and _is_adapted_in(x.dtype, modules) else None
 
 
