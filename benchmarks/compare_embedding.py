@@ -198,7 +198,7 @@ def main() -> None:
                 for tokens in arguments.tokens:
                     ids = torch.randint(0, VOCABULARY, (1, tokens), device="cuda")
                     dy = torch.randn(1, tokens, hidden, device="cuda", dtype=torch.bfloat16)
-                    frozen = timed(lambda: base.table(ids), lambda: None, arguments.repeats)["ms"]  # noqa: B023
+                    frozen = timed(lambda: base.table(ids), lambda: None, arguments.repeats)["ms"]  # noqa: B023, F821
                     model = adapt(base, dtype, dora)
                     case = {"hidden": hidden, "tokens": tokens, "dora": dora, "adapter": adapter, "frozen_ms": frozen}
                     results.append({**case, **run_case(model, ids, dy, lora_fused, arguments.repeats)})

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_native import GROUPS, draw, flat_on, operands_of, projections_of
+from test_native import GROUPS, flat_on, operands_of, projections_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OPS = {"lora_forward", "lora_backward", "gated_forward", "gated_backward", "dora_gains", "gain", "row_norm", "dropout"}
