@@ -38,7 +38,7 @@ LAYERS = (
         "last_call": "what the last call of each module ran",
     },
     {
-        "call_context": "what a call depends on besides its operands, asked once",
+        "call_context": "autocast and device of a call",
         "environment": "the package's files, and versions of peft, kernels and torch",
         "_ops": "the library, written by the build",
     },

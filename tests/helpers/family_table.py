@@ -135,7 +135,8 @@ def measure(lora_fused, family: Family, **config) -> dict:
 
 
 def without_version(row: dict) -> dict:
-    """What every version of transformers has in common: one may fuse projections in its model that another calls apart."""
+    """What every version of transformers has in common: one may fuse projections in its model that another calls
+    apart."""
     return dict(
         unfused=row["modules"] - row["fused"], **{key: row[key] for key in ("gated", "gated_in_evaluation", "reasons")}
     )

@@ -1,5 +1,5 @@
-"""How one call of a LoRA linear that was read (`linear`) is computed: fused, fused beside the base layer's own forward, or by
-PEFT's own forward, as x, autocast and the gradient mode decide.
+"""How one call of a LoRA linear that was read (`linear`) is computed: fused, fused beside the base layer's own forward,
+or by PEFT's own forward, as x, autocast and the gradient mode decide.
 """
 
 from __future__ import annotations
