@@ -128,6 +128,15 @@ def entered(calls):
         LoraLayer._check_forward_args = check
 
 
+def assert_restored(lora_fused, model):
+    """PEFT's own forward is all that runs, sharded or not."""
+    own_calls = []
+    lora_fused.restore(model)
+    with entered(own_calls):
+        model(input_ids=torch.arange(14).view(2, 7)).logits.sum().backward()
+    assert len({id(module) for module in own_calls}) == 14
+
+
 def compare(rank: int, build: pathlib.Path, port: int):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer"  # of PEFT's policy
@@ -158,7 +167,7 @@ def compare(rank: int, build: pathlib.Path, port: int):
         said = []  # before the first call
 
         def fuse_and_ask(model):
-            fuse(model)
+            fuse(model) if case.before else lora_fused.apply(model)
             said.extend(explain(lora_fused, model))
 
         own_calls = []
@@ -176,6 +185,8 @@ def compare(rank: int, build: pathlib.Path, port: int):
         # q, k and v, o; the MLP. Two layers a step.
         assert counts.get("compute_group", 0) >= 2 * 2 * STEPS, (case, counts)
         assert counts.get("compute_gated", 0) >= 2 * STEPS, (case, counts)
+        if case.wrapper in ("ddp", "fsdp2"):
+            assert_restored(lora_fused, model)
     dist.destroy_process_group()
 
 

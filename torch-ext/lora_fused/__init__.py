@@ -16,11 +16,12 @@ from .functional.linear import lora_linear, lora_linear_group, row_norm
 from .functional.embedding import lora_embedding
 from .explanation import Explanation, Row, explain, record
 from .mapping import register_peft_layers, unregister_peft_layers, use_peft_layers
-from .binding import apply, restore
+from .binding import LoraFusedCallback, apply, restore
 from .specs import Operands, Projection, ProjectionSpec
 
 __all__ = [
     "Explanation",
+    "LoraFusedCallback",
     "Operands",
     "Projection",
     "ProjectionSpec",

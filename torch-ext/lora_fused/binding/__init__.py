@@ -2,5 +2,6 @@
 
 from .adapted import kernelize_adapted
 from .apply import apply, restore
+from .callback import LoraFusedCallback
 
-__all__ = ["apply", "kernelize_adapted", "restore"]
+__all__ = ["LoraFusedCallback", "apply", "kernelize_adapted", "restore"]
