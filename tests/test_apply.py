@@ -10,41 +10,25 @@ import pytest
 import torch
 from helpers.cases import DEVICE, LINEARS, OwnForwards, peft_llama, tiny_llama
 from helpers.heads import heads, inner
+from helpers.kernelizing import explain, forwards, kernelize_in_place, ours_in
+from helpers.llamas import passed, same_bits, tokens
 from kernels import Mode, kernelize
 from kernels.layer.globals import _KERNEL_MAPPING
 from peft import LoraConfig, get_peft_model
-from test_kernelized import MARKED, explain, forwards, passed, tokens
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 pytestmark = pytest.mark.usefixtures("on_device")
 TARGETS = [*LINEARS, "embed_tokens"]
-
-
-def ours_in(lora_fused, model):
-    """Every attribute of a module that is a forward of this package."""
-    return [
-        (name, attribute)
-        for name, module in model.named_modules()
-        for attribute, value in vars(module).items()
-        if getattr(getattr(value, "__func__", None), "__module__", "").startswith(lora_fused.__name__)
-    ]
-
-
-def same(ours, theirs):
-    """To the last bit: nothing but PEFT's operations ran."""
-    found, expected = passed(ours, tokens()), passed(theirs, tokens())
-    return len(found) == len(expected) > 1 and all(map(torch.equal, found, expected))
-
-
-def registered(lora_fused, model):
-    lora_fused.register_peft_layers()
-    return kernelize(model, mode=Mode.TRAINING, device=DEVICE)
+MARKED = (BaseTuner, PreTrainedModel, lora.Linear, lora.Embedding, LlamaMLP)
 
 
 @pytest.fixture
 def unregistered(monkeypatch):
-    """A process in which nothing is registered, before and after."""
+    """A process in which nothing is kernelize_in_place, before and after."""
     for cls in MARKED:
         for name in ("kernel_layer_name", "kernel_condition"):
             monkeypatch.delattr(cls, name, raising=False)
@@ -101,22 +85,22 @@ def test_loading_sets_up_no_handler(lora_fused):
 
 
 @pytest.mark.parametrize(
-    "bind", (lambda lora_fused, model: lora_fused.apply(model), registered), ids=("apply", "kernelize")
+    "bind", (lambda lora_fused, model: lora_fused.apply(model), kernelize_in_place), ids=("apply", "kernelize")
 )
 @pytest.mark.parametrize("dora", (False, True), ids=("LoRA", "DoRA"))
 def test_restored(lora_fused, bind, dora):
     model = peft_llama(use_dora=dora, target_modules=TARGETS)
     ours = bind(lora_fused, copy.deepcopy(model))
     passed(ours, tokens())
-    assert len(ours_in(lora_fused, ours)) == 17 and not same(ours, model)
+    assert len(ours_in(lora_fused, ours)) == 17 and not same_bits(ours, model)
     assert lora_fused.restore(ours) is ours
-    assert ours_in(lora_fused, ours) == [] and same(ours, model)
+    assert ours_in(lora_fused, ours) == [] and same_bits(ours, model)
     with OwnForwards() as calls:
         passed(ours, tokens())
     assert sum(calls.values()) == 15
     assert not any(row.fused for row in explain(lora_fused, ours))
     lora_fused.apply(ours)
-    assert all(row.fused for row in explain(lora_fused, ours)) and not same(ours, model)
+    assert all(row.fused for row in explain(lora_fused, ours)) and not same_bits(ours, model)
 
 
 @pytest.mark.parametrize("unload", ("unload", "merge_and_unload"))
@@ -130,7 +114,7 @@ def test_restored_after_unloading(lora_fused, unload):
     lora_fused.restore(ours)
     for each in (ours, plain):
         each.requires_grad_(True)
-    assert ours_in(lora_fused, ours) == [] == list(forwards(ours)) and same(ours, plain)
+    assert ours_in(lora_fused, ours) == [] == list(forwards(ours)) and same_bits(ours, plain)
 
 
 def test_restored_while_merged(lora_fused):
@@ -141,7 +125,7 @@ def test_restored_while_merged(lora_fused):
     lora_fused.restore(ours)
     for each in (ours, model):
         each.unmerge_adapter()
-    assert ours_in(lora_fused, ours) == [] and same(ours, model)
+    assert ours_in(lora_fused, ours) == [] and same_bits(ours, model)
 
 
 def test_forwards_of_others_stay(lora_fused):
@@ -180,12 +164,12 @@ def test_another_builds_forwards_go_too(lora_fused):
             module.forward = types.MethodType(names["forward"], module)
     assert len(forwards(ours)) == 14
     lora_fused.restore(ours)
-    assert forwards(ours) == {} and same(ours, model)
+    assert forwards(ours) == {} and same_bits(ours, model)
 
 
 def test_unregistered(lora_fused, unregistered):
     before = marks()
-    model = registered(lora_fused, peft_llama())
+    model = kernelize_in_place(lora_fused, peft_llama())
     assert all(row.fused for row in explain(lora_fused, model)) and marks() != before
     lora_fused.register_peft_layers()
     lora_fused.unregister_peft_layers()
@@ -229,7 +213,7 @@ def test_a_wrapped_model(lora_fused):
     wrapped = lora_fused.apply(Wrapper(copy.deepcopy(model)))
     assert all(row.fused for row in explain(lora_fused, wrapped)) and len(ours_in(lora_fused, wrapped)) == 16
     lora_fused.restore(wrapped)
-    assert ours_in(lora_fused, wrapped) == [] and same(wrapped, model)
+    assert ours_in(lora_fused, wrapped) == [] and same_bits(wrapped, model)
 
 
 BAD = {

@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers.cases import peft_llama, tiny_llama
-from test_explain import LigerSwiGLUMLP, evaluate, train
-from test_kernelized import explain
+from helpers.kernelizing import explain
+from helpers.llamas import evaluated as evaluate, passed, tokens
+from helpers.mlps import LigerSwiGLUMLP
 
 pytestmark = pytest.mark.usefixtures("on_device")
 PACKAGE = ROOT / "torch-ext" / "lora_fused"
@@ -32,8 +33,8 @@ def lines_of(text, start):
 
 
 def test_many_modules_on_one_screen(lora_fused, deep):
-    train(deep)
-    train(deep)
+    for _ in range(2):
+        passed(deep, tokens())
     rows = explain(lora_fused, deep)
     text = str(rows)
     assert len(rows) == 294 and text == repr(rows)

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from helpers.cases import OwnForwards, peft_llama
-from test_explain import evaluate, train
+from helpers.llamas import evaluated as evaluate, passed, tokens
 from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -20,6 +20,10 @@ def applied(lora_fused, **config):
 
 def layer(model, i=0):
     return model.base_model.model.model.layers[i]
+
+
+def train(model):
+    passed(model.train(), tokens())
 
 
 def recorded(lora_fused, model, run=train):

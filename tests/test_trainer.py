@@ -3,47 +3,14 @@ where it was saved."""
 
 import pytest
 import torch
-from helpers.cases import DEVICE, OwnForwards, peft_llama
-from test_fallbacks import explain, kernelized
-from transformers import Trainer, TrainingArguments
-
-STEPS = 6
-
-
-def rows():
-    """Token ids, each row counting on from where it starts."""
-    ids = [torch.arange(start, start + 12) % 64 for start in range(0, 64, 3)]
-    return [dict(input_ids=row, labels=row) for row in ids]
+from helpers.cases import OwnForwards, peft_llama
+from helpers.kernelizing import explain, kernelize_in_place
+from helpers.trainers import STEPS, assert_same, losses_and_adapter, trainer_of
 
 
 def trained(model, folder, resume=None, **options):
     """Each step's loss, and the trained parameters at the end."""
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=2,
-        logging_steps=1,
-        optim="sgd",  # Adam makes much of the smallest difference
-        learning_rate=0.1,
-        report_to=[],
-        use_cpu=DEVICE == "cpu",
-        disable_tqdm=True,
-        **{"save_strategy": "no", **options},
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else it takes nn.DataParallel
-    trainer = Trainer(model, arguments, train_dataset=rows())
-    trainer.train(resume_from_checkpoint=resume)
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return losses, {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(ours, theirs, rtol):
-    assert len(ours[0]) == len(theirs[0]) == STEPS
-    torch.testing.assert_close(ours[0], theirs[0], rtol=rtol, atol=0.0)
-    assert ours[1].keys() == theirs[1].keys()
-    for name, value in ours[1].items():
-        assert (value - theirs[1][name]).norm() <= rtol * theirs[1][name].norm(), name
+    return losses_and_adapter(trainer_of(model, folder, **options), resume)
 
 
 def trained_fused(model, folder, *args, **options):
@@ -66,7 +33,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_losses_and_adapters_are_those_of_peft(lora_fused, tmp_path, dora, options):
     theirs = trained(peft_llama(use_dora=dora), tmp_path, **options)
-    model = kernelized(lora_fused, peft_llama(use_dora=dora))
+    model = kernelize_in_place(lora_fused, peft_llama(use_dora=dora))
     assert all(row.fused for row in explain(lora_fused, model))
     before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     ours = trained_fused(model, tmp_path, **options)
@@ -78,7 +45,7 @@ def test_losses_and_adapters_are_those_of_peft(lora_fused, tmp_path, dora, optio
 def test_mixed_precision_is_as_near_to_float32_as_peft(lora_fused, tmp_path, dora):
     _, truth = trained(peft_llama(use_dora=dora), tmp_path)
     _, theirs = trained(peft_llama(use_dora=dora), tmp_path, bf16=True)
-    model = kernelized(lora_fused, peft_llama(use_dora=dora))
+    model = kernelize_in_place(lora_fused, peft_llama(use_dora=dora))
     _, ours = trained_fused(model, tmp_path, bf16=True)
 
     def distance(found):
@@ -89,6 +56,6 @@ def test_mixed_precision_is_as_near_to_float32_as_peft(lora_fused, tmp_path, dor
 
 def test_training_is_taken_up_again(lora_fused, tmp_path):
     save = dict(save_strategy="steps", save_steps=STEPS // 2)
-    whole = trained(kernelized(lora_fused, peft_llama()), tmp_path, **save)
-    again = kernelized(lora_fused, peft_llama())
+    whole = trained(kernelize_in_place(lora_fused, peft_llama()), tmp_path, **save)
+    again = kernelize_in_place(lora_fused, peft_llama())
     assert_same(trained_fused(again, tmp_path, tmp_path / f"checkpoint-{STEPS // 2}", **save), whole, 1e-6)

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import last_call
 from ..environment import versions
-from ..explanation import read
+from ..explanation import BETWEEN_CALLS, read
 from ..peft import linear as peft_linear
 from .adapted import kernelize_adapted
 
@@ -58,7 +58,8 @@ def apply(model: nn.Module, mode: Mode | None = None) -> nn.Module:
             _put_back(module, forward)
         raise
     found = read(model)
-    _log.log(logging.INFO if any(row.fused for row in found) else logging.WARNING, "%s", found.headline())
+    may_be_fused = any(row.fused or row.reason.endswith(BETWEEN_CALLS) for row in found)
+    _log.log(logging.INFO if may_be_fused else logging.WARNING, "%s", found.headline())
     return model
 
 

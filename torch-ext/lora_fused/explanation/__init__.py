@@ -7,11 +7,11 @@ import warnings
 from torch import nn
 
 from ..peft import linear as peft_linear
-from .next_call import COMPILED, Model
+from .next_call import BETWEEN_CALLS, COMPILED, Model
 from .recorder import Calls, record
 from .table import FUSED, Explanation, Row
 
-__all__ = ["COMPILED", "FUSED", "Calls", "Explanation", "Row", "explain", "read", "record"]
+__all__ = ["BETWEEN_CALLS", "COMPILED", "FUSED", "Calls", "Explanation", "Row", "explain", "read", "record"]
 
 
 def explain(model: nn.Module, rows: int = 8192, *, calls: Calls | None = None) -> Explanation:

@@ -16,6 +16,7 @@ from .recorder import Calls
 from .table import FUSED, Row
 
 FUSED_DELTA = "fused delta"  # in place of a backend
+BETWEEN_CALLS = "between calls; FSDP gathers it for a call, whose own state decides"
 UNSEEN = "after the first pass"  # in place of a group
 COMPILED = "torch.compile: its graph has PEFT's own forward"
 _GATED = ({"gate", "down"}, {"w1", "w2", "w3"}, {"wi_0", "wi_1", "wo"})  # how gated MLPs name their projections
@@ -128,7 +129,7 @@ class Model:
 
     def _when_gathered(self, module: nn.Module, reason: str) -> str:
         if module in self.fsdp1:
-            return f"{reason} between calls; FSDP gathers it for a call, whose own state decides"
+            return f"{reason} {BETWEEN_CALLS}"
         return reason
 
     def _look_for_mlp(self, module: nn.Module) -> None:
