@@ -3,8 +3,8 @@
 
     python scripts/public_api.py [--write]
 
-Without --write the differences to what is kept are printed, with what they mean for the version, and the exit status is 1
-where there are some. CHANGELOG.md has the rules.
+Without --write the differences to what is kept are printed, with what they mean for the version, and the exit status is
+1 where there are some. CHANGELOG.md has the rules.
 """
 
 import argparse
