@@ -90,3 +90,13 @@ def assert_same(ours, theirs):
             assert value is None, name
         else:
             torch.testing.assert_close(value, theirs[name], rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}")
+
+
+# Those that a gated MLP may have, as torch has them.
+ACTIVATIONS = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda g: nn.functional.gelu(g, approximate="tanh"),
+    "relu": nn.functional.relu,
+    "relu2": lambda g: nn.functional.relu(g).square(),
+}
