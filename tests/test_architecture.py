@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from test_native import GROUPS, check_group
+from helpers.native_ops import GROUPS, check_group
 
 
 @pytest.fixture

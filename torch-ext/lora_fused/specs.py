@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class FourBit:
 
     shape: [N, K]. blocksize: values that share one absmax. nested_blocksize: blocks that share one
     nested_absmax, 0 where absmax is float32 itself. fp4: FP4, else NF4. dtype: of the weight before
-    it was quantized.
+    it was quantized. native_format: its name in `native.FORMATS`.
     """
 
     shape: tuple[int, int]
@@ -63,16 +63,21 @@ class FourBit:
     fp4: bool
     dtype: torch.dtype
 
+    @property
+    def native_format(self) -> str:
+        return "fp4" if self.fp4 else "nf4"
+
 
 @dataclass(frozen=True)
 class EightBit:
-    """A frozen weight [N, K] in int8, w = q · absmax / 127 with absmax [N] in float32."""
+    """A frozen weight [N, K] in int8, w = q · absmax / 127 with absmax [N] in float32. No native op reads it."""
 
     shape: tuple[int, int]
     dtype: torch.dtype = torch.float32
+    native_format: ClassVar[None] = None
 
 
-Quantized = FourBit | EightBit
+Quantized = FourBit | EightBit  # the rows of `quantization.FORMATS`
 
 
 @dataclass(frozen=True)

@@ -132,12 +132,12 @@ def dora_scales(
 
 def norm_is_native(weight: Tensor, lora_a: Tensor, lora_b: Tensor, quantized: Quantized | None) -> bool:
     """Whether the native ops make this norm, in a forward or together with others: of a weight in floating point that
-    Triton does not take, or in four bits."""
+    Triton does not take, or in a format that they read."""
     dtype = weight.dtype if quantized is None else quantized.dtype
     if dtype == torch.float64 or lora_a.dtype == torch.float64 or lora_b.dtype == torch.float64:
         return False
     if quantized is not None:
-        return type(quantized) is FourBit
+        return getattr(quantized, "native_format", None) is not None
     return not _row_norm_is_faster_in_triton(weight, lora_a.shape[0])
 
 
