@@ -1,6 +1,8 @@
-"""What `make check-build` lets pass and what it refuses, on copies of the built variant with a fault each."""
+"""What `make check-build` lets pass and what it refuses, on copies of the built variant with a fault each; and what a
+build says of itself."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from kernels.resolver import resolve_local_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
+import build  # noqa: E402
 import check_build  # noqa: E402
 
 BUILT = resolve_local_kernel(ROOT / "build", backend=None).variant_path  # this environment's
@@ -233,3 +236,43 @@ def test_import_that_does_more_and_needs_more(variant):
     for words in [*EFFECTS.values(), [f"No module named '{name}'" for name in needed]]:
         for word in words:
             assert word in text, text
+
+
+def test_a_build_for_this_machine_only_says_so(tmp_path):
+    library = asking_for(tmp_path, "made_up", "GLIBC_2.34", "libc.so.6")
+    told = build.portability(library)
+    assert told.startswith("FOR THIS MACHINE ONLY") and "made_up@GLIBC_2.34" in told and "cmake/glibc_2_28.cpp" in told
+    assert build.portability(next(BUILT.glob("*.so"))) == ""
+
+
+def test_commands_of_a_build_show_progress_and_end_in_time(capsys):
+    shell = ["sh", "-c"]
+    build.run([*shell, "echo '[1/2] one -o x'; echo noise"], dict(os.environ), 60, show=True)
+    assert capsys.readouterr().out == "[1/2] one\n"
+    with pytest.raises(SystemExit, match="(?s)reason.*failed: sh"):
+        build.run([*shell, "echo reason; exit 3"], dict(os.environ), 60, show=False)
+    with pytest.raises(SystemExit, match=r"stopped after 0.2 s \(--time-limit\)"):
+        build.run([*shell, "sleep 60"], dict(os.environ), 0.2, show=False)
+
+
+def test_torch_to_compile_against_and_its_compiler(tmp_path, monkeypatch):
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    (folder / "version.py").write_text("__version__ = '2.11.0+cu130'\ncuda = '13.0'\n")
+    torch = build.Torch.at(folder)
+    assert (torch.version, torch.full_version, torch.cuda) == ((2, 11), "2.11.0+cu130", "13.0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert build.choose_backend(torch)[0] == "cpu" and "requirements-cuda.txt" in build.choose_backend(torch)[1]
+    nvcc = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"  # of a wheel
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("")
+    nvcc.chmod(0o755)
+    (tmp_path / "nvidia" / "cu13" / "lib").mkdir()
+    (tmp_path / "nvidia" / "cu13" / "lib" / "libcudart.so.13").write_text("")
+    assert build.choose_backend(torch)[0] == "cuda" and build.find_nvcc(torch) == str(nvcc)
+    paths = build.with_libraries_of_wheel(str(nvcc), tmp_path / "work")["LIBRARY_PATH"].split(":")
+    assert [sorted(p.name for p in Path(path).iterdir()) for path in paths[:2]] == [["libcudart.so.13"], ["libcudart.so"]]
+    assert build.variant_name("cuda", torch, "2.11").startswith("torch-stable-abi211-cu130-")
+    with pytest.raises(SystemExit, match="is no torch package"):
+        build.Torch.at(tmp_path / "work")
