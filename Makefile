@@ -1,7 +1,8 @@
 # Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
-.PHONY: help venv build check-build demo test families conformance matrix clean gpu-check bench tune build-cuda reproduce variants public-api lint release-dry-run
+.PHONY: help venv build check-build demo lint format types test test-all families conformance matrix clean gpu-check bench tune \
+  build-cuda reproduce variants public-api release-dry-run
 
 ifdef PYTHON
 READY :=
@@ -33,10 +34,24 @@ check-build: build  ## hold every variant in build/ against what the Hub asks: A
 demo: build  ## fine-tune with PEFT alone and kernelized, and compare
 	$(PYTHON) examples/finetune.py
 
+lint: $(READY)  ## check style and formatting of the Python files
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: $(READY)  ## format the Python files, and mend what ruff can
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+types: $(READY)  ## check the package's types
+	$(PYTHON) -m mypy
+
 # Two workers, as CI has cores, where pytest-xdist is installed. More threads than cores wait for each other.
-test: build  ## run the tests
+test: SELECTED := -m "not slow"
+test: build  ## run the tests but those marked as slow
+test-all: build  ## run all tests
+test test-all:
 	@parallel=$$($(PYTHON) -c 'import xdist; print("-n 2 --dist loadgroup")' 2>/dev/null); \
-	set -x; OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$parallel tests
+	set -x; OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$parallel $(SELECTED) tests
 
 families: build  ## hold every model family against PEFT and write the README's table of them
 	OMP_NUM_THREADS=1 $(PYTHON) scripts/families_table.py --measure
@@ -67,9 +82,6 @@ build-cuda: $(READY)  ## build and check the CUDA variant, no GPU needed (ARCHS=
 reproduce: $(READY)  ## build the last commit twice, under nothing but the same tools, and compare bytes (AGAINST=dir)
 	@$(PYTHON) scripts/reproduce.py $(if $(BACKEND),--backend $(BACKEND)) $(if $(ARCHS),--archs "$(ARCHS)") \
 	  $(if $(TORCH),--torch $(TORCH)) $(if $(AGAINST),--against $(AGAINST))
-
-lint: $(READY)  ## find what is undefined, unused or no Python
-	@$(PYTHON) -m ruff check .
 
 public-api: build  ## compare the public interface with what docs/api.json keeps (WRITE=1: keep it)
 	@$(PYTHON) scripts/public_api.py $(if $(WRITE),--write)

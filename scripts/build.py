@@ -11,6 +11,7 @@ and by whomever they are built. A failing build leaves the former variant in pla
 import argparse
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -116,7 +117,9 @@ def with_libraries_of_wheel(nvcc: str, work: Path) -> dict[str, str]:
     for runtime in libraries.glob("libcudart.so.*"):
         (links / "libcudart.so").unlink(missing_ok=True)
         (links / "libcudart.so").symlink_to(runtime)
-    return {"LIBRARY_PATH": os.pathsep.join([str(libraries), str(links), os.environ.get("LIBRARY_PATH", "")]).rstrip(":")}
+    return {
+        "LIBRARY_PATH": os.pathsep.join([str(libraries), str(links), os.environ.get("LIBRARY_PATH", "")]).rstrip(":")
+    }
 
 
 def choose_backend(torch: Torch) -> tuple[str, str]:
@@ -124,8 +127,10 @@ def choose_backend(torch: Torch) -> tuple[str, str]:
     if torch.cuda is None:
         return "cpu", f"left out cuda: torch {torch.full_version} is a build without CUDA"
     if find_nvcc(torch) is None:
-        return "cpu", ("left out cuda: nvcc not found (pip install -r requirements-cuda.txt); "
-                       "a CUDA torch cannot load this variant")
+        return "cpu", (
+            "left out cuda: nvcc not found (pip install -r requirements-cuda.txt); "
+            "a CUDA torch cannot load this variant"
+        )
     return "cuda", "left out nothing: the cuda variant holds the CPU op too"
 
 
@@ -141,7 +146,7 @@ def choose_archs(requested: str | None, config: dict) -> list[str]:
 
 
 def visible_capability() -> str | None:
-    """"9.0" of the first GPU that the installed torch sees."""
+    """ "9.0" of the first GPU that the installed torch sees."""
     import torch
 
     if not torch.cuda.is_available():
@@ -151,15 +156,14 @@ def visible_capability() -> str | None:
 
 def variant_name(backend: str, torch: Torch, stable_abi: str) -> str:
     compute = "cpu" if backend == "cpu" else "cu" + torch.cuda.replace(".", "")
-    return (f"torch-stable-abi{stable_abi.replace('.', '')}-{compute}-"
-            f"{platform.machine()}-{platform.system().lower()}")
+    return f"torch-stable-abi{stable_abi.replace('.', '')}-{compute}-{platform.machine()}-{platform.system().lower()}"
 
 
 def compile_library(config: dict, backend: str, torch: Torch, ops_name: str, archs: list[str], limit: int) -> Path:
     """Run CMake in _build/<backend>; returns the library. Up to date: about a second."""
     kernels = [k for k in config["kernel"].values() if k["backend"] == backend]
     components = [config["torch"], *kernels]
-    sources = list(dict.fromkeys(sum((c["src"] for c in components), [])))
+    sources = list(dict.fromkeys(itertools.chain.from_iterable(c["src"] for c in components)))
     major, minor = map(int, config["torch"]["stable-abi"][backend].split("."))
     include = sysconfig.get_paths()["include"]
     work = ROOT / "_build" / backend
@@ -171,14 +175,13 @@ def compile_library(config: dict, backend: str, torch: Torch, ops_name: str, arc
         "PYTHON_INCLUDE": include if Path(include, "Python.h").exists() else "",
         "STABLE_ABI": hex(major << 56 | minor << 48) + "ULL",
         "SOURCES": ";".join(s for s in sources if s.endswith((".cpp", ".cu"))),
-        "CXX_FLAGS": ";".join(dict.fromkeys(sum((c.get("cxx-flags", []) for c in components), []))),
-        "CUDA_FLAGS": ";".join(dict.fromkeys(sum((c.get("cuda-flags", []) for c in kernels), []))),
+        "CXX_FLAGS": ";".join(dict.fromkeys(itertools.chain.from_iterable(c.get("cxx-flags", []) for c in components))),
+        "CUDA_FLAGS": ";".join(dict.fromkeys(itertools.chain.from_iterable(c.get("cuda-flags", []) for c in kernels))),
         "CXX_STD": 20 if torch.version >= (2, 12) else 17,
     }
     if backend == "cuda":
         options["CMAKE_CUDA_COMPILER"] = find_nvcc(torch)
-        options["CMAKE_CUDA_ARCHITECTURES"] = ";".join(
-            a.replace(".", "") + "-real" for a in archs)
+        options["CMAKE_CUDA_ARCHITECTURES"] = ";".join(a.replace(".", "") + "-real" for a in archs)
     # CMake and ninja of the running interpreter's environment come first.
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     if backend == "cuda":
@@ -187,8 +190,7 @@ def compile_library(config: dict, backend: str, torch: Torch, ops_name: str, arc
     if cmake is None:
         sys.exit("build: cmake not found (pip install cmake)")
     generator = ["-G", "Ninja"] if shutil.which("ninja", path=env["PATH"]) else []
-    configure = [cmake, "-S", ROOT, "-B", work, *generator,
-                 *(f"-D{key}={value}" for key, value in options.items())]
+    configure = [cmake, "-S", ROOT, "-B", work, *generator, *(f"-D{key}={value}" for key, value in options.items())]
     if options_changed(work, options):
         configure.insert(1, "--fresh")
     run(configure, env, limit, show=False)
@@ -199,8 +201,9 @@ def compile_library(config: dict, backend: str, torch: Torch, ops_name: str, arc
 def run(command: list, env: dict, limit: int, show: bool) -> None:
     """Run a command for at most `limit` seconds, its lines of progress shown on request and all of them on failure."""
     command, lines, late = list(map(str, command)), [], threading.Event()
-    process = subprocess.Popen(command, env=env, text=True, start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, env=env, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
     def stop() -> None:
         late.set()
@@ -251,19 +254,25 @@ def write_variant(target: Path, config: dict, backend: str, library: Path, archs
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as temp:
         new = Path(temp, target.name)
-        shutil.copytree(ROOT / "torch-ext" / package, new,
-                        ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "_ops.py"))
+        shutil.copytree(
+            ROOT / "torch-ext" / package, new, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "_ops.py")
+        )
         shutil.copy2(library, new)
         (new / "_ops.py").write_text(
             f"import torch\nfrom . import {ops_name}\nops = torch.ops.{ops_name}\n\n"
             "def add_op_namespace_prefix(op_name: str):\n"
             '    """\n    Prefix op by namespace.\n    """\n'
-            f'    return f"{ops_name}::{{op_name}}"\n')
+            f'    return f"{ops_name}::{{op_name}}"\n'
+        )
         digest = Digest.hash_variant(DigestAlgorithm.SHA256, new)
         # `provenance` is for builds of kernel-builder's, which this is not.
         metadata = {
-            "name": general["name"], "id": ops_name, "version": general["version"],
-            "license": general["license"], "python-depends": [], "kernel-depends": [],
+            "name": general["name"],
+            "id": ops_name,
+            "version": general["version"],
+            "license": general["license"],
+            "python-depends": [],
+            "kernel-depends": [],
             "backend": {"type": backend} | ({"archs": sorted(archs)} if archs else {}),
             "digest": {"algorithm": "sha256", "files": dict(sorted(digest.files.items()))},
             "local-build": origin,
@@ -283,16 +292,23 @@ def portability(library: Path) -> str:
     too_new = Library.read(library).too_new()
     if not too_new:
         return ""
-    return (f"FOR THIS MACHINE ONLY: {library.name} asks for {', '.join(too_new)}, which manylinux_2_28 does not have. "
-            "Do not publish it; cmake/glibc_2_28.cpp is where older names are given.")
+    return (
+        f"FOR THIS MACHINE ONLY: {library.name} asks for {', '.join(too_new)}, which manylinux_2_28 does not have. "
+        "Do not publish it; cmake/glibc_2_28.cpp is where older names are given."
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--archs", help="compute capabilities, e.g. '8.0;9.0a', or 'all' of "
-                        "build.toml (default: the visible GPU's, else all)")
-    parser.add_argument("--torch", type=Path, help="the torch folder of an unpacked wheel to "
-                        "compile against (default: the installed one)")
+    parser.add_argument(
+        "--archs",
+        help="compute capabilities, e.g. '8.0;9.0a', or 'all' of build.toml (default: the visible GPU's, else all)",
+    )
+    parser.add_argument(
+        "--torch",
+        type=Path,
+        help="the torch folder of an unpacked wheel to compile against (default: the installed one)",
+    )
     parser.add_argument("--backend", choices=("cpu", "cuda"), help="fail rather than build another")
     parser.add_argument("--time-limit", type=int, default=5400, help="seconds (%(default)s)")
     args = parser.parse_args()

@@ -3,9 +3,9 @@
 
     python scripts/check_build.py [--build DIR] [--release] [--torch DIR]
 
-Each problem is one line: the variant, what is wrong, what to do. The exit status is 1 where there is one. What cannot be
-looked at on this machine, as the import of a CUDA variant without a CUDA torch, is said and is no problem. `--release` asks a
-CUDA variant for all of build.toml's architectures, and for sources that are committed.
+Each problem is one line: the variant, what is wrong, what to do. The exit status is 1 where there is one. What cannot
+be looked at on this machine, as the import of a CUDA variant without a CUDA torch, is said and is no problem.
+`--release` asks a CUDA variant for all of build.toml's architectures, and for sources that are committed.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def check_layout(variant: Path) -> list[str]:
         name = path.relative_to(variant)
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             problems.append(f"{name} is a link or no plain file, which the Hub does not keep: copy what it stands for")
-        elif path.is_file() and path.suffix not in SUFFIXES or path.name.startswith("."):
+        elif (path.is_file() and path.suffix not in SUFFIXES) or path.name.startswith("."):
             problems.append(f"{name} is none of {', '.join(sorted(SUFFIXES))}: keep it out of the package")
         elif path.name == "__pycache__":
             problems.append(f"{name} holds this machine's bytecode: delete it")
@@ -156,14 +156,17 @@ def check_library(path: Path, backend: str, torch_abi: tuple[int, int]) -> list[
             problems.append(f"{path.name} exports {name}, which another library's could replace: hide it")
     data = path.read_bytes()
     for found in sorted({*BUILD_PATH.findall(data), *re.findall(re.escape(str(ROOT).encode()), data)}):
-        problems.append(f"{path.name} names {found.decode()}, a path of the building machine: map it (-ffile-prefix-map)")
+        problems.append(
+            f"{path.name} names {found.decode()}, a path of the building machine: map it (-ffile-prefix-map)"
+        )
     for found in sorted(set(re.findall(rb"tmpxft_\w+", data))):
         problems.append(f"{path.name} names {found.decode()}, a process of nvcc's: use --objdir-as-tempdir")
     return problems
 
 
 def _is_of_libstdcxx(name: str) -> bool:
-    """Whether a mangled name is of namespace std or __gnu_cxx, whose headers make it visible: all libraries share it."""
+    """Whether a mangled name is of namespace std or __gnu_cxx, whose headers make it visible: all libraries share
+    it."""
     return re.match(r"_Z(T[ISVT]|GV|Z)*N?K?(St|S[absiod]|9__gnu_cxx)", name) is not None
 
 

@@ -10,7 +10,17 @@ import importlib.metadata
 import os
 import platform
 
-PACKAGES = ("torch", "triton", "kernels", "huggingface_hub", "peft", "transformers", "accelerate", "bitsandbytes", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "kernels",
+    "huggingface_hub",
+    "peft",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "numpy",
+)
 # Variables that change what is loaded; of those with a path only that they are set.
 VARIABLES = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "TRITON_INTERPRET", "USE_HUB_KERNELS")
 WITH_PATHS = ("LOCAL_KERNELS", "KERNELS_CACHE", "HF_HOME", "LD_LIBRARY_PATH", "PYTHONPATH")

@@ -65,7 +65,9 @@ def hash_of_commit(repository: Path, commit: str) -> str:
 def main() -> None:
     nodes = json.loads(LOCK.read_text())["nodes"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sources", nargs="+", metavar="NAME=PATH", help=f"of {', '.join(sorted(set(nodes) - {'root'}))}")
+    parser.add_argument(
+        "sources", nargs="+", metavar="NAME=PATH", help=f"of {', '.join(sorted(set(nodes) - {'root'}))}"
+    )
     failed = False
     for source in parser.parse_args().sources:
         name, _, path = source.partition("=")

@@ -3,8 +3,8 @@
 
     python scripts/public_api.py [--write]
 
-Without --write the differences to what is kept are printed, with what they mean for the version, and the exit status is 1
-where there are some. CHANGELOG.md has the rules.
+Without --write the differences to what is kept are printed, and the exit status is 1 where there are some. CHANGELOG.md
+says what they mean for the version.
 """
 
 import argparse
@@ -29,7 +29,9 @@ def describe(thing: object) -> object:
     """A function's signature; of a class its own and its public methods', properties and fields; of a module its public
     classes and functions."""
     if isinstance(thing, types.ModuleType):
-        own = {name: value for name, value in vars(thing).items() if getattr(value, "__module__", None) == thing.__name__}
+        own = {
+            name: value for name, value in vars(thing).items() if getattr(value, "__module__", None) == thing.__name__
+        }
         return {name: describe(value) for name, value in sorted(own.items()) if not name.startswith("_")}
     if not inspect.isclass(thing):
         return signature(thing)

@@ -3,8 +3,8 @@
 
     python scripts/variants.py [--write]
 
-With Nix they are what kernel-builder evaluates, for each system; `--write` keeps them in docs/variants.json. Without Nix
-the kept ones are printed, which are of the builder that flake.lock names.
+With Nix they are what kernel-builder evaluates, for each system; `--write` keeps them in docs/variants.json. Without
+Nix the kept ones are printed, which are of the builder that flake.lock names.
 """
 
 import argparse
@@ -26,7 +26,9 @@ def evaluated() -> dict[str, list[str]] | None:
     flags = ["--extra-experimental-features", "nix-command flakes", "--json"]
     told = {}
     for system in kept()["variants"]:
-        done = subprocess.run(["nix", "eval", *flags, f"{ROOT}#packages.{system}.variants"], capture_output=True, text=True)
+        done = subprocess.run(
+            ["nix", "eval", *flags, f"{ROOT}#packages.{system}.variants"], capture_output=True, text=True
+        )
         if done.returncode != 0:
             sys.exit(f"variants: {done.stderr}")
         told[system] = sorted(json.loads(done.stdout))

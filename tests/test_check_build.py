@@ -14,8 +14,9 @@ from kernels.resolver import resolve_local_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-import build  # noqa: E402
-import check_build  # noqa: E402
+import check_build
+
+import build
 
 BUILT = resolve_local_kernel(ROOT / "build", backend=None).variant_path  # this environment's
 
@@ -51,8 +52,11 @@ def asking_for(folder, symbol, version, soname):
     offering = compiled(
         folder, f"void {symbol}(void) {{}}", f"-Wl,--version-script={folder}/versions,-soname={soname}", name=soname
     )
-    return compiled(folder, f"void {symbol}(void); static void *p = {symbol}; static void *get(void) "
-                            f"{{ return p; }} __attribute__((used)) static void *(*q)(void) = get;", offering)  # fmt: skip
+    source = (
+        f"void {symbol}(void); static void *p = {symbol}; static void *get(void) "
+        f"{{ return p; }} __attribute__((used)) static void *(*q)(void) = get;"
+    )
+    return compiled(folder, source, offering)
 
 
 def problems_of(library, backend="cpu"):
@@ -119,7 +123,7 @@ def test_version_of_torchs_stable_interface(name, since, words, tmp_path, monkey
     assert known["torch_list_size"] == (2, 10) and known["aoti_torch_get_dim"] == (0, 0)
     if since:
         monkeypatch.setattr(check_build, "shim_versions", lambda: known | {name: since})
-    source = f"extern void {name}(void); __attribute__((visibility(\"hidden\"))) void *used(void) {{ return {name}; }}"
+    source = f'extern void {name}(void); __attribute__((visibility("hidden"))) void *used(void) {{ return {name}; }}'
     problems = problems_of(compiled(tmp_path, source))
     if words:
         refused(problems, name, words)
@@ -141,7 +145,7 @@ def test_other_faults_of_a_library(tmp_path):
     refused(problems_of(compiled(tmp_path, text % "/home/me/lora-fused/x.cpp")), "/home/me/lora-fused/x.cpp", "prefix")
     refused(problems_of(compiled(tmp_path, text % "tmpxft_00000a1b_x.cudafe1.cpp")), "tmpxft_", "--objdir-as-tempdir")
     refused(problems_of(compiled(tmp_path, ""), "cuda"), "CUDA runtime", "CMAKE_CUDA_RUNTIME_LIBRARY")
-    python = "extern void PyList_New(void); __attribute__((visibility(\"hidden\"))) void *f(void) { return PyList_New; }"
+    python = 'extern void PyList_New(void); __attribute__((visibility("hidden"))) void *f(void) { return PyList_New; }'
     refused(problems_of(compiled(tmp_path, python)), "PyList_New", "PyModule_Create2 alone")
     newer = python.replace("PyList_New", "PyUnicode_AsUTF8AndSize")
     assert any("not in abi3 of Python 3.9" in problem for problem in problems_of(compiled(tmp_path, newer)))
@@ -177,7 +181,11 @@ def test_faults_of_the_layout(variant):
 
 @pytest.mark.parametrize(
     "key, value, word",
-    [("version", 2, "version = 2"), ("id", "_other_cpu_1234567", "does not name kernel"), ("digest", None, "no digest")],
+    [
+        ("version", 2, "version = 2"),
+        ("id", "_other_cpu_1234567", "does not name kernel"),
+        ("digest", None, "no digest"),
+    ],
 )
 def test_faults_of_the_metadata(key, value, word, variant):
     path = variant / "metadata.json"
@@ -219,7 +227,9 @@ EFFECTS = {
     "import torch; torch.set_default_dtype(torch.float64)": ("changed torch's default dtype",),
     "import warnings; warnings.filterwarnings('ignore')": ("changed the warning filters",),
     "import torch; torch.library.Library('somebody', 'DEF').define('op() -> ()'); "
-    "torch._keep = torch.library.Library('elsewhere', 'DEF'); torch._keep.define('op() -> ()')": ("registers elsewhere::op",),
+    "torch._keep = torch.library.Library('elsewhere', 'DEF'); torch._keep.define('op() -> ()')": (
+        "registers elsewhere::op",
+    ),
 }  # fmt: skip
 
 
@@ -272,7 +282,10 @@ def test_torch_to_compile_against_and_its_compiler(tmp_path, monkeypatch):
     (tmp_path / "nvidia" / "cu13" / "lib" / "libcudart.so.13").write_text("")
     assert build.choose_backend(torch)[0] == "cuda" and build.find_nvcc(torch) == str(nvcc)
     paths = build.with_libraries_of_wheel(str(nvcc), tmp_path / "work")["LIBRARY_PATH"].split(":")
-    assert [sorted(p.name for p in Path(path).iterdir()) for path in paths[:2]] == [["libcudart.so.13"], ["libcudart.so"]]
+    assert [sorted(p.name for p in Path(path).iterdir()) for path in paths[:2]] == [
+        ["libcudart.so.13"],
+        ["libcudart.so"],
+    ]
     assert build.variant_name("cuda", torch, "2.11").startswith("torch-stable-abi211-cu130-")
     with pytest.raises(SystemExit, match="is no torch package"):
         build.Torch.at(tmp_path / "work")

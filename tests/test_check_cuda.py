@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-import check_cuda  # noqa: E402
+import check_cuda
 
 PLAIN = "_ZN12_GLOBAL__N_111cast_kernelEPfi"
 HOPPER = "_ZN10lora_fused4sm9011gemm_kernelIfLi2EEEvT_"
@@ -28,7 +28,9 @@ def problems(tmp_path):
                 if of == arch:
                     lines += [f" Function {kernel}:", f"  REG:96 STACK:{stack} SHARED:0 LOCAL:0"]
         (tmp_path / "usage").write_text("\n".join(lines))
-        (tmp_path / "sass").write_text("".join(f"\t\tFunction : {k}\n  /*0000*/ {code} R1 ;\n" for k, code in sass.items()))
+        (tmp_path / "sass").write_text(
+            "".join(f"\t\tFunction : {k}\n  /*0000*/ {code} R1 ;\n" for k, code in sass.items())
+        )
         tool = tmp_path / "cuobjdump"
         tool.write_text(f'#!/bin/sh\ncase "$1" in -res-usage) cat {tmp_path}/usage;; *) cat {tmp_path}/sass;; esac\n')
         tool.chmod(0o755)

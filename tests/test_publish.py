@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from hub_server import HubServer
+from helpers.hub_server import HubServer
 from kernels._rust import Digest, DigestAlgorithm
 from kernels.compat import tomllib
 from kernels.resolver import resolve_local_kernel
@@ -63,7 +63,12 @@ def run(script, hub, home, **env):
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "KERNELS_", "LOCAL_KERNELS"))}
     for name in ("DISABLE_TELEMETRY", "DO_NOT_TRACK"):  # with these kernels 0.17.2 sends an illegal header
         keep.pop(name, None)
-    keep |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
+    keep |= {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", f"{STEPS}\n{script}\nprint(json.dumps(told))"],
         env=keep | env, cwd=home.parent, capture_output=True, text=True, timeout=300,
@@ -252,7 +257,9 @@ def test_locked_kernel_is_loaded_after_download(project):
     assert project[0]["load"]["gave"] == project[0]["locked"]["gave"]
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason=WANTS_ALL.format("benchmarks/, which --all-variants leaves out"))
+@pytest.mark.xfail(
+    strict=True, raises=KeyError, reason=WANTS_ALL.format("benchmarks/, which --all-variants leaves out")
+)
 def test_locked_kernel_is_loaded_after_download_of_all_variants(project):
     assert project[0]["load with all variants"]["gave"] == project[0]["locked"]["gave"]
 
@@ -271,7 +278,9 @@ def test_offline_with_a_whole_snapshot_or_a_folder(hub, stranger, project, offli
     assert offline["folder"]["gave"] == stranger[0]["second"]["gave"]
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="kernels looks for a branch's name in the cache and wrote commits")
+@pytest.mark.xfail(
+    strict=True, raises=KeyError, reason="kernels looks for a branch's name in the cache and wrote commits"
+)
 def test_offline_by_version(project, offline):
     assert offline["by version"]["gave"] == project[0]["locked"]["gave"]
 

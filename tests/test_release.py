@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hub_server import HubServer
+from helpers.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-import environment  # noqa: E402
-import flake_lock  # noqa: E402
-import public_api  # noqa: E402
-import release  # noqa: E402
-import reproduce  # noqa: E402
-import variants  # noqa: E402
-from test_build import CONFIG  # noqa: E402
+import environment
+import flake_lock
+import public_api
+import release
+import reproduce
+import variants
+from test_build import CONFIG
 
 LOCKED = json.loads((ROOT / "flake.lock").read_text())["nodes"]
 
@@ -57,7 +57,10 @@ def test_variants_are_asked_of_nix_where_it_is(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["variants.py", "--write"])
     variants.main()
     kept = json.loads((tmp_path / "kept.json").read_text())
-    assert kept["variants"]["x86_64-linux"] == ["a", "b"] and kept["kernel-builder"] == LOCKED["kernel-builder"]["locked"]["rev"]
+    assert (
+        kept["variants"]["x86_64-linux"] == ["a", "b"]
+        and kept["kernel-builder"] == LOCKED["kernel-builder"]["locked"]["rev"]
+    )
 
 
 def test_hash_of_a_tree_is_nixs(tmp_path):
@@ -174,13 +177,20 @@ def test_workflows_run_what_the_makefile_has():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):.*## ", makefile, re.M))
     asked = {
-        target for path in WORKFLOWS for _, step in steps_of(path) for target in re.findall(r"\bmake ([a-z-]+)", step.get("run", ""))
+        target
+        for path in WORKFLOWS
+        for _, step in steps_of(path)
+        for target in re.findall(r"\bmake ([a-z-]+)", step.get("run", ""))
     }
-    assert {"check-build", "build-cuda", "lint", "release-dry-run", "variants"} <= asked <= targets
-    assert all((ROOT / name).exists() for name in re.findall(r"requirements-\w+\.txt", str([p.read_text() for p in WORKFLOWS])))
+    assert {"check-build", "build-cuda", "release-dry-run", "variants"} <= asked <= targets
+    assert all(
+        (ROOT / name).exists() for name in re.findall(r"requirements-\w+\.txt", str([p.read_text() for p in WORKFLOWS]))
+    )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*_*.yml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*_*.yml")), ids=lambda path: path.name
+)
 def test_issue_templates_ask_for_explain_and_the_environment(path):
     asked = {item["id"]: item for item in yaml.safe_load(path.read_text())["body"] if "id" in item}
     assert {"program", "explain", "environment", "kernel"} == set(asked)

@@ -12,6 +12,11 @@
 
 OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   ops.def("names(str kind) -> str");
+  // Whose kernels run on like's device: "cpu", "sm80" for every GPU but Hopper, "sm90" (kernel-src/dispatch/).
+  ops.def("architecture(Tensor like) -> str");
+  // From now on all GPUs of the process run this architecture's kernels, "" for their own: for tests and benchmarks, so
+  // that a Hopper runs what another GPU does. An error names what is possible.
+  ops.def("set_architecture(str name) -> ()");
   ops.def("row_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
   ops.def("gain(Tensor magnitude, Tensor norm) -> Tensor");
   ops.def("dropout(Tensor x, Tensor seed, float p, Tensor(a!) out, bool accumulate=False, bool scaled=True) -> ()");
@@ -65,19 +70,23 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "float number, int padding, bool need_a, bool need_b, bool need_m) -> Tensor[]");
 }
 
-bool gemm_pays_cpu(const torch::stable::Tensor&, int64_t, int64_t) { return false; }
+bool gemm_is_faster_cpu(const torch::stable::Tensor&, int64_t, int64_t) { return false; }
 
 std::string names(std::string kind) { return lora_fused::names_of(kind); }
 
-OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) { ops.impl("names", TORCH_BOX(&names)); }
+OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
+  ops.impl("names", TORCH_BOX(&names));
+  ops.impl("architecture", TORCH_BOX(&architecture));
+  ops.impl("set_architecture", TORCH_BOX(&set_architecture));
+}
 
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("row_norm", TORCH_BOX(&row_norm_cpu));
-  ops.impl("gain", TORCH_BOX(&gain_cpu));
+  ops.impl("gain", TORCH_BOX(&mag_norm_scale_cpu));
   ops.impl("dropout", TORCH_BOX(&dropout_cpu));
-  ops.impl("dora_gains", TORCH_BOX(&dora_gains));
+  ops.impl("dora_gains", TORCH_BOX(&dora_scales));
   ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_cpu));
-  ops.impl("gemm_pays", TORCH_BOX(&gemm_pays_cpu));
+  ops.impl("gemm_pays", TORCH_BOX(&gemm_is_faster_cpu));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
   ops.impl("gated_forward", TORCH_BOX(&gated_forward));
@@ -87,14 +96,14 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
 #if defined(CUDA_KERNEL)
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("row_norm", TORCH_BOX(&row_norm_cuda));
-  ops.impl("gain", TORCH_BOX(&gain_cuda));
+  ops.impl("gain", TORCH_BOX(&mag_norm_scale_cuda));
   ops.impl("dropout", TORCH_BOX(&dropout_cuda));
-  ops.impl("dora_gains", TORCH_BOX(&dora_gains));
+  ops.impl("dora_gains", TORCH_BOX(&dora_scales));
   ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_cuda));
   ops.impl("gemm", TORCH_BOX(&gemm_cuda));
-  ops.impl("gemm_pays", TORCH_BOX(&gemm_pays_cuda));
+  ops.impl("gemm_pays", TORCH_BOX(&gemm_is_faster_cuda));
   ops.impl("skinny", TORCH_BOX(&skinny_cuda));
-  ops.impl("dy_products", TORCH_BOX(&dy_products_cuda));
+  ops.impl("dy_products", TORCH_BOX(&dt_db_cuda));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
   ops.impl("gated_forward", TORCH_BOX(&gated_forward));
