@@ -260,7 +260,10 @@ def main() -> None:
     parser.add_argument("--release", action="store_true", help="all architectures, and nothing that is not committed")
     parser.add_argument("--torch", type=Path, help="the folder of a CUDA torch to import a CUDA variant with")
     args = parser.parse_args()
-    variants = sorted(p for p in args.build.glob("*") if p.is_dir() and not p.name.startswith("."))
+    # kernel-builder's result has a folder of benchmarks, too.
+    variants = sorted(
+        {path.parent for name in ("metadata.json", "__init__.py") for path in args.build.glob(f"*/{name}")}
+    )
     if not variants:
         sys.exit(f"check-build: no variant in {args.build}: make build")
     failed = False
