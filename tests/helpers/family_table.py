@@ -71,7 +71,7 @@ def counted(lora_fused):
 
     layers, one = lora_fused.layers, lambda *_: dict(projections=1)
     calls = (
-        (layers.dispatch, "compute_group", lambda x, projections: dict(projections=len(projections))),
+        (layers.dispatch, "compute_group", lambda x, projections, *_: dict(projections=len(projections))),
         (layers.dispatch, "compute_gated", lambda x, inputs, *_: dict(projections=len(inputs) + 1, gated=1)),
         (layers.functional_delta, "add_delta", one),
         (layers.functional_embedding, "compute_embedding", one),

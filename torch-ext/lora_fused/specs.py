@@ -15,6 +15,14 @@ import torch
 from torch import Tensor
 
 
+class Fallback(NamedTuple):
+    """In place of what reading a module gives: its own forward computes the call. reason: why, for a reader. raises:
+    whether that cannot compute it either, so that the call raises."""
+
+    reason: str
+    raises: bool = False
+
+
 class Operands(NamedTuple):
     """Tensors of one projection: weight [N, K], bias [N], lora_a [R, K], lora_b [N, R],
     lora_bias [N], magnitude [N]. None where the projection has none; without lora_a and lora_b it

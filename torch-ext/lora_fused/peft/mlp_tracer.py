@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..backends.reference import activations as formulas
+from ..specs import Fallback
 
 # What an activation may be written with besides child modules: called on one tensor and constants.
 _POINTWISE = frozenset(("silu", "gelu", "relu", "square", "pow", "__pow__"))
@@ -96,7 +97,7 @@ class _Branch(NamedTuple):
     chain: tuple[_Call, ...]
 
 
-def recognise(module: nn.Module) -> GatedMLP | str:
+def recognise(module: nn.Module) -> GatedMLP | Fallback:
     """The gated MLP that `type(module).forward` computes, or the reason why it is none.
 
     The instance's own forward is not looked at. Branches on the module's attributes are taken as
@@ -105,12 +106,12 @@ def recognise(module: nn.Module) -> GatedMLP | str:
     try:
         found = _recognise(module, training=True)
         if found != _recognise(module, training=False):
-            return "computes otherwise in training than in evaluation"
+            return Fallback("computes otherwise in training than in evaluation")
         return found
     except _Refusal as refusal:
-        return str(refusal)
+        return Fallback(str(refusal))
     except Exception as error:  # whatever a forward may raise on a symbol
-        return f"cannot be traced: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return Fallback(f"cannot be traced: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
 
 
 def weights_dtype(module: nn.Module) -> torch.dtype | None:
