@@ -248,7 +248,7 @@ Tensor Backward::grad_a(size_t i, const MatrixView& x, AdapterGrads& products, M
     if (members_.any_masked())
       return products.product(adapters_.columns_of(*dt_, i), x, dtype, /*transposed=*/false, members_.mask(i));
     if (!all || all->scalar_type() != dtype) all = products.product(*dt_, x, dtype, /*transposed=*/false, std::nullopt);
-    return MatrixView(*all).rows(first, rank).tensor();
+    return rank == all->size(0) ? *all : MatrixView(*all).rows(first, rank).tensor();
   }
   if (!adapters_.merged) {
     const MatrixView both = adapters_.columns_of(*dt_, i).columns(rank, 2 * rank);

@@ -82,7 +82,7 @@ Outputs project(const MatrixView& x, const Tensor& like, const Members& members,
       return sum;
     };
     out.ys.push_back(empty_as(like, n));
-    const MatrixView y(out.ys.back(), x.size(0), n, n, 1);
+    const MatrixView y = matrix(out.ys.back());
     if (!members.mag_norm_scale(i)) {
       multiply(y, terms(x), members.bias(i));
     } else if (members.masked(i)) {

@@ -96,6 +96,8 @@ def _choose(
     rows: int | None = None,
 ) -> str:
     """Name of the backend; `path` is of all that is computed together. `rows` in place of x's own, where given."""
+    if not x.is_cuda:
+        return select.NATIVE
     if x.dtype == torch.float16 and lora_dtype is None and any([_is_wide(p.operands.lora_a) for p in projections]):
         return select.NATIVE  # Triton stores t and dt in x's dtype, which has not the range for an adapter in float32
 
