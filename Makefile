@@ -1,7 +1,8 @@
 # Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test families conformance matrix clean gpu-check bench tune cuda-compile
+.PHONY: help venv build check-build demo lint format types test test-all families conformance matrix clean gpu-check bench tune \
+  build-cuda reproduce variants public-api release-dry-run
 
 ifdef PYTHON
 READY :=
@@ -10,8 +11,6 @@ PYTHON := .venv/bin/python
 READY := .venv/stamp
 endif
 BASE_PYTHON ?= python3
-NVCC ?= $(shell command -v nvcc 2>/dev/null || echo /usr/local/cuda/bin/nvcc)
-ARCHS := 80 86 89 90a 100 120
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -19,21 +18,40 @@ help:  ## list the targets
 
 venv: $(READY)  ## make .venv with the pinned dependencies
 
-.venv/stamp: requirements.txt requirements-test.txt
+REQUIREMENTS ?= requirements-test.txt
+
+.venv/stamp: $(wildcard requirements*.txt)
 	$(BASE_PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet -r requirements-test.txt
+	.venv/bin/python -m pip install --quiet -r $(REQUIREMENTS)
 	@touch $@
 
 build: $(READY)  ## build this machine's variant into build/
 	@$(PYTHON) scripts/build.py
 
+check-build: build  ## hold every variant in build/ against what the Hub asks: ABI, symbols, digest, a bare import (RELEASE=1)
+	@$(PYTHON) scripts/check_build.py $(if $(RELEASE),--release) $(if $(TORCH),--torch $(TORCH))
+
 demo: build  ## fine-tune with PEFT alone and kernelized, and compare
 	$(PYTHON) examples/finetune.py
 
+lint: $(READY)  ## check style and formatting of the Python files
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: $(READY)  ## format the Python files, and mend what ruff can
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+types: $(READY)  ## check the package's types
+	$(PYTHON) -m mypy
+
 # Two workers, as CI has cores, where pytest-xdist is installed. More threads than cores wait for each other.
-test: build  ## run the tests
+test: SELECTED := -m "not slow"
+test: build  ## run the tests but those marked as slow
+test-all: build  ## run all tests
+test test-all:
 	@parallel=$$($(PYTHON) -c 'import xdist; print("-n 2 --dist loadgroup")' 2>/dev/null); \
-	set -x; OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$parallel tests
+	set -x; OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$parallel $(SELECTED) tests
 
 families: build  ## hold every model family against PEFT and write the README's table of them
 	OMP_NUM_THREADS=1 $(PYTHON) scripts/families_table.py --measure
@@ -54,13 +72,32 @@ tune: build  ## choose between library and Triton, and tiles, by measurement on 
 	$(PYTHON) benchmarks/tune.py
 	@$(PYTHON) scripts/build.py
 
-cuda-compile: $(READY)  ## compile the CUDA sources for every architecture (nvcc and torch headers)
-	@include=$$($(PYTHON) -c "import pathlib, importlib.util as u; print(pathlib.Path(u.find_spec('torch').origin).parent / 'include')"); \
-	for source in $$(find kernel-src -name "*.cu" | sort); do \
-	  $(NVCC) -std=c++20 -O3 -DUSE_CUDA=1 -DCUDA_KERNEL -DTORCH_TARGET_VERSION=0x20b000000000000ULL \
-	    -isystem $$include $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
-	    -c $$source -o /dev/null && echo "compiled $$source for $(ARCHS)" || exit 1; \
-	done
+# TORCH: the torch folder of an unpacked CUDA wheel, where the environment's torch is a build without CUDA.
+build-cuda: $(READY)  ## build and check the CUDA variant, no GPU needed (ARCHS="9.0a": those alone; TORCH=dir)
+	@$(PYTHON) scripts/build.py --backend cuda --archs "$(or $(ARCHS),all)" $(if $(TORCH),--torch $(TORCH)) \
+	  $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT))
+	@$(PYTHON) scripts/check_build.py $(if $(TORCH),--torch $(TORCH))
+	@$(PYTHON) scripts/check_cuda.py
+
+reproduce: $(READY)  ## build the last commit twice, under nothing but the same tools, and compare bytes (AGAINST=dir)
+	@$(PYTHON) scripts/reproduce.py $(if $(BACKEND),--backend $(BACKEND)) $(if $(ARCHS),--archs "$(ARCHS)") \
+	  $(if $(TORCH),--torch $(TORCH)) $(if $(AGAINST),--against $(AGAINST))
+
+public-api: build  ## compare the public interface with what docs/api.json keeps (WRITE=1: keep it)
+	@$(PYTHON) scripts/public_api.py $(if $(WRITE),--write)
+
+variants: $(READY)  ## print the names of the variants that the flake builds, evaluated where Nix is installed
+	@$(PYTHON) scripts/variants.py
+
+# Each line is a step of .github/workflows/release.yml that needs neither Nix nor a token.
+release-dry-run: $(READY)  ## all of a release but the Nix build and the upload (TAG=v1.0, RELEASE=1: nothing uncommitted)
+	@if $(PYTHON) -c 'import ruff' 2>/dev/null; then $(MAKE) lint; else echo "release: ruff is not installed, no lint"; fi
+	@$(MAKE) check-build
+	@$(MAKE) public-api
+	@$(MAKE) variants
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/test_build.py tests/test_check_build.py tests/test_publish.py tests/test_release.py
+	@$(MAKE) reproduce BACKEND=
+	@$(PYTHON) scripts/release.py $(if $(TAG),--tag $(TAG))
 
 clean:  ## remove what was built, not the venv
 	rm -rf build _build

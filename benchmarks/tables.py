@@ -72,13 +72,15 @@ def embedding_table() -> str:
         ours, theirs = r["ours"], r["peft"]
         cells = [f"{m['ms']:.2f} ms, {m['peak_gb']:.2f} GB" for m in (ours, theirs)]
         lines.append(
-            f"| {r['hidden']} | {'DoRA' if r['dora'] else 'LoRA'} | {r['adapter']} | {r['tokens']} | {cells[0]} | {cells[1]} "
-            f"| {theirs['ms'] / ours['ms']:.2f}x | {in_a_graph(r)} |"
+            f"| {r['hidden']} | {'DoRA' if r['dora'] else 'LoRA'} | {r['adapter']} | {r['tokens']} "
+            f"| {cells[0]} | {cells[1]} | {theirs['ms'] / ours['ms']:.2f}x | {in_a_graph(r)} |"
         )
     lines += ["", "| H | Adapter | DoRA's norm | One read of the table | Ratio |", "|---|---|---|---|---|"]
     for n in results["norm"]:
         ratio = n["norm_ms"] / n["floor_ms"]
-        lines.append(f"| {n['hidden']} | {n['adapter']} | {n['norm_ms']:.3f} ms | {n['floor_ms']:.3f} ms | {ratio:.2f}x |")
+        lines.append(
+            f"| {n['hidden']} | {n['adapter']} | {n['norm_ms']:.3f} ms | {n['floor_ms']:.3f} ms | {ratio:.2f}x |"
+        )
     return "\n".join(lines)
 
 

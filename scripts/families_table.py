@@ -1,5 +1,5 @@
-"""Writes the README's table of model families from tests/families.json; with --measure that file first, from the models
-themselves, each held against PEFT."""
+"""Writes the README's table of model families from tests/helpers/families.json; with --measure that file first, from
+the models themselves, each held against PEFT."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import families  # noqa: E402
-from test_families import BEGIN, END, README  # noqa: E402
+from helpers import family_table
+from helpers.families import FAMILIES
+from helpers.family_table import BEGIN, END, README
 
 
 def measured() -> dict:
     from kernels import get_local_kernel
 
-    lora_fused, (_, before), table = get_local_kernel(ROOT / "build"), families.read_table(), {}
-    for name, family in families.FAMILIES.items():
+    lora_fused, (_, before), table = get_local_kernel(ROOT / "build"), family_table.read_table(), {}
+    for name, family in FAMILIES.items():
         if family.is_here():
-            table[name] = families.measure(lora_fused, family)
+            table[name] = family_table.measure(lora_fused, family)
             print(f"{name}: {table[name]}", flush=True)
         else:
             table[name] = before[name]
@@ -30,13 +31,13 @@ def measured() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--measure", action="store_true", help="run every family and write tests/families.json")
+    parser.add_argument("--measure", action="store_true", help="run every family and write tests/helpers/families.json")
     if parser.parse_args().measure:
-        families.write_table(measured())
+        family_table.write_table(measured())
     text = README.read_text()
     head, _, rest = text.partition(BEGIN)
     tail = rest.partition(END)[2]
-    README.write_text(f"{head}{BEGIN}\n{families.readme_section(families.read_table()[1])}\n{END}{tail}")
+    README.write_text(f"{head}{BEGIN}\n{family_table.readme_section(family_table.read_table()[1])}\n{END}{tail}")
 
 
 if __name__ == "__main__":

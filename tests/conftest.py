@@ -1,5 +1,6 @@
 """Every test gets the package as a user does: the built variant, loaded through `kernels`."""
 
+import importlib
 import os
 import pathlib
 
@@ -16,7 +17,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def pytest_collection_modifyitems(items):
     """A parametrisation without a case is no test."""
-    empty = [item.nodeid for item in items for mark in item.iter_markers("skip") if "empty parameter set" in str(mark.kwargs)]
+    empty = [
+        item.nodeid for item in items for mark in item.iter_markers("skip") if "empty parameter set" in str(mark.kwargs)
+    ]
     if empty:
         raise pytest.UsageError(f"no case to run: {', '.join(empty)}")
 
@@ -27,8 +30,20 @@ def lora_fused():
 
     package = get_local_kernel(ROOT / "build")
     # Tests are of our forward, however small; `test_fallbacks.py` has those of when PEFT's is preferred.
-    package.peft_small.SMALL_ROWS = -1
+    package.peft.small_batch.SMALL_ROWS = -1
     return package
+
+
+@pytest.fixture(scope="session")
+def mlp_tracer(lora_fused):
+    """The module that recognises gated MLPs, which nothing imports before there is one."""
+    return importlib.import_module(f"{lora_fused.__name__}.peft.mlp_tracer")
+
+
+@pytest.fixture(scope="session")
+def activation_formulas(lora_fused):
+    """The reference of what a gated MLP computes between its projections."""
+    return importlib.import_module(f"{lora_fused.__name__}.backends.reference.activations")
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +76,26 @@ def poisoned(monkeypatch):
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", nan)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """What the ops allocate is NaN on the CPU; `poison` does it on a GPU."""
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def kernelize_adapted(lora_fused):
+    return importlib.import_module(f"{lora_fused.__name__}.binding").kernelize_adapted
+
+
+@pytest.fixture(params=("NativeGroupFunction", "LoraLinearFunction"), ids=("native", "eager"))
+def group_function(lora_fused, request, monkeypatch):
+    """The Function that groups run as: native ops, or the chain of operations."""
+    if request.param == "LoraLinearFunction":
+        monkeypatch.setattr(
+            lora_fused.functional.dispatch, "native_path", lambda *_: lora_fused.specs.NativePath(False)
+        )
+    return request.param

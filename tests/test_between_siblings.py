@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from cases import DEVICE
-from heads import Heads, assert_same, functions, heads, inner, kernelized, learned, step
+from helpers.cases import DEVICE
+from helpers.heads import Heads, assert_same, heads, inner, learned, step
+from helpers.kernelizing import fused_functions, kernelized
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -52,7 +53,9 @@ def merged(module, name, x):
         module.k.merge()
 
 
-@pytest.mark.parametrize("between", (in_place_on_a_weight, replaced_weight, replaced_data, changed_scaling, disabled, merged))
+@pytest.mark.parametrize(
+    "between", (in_place_on_a_weight, replaced_weight, replaced_data, changed_scaling, disabled, merged)
+)
 def test_changes_between_siblings_are_seen(lora_fused, between):
     """The second sibling's own state at its call decides, not that of when the group was computed."""
     model, x = heads(), torch.randn(5, 32, dtype=torch.float64)
@@ -83,7 +86,8 @@ def test_an_input_whose_memory_is_replaced_between_siblings(lora_fused):
 @pytest.mark.parametrize("skipped", (False, True), ids=("", "skipped"))
 @pytest.mark.parametrize("gradient", (False, True), ids=("no_grad", ""))
 def test_writes_through_data_between_passes(lora_fused, gradient, skipped):
-    """They move no version, as an 8-bit optimizer's; x is the same tensor in every pass, in one of which siblings are skipped."""
+    """They move no version, as an 8-bit optimizer's; x is the same tensor in every pass, in one of which siblings are
+    skipped."""
     model, x = heads(use_dora=True), torch.randn(5, 32, dtype=torch.float64)
     ours = learned(lora_fused, model, x)
     inner(ours)(x.clone())
@@ -152,7 +156,7 @@ def test_an_exception_between_siblings(lora_fused):
     for _ in range(3):
         result = step(ours, x)
         assert_same(result, step(model, x))
-    assert functions(result[0]) == 1
+    assert fused_functions(result[0]) == 1
 
 
 def test_a_hook_that_raises_between_siblings(lora_fused):
@@ -171,7 +175,7 @@ def test_a_hook_that_raises_between_siblings(lora_fused):
     for each in (x, other, x):
         result = step(ours, each)
         assert_same(result, step(model, each))
-    assert functions(result[0]) == 1
+    assert fused_functions(result[0]) == 1
 
 
 def test_a_pre_hook_keeps_a_sibling_out(lora_fused):
@@ -187,7 +191,7 @@ def test_a_pre_hook_keeps_a_sibling_out(lora_fused):
     for _ in range(3):
         result = step(ours, x)
         assert_same(result, step(model, x))
-    assert functions(result[0]) == 2
+    assert fused_functions(result[0]) == 2
 
 
 def test_a_forward_of_another_tool_keeps_a_sibling_out(lora_fused):
@@ -231,5 +235,5 @@ def test_cross_attention(lora_fused):
     for _ in range(3):
         result = step(ours, x)
         assert_same(result, step(model, x))
-    assert functions(result[0]) == 2
+    assert fused_functions(result[0]) == 2
     assert [row.group for row in lora_fused.explain(ours)] == ["single", "k+v", "k+v"]

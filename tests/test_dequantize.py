@@ -6,7 +6,8 @@ import pytest
 import torch
 
 bnb = pytest.importorskip("bitsandbytes")
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit  # noqa: E402
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from helpers.quantized import random_four_bit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -15,27 +16,13 @@ SHAPES = ((64, 4096), (3, 8192), (33, 17), (7, 130), (1, 1), (2, 3), (5, 1001), 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
-def make(lora_fused, shape, blocksize, quant_type, nested, dtype, device, storage=torch.uint8):
-    """(operands, description, bitsandbytes' tensor and state): random bytes, so that every code occurs."""
-    weight = torch.randn(shape, device=device).to(dtype) * 0.3
-    packed, state = quantize_4bit(
-        weight, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type, quant_storage=storage
-    )
-    packed.view(torch.uint8).random_(0, 256)
-    inner = state.state2
-    more = (inner.absmax, inner.code, state.offset) if nested else (None,) * 3
-    operands = lora_fused.Operands(packed, absmax=state.absmax, nested_absmax=more[0], nested_code=more[1], offset=more[2])
-    spec = lora_fused.projection.FourBit(shape, blocksize, inner.blocksize if nested else 0, quant_type == "fp4", dtype)
-    return operands, spec, packed, state
-
-
 def bits(tensor):
     """The bits of a tensor, zeros without their sign: bitsandbytes' own backends differ in it."""
     return (tensor + 0.0).contiguous().view(INTEGERS[tensor.dtype])
 
 
 def native(lora_fused, operands, spec, dtype):
-    return lora_fused.base.dequantize(operands, spec, dtype)
+    return lora_fused.quantization.dequantize(operands, spec, dtype)
 
 
 @pytest.mark.parametrize("quant_type", ("nf4", "fp4"))
@@ -44,8 +31,8 @@ def native(lora_fused, operands, spec, dtype):
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_as_bitsandbytes(lora_fused, poisoned, device, quant_type, nested, dtype, blocksize):
     for shape in SHAPES:
-        operands, spec, packed, state = make(lora_fused, shape, blocksize, quant_type, nested, dtype, device)
-        formula = lora_fused.reference.dequantize_4bit(
+        operands, spec, packed, state = random_four_bit(lora_fused, shape, blocksize, quant_type, nested, dtype, device)
+        formula = lora_fused.backends.reference.dequantize_4bit(
             operands, spec, 0, torch.full(shape, float("nan"), dtype=dtype, device=device)
         )
         ours = native(lora_fused, operands, spec, dtype)
@@ -59,7 +46,9 @@ def test_as_bitsandbytes(lora_fused, poisoned, device, quant_type, nested, dtype
 @pytest.mark.parametrize("storage", (torch.uint8, torch.bfloat16, torch.float32), ids=str)
 def test_storage_dtypes_and_other_compute_dtypes(lora_fused, device, storage):
     """The storage is bytes whatever it is called; a weight may be made in another dtype than its own."""
-    operands, spec, packed, state = make(lora_fused, (64, 256), 64, "nf4", True, torch.float16, device, storage)
+    operands, spec, packed, state = random_four_bit(
+        lora_fused, (64, 256), 64, "nf4", True, torch.float16, device, storage
+    )
     assert torch.equal(bits(native(lora_fused, operands, spec, torch.float16)), bits(dequantize_4bit(packed, state)))
     state.dtype = torch.bfloat16
     assert torch.equal(bits(native(lora_fused, operands, spec, torch.bfloat16)), bits(dequantize_4bit(packed, state)))
@@ -72,7 +61,7 @@ def test_storage_dtypes_and_other_compute_dtypes(lora_fused, device, storage):
 @pytest.mark.parametrize("offset", (0, 1), ids=("aligned", "unaligned"))
 def test_pieces_and_unaligned_memory(lora_fused, device, shape, offset):
     """Any even first element; operands that begin at an odd address; nothing outside is written."""
-    operands, spec, *_ = make(lora_fused, shape, 64, "nf4", True, torch.bfloat16, device)
+    operands, spec, *_ = random_four_bit(lora_fused, shape, 64, "nf4", True, torch.bfloat16, device)
     whole = native(lora_fused, operands, spec, torch.bfloat16).flatten()
     shifted = torch.cat([operands.weight.flatten().new_zeros(offset), operands.weight.flatten()])[offset:]
     moved = operands._replace(weight=shifted)
@@ -80,7 +69,7 @@ def test_pieces_and_unaligned_memory(lora_fused, device, shape, offset):
         for count in (1, 7, 8, 9, 300):
             buffer = torch.full((count + offset + 3,), float("nan"), dtype=torch.bfloat16, device=device)
             out = buffer[offset : offset + count]
-            lora_fused.backend.dequantize_4bit(moved, spec, first, out)
+            lora_fused.backends.select.dequantize_4bit(moved, spec, first, out)
             assert torch.equal(out, whole[first : first + count]), (first, count)
             assert buffer[:offset].isnan().all() and buffer[offset + count :].isnan().all()
 
@@ -91,9 +80,9 @@ def test_pieces_and_unaligned_memory(lora_fused, device, shape, offset):
 def test_triton_twin(lora_fused, poisoned, device, quant_type, nested, dtype):
     """The interpreter cuts where bfloat16 is to be rounded: not there."""
     pytest.importorskip("triton")
-    kernels = lora_fused.backend.get("triton")
+    kernels = lora_fused.backends.select.get("triton")
     for shape, blocksize in itertools.product(((33, 17), (3, 4096), (129, 260)), (32, 64, 4096)):
-        operands, spec, *_ = make(lora_fused, shape, blocksize, quant_type, nested, dtype, device)
+        operands, spec, *_ = random_four_bit(lora_fused, shape, blocksize, quant_type, nested, dtype, device)
         for first in (0, 34):
             out = torch.full((shape[0] * shape[1] - first,), float("nan"), dtype=dtype, device=device)
             kernels.dequantize_4bit(operands, spec, first, out)
@@ -116,7 +105,7 @@ def test_triton_twin(lora_fused, poisoned, device, quant_type, nested, dtype):
 )
 def test_the_op_refuses(lora_fused, device, change, message):
     """What would read past the end of a tensor raises, and says what it saw."""
-    operands, *_ = make(lora_fused, (32, 64), 64, "nf4", True, torch.float32, device)
+    operands, *_ = random_four_bit(lora_fused, (32, 64), 64, "nf4", True, torch.float32, device)
     arguments = dict(
         packed=operands.weight, absmax=operands.absmax, nested_absmax=operands.nested_absmax,
         nested_code=operands.nested_code, offset=operands.offset, blocksize=64, nested_blocksize=256, fp4=False,
@@ -124,14 +113,14 @@ def test_the_op_refuses(lora_fused, device, change, message):
     )  # fmt: skip
     change = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in change.items()}
     with pytest.raises(RuntimeError, match=message):
-        lora_fused.ops.dequantize_4bit(*{**arguments, **change}.values())
+        lora_fused.backends.native.dequantize_4bit(*{**arguments, **change}.values())
 
 
 def test_int8_rows(lora_fused):
     """int8 with a scale a row, as bitsandbytes makes floating point of it."""
     codes, scale = torch.randint(-127, 128, (24, 40), dtype=torch.int8), torch.rand(24) + 0.1
-    spec = lora_fused.projection.EightBit((24, 40))
-    ours = lora_fused.base.dequantize(lora_fused.Operands(codes, absmax=scale), spec, torch.float32)
+    spec = lora_fused.specs.EightBit((24, 40))
+    ours = lora_fused.quantization.dequantize(lora_fused.Operands(codes, absmax=scale), spec, torch.float32)
     assert torch.equal(ours, bnb.functional.int8_vectorwise_dequant(codes, scale))
 
 
@@ -139,16 +128,16 @@ def test_norm_in_pieces(lora_fused, device, monkeypatch):
     """DoRA's norm from the packed weight: as of the whole weight, a bounded part of it in floating point."""
     shape, rank = (100, 96), 5
     lora_a, lora_b = torch.randn(rank, shape[1], device=device), torch.randn(shape[0], rank, device=device)
-    operands, spec, *_ = make(lora_fused, shape, 32, "nf4", True, torch.float32, device)
+    operands, spec, *_ = random_four_bit(lora_fused, shape, 32, "nf4", True, torch.float32, device)
     operands = operands._replace(lora_a=lora_a, lora_b=lora_b)
     weight = native(lora_fused, operands, spec, torch.float32)
     made = []
-    whole = lora_fused.base.four_bit.rows
-    monkeypatch.setattr(lora_fused.base, "NORM_ELEMENTS", 24 * shape[1])
+    whole = lora_fused.quantization.four_bit.rows
+    monkeypatch.setattr(lora_fused.quantization, "NORM_ELEMENTS", 24 * shape[1])
     monkeypatch.setattr(
-        lora_fused.base.four_bit, "rows", lambda *args: made.append(whole(*args).shape) or whole(*args)
+        lora_fused.quantization.four_bit, "rows", lambda *args: made.append(whole(*args).shape) or whole(*args)
     )
-    norm = lora_fused.base.row_norm(operands, spec, 0.7)
+    norm = lora_fused.quantization.row_norm(operands, spec, 0.7)
     truth = (weight.double() + 0.7 * lora_b.double() @ lora_a.double()).norm(dim=1)
     torch.testing.assert_close(norm.double(), truth, rtol=2e-6, atol=0)
     assert made == [(24, 96)] * 4 + [(4, 96)]
@@ -164,19 +153,23 @@ def test_norms_and_gains_of_a_mixed_group(lora_fused, poisoned, device):
             spec, operands = None, lora_fused.Operands(torch.randn(n, k, device=device) * 0.3)
         else:
             dtype = (torch.bfloat16, torch.float16, torch.float32, torch.bfloat16)[i - 1]
-            operands, spec, *_ = make(lora_fused, (n, k), 32, "nf4" if i % 2 else "fp4", i != 2, dtype, device)
+            operands, spec, *_ = random_four_bit(
+                lora_fused, (n, k), 32, "nf4" if i % 2 else "fp4", i != 2, dtype, device
+            )
         a, b = torch.randn(rank, k, device=device) * k**-0.5, torch.randn(n, rank, device=device)
         magnitude = None if i == 4 else torch.rand(n, device=device).to(torch.bfloat16 if i == 3 else torch.float32)
         formats.append(spec)
         members.append(operands._replace(lora_a=a, lora_b=b, magnitude=magnitude))
     scalings = [0.5, 0.7, 2.0, 0.1, 1.0]
-    norms, gains = lora_fused.base.dora_gains([p.weight for p in members], members, formats, scalings)
-    assert norms[4] is gains[4] is None
-    for p, spec, s, norm, gain in list(zip(members, formats, scalings, norms, gains))[:4]:
+    norms, mag_norm_scales = lora_fused.quantization.dora_scales(
+        [p.weight for p in members], members, formats, scalings
+    )
+    assert norms[4] is mag_norm_scales[4] is None
+    for p, spec, s, norm, mag_norm_scale in list(zip(members, formats, scalings, norms, mag_norm_scales))[:4]:
         weight = p.weight if spec is None else native(lora_fused, p, spec, spec.dtype)
         truth = (weight.double() + s * p.lora_b.double() @ p.lora_a.double()).norm(dim=1)
         torch.testing.assert_close(norm.double(), truth, rtol=2e-6, atol=0)
-        torch.testing.assert_close(gain.double(), p.magnitude.double() / truth, rtol=4e-6, atol=0)
+        torch.testing.assert_close(mag_norm_scale.double(), p.magnitude.double() / truth, rtol=4e-6, atol=0)
 
 
 def test_quant_state_is_as_read(lora_fused):

@@ -10,14 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from hub_server import HubServer
-from kernels.compat import tomllib
+from helpers.hub_server import HubServer
+from helpers.published import BUILD, FROM_HUB, REPO_ID, VERSION
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build"
-GENERAL = tomllib.loads((ROOT / "build.toml").read_text())["general"]
-REPO_ID, VERSION = GENERAL["hub"]["repo-id"], GENERAL["version"]
-FROM_HUB = f"get_kernel({REPO_ID!r}, version={VERSION}, trust_remote_code=True)"
 # A real variant name that no machine able to run these tests can load.
 FOREIGN_VARIANT = "torch-stable-abi211-metal-aarch64-darwin"
 
@@ -88,9 +83,7 @@ def run(script, loader, endpoint, home, **env):
     # field, which httpx refuses as an illegal header.
     for name in ("LOCAL_KERNELS", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "TRANSFORMERS_OFFLINE"):
         clean.pop(name, None)
-    clean.update(
-        HF_ENDPOINT=endpoint, HF_HOME=str(home), HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1", **env
-    )
+    clean.update(HF_ENDPOINT=endpoint, HF_HOME=str(home), HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1", **env)
     done = subprocess.run(
         [sys.executable, "-c", LOAD.format(loader=loader) + script],
         env=clean,

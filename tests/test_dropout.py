@@ -5,36 +5,17 @@ import math
 
 import pytest
 import torch
-from cases import Case, OwnForwards, SeededDropout, peft_linear
+from helpers.cases import Case, OwnForwards, SeededDropout, peft_linear
+from helpers.philox import mask_bits, philox
 from kernels import Mode, kernelize
 
 M, K = 512, 1024
-
-
-def philox(seed, row, block, rounds=7):
-    """Philox4x32 in Python's integers, as the paper gives it."""
-    key, counter = [seed & 0xFFFFFFFF, seed >> 32], [block, row & 0xFFFFFFFF, row >> 32, 0]
-    for _ in range(rounds):
-        first, second = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
-        counter = [
-            (second >> 32) ^ counter[1] ^ key[0],
-            second & 0xFFFFFFFF,
-            (first >> 32) ^ counter[3] ^ key[1],
-            first & 0xFFFFFFFF,
-        ]
-        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return counter
 
 
 def test_philox_known_answers():
     """Of Random123's kat_vectors, philox4x32 of 7 and 10 rounds."""
     assert philox(0, 0, 0) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
     assert philox(0, 0, 0, rounds=10) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-
-
-def number(seed, row, col):
-    """The 16 bits that decide about an element."""
-    return philox(seed, row, col // 8)[col % 8 // 2] >> 16 * (col % 2) & 0xFFFF
 
 
 @pytest.fixture
@@ -53,7 +34,7 @@ def mask_of(lora_fused, device):
 @pytest.mark.parametrize("seed", (0, 1, 2**62 + 12345, 2**63 - 1))
 def test_native_mask_is_philox(mask_of, seed):
     shape, p = (5, 11), 0.4
-    expected = [[number(seed, row, col) >= round(p * 2**16) for col in range(11)] for row in range(5)]
+    expected = [[mask_bits(seed, row, col) >= round(p * 2**16) for col in range(11)] for row in range(5)]
     assert torch.equal(mask_of(seed, p, shape) != 0, torch.tensor(expected))
 
 
@@ -92,14 +73,16 @@ def test_one_mask_for_every_dtype(mask_of, dtype):
 def test_triton_draws_the_same(lora_fused, device, mask_of, shape):
     pytest.importorskip("triton")
     rows, columns = shape
-    mask = lora_fused.projection.Mask(torch.tensor([99], device=device), 0.35)
+    mask = lora_fused.specs.Mask(torch.tensor([99], device=device), 0.35)
     x, eye = torch.ones(shape, device=device), torch.eye(max(columns, 1), columns, device=device)
-    kernels = lora_fused.backend.get("triton")
+    kernels = lora_fused.backends.select.get("triton")
     expected = mask_of(99, 0.35, shape)
-    torch.testing.assert_close(kernels.down(x, eye, 1.0, mask=mask).cpu()[:, :columns], expected)
+    torch.testing.assert_close(kernels.shrink(x, eye, 1.0, mask=mask).cpu()[:, :columns], expected)
     t = torch.ones(rows, 1, device=device)
     zero = torch.zeros(rows, 16, device=device)
-    up = kernels.up_add(zero, torch.zeros(columns, 16, device=device), t, torch.ones(columns, 1, device=device), mask=mask)
+    up = kernels.linear_expand(
+        zero, torch.zeros(columns, 16, device=device), t, torch.ones(columns, 1, device=device), mask=mask
+    )
     torch.testing.assert_close(up.cpu(), expected)
 
 
@@ -182,7 +165,9 @@ def test_both_training_flags_are_asked(lora_fused, device, dropout, layer, confi
         with OwnForwards() as calls:
             y = each(x)
         assert bool(calls) == (each is model)
-        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *(p for p in each.parameters() if p.requires_grad)])])
+        results.append(
+            [y, *torch.autograd.grad(y.square().sum(), [x, *(p for p in each.parameters() if p.requires_grad)])]
+        )
     for mine, peft in zip(*reversed(results)):
         torch.testing.assert_close(mine, peft, rtol=1e-4, atol=1e-4)
     torch.manual_seed(6)

@@ -5,20 +5,15 @@ import warnings
 
 import pytest
 import torch
-from cases import randomise_adapters, tiny_llama
-from embeddings import VARIANTS, Case, adapt, draw_ids, fused, kernelized, peft_embedding
+from helpers.cases import randomise_adapters, tiny_llama
+from helpers.embeddings import VARIANTS, Case, adapt, draw_ids, fused, peft_embedding
+from helpers.kernelizing import explain, kernelize_in_place, kernelized
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 
-def explain(lora_fused, model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return lora_fused.explain(model)
-
-
 def assert_peft_runs(lora_fused, model, reason, ids, **call):
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelized(lora_fused, model, "cpu")
     (row,) = explain(lora_fused, ours)
     assert not row.fused and reason in row.reason, str(row)
     result = ours(ids, **call)
@@ -31,7 +26,11 @@ CASE = Case((6,), 20, 16, 4)
 
 @pytest.mark.parametrize(
     "options,reason",
-    ((dict(max_norm=1.0), "max_norm"), (dict(scale_grad_by_freq=True), "scale_grad_by_freq"), (dict(sparse=True), "sparse")),
+    (
+        (dict(max_norm=1.0), "max_norm"),
+        (dict(scale_grad_by_freq=True), "scale_grad_by_freq"),
+        (dict(sparse=True), "sparse"),
+    ),
 )
 def test_options_left_to_peft(lora_fused, options, reason):
     assert_peft_runs(lora_fused, peft_embedding(CASE, **options), reason, draw_ids(CASE))
@@ -57,7 +56,7 @@ def test_merged_disabled_several_and_none_active(lora_fused):
 
 def test_adapter_names(lora_fused):
     model = peft_embedding(CASE).eval()
-    ours = kernelized(lora_fused, copy.deepcopy(model)).base_model.model.table
+    ours = kernelized(lora_fused, model, "cpu").base_model.model.table
     names = ["default", "__base__"] * 3
     ids = draw_ids(CASE)
     assert torch.equal(ours(ids, adapter_names=names), model.base_model.model.table(ids, adapter_names=names))
@@ -77,7 +76,7 @@ def test_unknown_tables_hooks_and_sharding(lora_fused):
     handle = model.base_model.model.table.base_layer.register_forward_hook(lambda module, args, output: 2 * output)
     assert_peft_runs(lora_fused, model, "base_layer has hooks", ids)
     handle.remove()
-    assert explain(lora_fused, kernelized(lora_fused, model))[0].fused
+    assert explain(lora_fused, kernelize_in_place(lora_fused, model, "cpu"))[0].fused
     model.base_model.model.table.input_fns["default"] = lambda inputs: inputs[0]
     assert_peft_runs(lora_fused, model, "tensor parallelism", ids)
 
@@ -104,7 +103,9 @@ def test_a_scaled_embedding_that_computes_otherwise(lora_fused):
 
 
 def test_a_padding_index_from_the_end(lora_fused):
-    given = {name: tensor.requires_grad_() for name, tensor in arguments().items() if name in ("weight", "lora_a", "lora_b")}
+    given = {
+        name: tensor.requires_grad_() for name, tensor in arguments().items() if name in ("weight", "lora_a", "lora_b")
+    }
     lora_fused.lora_embedding(torch.tensor([1, 7, 7]), **given, scaling=1.0, padding_idx=-1).sum().backward()
     for rows in (given["weight"].grad, given["lora_a"].grad.t()):
         assert rows[1].any() and not rows[7].any()
@@ -125,7 +126,7 @@ def test_autocast_with_float64_and_two_adapter_dtypes(lora_fused):
     model = peft_embedding(CASE)
     layer = model.base_model.model.table
     layer.lora_embedding_B["default"].data = layer.lora_embedding_B["default"].data.bfloat16()
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelized(lora_fused, model, "cpu")
     assert "two dtypes" in explain(lora_fused, ours)[0].reason
     for each in (model, ours):
         with pytest.raises(RuntimeError, match="same dtype"):
@@ -143,14 +144,16 @@ def test_resized_vocabulary_and_trainable_tokens(lora_fused):
     expected = copy.deepcopy(model)(ids).logits
     torch.testing.assert_close(fused(lora_fused, model)(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
-    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 5]}, init_lora_weights=False)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 5]}, init_lora_weights=False
+    )
     model = get_peft_model(tiny_llama(), config)
     for name, parameter in model.named_parameters():
         if "trainable_tokens" in name:
             parameter.data.normal_()
     ids = torch.tensor([[1, 5, 9]])
     expected = copy.deepcopy(model)(ids).logits
-    torch.testing.assert_close(kernelized(lora_fused, model)(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kernelize_in_place(lora_fused, model, "cpu")(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- training ---
@@ -203,7 +206,14 @@ def arguments():
 
 @pytest.mark.parametrize(
     "name,shape",
-    (("weight", (8,)), ("lora_a", (4, 7)), ("lora_a", (0, 8)), ("lora_b", (16, 3)), ("magnitude", (8,)), ("embed_scale", (2,))),
+    (
+        ("weight", (8,)),
+        ("lora_a", (4, 7)),
+        ("lora_a", (0, 8)),
+        ("lora_b", (16, 3)),
+        ("magnitude", (8,)),
+        ("embed_scale", (2,)),
+    ),
 )
 def test_bad_shapes_name_the_tensor(lora_fused, name, shape):
     with pytest.raises(ValueError, match=f"^{name}: shape"):

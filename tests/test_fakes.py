@@ -1,11 +1,21 @@
-"""The shape functions of the native ops, which torch.compile and torch.export trace through, against the ops themselves."""
+"""The shape functions of the native ops, which torch.compile and torch.export trace through, against the ops
+themselves."""
 
 import pytest
 import torch
-from test_native import GROUPS, draw, flat_on, operands_of, projections_of
+from helpers.native_ops import GROUPS, flat_on, operands_of, projections_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-OPS = {"lora_forward", "lora_backward", "gated_forward", "gated_backward", "dora_gains", "gain", "row_norm", "dropout"}
+OPS = {
+    "lora_forward",
+    "lora_backward",
+    "gated_forward",
+    "gated_backward",
+    "dora_gains",
+    "gain",
+    "row_norm",
+    "dropout",
+}
 
 
 class Recorded(TorchDispatchMode):
@@ -43,11 +53,11 @@ def test_groups(lora_fused, device, monkeypatch, group, elsewhere):
     specs = [lora_fused.ProjectionSpec(p) for _, _, p, _, _ in GROUPS[group]]
     x, seeds = torch.randn(2, 5, 64, device=device, requires_grad=True), torch.tensor([5, 7, 9], device=device)
     if elsewhere:
-        monkeypatch.setattr(lora_fused.backend, "norm_is_native", lambda *_: False)
+        monkeypatch.setattr(lora_fused.backends.select, "norm_is_native", lambda *_: False)
 
     def run():
         flat = flat_on(operands, device, torch.float32, torch.float32)
-        ys = lora_fused.autograd.native.lora_group(x, projections_of(lora_fused, flat, (0.5,) * 3, specs), seeds)
+        ys = lora_fused.autograd.group_native.lora_group(x, projections_of(lora_fused, flat, (0.5,) * 3, specs), seeds)
         torch.autograd.backward(ys[:2], [torch.ones_like(y) for y in ys[:2]])  # the third goes unused
 
     assert {"lora_forward", "lora_backward"} <= check(calls(lora_fused, run)) <= OPS
@@ -67,16 +77,19 @@ def test_gated(lora_fused, device, together, dora, p):
     def run():
         flat = flat_on(operands, device, torch.float32, torch.float32)
         projections = projections_of(lora_fused, flat, (0.5,) * len(specs), specs)
-        lora_fused.autograd.native.gated_mlp(x, projections, (0, 0), seeds[: len(specs)]).sum().backward()
+        lora_fused.autograd.gated_mlp_native.gated_mlp(x, projections, (0, 0), seeds[: len(specs)]).sum().backward()
 
     assert {"gated_forward", "gated_backward"} <= check(calls(lora_fused, run)) <= OPS
 
 
 def test_norms_alone(lora_fused, device):
     weights, a = [torch.randn(n, 32, device=device) for n in (24, 40)], [torch.randn(4, 32, device=device)] * 2
-    b, magnitudes = [torch.randn(n, 4, device=device) for n in (24, 40)], [torch.rand(n, device=device) for n in (24, 40)]
+    b, magnitudes = (
+        [torch.randn(n, 4, device=device) for n in (24, 40)],
+        [torch.rand(n, device=device) for n in (24, 40)],
+    )
 
     def run():
-        lora_fused.backend.dora_gains(weights, a, b, magnitudes, [0.5, 2.0])
+        lora_fused.backends.select.dora_scales(weights, a, b, magnitudes, [0.5, 2.0])
 
     assert check(calls(lora_fused, run)) == {"dora_gains"}

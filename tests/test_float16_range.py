@@ -1,5 +1,6 @@
-"""float16: whatever PEFT's order of operations keeps in range is finite here, and as good, on every path: t = dropout(x) Aᵀ
-near the limit under a large scaling, B zero, sums before DoRA's gain beyond the limit, gradients."""
+"""float16: whatever PEFT's order of operations keeps in range is finite here, and as good, on every path: t =
+dropout(x) Aᵀ near the limit under a large scaling, B zero, sums before DoRA's mag_norm_scale beyond the limit,
+gradients."""
 
 import contextlib
 import copy
@@ -7,17 +8,17 @@ import itertools
 
 import pytest
 import torch
-from cases import DEVICE, VARIANTS, Case, DrawnDropout, assert_as_good, peft_linear
-from embeddings import Case as EmbeddingCase
-from embeddings import draw_ids, peft_embedding
-from heads import heads, inner, kernelized
-from test_gated import glu
+from helpers.cases import DEVICE, VARIANTS, Case, DrawnDropout, assert_as_good, peft_linear
+from helpers.embeddings import Case as EmbeddingCase, draw_ids, peft_embedding
+from helpers.heads import heads, inner
+from helpers.kernelizing import kernelized
+from helpers.mlps import glu
 
 pytestmark = pytest.mark.usefixtures("on_device")
 HALF, LIMIT = torch.float16, 65504.0
 CASE = Case((12,), 64, 48, 8, bias=True)
 SCALINGS = (0.01, 1.0, 2.0, 3.0, 16.0, 128.0, -1024.0)
-BACKENDS = ("library", "reference", "triton")
+BACKENDS = ("native", "reference", "triton")
 
 
 @contextlib.contextmanager
@@ -48,14 +49,16 @@ def assert_in_range(ours, theirs, truth, must_be=True):
 def set_magnitude(layer, scaling, size=1.0):
     """About `size` times the norm, where there is a magnitude."""
     if "default" in layer.lora_magnitude_vector:
-        weights = [part.weight.double() for part in (layer.base_layer, layer.lora_B["default"], layer.lora_A["default"])]
+        weights = [
+            part.weight.double() for part in (layer.base_layer, layer.lora_B["default"], layer.lora_A["default"])
+        ]
         norm = (weights[0] + scaling * weights[1] @ weights[2]).norm(dim=1)
         layer.lora_magnitude_vector["default"].weight.copy_(norm * size * (0.7 + 0.6 * torch.rand_like(norm)))
 
 
 def large_down(model, scaling, t, delta=100.0):
-    """x that makes t = x Aᵀ about as large as given, the delta and the base product about `delta`, and a dy whose gradients
-    are in range."""
+    """x that makes t = x Aᵀ about as large as given, the delta and the base product about `delta`, and a dy whose
+    gradients are in range."""
     k, r = CASE.k, CASE.r
     x = (t / k**0.5) * torch.randn(*CASE.lead, k)
     with torch.no_grad():
@@ -78,7 +81,7 @@ def large_down(model, scaling, t, delta=100.0):
 def choose(lora_fused, monkeypatch, backend):
     if backend == "triton":
         pytest.importorskip("triton")
-    monkeypatch.setattr(lora_fused.functional, "_choose", lambda *_: backend)
+    monkeypatch.setattr(lora_fused.functional.dispatch, "_choose", lambda *_: backend)
 
 
 def compare(lora_fused, model, x, dy, autocast=False, must_be=True):
@@ -117,7 +120,7 @@ def test_a_large_t_under_autocast(lora_fused, variant, scaling):
     compare(lora_fused, model, x, dy, autocast=True)
 
 
-@pytest.mark.parametrize("backend", ("library", "reference"))
+@pytest.mark.parametrize("backend", ("native", "reference"))
 @pytest.mark.parametrize("variant", ("lora", "dora", "dora-dropout", "lora_bias"))
 def test_adapters_in_float32(lora_fused, monkeypatch, variant, backend):
     """PEFT's own default for a base in float16, without autocast: t is beyond float16 even without its scaling."""
@@ -133,7 +136,7 @@ def test_adapters_in_float32(lora_fused, monkeypatch, variant, backend):
 def test_triton_is_not_chosen_for_adapters_in_float32(lora_fused, monkeypatch):
     """It stores t and dt in float16."""
     asked = []
-    monkeypatch.setattr(lora_fused.backend, "choose", lambda *_: asked.append(True) or "library")
+    monkeypatch.setattr(lora_fused.backends.select, "choose", lambda *_: asked.append(True) or "native")
     for adapter, autocast, chosen in ((torch.float32, False, False), (HALF, False, True), (torch.float32, True, True)):
         asked.clear()
         base = torch.float32 if autocast else HALF
@@ -161,8 +164,8 @@ def test_at_initialisation(lora_fused, monkeypatch, variant, backend):
 @pytest.mark.parametrize("scaling", (1.0, 1024.0))
 @pytest.mark.parametrize("variant", ("dora", "dora-dropout"))
 def test_before_the_gain(lora_fused, monkeypatch, variant, scaling, backend):
-    """x Wᵀ + s·t Bᵀ is beyond the limit, and the gain brings it back: of two terms below the limit, or of a delta whose
-    scaling takes it there."""
+    """x Wᵀ + s·t Bᵀ is beyond the limit, and the mag_norm_scale brings it back: of two terms below the limit, or of a
+    delta whose scaling takes it there."""
     choose(lora_fused, monkeypatch, backend)
     model = adapted(variant, scaling)
     layer, k, r = model.base_model.model.proj, CASE.k, CASE.r
@@ -284,8 +287,8 @@ def called(base, x, dy, a, b, magnitude, bias, norm, scaling):
     lora = (x @ a.t()) @ b.t()
     if magnitude is None:
         return base + lora * scaling
-    gain = (magnitude / norm).view(1, -1)
-    return base + ((gain - 1) * (base - bias) + gain * lora * scaling)
+    mag_norm_scale = (magnitude / norm).view(1, -1)
+    return base + ((mag_norm_scale - 1) * (base - bias) + mag_norm_scale * lora * scaling)
 
 
 @pytest.mark.parametrize("scaling", (0.5, 3.0, 1024.0))
@@ -301,7 +304,7 @@ def test_a_base_that_is_called(lora_fused, dora, scaling):
     weight = codes.double() * scale.double()[:, None] / 127
     norm = (weight + scaling * b.double() @ a.double()).norm(dim=1)
     magnitude = (norm * 3e-3).to(HALF) if dora else None
-    spec = lora_fused.projection.ProjectionSpec(quantized=lora_fused.projection.EightBit((n, k)))
+    spec = lora_fused.specs.ProjectionSpec(quantized=lora_fused.specs.EightBit((n, k)))
 
     def results(of, cast):
         given = [None if v is None else v.to(cast).requires_grad_() for v in (base, x, a, b, magnitude)]
@@ -312,7 +315,7 @@ def test_a_base_that_is_called(lora_fused, dora, scaling):
 
     def ours(base, x, a, b, magnitude):
         operands = lora_fused.Operands(codes, bias, a, b, None, magnitude, scale)
-        return lora_fused.functional_delta.add_delta(base, x, lora_fused.Projection(operands, scaling, spec), False)
+        return lora_fused.functional.delta.add_delta(base, x, lora_fused.Projection(operands, scaling, spec), False)
 
     def peft(base, x, a, b, magnitude):
         return called(base, x, dy, a, b, magnitude, bias.to(x.dtype), norm.to(x.dtype), scaling)
@@ -324,16 +327,16 @@ def test_a_base_that_is_called(lora_fused, dora, scaling):
 @pytest.mark.parametrize("quant_type", ("nf4", "fp4"))
 def test_a_base_in_four_bits(lora_fused, quant_type):
     pytest.importorskip("bitsandbytes")
-    from test_dequantize import make
+    from helpers.quantized import random_four_bit
 
-    operands, spec, *_ = make(lora_fused, (48, 64), 64, quant_type, True, HALF, DEVICE)
-    dense = lora_fused.base.dequantize(operands, spec, HALF)
+    operands, spec, *_ = random_four_bit(lora_fused, (48, 64), 64, quant_type, True, HALF, DEVICE)
+    dense = lora_fused.quantization.dequantize(operands, spec, HALF)
     a, b = torch.randn(8, 64).to(HALF), (1e-6 * torch.randn(48, 8)).to(HALF)
     x = (2000 * torch.randn(9, 64)).to(HALF)
     packed = lora_fused.Projection(
-        operands._replace(lora_a=a, lora_b=b), 1024.0, lora_fused.projection.ProjectionSpec(quantized=spec)
+        operands._replace(lora_a=a, lora_b=b), 1024.0, lora_fused.specs.ProjectionSpec(quantized=spec)
     )
-    y, = lora_fused.functional.compute_group(x, (packed,))
+    (y,) = lora_fused.functional.dispatch.compute_group(x, (packed,))
     truth = x.double() @ dense.double().t() + 1024.0 * (x.double() @ a.double().t()) @ b.double().t()
     theirs = x @ dense.t() + 1024.0 * ((x @ a.t()) @ b.t())
     assert_in_range({"y": y}, {"y": theirs}, {"y": truth})
@@ -341,13 +344,19 @@ def test_a_base_in_four_bits(lora_fused, quant_type):
 
 def test_the_rule_is_one(lora_fused):
     """t of the native op and of the operations is t without what is beyond 1, bit for bit the same rule."""
-    split = lora_fused.projection.split_scaling
+    split = lora_fused.specs.split_scaling
     values = [0.0, 0.5, 1.0, 2.0, 4.0, 1024.0, 1.0 + 2**-52, 3.0, 100.0, 2.0**40, 1e-30]
     x, a, b, w = (torch.randn(*shape, dtype=HALF) for shape in ((5, 16), (4, 16), (8, 4), (8, 16)))
     for scaling, sign in itertools.product(values, (1, -1)):
         down, up = split(sign * scaling, HALF)
-        assert down * up == sign * scaling and (abs(down) <= 1.0) and up >= 1.0 and up == 2.0 ** round(torch.tensor(up).log2().item())
+        assert (
+            down * up == sign * scaling
+            and (abs(down) <= 1.0)
+            and up >= 1.0
+            and up == 2.0 ** round(torch.tensor(up).log2().item())
+        )
         assert up == 1.0 if scaling <= 1.0 else 0.5 < abs(down) <= 1.0
         assert split(sign * scaling, torch.bfloat16, torch.float32) == (sign * scaling, 1.0)
-        *_, t, _, _ = lora_fused.ops.lora_forward(x, [w], [], [a], [b], [], [], [sign * scaling], None, [], [], [], False)
-        torch.testing.assert_close(t, lora_fused.reference.down(x, a, down), rtol=2e-3, atol=1e-7)
+        operands = [w, None, a, b, None, None]
+        _, t = lora_fused.backends.native.lora_forward(x, operands, [sign * scaling], None, None, None, False)
+        torch.testing.assert_close(t, lora_fused.backends.reference.shrink(x, a, down), rtol=2e-3, atol=1e-7)

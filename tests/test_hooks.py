@@ -4,15 +4,20 @@ import copy
 
 import pytest
 import torch
-from cases import Case, peft_linear, randomise_adapters
+from helpers.cases import Case, peft_linear, randomise_adapters
+from helpers.kernelizing import explain, kernelize_in_place
+from helpers.mlps import glu
 from peft import LoraConfig, get_peft_model
-from test_fallbacks import explain, kernelized
-from test_gated import glu
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")
 PARTS = ("base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default", "lora_magnitude_vector.default")
-ON_A_PART = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
+ON_A_PART = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+)
 ON_ALL = (
     "register_module_forward_hook",
     "register_module_forward_pre_hook",
@@ -51,7 +56,7 @@ def step(model, x):
 @pytest.mark.parametrize("register", ON_A_PART)
 def test_on_a_part(lora_fused, make, part, register):
     (model, x), seen = make(), []
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(model))
     assert explain(lora_fused, ours)[0].fused
     calls = []
     for each in (model, ours):
@@ -74,7 +79,7 @@ def test_on_a_part(lora_fused, make, part, register):
 def test_on_all_modules(lora_fused, make, register):
     """As profilers set them."""
     (model, x), calls = make(), []
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(model))
     assert all(row.fused for row in explain(lora_fused, ours))
     for each in (model, ours):
         seen = []

@@ -7,15 +7,17 @@ import warnings
 
 import pytest
 import torch
-from cases import DEVICE, Case, peft_linear
-from embeddings import Case as EmbeddingCase
-from embeddings import peft_embedding
-from heads import inner, kernelized
-from test_gated import glu
+from helpers.cases import DEVICE, Case, peft_linear
+from helpers.embeddings import Case as EmbeddingCase, peft_embedding
+from helpers.heads import inner
+from helpers.kernelizing import kernelized
+from helpers.mlps import glu
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")
-INTERNAL = re.compile(r"aoti_|API call failed|kernel-src|torch_binding|\.cpp\b(?<!alloc_cpu\.cpp)|\.cuh?\b|\.h:\d|_lora_fused_")
+INTERNAL = re.compile(
+    r"aoti_|API call failed|kernel-src|torch_binding|\.cpp\b(?<!alloc_cpu\.cpp)|\.cuh?\b|\.h:\d|_lora_fused_"
+)
 
 
 def assert_plain(error):
@@ -96,7 +98,7 @@ def test_a_layer_in_a_bad_state(lora_fused, case, training):
     ours = kernelized(lora_fused, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        row, = lora_fused.explain(ours)
+        (row,) = lora_fused.explain(ours)
     assert not row.fused, row.reason
     assert_like_peft(inner(ours), inner(model), torch.randn(5, 32))
 
@@ -121,7 +123,11 @@ def test_an_embedding_in_a_bad_state(lora_fused, shape):
 
 def good():
     return dict(
-        x=torch.randn(5, 32), weight=torch.randn(16, 32), lora_a=torch.randn(4, 32), lora_b=torch.randn(16, 4), scaling=1.0
+        x=torch.randn(5, 32),
+        weight=torch.randn(16, 32),
+        lora_a=torch.randn(4, 32),
+        lora_b=torch.randn(16, 4),
+        scaling=1.0,
     )
 
 
@@ -149,7 +155,9 @@ BAD_INPUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change,name", BAD_INPUTS, ids=lambda value: value if isinstance(value, str) else " ".join(value))
+@pytest.mark.parametrize(
+    "change,name", BAD_INPUTS, ids=lambda value: value if isinstance(value, str) else " ".join(value)
+)
 def test_bad_input_of_lora_linear(lora_fused, change, name):
     with pytest.raises((TypeError, ValueError), match=f"^{name}: .*(expected|unknown)") as raised:
         lora_fused.lora_linear(**good() | change)
@@ -172,7 +180,8 @@ def test_bad_input_of_the_others(lora_fused):
         ("padding_idx", lambda: lora_fused.lora_embedding(
             torch.tensor([1]), torch.ones(33, 24), torch.ones(5, 33), torch.ones(24, 5), scaling, padding_idx=1.5)),
         ("magnitude", lambda: lora_fused.lora_embedding(
-            torch.tensor([1]), torch.ones(33, 24), torch.ones(5, 33), torch.ones(24, 5), scaling, magnitude=torch.ones(3))),
+            torch.tensor([1]), torch.ones(33, 24), torch.ones(5, 33), torch.ones(24, 5), scaling,
+            magnitude=torch.ones(3))),
     )  # fmt: skip
     for name, call in calls:
         with pytest.raises((TypeError, ValueError), match=f"^{name}: ") as raised:
@@ -200,9 +209,9 @@ def test_gradients_of_gradients(lora_fused, config):
         ours, x = kernelized(lora_fused, each), torch.randn(5, 32, requires_grad=True)
         torch.manual_seed(1)
         y = inner(ours)(x)
-        first, = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         torch.manual_seed(1)
-        again, = torch.autograd.grad(inner(ours)(x).square().sum(), x)
+        (again,) = torch.autograd.grad(inner(ours)(x).square().sum(), x)
         assert torch.equal(first.detach(), again)
         with pytest.raises(RuntimeError, match="^lora_fused: gradients of gradients .*without kernelize") as raised:
             first.square().sum().backward()
@@ -214,7 +223,7 @@ def test_a_graph_that_nobody_differentiates_again(lora_fused):
     given = {name: t for name, t in good().items() if name != "scaling"}
     given["lora_b"].requires_grad_()
     y = lora_fused.lora_linear(**given, scaling=1.0)
-    grad, = torch.autograd.grad(y, given["lora_b"], torch.ones_like(y), create_graph=True)
+    (grad,) = torch.autograd.grad(y, given["lora_b"], torch.ones_like(y), create_graph=True)
     assert not grad.requires_grad
 
 
@@ -238,7 +247,8 @@ def test_no_memory_on_a_gpu(lora_fused):
 FAILURES = {
     "check": ("check_dropout, kernel-src/cpu/../common/dropout.h:92, dropout: p is 1.5, expected 0 to 1",
               "dropout: p is 1.5, expected 0 to 1"),
-    "allocation": ("aoti_torch_empty_strided(n, sizes.data(), &handle) API call failed at kernel-src/common/tensors.cpp, line 97",
+    "allocation": ("aoti_torch_empty_strided(n, sizes.data(), &handle) API call failed at "
+                   "kernel-src/common/tensors.cpp, line 97",
                    "lora_fused: DefaultCPUAllocator: can't allocate memory"),
     "product": ("aoti_torch_cpu_addmm_out(out.get(), alpha) API call failed at kernel-src/group/products.cpp, line 27",
                 "lora_fused: operands do not fit"),
@@ -249,31 +259,39 @@ FAILURES = {
 @pytest.mark.parametrize("case", FAILURES)
 def test_where_torch_does_not_tell_the_cause(lora_fused, monkeypatch, case):
     """As before torch 2.13."""
-    monkeypatch.setattr(lora_fused.errors, "_cause", lambda: "")
+    monkeypatch.setattr(lora_fused.backends.native_errors, "_cause", lambda: "")
     given, said = FAILURES[case]
-    error = lora_fused.errors.native_error(RuntimeError(given), (torch.zeros(1, device="cpu"), None, [3]))
+    error = lora_fused.backends.native_errors.native_error(
+        RuntimeError(given), (torch.zeros(1, device="cpu"), None, [3])
+    )
     assert str(error).startswith(said)
     assert_plain(error)
 
 
 def test_a_gpu_s_memory_in_its_own_type(lora_fused, monkeypatch):
-    monkeypatch.setattr(lora_fused.errors, "_cause", lambda: "CUDA out of memory. Tried to allocate 2 GiB")
-    error = lora_fused.errors.native_error(RuntimeError(FAILURES["allocation"][0]), ())
+    monkeypatch.setattr(
+        lora_fused.backends.native_errors, "_cause", lambda: "CUDA out of memory. Tried to allocate 2 GiB"
+    )
+    error = lora_fused.backends.native_errors.native_error(RuntimeError(FAILURES["allocation"][0]), ())
     assert type(error) is torch.OutOfMemoryError and str(error) == "CUDA out of memory. Tried to allocate 2 GiB"
 
 
 def test_a_check_of_an_op_reaches_nobody_with_its_path(lora_fused):
     """Every op that Python calls, given what only C++ refuses."""
-    mask = lora_fused.projection.Mask(torch.tensor([1]), 1.5)
+    mask = lora_fused.specs.Mask(torch.tensor([1]), 1.5)
     ones = torch.ones(4, 4)
     calls = (
-        lambda: lora_fused.ops.dropout(ones, mask, torch.float32),
-        lambda: lora_fused.ops.gain(torch.ones(3), torch.ones(4)),
-        lambda: lora_fused.ops.row_norm(ones, ones[:, :2], ones, 1.0),
-        lambda: lora_fused.ops.dequantize_4bit(ones, ones, None, None, None, 3, 0, False, 0, ones),
-        lambda: lora_fused.ops.lora_forward(
-            ones, [ones], [torch.ones(3)], [ones], [ones], [], [], [1.0], None, [], [], [], False),
-        lambda: lora_fused.ops.lora_forward(ones, [ones], [], [ones], [ones], [], [], [1.0], None, [], [], [9] * 7, False),
+        lambda: lora_fused.backends.native.dropout(ones, mask, torch.float32),
+        lambda: lora_fused.backends.native.mag_norm_scale(torch.ones(3), torch.ones(4)),
+        lambda: lora_fused.backends.native.row_norm(ones, ones[:, :2], ones, 1.0),
+        lambda: lora_fused.backends.native.dequantize_4bit(ones, ones, None, None, None, 3, 0, False, 0, ones),
+        lambda: lora_fused.backends.native.lora_forward(
+            ones, [ones, torch.ones(3), ones, ones, None, None], [1.0], None, None, None, False),
+        lambda: lora_fused.backends.native.lora_forward(
+            ones, [ones, None, ones, ones, None, None], [1.0], None, None, [9] * 7, False),
+        lambda: lora_fused.backends.native.lora_forward(ones, [ones, None], [1.0], None, None, None, False),
+        lambda: lora_fused.backends.native.lora_forward(ones, [None] * 6, [1.0], None, None, None, False),
+        lambda: lora_fused.backends.native.lora_forward(ones, [ones, *[None] * 5], [1.0], None, [], None, False),
     )  # fmt: skip
     for call in calls:
         with pytest.raises(RuntimeError) as raised:

@@ -3,10 +3,13 @@ everything, on this machine's device: masks given, memory poisoned, every gradie
 
 import functools
 
-import formula
 import pytest
 import torch
-from cases import UNIT, relative
+from helpers import formula
+from helpers.cases import UNIT, relative
+from helpers.native_ops import GROUPS, draw, flat_on, operands_of, poison, projections_of
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # tokens, features in; whole tiles, parts of tiles, more tokens than a block has, columns that no kernel of
 # masks in registers takes (33).
@@ -16,14 +19,6 @@ SHAPES = ((1, 64), (37, 200), (300, 1024), (70, 33), (1030, 96))
 LARGE = (4090, 1016) if torch.cuda.is_available() else (210, 1000)
 # As many tokens and outputs as one read of dy takes for dt and dB on Hopper.
 MANY = (15000, 40) if torch.cuda.is_available() else (1500, 40)
-# Of three members: features out, rank, dropout, DoRA, base bias.
-GROUPS = {
-    "masks": ((72, 8, 0.1, False, False), (40, 16, 0.3, False, True), (64, 32, 0.5, False, False)),
-    "ranks": ((72, 64, 0.1, False, False), (48, 72, 0.3, False, False), (64, 160, 0.2, False, False)),
-    "mixed": ((72, 16, 0.2, True, True), (40, 24, 0.0, True, True), (64, 8, 0.4, False, True)),
-    "odd": ((31, 5, 0.2, False, True), (17, 3, 0.0, False, False), (9, 7, 0.9, True, False)),
-    "no masks": ((72, 16, 0.0, True, False), (40, 40, 0.0, False, True), (64, 8, 0.0, False, False)),
-}
 LARGE_GROUPS = {
     "plain": ((1032, 8, 0.0, False, False), (1024, 32, 0.0, False, True), (1000, 64, 0.0, False, False)),
     "DoRA": ((1032, 16, 0.0, True, False), (1024, 32, 0.0, True, True), (1000, 24, 0.0, False, False)),
@@ -32,16 +27,6 @@ LARGE_GROUPS = {
     "ranks": ((72, 384, 0.1, False, False), (48, 672, 0.2, False, True), (64, 136, 0.3, False, False)),
 }
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16))
-FIELDS = ("weight", "bias", "lora_a", "lora_b", "lora_bias", "magnitude")
-SCALES = 4  # of a quantised weight, which none of these is
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """What the ops allocate is NaN on the CPU; `poison` does it on a GPU."""
-    torch.use_deterministic_algorithms(not torch.cuda.is_available())
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -51,37 +36,6 @@ def three_threads():
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(before)
-
-
-def draw(generator, *shape):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5
-
-
-def operands_of(generator, k, n, rank, dora, bias):
-    weight, a, b = draw(generator, n, k), draw(generator, rank, k), draw(generator, n, rank)
-    magnitude = (weight + 0.5 * b @ a).norm(dim=1) * (1 + 0.3 * torch.rand(n, generator=generator)) if dora else None
-    return [weight, draw(generator, n) if bias else None, a, b, None, magnitude]
-
-
-def poison(device):
-    """What is freed here is what the ops are given next."""
-    if device == "cuda":
-        torch.full((64 * 2**20,), float("nan"), device=device)
-
-
-def flat_on(operands, device, dtype, adapter):
-    flat = []
-    for each in operands:
-        for name, tensor in zip(FIELDS, each):
-            wanted = dtype if name in ("weight", "bias") else adapter
-            flat.append(None if tensor is None else tensor.detach().to(device, wanted).requires_grad_(name != "weight"))
-        flat += [None] * SCALES
-    return flat
-
-
-def projections_of(lora_fused, flat, scalings, specs):
-    operands = lora_fused.projection.unflatten(flat)
-    return [lora_fused.Projection(*each) for each in zip(operands, scalings, specs)]
 
 
 def backward(ys, dys, x, flat):
@@ -95,7 +49,9 @@ def compare(ours, truth, dtype, stored):
     for i, (value, exact) in enumerate(zip(ours, truth)):
         error, peak = relative(value, exact)
         bound = stored * UNIT[dtype] + (0.0 if dtype == torch.float64 else exact.numel() ** 0.5 * 2.0**-24)
-        assert error <= bound and peak <= 8 * bound, f"result {i} of shape {tuple(exact.shape)}: {error:.3g}, {peak:.3g}"
+        assert error <= bound and peak <= 8 * bound, (
+            f"result {i} of shape {tuple(exact.shape)}: {error:.3g}, {peak:.3g}"
+        )
 
 
 @pytest.mark.parametrize("dtype,adapter", DTYPES, ids=str)
@@ -135,11 +91,11 @@ def check_group(lora_fused, device, m, k, group, dtype, adapter):
 
     def native(x, flat):
         projections = projections_of(lora_fused, flat, scalings, specs)
-        return lora_fused.autograd.native.lora_group(x, projections, seeds.to(x.device))
+        return lora_fused.autograd.group_native.lora_group(x, projections, seeds.to(x.device))
 
     def truth(x, flat):
         dropouts = [spec.dropout for spec in specs]
-        return formula.group(lora_fused, x, lora_fused.projection.unflatten(flat), scalings, dropouts, seeds)
+        return formula.group(lora_fused, x, lora_fused.specs.unflatten(flat), scalings, dropouts, seeds)
 
     exact = run(truth, "cpu", torch.float64, torch.float64)
     compare(run(native, device, dtype, adapter), exact, dtype, stored=4)
@@ -156,7 +112,12 @@ EXACT_GROUPS = {
     "DoRA": ((1024, 16, 0.0, True, True), (72, 40, 0.0, False, False), (1000, 8, 0.0, True, False)),
     "masks": ((1024, 16, 0.3, False, True), (72, 16, 0.1, False, False), (1000, 8, 0.5, False, False)),
     "mixed": ((1024, 32, 0.0, True, True), (72, 24, 0.2, False, False), (1000, 16, 0.0, False, True)),
-    "fours": ((72, 4, 0.0, False, False), (40, 4, 0.0, False, True), (64, 4, 0.0, False, False), (48, 4, 0.0, False, False)),
+    "fours": (
+        (72, 4, 0.0, False, False),
+        (40, 4, 0.0, False, True),
+        (64, 4, 0.0, False, False),
+        (48, 4, 0.0, False, False),
+    ),
     "odd": ((31, 5, 0.2, False, True), (17, 3, 0.0, False, False), (9, 7, 0.9, False, False)),
     "ranks": ((72, 136, 0.1, False, False), (48, 384, 0.0, False, False), (64, 200, 0.3, False, True)),
 }
@@ -167,18 +128,21 @@ SEEDS = torch.tensor([5, 2**40 + 1, 77])
 
 
 def exact_run(lora_fused, operands, group, x, dys, device, scalings):
-    flat, own = flat_on(operands, device, torch.bfloat16, torch.float32), x.detach().to(device, torch.bfloat16).requires_grad_()
+    flat, own = (
+        flat_on(operands, device, torch.bfloat16, torch.float32),
+        x.detach().to(device, torch.bfloat16).requires_grad_(),
+    )
     given = [dy.to(device, torch.bfloat16) for dy in dys]
     poison(device)
     projections = projections_of(lora_fused, flat, scalings, [lora_fused.ProjectionSpec(p) for _, _, p, _, _ in group])
-    assert lora_fused.autograd.native.takes(projections, torch.bfloat16, None, is_cuda=True) == (True, True)
+    assert lora_fused.autograd.group_native.native_path(projections, torch.bfloat16, None, is_cuda=True) == (True, True)
     seeds = SEEDS.to(device) if any(p for _, _, p, _, _ in group) else None
-    return backward(lora_fused.autograd.native.lora_group(own, projections, seeds, True), given, own, flat), flat
+    return backward(lora_fused.autograd.group_native.lora_group(own, projections, seeds, True), given, own, flat), flat
 
 
 def formula_run(lora_fused, operands, group, x, dys, scalings):
     flat, own = flat_on(operands, "cpu", torch.float64, torch.float64), x.clone().requires_grad_()
-    of, dropouts = lora_fused.projection.unflatten(flat), [p for _, _, p, _, _ in group]
+    of, dropouts = lora_fused.specs.unflatten(flat), [p for _, _, p, _, _ in group]
     return backward(formula.group(lora_fused, own, of, scalings, dropouts, SEEDS), dys, own, flat)
 
 
@@ -212,15 +176,20 @@ def test_float32_adapters_keep_their_precision(lora_fused, device, m, k, group):
 def test_norms_made_by_the_forward_and_elsewhere(lora_fused, device, monkeypatch, elsewhere):
     """Triton makes norms of large ranks on a GPU; those of the other members are the forward's own."""
     generator = torch.Generator().manual_seed(3)
-    group = ((72, 16, 0.0, True, True), (40, 24, 0.0, True, False), (64, 8, 0.0, False, True), (48, 4, 0.0, True, False))
+    group = (
+        (72, 16, 0.0, True, True),
+        (40, 24, 0.0, True, False),
+        (64, 8, 0.0, False, True),
+        (48, 4, 0.0, True, False),
+    )
     operands = [operands_of(generator, 96, n, r, dora, bias) for n, r, _, dora, bias in group]
     x, dys = draw(generator, 37, 96).float(), [draw(generator, 37, n).float().to(device) for n, *_ in group]
-    native = lora_fused.backend.norm_is_native
+    native = lora_fused.backends.select.norm_is_native
 
     def run():
         flat, own = flat_on(operands, device, torch.float32, torch.float32), x.to(device).requires_grad_()
         projections = projections_of(lora_fused, flat, (0.5,) * 4, [lora_fused.ProjectionSpec()] * 4)
-        return backward(lora_fused.autograd.native.lora_group(own, projections, None), dys, own, flat)
+        return backward(lora_fused.autograd.group_native.lora_group(own, projections, None), dys, own, flat)
 
     expected = run()
     asked = []
@@ -229,7 +198,7 @@ def test_norms_made_by_the_forward_and_elsewhere(lora_fused, device, monkeypatch
         asked.append(lora_a.shape[0])
         return lora_a.shape[0] not in elsewhere and native(weight, lora_a, lora_b, quantized)
 
-    monkeypatch.setattr(lora_fused.backend, "norm_is_native", refusing)
+    monkeypatch.setattr(lora_fused.backends.select, "norm_is_native", refusing)
     for value, exact in zip(run(), expected):
         torch.testing.assert_close(value, exact)
     assert {16, 24, 4} <= set(asked)
@@ -242,15 +211,19 @@ def test_what_the_ops_take(lora_fused):
         projections = [
             lora_fused.Projection(
                 lora_fused.Operands(
-                    torch.zeros(3, 4, dtype=weight or dtype), None, torch.zeros(2, 4, dtype=a), torch.zeros(3, 2, dtype=b),
-                    None, magnitude,
+                    torch.zeros(3, 4, dtype=weight or dtype),
+                    None,
+                    torch.zeros(2, 4, dtype=a),
+                    torch.zeros(3, 2, dtype=b),
+                    None,
+                    magnitude,
                 ),
                 1.0,
                 lora_fused.ProjectionSpec(p if i == len(adapters) - 1 else 0.0),
             )
             for i, (a, b) in enumerate(adapters)
         ]
-        return tuple(lora_fused.autograd.native.takes(projections, dtype, autocast, is_cuda))
+        return tuple(lora_fused.autograd.group_native.native_path(projections, dtype, autocast, is_cuda))
 
     assert taken(bf16, (bf16, bf16), p=0.1) == taken(fp32, (fp32, fp32), is_cuda=False) == (True, False)
     assert taken(bf16, (fp32, fp32), autocast=bf16, p=0.1) == (True, False)
@@ -288,31 +261,34 @@ def test_gated(lora_fused, device, three_threads, p, dora, gate_half, dtype, ada
         poison(device)
         return backward([compute(own, flat)], [given], own, flat)
 
-    def native(x, flat, exact=False):
+    def native(x, flat, bf16x3=False):
         projections = projections_of(lora_fused, flat, scalings, specs)
-        return lora_fused.autograd.native.gated_mlp(x, projections, (0, gate_half or 0), seeds.to(x.device), exact)
+        return lora_fused.autograd.gated_mlp_native.gated_mlp(
+            x, projections, (0, gate_half or 0), seeds.to(x.device), bf16x3
+        )
 
     def formulated(x, flat):
-        of = lora_fused.projection.unflatten(flat)
+        of = lora_fused.specs.unflatten(flat)
         return formula.gated(lora_fused, x, of, scalings, [p] * len(specs), seeds, gate_half)
 
     truth = run(formulated, "cpu", torch.float64, torch.float64)
     compare(run(native, device, dtype, adapter), truth, dtype, stored=8)
     compare(run(native, "cpu", torch.float64, torch.float64), truth, torch.float64, stored=64)
     if not (p and dora) and (dtype, adapter) == (torch.bfloat16, torch.float32):
-        compare(run(functools.partial(native, exact=True), device, dtype, adapter), truth, dtype, stored=8)
+        compare(run(functools.partial(native, bf16x3=True), device, dtype, adapter), truth, dtype, stored=8)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 @pytest.mark.parametrize("activation", range(5))
 def test_gates_of_zero_and_far_from_it(lora_fused, device, activation, dtype):
-    """Values and slopes are those of autograd, which has 0 where ReLU has none, and nothing overflows on the way: y = f(x)."""
-    maths, eye = lora_fused.activation, torch.eye(6, device=device, dtype=dtype)
+    """Values and slopes are those of autograd, which has 0 where ReLU has none, and nothing overflows on the way: y =
+    f(x)."""
+    maths, eye = lora_fused.backends.reference.activations, torch.eye(6, device=device, dtype=dtype)
     up = lora_fused.Operands(torch.zeros_like(eye), torch.ones(6, device=device, dtype=dtype))
     far = 1e3 if maths.ACTIVATIONS[activation] == "relu2" else 1e25
     x = torch.tensor([[0.0, 1.0, -1.0, 35.0, -35.0, far]], device=device, dtype=dtype, requires_grad=True)
     projections = [lora_fused.Projection(each) for each in (lora_fused.Operands(eye), up, lora_fused.Operands(eye))]
-    y = lora_fused.autograd.native.gated_mlp(x, projections, (activation, 0), None)
+    y = lora_fused.autograd.gated_mlp_native.gated_mlp(x, projections, (activation, 0), None)
     truth = x.detach().double().requires_grad_()
     value = {
         "silu": torch.nn.functional.silu,

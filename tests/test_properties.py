@@ -6,19 +6,16 @@ Examples are the same in every run, so a failure can be repeated. A longer searc
     LORA_FUSED_EXAMPLES=5000 python -m pytest tests/test_properties.py
 """
 
-import copy
 import os
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 
-import networks
 import pytest
 import torch
-from cases import DEVICE
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from kernels import Mode, kernelize
+from helpers import networks
+from helpers.cases import DEVICE
+from helpers.kernelizing import explain, kernelized
+from hypothesis import HealthCheck, given, settings, strategies as st
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
@@ -206,14 +203,8 @@ def attempt(action):
     """(result, None) or (None, type of the error)."""
     try:
         return action(), None
-    except Exception as error:  # noqa: BLE001, any error of PEFT's is compared
+    except Exception as error:
         return None, type(error)
-
-
-def explain(lora_fused, model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return lora_fused.explain(model)
 
 
 def assert_close(ours, theirs, exact):
@@ -230,11 +221,6 @@ def assert_close(ours, theirs, exact):
             torch.testing.assert_close(
                 value, expected, rtol=0, atol=TOLERANCE * max(scale, 1.0), msg=lambda m: f"{name}: {m}"
             )
-
-
-def kernelized(lora_fused, model):
-    lora_fused.register_peft_layers()
-    return kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device=DEVICE)
 
 
 def compare(lora_fused, plan, counts):

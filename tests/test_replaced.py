@@ -1,5 +1,6 @@
-"""What PEFT's forward would call may be replaced by another tool, on its class or in its module, before or after `kernelize`:
-then PEFT's forward runs, and `explain` says what is replaced and by whom. Put back, the model is fused again."""
+"""What PEFT's forward would call may be replaced by another tool, on its class or in its module, before or after
+`kernelize`: then PEFT's forward runs, and `explain` says what is replaced and by whom. Put back, the model is fused
+again."""
 
 import contextlib
 import copy
@@ -13,71 +14,24 @@ import peft.tuners.lora.variants
 import pytest
 import torch
 import transformers
-from cases import DEVICE, randomise_adapters
+from helpers.cases import DEVICE, randomise_adapters
+from helpers.kernelizing import explain, kernelize_in_place
+from helpers.replaceable import (
+    MLP,
+    EmbeddingOperands,
+    FunctionalMLP,
+    Linear,
+    Transposed,
+    adapted,
+    assert_close,
+    linear,
+    values,
+)
 from peft import LoraConfig, get_peft_model
-from test_fallbacks import explain, kernelized
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 pytestmark = pytest.mark.usefixtures("on_device")
-
-
-class Linear(nn.Module):
-    layer = nn.Linear
-
-    def __init__(self):
-        super().__init__()
-        self.proj = self.layer(16, 16)
-
-    def forward(self, x):
-        return self.proj(x)
-
-
-class Transposed(Linear):
-    layer = transformers.pytorch_utils.Conv1D
-
-
-class Table(nn.Module):
-    def __init__(self, scaled=False):
-        super().__init__()
-        make = transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding if scaled else nn.Embedding
-        self.table = make(16, 16, **(dict(padding_idx=0, embed_scale=4.0) if scaled else {}))
-
-    def forward(self, x):
-        return self.table((x.abs() * 5).long() % 16)
-
-
-class MLP(nn.Module):
-    """A gated MLP; nobody else's, so that its class can be replaced."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
-        self.act_fn = nn.SiLU()
-
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class FunctionalMLP(MLP):
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def adapted(base, **options):
-    torch.manual_seed(0)
-    names = [name for name, module in base.named_modules() if not list(module.children()) and "act" not in name]
-    config = LoraConfig(r=4, target_modules=names, init_lora_weights=True, **options)
-    model = get_peft_model(base.double(), config, autocast_adapter_dtype=False)
-    randomise_adapters(model, torch.float64)
-    return model
-
-
-def linear(**options):
-    return adapted(Linear(), **options)
 
 
 def scaled(own):
@@ -159,14 +113,14 @@ REPLACEMENTS = (
     Replacement(DORA, dora.DoraLinearLayer, "forward"),
     Replacement(lambda: adapted(Transposed(), fan_in_fan_out=True), Transposed.layer, "forward"),
     Replacement(lambda: adapted(Transposed(), fan_in_fan_out=True), Transposed.layer, "__call__"),
-    Replacement(lambda: adapted(Table(scaled=True)), gemma3.Gemma3TextScaledWordEmbedding, "__call__"),
-    Replacement(lambda: adapted(Table()), layer.Embedding, "forward"),
-    Replacement(lambda: adapted(Table()), nn.Embedding, "forward"),
-    Replacement(lambda: adapted(Table()), nn.Module, "__call__"),
-    Replacement(lambda: adapted(Table()), F, "embedding"),
-    Replacement(lambda: adapted(Table(), use_dora=True), variants.DoraEmbeddingVariant, "forward"),
-    Replacement(lambda: adapted(Table(), use_dora=True), dora.DoraEmbeddingLayer, "forward"),
-    Replacement(lambda: adapted(Table(scaled=True)), gemma3.Gemma3TextScaledWordEmbedding, "forward"),
+    Replacement(lambda: adapted(EmbeddingOperands(scaled=True)), gemma3.Gemma3TextScaledWordEmbedding, "__call__"),
+    Replacement(lambda: adapted(EmbeddingOperands()), layer.Embedding, "forward"),
+    Replacement(lambda: adapted(EmbeddingOperands()), nn.Embedding, "forward"),
+    Replacement(lambda: adapted(EmbeddingOperands()), nn.Module, "__call__"),
+    Replacement(lambda: adapted(EmbeddingOperands()), F, "embedding"),
+    Replacement(lambda: adapted(EmbeddingOperands(), use_dora=True), variants.DoraEmbeddingVariant, "forward"),
+    Replacement(lambda: adapted(EmbeddingOperands(), use_dora=True), dora.DoraEmbeddingLayer, "forward"),
+    Replacement(lambda: adapted(EmbeddingOperands(scaled=True)), gemma3.Gemma3TextScaledWordEmbedding, "forward"),
     Replacement(lambda: adapted(MLP()), MLP, "forward"),
     Replacement(lambda: adapted(MLP()), nn.SiLU, "forward"),
     Replacement(lambda: adapted(MLP()), nn.SiLU, "__call__"),
@@ -177,22 +131,6 @@ REPLACEMENTS = (
 OF_MLPS = ("MLP.", "SiLU.", ".silu")  # the projections are still fused, each alone
 
 
-def values(model, evaluate):
-    model.train(not evaluate)
-    x = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator(DEVICE).manual_seed(2), requires_grad=True)
-    model.zero_grad()
-    torch.manual_seed(5)  # PEFT's masks
-    y = model(x)
-    y.square().sum().backward()
-    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
-
-
-def assert_close(ours, theirs):
-    assert len(ours) == len(theirs) > 2
-    for mine, expected in zip(ours, theirs):
-        torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("late", (False, True), ids=("before", "after"))
 @pytest.mark.parametrize("replacement", REPLACEMENTS, ids=str)
 def test_a_replaced_function_is_called(lora_fused, replacement, late):
@@ -200,11 +138,11 @@ def test_a_replaced_function_is_called(lora_fused, replacement, late):
     evaluate = theirs.peft_config["default"].lora_dropout > 0  # whose masks are others than PEFT's where it is fused
     ours = copy.deepcopy(theirs)
     if late:
-        kernelized(lora_fused, ours)
+        kernelize_in_place(lora_fused, ours)
         for _ in range(2):
             plain = values(ours, evaluate)
     with replacement.active():
-        kernelized(lora_fused, ours)
+        kernelize_in_place(lora_fused, ours)
         expected = values(theirs, evaluate)
         for _ in range(2):
             assert_close(values(ours, evaluate), expected)
@@ -215,8 +153,10 @@ def test_a_replaced_function_is_called(lora_fused, replacement, late):
             assert not any(row.fused for row in rows)
             for row in rows:
                 assert row.reason == row.last and " is replaced by " in row.reason
-                assert replacement.name in row.reason and row.reason.partition(" by ")[2].startswith((__name__, "torch.nn"))
-    kernelized(lora_fused, ours)  # what was no gated MLP may be one
+                assert replacement.name in row.reason and row.reason.partition(" by ")[2].startswith(
+                    (__name__, "torch.nn")
+                )
+    kernelize_in_place(lora_fused, ours)  # what was no gated MLP may be one
     assert_close(values(ours, evaluate), values(theirs, evaluate))
     rows = explain(lora_fused, ours)
     assert all(row.fused and row.last == "fused" and row.mlp is None for row in rows), rows
@@ -229,13 +169,13 @@ def test_a_replaced_function_is_called(lora_fused, replacement, late):
 def test_replaced_under_four_bit_weights(lora_fused, which, dora):
     bnb = pytest.importorskip("bitsandbytes")
     import peft.tuners.lora.bnb as peft_bnb
-    from quantised import four_bit
+    from helpers.quantized import four_bit
 
     base = Linear().float()
     base.proj, base.is_loaded_in_4bit = four_bit(nn.Linear(64, 64), torch.float32, DEVICE), True
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["proj"], use_dora=dora))
     randomise_adapters(model, torch.float32)
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(model))
     x = torch.randn(9, 64)
     assert explain(lora_fused, ours)[0].fused
     owner = {"class": bnb.nn.Linear4bit, "function": bnb, "PEFT's class": peft_bnb.Linear4bit}[which]
@@ -252,7 +192,7 @@ def test_replaced_under_four_bit_weights(lora_fused, which, dora):
 def test_code_that_is_exchanged_in_place(lora_fused, owner):
     """As tools do that reload sources: the function stays the same object."""
     theirs = linear()
-    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(theirs))
     values(ours, False)
 
     def forward(self, x, *args, **kwargs):
@@ -268,67 +208,22 @@ def test_code_that_is_exchanged_in_place(lora_fused, owner):
     assert explain(lora_fused, ours)[0].fused
 
 
-class Doubling(TorchFunctionMode):
-    def __torch_function__(self, func, kinds, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        return 2 * result if func is F.linear else result
-
-
-class Counting(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("mode", (Doubling, Counting, lambda: FlopCounterMode(display=False)), ids=lambda m: m.__name__)
-@pytest.mark.parametrize("base", (linear, lambda: adapted(Table()), lambda: adapted(MLP())), ids=("linear", "table", "mlp"))
-def test_an_active_mode_sees_peft_s_operations(lora_fused, base, mode):
-    theirs = base()
-    ours = kernelized(lora_fused, copy.deepcopy(theirs))
-    values(ours, False)
-    results, seen = [], []
-    for model in (ours, theirs):
-        with mode() as active:
-            results.append(values(model, False))
-        seen.append(active.get_total_flops() if isinstance(active, FlopCounterMode) else getattr(active, "seen", None))
-    assert_close(*results)
-    assert seen[0] == seen[1]
-    with mode():
-        rows = explain(lora_fused, ours)
-    assert all(not row.fused and "sees every operation" in row.reason for row in rows)
-    values(ours, False)
-    assert all(row.fused and row.last == "fused" for row in explain(lora_fused, ours))
-
-
-def test_a_default_device_and_selective_checkpoints_keep_the_model_fused(lora_fused):
-    theirs = adapted(MLP())
-    ours = kernelized(lora_fused, copy.deepcopy(theirs))
-    with torch.device(DEVICE):
-        assert_close(values(ours, False), values(theirs, False))
-        assert all(row.fused and row.last == "fused" for row in explain(lora_fused, ours))
-    from torch.utils import checkpoint
-
-    save = functools.partial(checkpoint.create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
-    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
-    checkpoint.checkpoint(ours, x, use_reentrant=False, context_fn=save).sum().backward()
-    assert all(row.last == "fused" for row in explain(lora_fused, ours))
-
-
 def test_the_linear_of_deepspeed_is_the_same_mathematics(lora_fused, tmp_path, monkeypatch):
-    """ZeRO-3 leaves its own function in the place of F.linear for good. Anybody else's of that name is a replacement."""
+    """ZeRO-3 leaves its own function in the place of F.linear for good. Anybody else's of that name is a
+    replacement."""
     source = tmp_path / "linear.py"
-    source.write_text("import torch\n\ndef zero3_linear_wrap(x, weight, bias=None):\n    return torch._C._nn.linear(x, weight, bias)\n")
+    source.write_text(
+        "import torch\n\n"
+        "def zero3_linear_wrap(x, weight, bias=None):\n"
+        "    return torch._C._nn.linear(x, weight, bias)\n"
+    )
     name = "deepspeed.runtime.zero.linear"
     spec = importlib.util.spec_from_file_location(name, source)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     theirs = linear()
-    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(theirs))
     monkeypatch.setattr(F, "linear", module.zero3_linear_wrap)
     assert_close(values(ours, False), values(theirs, False))
     assert explain(lora_fused, ours)[0].last == "fused"
@@ -345,7 +240,7 @@ def test_the_linear_of_deepspeed_is_the_same_mathematics(lora_fused, tmp_path, m
 def test_an_activation_that_is_exchanged(lora_fused):
     """A module, a function on the module, a forward on the activation itself."""
     theirs = adapted(MLP())
-    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(theirs))
     values(ours, False)
     for change in (
         lambda mlp: setattr(mlp, "act_fn", nn.Tanh()),
@@ -366,7 +261,7 @@ class WithFunction(MLP):
 
 def test_a_function_on_the_module_that_is_exchanged(lora_fused):
     theirs = adapted(WithFunction())
-    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(theirs))
     values(ours, False)
     assert {row.layer for row in explain(lora_fused, ours)} == {"LoraGatedMLP"}
     for function in (torch.tanh, F.gelu, lambda x: F.silu(2 * x)):
@@ -395,7 +290,7 @@ def test_between_siblings(lora_fused):
     torch.manual_seed(0)
     theirs = get_peft_model(base.double(), LoraConfig(r=4, target_modules=["q", "k"]), autocast_adapter_dtype=False)
     randomise_adapters(theirs, torch.float64)
-    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(theirs))
     for _ in range(3):
         values(ours, False)
     assert [row.group for row in explain(lora_fused, ours)] == ["q+k", "q+k"]

@@ -1,4 +1,4 @@
-"""The layers of the code: what may import what, and what an import of the package costs."""
+"""The layers of the code (scripts/layers.py): what may import what, and what an import of the package costs."""
 
 import ast
 import pathlib
@@ -8,82 +8,45 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "torch-ext" / "lora_fused"
+sys.path.insert(0, str(ROOT / "scripts"))
 
-# From the top down; a module imports only what stands below it.
-LAYERS = (
-    "__init__",
-    "explanation",
-    "kernelized",
-    "mapping",
-    "layers",
-    "siblings",
-    "functional_delta",
-    "functional",
-    "functional_embedding",
-    "checks",
-    "autograd",
-    "compose",
-    "member",
-    "base",
-    "backend",
-    "triton_ops",
-    "reference",
-    "cuda_embedding",
-    "reference_embedding",
-    "mlp_state",
-    "mlp_structure",
-    "activation",
-    "ops",
-    "peft_embedding",
-    "peft_small",
-    "peft_state",
-    "peft_base",
-    "peft_scaling",
-    "last_call",
-    "genuine",
-    "autocast",
-    "projection",
-    "table",
-    "tuned",
-    "versions",
-    "integrity",
-    "errors",
-    "_ops",
-)
+import layers
+from layers import LAYER_OF, PACKAGE, imports, module_of, room_of
+
+MOST_ROOMS = 16
 LAZY = {"peft", "kernels", "transformers", "bitsandbytes", "triton"}
-FILES = sorted(PACKAGE.rglob("*.py"))
-
-
-def layer_of(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imports(path):
-    """(node, absolute top-level names, relative targets) of every import statement."""
-    depth = len(path.relative_to(PACKAGE).parts)
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield node, [alias.name.split(".")[0] for alias in node.names], []
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node, [node.module.split(".")[0]], []
-        elif isinstance(node, ast.ImportFrom) and node.level == depth:
-            yield node, [], [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+FILES = layers.files()
+by_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 
 
 def test_every_file_has_a_layer():
-    assert len(FILES) > 8 and {layer_of(path) for path in FILES} | {"_ops"} == set(LAYERS)
+    rooms = {room_of(path) for path in FILES}
+    assert rooms | {"_ops"} == set(LAYER_OF) and len(rooms) <= MOST_ROOMS
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@by_file
 def test_imports_point_downwards(path):
-    own = LAYERS.index(layer_of(path))
-    for _, _, targets in imports(path):
-        for target in targets:
-            assert LAYERS.index(target) > own, f"{path.name} imports {target}"
+    own = room_of(path)
+    for target in imports(path):
+        assert target[0] == own or LAYER_OF[target[0]] > LAYER_OF[own], f"{path.name} imports {'.'.join(target)}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_import_each_other_without_a_circle():
+    known = {module_of(path): path for path in FILES}
+    graph = {module: {target for target in imports(path) if target in known} for module, path in known.items()}
+    assert sum(map(len, graph.values())) > len(FILES)
+    while graph:
+        leaves = {module for module, targets in graph.items() if not targets - {module}}
+        assert leaves, f"a circle among {sorted('.'.join(module) for module in graph)}"
+        graph = {module: targets - leaves for module, targets in graph.items() if module not in leaves}
+
+
+def test_the_picture_in_the_docs_is_that_of_the_code():
+    """`python scripts/layers.py --write` draws it anew."""
+    assert layers.BEGIN + layers.picture() + layers.END in layers.DESIGN.read_text()
+
+
+@by_file
 def test_only_torch_at_import_time(path):
     tree = ast.parse(path.read_text())
     for node in tree.body:
@@ -93,11 +56,11 @@ def test_only_torch_at_import_time(path):
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names = [node.module.split(".")[0]]
         for name in names:
-            triton_file = name == "triton" and layer_of(path) == "triton_ops"
+            triton_file = name == "triton" and path.parent == PACKAGE / "backends" / "triton"
             assert name == "torch" or name in sys.stdlib_module_names or triton_file, f"{path.name}: {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@by_file
 def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) <= 400
 

@@ -5,17 +5,15 @@ import copy
 
 import pytest
 import torch
-from cases import DEVICE, peft_llama
-from embeddings import Case as EmbeddingCase
-from embeddings import draw_ids, peft_embedding
-from heads import assert_same, functions, heads, inner, kernelized, learned, step
-from test_gated import glu
+from helpers.cases import DEVICE, peft_llama
+from helpers.embeddings import Case as EmbeddingCase, draw_ids, peft_embedding
+from helpers.heads import assert_same, heads, inner, learned, step
+from helpers.kernelizing import fused_functions, kernelized
+from helpers.mlps import glu
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
-SHAPES = dict(
-    x=(5, 32), weight=(16, 32), lora_a=(4, 32), lora_b=(16, 4), bias=(16,), lora_bias=(16,), magnitude=(16,)
-)
+SHAPES = dict(x=(5, 32), weight=(16, 32), lora_a=(4, 32), lora_b=(16, 4), bias=(16,), lora_bias=(16,), magnitude=(16,))
 REQUIRED = ("x", "weight", "lora_a", "lora_b")
 VARIANTS = {"lora": ("bias",), "lora_bias": ("bias", "lora_bias"), "dora": ("bias", "magnitude")}
 
@@ -45,12 +43,12 @@ def results(lora_fused, given, dy, dropout, backend):
     leaves = {name: t.detach().requires_grad_(name != "weight") for name, t in given.items()}
     torch.manual_seed(2)
     y = lora_fused.lora_linear(**leaves, scaling=0.7, dropout=dropout, backend=backend)
-    assert ("NativeGroupFunction" in y.grad_fn.name()) == (backend == "library")
+    assert ("NativeGroupFunction" in y.grad_fn.name()) == (backend == "native")
     grads = torch.autograd.grad(y, [t for t in leaves.values() if t.requires_grad], dy)
     return [y.detach(), *grads]
 
 
-@pytest.mark.parametrize("backend", ("library", "reference", "triton"))
+@pytest.mark.parametrize("backend", ("native", "reference", "triton"))
 @pytest.mark.parametrize("dropout", (0.0, 0.3))
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("form", FORMS)
@@ -80,7 +78,7 @@ def test_an_input_without_a_gradient(lora_fused):
 def test_zeros_without_memory(lora_fused):
     given = draw("dora", torch.float32)
     dy = torch._efficientzerotensor((5, 16), device=DEVICE)
-    for backend in ("library", "reference"):
+    for backend in ("native", "reference"):
         y, *grads = results(lora_fused, given, dy, 0.3, backend)
         assert y.abs().max() > 0 and all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
     x = torch._efficientzerotensor((5, 32), device=DEVICE)
@@ -101,25 +99,30 @@ def test_row_norm(lora_fused, form):
 
 def test_gain_and_dropout(lora_fused):
     magnitude, norm, x = torch.rand(16) + 1.0, torch.rand(16) + 1.0, torch.randn(5, 32)
-    gain, mask = lora_fused.ops.gain(magnitude, norm), lora_fused.projection.Mask(torch.tensor([7]), 0.3)
-    assert torch.equal(lora_fused.ops.gain(negated(magnitude), norm), gain)
-    assert torch.equal(lora_fused.ops.gain(magnitude, negated(norm)), gain)
-    dropped = lora_fused.ops.dropout(x, mask, torch.float32)
-    assert torch.equal(lora_fused.ops.dropout(negated(x), mask, torch.float32), dropped)
+    mag_norm_scale, mask = (
+        lora_fused.backends.native.mag_norm_scale(magnitude, norm),
+        lora_fused.specs.Mask(torch.tensor([7]), 0.3),
+    )
+    assert torch.equal(lora_fused.backends.native.mag_norm_scale(negated(magnitude), norm), mag_norm_scale)
+    assert torch.equal(lora_fused.backends.native.mag_norm_scale(magnitude, negated(norm)), mag_norm_scale)
+    dropped = lora_fused.backends.native.dropout(x, mask, torch.float32)
+    assert torch.equal(lora_fused.backends.native.dropout(negated(x), mask, torch.float32), dropped)
 
 
 @pytest.mark.parametrize("name", ("absmax", "nested_absmax", "nested_code", "offset"))
 @pytest.mark.parametrize("kernel", ("native", "triton"))
 def test_the_scales_of_four_bits(lora_fused, name, kernel):
     pytest.importorskip("bitsandbytes")
-    from test_dequantize import make
+    from helpers.quantized import random_four_bit
 
     if kernel == "triton":
         pytest.importorskip("triton")
     nested = name != "absmax"
-    operands, spec, *_ = make(lora_fused, (16, 64), 64, "nf4", nested, torch.float32, DEVICE)
+    operands, spec, *_ = random_four_bit(lora_fused, (16, 64), 64, "nf4", nested, torch.float32, DEVICE)
     changed = operands._replace(**{name: negated(getattr(operands, name))})
-    dequantize = (lora_fused.backend if kernel == "native" else lora_fused.backend.get("triton")).dequantize_4bit
+    dequantize = (
+        lora_fused.backends.select if kernel == "native" else lora_fused.backends.select.get("triton")
+    ).dequantize_4bit
     right, found = (dequantize(each, spec, 0, torch.empty(16, 64)) for each in (operands, changed))
     assert torch.equal(found, right)
     # In a group, of whose ops the scales are a list.
@@ -127,11 +130,11 @@ def test_the_scales_of_four_bits(lora_fused, name, kernel):
     projections = [
         lora_fused.Projection(
             each._replace(lora_a=a, lora_b=b, magnitude=torch.ones(16)), 0.7,
-            lora_fused.projection.ProjectionSpec(quantized=spec),
+            lora_fused.specs.ProjectionSpec(quantized=spec),
         )
         for each in (operands, changed)
     ]  # fmt: skip
-    right, found = lora_fused.functional.compute_group(x, projections)
+    right, found = lora_fused.functional.dispatch.compute_group(x, projections)
     torch.testing.assert_close(found, right)
 
 
@@ -151,7 +154,7 @@ def test_layers_of_a_group(lora_fused, config):
     model, x = heads(**config), torch.randn(5, 32, dtype=torch.float64)
     ours = learned(lora_fused, with_negative_parameters(copy.deepcopy(model)), x)
     result = step(ours, x)
-    assert functions(result[0]) == 1
+    assert fused_functions(result[0]) == 1
     assert_same(result, step(model, x))
 
 
@@ -202,9 +205,9 @@ def test_a_base_that_is_called(lora_fused):
 
     def run(base, x, a, b):
         operands = lora_fused.Operands(None, lora_a=a, lora_b=b)
-        spec = lora_fused.projection.ProjectionSpec(dropout=0.3)
+        spec = lora_fused.specs.ProjectionSpec(dropout=0.3)
         torch.manual_seed(2)
-        return lora_fused.functional_delta.add_delta(base, x, lora_fused.Projection(operands, 0.7, spec), False)
+        return lora_fused.functional.delta.add_delta(base, x, lora_fused.Projection(operands, 0.7, spec), False)
 
     right = run(base, x, a, b)
     for i in range(4):

@@ -37,27 +37,20 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "dy_products(Tensor[] dy, Tensor[] b, Tensor[] t, Tensor(a!)[] dt, Tensor(b!)[] db, float scaling, "
       "bool exact=False, float db_scaling=1.0) -> ()");
+  // `operands` are those of GroupArgs (kernel-src/group/members.h).
   ops.def(
-      "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
-      "Tensor?[] lora_b, Tensor?[] gains, Tensor?[] magnitudes, float[] scalings, Tensor? seeds, float[] dropouts, "
-      "Tensor[] scales, int[] quantized, bool exact) "
-      "-> (Tensor[], Tensor[], Tensor, Tensor[], Tensor[])");
+      "lora_forward(Tensor x, Tensor?[] operands, float[] scalings, Tensor? seeds, float[]? dropouts, int[]? quantized, "
+      "bool bf16x3) -> Tensor[]");
   ops.def(
-      "lora_backward(Tensor?[] dys, Tensor x, Tensor t, Tensor[] us, Tensor[] weights, "
-      "Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, Tensor?[] norms, "
-      "float[] scalings, Tensor? seeds, float[] dropouts, Tensor[] scales, int[] quantized, bool exact, "
-      "bool need_dx, int[] needs) "
-      "-> (Tensor[], Tensor[])");
+      "lora_backward(Tensor?[] dys, Tensor x, Tensor t, Tensor[]? unscaled, Tensor?[] operands, float[] scalings, "
+      "Tensor? seeds, float[]? dropouts, int[]? quantized, bool bf16x3, bool need_dx, int[] needs) -> Tensor[]");
   ops.def(
-      "gated_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
-      "Tensor?[] lora_b, Tensor?[] gains, Tensor?[] magnitudes, float[] scalings, Tensor? seeds, float[] dropouts, "
-      "Tensor[] scales, int[] quantized, bool exact, int activation, int gate_half, "
-      "bool up_to_h) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])");
+      "gated_forward(Tensor x, Tensor?[] operands, float[] scalings, Tensor? seeds, float[]? dropouts, int[]? quantized, "
+      "bool bf16x3, int activation, int gate_half, bool up_to_h) -> Tensor[]");
   ops.def(
-      "gated_backward(Tensor dy, Tensor x, Tensor[] outputs, Tensor[] us, Tensor[] ts, "
-      "Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, "
-      "Tensor?[] norms, float[] scalings, Tensor? seeds, float[] dropouts, Tensor[] scales, "
-      "int[] quantized, bool exact, int activation, int gate_half, bool need_dx, int[] needs) -> (Tensor[], Tensor[])");
+      "gated_backward(Tensor dy, Tensor x, Tensor[] kept, Tensor?[] operands, float[] scalings, Tensor? seeds, "
+      "float[]? dropouts, int[]? quantized, bool bf16x3, int activation, int gate_half, bool need_dx, int[] needs) "
+      "-> Tensor[]");
   ops.def(
       "column_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? magnitude=None) -> Tensor[]");
   ops.def(

@@ -35,37 +35,24 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_scales(
     lora_fused::Tensors weights, lora_fused::Tensors lora_a, lora_fused::Tensors lora_b,
     lora_fused::Tensors magnitudes, std::vector<double> scalings, lora_fused::Tensors scales,
     std::vector<int64_t> quantized);
-std::tuple<lora_fused::Tensors, lora_fused::Tensors, torch::stable::Tensor, lora_fused::Tensors, lora_fused::Tensors>
-lora_forward(
-    const torch::stable::Tensor& x, lora_fused::Tensors weights, lora_fused::Optionals biases,
-    lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals mag_norm_scales,
-    lora_fused::Optionals magnitudes, std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
-    std::vector<double> dropouts, lora_fused::Tensors scales, std::vector<int64_t> quantized, bool exact);
-std::tuple<lora_fused::Tensors, lora_fused::Tensors> lora_backward(
+lora_fused::Tensors lora_forward(
+    const torch::stable::Tensor& x, lora_fused::Optionals operands, std::vector<double> scalings,
+    std::optional<torch::stable::Tensor> seeds, std::optional<std::vector<double>> dropouts,
+    std::optional<std::vector<int64_t>> quantized, bool bf16x3);
+lora_fused::Tensors lora_backward(
     lora_fused::Optionals dys, const torch::stable::Tensor& x, const torch::stable::Tensor& t,
-    lora_fused::Tensors unscaled, lora_fused::Tensors weights, lora_fused::Optionals biases,
-    lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals mag_norm_scales,
-    lora_fused::Optionals norms, std::vector<double> scalings,
-    std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts,
-    lora_fused::Tensors scales, std::vector<int64_t> quantized, bool exact, bool need_dx,
-    std::vector<int64_t> needs);
-std::tuple<torch::stable::Tensor, lora_fused::Tensors, lora_fused::Tensors, lora_fused::Tensors, lora_fused::Tensors,
-           lora_fused::Tensors>
-gated_forward(const torch::stable::Tensor& x, lora_fused::Tensors weights,
-              lora_fused::Optionals biases, lora_fused::Optionals lora_a,
-              lora_fused::Optionals lora_b, lora_fused::Optionals mag_norm_scales,
-              lora_fused::Optionals magnitudes, std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
-              std::vector<double> dropouts, lora_fused::Tensors scales,
-              std::vector<int64_t> quantized, bool exact, int64_t activation, int64_t gate_half,
-              bool up_to_h);
-std::tuple<lora_fused::Tensors, lora_fused::Tensors> gated_backward(
-    const torch::stable::Tensor& dy, const torch::stable::Tensor& x, lora_fused::Tensors outputs,
-    lora_fused::Tensors unscaled, lora_fused::Tensors ts, lora_fused::Tensors weights,
-    lora_fused::Optionals biases, lora_fused::Optionals lora_a, lora_fused::Optionals lora_b,
-    lora_fused::Optionals mag_norm_scales, lora_fused::Optionals norms, std::vector<double> scalings,
-    std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts,
-    lora_fused::Tensors scales, std::vector<int64_t> quantized, bool exact, int64_t activation,
-    int64_t gate_half, bool need_dx, std::vector<int64_t> needs);
+    std::optional<lora_fused::Tensors> unscaled, lora_fused::Optionals operands, std::vector<double> scalings,
+    std::optional<torch::stable::Tensor> seeds, std::optional<std::vector<double>> dropouts,
+    std::optional<std::vector<int64_t>> quantized, bool bf16x3, bool need_dx, std::vector<int64_t> needs);
+lora_fused::Tensors gated_forward(
+    const torch::stable::Tensor& x, lora_fused::Optionals operands, std::vector<double> scalings,
+    std::optional<torch::stable::Tensor> seeds, std::optional<std::vector<double>> dropouts,
+    std::optional<std::vector<int64_t>> quantized, bool bf16x3, int64_t activation, int64_t gate_half, bool up_to_h);
+lora_fused::Tensors gated_backward(
+    const torch::stable::Tensor& dy, const torch::stable::Tensor& x, lora_fused::Tensors kept,
+    lora_fused::Optionals operands, std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
+    std::optional<std::vector<double>> dropouts, std::optional<std::vector<int64_t>> quantized, bool bf16x3,
+    int64_t activation, int64_t gate_half, bool need_dx, std::vector<int64_t> needs);
 
 // Whether a sum of products [rows, cols] in like's dtype, on its device, is one launch of gemm_sm90: for `explain`.
 bool gemm_is_faster_cuda(const torch::stable::Tensor& like, int64_t rows, int64_t cols);

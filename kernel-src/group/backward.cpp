@@ -100,7 +100,7 @@ Backward::Backward(const Members& members, const MatrixView& x, const Given& giv
     const MaybeMatrixView unscaled =
         members.mag_norm_scale(i) ? MaybeMatrixView(given.unscaled[next_unscaled++]) : std::nullopt;
     if (dys_[i]) {
-      const ScaleOutputBackward pass = pass_over_dy(i, unscaled, members.of(given.norms, i), given.own_dys);
+      const ScaleOutputBackward pass = pass_over_dy(i, unscaled, members.norm(i), given.own_dys);
       if (pass.dbias || pass.dunscaled) passes.push_back(pass);
     }
     any_dt = any_dt || needs(i, kNeedA);

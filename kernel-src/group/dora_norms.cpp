@@ -37,15 +37,17 @@ void row_norms_cuda(const std::vector<RowNorm>& norms) {
 
 namespace {
 
+void copy(const Tensor& to, const Tensor& from) { TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0)); }
+
 void row_norms(const std::vector<RowNorm>& norms) {
 #if defined(CUDA_KERNEL)
   if (!norms.empty() && norms[0].norm.is_cuda()) return row_norms_cuda(norms);
 #endif
   for (const RowNorm& of : norms) {
     if (of.fill) of.fill();
-    Tensor norm = of.norm, scale = *of.mag_norm_scale;
-    torch::stable::copy_(norm, row_norm_cpu(of.weight, of.a, of.b, of.scaling));
-    torch::stable::copy_(scale, mag_norm_scale_cpu(*of.magnitude, norm));
+    const Tensor norm = of.norm, scale = *of.mag_norm_scale;
+    copy(norm, row_norm_cpu(of.weight, of.a, of.b, of.scaling));
+    copy(scale, mag_norm_scale_cpu(*of.magnitude, norm));
   }
 }
 
@@ -67,21 +69,20 @@ void append_pieces(const FourBitWeight& weight, const RowNorm& whole, MaybeTenso
 
 }  // namespace
 
-Norms::Norms(const GroupArgs& args, const Optionals& magnitudes, Optionals& mag_norm_scales, std::optional<ScalarType> product) {
-  if (magnitudes.empty()) return;
-  const Members members(args, 0, args.weights.size());
-  mag_norm_scales.resize(members.count());
-  waiting_.resize(members.count());
+Norms::Norms(GroupArgs& args, std::optional<ScalarType> product) {
+  const Members members(args, 0, args.count());
   std::vector<RowNorm> now;
   MaybeTensor made;
   for (size_t i = 0; i < members.count(); ++i) {
-    if (!magnitudes[i]) continue;
+    const std::optional<Tensor>& magnitude = args.operand(i, kMagnitudeOrNorm);
+    if (!magnitude) continue;
     STD_TORCH_CHECK(members.a(i) && members.b(i), "magnitudes: given without lora_a and lora_b");
     for (Tensors* vectors : {&norms_, &mag_norm_scales_})
-      vectors->push_back(empty(args.weights[i], {members.outputs(i)}, ScalarType::Float));
-    mag_norm_scales[i] = mag_norm_scales_.back();
-    const RowNorm of{args.weights[i],    *members.a(i), *members.b(i), norms_.back(),
-                     members.scaling(i), magnitudes[i], mag_norm_scales_.back()};
+      vectors->push_back(empty(args.weight(i), {members.outputs(i)}, ScalarType::Float));
+    args.operands[kOperands * i + kMagNormScale] = mag_norm_scales_.back();
+    const RowNorm of{args.weight(i),     *members.a(i), *members.b(i), norms_.back(),
+                     members.scaling(i), magnitude,     mag_norm_scales_.back()};
+    waiting_.resize(members.count());
     const std::optional<FourBitWeight> packed = members.packed(i);
     if (!packed)
       now.push_back(of);

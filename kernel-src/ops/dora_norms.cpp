@@ -7,16 +7,17 @@
 std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_scales(
     lora_fused::Tensors weights, lora_fused::Tensors lora_a, lora_fused::Tensors lora_b, lora_fused::Tensors magnitudes,
     std::vector<double> scalings, lora_fused::Tensors scales, std::vector<int64_t> quantized) {
-  using lora_fused::Optionals;
   const lora_fused::OnDevice device(weights[0]);
-  const Optionals a(lora_a.begin(), lora_a.end()), b(lora_b.begin(), lora_b.end());
-  const Optionals biases, of(magnitudes.begin(), magnitudes.end());
+  lora_fused::Optionals operands;
+  for (size_t i = 0; i < weights.size(); ++i)
+    operands.insert(operands.end(), {weights[i], std::nullopt, lora_a[i], lora_b[i], magnitudes[i], std::nullopt});
+  operands.insert(operands.end(), scales.begin(), scales.end());
   const std::optional<torch::stable::Tensor> seeds;
-  const std::vector<double> dropouts;
-  Optionals mag_norm_scales;
-  const lora_fused::GroupArgs args{weights, biases, a, b, mag_norm_scales, scalings, seeds, dropouts, scales, quantized, /*bf16x3=*/false};
+  const lora_fused::Numbers dropouts;
+  const lora_fused::Integers numbers = quantized.empty() ? std::nullopt : lora_fused::Integers(quantized);
+  lora_fused::GroupArgs args{operands, scalings, seeds, dropouts, numbers, /*bf16x3=*/false};
   args.check();
-  const lora_fused::Norms norms(args, of, mag_norm_scales, /*product=*/std::nullopt);
+  const lora_fused::Norms norms(args, /*product=*/std::nullopt);
   return {norms.norms(), norms.mag_norm_scales()};
 }
 

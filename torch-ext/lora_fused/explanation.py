@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
 
-from . import backend, functional, genuine, last_call, layers, mlp_state, peft_embedding, peft_state, siblings
+from . import last_call, layers, shared_input
+from .backends import select
+from .call_context import CallContext
+from .functional import dispatch
+from .peft import embedding as peft_embedding, gated_mlp as peft_gated_mlp, linear as peft_linear, linear_call, replaced
+from .specs import Fallback
 
-BASE_CALLED = "base called"  # in place of a backend
+FUSED_DELTA = "fused delta"  # in place of a backend
 FUSED = "fused"
 COMPILED = "torch.compile: its graph has PEFT's own forward"
 _GATED = ({"gate", "down"}, {"w1", "w2", "w3"}, {"wi_0", "wi_1", "wo"})  # how gated MLPs name their projections
@@ -22,18 +27,18 @@ _GATED = ({"gate", "down"}, {"w1", "w2", "w3"}, {"wi_0", "wi_1", "wo"})  # how g
 @dataclass(frozen=True)
 class Row:
     """One LoRA module: `fused` with its `backend` and `group`, or PEFT's forward and the `reason`. Where
-    the backend is "base called" the delta is fused and the base module's own forward runs, for the
-    `reason`. `mlp`: why the gated MLP that it is a projection of is not one Function. `last`: what its last call ran, "fused"
-    or the reason why PEFT's own forward did; None where it was not called yet."""
+    the backend is "fused delta" the delta is fused and the base module's own forward runs, for the
+    `reason`. `mlp`: why the gated MLP that it is a projection of is not one Function. `last`: what its last call ran,
+    "fused" or the reason why PEFT's own forward did; None where it was not called yet."""
 
     module: str
     layer: str
     fused: bool
-    backend: Optional[str] = None
-    group: Optional[str] = None
-    reason: Optional[str] = None
-    mlp: Optional[str] = None
-    last: Optional[str] = None
+    backend: str | None = None
+    group: str | None = None
+    reason: str | None = None
+    mlp: str | None = None
+    last: str | None = None
 
 
 class Explanation(Sequence[Row]):
@@ -73,8 +78,8 @@ def explain(model: nn.Module, rows: int = 8192) -> Explanation:
     """What every LoRA module of `model` does at its next call, by its state now, and what its last call ran.
 
     The backend is that of a call with `rows` rows (tokens of all sequences together), in the base
-    weight's dtype, or autocast's inside an autocast block. What torch.compile has traced, and weights that FSDP shards between
-    calls, are known by what the last call ran. Warns where nothing is fused. Raises TypeError if `model` is no
+    weight's dtype, or autocast's inside an autocast block. What torch.compile has traced, and weights that FSDP shards
+    between calls, are known by what the last call ran. Warns where nothing is fused. Raises TypeError if `model` is no
     module or `rows` no number of rows, ValueError if that is negative.
     """
     if not isinstance(model, nn.Module):
@@ -84,7 +89,7 @@ def explain(model: nn.Module, rows: int = 8192) -> Explanation:
     if rows < 0:
         raise ValueError(f"rows: {rows}, expected at least 0")
     seen = _Model(model, rows)
-    table = [seen.row(module, name) for module, name in seen.names.items() if peft_state.is_lora_module(module)]
+    table = [seen.row(module, name) for module, name in seen.names.items() if peft_linear.is_lora_module(module)]
     if not table:
         warnings.warn("lora_fused: the model has no PEFT LoRA modules, nothing is fused", stacklevel=2)
     elif not any(row.fused for row in table):
@@ -133,7 +138,7 @@ class _Model:
             return True
         return module in self.compiled and not last_call.ran_since_trace(module)
 
-    def _last(self, module: nn.Module) -> Optional[str]:
+    def _last(self, module: nn.Module) -> str | None:
         parent = self.parents.get(module)
         in_mlp = parent is not None and last_call.of(parent) is None
         note = None if in_mlp else last_call.of(module)
@@ -145,31 +150,36 @@ class _Model:
             return _unfused(row, "nn.MultiheadAttention reads its weight, never calls it")
         if peft_embedding.is_plain_embedding(module):
             return _next_embedding_call(module, self._at_call(module), self.rows, row)
-        if not peft_state.is_lora_linear(module):
+        if not peft_linear.is_lora_linear(module):
             return _unfused(row, f"no fused layer for {type(module).__module__}.{type(module).__name__}")
-        kind = peft_state.linear_kinds()[type(module)]
+        kind = peft_linear.linear_kinds()[type(module)]
         layer = layers.LoraLinearOfX if kind.only_x else layers.LoraLinear
-        state = _unmapped_reason(module, layer) or genuine.linear_reason() or peft_state.read_linear(self._at_call(module))
-        if isinstance(state, str):
-            return _unfused(row, self._when_gathered(module, state))
+        reason = _unmapped_reason(module, layer) or replaced.linear_reason()
+        state = Fallback(reason) if reason else peft_linear.read_linear(self._at_call(module))
+        if isinstance(state, Fallback):
+            return _unfused(row, self._when_gathered(module, state.reason))
         example = _example(state)
-        reason = peft_state.call_reason(state, example, (), {}) or siblings.small_reason(module, example, self.rows)
+        call = CallContext.of(example)
+        fallback = linear_call.call_fallback(state, example, call)
+        reason = fallback.reason if fallback else shared_input.small_reason(module, example, call, self.rows)
         if reason:
             return _unfused(row, reason)
-        called = peft_state.called_reason(state, example, self.rows)
+        called = linear_call.own_forward_reason(state, example, call, self.rows)
         if called:
-            reason = peft_state.delta_reason(state.projection)
+            reason = peft_linear.delta_reason(state.projection)
             if reason:
                 return _unfused(row, f"{reason} ({called})")
-            return Row(name, layer.__name__, fused=True, backend=BASE_CALLED, group="single", reason=called)
-        chosen = functional.describe_backend(example, (state.projection,), self.rows)
+            return Row(name, layer.__name__, fused=True, backend=FUSED_DELTA, group="single", reason=called)
+        chosen = dispatch.describe_backend(example, (state.projection,), self.rows)
         if module in self.mlps:
-            return Row(name, layers.LoraGatedMLP.__name__, fused=True, backend=chosen, group=self.names[self.mlps[module]])
+            return Row(
+                name, layers.LoraGatedMLP.__name__, fused=True, backend=chosen, group=self.names[self.mlps[module]]
+            )
         return Row(name, layer.__name__, fused=True, backend=chosen, group=self._group(module))
 
     def _group(self, module: nn.Module) -> str:
         """The last parts of the siblings' names; groups are seen at a model's second pass."""
-        members = siblings.group_of(module)
+        members = shared_input.group_of(module)
         return "+".join(self.names.get(member, "?").rpartition(".")[2] for member in members) or "single"
 
     def _at_call(self, module: nn.Module) -> nn.Module:
@@ -183,21 +193,21 @@ class _Model:
 
     def _look_for_mlp(self, module: nn.Module) -> None:
         """Notes which projections a gated MLP computes, or why it computes none."""
-        adapted = [child for child in module.children() if peft_state.is_lora_linear(child)]
+        adapted = [child for child in module.children() if peft_linear.is_lora_linear(child)]
         if not adapted:
             return
-        structure = mlp_state.structure_of(module)
-        if not isinstance(structure, str) and last_call.is_of_kernel(module):
-            self.parents.update((part, module) for part in mlp_state.projections_of(module, structure))
+        structure = peft_gated_mlp.structure_of(module)
+        if not isinstance(structure, Fallback) and last_call.is_of_kernel(module):
+            self.parents.update((part, module) for part in peft_gated_mlp.projections_of(module, structure))
         reason = self._mlp_reason(module, structure)
-        if reason is None:
-            self.mlps.update((part, module) for part in mlp_state.projections_of(module, structure))
-        elif not isinstance(structure, str) or _looks_gated(module):
+        if reason is None and not isinstance(structure, Fallback):
+            self.mlps.update((part, module) for part in peft_gated_mlp.projections_of(module, structure))
+        elif not isinstance(structure, Fallback) or _looks_gated(module):
             self.mlp_reasons.update((part, reason) for part in adapted)
 
-    def _mlp_reason(self, module: nn.Module, structure: Union[mlp_state.GatedMLP, str]) -> Optional[str]:
-        if isinstance(structure, str):
-            return _replaced_in(module) or structure
+    def _mlp_reason(self, module: nn.Module, structure: peft_gated_mlp.GatedMLP | Fallback) -> str | None:
+        if isinstance(structure, Fallback):
+            return _replaced_in(module) or structure.reason
         layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
         if layer is None:
             return f"its input is called {structure.input}"
@@ -205,18 +215,23 @@ class _Model:
         if reason:
             return reason
         whole = self._at_call(module)
-        part = next(filter(peft_state.is_lora_linear, mlp_state.projections_of(whole, structure)), None)
-        state = "no projection is adapted" if part is None else peft_state.read_linear(part)
-        if not isinstance(state, str):
-            state = mlp_state.read_mlp(whole, _example(state), layers.LoraLinear, check_features=False)
-        return state if isinstance(state, str) else None
+        part = next(filter(peft_linear.is_lora_linear, peft_gated_mlp.projections_of(whole, structure)), None)
+        if part is None:
+            return "no projection is adapted"
+        state = peft_linear.read_linear(part)
+        if isinstance(state, Fallback):
+            return state.reason
+        example = _example(state)
+        call = CallContext.of(example)
+        whole_state = peft_gated_mlp.read_mlp(whole, example, call, layers.LoraLinear, check_features=False)
+        return whole_state.reason if isinstance(whole_state, Fallback) else None
 
 
-def _replaced_in(module: nn.Module) -> Optional[str]:
+def _replaced_in(module: nn.Module) -> str | None:
     """Who has replaced something that a module with adapted projections runs besides these."""
-    parts = [module, *(child for child in module.children() if not peft_state.is_lora_linear(child))]
-    reasons = [genuine.module_reason(type(part)) for part in parts]
-    reasons += [genuine.function_reason(nn.functional, name) for name in ("silu", "gelu", "relu")]
+    parts = [module, *(child for child in module.children() if not peft_linear.is_lora_linear(child))]
+    reasons = [replaced.module_reason(type(part)) for part in parts]
+    reasons += [replaced.function_reason(nn.functional, name) for name in ("silu", "gelu", "relu")]
     return next(filter(None, reasons), None)
 
 
@@ -244,20 +259,20 @@ def _is_fsdp2(module: nn.Module) -> bool:
 
 
 def _gathered(module: nn.Module) -> nn.Module:
-    """A shallow copy of a module in which every parameter that `fully_shard` has sharded is whole: a tensor of its global
-    shape, most of them without memory."""
+    """A shallow copy of a module in which every parameter that `fully_shard` has sharded is whole: a tensor of its
+    global shape, most of them without memory."""
     copy = object.__new__(type(module))
     copy.__dict__.update(module.__dict__)
     copy.__dict__["_parameters"] = {name: _whole(parameter) for name, parameter in module._parameters.items()}
     copy.__dict__["_modules"] = {
         name: None if part is None else _gathered(part) for name, part in module._modules.items()
     }
-    if genuine.is_own(module.__dict__.get("forward"), module):
+    if replaced.is_own(module.__dict__.get("forward"), module):
         del copy.__dict__["forward"]
     return copy
 
 
-def _whole(parameter: Optional[Tensor]) -> Optional[Tensor]:
+def _whole(parameter: Tensor | None) -> Tensor | None:
     tensors = sys.modules.get("torch.distributed.tensor")
     if tensors is None or not isinstance(parameter, tensors.DTensor) or parameter.device_mesh.ndim > 1:
         return parameter  # over several dimensions it may be sharded within calls too
@@ -273,7 +288,7 @@ def _looks_gated(module: nn.Module) -> bool:
     return any(all(any(part in name for name in names) for part in parts) for parts in _GATED)
 
 
-def _example(state: peft_state.Adapted) -> Tensor:
+def _example(state: peft_linear.AdaptedLinear) -> Tensor:
     """An x without rows that fits a projection: in the dtype of its base, the adapter's where that is unknown."""
     operands, base = state.projection.operands, state.base
     known = operands.weight if operands.weight is not None else operands.lora_a
@@ -286,7 +301,7 @@ def _unfused(row: Row, reason: str) -> Row:
     return dataclasses.replace(row, fused=False, backend=None, group=None, reason=reason, mlp=None)
 
 
-def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> Optional[str]:
+def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> str | None:
     """Why the layer's forward is not the one that a module runs; None where it is."""
     bound = module.__dict__.get("forward")
     forward = getattr(bound, "__func__", None)
@@ -298,26 +313,26 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> Optional[str]
         if type(module).__dict__.get("kernel_layer_name") == layer.__name__:
             return "not kernelized: call kernelize(model, mode=Mode.TRAINING)"
         return "not kernelized: call register_peft_layers(), then kernelize(model)"
-    if genuine.is_own(bound, module):
+    if replaced.is_own(bound, module):
         return (
-            "not kernelized: its class's own forward is bound to it, since it was pickled, or kernelized without a layer of "
-            "this kernel: there is none for modes with TORCH_COMPILE, for devices other than cpu and cuda, or before "
-            "register_peft_layers()"
+            "not kernelized: its class's own forward is bound to it, since it was pickled, or kernelized without a "
+            "layer of this kernel: there is none for modes with TORCH_COMPILE, for devices other than cpu and cuda, or "
+            "before register_peft_layers()"
         )
     if getattr(forward, "__qualname__", None) == layer.forward.__qualname__:
         return f"kernelized by another build of this kernel, {forward.__module__.rpartition('.')[0]}"
-    return f"another tool set its forward: {genuine.name_of(bound)}"
+    return f"another tool set its forward: {replaced.name_of(bound)}"
 
 
 def _next_embedding_call(module: nn.Module, at_call: nn.Module, rows: int, row: Row) -> Row:
     layer = layers.LoraEmbedding
-    state: Union[peft_embedding.AdaptedTable, str]
-    state = _unmapped_reason(module, layer) or genuine.embedding_reason() or peft_embedding.read_embedding(at_call)
-    if isinstance(state, str):
-        return _unfused(row, state)
+    reason = _unmapped_reason(module, layer) or replaced.embedding_reason()
+    state = Fallback(reason) if reason else peft_embedding.read_embedding(at_call)
+    if isinstance(state, Fallback):
+        return _unfused(row, state.reason)
     example = torch.empty((0,), dtype=torch.int64, device=state.table.weight.device)
     reason = peft_embedding.embedding_call_reason(state, example, (), {})
     if reason:
         return _unfused(row, reason)
-    chosen = backend.describe_embedding(backend.choose_embedding(state.table, rows))
+    chosen = select.describe_embedding(select.choose_embedding(state.table, rows))
     return Row(row.module, layer.__name__, fused=True, backend=chosen, group="single")

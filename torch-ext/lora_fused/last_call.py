@@ -1,5 +1,5 @@
-"""What the last call of each module ran, so that `explain` need not guess what it cannot see: torch.compile may have traced a
-module from outside of the model, and sharded weights are whole in calls alone.
+"""What the last call of each module ran, so that `explain` need not guess what it cannot see: torch.compile may have
+traced a module from outside of the model, and sharded weights are whole in calls alone.
 
 A note is None where our forward computed the call, else the reason why the module's own did.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import weakref
-from typing import Optional
 
 from torch import nn
 
@@ -16,18 +15,18 @@ TRACED = "torch.compile traced its last call, and a graph has the module's own f
 NEVER = "not called yet"  # in place of a note
 
 _PACKAGE = __name__.rpartition(".")[0]
-notes: dict[int, Optional[str]] = {}  # by id: a dict of weak references costs a call five times as much
+notes: dict[int, str | None] = {}  # by id: a dict of weak references costs a call five times as much
 _references: dict[int, weakref.ref] = {}
 _traced: set[int] = set()  # what torch.compile has traced at some time
 
 
-def note(module: nn.Module, reason: Optional[str]) -> None:
+def note(module: nn.Module, reason: str | None) -> None:
     """`module` runs: our forward, or its own for `reason`."""
     if notes.get(id(module), NEVER) is not reason:
         _change(module, reason)
 
 
-def _change(module: nn.Module, reason: Optional[str]) -> None:
+def _change(module: nn.Module, reason: str | None) -> None:
     key = id(module)
     if key not in _references:
 
@@ -40,7 +39,7 @@ def _change(module: nn.Module, reason: Optional[str]) -> None:
     notes[key] = reason
 
 
-def of(module: nn.Module) -> Optional[str]:
+def of(module: nn.Module) -> str | None:
     """The note of a module's last call; NEVER before the first."""
     return notes.get(id(module), NEVER)
 
@@ -57,9 +56,10 @@ def ran_since_trace(module: nn.Module) -> bool:
 
 
 def note_trace() -> bool:
-    """Called while torch.compile traces a forward of this kernel, without a break of its graph. It takes no argument, since
-    Dynamo would compile again for every other one: one graph may serve all layers of a model. So all that is below the
-    outermost module that is running is noted; each notes itself again when it is called outside of a graph."""
+    """Called while torch.compile traces a forward of this kernel, without a break of its graph. It takes no argument,
+    since Dynamo would compile again for every other one: one graph may serve all layers of a model. So all that is
+    below the outermost module that is running is noted; each notes itself again when it is called outside of a
+    graph."""
     for module in {module for root in _running() for module in root.modules()}:
         if is_of_kernel(module):
             note(module, TRACED)
@@ -67,8 +67,9 @@ def note_trace() -> bool:
     return True
 
 
-# What torch.compiler.assume_constant_result does, which would import Dynamo here: its graph takes the result and no call.
-note_trace._dynamo_marked_constant = True
+# What torch.compiler.assume_constant_result does, which would import Dynamo here: its graph takes the result and no
+# call.
+note_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _running() -> list[nn.Module]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Callable, Iterator
 
 from torch import nn
 
-from . import genuine, layers, mlp_state, peft_embedding, peft_state, versions
+from . import layers
+from .environment import versions
+from .peft import embedding as peft_embedding, gated_mlp as peft_gated_mlp, linear as peft_linear, replaced
+from .specs import Fallback
 
 _DEVICES = ("cpu", "cuda")
 _CLASS_ATTRIBUTES = ("kernel_layer_name", "kernel_condition")
@@ -52,26 +55,28 @@ class Marks:
 
     def mark_all(self) -> None:
         """PEFT's linears and embedding, and the roots of models, at which their gated MLPs are looked for."""
-        for cls, kind in peft_state.linear_kinds().items():
+        for cls, kind in peft_linear.linear_kinds().items():
             layer = layers.LoraLinearOfX if kind.only_x else layers.LoraLinear
-            self.mark(cls, layer.__name__, functools.partial(_is_free, layer, peft_state.is_lora_linear))
+            self.mark(cls, layer.__name__, functools.partial(_is_free, layer, peft_linear.is_lora_linear))
         embedding = functools.partial(_is_free, layers.LoraEmbedding, peft_embedding.is_plain_embedding)
         self.mark(peft_embedding.embedding_class(), layers.LoraEmbedding.__name__, embedding)
-        for root in peft_state.root_classes():
+        for root in peft_linear.root_classes():
             self.mark(root, layers.LoraGatedMLP.__name__, self.find_gated_mlps)
 
     def find_gated_mlps(self, root: nn.Module) -> bool:
         """Marks the classes of the adapted gated MLPs in `root`, which `kernelize` visits after it.
         Not for `root` itself: always False."""
-        peft_state.note_names(root)
+        peft_linear.note_names(root)
         for module in root.modules():
-            if "kernel_layer_name" not in type(module).__dict__ and mlp_state.is_adapted(module):
+            if "kernel_layer_name" not in type(module).__dict__ and peft_gated_mlp.is_adapted(module):
                 self.mark_gated_mlp(module)
         return False
 
     def mark_gated_mlp(self, module: nn.Module) -> None:
         """Marks the class of an adapted gated MLP, if its input is called as one of our layers calls it."""
-        cls, structure = type(module), mlp_state.structure_of(module)
+        cls, structure = type(module), peft_gated_mlp.structure_of(module)
+        if isinstance(structure, Fallback):
+            return
         layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
         if layer is not None and not structure.optional:
             adapted = functools.partial(_is_adapted_instance, cls)
@@ -91,12 +96,12 @@ def _is_free(layer: type[nn.Module], serves: Callable[[nn.Module], bool], module
     of this kernel's."""
     bound = module.__dict__.get("forward")
     name = getattr(getattr(bound, "__func__", None), "__qualname__", None)
-    free = bound is None or genuine.is_own(bound, module) or name == layer.forward.__qualname__
+    free = bound is None or replaced.is_own(bound, module) or name == layer.forward.__qualname__
     return free and serves(module)
 
 
 def _is_adapted_instance(cls: type, module: nn.Module) -> bool:
-    return type(module) is cls and mlp_state.is_adapted(module)
+    return type(module) is cls and peft_gated_mlp.is_adapted(module)
 
 
 def register_peft_layers() -> None:

@@ -1,0 +1,1 @@
+"""Who computes: the native ops, Triton, or plain PyTorch. `select` is the one place that chooses."""

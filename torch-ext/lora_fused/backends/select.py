@@ -1,0 +1,201 @@
+"""The one place that chooses who computes.
+
+NATIVE is one op a direction for a whole group (`autograd.group_native`), or for an embedding; a group that the op does
+not take is chained from the operations of `reference`. TRITON and REFERENCE are modules of operations, which
+`autograd.eager_products` chains. Memory-bound passes are chosen apart from matrix products: one Triton kernel beats
+several of torch's at any size. The sizes from which one is chosen are those of `device_config`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..specs import EmbeddingOperands, FourBit, NativePath, Operands, Quantized
+from . import device_config, native, native_embedding, reference
+from .reference import embedding as reference_embedding
+
+REFERENCE = "reference"
+TRITON = "triton"
+NATIVE = "native"
+HOPPER_GEMM = "native, Hopper GEMM"  # what a reader calls native ops whose products are our own,
+_TORCH = "torch"  # and products of torch, chained in Python
+_TRITON_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def triton_is_there() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def choose(device: torch.device, dtype: torch.dtype, path: NativePath, work: Callable[[], int]) -> str:
+    """Name of the backend for x on `device`, computed in `dtype`; `path` says how the native op takes the
+    whole group, `work` gives M·N·K and is asked only where it matters.
+
+    Large half-precision products on a GPU go to Triton, but on Hopper where the native op takes them, since
+    it has a product of its own with the LoRA terms inside, and where it alone is exact. float32 stays with
+    the vendor's matrix products, which follow torch's own TF32 setting.
+    """
+    if not is_gpu(device) or dtype not in _TRITON_DTYPES or path.bf16x3 or (path.native and is_hopper(device)):
+        return NATIVE
+    return TRITON if work() >= device_config.of(device).linear_expand_from and triton_is_there() else NATIVE
+
+
+@functools.cache
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def gemm_pays(x: Tensor, rows: int, outputs: int) -> bool:
+    """Whether the native ops compute [rows, outputs] of x's dtype and device, the LoRA terms inside, by one launch."""
+    return native.gemm_pays(x, rows, outputs)
+
+
+def describe(name: str) -> str:
+    """What a reader calls a backend that is not the native ops'."""
+    return TRITON if name == TRITON else _TORCH
+
+
+def describe_embedding(name: str) -> str:
+    """The same of `choose_embedding`'s."""
+    return NATIVE if name == NATIVE else describe(name)
+
+
+def get(name: str) -> ModuleType:
+    """The module of operations behind a backend's name."""
+    if name in (REFERENCE, NATIVE):
+        return reference
+    if name == TRITON:
+        from . import triton as triton_kernels
+
+        return triton_kernels
+    raise ValueError(f"backend: {name!r} is unknown, expected {NATIVE!r}, {REFERENCE!r} or {TRITON!r}")
+
+
+def pointwise(x: Tensor) -> ModuleType:
+    """The module for passes over x that multiply no matrices: `gated`, `gated_backward`, `scale`,
+    `scale_sum`."""
+    triton_can = x.is_cuda and x.dtype in _TRITON_DTYPES and triton_is_there()
+    return get(TRITON if triton_can else REFERENCE)
+
+
+def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """‖W + s·B·A‖ by row: the C++ or CUDA op, Triton for large ranks, in float32; float64 operands have
+    no kernel and stay exact."""
+    if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype):
+        return reference.row_norm(weight, lora_a, lora_b, scaling)
+    if _row_norm_is_faster_in_triton(weight, lora_a.shape[0]):
+        kernels = get(TRITON)
+        if kernels.row_norm_fits(weight, lora_a, lora_b):
+            return kernels.row_norm(weight, lora_a, lora_b, scaling)
+    return native.row_norm(weight, lora_a, lora_b, scaling)
+
+
+def dora_scales(
+    weights, lora_a, lora_b, magnitudes, scalings, formats=(), quantized=(), scales=()
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """(‖W + s·B·A‖ by row, magnitude over it) of each member, None for both where it has no magnitude. `formats` of
+    the members, and `quantized` and `scales` as the native ops take them, where some are in four bits."""
+    norms: list[Tensor | None] = [None] * len(weights)
+    mag_norm_scales: list[Tensor | None] = [None] * len(weights)
+    batch = []
+    for i, magnitude in enumerate(magnitudes):
+        if magnitude is None:
+            continue
+        if norm_is_native(weights[i], lora_a[i], lora_b[i], formats[i] if formats else None):
+            batch.append(i)
+        else:
+            norms[i] = row_norm(weights[i], lora_a[i], lora_b[i], scalings[i])
+            mag_norm_scales[i] = native.mag_norm_scale(magnitude, norms[i])
+    if batch:
+        each = ([field[i] for i in batch] for field in (weights, lora_a, lora_b, magnitudes, scalings))
+        of_weights, of_a, of_b, of_magnitudes, of_scalings = each
+        numbers = [number for i in batch for number in native.PackedWeight.of(quantized, i)] if quantized else ()
+        made = native.dora_scales(of_weights, of_a, of_b, of_magnitudes, of_scalings, scales, numbers)
+        for i, norm, mag_norm_scale in zip(batch, *made):
+            norms[i], mag_norm_scales[i] = norm, mag_norm_scale
+    return norms, mag_norm_scales
+
+
+def norm_is_native(weight: Tensor, lora_a: Tensor, lora_b: Tensor, quantized: Quantized | None) -> bool:
+    """Whether the native ops make this norm, in a forward or together with others: of a weight in floating point that
+    Triton does not take, or in four bits."""
+    dtype = weight.dtype if quantized is None else quantized.dtype
+    if dtype == torch.float64 or lora_a.dtype == torch.float64 or lora_b.dtype == torch.float64:
+        return False
+    if quantized is not None:
+        return type(quantized) is FourBit
+    return not _row_norm_is_faster_in_triton(weight, lora_a.shape[0])
+
+
+def _row_norm_is_faster_in_triton(weight: Tensor, rank: int) -> bool:
+    if not weight.is_cuda:
+        return False
+    limits = device_config.of(weight.device)
+    large = rank >= limits.row_norm_from_rank and weight.numel() * rank >= limits.row_norm_from
+    return large and triton_is_there()
+
+
+def dequantize_4bit(operands: Operands, quantized: FourBit, first: int, out: Tensor) -> Tensor:
+    """Elements [first, first + out.numel()) of a flat four-bit weight written to `out` (contiguous
+    float32, bfloat16 or float16): the C++ or CUDA op. first is even."""
+    weight, absmax = operands.weight, operands.absmax
+    nested = operands.nested_absmax, operands.nested_code, operands.offset
+    sizes = quantized.blocksize, quantized.nested_blocksize, quantized.fp4
+    native.dequantize_4bit(weight, absmax, *nested, *sizes, first, out)
+    return out
+
+
+def choose_embedding(table: EmbeddingOperands, tokens: int) -> str:
+    """Name of the backend for an embedding of this many tokens.
+
+    On a GPU the native ops up to a size, since a step with few tokens waits for the host, and Triton's
+    tensor cores beyond it or where the ops do not fit; float64 and the CPU stay with the library.
+    """
+    weight = table.weight
+    if not weight.is_cuda or any(tensor is not None and tensor.dtype == torch.float64 for tensor in table):
+        return REFERENCE
+    limits = device_config.of(weight.device)
+    small = tokens <= limits.embedding_tokens and tokens * table.lora_b.numel() <= limits.embedding_up_to
+    if small and native_embedding.fits(table):
+        return NATIVE
+    return TRITON if triton_is_there() else REFERENCE
+
+
+def get_embedding(name: str) -> ModuleType:
+    """The module with `column_norm`, `gather_add` and, but for NATIVE, which has `gradients`, with
+    `gather_backward` and `scatter_rows`, as `reference.embedding` defines them."""
+    if name == NATIVE:
+        return native_embedding
+    ops = get(name)
+    return reference_embedding if ops is reference else ops
+
+
+def column_norm(name: str, table: EmbeddingOperands, scaling: float) -> Tensor:
+    """‖W + s·(B·A)ᵀ‖ by column: on a GPU the native op wherever it takes the table."""
+    kernels = get_embedding(name)
+    if kernels is not reference_embedding:
+        twin = get(TRITON) if triton_is_there() else reference_embedding
+        kernels = native_embedding if native_embedding.norm_fits(table) else twin
+    return kernels.column_norm(table.weight, table.lora_a, table.lora_b, scaling)
+
+
+def column_norm_and_scale(name: str, table: EmbeddingOperands, scaling: float) -> tuple[Tensor, Tensor]:
+    """(`column_norm`, magnitude over it), in one op where the native one takes the table."""
+    if get_embedding(name) is not reference_embedding and native_embedding.norm_fits(table):
+        return native_embedding.column_norm_and_scale(table, scaling)
+    norm = column_norm(name, table, scaling)
+    return norm, native.mag_norm_scale(table.magnitude, norm)
