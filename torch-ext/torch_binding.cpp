@@ -3,7 +3,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../kernel-src/common/names.h"
 #include "python_module.h"
 
 // One more macro level, so that TORCH_EXTENSION_NAME is expanded before it is stringified.
@@ -65,8 +64,6 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
 
 bool gemm_is_faster_cpu(const torch::stable::Tensor&, int64_t, int64_t) { return false; }
 
-std::string names(std::string kind) { return lora_fused::names_of(kind); }
-
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
   ops.impl("names", TORCH_BOX(&names));
   ops.impl("architecture", TORCH_BOX(&architecture));
@@ -74,11 +71,11 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
 }
 
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
-  ops.impl("row_norm", TORCH_BOX(&row_norm_cpu));
-  ops.impl("gain", TORCH_BOX(&mag_norm_scale_cpu));
-  ops.impl("dropout", TORCH_BOX(&dropout_cpu));
+  ops.impl("row_norm", TORCH_BOX(&row_norm));
+  ops.impl("gain", TORCH_BOX(&mag_norm_scale));
+  ops.impl("dropout", TORCH_BOX(&dropout));
   ops.impl("dora_gains", TORCH_BOX(&dora_scales));
-  ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_cpu));
+  ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit));
   ops.impl("gemm_pays", TORCH_BOX(&gemm_is_faster_cpu));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
@@ -88,11 +85,11 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
 
 #if defined(CUDA_KERNEL)
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
-  ops.impl("row_norm", TORCH_BOX(&row_norm_cuda));
-  ops.impl("gain", TORCH_BOX(&mag_norm_scale_cuda));
-  ops.impl("dropout", TORCH_BOX(&dropout_cuda));
+  ops.impl("row_norm", TORCH_BOX(&row_norm));
+  ops.impl("gain", TORCH_BOX(&mag_norm_scale));
+  ops.impl("dropout", TORCH_BOX(&dropout));
   ops.impl("dora_gains", TORCH_BOX(&dora_scales));
-  ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_cuda));
+  ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit));
   ops.impl("gemm", TORCH_BOX(&gemm_cuda));
   ops.impl("gemm_pays", TORCH_BOX(&gemm_is_faster_cuda));
   ops.impl("skinny", TORCH_BOX(&skinny_cuda));

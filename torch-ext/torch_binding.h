@@ -14,39 +14,18 @@ std::string names(std::string kind);
 std::string architecture(const torch::stable::Tensor& like);
 void set_architecture(std::string name);
 
-// Each op: one declaration per device; kernel-src/ says what it computes.
-torch::stable::Tensor row_norm_cpu(const torch::stable::Tensor& weight,
-                                   const torch::stable::Tensor& lora_a,
-                                   const torch::stable::Tensor& lora_b, double scaling);
-torch::stable::Tensor row_norm_cuda(const torch::stable::Tensor& weight,
-                                    const torch::stable::Tensor& lora_a,
-                                    const torch::stable::Tensor& lora_b, double scaling);
+// kernel-src/ops/ says what each computes. An op without another word takes tensors on the CPU and on CUDA.
+torch::stable::Tensor row_norm(const torch::stable::Tensor& weight, const torch::stable::Tensor& lora_a,
+                               const torch::stable::Tensor& lora_b, double scaling);
+torch::stable::Tensor mag_norm_scale(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm);
+void dropout(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p, torch::stable::Tensor out,
+             bool accumulate, bool scaled);
+void dequantize_4bit(const torch::stable::Tensor& packed, const torch::stable::Tensor& absmax,
+                     std::optional<torch::stable::Tensor> nested_absmax, std::optional<torch::stable::Tensor> nested_code,
+                     std::optional<torch::stable::Tensor> offset, int64_t blocksize, int64_t nested_blocksize, bool fp4,
+                     int64_t first, torch::stable::Tensor out);
 
-torch::stable::Tensor mag_norm_scale_cpu(const torch::stable::Tensor& magnitude,
-                               const torch::stable::Tensor& norm);
-torch::stable::Tensor mag_norm_scale_cuda(const torch::stable::Tensor& magnitude,
-                                const torch::stable::Tensor& norm);
-
-void dropout_cpu(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p,
-                 torch::stable::Tensor out, bool accumulate, bool scaled);
-void dropout_cuda(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p,
-                  torch::stable::Tensor out, bool accumulate, bool scaled);
-
-void dequantize_4bit_cpu(const torch::stable::Tensor& packed, const torch::stable::Tensor& absmax,
-                         std::optional<torch::stable::Tensor> nested_absmax,
-                         std::optional<torch::stable::Tensor> nested_code,
-                         std::optional<torch::stable::Tensor> offset, int64_t blocksize,
-                         int64_t nested_blocksize, bool fp4, int64_t first,
-                         torch::stable::Tensor out);
-void dequantize_4bit_cuda(const torch::stable::Tensor& packed,
-                          const torch::stable::Tensor& absmax,
-                          std::optional<torch::stable::Tensor> nested_absmax,
-                          std::optional<torch::stable::Tensor> nested_code,
-                          std::optional<torch::stable::Tensor> offset, int64_t blocksize,
-                          int64_t nested_blocksize, bool fp4, int64_t first,
-                          torch::stable::Tensor out);
-
-// GroupArgs of projections: kernel-src/common/lora_group.cpp and gated_mlp.cpp say what they hold.
+// Lists of projections: kernel-src/ops/lora_group.cpp and gated_mlp.cpp say what they hold.
 namespace lora_fused {
 using Tensors = std::vector<torch::stable::Tensor>;
 using Optionals = std::vector<std::optional<torch::stable::Tensor>>;

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 
-#include "../../torch-ext/torch_binding.h"
 #include "../common/mag_norm_scale.h"
 #include "../common/row_norm_check.h"
 #include "../dispatch/table.h"

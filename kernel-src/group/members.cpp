@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "../../torch-ext/torch_binding.h"
+#include "passes.h"
 
 namespace lora_fused {
 
@@ -42,12 +42,9 @@ void FourBitWeight::dequantize(int64_t first, const Tensor& out) const {
   const int64_t *q = numbers_, blocksize = q[P::kBlocksize], nested_blocksize = q[P::kNestedBlocksize];
   const bool fp4 = q[P::kFormat] == kFp4;
   const auto nested = [&](int which) { return nested_blocksize > 0 ? scales_[which] : std::nullopt; };
-#if defined(CUDA_KERNEL)
-  if (out.is_cuda())
-    return dequantize_4bit_cuda(packed_, *scales_[0], nested(1), nested(2), nested(3), blocksize, nested_blocksize, fp4,
-                                first, out);
-#endif
-  dequantize_4bit_cpu(packed_, *scales_[0], nested(1), nested(2), nested(3), blocksize, nested_blocksize, fp4, first, out);
+  dequantize_4bit(four_bit_of(packed_, *scales_[0], nested(1), nested(2), nested(3), blocksize, nested_blocksize, fp4, first,
+                              out),
+                  out);
 }
 
 std::optional<Dropped> Members::mask(size_t i) const {

@@ -92,17 +92,12 @@ void run(const std::vector<ScaleOutputBackward>& all) {
     launch<T>(all.data() + first, std::min<size_t>(kPasses, all.size() - first));
 }
 
-template <typename Work>
-void run_as(const Work& work, ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return run<float>(work);
-    case ScalarType::Double: return run<double>(work);
-    case ScalarType::BFloat16: return run<__nv_bfloat16>(work);
-    default: return run<__half>(work);
-  }
-}
-
 }  // namespace
 
-void lora_fused::scale_output_cuda(const ScaleOutput& s) { run_as(s, s.y.scalar_type()); }
-void lora_fused::scale_output_backward_cuda(const std::vector<ScaleOutputBackward>& all) { run_as(all, all[0].dy.scalar_type()); }
+void lora_fused::scale_output_cuda(const ScaleOutput& work) {
+  LORA_FUSED_FLOATING(work.y.scalar_type(), "scale_output", [&] { run<CudaType<scalar_t>>(work); });
+}
+
+void lora_fused::scale_output_backward_cuda(const std::vector<ScaleOutputBackward>& works) {
+  LORA_FUSED_FLOATING(works[0].dy.scalar_type(), "scale_output_backward", [&] { run<CudaType<scalar_t>>(works); });
+}

@@ -264,7 +264,7 @@ __device__ __forceinline__ void finish_columns(int col, const FinishArgs& f, con
     const int64_t at = int64_t{col} * p.r + rank;
     float total = 0.0f;
     for (int split_index = 0; split_index < q.splits; ++split_index) total += q.sums[int64_t{split_index} * p.h * p.r + at];
-    if (f.db != nullptr) store(f.db, p.b.dtype, at, total * on_delta * mag_norm_scale);
+    if (f.db != nullptr) store_float(f.db, p.b.dtype, at, total * on_delta * mag_norm_scale);
     if (f.dm != nullptr) through_rows = fmaf(total, load(p.b, at), through_rows);
   }
   if (f.dm == nullptr) return;
@@ -273,7 +273,7 @@ __device__ __forceinline__ void finish_columns(int col, const FinishArgs& f, con
   float base = 0.0f;
   for (int split_index = 0; split_index < q.splits; ++split_index) base += q.bases[int64_t{split_index} * p.h + col];
   if (lane == 0)
-    store(f.dm, f.dm_dtype, col,
+    store_float(f.dm, f.dm_dtype, col,
           (own_scale(p, f.base_dtype) * base + on_delta * through_rows) / p.norm[col]);
 }
 
@@ -323,7 +323,7 @@ __device__ __forceinline__ void scatter_rows(int64_t token, void* __restrict__ d
         }
       }
     }
-    if (rank < p.r) store(da, p.a.dtype, rank * p.v + own, total);
+    if (rank < p.r) store_float(da, p.a.dtype, rank * p.v + own, total);
   }
 }
 

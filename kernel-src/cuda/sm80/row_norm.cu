@@ -30,11 +30,7 @@ using torch::stable::Tensor;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Matrix matrix(const Tensor& t) {
-  const auto dtype = t.scalar_type();
-  return {t.const_data_ptr(),
-          dtype == ScalarType::Float ? kFloat
-                                     : (dtype == ScalarType::BFloat16 ? kBFloat16 : kHalf),
-          t.size(0), t.size(1)};
+  return {t.const_data_ptr(), dtype_code(t.scalar_type(), "row_norm"), t.size(0), t.size(1)};
 }
 
 bool aligned(const Matrix& m) {

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../common/dtype.cuh"
 #include "mma.cuh"
 
 namespace lora_fused {
@@ -24,8 +25,6 @@ constexpr int kAStep = kRanks * kCols * 2;  // bytes of A in one step
 constexpr int kBStep = kRows * kRanks * 2;  // bytes of B in one step
 
 constexpr int kNorms = 8;    // of one launch
-
-enum Dtype : int { kFloat, kBFloat16, kHalf };
 
 struct RowNormArgs {
   float* partial;  // [blocks + row_blocks, 128]
