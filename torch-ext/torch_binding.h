@@ -60,20 +60,20 @@ bool gemm_is_faster_cuda(const torch::stable::Tensor& like, int64_t rows, int64_
 // kernel-src/common/gemm.h says what it computes; an error where gemm_sm90_supports refuses.
 void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n,
                torch::stable::Tensor out, std::optional<torch::stable::Tensor> bias,
-               std::optional<torch::stable::Tensor> gain, std::optional<torch::stable::Tensor> z,
+               std::optional<torch::stable::Tensor> mag_norm_scale, std::optional<torch::stable::Tensor> unscaled,
                bool accumulate, std::optional<torch::stable::Tensor> seed, double p, int64_t leading, double leading_scale);
 
 // out = scaling · D(x) otherᵀ [M, R], or scaling · D(x)ᵀ other [C, R] where across, of each of a list; D drops with probability p
 // where there is a seed. `hopper`: by skinny_sm90, else by the kernels of skinny.cu. An error where those don't serve.
-// `exact`, on Hopper, the ranks of a member: other is [2R, C] or [M, 2R], with its rest below or beside it, and of
+// `bf16x3`, on Hopper, the ranks of a member: other is [2R, C] or [M, 2R], with its rest below or beside it, and of
 // scaling · D(x) otherᵀ the parts [M, 3R] are written.
-void skinny_cuda(lora_fused::Tensors x, lora_fused::Tensors other, lora_fused::Tensors out, double scaling, bool across,
-                 bool hopper, std::optional<torch::stable::Tensor> seed, double p, int64_t exact);
+void skinny_cuda(lora_fused::Tensors x, lora_fused::Tensors other, lora_fused::Tensors out, double scaling, bool by_columns,
+                 bool sm90, std::optional<torch::stable::Tensor> seed, double p, int64_t bf16x3);
 
 // dt = scaling · dy b and db = db_scaling · dyᵀ t of each of a list, from one read of dy; an error where dt_db_sm90_supports
-// refuses. `exact`: b is [N, 2R] and t [M, 2R], with their rests beside them, and of dt the parts [M, 3R] are written.
+// refuses. `bf16x3`: b is [N, 2R] and t [M, 2R], with their rests beside them, and of dt the parts [M, 3R] are written.
 void dt_db_cuda(lora_fused::Tensors dy, lora_fused::Tensors b, lora_fused::Tensors t, lora_fused::Tensors dt,
-                      lora_fused::Tensors db, double scaling, bool exact, double db_scaling);
+                      lora_fused::Tensors db, double scaling, bool bf16x3, double db_scaling);
 
 // On CUDA alone: the CPU computes an embedding with the library's products.
 lora_fused::Tensors column_norm_cuda(const torch::stable::Tensor& weight, const torch::stable::Tensor& lora_a,
@@ -82,12 +82,12 @@ lora_fused::Tensors column_norm_cuda(const torch::stable::Tensor& weight, const 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> embedding_forward_cuda(
     const torch::stable::Tensor& ids, const torch::stable::Tensor& weight,
     const torch::stable::Tensor& lora_a, const torch::stable::Tensor& lora_b,
-    std::optional<torch::stable::Tensor> gain, std::optional<torch::stable::Tensor> scale,
+    std::optional<torch::stable::Tensor> mag_norm_scale, std::optional<torch::stable::Tensor> scale,
     double scaling, double number, bool keep);
 lora_fused::Tensors embedding_backward_cuda(
     const torch::stable::Tensor& dy, const torch::stable::Tensor& ids,
     std::optional<torch::stable::Tensor> rows, const torch::stable::Tensor& weight,
     const torch::stable::Tensor& lora_a, const torch::stable::Tensor& lora_b,
-    std::optional<torch::stable::Tensor> magnitude, std::optional<torch::stable::Tensor> gain,
+    std::optional<torch::stable::Tensor> magnitude, std::optional<torch::stable::Tensor> mag_norm_scale,
     std::optional<torch::stable::Tensor> norm, std::optional<torch::stable::Tensor> scale,
     double scaling, double number, int64_t padding, bool need_a, bool need_b, bool need_m);

@@ -25,15 +25,15 @@ inline void check_mag_norm_scale(const torch::stable::Tensor& magnitude, const t
   using torch::headeronly::ScalarType;
   const auto dtype = norm.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                  "gain: norm must be float32 or float64");
-  STD_TORCH_CHECK(magnitude.scalar_type() == dtype, "gain: magnitude must have norm's dtype");
+                  "mag_norm_scale: norm must be float32 or float64");
+  STD_TORCH_CHECK(magnitude.scalar_type() == dtype, "mag_norm_scale: magnitude must have norm's dtype");
   STD_TORCH_CHECK(magnitude.dim() == 1 && norm.dim() == 1 && magnitude.numel() == norm.numel() &&
                       magnitude.is_contiguous() && norm.is_contiguous(),
-                  "gain: magnitude and norm must be contiguous vectors of one length");
+                  "mag_norm_scale: magnitude and norm must be contiguous vectors of one length");
   STD_TORCH_CHECK(cuda ? magnitude.is_cuda() && norm.is_cuda() &&
                              magnitude.get_device_index() == norm.get_device_index()
                        : magnitude.is_cpu() && norm.is_cpu(),
-                  "gain: magnitude and norm must be on one device");
+                  "mag_norm_scale: magnitude and norm must be on one device");
 }
 
 }  // namespace lora_fused

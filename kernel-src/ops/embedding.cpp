@@ -51,7 +51,7 @@ void check_embedding(const Embedding& e) {
                   "weight: expected fewer rows and columns");
   check_table(e.weight);
   if (e.scale) check(*e.scale, "scale", e.weight);
-  check_floats(e.mag_norm_scale, "gain", e.weight);
+  check_floats(e.mag_norm_scale, "mag_norm_scale", e.weight);
 }
 
 }  // namespace
