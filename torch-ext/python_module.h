@@ -40,10 +40,9 @@ PyObject* PyModule_Create2(PyModuleDef*, int);
 #define LORA_FUSED_STRINGIFY_(a) #a
 #define LORA_FUSED_STRINGIFY(a) LORA_FUSED_STRINGIFY_(a)
 
-#define LORA_FUSED_PYTHON_MODULE(name)                                            \
-  PyMODINIT_FUNC LORA_FUSED_CONCAT(PyInit_, name)() {                             \
-    static PyModuleDef def = {PyModuleDef_HEAD_INIT, LORA_FUSED_STRINGIFY(name), \
-                              nullptr, 0, nullptr, nullptr, nullptr, nullptr,     \
-                              nullptr};                                           \
-    return PyModule_Create(&def);                                                 \
+#define LORA_FUSED_PYTHON_MODULE(name)                                                                               \
+  PyMODINIT_FUNC LORA_FUSED_CONCAT(PyInit_, name)() {                                                                \
+    static PyModuleDef def = {                                                                                       \
+        PyModuleDef_HEAD_INIT, LORA_FUSED_STRINGIFY(name), nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr}; \
+    return PyModule_Create(&def);                                                                                    \
   }

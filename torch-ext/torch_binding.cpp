@@ -28,7 +28,8 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "-> ()");
   ops.def(
       "gemm(Tensor[] a, Tensor[] b, bool b_rows_are_n, Tensor(a!) out, Tensor? bias=None, "
-      "Tensor? mag_norm_scale=None, Tensor(b!)? unscaled=None, bool accumulate=False, Tensor? seed=None, float p=0.0, int leading=0, "
+      "Tensor? mag_norm_scale=None, Tensor(b!)? unscaled=None, bool accumulate=False, Tensor? seed=None, float p=0.0, "
+      "int leading=0, "
       "float leading_scale=1.0) -> ()");
   ops.def("gemm_is_faster(Tensor like, int rows, int cols) -> bool");
   ops.def(
@@ -39,13 +40,15 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "bool bf16x3=False, float db_scaling=1.0) -> ()");
   // `operands` are those of GroupArgs (kernel-src/group/members.h).
   ops.def(
-      "lora_forward(Tensor x, Tensor?[] operands, float[] scalings, Tensor? seeds, float[]? dropouts, int[]? quantized, "
+      "lora_forward(Tensor x, Tensor?[] operands, float[] scalings, Tensor? seeds, float[]? dropouts, int[]? "
+      "quantized, "
       "bool bf16x3) -> Tensor[]");
   ops.def(
       "lora_backward(Tensor?[] dys, Tensor x, Tensor t, Tensor[]? unscaled, Tensor?[] operands, float[] scalings, "
       "Tensor? seeds, float[]? dropouts, int[]? quantized, bool bf16x3, bool need_dx, int[] needs) -> Tensor[]");
   ops.def(
-      "gated_forward(Tensor x, Tensor?[] operands, float[] scalings, Tensor? seeds, float[]? dropouts, int[]? quantized, "
+      "gated_forward(Tensor x, Tensor?[] operands, float[] scalings, Tensor? seeds, float[]? dropouts, int[]? "
+      "quantized, "
       "bool bf16x3, int activation, int gate_half, bool up_to_h) -> Tensor[]");
   ops.def(
       "gated_backward(Tensor dy, Tensor x, Tensor[] kept, Tensor?[] operands, float[] scalings, Tensor? seeds, "

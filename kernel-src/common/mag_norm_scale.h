@@ -20,8 +20,7 @@ LORA_FUSED_HD T mag_norm_scale_of(T magnitude, T norm, T unit) {
   return off <= unit && off >= -unit ? T(1) : scale;
 }
 
-inline void check_mag_norm_scale(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm,
-                       bool cuda) {
+inline void check_mag_norm_scale(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm, bool cuda) {
   using torch::headeronly::ScalarType;
   const auto dtype = norm.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
@@ -30,9 +29,9 @@ inline void check_mag_norm_scale(const torch::stable::Tensor& magnitude, const t
   STD_TORCH_CHECK(magnitude.dim() == 1 && norm.dim() == 1 && magnitude.numel() == norm.numel() &&
                       magnitude.is_contiguous() && norm.is_contiguous(),
                   "mag_norm_scale: magnitude and norm must be contiguous vectors of one length");
-  STD_TORCH_CHECK(cuda ? magnitude.is_cuda() && norm.is_cuda() &&
-                             magnitude.get_device_index() == norm.get_device_index()
-                       : magnitude.is_cpu() && norm.is_cpu(),
+  STD_TORCH_CHECK(cuda
+                      ? magnitude.is_cuda() && norm.is_cuda() && magnitude.get_device_index() == norm.get_device_index()
+                      : magnitude.is_cpu() && norm.is_cpu(),
                   "mag_norm_scale: magnitude and norm must be on one device");
 }
 

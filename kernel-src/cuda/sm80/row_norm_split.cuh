@@ -66,8 +66,7 @@ static __global__ void __launch_bounds__(256) row_norm_split_kernel(const __grid
     if (row >= s.b.rows) return;
     float top = 0.0f;
     for (int64_t r = x; r < s.b.cols; r += 32) top = fmaxf(top, fabsf(load(s.b, row, r)));
-    for (int offset = 16; offset > 0; offset /= 2)
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+    for (int offset = 16; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
     const int exponent = exponent_for(top);
     if (x == 0) s.row_scale[row] = ldexpf(1.0f, -exponent);
     for (int64_t r = x; r < s.ranks; r += 32) {

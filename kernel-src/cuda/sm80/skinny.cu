@@ -114,7 +114,8 @@ void launch(const Arguments<T>& args, const DroppedExpand*, Extent most, const M
   dim3 grid(blocks(most.cols, kExpandCols), blocks(args.rows, kExpandRows * kExpandTiles));
   if (dispatch::expand_takes_one_tile(grid.x * grid.y)) grid.y = blocks(args.rows, kExpandRows);
   static SharedMemory shared_memory;
-  shared_memory.allow(dropped_expand_add_bwd_kernel<T>, kExpandRanks * kExpandPitch * sizeof(T), like.get_device_index());
+  shared_memory.allow(dropped_expand_add_bwd_kernel<T>, kExpandRanks * kExpandPitch * sizeof(T),
+                      like.get_device_index());
   dropped_expand_add_bwd_kernel<T><<<grid, kThreads, ranks * kExpandPitch * sizeof(T), stream>>>(args);
 }
 
@@ -152,13 +153,9 @@ bool lora_fused::skinny_supports(const MatrixView& matrix) {
          reinterpret_cast<uintptr_t>(matrix.const_data_ptr()) % 16 == 0;
 }
 
-void lora_fused::shrink_cuda(const std::vector<Shrink>& entries) {
-  run_as(entries, entries[0].x, nullptr);
-}
+void lora_fused::shrink_cuda(const std::vector<Shrink>& entries) { run_as(entries, entries[0].x, nullptr); }
 
-void lora_fused::adapter_grad_cuda(const std::vector<AdapterGrad>& entries) {
-  run_as(entries, entries[0].x, nullptr);
-}
+void lora_fused::adapter_grad_cuda(const std::vector<AdapterGrad>& entries) { run_as(entries, entries[0].x, nullptr); }
 
 void lora_fused::dropped_expand_add_cuda(const MatrixView& dx, const std::vector<DroppedExpand>& terms) {
   // What a launch has shared memory for; ranks beyond that are a term of their own.

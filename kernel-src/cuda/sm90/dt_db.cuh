@@ -2,12 +2,12 @@
 //
 //   dt [M, R] = scaling · dy B      dB [N, R] = dyᵀ t
 //
-// A block has a slab of 512 columns of dy and a share of its rows, and steps down them 128 at a time. The slab's rows of
-// B stay in shared memory; one thread loads dy, 128 rows and 128 columns a stage, and t, 128 rows a step. Two warpgroups
-// multiply: each has half of the step's rows for dt, whose sum over the slab is done with the step, and half of the
-// slab's columns for dB, whose sums stay in registers to the end. Sums over slabs, of dt, and over shares, of dB, are
-// a second kernel's, in their order. Everything is 128-byte swizzled; ragged edges and ranks are what the copy engine
-// fills with zeros.
+// A block has a slab of 512 columns of dy and a share of its rows, and steps down them 128 at a time. The slab's rows
+// of B stay in shared memory; one thread loads dy, 128 rows and 128 columns a stage, and t, 128 rows a step. Two
+// warpgroups multiply: each has half of the step's rows for dt, whose sum over the slab is done with the step, and half
+// of the slab's columns for dB, whose sums stay in registers to the end. Sums over slabs, of dt, and over shares, of
+// dB, are a second kernel's, in their order. Everything is 128-byte swizzled; ragged edges and ranks are what the copy
+// engine fills with zeros.
 #pragma once
 
 #include "../common/bf16x3.cuh"
@@ -29,7 +29,7 @@ constexpr int kMostRanks = 64, kEntries = 4, kFinishThreads = 256;
 struct Entry {
   CUtensorMap dy, b, t;
   float *dt_partials, *db_partials;  // [slabs, M, width] and [shares, N, width]
-  int columns, width;          // N; ranks rounded up to what a wgmma takes
+  int columns, width;                // N; ranks rounded up to what a wgmma takes
   int slabs, first_slab;
 };
 
@@ -58,7 +58,8 @@ struct Ring {
 };
 
 // One thread: the slab's B, and all loads of steps [first, last).
-__device__ __forceinline__ void produce(const Entry& e, uint32_t base, Barriers barriers, int slab, int first, int last) {
+__device__ __forceinline__ void produce(const Entry& e, uint32_t base, Barriers barriers, int slab, int first,
+                                        int last) {
   const int column = slab * kSlab;
   barrier_arrive_expect(barriers.b_full(), kSlab / 64 * kBox);
   tensor_load(base + kB, &e.b, 0, column, barriers.b_full());
@@ -144,7 +145,8 @@ __device__ __forceinline__ void consume(const Entry& e, const Arguments& args, u
 #pragma unroll
   for (int i = 0; i < kStagesOfSlab; ++i) {
     keep_below(db[i]);
-    store<kWidth>(e.db_partials + int64_t{share} * e.columns * kWidth, slab * kSlab + i * kCols + 64 * group, e.columns, db[i]);
+    store<kWidth>(e.db_partials + int64_t{share} * e.columns * kWidth, slab * kSlab + i * kCols + 64 * group, e.columns,
+                  db[i]);
   }
 }
 
@@ -187,8 +189,8 @@ __global__ __launch_bounds__(kThreads, 1) void dt_db_kernel(const __grid_constan
 #endif
 }
 
-// out [rows, ranks] = scaling · the sum of partials [count, rows, width]; bf16x3, of their columns below `ranks` and of as
-// many after these.
+// out [rows, ranks] = scaling · the sum of partials [count, rows, width]; bf16x3, of their columns below `ranks` and of
+// as many after these.
 struct Sum {
   const float* partials;
   void* out;

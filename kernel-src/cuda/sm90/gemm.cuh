@@ -1,8 +1,8 @@
 // The kernel of gemm.cu: a matrix product for Hopper with the LoRA terms inside.
 //
 // Fused: every segment's product runs as further K steps of one accumulator, so a rank-R term costs
-// R/K of the base product and out is written once; a dropout mask or DoRA's excess over the sum of the leading segments,
-// in registers; bias or DoRA's scale, the unscaled sum and y in the epilogue.
+// R/K of the base product and out is written once; a dropout mask or DoRA's excess over the sum of the leading
+// segments, in registers; bias or DoRA's scale, the unscaled sum and y in the epilogue.
 //
 // A block makes tiles of 128 x kBlockN of out until none is left. One warp of it loads 64 columns of
 // a and of b a step into a ring of shared memory stages; two warpgroups multiply them, 64 rows each,
@@ -18,11 +18,12 @@
 namespace lora_fused::sm90 {
 
 constexpr int kBlockM = 128, kBlockK = 64;  // 64 elements of 2 bytes: one row of a swizzle
-constexpr int kWgmmaK = 16;                   // K of one wgmma
+constexpr int kWgmmaK = 16;                 // K of one wgmma
 constexpr int kCluster = 2;                 // blocks of neighbouring rows that share b
 constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
 constexpr int kConsumerWarps = 4 * kConsumers;
-// What becomes of the leading segments' sum: D of it, a multiple of it, or unscaled = it and then (mag_norm_scale - 1)∘it.
+// What becomes of the leading segments' sum: D of it, a multiple of it, or unscaled = it and then (mag_norm_scale -
+// 1)∘it.
 enum class LeadingOp { kNone, kMask, kScale, kExcess };
 constexpr int kStagingSlabs = 2, kSlabBytes = 16 * 128;  // a warp's staging: 16 rows x 64 columns each
 
@@ -80,8 +81,7 @@ __device__ __forceinline__ void produce(const Arguments& args, uint32_t base, in
   constexpr int kShare = kBlockN / kCluster;  // columns of b that this block loads
   constexpr uint16_t kAll = (1 << kCluster) - 1;
   Ring<L::stages> ring;
-  for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n;
-       tile += gridDim.x / kCluster) {
+  for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n; tile += gridDim.x / kCluster) {
     const int2 place = place_of<kBlockN>(args, tile, rank);
     for (int s = 0; s < args.segments; ++s) {
       for (int step = 0; step < args.steps_of[s]; ++step, ring.advance()) {
@@ -117,8 +117,7 @@ struct Staging {
   int turn = 0;
 
   // 16 rows of 64 columns to the matrix behind `map`.
-  __device__ __forceinline__ void store(const CUtensorMap* map, bool add, const uint32_t* pairs,
-                                        int row, int col) {
+  __device__ __forceinline__ void store(const CUtensorMap* map, bool add, const uint32_t* pairs, int row, int col) {
     const int lane = threadIdx.x % 32;
     const uint32_t slab = slabs + turn * kSlabBytes;
     if (lane == 0) store_wait_read<kStagingSlabs - 1>();
@@ -126,8 +125,8 @@ struct Staging {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t chunk = (2 * i + lane / 16) ^ (lane % 8);
-      matrix_store(slab + lane % 16 * 128 + chunk * 16, pairs[4 * i], pairs[4 * i + 1],
-                   pairs[4 * i + 2], pairs[4 * i + 3]);
+      matrix_store(slab + lane % 16 * 128 + chunk * 16, pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2],
+                   pairs[4 * i + 3]);
     }
     async_proxy_fence();
     __syncwarp();
@@ -139,8 +138,8 @@ struct Staging {
   }
 };
 
-// The columns of 64 from `col` on of which a lane holds this one and the next. Past the last column, which is not stored,
-// the last one's values serve.
+// The columns of 64 from `col` on of which a lane holds this one and the next. Past the last column, which is not
+// stored, the last one's values serve.
 __device__ __forceinline__ int column_of(const Arguments& args, int col, int j) {
   return min(col + 8 * j + 2 * int(threadIdx.x % 4), args.n - 2);
 }
@@ -229,8 +228,7 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
     staging.store(&args.out, args.accumulate, held + 16 * part, held_row, held_col + 64 * part);
   };
 
-  for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n;
-       tile += gridDim.x / kCluster) {
+  for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n; tile += gridDim.x / kCluster) {
     const int2 place = place_of<kBlockN>(args, tile, rank);
     prefetch_vectors<T, kBlockN>(args, place.y);
     const auto store_unscaled = [&](int part) {
@@ -308,8 +306,7 @@ __global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<kBlockN>;
   extern __shared__ uint8_t shared[];
-  const uint32_t base =
-      (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023) / 1024 * 1024;
+  const uint32_t base = (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023) / 1024 * 1024;
   const int rank = static_cast<int>(cluster_rank());
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < L::stages; ++stage) {

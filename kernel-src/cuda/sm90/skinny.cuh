@@ -9,8 +9,8 @@
 // a tile's steps; their sums meet in shared memory, added in the order of the blocks. Everything is 128-byte
 // swizzled; ragged edges and ranks are what the copy engine fills with zeros, or columns that nobody reads.
 //
-// bf16x3: the other operand is the sum of hi and lo, and each has a sum of its own in registers: twice the products of one
-// read of x. These blocks have a multiprocessor of their own.
+// bf16x3: the other operand is the sum of hi and lo, and each has a sum of its own in registers: twice the products of
+// one read of x. These blocks have a multiprocessor of their own.
 #pragma once
 
 #include "../common/dropout_mask.cuh"
@@ -21,7 +21,7 @@ namespace lora_fused::sm90::skinny {
 
 constexpr int kTile = 128, kStep = 64, kWgmmaK = 16;  // rows of out; elements summed a step and a wgmma
 constexpr int kConsumers = 2, kConsumerWarps = 4 * kConsumers, kThreads = 32 * kConsumerWarps + 32;
-constexpr int kBox = 64 * 128;  // bytes of 64 rows of 64 elements
+constexpr int kBox = 64 * 128;                                  // bytes of 64 rows of 64 elements
 constexpr int kMostRanks = 128, kEntries = 8, kMostBlocks = 8;  // of a cluster
 constexpr int kXBytes = 2 * kBox, kMostStages = 4;
 // Of a kernel whose other operand is a sum of kSplits matrices: the ring, the barriers after it, and all of it with
@@ -36,7 +36,7 @@ constexpr int kBytesAlone = kSplits == 1 ? 120 * 1024 : kBytes<kSplits>;  // no 
 enum Form : int {
   kByRows,            // a [R, C]
   kByRowsTransposed,  // aᵀ [C, R]
-  kByColumns,          // t [M, R]
+  kByColumns,         // t [M, R]
 };
 
 struct Entry {
