@@ -1,6 +1,8 @@
 // PyInit_<name> of an empty abi3 module, so that `import <name>` loads the library and
 // runs its op registrations. Where Python.h is not installed, the few declarations that
 // are needed are taken from the stable ABI (PEP 384), whose layout is frozen.
+// kernel-builder's own registration.h has a REGISTER_EXTENSION for this, but needs Python.h and is there in its builds
+// alone; scripts/build.py builds without both.
 #pragma once
 
 #if __has_include(<Python.h>)

@@ -5,7 +5,8 @@
 
 #include "python_module.h"
 
-// One more macro level, so that TORCH_EXTENSION_NAME is expanded before it is stringified.
+// One more macro level (kernel-builder's registration.h has one for the libraries that are not stable-ABI), so that
+// TORCH_EXTENSION_NAME is expanded before it is stringified.
 #define OPS_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
 #define OPS_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 

@@ -58,25 +58,26 @@ lora_fused::Tensors gated_backward(const torch::stable::Tensor& dy, const torch:
                                    std::optional<std::vector<int64_t>> quantized, bool bf16x3, int64_t activation,
                                    int64_t gate_half, bool need_dx, std::vector<int64_t> needs);
 
-// Whether a sum of products [rows, cols] in like's dtype, on its device, is one launch of gemm_sm90: for `explain`.
+// Whether a sum of products [rows, cols] in like's dtype, on its device, is faster as one launch of gemm_sm90: for
+// `explain`.
 bool gemm_is_faster_cuda(const torch::stable::Tensor& like, int64_t rows, int64_t cols);
 
-// kernel-src/common/gemm.h says what it computes; an error where gemm_sm90_supports refuses.
+// kernel-src/common/gemm.h says what it computes; an error where gemm_sm90_supports says no.
 void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n, torch::stable::Tensor out,
                std::optional<torch::stable::Tensor> bias, std::optional<torch::stable::Tensor> mag_norm_scale,
                std::optional<torch::stable::Tensor> unscaled, bool accumulate,
                std::optional<torch::stable::Tensor> seed, double p, int64_t leading, double leading_scale);
 
-// out = scaling · D(x) otherᵀ [M, R], or scaling · D(x)ᵀ other [C, R] where across, of each of a list; D drops with
-// probability p where there is a seed. `hopper`: by skinny_sm90, else by the kernels of skinny.cu. An error where those
-// don't serve. `bf16x3`, on Hopper, the ranks of a member: other is [2R, C] or [M, 2R], with its rest below or beside
-// it, and of scaling · D(x) otherᵀ the parts [M, 3R] are written.
+// out = scaling · D(x) otherᵀ [M, R], or scaling · D(x)ᵀ other [C, R] where by_columns, of each of a list; D drops with
+// probability p where there is a seed. `sm90`: by cuda/sm90/skinny.cu, else by cuda/sm80/skinny.cu. An error where that
+// does not support it. `bf16x3`, on sm90, the ranks of a member: other is [2R, C] or [M, 2R], with lo below or beside
+// hi, and scaling · D(x) otherᵀ is written as hi, hi, lo [M, 3R].
 void skinny_cuda(lora_fused::Tensors x, lora_fused::Tensors other, lora_fused::Tensors out, double scaling,
                  bool by_columns, bool sm90, std::optional<torch::stable::Tensor> seed, double p, int64_t bf16x3);
 
 // dt = scaling · dy b and db = db_scaling · dyᵀ t of each of a list, from one read of dy; an error where
-// dt_db_sm90_supports refuses. `bf16x3`: b is [N, 2R] and t [M, 2R], with their rests beside them, and of dt the parts
-// [M, 3R] are written.
+// dt_db_sm90_supports refuses. `bf16x3`: b is [N, 2R] and t [M, 2R], with lo beside hi, and dt is written as
+// hi, hi, lo [M, 3R].
 void dt_db_cuda(lora_fused::Tensors dy, lora_fused::Tensors b, lora_fused::Tensors t, lora_fused::Tensors dt,
                 lora_fused::Tensors db, double scaling, bool bf16x3, double db_scaling);
 

@@ -15,10 +15,10 @@ namespace lora_fused {
 // How a base weight is stored.
 #define LORA_FUSED_FORMATS(X) X(kFloating, floating) X(kNf4, nf4) X(kFp4, fp4)
 
-// The dtype of a quantised weight before it was quantised.
+// The dtype of a quantized weight before it was quantized.
 #define LORA_FUSED_DTYPES(X) X(kFromFloat32, float32) X(kFromBFloat16, bfloat16) X(kFromFloat16, float16)
 
-// The numbers that describe one weight: ops.py, `PackedWeight`, says what they are.
+// The numbers that describe one weight: `PackedWeight` in backends/native.py, says what they are.
 #define LORA_FUSED_PACKED_WEIGHT(X)                                                                           \
   X(kFormat, format) X(kRows, rows) X(kCols, cols) X(kBlocksize, blocksize) X(kNestedBlocksize, nested_blocksize) \
   X(kFirstScale, first_scale) X(kDtype, dtype)

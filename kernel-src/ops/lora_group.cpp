@@ -12,8 +12,8 @@
 //
 // Without dropout the members' A's stand below each other, so that x is read once for all t and
 // once for all dA. What Python and the dispatcher would cost between products is saved; the
-// arithmetic is that of reference.py. x [..., K], weight [N, K] of any strides, A [R, K], B [N, R]; A
-// and B of any dtype are converted to x's, all in one launch; mag_norm_scales [N] are given, or made from
+// arithmetic is that of torch-ext/lora_fused/backends/reference. x [..., K], weight [N, K] of any strides, A [R, K], B
+// [N, R]; A and B of any dtype are converted to x's, all in one launch; mag_norm_scales [N] are given, or made from
 // magnitudes [N] (group/dora_norms.h) and given back with their norms. A weight in four bits is made floating point for
 // its own product (group/members.h), in backward all of a group for theirs, which may be one launch.
 #include <utility>

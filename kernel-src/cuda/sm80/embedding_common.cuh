@@ -4,6 +4,9 @@
 //   drows = s·e·(c∘dy) B    dB = s·e·(c∘dy)ᵀ rows    dm = Σ dy∘(e·W[i] + s·e·rows Bᵀ) / norm
 //   dA[:, v] = Σ drows over the tokens of v
 //
+// ids [M] in int64 or int32; W [V, H], y and dy [M, H] in bfloat16 or float16; A [R, V] and B [H, R] in those or
+// float32; rows and drows [M, R], c (mag_norm_scale, or 1) and norm [H] in float32; e is the embedding's own scale.
+//
 // Bound by W[i], y and dy. Products run on tensor cores with float32 sums; what is not exact in the
 // half type of a product enters as hi and lo of bfloat16 (16 bits, three products), so a float32 adapter
 // keeps its precision. Every sum has one owner and a fixed order: deterministic. A lane owns 16

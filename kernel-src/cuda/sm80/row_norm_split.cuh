@@ -1,4 +1,8 @@
-// What row_norm.cu runs before and after the product of row_norm.cuh: the split of A and B, and the sums' roots.
+// What row_norm.cu runs before and after the product of row_norm.cuh, all norms of a group in one launch each.
+//
+//   split    A [R, K] and B [N, R] of any of the three dtypes as hi and lo of fp16, each times a power of two of its
+//            column or row that keeps both in range; ranks and columns are padded with zeros to whole steps and tiles
+//   finish   norm [N] = the root of a row's partial sums, and magnitude / norm where there is a magnitude
 #pragma once
 
 #include <cstdint>

@@ -1,12 +1,4 @@
-// Products of activations with an adapter's rank on CUDA, those of a whole group in one launch each:
-//
-//   shrink   t = s·D(x) Aᵀ      adapter_grad   dA = dtᵀ D(x), dB = dy'ᵀ t      dropped_expand_add   dx += Σ D(dt A)
-//
-// with D(x) = mask ∘ x / (1 - p), the scale applied to the sum, or x. Fused: the mask is drawn in
-// registers (Philox, see common/dropout.h), D(x) is never written, gradients are written in their own
-// dtype and layout. Bound by one read of x and, with a mask, by its integer arithmetic, some ten
-// operations an element. Tensor cores (mma.sync), float32 sums; every sum has one owner, so results
-// are deterministic.
+// Launches of skinny.cuh, which says what they compute: the products of a whole group in one each.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>

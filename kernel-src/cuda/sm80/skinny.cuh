@@ -1,4 +1,16 @@
-// The kernels of skinny.cu, which says what they compute.
+// Products of activations with an adapter's rank on CUDA, those of a whole group in one launch each:
+//
+//   shrink   t = s·D(x) Aᵀ      adapter_grad   dA = dtᵀ D(x), dB = dy'ᵀ t      dropped_expand_add   dx += Σ D(dt A)
+//
+// with D(x) = mask ∘ x / (1 - p), the scale applied to the sum, or x. Fused: the mask is drawn in
+// registers (Philox, see common/dropout.h), D(x) is never written, gradients are written in their own
+// dtype and layout. Bound by one read of x and, with a mask, by its integer arithmetic, some ten
+// operations an element. Tensor cores (mma.sync), float32 sums; every sum has one owner, so results
+// are deterministic.
+//
+// x [M, C], A [R, C], t and dt [M, R], dA [R, C], dB [C, R]; one half-precision dtype, gradients in it or in float32.
+// Rows are contiguous, of a multiple of eight elements, and start on 16 bytes, so that every access is whole. A group's
+// entries share M, and each has a row of the grid.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The kernels of dt_db_sm90.cu: both products of dy with an adapter's rank on Hopper, from one read of dy.
+// The kernels of dt_db.cu: both products of dy with an adapter's rank on Hopper, from one read of dy.
 //
 //   dt [M, R] = scaling · dy B      dB [N, R] = dyᵀ t
 //
@@ -48,6 +48,7 @@ struct Barriers {
   __device__ __forceinline__ uint32_t b_full() const { return base + 8 * (2 * kStages + 2 * kSlots); }
 };
 
+// Where a thread is in a ring, and the parity of that slot's current phase.
 template <int kCount>
 struct Ring {
   int at = 0;
@@ -118,6 +119,7 @@ __device__ __forceinline__ void consume(const Entry& e, const Arguments& args, u
       const uint32_t stage = base + ring.at * kStageBytes;
       const uint64_t rows = matrix_descriptor(stage + group * kBox, kBox, 1024);
       const uint64_t columns = matrix_descriptor(stage + group * 2 * kBox, kBox, 1024);
+      // dy as [rows, 64] for dt, contiguous along what is summed, and the same bytes as [64, rows] for dB, transposed.
       wgmma_fence();
 #pragma unroll
       for (int part = 0; part < kCols / kWgmmaK; ++part) {
@@ -129,7 +131,7 @@ __device__ __forceinline__ void consume(const Entry& e, const Arguments& args, u
       for (int part = 0; part < kRows / kWgmmaK; ++part)
         wgmma<T, true, true>(db[i], columns + part * kAlongColumn, t + part * kAlongColumn, 1);
       wgmma_commit();
-      if (i > 0) {
+      if (i > 0) {  // the products of the stage before are done while these run
         wgmma_wait<1>();
         release(barriers.empty(before));
       }

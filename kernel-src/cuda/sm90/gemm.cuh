@@ -9,6 +9,10 @@
 // and know nothing of segments. Two blocks with neighbouring rows form a cluster, and each loads
 // half of the b that both need. The stores of a tile overlap the products of the next. Everything is
 // 128-byte swizzled; ragged edges and ranks are what the copy engine fills with zeros or leaves out.
+//
+// a [M, k] of each segment, 128-byte swizzled boxes of 128 rows and 64 columns; b [N, k] in boxes of kBlockN / 2 rows
+// and 64 columns, or [k, N] in boxes of 64 rows and 64 columns (kRowsAreN says which); out and the unscaled sum [M, N]
+// leave by boxes of 16 rows and 64 columns, a warp's each. bias [N] in T, mag_norm_scale [N] in float32.
 #pragma once
 
 #include "../../common/gemm.h"
@@ -27,6 +31,8 @@ constexpr int kConsumerWarps = 4 * kConsumers;
 enum class LeadingOp { kNone, kMask, kScale, kExcess };
 constexpr int kStagingSlabs = 2, kSlabBytes = 16 * 128;  // a warp's staging: 16 rows x 64 columns each
 
+// A block's shared memory: the ring (a, then b, each stage), two staging slabs a warp, the ring's barriers (full, then
+// empty, of each stage).
 template <int kBlockN>
 struct Layout {
   static constexpr int a_bytes = kBlockM * kBlockK * 2, b_bytes = kBlockN * kBlockK * 2;
@@ -62,6 +68,7 @@ __device__ __forceinline__ int2 place_of(const Arguments& args, int tile, int ra
   return make_int2((cluster_m * kCluster + rank) * kBlockM, within / high * kBlockN);
 }
 
+// Where a thread is in the ring, and the parity of that stage's current phase.
 template <int kStages>
 struct Ring {
   int stage = 0;
@@ -89,7 +96,8 @@ __device__ __forceinline__ void produce(const Arguments& args, uint32_t base, in
         const uint32_t a = base + ring.stage * L::stage_bytes;
         const uint32_t b = a + L::a_bytes + rank * (L::b_bytes / kCluster);
         const int k = step * kBlockK, n = place.y + rank * kShare;
-        barrier_wait(empty, ring.phase ^ 1);
+        barrier_wait(empty, ring.phase ^ 1);  // the consumers of both blocks are done with the stage
+        // All of a and of b arrive here, half of b by the other block's multicast.
         barrier_arrive_expect(full, L::stage_bytes);
         tensor_load(a, &args.a[s], k, place.x, full);
         if constexpr (kRowsAreN) {
@@ -120,7 +128,7 @@ struct Staging {
   __device__ __forceinline__ void store(const CUtensorMap* map, bool add, const uint32_t* pairs, int row, int col) {
     const int lane = threadIdx.x % 32;
     const uint32_t slab = slabs + turn * kSlabBytes;
-    if (lane == 0) store_wait_read<kStagingSlabs - 1>();
+    if (lane == 0) store_wait_read<kStagingSlabs - 1>();  // the slab's store before has read it
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -128,7 +136,7 @@ struct Staging {
       matrix_store(slab + lane % 16 * 128 + chunk * 16, pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2],
                    pairs[4 * i + 3]);
     }
-    async_proxy_fence();
+    async_proxy_fence();  // every lane's part of the slab, before TMA reads it
     __syncwarp();
     if (lane == 0) {
       add ? tensor_add(map, slab, col, row) : tensor_store(map, slab, col, row);
@@ -240,12 +248,14 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
     for (int step = 0; step < args.steps; ++step) {
       barrier_wait(full + 8 * ring.stage, ring.phase);
       const uint32_t stage = base + ring.stage * L::stage_bytes;
+      // Rows of 128 bytes, eight rows 1024 apart. A step of 16 along K moves 32 bytes within the swizzle where rows are
+      // contiguous along K, and 16 rows where they are contiguous along N. Descriptors count 16 bytes.
       const uint64_t a = matrix_descriptor(stage + group * 64 * 128, 0, 1024);
       const uint64_t b = matrix_descriptor(stage + L::a_bytes, kBlockK * 128, 1024);
       constexpr uint64_t kNextA = kWgmmaK * 2 >> 4;
       constexpr uint64_t kNextB = (kRowsAreN ? kWgmmaK * 2 : kWgmmaK * 128) >> 4;
       if constexpr (kLeading != LeadingOp::kNone) {
-        if (step == args.leading_steps) {
+        if (step == args.leading_steps) {  // the leading segments' sum is whole: once a tile, in registers
           wgmma_wait<0>();
           keep_below(acc);
           const uint64_t key = kLeading == LeadingOp::kMask ? args.mask.key() : 0;
@@ -273,6 +283,7 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
         for (int part = 0; part < kSlabs; ++part)
           if (part == step) store_held(part);
       }
+      // All but this step's products are done: the stage before may be loaded again, while these run.
       wgmma_wait<1>();
       if (step > 0) release(before);
       before = ring.stage;

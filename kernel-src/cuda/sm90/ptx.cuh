@@ -1,6 +1,26 @@
-// Hopper's instructions that a matrix product needs, one function each: mbarriers, bulk tensor
-// copies, warpgroup products, matrix stores, clusters. Shared memory addresses are 32-bit, of the
-// shared window. PTX ISA 8.0, sections "mbarrier", "cp.async.bulk.tensor", "wgmma".
+// Hopper's instructions that a matrix product needs, one function each: mbarriers, bulk tensor copies (TMA), warpgroup
+// products (wgmma), matrix stores, clusters. Shared memory addresses are 32-bit, of the shared window. PTX ISA 8.0,
+// sections "mbarrier", "cp.async.bulk.tensor", "wgmma".
+//
+// How the kernels of this folder use them:
+//
+// Ring of stages. One thread, the producer, asks TMA for tiles; consumer warpgroups multiply them. Each stage has two
+// mbarriers: `full` completes when the tile's bytes have arrived (one arrival, by the producer, which announces the
+// bytes), `empty` when every consumer warp has read the stage. A barrier's phases alternate between parity 0 and 1, and
+// `barrier_wait` returns at once for the parity before the current phase: so the producer begins by waiting for parity
+// 1, which a new barrier has behind it, and both sides flip their parity each time around the ring.
+//
+// Swizzle. A row of 64 half-precision elements is 128 bytes, eight chunks of 16. TMA stores chunk c of row r at c ^ (r
+// % 8), and wgmma undoes it, so that neither meets bank conflicts. Eight rows, 1024 bytes, are one period: bases are
+// aligned to it. Code that touches a tile itself (masks, stores) applies the same exclusive or.
+//
+// wgmma. Four warps multiply asynchronously from shared memory into registers: `wgmma_fence` orders earlier writes of
+// the accumulator before it, `wgmma_commit` closes a group, `wgmma_wait<n>` waits until at most n groups run. A stage
+// is released only after the wait that covers its products. The compiler does not know that registers change meanwhile:
+// `keep_below` pins their uses below the wait.
+//
+// Proxies. TMA and wgmma see shared memory through the asynchronous proxy: what threads write there must be followed by
+// `async_proxy_fence` before either reads it.
 #pragma once
 
 #include <cuda.h>
@@ -14,6 +34,7 @@ namespace lora_fused::sm90 {
 
 // ---- mbarriers
 
+// A barrier whose phases complete after so many arrivals, and after the bytes that were announced in them.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
@@ -23,10 +44,12 @@ __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// An arrival that announces bytes: the phase completes when TMA has written as many.
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// An arrival at a barrier of this block. Orders this thread's reads before it: the stage may be written again.
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -54,6 +77,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 
 // ---- clusters
 
+// This block's place in its cluster.
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -83,16 +107,20 @@ __device__ __forceinline__ float4 cluster_load(uint32_t address) {
   return x;
 }
 
+// All threads of all blocks of the cluster, with their writes to shared memory. No block may end while others still
+// read its memory or arrive at its barriers.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // ---- bulk tensor copies; coordinates innermost first, out of bounds reads 0 and writes nothing
 
+// The map is a kernel parameter of 128 bytes, read by the first copy that uses it.
 __device__ __forceinline__ void tensor_map_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// One box of the map to shared memory; its bytes, outside of the matrix too, complete on `barrier`.
 __device__ __forceinline__ void tensor_load(uint32_t to, const CUtensorMap* map, int inner, int outer,
                                             uint32_t barrier) {
   asm volatile(
@@ -112,18 +140,21 @@ __device__ __forceinline__ void tensor_load_multicast(uint32_t to, const CUtenso
       : "memory");
 }
 
+// One box from shared memory, in this thread's open group of stores.
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t from, int inner, int outer) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(inner),
                "r"(outer), "r"(from)
                : "memory");
 }
 
+// The same, added to what is there: in the matrix's dtype, one rounding an element.
 __device__ __forceinline__ void tensor_add(const CUtensorMap* map, uint32_t from, int inner, int outer) {
   asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
                "r"(inner), "r"(outer), "r"(from)
                : "memory");
 }
 
+// Closes the group.
 __device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Until at most kPending of this thread's groups of stores still read shared memory.
@@ -132,6 +163,7 @@ __device__ __forceinline__ void store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
+// Until all stores of this thread are done: before the block ends.
 __device__ __forceinline__ void store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // What this thread wrote to shared memory is seen by the copy engine.
@@ -141,6 +173,8 @@ __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.
 
 __device__ __forceinline__ void prefetch_l1(const void* line) { asm volatile("prefetch.global.L1 [%0];" ::"l"(line)); }
 
+// Registers move between warpgroups: all warps of one run this together. The producer gives its own to the consumers,
+// whose accumulators need more than an even share.
 template <int kRegisters>
 __device__ __forceinline__ void registers_raise() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

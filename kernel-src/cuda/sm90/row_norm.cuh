@@ -96,6 +96,7 @@ struct Place {
   }
 };
 
+// Where a thread is in the ring, and the parity of that stage's current phase.
 struct Ring {
   int stage = 0;
   uint32_t phase = 0;
@@ -192,6 +193,8 @@ __device__ __forceinline__ void consume(const Arguments& args, const uint8_t* sh
     for (int part = 0; part < kStep / kWgmmaK; ++part)
       wgmma<__nv_bfloat16, 0, 0>(acc, w + part * kNext, a + part * kNext, part > 0);
     wgmma_commit();
+    // Squares while the products run; both only read the stage. The order within the box does not matter: a chunk keeps
+    // its row under the swizzle.
     add_squares(squares, shared + offset);
     wgmma_wait<0>();
     keep_below(acc);
