@@ -64,16 +64,22 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
     return _row_norm(weight, lora_a, lora_b, scaling)
 
 
+is_architecture_forced = False  # by `set_architecture`
+
+
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Whose kernels run on `device`: "cpu", "sm80" for every GPU but Hopper, "sm90" (kernel-src/dispatch/architecture.h)."""
+    """Whose kernels run on `device`: "cpu", "sm80" for every GPU but Hopper, "sm90"
+    (kernel-src/dispatch/architecture.h)."""
     return ops.architecture(torch.empty(0, device=device))
 
 
 def set_architecture(name: str) -> None:
     """From now on all GPUs of the process run the kernels of this architecture, "" for their own: for tests and
     benchmarks. An error says which are possible."""
+    global is_architecture_forced
     ops.set_architecture(name)
+    is_architecture_forced = name != ""
     architecture.cache_clear()
 
 
@@ -330,4 +336,9 @@ gated_backward = _op("gated_backward", past_subclasses=True)
 column_norm = _op("column_norm")
 embedding_forward = _op("embedding_forward")
 embedding_backward = _op("embedding_backward")
-_row_norm, _mag_norm_scale, _dropout, _dora_scales = _op("row_norm"), _op("mag_norm_scale"), _op("dropout"), _op("dora_scales")
+_row_norm, _mag_norm_scale, _dropout, _dora_scales = (
+    _op("row_norm"),
+    _op("mag_norm_scale"),
+    _op("dropout"),
+    _op("dora_scales"),
+)
