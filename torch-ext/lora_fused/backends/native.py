@@ -300,8 +300,8 @@ def _on_values(op):
 
 # What an op writes is never such a tensor.
 for _name in (
-    "row_norm", "mag_norm_scale", "dropout", "dora_scales", "lora_forward", "lora_backward", "gated_forward", "gated_backward",
-    "column_norm", "embedding_forward", "embedding_backward", "dequantize_4bit",
+    "row_norm", "mag_norm_scale", "dropout", "dora_scales", "lora_forward", "lora_backward", "gated_forward",
+    "gated_backward", "column_norm", "embedding_forward", "embedding_backward", "dequantize_4bit",
 ):  # fmt: skip
     for _key in ("Negative", "ZeroTensor"):
         _dispatch.impl(_name, _on_values(getattr(ops, _name).default), _key)
