@@ -97,7 +97,8 @@ def headline() -> str:
     ms = [peers["peers"][who]["ms"] for who in ("lora-fused", "PEFT", "PEFT, torch.compile")]
     note = (
         f"`torch.compile` of plain PEFT also fuses what is not LoRA. {peers['layers']} layers of that shape, LoRA, "
-        f"{peers['batch']}×{peers['seq']}: {ms[0]:.1f} ms with lora-fused, {ms[1]:.1f} with PEFT, {ms[2]:.1f} with PEFT compiled."
+        f"{peers['batch']}×{peers['seq']}: {ms[0]:.1f} ms with lora-fused, {ms[1]:.1f} with PEFT, "
+        f"{ms[2]:.1f} with PEFT compiled."
     )
     lines += ["", *textwrap.wrap(note, 120, break_on_hyphens=False)]
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""A Llama of a few layers with random weights, and real text as its bytes: what the examples train without a download."""
+"""A Llama of a few layers with random weights, and real text as its bytes: what the examples train without a
+download."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ def main() -> int:
     lora_fused = load_kernel()
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     arguments = TrainingArguments(
-        output_dir=".demo/train", max_steps=args.steps, per_device_train_batch_size=12, learning_rate=1e-2, logging_steps=1,
-        save_strategy="no", report_to=[], use_cpu=args.cpu, disable_tqdm=True,
+        output_dir=".demo/train", max_steps=args.steps, per_device_train_batch_size=12, learning_rate=1e-2,
+        logging_steps=1, save_strategy="no", report_to=[], use_cpu=args.cpu, disable_tqdm=True,
     )  # fmt: skip
     trainer = Trainer(
         get_peft_model(small_model(), lora),

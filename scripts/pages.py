@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Writes the parts of README.md, CARD.md and docs/*.md that are made from results, tests and docstrings.
 
-A part stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`; who makes it SECTIONS says. tests/test_pages.py holds
-every page against this.
+A part stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`; who makes it SECTIONS says. tests/test_pages.py
+holds every page against this.
 """
 
 from __future__ import annotations

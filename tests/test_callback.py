@@ -1,4 +1,5 @@
-"""`LoraFusedCallback` in transformers' Trainer: applies when training begins, reports, and goes with merging and restoring."""
+"""`LoraFusedCallback` in transformers' Trainer: applies when training begins, reports, and goes with merging and
+restoring."""
 
 import copy
 import logging

@@ -1,5 +1,5 @@
-"""The user's pages: parts that are made from results, tests and docstrings are up to date; links lead somewhere; what is
-named is there."""
+"""The user's pages: parts that are made from results, tests and docstrings are up to date; links lead somewhere; what
+is named is there."""
 
 import ast
 import re

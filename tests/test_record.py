@@ -1,4 +1,5 @@
-"""`record`: what really ran, held against the calls that enter PEFT's own forward, and its cost while it is not used."""
+"""`record`: what really ran, held against the calls that enter PEFT's own forward, and its cost while it is not
+used."""
 
 import gc
 import threading
@@ -35,7 +36,8 @@ def recorded(lora_fused, model, run=train):
 
 @pytest.mark.parametrize("run", (train, evaluate))
 def test_fused_calls(lora_fused, run):
-    """Four linears of attention and an MLP in each of two layers; each run, since notes change at a first call alone."""
+    """Four linears of attention and an MLP in each of two layers; each run, since notes change at a first call
+    alone."""
     model = applied(lora_fused)
     for _ in range(3):
         calls, own = recorded(lora_fused, model, run)

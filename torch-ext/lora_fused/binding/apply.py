@@ -24,9 +24,9 @@ _FORWARDS = ("forward", "_old_forward")  # the second is where accelerate's hook
 def apply(model: nn.Module, mode: Mode | None = None) -> nn.Module:
     """Binds the fused forwards on `model`, a PEFT model with LoRA modules, and returns it.
 
-    What changes is the forward of each LoRA module and of each gated MLP that has one, on the instance: y and all gradients
-    are PEFT's up to rounding. Modules, parameters, `state_dict` and classes stay as they are, and so do the forwards of other
-    modules, whoever set them. Nothing is registered, so other models are not concerned. It does what
+    What changes is the forward of each LoRA module and of each gated MLP that has one, on the instance: y and all
+    gradients are PEFT's up to rounding. Modules, parameters, `state_dict` and classes stay as they are, and so do the
+    forwards of other modules, whoever set them. Nothing is registered, so other models are not concerned. It does what
     `register_peft_layers()` and `kernelize(model, mode=mode)` do, for these modules alone; `restore(model)` undoes it.
     Logs one line under the name "lora_fused": how much is fused, at level INFO, or WARNING if nothing is.
 
@@ -48,7 +48,8 @@ def apply(model: nn.Module, mode: Mode | None = None) -> nn.Module:
     mode = _checked(mode)
     if not any(map(peft_linear.is_lora_module, model.modules())):
         raise ValueError(
-            f"model: {type(model).__name__} has no PEFT LoRA modules; adapt it first: get_peft_model(model, LoraConfig(...))"
+            f"model: {type(model).__name__} has no PEFT LoRA modules; adapt it first: "
+            "get_peft_model(model, LoraConfig(...))"
         )
     before = {module: module.__dict__.get("forward") for module in model.modules()}
     try:
@@ -68,8 +69,8 @@ def restore(model: nn.Module) -> nn.Module:
 
     Whoever bound them: `apply`, `kernelize`, or another build of this kernel; and whatever became of the model since:
     `unload()` and `merge_and_unload()` leave the MLPs' forwards, wrappers and copies hold the same modules. Forwards of
-    others stay. Where `register_peft_layers()` was called, `unregister_peft_layers()` ends that; a later `kernelize` would
-    bind our forwards again. Raises TypeError if `model` is no module.
+    others stay. Where `register_peft_layers()` was called, `unregister_peft_layers()` ends that; a later `kernelize`
+    would bind our forwards again. Raises TypeError if `model` is no module.
     """
     _check_module(model)
     for module in model.modules():

@@ -17,13 +17,13 @@ class LoraFusedCallback:
 
         trainer = Trainer(model, arguments, train_dataset=data, callbacks=[lora_fused.LoraFusedCallback()])
 
-    A trainer that adapts the model itself, as TRL's do with `peft_config`, has done so by then. The first log of a training
-    gets "lora_fused", the share of the model's LoRA modules whose last call was fused, from 0 to 1; it stands in
-    `trainer.state.log_history` and in what is printed. What is fused and why not, `explain(trainer.model)` says. The forwards
-    stay bound when training ends; `restore(trainer.model)` takes them off.
+    A trainer that adapts the model itself, as TRL's do with `peft_config`, has done so by then. The first log of a
+    training gets "lora_fused", the share of the model's LoRA modules whose last call was fused, from 0 to 1; it stands
+    in `trainer.state.log_history` and in what is printed. What is fused and why not, `explain(trainer.model)` says. The
+    forwards stay bound when training ends; `restore(trainer.model)` takes them off.
 
-    `mode` as `apply` takes it, whose errors it raises when training begins. An instance is a `transformers.TrainerCallback`;
-    transformers is imported when the first one is made.
+    `mode` as `apply` takes it, whose errors it raises when training begins. An instance is a
+    `transformers.TrainerCallback`; transformers is imported when the first one is made.
     """
 
     def __new__(cls, *args, **kwargs):

@@ -45,8 +45,8 @@ def _ranges(numbers: frozenset[int]) -> str:
 
 
 def without_prefix(names: list[str]) -> list[str]:
-    """Without the words that all of them begin with, as PEFT's wrappers add them; a word before a number stays, and each
-    name's last one."""
+    """Without the words that all of them begin with, as PEFT's wrappers add them; a word before a number stays, and
+    each name's last one."""
     split = [name.split(".") for name in names]
     common = 0
     for parts in zip(*(words[:-1] for words in split)):

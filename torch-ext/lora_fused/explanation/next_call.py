@@ -195,8 +195,8 @@ def _is_fsdp2(module: nn.Module) -> bool:
 
 
 def _gathered(module: nn.Module) -> nn.Module:
-    """A shallow copy of a module in which every parameter that `fully_shard` has sharded is whole: a tensor of its global
-    shape, most of them without memory."""
+    """A shallow copy of a module in which every parameter that `fully_shard` has sharded is whole: a tensor of its
+    global shape, most of them without memory."""
     copy = object.__new__(type(module))
     copy.__dict__.update(module.__dict__)
     copy.__dict__["_parameters"] = {name: _whole(parameter) for name, parameter in module._parameters.items()}

@@ -15,15 +15,15 @@ from .table import FUSED
 
 
 class Calls:
-    """The calls of kernelized modules in `with record() as calls`: of LoRA modules, and of gated MLPs as a whole, in which
-    case their projections are not called. Calls of a recomputation (checkpointing) count as well; a graph of torch.compile
-    makes none that could be seen, its traces do not count. Modules are held weakly."""
+    """The calls of kernelized modules in `with record() as calls`: of LoRA modules, and of gated MLPs as a whole, in
+    which case their projections are not called. Calls of a recomputation (checkpointing) count as well; a graph of
+    torch.compile makes none that could be seen, its traces do not count. Modules are held weakly."""
 
     def __init__(self):
         self._counts: weakref.WeakKeyDictionary[nn.Module, Counter[str]] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def count(self, module: nn.Module, reason: str | None) -> None:
+    def _count(self, module: nn.Module, reason: str | None) -> None:
         """One call of `module`: fused, or its own forward for `reason`."""
         if reason is last_call.TRACED:
             return
@@ -75,7 +75,7 @@ _notes, _note = last_call.notes, last_call.note
 
 def _count_and_note(module: nn.Module, reason: str | None) -> None:
     for calls in tuple(_active):
-        calls.count(module, reason)
+        calls._count(module, reason)
     _note(module, reason)
 
 
@@ -83,7 +83,8 @@ def _count_and_note(module: nn.Module, reason: str | None) -> None:
 def record() -> Iterator[Calls]:
     """What kernelized modules run in the with-block, in all threads: fused, or their own forward for which reason.
 
-    A call outside of such blocks is not slower for it. Modules that nobody kernelized are not seen: `explain` names them.
+    A call outside of such blocks is not slower for it. Modules that nobody kernelized are not seen: `explain` names
+    them.
 
         with lora_fused.record() as calls:
             trainer.train()

@@ -24,10 +24,10 @@ class Row:
     module: its name in the model.
     layer: the layer that serves it where it is fused (`LoraLinear`, `LoraGatedMLP`, ...), else its class.
     fused: whether its next call is computed by this kernel.
-    backend: who computes it: "native", "triton", "reference", or "fused delta" where the base module's own forward makes the
-        product, for the `reason`, and the delta is fused.
-    group: the modules of one input that are computed together; for projections of a gated MLP that is one Function the MLP's
-        name; "single"; or "after the first pass", since what shares an input is seen when the model runs.
+    backend: who computes it: "native", "triton", "reference", or "fused delta" where the base module's own forward
+        makes the product, for the `reason`, and the delta is fused.
+    group: the modules of one input that are computed together; for projections of a gated MLP that is one Function the
+        MLP's name; "single"; or "after the first pass", since what shares an input is seen when the model runs.
     reason: why PEFT's own forward runs, or the base module's.
     mlp: why the gated MLP that it is a projection of is not one Function.
     last: what its last call ran, "fused" or the reason why PEFT's own forward did; None where it was not called yet.
@@ -53,8 +53,8 @@ class Row:
 
 
 class Explanation(Sequence[Row]):
-    """The rows of `explain`, one a LoRA module. Printed, or shown in a notebook, it is a summary and a table in which modules
-    that differ in numbers of their names alone share a row."""
+    """The rows of `explain`, one a LoRA module. Printed, or shown in a notebook, it is a summary and a table in which
+    modules that differ in numbers of their names alone share a row."""
 
     def __init__(self, rows: Sequence[Row]):
         self._rows = tuple(rows)
@@ -82,7 +82,8 @@ class Explanation(Sequence[Row]):
         )
 
     def to_dict(self) -> dict:
-        """All of it in types that JSON has: the counts of the summary, `reasons` with their number and suggestion, `rows`."""
+        """All of it in types that JSON has: the counts of the summary, `reasons` with their number and suggestion,
+        `rows`."""
         fused = [row for row in self._rows if row.fused]
         return dict(
             modules=len(self),
@@ -109,8 +110,8 @@ class Explanation(Sequence[Row]):
         return text + "".join(f"; PEFT's own forward: {number}, {reason}" for reason, number in unfused.most_common(3))
 
     def summary(self) -> list[str]:
-        """Lines: how much is fused, each reason with its number of modules and what to do, and the MLPs that are not one
-        Function."""
+        """Lines: how much is fused, each reason with its number of modules and what to do, and the MLPs that are not
+        one Function."""
         found = self.to_dict()
         lines = [self._share()]
         for each in found["reasons"]:
