@@ -1,5 +1,5 @@
-"""Writes the table of model families in docs/support.md from tests/helpers/families.json; with --measure that file first, from the models
-themselves, each held against PEFT."""
+"""Writes the table of model families in docs/support.md from tests/helpers/families.json; with --measure that file
+first, from the models themselves, each held against PEFT."""
 
 from __future__ import annotations
 

@@ -147,8 +147,8 @@ def test_sft_trainer(lora_fused, tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     data = datasets.Dataset.from_list([dict(input_ids=row["input_ids"].tolist()) for row in rows()])
     arguments = trl.SFTConfig(
-        output_dir=str(tmp_path), max_steps=2, logging_steps=1, report_to=[], save_strategy="no", use_cpu=DEVICE == "cpu",
-        max_length=16, bf16=False,
+        output_dir=str(tmp_path), max_steps=2, logging_steps=1, report_to=[], save_strategy="no",
+        use_cpu=DEVICE == "cpu", max_length=16, bf16=False,
     )  # fmt: skip
     config = LoraConfig(r=4, target_modules=LINEARS, task_type="CAUSAL_LM", init_lora_weights=False)
     trainer = trl.SFTTrainer(

@@ -3,7 +3,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../kernel-src/common/names.h"
 #include "python_module.h"
 
 // One more macro level, so that TORCH_EXTENSION_NAME is expanded before it is stringified.
@@ -12,6 +11,11 @@
 
 OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   ops.def("names(str kind) -> str");
+  // Whose kernels run on like's device: "cpu", "sm80" for every GPU but Hopper, "sm90" (kernel-src/dispatch/).
+  ops.def("architecture(Tensor like) -> str");
+  // From now on all GPUs of the process run this architecture's kernels, "" for their own: for tests and benchmarks, so
+  // that a Hopper runs what another GPU does. An error names what is possible.
+  ops.def("set_architecture(str name) -> ()");
   ops.def("row_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
   ops.def("gain(Tensor magnitude, Tensor norm) -> Tensor");
   ops.def("dropout(Tensor x, Tensor seed, float p, Tensor(a!) out, bool accumulate=False, bool scaled=True) -> ()");
@@ -33,27 +37,20 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "dy_products(Tensor[] dy, Tensor[] b, Tensor[] t, Tensor(a!)[] dt, Tensor(b!)[] db, float scaling, "
       "bool exact=False, float db_scaling=1.0) -> ()");
+  // `operands` are those of GroupArgs (kernel-src/group/members.h).
   ops.def(
-      "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
-      "Tensor?[] lora_b, Tensor?[] gains, Tensor?[] magnitudes, float[] scalings, Tensor? seeds, float[] dropouts, "
-      "Tensor[] scales, int[] quantized, bool exact) "
-      "-> (Tensor[], Tensor[], Tensor, Tensor[], Tensor[])");
+      "lora_forward(Tensor x, Tensor?[] operands, float[] scalings, Tensor? seeds, float[]? dropouts, int[]? quantized, "
+      "bool bf16x3) -> Tensor[]");
   ops.def(
-      "lora_backward(Tensor?[] dys, Tensor x, Tensor t, Tensor[] us, Tensor[] weights, "
-      "Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, Tensor?[] norms, "
-      "float[] scalings, Tensor? seeds, float[] dropouts, Tensor[] scales, int[] quantized, bool exact, "
-      "bool need_dx, int[] needs) "
-      "-> (Tensor[], Tensor[])");
+      "lora_backward(Tensor?[] dys, Tensor x, Tensor t, Tensor[]? unscaled, Tensor?[] operands, float[] scalings, "
+      "Tensor? seeds, float[]? dropouts, int[]? quantized, bool bf16x3, bool need_dx, int[] needs) -> Tensor[]");
   ops.def(
-      "gated_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
-      "Tensor?[] lora_b, Tensor?[] gains, Tensor?[] magnitudes, float[] scalings, Tensor? seeds, float[] dropouts, "
-      "Tensor[] scales, int[] quantized, bool exact, int activation, int gate_half, "
-      "bool up_to_h) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])");
+      "gated_forward(Tensor x, Tensor?[] operands, float[] scalings, Tensor? seeds, float[]? dropouts, int[]? quantized, "
+      "bool bf16x3, int activation, int gate_half, bool up_to_h) -> Tensor[]");
   ops.def(
-      "gated_backward(Tensor dy, Tensor x, Tensor[] outputs, Tensor[] us, Tensor[] ts, "
-      "Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, "
-      "Tensor?[] norms, float[] scalings, Tensor? seeds, float[] dropouts, Tensor[] scales, "
-      "int[] quantized, bool exact, int activation, int gate_half, bool need_dx, int[] needs) -> (Tensor[], Tensor[])");
+      "gated_backward(Tensor dy, Tensor x, Tensor[] kept, Tensor?[] operands, float[] scalings, Tensor? seeds, "
+      "float[]? dropouts, int[]? quantized, bool bf16x3, int activation, int gate_half, bool need_dx, int[] needs) "
+      "-> Tensor[]");
   ops.def(
       "column_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? magnitude=None) -> Tensor[]");
   ops.def(
@@ -67,16 +64,18 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
 
 bool gemm_is_faster_cpu(const torch::stable::Tensor&, int64_t, int64_t) { return false; }
 
-std::string names(std::string kind) { return lora_fused::names_of(kind); }
-
-OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) { ops.impl("names", TORCH_BOX(&names)); }
+OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
+  ops.impl("names", TORCH_BOX(&names));
+  ops.impl("architecture", TORCH_BOX(&architecture));
+  ops.impl("set_architecture", TORCH_BOX(&set_architecture));
+}
 
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
-  ops.impl("row_norm", TORCH_BOX(&row_norm_cpu));
-  ops.impl("gain", TORCH_BOX(&mag_norm_scale_cpu));
-  ops.impl("dropout", TORCH_BOX(&dropout_cpu));
+  ops.impl("row_norm", TORCH_BOX(&row_norm));
+  ops.impl("gain", TORCH_BOX(&mag_norm_scale));
+  ops.impl("dropout", TORCH_BOX(&dropout));
   ops.impl("dora_gains", TORCH_BOX(&dora_scales));
-  ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_cpu));
+  ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit));
   ops.impl("gemm_pays", TORCH_BOX(&gemm_is_faster_cpu));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
@@ -86,11 +85,11 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
 
 #if defined(CUDA_KERNEL)
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
-  ops.impl("row_norm", TORCH_BOX(&row_norm_cuda));
-  ops.impl("gain", TORCH_BOX(&mag_norm_scale_cuda));
-  ops.impl("dropout", TORCH_BOX(&dropout_cuda));
+  ops.impl("row_norm", TORCH_BOX(&row_norm));
+  ops.impl("gain", TORCH_BOX(&mag_norm_scale));
+  ops.impl("dropout", TORCH_BOX(&dropout));
   ops.impl("dora_gains", TORCH_BOX(&dora_scales));
-  ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_cuda));
+  ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit));
   ops.impl("gemm", TORCH_BOX(&gemm_cuda));
   ops.impl("gemm_pays", TORCH_BOX(&gemm_is_faster_cuda));
   ops.impl("skinny", TORCH_BOX(&skinny_cuda));

@@ -10,39 +10,22 @@
 // The names of what the ops take as numbers, see kernel-src/common/names.h.
 std::string names(std::string kind);
 
-// Each op: one declaration per device; kernel-src/ says what it computes.
-torch::stable::Tensor row_norm_cpu(const torch::stable::Tensor& weight,
-                                   const torch::stable::Tensor& lora_a,
-                                   const torch::stable::Tensor& lora_b, double scaling);
-torch::stable::Tensor row_norm_cuda(const torch::stable::Tensor& weight,
-                                    const torch::stable::Tensor& lora_a,
-                                    const torch::stable::Tensor& lora_b, double scaling);
+// Whose kernels run on like's device, and those of which architecture all GPUs run from now on: kernel-src/dispatch/architecture.h.
+std::string architecture(const torch::stable::Tensor& like);
+void set_architecture(std::string name);
 
-torch::stable::Tensor mag_norm_scale_cpu(const torch::stable::Tensor& magnitude,
-                               const torch::stable::Tensor& norm);
-torch::stable::Tensor mag_norm_scale_cuda(const torch::stable::Tensor& magnitude,
-                                const torch::stable::Tensor& norm);
+// kernel-src/ops/ says what each computes. An op without another word takes tensors on the CPU and on CUDA.
+torch::stable::Tensor row_norm(const torch::stable::Tensor& weight, const torch::stable::Tensor& lora_a,
+                               const torch::stable::Tensor& lora_b, double scaling);
+torch::stable::Tensor mag_norm_scale(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm);
+void dropout(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p, torch::stable::Tensor out,
+             bool accumulate, bool scaled);
+void dequantize_4bit(const torch::stable::Tensor& packed, const torch::stable::Tensor& absmax,
+                     std::optional<torch::stable::Tensor> nested_absmax, std::optional<torch::stable::Tensor> nested_code,
+                     std::optional<torch::stable::Tensor> offset, int64_t blocksize, int64_t nested_blocksize, bool fp4,
+                     int64_t first, torch::stable::Tensor out);
 
-void dropout_cpu(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p,
-                 torch::stable::Tensor out, bool accumulate, bool scaled);
-void dropout_cuda(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p,
-                  torch::stable::Tensor out, bool accumulate, bool scaled);
-
-void dequantize_4bit_cpu(const torch::stable::Tensor& packed, const torch::stable::Tensor& absmax,
-                         std::optional<torch::stable::Tensor> nested_absmax,
-                         std::optional<torch::stable::Tensor> nested_code,
-                         std::optional<torch::stable::Tensor> offset, int64_t blocksize,
-                         int64_t nested_blocksize, bool fp4, int64_t first,
-                         torch::stable::Tensor out);
-void dequantize_4bit_cuda(const torch::stable::Tensor& packed,
-                          const torch::stable::Tensor& absmax,
-                          std::optional<torch::stable::Tensor> nested_absmax,
-                          std::optional<torch::stable::Tensor> nested_code,
-                          std::optional<torch::stable::Tensor> offset, int64_t blocksize,
-                          int64_t nested_blocksize, bool fp4, int64_t first,
-                          torch::stable::Tensor out);
-
-// GroupArgs of projections: kernel-src/common/lora_group.cpp and gated_mlp.cpp say what they hold.
+// Lists of projections: kernel-src/ops/lora_group.cpp and gated_mlp.cpp say what they hold.
 namespace lora_fused {
 using Tensors = std::vector<torch::stable::Tensor>;
 using Optionals = std::vector<std::optional<torch::stable::Tensor>>;
@@ -52,37 +35,24 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_scales(
     lora_fused::Tensors weights, lora_fused::Tensors lora_a, lora_fused::Tensors lora_b,
     lora_fused::Tensors magnitudes, std::vector<double> scalings, lora_fused::Tensors scales,
     std::vector<int64_t> quantized);
-std::tuple<lora_fused::Tensors, lora_fused::Tensors, torch::stable::Tensor, lora_fused::Tensors, lora_fused::Tensors>
-lora_forward(
-    const torch::stable::Tensor& x, lora_fused::Tensors weights, lora_fused::Optionals biases,
-    lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals mag_norm_scales,
-    lora_fused::Optionals magnitudes, std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
-    std::vector<double> dropouts, lora_fused::Tensors scales, std::vector<int64_t> quantized, bool exact);
-std::tuple<lora_fused::Tensors, lora_fused::Tensors> lora_backward(
+lora_fused::Tensors lora_forward(
+    const torch::stable::Tensor& x, lora_fused::Optionals operands, std::vector<double> scalings,
+    std::optional<torch::stable::Tensor> seeds, std::optional<std::vector<double>> dropouts,
+    std::optional<std::vector<int64_t>> quantized, bool bf16x3);
+lora_fused::Tensors lora_backward(
     lora_fused::Optionals dys, const torch::stable::Tensor& x, const torch::stable::Tensor& t,
-    lora_fused::Tensors unscaled, lora_fused::Tensors weights, lora_fused::Optionals biases,
-    lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals mag_norm_scales,
-    lora_fused::Optionals norms, std::vector<double> scalings,
-    std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts,
-    lora_fused::Tensors scales, std::vector<int64_t> quantized, bool exact, bool need_dx,
-    std::vector<int64_t> needs);
-std::tuple<torch::stable::Tensor, lora_fused::Tensors, lora_fused::Tensors, lora_fused::Tensors, lora_fused::Tensors,
-           lora_fused::Tensors>
-gated_forward(const torch::stable::Tensor& x, lora_fused::Tensors weights,
-              lora_fused::Optionals biases, lora_fused::Optionals lora_a,
-              lora_fused::Optionals lora_b, lora_fused::Optionals mag_norm_scales,
-              lora_fused::Optionals magnitudes, std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
-              std::vector<double> dropouts, lora_fused::Tensors scales,
-              std::vector<int64_t> quantized, bool exact, int64_t activation, int64_t gate_half,
-              bool up_to_h);
-std::tuple<lora_fused::Tensors, lora_fused::Tensors> gated_backward(
-    const torch::stable::Tensor& dy, const torch::stable::Tensor& x, lora_fused::Tensors outputs,
-    lora_fused::Tensors unscaled, lora_fused::Tensors ts, lora_fused::Tensors weights,
-    lora_fused::Optionals biases, lora_fused::Optionals lora_a, lora_fused::Optionals lora_b,
-    lora_fused::Optionals mag_norm_scales, lora_fused::Optionals norms, std::vector<double> scalings,
-    std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts,
-    lora_fused::Tensors scales, std::vector<int64_t> quantized, bool exact, int64_t activation,
-    int64_t gate_half, bool need_dx, std::vector<int64_t> needs);
+    std::optional<lora_fused::Tensors> unscaled, lora_fused::Optionals operands, std::vector<double> scalings,
+    std::optional<torch::stable::Tensor> seeds, std::optional<std::vector<double>> dropouts,
+    std::optional<std::vector<int64_t>> quantized, bool bf16x3, bool need_dx, std::vector<int64_t> needs);
+lora_fused::Tensors gated_forward(
+    const torch::stable::Tensor& x, lora_fused::Optionals operands, std::vector<double> scalings,
+    std::optional<torch::stable::Tensor> seeds, std::optional<std::vector<double>> dropouts,
+    std::optional<std::vector<int64_t>> quantized, bool bf16x3, int64_t activation, int64_t gate_half, bool up_to_h);
+lora_fused::Tensors gated_backward(
+    const torch::stable::Tensor& dy, const torch::stable::Tensor& x, lora_fused::Tensors kept,
+    lora_fused::Optionals operands, std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
+    std::optional<std::vector<double>> dropouts, std::optional<std::vector<int64_t>> quantized, bool bf16x3,
+    int64_t activation, int64_t gate_half, bool need_dx, std::vector<int64_t> needs);
 
 // Whether a sum of products [rows, cols] in like's dtype, on its device, is one launch of gemm_sm90: for `explain`.
 bool gemm_is_faster_cuda(const torch::stable::Tensor& like, int64_t rows, int64_t cols);

@@ -18,6 +18,7 @@ Tensor in_rows(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::
 MatrixView matrix(const Tensor& y) {
   const Tensor whole = in_rows(y);
   const int64_t cols = y.size(y.dim() - 1);
+  if (whole.dim() == 2 && whole.stride(0) == cols && whole.stride(1) == 1) return whole;  // else of one row or column
   return MatrixView(whole, rows_in(y), cols, cols, 1);
 }
 

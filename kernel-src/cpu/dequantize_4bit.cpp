@@ -1,21 +1,17 @@
 // Four-bit weights to floating point on the CPU, see common/four_bit.h.
 //
 // A block has 16 possible values: they are computed once and looked up.
-#include "../common/four_bit.h"
-
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 
-#include "../../torch-ext/torch_binding.h"
+#include "../common/dtypes.h"
+#include "../common/kernels.h"
 
 namespace {
 
 using lora_fused::FourBit;
-using torch::headeronly::ScalarType;
 
 constexpr float kNf4[16] = LORA_FUSED_NF4_CODE, kFp4[16] = LORA_FUSED_FP4_CODE;
 
@@ -55,20 +51,6 @@ void run(const FourBit& p) {
 
 }  // namespace
 
-void dequantize_4bit_cpu(const torch::stable::Tensor& packed, const torch::stable::Tensor& absmax,
-                         std::optional<torch::stable::Tensor> nested_absmax,
-                         std::optional<torch::stable::Tensor> nested_code,
-                         std::optional<torch::stable::Tensor> offset, int64_t blocksize,
-                         int64_t nested_blocksize, bool fp4, int64_t first,
-                         torch::stable::Tensor out) {
-  STD_TORCH_CHECK(out.is_cpu(), "dequantize_4bit: out must be on the CPU like the other tensors");
-  const FourBit p = lora_fused::four_bit_of(packed, absmax, nested_absmax, nested_code, offset,
-                                            blocksize, nested_blocksize, fp4, first, out);
-  if (p.count == 0) return;
-  if (out.scalar_type() == ScalarType::Float)
-    run<float>(p);
-  else if (out.scalar_type() == ScalarType::BFloat16)
-    run<torch::headeronly::BFloat16>(p);
-  else
-    run<torch::headeronly::Half>(p);
+void lora_fused::dequantize_4bit_cpu(const FourBit& weight, torch::headeronly::ScalarType dtype) {
+  LORA_FUSED_UP_TO_FLOAT32(dtype, "dequantize_4bit", [&] { run<scalar_t>(weight); });
 }

@@ -1,12 +1,12 @@
 // DoRA's scale magnitude / norm on the CPU, see common/mag_norm_scale.h.
-#include "../common/mag_norm_scale.h"
-
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <limits>
 
-#include "../../torch-ext/torch_binding.h"
+#include "../common/dtypes.h"
+#include "../common/kernels.h"
+#include "../common/mag_norm_scale.h"
 
 namespace {
 
@@ -22,13 +22,10 @@ void run(const torch::stable::Tensor& out, const torch::stable::Tensor& magnitud
 
 }  // namespace
 
-torch::stable::Tensor mag_norm_scale_cpu(const torch::stable::Tensor& magnitude,
+torch::stable::Tensor lora_fused::mag_norm_scale_cpu(const torch::stable::Tensor& magnitude,
                                const torch::stable::Tensor& norm) {
   lora_fused::check_mag_norm_scale(magnitude, norm, /*cuda=*/false);
   const torch::stable::Tensor out = torch::stable::empty_like(norm);
-  if (norm.scalar_type() == torch::headeronly::ScalarType::Double)
-    run<double>(out, magnitude, norm);
-  else
-    run<float>(out, magnitude, norm);
+  LORA_FUSED_WIDE(norm.scalar_type(), "mag_norm_scale", [&] { run<scalar_t>(out, magnitude, norm); });
   return out;
 }

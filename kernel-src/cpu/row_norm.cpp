@@ -7,15 +7,14 @@
 // on the shape alone, so that the result does not change with the number of threads.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
-#include "../../torch-ext/torch_binding.h"
+#include "../common/dtypes.h"
+#include "../common/kernels.h"
 #include "../common/row_norm_check.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
@@ -72,12 +71,8 @@ struct Reader {
   ScalarType dtype;
   explicit Reader(const Tensor& t) : data(t.const_data_ptr()), dtype(t.scalar_type()) {}
   void read(float* out, int64_t offset, int64_t count) const {
-    if (dtype == ScalarType::Float)
-      to_float(out, static_cast<const float*>(data) + offset, count);
-    else if (dtype == ScalarType::BFloat16)
-      to_float(out, static_cast<const torch::headeronly::BFloat16*>(data) + offset, count);
-    else
-      to_float(out, static_cast<const torch::headeronly::Half*>(data) + offset, count);
+    LORA_FUSED_UP_TO_FLOAT32(dtype, "row_norm",
+                             [&] { to_float(out, static_cast<const scalar_t*>(data) + offset, count); });
   }
 };
 
@@ -125,7 +120,7 @@ void norm_block(float* out, const Problem& p, int64_t first, std::vector<float>&
 
 }  // namespace
 
-Tensor row_norm_cpu(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+Tensor lora_fused::row_norm_cpu(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
                     double scaling) {
   lora_fused::check_row_norm(weight, lora_a, lora_b, /*cuda=*/false);
   const Tensor w = torch::stable::contiguous(weight), a = torch::stable::contiguous(lora_a),

@@ -48,7 +48,7 @@ class AdapterGrads {
     };
     const Tensor out = shaped(rank);
     const MatrixView hi = both.columns(0, rank), lo = both.columns(rank, rank);
-    if (batch_.add({hi, input, out, transposed, mask, lo}, /*hopper_alone=*/true)) return out;
+    if (batch_.add({hi, input, out, transposed, mask, lo})) return out;
     const MatrixView wide = shaped(2 * rank), from = kept(input, mask);
     if (transposed) {
       multiply(wide, from.transposed(), both, 1.0, /*add=*/false);
@@ -100,7 +100,7 @@ Backward::Backward(const Members& members, const MatrixView& x, const Given& giv
     const MaybeMatrixView unscaled =
         members.mag_norm_scale(i) ? MaybeMatrixView(given.unscaled[next_unscaled++]) : std::nullopt;
     if (dys_[i]) {
-      const ScaleOutputBackward pass = pass_over_dy(i, unscaled, members.of(given.norms, i), given.own_dys);
+      const ScaleOutputBackward pass = pass_over_dy(i, unscaled, members.norm(i), given.own_dys);
       if (pass.dbias || pass.dunscaled) passes.push_back(pass);
     }
     any_dt = any_dt || needs(i, kNeedA);
@@ -178,7 +178,7 @@ void Backward::shrink_dy_bf16x3() {
     const SplitLayout split{rank, stride};
     if (needs(i, kNeedB)) dbs_[i] = fused.add(dy, b, t, out, scaling, members_.b(i)->scalar_type(), split);
     const MatrixView hi = b.columns(0, rank).transposed(), lo = b.columns(rank, rank).transposed();
-    if (dbs_[i] || batch.add({dy, hi, out, scaling, std::nullopt, lo, split}, /*hopper_alone=*/true)) continue;
+    if (dbs_[i] || batch.add({dy, hi, out, scaling, std::nullopt, lo, split})) continue;
     const MatrixView wide = empty(x_.base(), {x_.size(0), 2 * rank}, ScalarType::Float);
     multiply(wide, dy, b, 1.0, /*add=*/false);
     sums.push_back({wide.columns(0, rank), wide.columns(rank, rank), out, scaling, split});
@@ -248,7 +248,7 @@ Tensor Backward::grad_a(size_t i, const MatrixView& x, AdapterGrads& products, M
     if (members_.any_masked())
       return products.product(adapters_.columns_of(*dt_, i), x, dtype, /*transposed=*/false, members_.mask(i));
     if (!all || all->scalar_type() != dtype) all = products.product(*dt_, x, dtype, /*transposed=*/false, std::nullopt);
-    return MatrixView(*all).rows(first, rank).tensor();
+    return rank == all->size(0) ? *all : MatrixView(*all).rows(first, rank).tensor();
   }
   if (!adapters_.merged) {
     const MatrixView both = adapters_.columns_of(*dt_, i).columns(rank, 2 * rank);

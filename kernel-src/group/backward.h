@@ -18,7 +18,6 @@ class Backward {
   struct Given {
     Optionals dys;     // [..., N], none where an output was not used
     Tensors unscaled;  // of Outputs
-    const Optionals& norms;  // the op's list, for DoRA
     const std::vector<int64_t>& needs;
     bool need_dx;
     const Tensor& t;  // of Outputs

@@ -1,23 +1,43 @@
-// DoRA's norms and scales, see dora_norms.h, and the op that makes nothing else.
+// DoRA's norms and scales, see dora_norms.h.
 #include "dora_norms.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <tuple>
 
-#include "../../torch-ext/torch_binding.h"
+#include "../common/mag_norm_scale.h"
+#include "../common/row_norm_check.h"
+#include "../dispatch/table.h"
 
 namespace lora_fused {
 
 namespace {
 
-// Elements of a weight in four bits that its norm has in floating point at a time: 32 MB of bfloat16, which stay
-// in the cache of a large GPU between the two kernels.
-constexpr int64_t kNormElements = int64_t(1) << 24, kNormRows = 128;
-
 // `count` elements of a contiguous vector or rows of a matrix, from `first` on.
 Tensor slice(Tensor t, int64_t first, int64_t count) { return torch::stable::narrow(t, 0, first, count); }
+
+}  // namespace
+
+#if defined(CUDA_KERNEL)
+void row_norms_cuda(const std::vector<RowNorm>& norms) {
+  std::vector<RowNorm> sm90, sm80;
+  int64_t elements = 0;
+  for (const RowNorm& of : norms) {
+    check_row_norm(of.weight, of.a, of.b, /*cuda=*/true);
+    if (of.magnitude) check_mag_norm_scale(*of.magnitude, of.norm, /*cuda=*/true);
+    const bool fits = dispatch::row_norm_fits_sm90(of);
+    if (fits) elements += of.weight.numel();
+    (fits ? sm90 : sm80).push_back(of);
+  }
+  if (!dispatch::row_norm_sm90_is_faster(elements)) return row_norms_sm80(norms);
+  row_norms_sm90(sm90);
+  row_norms_sm80(sm80);
+}
+#endif
+
+namespace {
+
+void copy(const Tensor& to, const Tensor& from) { TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0)); }
 
 void row_norms(const std::vector<RowNorm>& norms) {
 #if defined(CUDA_KERNEL)
@@ -25,16 +45,16 @@ void row_norms(const std::vector<RowNorm>& norms) {
 #endif
   for (const RowNorm& of : norms) {
     if (of.fill) of.fill();
-    Tensor norm = of.norm, scale = *of.mag_norm_scale;
-    torch::stable::copy_(norm, row_norm_cpu(of.weight, of.a, of.b, of.scaling));
-    torch::stable::copy_(scale, mag_norm_scale_cpu(*of.magnitude, norm));
+    const Tensor norm = of.norm, scale = *of.mag_norm_scale;
+    copy(norm, row_norm_cpu(of.weight, of.a, of.b, of.scaling));
+    copy(scale, mag_norm_scale_cpu(*of.magnitude, norm));
   }
 }
 
 // The norm of a weight in four bits as those of some of its rows after another, which have `made` in turn.
 void append_pieces(const FourBitWeight& weight, const RowNorm& whole, MaybeTensor& made, std::vector<RowNorm>& pieces) {
-  const int64_t n = weight.rows(), k = weight.cols(), blocks = kNormElements / std::max<int64_t>(k, 1) / kNormRows;
-  const int64_t rows = std::min(n, std::max<int64_t>(blocks, 1) * kNormRows);
+  const int64_t n = weight.rows(), k = weight.cols(), blocks = dispatch::kNormPieceElements / std::max<int64_t>(k, 1) / dispatch::kNormPieceRows;
+  const int64_t rows = std::min(n, std::max<int64_t>(blocks, 1) * dispatch::kNormPieceRows);
   if (!made || made->numel() < rows * k || made->scalar_type() != weight.dtype())
     made = empty(whole.weight, {rows * k}, weight.dtype());
   const Tensor a = in_rows(whole.a), b = in_rows(whole.b);
@@ -49,21 +69,20 @@ void append_pieces(const FourBitWeight& weight, const RowNorm& whole, MaybeTenso
 
 }  // namespace
 
-Norms::Norms(const GroupArgs& args, const Optionals& magnitudes, Optionals& mag_norm_scales, std::optional<ScalarType> product) {
-  if (magnitudes.empty()) return;
-  const Members members(args, 0, args.weights.size());
-  mag_norm_scales.resize(members.count());
-  waiting_.resize(members.count());
+Norms::Norms(GroupArgs& args, std::optional<ScalarType> product) {
+  const Members members(args, 0, args.count());
   std::vector<RowNorm> now;
   MaybeTensor made;
   for (size_t i = 0; i < members.count(); ++i) {
-    if (!magnitudes[i]) continue;
+    const std::optional<Tensor>& magnitude = args.operand(i, kMagnitudeOrNorm);
+    if (!magnitude) continue;
     STD_TORCH_CHECK(members.a(i) && members.b(i), "magnitudes: given without lora_a and lora_b");
     for (Tensors* vectors : {&norms_, &mag_norm_scales_})
-      vectors->push_back(empty(args.weights[i], {members.outputs(i)}, ScalarType::Float));
-    mag_norm_scales[i] = mag_norm_scales_.back();
-    const RowNorm of{args.weights[i],    *members.a(i), *members.b(i), norms_.back(),
-                     members.scaling(i), magnitudes[i], mag_norm_scales_.back()};
+      vectors->push_back(empty(args.weight(i), {members.outputs(i)}, ScalarType::Float));
+    args.operands[kOperands * i + kMagNormScale] = mag_norm_scales_.back();
+    const RowNorm of{args.weight(i),     *members.a(i), *members.b(i), norms_.back(),
+                     members.scaling(i), magnitude,     mag_norm_scales_.back()};
+    waiting_.resize(members.count());
     const std::optional<FourBitWeight> packed = members.packed(i);
     if (!packed)
       now.push_back(of);

@@ -10,9 +10,9 @@ namespace lora_fused {
 // product in its dtype.
 class Norms {
  public:
-  // `mag_norm_scales`, which `args` refers to, gets those that are made here. `product`: the dtype that weights have in
-  // `from_weight`, none where it is not called.
-  Norms(const GroupArgs& args, const Optionals& magnitudes, Optionals& mag_norm_scales, std::optional<ScalarType> product);
+  // `args` gets the mag_norm_scales that are made here. `product`: the dtype that weights have in `from_weight`, none where
+  // it is not called.
+  Norms(GroupArgs& args, std::optional<ScalarType> product);
 
   // Makes what waits for this weight, member `index` of the lists, in floating point.
   void from_weight(size_t index, const Tensor& weight) const;
@@ -25,5 +25,10 @@ class Norms {
   Tensors norms_, mag_norm_scales_;
   std::vector<std::optional<RowNorm>> waiting_;  // one a member, or empty
 };
+
+#if defined(CUDA_KERNEL)
+// All of them, each by the kernel that is faster.
+void row_norms_cuda(const std::vector<RowNorm>& norms);
+#endif
 
 }  // namespace lora_fused

@@ -114,3 +114,13 @@ class SiluMul(torch.autograd.Function):
         with torch.enable_grad():
             gate, up = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
             return torch.autograd.grad(nn.functional.silu(gate) * up, (gate, up), dh)
+
+
+# Those that a gated MLP may have, as torch has them.
+ACTIVATIONS = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda g: nn.functional.gelu(g, approximate="tanh"),
+    "relu": nn.functional.relu,
+    "relu2": lambda g: nn.functional.relu(g).square(),
+}

@@ -12,6 +12,7 @@ from torch import nn
 from . import layers
 from .environment import versions
 from .peft import embedding as peft_embedding, gated_mlp as peft_gated_mlp, linear as peft_linear, replaced
+from .specs import Fallback
 
 _DEVICES = ("cpu", "cuda")
 _CLASS_ATTRIBUTES = ("kernel_layer_name", "kernel_condition")
@@ -74,6 +75,8 @@ class Marks:
     def mark_gated_mlp(self, module: nn.Module) -> None:
         """Marks the class of an adapted gated MLP, if its input is called as one of our layers calls it."""
         cls, structure = type(module), peft_gated_mlp.structure_of(module)
+        if isinstance(structure, Fallback):
+            return
         layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
         if layer is not None and not structure.optional:
             adapted = functools.partial(_is_adapted_instance, cls)

@@ -14,14 +14,13 @@
 #include <cstdint>
 
 #include "bf16x3.cuh"
+#include "dtype.cuh"
 
 namespace lora_fused::cast {
 
 constexpr int kThreads = 256, kElements = 4;
 constexpr int kTensors = 32;        // of one launch
 constexpr int64_t kPieces = 1024;   // blocks a tensor; more work is looped over
-
-enum Dtype : int { kFloat, kBFloat16, kHalf };
 
 struct Piece {
   const void* from;
@@ -37,10 +36,10 @@ struct Pieces {
   Piece piece[kTensors];
 };
 
+// As load_as_float and store_float, which would read the piece's arguments into more registers.
 __device__ __forceinline__ float load(const Piece& p, int64_t i) {
   if (p.from_dtype == kFloat) return static_cast<const float*>(p.from)[i];
-  if (p.from_dtype == kBFloat16)
-    return __bfloat162float(static_cast<const __nv_bfloat16*>(p.from)[i]);
+  if (p.from_dtype == kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(p.from)[i]);
   return __half2float(static_cast<const __half*>(p.from)[i]);
 }
 

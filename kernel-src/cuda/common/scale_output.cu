@@ -8,6 +8,7 @@
 
 #include "../../common/kernels.h"
 #include "../../common/tensors.h"
+#include "../../dispatch/table.h"
 #include "scale_output.cuh"
 #include "stream.h"
 
@@ -68,9 +69,7 @@ void launch(const ScaleOutputBackward* first, size_t count) {
     most = std::max(most, pass.cols);
   }
   if (blocks == 0) return;
-  // About 512 blocks, of at least 32 tokens each.
-  const int64_t wanted = std::max<int64_t>(1, 512 / blocks);
-  a.share_rows = std::max<int64_t>(32, (a.rows + wanted - 1) / wanted);
+  a.share_rows = dispatch::scale_backward_rows(blocks, a.rows);
   a.shares = std::max<int64_t>(1, (a.rows + a.share_rows - 1) / a.share_rows);
   const auto dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
   const Tensor shares = empty(first->dy.base(), {summed ? 2 : 0, a.shares, a.columns}, dtype);
@@ -93,17 +92,12 @@ void run(const std::vector<ScaleOutputBackward>& all) {
     launch<T>(all.data() + first, std::min<size_t>(kPasses, all.size() - first));
 }
 
-template <typename Work>
-void run_as(const Work& work, ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return run<float>(work);
-    case ScalarType::Double: return run<double>(work);
-    case ScalarType::BFloat16: return run<__nv_bfloat16>(work);
-    default: return run<__half>(work);
-  }
-}
-
 }  // namespace
 
-void lora_fused::scale_output_cuda(const ScaleOutput& s) { run_as(s, s.y.scalar_type()); }
-void lora_fused::scale_output_backward_cuda(const std::vector<ScaleOutputBackward>& all) { run_as(all, all[0].dy.scalar_type()); }
+void lora_fused::scale_output_cuda(const ScaleOutput& work) {
+  LORA_FUSED_FLOATING(work.y.scalar_type(), "scale_output", [&] { run<CudaType<scalar_t>>(work); });
+}
+
+void lora_fused::scale_output_backward_cuda(const std::vector<ScaleOutputBackward>& works) {
+  LORA_FUSED_FLOATING(works[0].dy.scalar_type(), "scale_output_backward", [&] { run<CudaType<scalar_t>>(works); });
+}

@@ -8,18 +8,15 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "../../common/kernels.h"
+#include "dtype.cuh"
 #include "vector_access.cuh"
 
 namespace lora_fused::scale_output {
 
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 16;  // more work is looped over
-
-template <typename T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename T>
 struct ScaleArguments {

@@ -14,28 +14,19 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/macros/Macros.h>
 
+#include "../common/dtype.cuh"
 #include "mma.cuh"
 
 namespace lora_fused {
 namespace embedding {
-
-enum Dtype : int { kFloat, kBFloat16, kHalf };
 
 struct Array {
   const void* data;
   int dtype;
 };
 
-inline int dtype_of(const torch::stable::Tensor& t, const char* name) {
-  using torch::headeronly::ScalarType;
-  const auto dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
-                  ": expected float32, bfloat16 or float16");
-  return dtype == ScalarType::Float ? kFloat : dtype == ScalarType::BFloat16 ? kBFloat16 : kHalf;
-}
-
 inline Array array_of(const torch::stable::Tensor& t, const char* name) {
-  return {t.const_data_ptr(), dtype_of(t, name)};
+  return {t.const_data_ptr(), dtype_code(t.scalar_type(), name)};
 }
 
 struct Args {
@@ -51,19 +42,7 @@ struct Args {
 };
 
 __device__ __forceinline__ float load(const Array& from, int64_t i) {
-  if (from.dtype == kFloat) return static_cast<const float*>(from.data)[i];
-  if (from.dtype == kBFloat16)
-    return __bfloat162float(static_cast<const __nv_bfloat16*>(from.data)[i]);
-  return __half2float(static_cast<const __half*>(from.data)[i]);
-}
-
-__device__ __forceinline__ void store(void* data, int dtype, int64_t i, float value) {
-  if (dtype == kFloat)
-    static_cast<float*>(data)[i] = value;
-  else if (dtype == kBFloat16)
-    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16(value);
-  else
-    static_cast<__half*>(data)[i] = __float2half(value);
+  return load_as_float(from.data, from.dtype, i);
 }
 
 __device__ __forceinline__ int64_t load_id(const Args& p, int64_t m) {

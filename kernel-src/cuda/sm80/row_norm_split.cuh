@@ -16,11 +16,7 @@ struct Matrix {  // row-major
 
 __device__ __forceinline__ float load(const Matrix& m, int64_t row, int64_t col) {
   if (row >= m.rows || col >= m.cols) return 0.0f;
-  const int64_t i = row * m.cols + col;
-  if (m.dtype == kFloat) return static_cast<const float*>(m.data)[i];
-  if (m.dtype == kBFloat16)
-    return __bfloat162float(static_cast<const __nv_bfloat16*>(m.data)[i]);
-  return __half2float(static_cast<const __half*>(m.data)[i]);
+  return load_as_float(m.data, m.dtype, row * m.cols + col);
 }
 
 // Exponent that brings `largest` to [2^14, 2^15), near the top of fp16.

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "../../common/mag_norm_scale.h"
+#include "../common/dtype.cuh"
 #include "../common/vector_access.cuh"
 #include "ptx.cuh"
 
@@ -27,8 +28,6 @@ constexpr int kBox = 64 * 128;  // bytes of 64 rows of 64 elements
 constexpr int kStages = 5, kWBytes = kGroups * kBox, kStageBytes = kWBytes + kBox;
 constexpr int kBarriers = kStages * kStageBytes, kBytes = kBarriers + 2 * kStages * 8 + 1024;  // to align the base
 constexpr int kMostRanks = 32, kEntries = 8;  // of one launch
-
-enum Dtype : int { kFloat, kBFloat16, kHalf };
 
 struct MatrixB {  // [N, R]
   const void* data;

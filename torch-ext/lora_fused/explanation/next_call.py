@@ -10,8 +10,17 @@ from torch import Tensor, nn
 
 from .. import last_call, layers, shared_input
 from ..backends import select
+from ..call_context import CallContext
 from ..functional import dispatch
-from ..peft import adapters, embedding as peft_embedding, gated_mlp as peft_gated_mlp, linear as peft_linear, replaced
+from ..peft import (
+    adapters,
+    embedding as peft_embedding,
+    gated_mlp as peft_gated_mlp,
+    linear as peft_linear,
+    linear_call,
+    replaced,
+)
+from ..specs import Fallback
 from .recorder import Calls
 from .table import FUSED, Row
 
@@ -90,20 +99,17 @@ class Model:
             return _unfused(row, f"no fused layer for {type(module).__module__}.{type(module).__name__}")
         kind = peft_linear.linear_kinds()[type(module)]
         layer = layers.LoraLinearOfX if kind.only_x else layers.LoraLinear
-        state = (
-            _unmapped_reason(module, layer)
-            or replaced.linear_reason()
-            or peft_linear.read_linear(self._at_call(module))
-        )
-        if isinstance(state, str):
-            return _unfused(row, self._when_gathered(module, state))
+        reason = _unmapped_reason(module, layer) or replaced.linear_reason()
+        state = Fallback(reason) if reason else peft_linear.read_linear(self._at_call(module))
+        if isinstance(state, Fallback):
+            return _unfused(row, self._when_gathered(module, state.reason))
         example = _example(state)
-        reason = peft_linear.call_reason(state, example, (), {}) or shared_input.small_reason(
-            module, example, self.rows
-        )
+        call = CallContext.of(example)
+        fallback = linear_call.call_fallback(state, example, call)
+        reason = fallback.reason if fallback else shared_input.small_reason(module, example, call, self.rows)
         if reason:
             return _unfused(row, reason)
-        called = peft_linear.own_forward_reason(state, example, self.rows)
+        called = linear_call.own_forward_reason(state, example, call, self.rows)
         if called:
             reason = peft_linear.delta_reason(state.projection)
             if reason:
@@ -138,17 +144,17 @@ class Model:
         if not adapted:
             return
         structure = peft_gated_mlp.structure_of(module)
-        if not isinstance(structure, str) and last_call.is_of_kernel(module):
+        if not isinstance(structure, Fallback) and last_call.is_of_kernel(module):
             self.parents.update((part, module) for part in peft_gated_mlp.projections_of(module, structure))
         reason = self._mlp_reason(module, structure)
-        if reason is None:
+        if reason is None and not isinstance(structure, Fallback):
             self.mlps.update((part, module) for part in peft_gated_mlp.projections_of(module, structure))
-        elif not isinstance(structure, str) or _looks_gated(module):
+        elif not isinstance(structure, Fallback) or _looks_gated(module):
             self.mlp_reasons.update((part, reason) for part in adapted)
 
-    def _mlp_reason(self, module: nn.Module, structure: peft_gated_mlp.GatedMLP | str) -> str | None:
-        if isinstance(structure, str):
-            return _replaced_in(module) or structure
+    def _mlp_reason(self, module: nn.Module, structure: peft_gated_mlp.GatedMLP | Fallback) -> str | None:
+        if isinstance(structure, Fallback):
+            return _replaced_in(module) or structure.reason
         layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
         if layer is None:
             return f"its input is called {structure.input}"
@@ -157,10 +163,15 @@ class Model:
             return reason
         whole = self._at_call(module)
         part = next(filter(peft_linear.is_lora_linear, peft_gated_mlp.projections_of(whole, structure)), None)
-        state = "no projection is adapted" if part is None else peft_linear.read_linear(part)
-        if not isinstance(state, str):
-            state = peft_gated_mlp.read_mlp(whole, _example(state), layers.LoraLinear, check_features=False)
-        return state if isinstance(state, str) else None
+        if part is None:
+            return "no projection is adapted"
+        state = peft_linear.read_linear(part)
+        if isinstance(state, Fallback):
+            return state.reason
+        example = _example(state)
+        call = CallContext.of(example)
+        whole_state = peft_gated_mlp.read_mlp(whole, example, call, layers.LoraLinear, check_features=False)
+        return whole_state.reason if isinstance(whole_state, Fallback) else None
 
 
 def _replaced_in(module: nn.Module) -> str | None:
@@ -251,9 +262,9 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> str | None:
         return "not kernelized: call register_peft_layers(), then kernelize(model)"
     if replaced.is_own(bound, module):
         return (
-            "not kernelized: its class's own forward is bound to it, since it was pickled, or kernelized without a layer of "
-            "this kernel: there is none for modes with TORCH_COMPILE, for devices other than cpu and cuda, or before "
-            "register_peft_layers()"
+            "not kernelized: its class's own forward is bound to it, since it was pickled, or kernelized without a "
+            "layer of this kernel: there is none for modes with TORCH_COMPILE, for devices other than cpu and cuda, or "
+            "before register_peft_layers()"
         )
     if getattr(forward, "__qualname__", None) == layer.forward.__qualname__:
         return f"kernelized by another build of this kernel, {forward.__module__.rpartition('.')[0]}"
@@ -262,10 +273,10 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> str | None:
 
 def _next_embedding_call(module: nn.Module, at_call: nn.Module, rows: int, row: Row) -> Row:
     layer = layers.LoraEmbedding
-    state: peft_embedding.AdaptedTable | str
-    state = _unmapped_reason(module, layer) or replaced.embedding_reason() or peft_embedding.read_embedding(at_call)
-    if isinstance(state, str):
-        return _unfused(row, state)
+    reason = _unmapped_reason(module, layer) or replaced.embedding_reason()
+    state = Fallback(reason) if reason else peft_embedding.read_embedding(at_call)
+    if isinstance(state, Fallback):
+        return _unfused(row, state.reason)
     example = torch.empty((0,), dtype=torch.int64, device=state.table.weight.device)
     reason = peft_embedding.embedding_call_reason(state, example, (), {})
     if reason:
