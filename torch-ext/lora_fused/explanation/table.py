@@ -153,7 +153,7 @@ class Explanation(Sequence[Row]):
         shown = without_prefix([row.module for row in self._rows])
         lines: dict[tuple[str, ...], list[str]] = {}
         for row, name in zip(self._rows, shown):
-            words = tuple(word for word in name.split(".") if not word.isdigit())
+            words = ".".join(word for word in name.split(".") if not word.isdigit())
             runs = f"{row.layer}, fused" if row.fused else "PEFT's own forward"
             group = (row.group or "-").rpartition(".")[2] if row.layer.startswith(_GATED_LAYER) else row.group or "-"
             lines.setdefault((words, runs, row.backend or "-", group, _notes(row)), []).append(name)
