@@ -152,7 +152,7 @@ def read_mlp(
             f"its forward asks for dtypes, and x has {x.dtype}, the weights {structure.dtype}, or autocast is on"
         )
     parts = projections_of(module, structure)
-    states = []
+    states: list[peft_linear.AdaptedLinear] = []
     for part in parts:
         state = _read_part(part, linear_layer)
         if not isinstance(state, Fallback):
