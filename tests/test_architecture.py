@@ -49,6 +49,20 @@ def test_what_no_gpu_of_the_process_can_run_is_an_error(ops, name):
             ops.set_architecture(name)
 
 
+def test_python_asks_the_library(lora_fused, device):
+    """And asks again after it was set."""
+    native, select = lora_fused.backends.native, lora_fused.backends.select
+    own = native.architecture(torch.device(device))
+    try:
+        for name in possible():
+            native.set_architecture(name)
+            assert native.architecture(torch.device(device)) == name
+            assert select.is_hopper(torch.device(device)) == (name == "sm90")
+    finally:
+        native.set_architecture("")
+    assert native.architecture(torch.device(device)) == own == (possible() or ["cpu"])[-1]
+
+
 @pytest.mark.parametrize("name", ["", *possible()])
 def test_results_are_right_whatever_is_set(lora_fused, ops, device, name):
     """On a GPU the kernels that the dispatch table then chooses; on the CPU what there is."""

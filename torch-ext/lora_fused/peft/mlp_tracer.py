@@ -5,8 +5,7 @@ and its children; calls are recorded instead of computed. The record must hold t
 nothing else, in training and in evaluation, with and without gradients. The activation is then
 evaluated on a grid in float64 and compared with the formulas of `reference.activations`: neither names nor
 classes decide. The module, hooks, random state and torch's own classes stay untouched, so other
-threads may run models meanwhile. (torch.fx would patch nn.Module while it traces, and passes
-over autograd Functions whose forward is the identity.)
+threads may run models meanwhile. (torch.fx patches nn.Module while it traces, and misses some autograd Functions.)
 """
 
 from __future__ import annotations
