@@ -66,7 +66,8 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Whose kernels run on `device`: "cpu", "sm80" for every GPU but Hopper, "sm90" (kernel-src/dispatch/architecture.h)."""
+    """Whose kernels run on `device`: "cpu", "sm80" for every GPU but Hopper, "sm90"
+    (kernel-src/dispatch/architecture.h)."""
     return ops.architecture(torch.empty(0, device=device))
 
 
@@ -294,8 +295,8 @@ def _on_values(op):
 
 # What an op writes is never such a tensor.
 for _name in (
-    "row_norm", "mag_norm_scale", "dropout", "dora_scales", "lora_forward", "lora_backward", "gated_forward", "gated_backward",
-    "column_norm", "embedding_forward", "embedding_backward", "dequantize_4bit",
+    "row_norm", "mag_norm_scale", "dropout", "dora_scales", "lora_forward", "lora_backward", "gated_forward",
+    "gated_backward", "column_norm", "embedding_forward", "embedding_backward", "dequantize_4bit",
 ):  # fmt: skip
     for _key in ("Negative", "ZeroTensor"):
         _dispatch.impl(_name, _on_values(getattr(ops, _name).default), _key)
@@ -330,4 +331,9 @@ gated_backward = _op("gated_backward", past_subclasses=True)
 column_norm = _op("column_norm")
 embedding_forward = _op("embedding_forward")
 embedding_backward = _op("embedding_backward")
-_row_norm, _mag_norm_scale, _dropout, _dora_scales = _op("row_norm"), _op("mag_norm_scale"), _op("dropout"), _op("dora_scales")
+_row_norm, _mag_norm_scale, _dropout, _dora_scales = (
+    _op("row_norm"),
+    _op("mag_norm_scale"),
+    _op("dropout"),
+    _op("dora_scales"),
+)
