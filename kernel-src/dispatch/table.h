@@ -19,10 +19,10 @@ enum class SkinnyKernel { kLibrary, kSm80, kSm90 };
 
 // Up to so many tokens a step waits for the host, and one launch for all skinny products of a group is worth more than
 // the library's best product for each. scripts/check_skinny.py and profile_step.py: at 2048 tokens and C=14336 the sm80
-// kernels take 33.6 µs for t, the library 20.7 and sm90's 21.5, and 8 launches a layer replace 22 calls of 8 to 25 µs
-// of host time. At 8192 tokens sm90's kernels cost 2 % of the GPU's time. From 2048
-// tokens on one launch by the sm80 kernels cost the GPU more than it saved the host; between 1024 and 2048, and for
-// other ranks than 32, nothing was measured.
+// kernels take 33.6 µs for t, the library 20.7 and sm90's 21.5, and 8 launches a layer of 8 to 10 µs of host time replace
+// 22 calls of 22 to 35. At 8192 tokens sm90's kernels cost 2 % of the GPU's time. From 2048 tokens on one launch by the
+// sm80 kernels cost the GPU more than it saved the host; between 1024 and 2048, and for other ranks than 32, nothing was
+// measured.
 constexpr int64_t kSkinnySm80Tokens = 1024, kSkinnySm80Ranks = 64, kSkinnySm90Tokens = 2048;
 
 // With a mask own kernels are faster at every size: they draw it in registers or in shared memory instead of writing
