@@ -19,7 +19,7 @@ import public_api
 import release
 import reproduce
 import variants
-from test_build import CONFIG
+from helpers.published import CONFIG
 
 LOCKED = json.loads((ROOT / "flake.lock").read_text())["nodes"]
 

@@ -1,4 +1,4 @@
-// DoRA's norms, of one projection or with the scales of several, as ops of their own.
+// DoRA's norms and scales, of one projection or of several, as ops of their own.
 #include <tuple>
 
 #include "../../torch-ext/torch_binding.h"
@@ -21,12 +21,25 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_scales(
   return {norms.norms(), norms.mag_norm_scales()};
 }
 
+torch::stable::Tensor row_norm(const torch::stable::Tensor& weight, const torch::stable::Tensor& lora_a,
+                               const torch::stable::Tensor& lora_b, double scaling) {
 #if defined(CUDA_KERNEL)
-torch::stable::Tensor row_norm_cuda(const torch::stable::Tensor& weight, const torch::stable::Tensor& lora_a,
-                                    const torch::stable::Tensor& lora_b, double scaling) {
-  const lora_fused::OnDevice device(weight);
-  const auto norm = lora_fused::empty(weight, {weight.size(0)}, lora_fused::ScalarType::Float);
-  lora_fused::row_norms_cuda({{weight, lora_a, lora_b, norm, scaling}});
-  return norm;
-}
+  if (weight.is_cuda() || lora_a.is_cuda() || lora_b.is_cuda()) {
+    const lora_fused::OnDevice device(weight);
+    const auto norm = lora_fused::empty(weight, {weight.dim() > 0 ? weight.size(0) : 1}, lora_fused::ScalarType::Float);
+    lora_fused::row_norms_cuda({{weight, lora_a, lora_b, norm, scaling}});
+    return norm;
+  }
 #endif
+  return lora_fused::row_norm_cpu(weight, lora_a, lora_b, scaling);
+}
+
+torch::stable::Tensor mag_norm_scale(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm) {
+#if defined(CUDA_KERNEL)
+  if (magnitude.is_cuda() || norm.is_cuda()) {
+    const lora_fused::OnDevice device(norm);
+    return lora_fused::mag_norm_scale_cuda(magnitude, norm);
+  }
+#endif
+  return lora_fused::mag_norm_scale_cpu(magnitude, norm);
+}

@@ -71,8 +71,6 @@ def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> to
     if reason is None:
         y = _fused_linear(module, x, call, args, kwargs)
         if type(y) is not Fallback:
-            if _notes.get(id(module), _NEVER) is not None:
-                last_call.note(module, None)
             return y
         if y.raises:
             raise ValueError(f"{peft_linear.name_of(module)}: {y.reason}")
@@ -81,12 +79,19 @@ def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> to
     return type(module).forward(module, x, *args, **kwargs)
 
 
+def _note_fused(module: nn.Module) -> None:
+    """Before the computation, which a checkpoint that recomputes it may stop."""
+    if _notes.get(id(module), _NEVER) is not None:
+        last_call.note(module, None)
+
+
 def _fused_linear(
     module: nn.Module, x: torch.Tensor, call: CallContext, args: tuple, kwargs: dict
 ) -> torch.Tensor | Fallback:
     if not args and not kwargs:
         y = shared_input.take_precomputed(module, x, call)
         if y is not None:
+            _note_fused(module)
             return y
     state = peft_linear.read_linear(module)
     if isinstance(state, Fallback):
@@ -95,10 +100,12 @@ def _fused_linear(
     if fallback is not None:
         return fallback
     if linear_call.own_forward_reason(state, x, call) is None:
+        _note_fused(module)
         return shared_input.compute(module, x, call, state, LoraLinear)
     reason = peft_linear.delta_reason(state.projection)
     if reason is not None:
         return Fallback(reason)
+    _note_fused(module)
     base = peft_linear.call_base(module, x)
     return functional_delta.add_delta(base, x, state.projection, state.promotes and torch.is_autocast_enabled())
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backends import native
 from ..specs import Projection
+from .direct_apply import apply_of
 from .group_native import by_trained, for_backward, group_forward, magnitudes_in, read, trained
 from .once_differentiable import once_differentiable
 
@@ -44,7 +45,7 @@ def gated_mlp(
         arguments = (projections, wanted, bf16x3, options, x, seeds, *tensors)
         if _is_recomputed() and projections[-1].operands.magnitude is None:
             return _recomputed(*arguments)
-        return NativeGatedFunction.apply(*arguments)
+        return _apply(x, *arguments)
     return _gated_forward(projections, bf16x3, options, x, seeds)[1]
 
 
@@ -77,6 +78,9 @@ class NativeGatedFunction(torch.autograd.Function):
         )  # fmt: skip
         dx = grads.pop(0) if need_dx else None
         return None, None, None, None, dx, None, *by_trained(grads, ctx.wanted, scalings, [True] * len(ctx.wanted))
+
+
+_apply = apply_of(NativeGatedFunction)
 
 
 class _UpToH(NativeGatedFunction):

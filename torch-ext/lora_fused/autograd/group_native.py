@@ -19,6 +19,7 @@ from .. import quantization
 from ..backends import native, select
 from ..specs import FourBit, NativePath, Projection
 from . import separate_backward
+from .direct_apply import apply_of
 from .once_differentiable import once_differentiable
 
 _NEED_A, _NEED_B, _NEED_BIAS, _NEED_MAGNITUDE = 1, 2, 4, 8
@@ -227,7 +228,7 @@ def lora_group(
     """[..., N] of each projection; `bf16x3` as `NativePath` has it, `token` is kept as `LoraLinearFunction` keeps it."""
     if torch.is_grad_enabled():
         wanted, tensors = trained(projections)
-        return NativeGroupFunction.apply(projections, wanted, bf16x3, token, x, seeds, *tensors)
+        return _apply(x, projections, wanted, bf16x3, token, x, seeds, *tensors)
     return tuple(group_forward(projections, bf16x3, x, seeds)[1])
 
 
@@ -264,6 +265,9 @@ class NativeGroupFunction(torch.autograd.Function):
         result = (None, None, None, None, dx, None, *by_trained(grads, ctx.wanted, scalings, used))
         separate_backward.ran(ctx, used, saved, result)
         return result
+
+
+_apply = apply_of(NativeGroupFunction)
 
 
 def _operands(ctx) -> list[separate_backward.Operand | None]:

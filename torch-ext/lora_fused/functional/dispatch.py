@@ -96,6 +96,8 @@ def _choose(
     rows: int | None = None,
 ) -> str:
     """Name of the backend; `path` is of all that is computed together. `rows` in place of x's own, where given."""
+    if not x.is_cuda:
+        return select.NATIVE
     if x.dtype == torch.float16 and lora_dtype is None and any([_is_wide(p.operands.lora_a) for p in projections]):
         return select.NATIVE  # Triton stores t and dt in x's dtype, which has not the range for an adapter in float32
 
@@ -118,8 +120,8 @@ def describe_backend(x: Tensor, projections: Sequence[Projection], rows: int) ->
     chosen = _choose(x, projections, path, lora_dtype, rows)
     if not path.native or chosen != select.NATIVE:
         return select.describe(chosen)
-    pays = any([select.gemm_pays(x, rows, projection.shape[0]) for projection in projections])
-    return select.HOPPER_GEMM if pays else select.NATIVE
+    is_fused = any([select.gemm_is_faster(x, rows, projection.shape[0]) for projection in projections])
+    return select.HOPPER_GEMM if is_fused else select.NATIVE
 
 
 def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Tensor | None:

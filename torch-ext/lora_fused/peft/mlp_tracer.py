@@ -5,8 +5,7 @@ and its children; calls are recorded instead of computed. The record must hold t
 nothing else, in training and in evaluation, with and without gradients. The activation is then
 evaluated on a grid in float64 and compared with the formulas of `reference.activations`: neither names nor
 classes decide. The module, hooks, random state and torch's own classes stay untouched, so other
-threads may run models meanwhile. (torch.fx would patch nn.Module while it traces, and passes
-over autograd Functions whose forward is the identity.)
+threads may run models meanwhile. (torch.fx patches nn.Module while it traces, and misses some autograd Functions.)
 """
 
 from __future__ import annotations
@@ -363,7 +362,7 @@ def _activation(chain: tuple[_Call, ...], children: dict, training: bool) -> str
             value = _apply(call, value, children, training)
         if not isinstance(value, Tensor) or value.shape != grid.shape or value.dtype != grid.dtype:
             raise _Refusal(f"{shown} is no function by element")
-        for name in formulas.ACTIVATIONS:
+        for name in formulas.TABLE:
             expected = formulas.activate(grid, name)
             if bool(((value - expected).abs() <= TOLERANCE * (grid.abs() + expected.abs())).all()):
                 return name
