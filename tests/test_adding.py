@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers.cases import DEVICE, Case, peft_linear, randomise_adapters
-from helpers.kernelizing import assert_peft_runs, explain, kernelized
+from helpers.kernelizing import assert_peft_runs, explain, fused_functions, kernelized
 from helpers.mlps import ACTIVATIONS, is_one_function
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -89,6 +89,52 @@ def test_a_format(lora_fused, halved, dora):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+class HalvedLinear(nn.Module):
+    """A layer of it, as a library of quantized layers would have it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.stored = nn.Parameter(2 * linear.weight.detach(), requires_grad=False)
+
+    def forward(self, x):
+        return F.linear(x, self.stored / 2)
+
+
+def read_halved(lora_fused, layer):
+    shape = (layer.out_features, layer.in_features)
+    return lora_fused.peft.base_layer.Base(layer.stored, None, shape, Halved(shape, torch.float64))
+
+
+def on_halved():
+    """PEFT's model on that layer. PEFT has no LoRA for it, so its linear is put under one of nn.Linear's."""
+    model, layer = peft_linear(Case((6,), 32, 16, 4), torch.float64, torch.float64)
+    layer.base_layer = HalvedLinear(layer.base_layer)
+    return model
+
+
+def test_a_layer_of_a_format(lora_fused, halved, monkeypatch):
+    model, x = on_halved(), torch.randn(6, 32, dtype=torch.float64)
+    base_layer = lora_fused.peft.base_layer
+    monkeypatch.setitem(
+        base_layer.READERS, (HalvedLinear.__module__, "HalvedLinear"), lambda layer: read_halved(lora_fused, layer)
+    )
+    monkeypatch.setattr(lora_fused.peft.replaced, "module_reason", lambda cls: None)  # it is in no library
+    results = []
+    for each in (model, kernelized(lora_fused, model)):
+        leaf = x.clone().requires_grad_()
+        y = each(leaf)
+        y.square().sum().backward()
+        results.append((y.detach(), leaf.grad, *(p.grad for p in each.parameters() if p.requires_grad)))
+    assert fused_functions(y) == 1
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_layer_without_its_reader_is_peft_s(lora_fused):
+    assert_peft_runs(lora_fused, on_halved(), "unknown base layer HalvedLinear", torch.randn(6, 32).double())
+
+
 def test_a_format_without_its_row(lora_fused):
     stored, _ = projections(lora_fused, None)
     with pytest.raises(TypeError, match="^weight: format Halved is unknown, expected FourBit or EightBit"):
@@ -142,7 +188,7 @@ def adapted(mlp):
 def test_an_activation(mlp_tracer, activation_formulas, monkeypatch, lora_fused):
     """A row makes modules be recognised and the chain of operations compute it."""
     mlp = Softplus().double()
-    assert "unknown activation" in mlp_tracer.recognise(mlp)
+    assert "unknown activation" in mlp_tracer.recognise(mlp).reason
     row = activation_formulas.Activation(F.softplus, torch.sigmoid)
     monkeypatch.setitem(activation_formulas.TABLE, "softplus", row)
     assert mlp_tracer.recognise(mlp).activation == "softplus"

@@ -18,7 +18,8 @@
 #define LORA_FUSED_UP_TO_FLOAT32(dtype, name, ...) \
   THO_DISPATCH_V2(dtype, name, AT_WRAP(__VA_ARGS__), torch::headeronly::ScalarType::Float, LORA_FUSED_HALF_TYPES)
 // float32, float64.
-#define LORA_FUSED_WIDE(dtype, name, ...) THO_DISPATCH_V2(dtype, name, AT_WRAP(__VA_ARGS__), AT_EXPAND(AT_FLOATING_TYPES))
+#define LORA_FUSED_WIDE(dtype, name, ...) \
+  THO_DISPATCH_V2(dtype, name, AT_WRAP(__VA_ARGS__), AT_EXPAND(AT_FLOATING_TYPES))
 
 namespace lora_fused {
 

@@ -17,12 +17,13 @@ constexpr int64_t kMostEmbeddingRanks = 512, kMostColumnNormRanks = 64;
 
 struct Embedding {
   const torch::stable::Tensor &ids, &weight, &lora_a, &lora_b;
-  const std::optional<torch::stable::Tensor>&scale, &mag_norm_scale;  // e, one element, or none and `number`; [H] in float32
+  const std::optional<torch::stable::Tensor>&scale,
+      &mag_norm_scale;  // e, one element, or none and `number`; [H] in float32
   double scaling, number;
 };
 
 struct EmbeddingBackward {
-  const torch::stable::Tensor& dy;                        // [*ids.shape, H]
+  const torch::stable::Tensor& dy;                         // [*ids.shape, H]
   const std::optional<torch::stable::Tensor>&rows, &norm;  // [M, R] in float32 for dB and dm; [H] in float32 for dm
   int64_t padding;                                         // an id whose row of A gets no gradient
   std::optional<torch::stable::Tensor> da, db, dm;         // where they go, none of those that are not wanted
@@ -37,7 +38,8 @@ struct ColumnNorm {
   std::optional<torch::stable::Tensor> magnitude, mag_norm_scale;
 };
 
-void embedding_forward_sm80(const Embedding& e, const torch::stable::Tensor& y, const std::optional<torch::stable::Tensor>& rows);
+void embedding_forward_sm80(const Embedding& e, const torch::stable::Tensor& y,
+                            const std::optional<torch::stable::Tensor>& rows);
 void embedding_backward_sm80(const Embedding& e, const EmbeddingBackward& work);
 void column_norm_sm80(const ColumnNorm& work);
 

@@ -56,7 +56,8 @@ struct GatedActivation {
   ScaleAroundBias gate_scale, up_scale;
 };
 
-// With u the unscaled output: y = scale∘(u - b) + b, y = (scale - 1)∘u or y += (scale - 1)∘u; u and y [M, N] contiguous.
+// With u the unscaled output: y = scale∘(u - b) + b, y = (scale - 1)∘u or y += (scale - 1)∘u; u and y [M, N]
+// contiguous.
 struct ScaleOutput {
   enum Form { kScale, kExcess, kAddExcess };
   MatrixView unscaled, y;
@@ -121,7 +122,8 @@ struct RowNorm {
   std::function<void()> fill = nullptr;
 };
 
-// out = D(x), or += it, without the factor 1 / (1 - p) where not `scaled`; x and out contiguous, of any floating dtypes.
+// out = D(x), or += it, without the factor 1 / (1 - p) where not `scaled`; x and out contiguous, of any floating
+// dtypes.
 void dropout_cpu(const MatrixView& x, const Dropped& mask, const MatrixView& out, bool accumulate, bool scaled);
 // To `weight.out`, in `dtype`.
 void dequantize_4bit_cpu(const FourBit& weight, torch::headeronly::ScalarType dtype);
@@ -138,13 +140,14 @@ void hi_lo_sums_cpu(const std::vector<HiLoSum>& sums);
 #if defined(CUDA_KERNEL)
 // `supports`: what a launcher can compute, on an architecture that has it. Whether it is faster is dispatch/table.h's.
 
-// out = alpha·a b + beta·out by cuBLAS itself, on the current stream of torch's handle. False where it can't be: another
-// dtype than half precision, sizes beyond 32 bits, cuBLAS not found in the process.
+// out = alpha·a b + beta·out by cuBLAS itself, on the current stream of torch's handle. False where it can't be:
+// another dtype than half precision, sizes beyond 32 bits, cuBLAS not found in the process.
 bool cublas_gemm(const MatrixView& out, const MatrixView& a, const MatrixView& b, float alpha, float beta);
 
 void dropout_cuda(const MatrixView& x, const Dropped& mask, const MatrixView& out, bool accumulate, bool scaled);
 // On the device of `like`.
-void dequantize_4bit_cuda(const FourBit& weight, torch::headeronly::ScalarType dtype, const torch::stable::Tensor& like);
+void dequantize_4bit_cuda(const FourBit& weight, torch::headeronly::ScalarType dtype,
+                          const torch::stable::Tensor& like);
 torch::stable::Tensor mag_norm_scale_cuda(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm);
 // All conversions in as few launches as their number allows.
 void cast_all_cuda(const std::vector<Cast>& casts);

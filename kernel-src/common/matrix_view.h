@@ -15,12 +15,12 @@ class MatrixView {
   // All of a tensor of one or two dimensions.
   MatrixView(const torch::stable::Tensor& whole)  // NOLINT: a tensor is a view of itself
       : MatrixView(whole, whole.size(0), whole.dim() > 1 ? whole.size(1) : 1, whole.stride(0),
-             whole.dim() > 1 ? whole.stride(1) : 1) {
+                    whole.dim() > 1 ? whole.stride(1) : 1) {
     is_base_ = whole.dim() == 2;
   }
   // From element `offset` of it on.
   MatrixView(const torch::stable::Tensor& base, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
-       int64_t offset = 0)
+             int64_t offset = 0)
       : base_(base),
         dtype_(base.scalar_type()),
         data_(static_cast<char*>(base.mutable_data_ptr())),
@@ -50,8 +50,7 @@ class MatrixView {
   torch::stable::Tensor tensor() const {
     if (is_base_) return base_;
     AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch__reinterpret_tensor(base_.get(), 2, sizes_, strides_, offset_, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(base_.get(), 2, sizes_, strides_, offset_, &handle));
     return torch::stable::Tensor(handle);
   }
 

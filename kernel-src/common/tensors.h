@@ -46,7 +46,8 @@ class OnDevice {
  public:
   explicit OnDevice(const Tensor& x) {
     namespace accelerator = torch::stable::accelerator;
-    if (x.is_cuda() && x.get_device_index() != accelerator::getCurrentDeviceIndex()) guard_.emplace(x.get_device_index());
+    if (x.is_cuda() && x.get_device_index() != accelerator::getCurrentDeviceIndex())
+      guard_.emplace(x.get_device_index());
   }
 
  private:

@@ -18,8 +18,7 @@ constexpr float kNf4[16] = LORA_FUSED_NF4_CODE, kFp4[16] = LORA_FUSED_FP4_CODE;
 float absmax_of(const FourBit& p, int64_t block) {
   if (p.absmax) return p.absmax[block];
   // Rounded in between: volatile keeps the compiler from fusing product and sum.
-  const volatile float product =
-      p.nested_code[p.absmax_codes[block]] * p.nested_absmax[block >> p.nested_shift];
+  const volatile float product = p.nested_code[p.absmax_codes[block]] * p.nested_absmax[block >> p.nested_shift];
   return product + *p.offset;
 }
 
@@ -41,12 +40,10 @@ template <typename T>
 void run(const FourBit& p) {
   const int64_t first = p.first >> p.shift, last = p.first + p.count;
   const int64_t grain = std::max<int64_t>(1, int64_t{1 << 15} >> p.shift);
-  torch::stable::parallel_for(
-      first, lora_fused::blocks_of(last, p.shift), grain, [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; ++block)
-          dequantize_block<T>(p, std::max(p.first, block << p.shift),
-                              std::min(last, (block + 1) << p.shift));
-      });
+  torch::stable::parallel_for(first, lora_fused::blocks_of(last, p.shift), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block)
+      dequantize_block<T>(p, std::max(p.first, block << p.shift), std::min(last, (block + 1) << p.shift));
+  });
 }
 
 }  // namespace

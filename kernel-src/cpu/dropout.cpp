@@ -16,14 +16,13 @@ namespace {
 using namespace lora_fused;
 
 template <typename In, typename Out>
-void drop_rows(Out* out, const In* x, int64_t begin, int64_t end, int64_t cols, uint64_t seed,
-               const Keep& keep, bool accumulate) {
+void drop_rows(Out* out, const In* x, int64_t begin, int64_t end, int64_t cols, uint64_t seed, const Keep& keep,
+               bool accumulate) {
   using W = Wide<In>;
   const W scale = static_cast<W>(keep.scale);
   for (int64_t row = begin; row < end; ++row)
     for (int64_t col = 0; col < cols; col += kMaskColumns) {
-      const auto words =
-          philox(seed, row, static_cast<uint32_t>(col / kMaskColumns));
+      const auto words = philox(seed, row, static_cast<uint32_t>(col / kMaskColumns));
       const int lanes = static_cast<int>(std::min<int64_t>(kMaskColumns, cols - col));
       for (int i = 0; i < lanes; ++i) {
         const int64_t at = row * cols + col + i;
@@ -51,10 +50,10 @@ void drop_to(const MatrixView& out, const In* x, uint64_t seed, const Keep& keep
 
 }  // namespace
 
-void lora_fused::dropout_cpu(const MatrixView& x, const Dropped& mask, const MatrixView& out, bool accumulate, bool scaled) {
+void lora_fused::dropout_cpu(const MatrixView& x, const Dropped& mask, const MatrixView& out, bool accumulate,
+                             bool scaled) {
   const auto seed = static_cast<uint64_t>(*static_cast<const int64_t*>(mask.seed.const_data_ptr()));
   const Keep keep(mask.p, scaled);
-  LORA_FUSED_FLOATING(x.scalar_type(), "dropout", [&] {
-    drop_to(out, static_cast<const scalar_t*>(x.const_data_ptr()), seed, keep, accumulate);
-  });
+  LORA_FUSED_FLOATING(x.scalar_type(), "dropout",
+                      [&] { drop_to(out, static_cast<const scalar_t*>(x.const_data_ptr()), seed, keep, accumulate); });
 }

@@ -11,11 +11,9 @@
 namespace {
 
 template <typename T>
-void run(const torch::stable::Tensor& out, const torch::stable::Tensor& magnitude,
-         const torch::stable::Tensor& norm) {
+void run(const torch::stable::Tensor& out, const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm) {
   const T unit = T(lora_fused::kScaleUnits) * std::numeric_limits<T>::epsilon();
-  const T *m = static_cast<const T*>(magnitude.const_data_ptr()),
-          *n = static_cast<const T*>(norm.const_data_ptr());
+  const T *m = static_cast<const T*>(magnitude.const_data_ptr()), *n = static_cast<const T*>(norm.const_data_ptr());
   T* g = static_cast<T*>(out.mutable_data_ptr());
   for (int64_t i = 0; i < norm.numel(); ++i) g[i] = lora_fused::mag_norm_scale_of<T>(m[i], n[i], unit);
 }
@@ -23,7 +21,7 @@ void run(const torch::stable::Tensor& out, const torch::stable::Tensor& magnitud
 }  // namespace
 
 torch::stable::Tensor lora_fused::mag_norm_scale_cpu(const torch::stable::Tensor& magnitude,
-                               const torch::stable::Tensor& norm) {
+                                                     const torch::stable::Tensor& norm) {
   lora_fused::check_mag_norm_scale(magnitude, norm, /*cuda=*/false);
   const torch::stable::Tensor out = torch::stable::empty_like(norm);
   LORA_FUSED_WIDE(norm.scalar_type(), "mag_norm_scale", [&] { run<scalar_t>(out, magnitude, norm); });

@@ -53,7 +53,8 @@ void row_norms(const std::vector<RowNorm>& norms) {
 
 // The norm of a weight in four bits as those of some of its rows after another, which have `made` in turn.
 void append_pieces(const FourBitWeight& weight, const RowNorm& whole, MaybeTensor& made, std::vector<RowNorm>& pieces) {
-  const int64_t n = weight.rows(), k = weight.cols(), blocks = dispatch::kNormPieceElements / std::max<int64_t>(k, 1) / dispatch::kNormPieceRows;
+  const int64_t n = weight.rows(), k = weight.cols(),
+                blocks = dispatch::kNormPieceElements / std::max<int64_t>(k, 1) / dispatch::kNormPieceRows;
   const int64_t rows = std::min(n, std::max<int64_t>(blocks, 1) * dispatch::kNormPieceRows);
   if (!made || made->numel() < rows * k || made->scalar_type() != weight.dtype())
     made = empty(whole.weight, {rows * k}, weight.dtype());
@@ -80,7 +81,7 @@ Norms::Norms(GroupArgs& args, std::optional<ScalarType> product) {
     for (Tensors* vectors : {&norms_, &mag_norm_scales_})
       vectors->push_back(empty(args.weight(i), {members.outputs(i)}, ScalarType::Float));
     args.operands[kOperands * i + kMagNormScale] = mag_norm_scales_.back();
-    const RowNorm of{args.weight(i),     *members.a(i), *members.b(i), norms_.back(),
+    const RowNorm of{args.weight(i),     *members.a(i), *members.b(i),          norms_.back(),
                      members.scaling(i), magnitude,     mag_norm_scales_.back()};
     waiting_.resize(members.count());
     const std::optional<FourBitWeight> packed = members.packed(i);

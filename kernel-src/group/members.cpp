@@ -26,10 +26,10 @@ void GroupArgs::check() const {
                   " weights, expected ", int64_t{P::kFields}, " each");
   for (size_t at = 0; at < quantized->size(); at += P::kFields) {
     const int64_t* const q = quantized->data() + at;
-    STD_TORCH_CHECK(q[P::kFormat] >= 0 && q[P::kFormat] < kFormats, "weight ", at / P::kFields, ": format ", q[P::kFormat],
-                    " is unknown, expected one of ", names_of("formats"));
-    STD_TORCH_CHECK(q[P::kDtype] >= 0 && q[P::kDtype] < kQuantizedDtypes, "weight ", at / P::kFields, ": dtype ", q[P::kDtype],
-                    " is unknown, expected one of ", names_of("dtypes"));
+    STD_TORCH_CHECK(q[P::kFormat] >= 0 && q[P::kFormat] < kFormats, "weight ", at / P::kFields, ": format ",
+                    q[P::kFormat], " is unknown, expected one of ", names_of("formats"));
+    STD_TORCH_CHECK(q[P::kDtype] >= 0 && q[P::kDtype] < kQuantizedDtypes, "weight ", at / P::kFields, ": dtype ",
+                    q[P::kDtype], " is unknown, expected one of ", names_of("dtypes"));
     const size_t last = q[P::kFirstScale] + (q[P::kFormat] == kFloating ? 0 : q[P::kNestedBlocksize] > 0 ? 4 : 1);
     STD_TORCH_CHECK(q[P::kFirstScale] >= 0 && last <= scales, "weight ", at / P::kFields, ": ", scales,
                     " scales, expected at least ", last);
@@ -42,17 +42,17 @@ void FourBitWeight::dequantize(int64_t first, const Tensor& out) const {
   const int64_t *q = numbers_, blocksize = q[P::kBlocksize], nested_blocksize = q[P::kNestedBlocksize];
   const bool fp4 = q[P::kFormat] == kFp4;
   const auto nested = [&](int which) { return nested_blocksize > 0 ? scales_[which] : std::nullopt; };
-  dequantize_4bit(four_bit_of(packed_, *scales_[0], nested(1), nested(2), nested(3), blocksize, nested_blocksize, fp4, first,
-                              out),
-                  out);
+  dequantize_4bit(
+      four_bit_of(packed_, *scales_[0], nested(1), nested(2), nested(3), blocksize, nested_blocksize, fp4, first, out),
+      out);
 }
 
 std::optional<Dropped> Members::mask(size_t i) const {
   if (!masked(i)) return std::nullopt;
   const int64_t one = 1;
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(args_.seeds->get(), 1, &one, &one,
-                                                        static_cast<int64_t>(first_ + i), &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(args_.seeds->get(), 1, &one, &one, static_cast<int64_t>(first_ + i), &handle));
   return Dropped{Tensor(handle), (*args_.dropouts)[first_ + i]};
 }
 

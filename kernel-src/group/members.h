@@ -16,15 +16,15 @@ namespace lora_fused {
 // What a gradient is wanted of, by member: bits of the ops' `needs`.
 enum Need : int64_t { kNeedA = 1, kNeedB = 2, kNeedBias = 4, kNeedMagnitude = 8 };
 
-// What the ops are given of one projection, in this order: W, b + s·b_B, A, B, the magnitude in a forward that makes the
-// norm or the norm in a backward, and the mag_norm_scale. Any but the weight may be none.
+// What the ops are given of one projection, in this order: W, b + s·b_B, A, B, the magnitude in a forward that makes
+// the norm or the norm in a backward, and the mag_norm_scale. Any but the weight may be none.
 enum Operand : size_t { kWeight, kBias, kLoraA, kLoraB, kMagnitudeOrNorm, kMagNormScale, kOperands };
 
 using Numbers = std::optional<std::vector<double>>;
 using Integers = std::optional<std::vector<int64_t>>;
 
-// What every op takes. One list for the tensors of all projections, and none for numbers that are not there: each list and
-// each element costs the dispatcher's boxing.
+// What every op takes. One list for the tensors of all projections, and none for numbers that are not there: each list
+// and each element costs the dispatcher's boxing.
 struct GroupArgs {
   // kOperands a projection, then the scales of quantized weights.
   Optionals operands;

@@ -8,7 +8,8 @@ void cast_all(const std::vector<Cast>& casts) {
   if (casts.empty()) return;
   std::vector<Cast> fused;
   for (const auto& cast : casts) {
-    const bool is_float64 = cast.from.scalar_type() == ScalarType::Double || cast.to.scalar_type() == ScalarType::Double;
+    const bool is_float64 =
+        cast.from.scalar_type() == ScalarType::Double || cast.to.scalar_type() == ScalarType::Double;
     if (cast.to.is_cuda() && !is_float64)
       fused.push_back(cast);
     else if (cast.lo)

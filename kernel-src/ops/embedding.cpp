@@ -51,7 +51,7 @@ void check_embedding(const Embedding& e) {
                   "weight: expected fewer rows and columns");
   check_table(e.weight);
   if (e.scale) check(*e.scale, "scale", e.weight);
-  check_floats(e.mag_norm_scale, "gain", e.weight);
+  check_floats(e.mag_norm_scale, "mag_norm_scale", e.weight);
 }
 
 }  // namespace
@@ -73,8 +73,8 @@ std::tuple<Tensor, Tensor> embedding_forward_cuda(const Tensor& ids, const Tenso
 
 Tensors embedding_backward_cuda(const Tensor& dy_any, const Tensor& ids, Optional rows, const Tensor& weight,
                                 const Tensor& lora_a, const Tensor& lora_b, Optional magnitude, Optional mag_norm_scale,
-                                Optional norm, Optional scale, double scaling, double number, int64_t padding, bool need_a,
-                                bool need_b, bool need_m) {
+                                Optional norm, Optional scale, double scaling, double number, int64_t padding,
+                                bool need_a, bool need_b, bool need_m) {
   const Embedding e{ids, weight, lora_a, lora_b, scale, mag_norm_scale, scaling, number};
   check_embedding(e);
   check_floats(norm, "norm", weight);

@@ -5,9 +5,9 @@
 //
 // Gate and up may be the halves of one projection. The activation and h are computed again in
 // backward. DoRA's scale of gate and up is part of the activation's pass where they have no dropout: their y
-// is never written, `outputs` is unscaled. With dropout both are there, and the backward makes the unscaled output of the
-// first one again where its `unscaled` come without. `up_to_h` leaves out down's product and gives h [M, I] for y: all that
-// the backward needs, for LoRA, is there before it.
+// is never written, `outputs` is unscaled. With dropout both are there, and the backward makes the unscaled output of
+// the first one again where its `unscaled` come without. `up_to_h` leaves out down's product and gives h [M, I] for y:
+// all that the backward needs, for LoRA, is there before it.
 #include <tuple>
 #include <utility>
 
@@ -29,8 +29,7 @@ MaybeTensor half_of_vector(const MaybeTensor& vector, int64_t half) {
   if (!vector) return std::nullopt;
   const int64_t width = vector->numel() / 2, one = 1;
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(vector->get(), 1, &width, &one, half * width, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(vector->get(), 1, &width, &one, half * width, &handle));
   return Tensor(handle);
 }
 
@@ -57,8 +56,8 @@ struct Halves {
 }  // namespace
 
 // Operands as GroupArgs has them, those of down last. Gives y; the outputs of the first group; its t and down's; the
-// unscaled outputs of members of the first group whose outputs are scaled, and of down; the norms and mag_norm_scales that
-// were made.
+// unscaled outputs of members of the first group whose outputs are scaled, and of down; the norms and mag_norm_scales
+// that were made.
 Tensors gated_forward(const Tensor& x, Optionals operands, std::vector<double> scalings, std::optional<Tensor> seeds,
                       Numbers dropouts, Integers quantized, bool bf16x3, int64_t activation, int64_t gate_half,
                       bool up_to_h) {
@@ -92,11 +91,11 @@ Tensors gated_forward(const Tensor& x, Optionals operands, std::vector<double> s
   return found;
 }
 
-// `kept`: the outputs of the first group, its t and down's, and the unscaled outputs, as the forward gives them. Gives dx,
-// where it is needed, and the gradients in turn.
-Tensors gated_backward(const Tensor& dy, const Tensor& x, Tensors kept, Optionals operands, std::vector<double> scalings,
-                       std::optional<Tensor> seeds, Numbers dropouts, Integers quantized, bool bf16x3, int64_t activation,
-                       int64_t gate_half, bool need_dx, std::vector<int64_t> needs) {
+// `kept`: the outputs of the first group, its t and down's, and the unscaled outputs, as the forward gives them. Gives
+// dx, where it is needed, and the gradients in turn.
+Tensors gated_backward(const Tensor& dy, const Tensor& x, Tensors kept, Optionals operands,
+                       std::vector<double> scalings, std::optional<Tensor> seeds, Numbers dropouts, Integers quantized,
+                       bool bf16x3, int64_t activation, int64_t gate_half, bool need_dx, std::vector<int64_t> needs) {
   const OnDevice device(x);
   const GroupArgs args{std::move(operands), scalings, seeds, dropouts, quantized, bf16x3};
   args.check();

@@ -3,7 +3,8 @@
 //   t = s·D(x) Aᵀ     y = x Wᵀ + t Bᵀ + b
 //   dt = s·dy' B      dx = dy' W + D(dt A)     dA = dtᵀ D(x)     dB = dy'ᵀ t     db = Σ dy
 //
-// D is dropout, dy' = dy for LoRA. DoRA keeps the unscaled output u and has dy' = c∘dy, with c = m / ‖W + s·B A‖, PEFT's mag_norm_scale:
+// D is dropout, dy' = dy for LoRA. DoRA keeps the unscaled output u and has dy' = c∘dy, with c = m / ‖W + s·B A‖,
+// PEFT's mag_norm_scale:
 //
 //   without dropout   u = x Wᵀ + t Bᵀ + b    y = c∘(u - b) + b            dm = Σ dy∘(u - b) / norm
 //   with dropout      u = D(x) Wᵀ + t Bᵀ     y = x Wᵀ + t Bᵀ + b + (c - 1)∘u    dm = Σ dy∘u / norm
@@ -11,10 +12,10 @@
 //
 // Without dropout the members' A's stand below each other, so that x is read once for all t and
 // once for all dA. What Python and the dispatcher would cost between products is saved; the
-// arithmetic is that of reference.py. x [..., K], weight [N, K] of any strides, A [R, K], B [N, R]; A
-// and B of any dtype are converted to x's, all in one launch; mag_norm_scales [N] are given, or made from
-// magnitudes [N] (group/dora_norms.h) and given back with their norms. A weight in four bits is made floating point for its
-// own product (group/members.h), in backward all of a group for theirs, which may be one launch.
+// arithmetic is that of torch-ext/lora_fused/backends/reference. x [..., K], weight [N, K] of any strides, A [R, K], B
+// [N, R]; A and B of any dtype are converted to x's, all in one launch; mag_norm_scales [N] are given, or made from
+// magnitudes [N] (group/dora_norms.h) and given back with their norms. A weight in four bits is made floating point for
+// its own product (group/members.h), in backward all of a group for theirs, which may be one launch.
 #include <utility>
 
 #include "../../torch-ext/torch_binding.h"
@@ -23,8 +24,8 @@
 
 using namespace lora_fused;
 
-// Operands as GroupArgs has them. Gives y of each projection; t; the unscaled output of each that DoRA scales; the norms and
-// the mag_norm_scales that were made.
+// Operands as GroupArgs has them. Gives y of each projection; t; the unscaled output of each that DoRA scales; the
+// norms and the mag_norm_scales that were made.
 Tensors lora_forward(const Tensor& x, Optionals operands, std::vector<double> scalings, std::optional<Tensor> seeds,
                      Numbers dropouts, Integers quantized, bool bf16x3) {
   const OnDevice device(x);
@@ -41,9 +42,9 @@ Tensors lora_forward(const Tensor& x, Optionals operands, std::vector<double> sc
 }
 
 // Gives dx, where it is needed, and the gradients in turn.
-Tensors lora_backward(Optionals dys, const Tensor& x, const Tensor& t, std::optional<Tensors> unscaled, Optionals operands,
-                      std::vector<double> scalings, std::optional<Tensor> seeds, Numbers dropouts, Integers quantized,
-                      bool bf16x3, bool need_dx, std::vector<int64_t> needs) {
+Tensors lora_backward(Optionals dys, const Tensor& x, const Tensor& t, std::optional<Tensors> unscaled,
+                      Optionals operands, std::vector<double> scalings, std::optional<Tensor> seeds, Numbers dropouts,
+                      Integers quantized, bool bf16x3, bool need_dx, std::vector<int64_t> needs) {
   const OnDevice device(x);
   const GroupArgs args{std::move(operands), scalings, seeds, dropouts, quantized, bf16x3};
   args.check();

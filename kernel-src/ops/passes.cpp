@@ -15,7 +15,7 @@ void dequantize_4bit(const Tensor& packed, const Tensor& absmax, std::optional<T
                      std::optional<Tensor> nested_code, std::optional<Tensor> offset, int64_t blocksize,
                      int64_t nested_blocksize, bool fp4, int64_t first, Tensor out) {
   const OnDevice device(out);
-  lora_fused::dequantize_4bit(four_bit_of(packed, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize,
-                                          fp4, first, out),
-                              out);
+  lora_fused::dequantize_4bit(
+      four_bit_of(packed, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize, fp4, first, out),
+      out);
 }

@@ -58,7 +58,8 @@ void lora_fused::hi_lo_sums_cuda(const std::vector<HiLoSum>& sums) {
       arguments.sum[i] = sum_of(sums[first + i]);
       most = std::max(most, arguments.sum[i].rows * arguments.sum[i].cols);
     }
-    const dim3 grid(static_cast<unsigned>(std::min((most + kThreads - 1) / kThreads, kPieces)), static_cast<unsigned>(count));
+    const dim3 grid(static_cast<unsigned>(std::min((most + kThreads - 1) / kThreads, kPieces)),
+                    static_cast<unsigned>(count));
     hi_lo_sum_fwd_kernel<<<grid, kThreads, 0, stream>>>(arguments);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

@@ -19,8 +19,8 @@
 namespace lora_fused::cast {
 
 constexpr int kThreads = 256, kElements = 4;
-constexpr int kTensors = 32;        // of one launch
-constexpr int64_t kPieces = 1024;   // blocks a tensor; more work is looped over
+constexpr int kTensors = 32;       // of one launch
+constexpr int64_t kPieces = 1024;  // blocks a tensor; more work is looped over
 
 struct Piece {
   const void* from;
@@ -55,7 +55,8 @@ __device__ __forceinline__ void store(const Piece& p, int64_t i, float value) {
 // What is stored of a value: itself, or what its rounding to the target's dtype leaves out.
 __device__ __forceinline__ float wanted(const Piece& p, float value) {
   if (!p.lo || p.to_dtype == kFloat) return p.lo ? 0.0f : value;
-  return value - (p.to_dtype == kBFloat16 ? __bfloat162float(__float2bfloat16(value)) : __half2float(__float2half(value)));
+  return value -
+         (p.to_dtype == kBFloat16 ? __bfloat162float(__float2bfloat16(value)) : __half2float(__float2half(value)));
 }
 
 // Where element i of `from`, counted row by row, goes in a target that is not transposed.
@@ -66,8 +67,7 @@ __device__ __forceinline__ int64_t target(const Piece& p, int64_t i) {
 template <typename Pair>
 __device__ __forceinline__ float4 widened(uint2 bits) {
   const Pair low = *reinterpret_cast<const Pair*>(&bits.x), high = *reinterpret_cast<const Pair*>(&bits.y);
-  return {static_cast<float>(low.x), static_cast<float>(low.y), static_cast<float>(high.x),
-          static_cast<float>(high.y)};
+  return {static_cast<float>(low.x), static_cast<float>(low.y), static_cast<float>(high.x), static_cast<float>(high.y)};
 }
 
 // Four elements from `i`, a multiple of four, of tensors that start on 16 bytes.

@@ -1,5 +1,5 @@
-// dropout on CUDA: out[m, k] = mask(seed, m, k) · x[m, k] / (1 - p), in out's dtype, or += that; without the scale where
-// not `scaled`.
+// dropout on CUDA: out[m, k] = mask(seed, m, k) · x[m, k] / (1 - p), in out's dtype, or += that; without the scale
+// where not `scaled`.
 //
 // Fused: the mask (Philox, see common/dropout.h), the scale, the sum and the conversion. A thread takes
 // eight neighbouring columns, one Philox block. The seed stays on the GPU: no synchronisation, and a CUDA
@@ -43,8 +43,7 @@ __global__ void __launch_bounds__(kThreads) dropout_fwd_kernel(const __grid_cons
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const W value = words.number(j) >= a.keep.threshold ? widen(x.value[j]) * scale : W(0);
-      out.value[j] =
-          narrow<Out, W>(a.accumulate ? static_cast<W>(widen(out.value[j])) + value : value);
+      out.value[j] = narrow<Out, W>(a.accumulate ? static_cast<W>(widen(out.value[j])) + value : value);
     }
     store(a.out, out, row, col, count, kAligned);
   }

@@ -28,9 +28,8 @@ void launch(const Arguments<T>& a, cudaStream_t stream) {
 template <typename T>
 void run(const lora_fused::GatedActivation& g, cudaStream_t stream) {
   bool aligned = true;
-  Arguments<T> a{matrix<T>(g.gate, aligned),  matrix<T>(g.up, aligned),
-                 matrix<T>(g.h, aligned),     matrix<T>(g.dh, aligned),
-                 matrix<T>(g.dgate, aligned), matrix<T>(g.dup, aligned)};
+  Arguments<T> a{matrix<T>(g.gate, aligned), matrix<T>(g.up, aligned),    matrix<T>(g.h, aligned),
+                 matrix<T>(g.dh, aligned),   matrix<T>(g.dgate, aligned), matrix<T>(g.dup, aligned)};
   a.gate_scale = vector<Wide<T>>(g.gate_scale.scale);
   a.up_scale = vector<Wide<T>>(g.up_scale.scale);
   const auto on_boundary = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };

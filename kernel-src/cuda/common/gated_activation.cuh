@@ -1,7 +1,10 @@
 // The gated activation on CUDA: h = f(gate)·up, and with dh its backward in the same pass.
 //
-// Fused: value, slope, both gradients and h again; bound by traffic. float32 inside (float64 for
-// float64), one rounding. A thread takes eight neighbouring columns, in one 16-byte access of half
+// gate, up, h, dh, dgate and dup [M, I] of one dtype, rows contiguous and strided or not; scales [I] in float32
+// (float64 for float64), biases [I] in the dtype. h = f(gate)·up; dgate = dh·up·f'(gate), dup = dh·f(gate).
+//
+// Fused: DoRA's scale of gate and up, value, slope, both gradients and h again; bound by traffic. float32 inside
+// (float64 for float64), one rounding. A thread takes eight neighbouring columns, in one 16-byte access of half
 // precision where every row starts on such a boundary: a kernel of its own, in which no registers serve loads of both
 // kinds.
 #pragma once

@@ -17,8 +17,8 @@ namespace {
 using namespace lora_fused::mag_norm_scale;
 
 template <typename T>
-void run(const torch::stable::Tensor& out, const torch::stable::Tensor& magnitude,
-         const torch::stable::Tensor& norm, cudaStream_t stream) {
+void run(const torch::stable::Tensor& out, const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm,
+         cudaStream_t stream) {
   const T unit = T(lora_fused::kScaleUnits) * std::numeric_limits<T>::epsilon();
   const int64_t count = norm.numel();
   const unsigned grid = static_cast<unsigned>((count + kThreads - 1) / kThreads);
@@ -31,7 +31,7 @@ void run(const torch::stable::Tensor& out, const torch::stable::Tensor& magnitud
 }  // namespace
 
 torch::stable::Tensor lora_fused::mag_norm_scale_cuda(const torch::stable::Tensor& magnitude,
-                                const torch::stable::Tensor& norm) {
+                                                      const torch::stable::Tensor& norm) {
   lora_fused::check_mag_norm_scale(magnitude, norm, /*cuda=*/true);
   const torch::stable::Tensor out = torch::stable::empty_like(norm);
   if (norm.numel() == 0) return out;

@@ -76,12 +76,14 @@ void launch(const ScaleOutputBackward* first, size_t count) {
   a.dot_shares = static_cast<Wide<T>*>(shares.mutable_data_ptr());
   a.sum_shares = a.dot_shares + a.shares * a.columns;
   const cudaStream_t stream = stream_of(first->dy);
-  const dim3 grid(static_cast<unsigned>(blocks_of(most)), static_cast<unsigned>(a.shares), static_cast<unsigned>(count));
+  const dim3 grid(static_cast<unsigned>(blocks_of(most)), static_cast<unsigned>(a.shares),
+                  static_cast<unsigned>(count));
   const auto kernel = aligned ? scale_output_bwd_kernel<T, true> : scale_output_bwd_kernel<T, false>;
   kernel<<<grid, kThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (!summed) return;
-  const dim3 reducers(static_cast<unsigned>((most + kReduceColumns - 1) / kReduceColumns), static_cast<unsigned>(count));
+  const dim3 reducers(static_cast<unsigned>((most + kReduceColumns - 1) / kReduceColumns),
+                      static_cast<unsigned>(count));
   scale_output_bwd_reduce_kernel<T><<<reducers, kThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

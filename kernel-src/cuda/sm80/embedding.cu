@@ -27,7 +27,9 @@ using torch::stable::Tensor;
 
 static_assert(kMostEmbeddingRanks == ManyTokens::kMost * kRanks);
 
-const float* floats(const std::optional<Tensor>& t) { return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr; }
+const float* float_data(const std::optional<Tensor>& t) {
+  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+}
 
 Args arguments(const Embedding& e) {
   Args p{};
@@ -35,7 +37,7 @@ Args arguments(const Embedding& e) {
   p.w = e.weight.const_data_ptr();
   p.a = array_of(e.lora_a, "lora_a"), p.b = array_of(e.lora_b, "lora_b");
   if (e.scale) p.scale = array_of(*e.scale, "scale");
-  p.mag_norm_scale = floats(e.mag_norm_scale);
+  p.mag_norm_scale = float_data(e.mag_norm_scale);
   p.scaling = static_cast<float>(e.scaling), p.number = static_cast<float>(e.number);
   p.m = e.ids.numel(), p.v = e.weight.size(0);
   p.h = static_cast<int>(e.weight.size(1)), p.r = static_cast<int>(e.lora_a.size(0));
@@ -50,8 +52,8 @@ void launch_forward(const Tensor& y, float* rows, int64_t steps, const Args& p, 
   static SharedMemory shared_memory;
   shared_memory.allow(gather_add_fwd_kernel<T, P, Block>, kBytes, y.get_device_index());
   const dim3 grid(ceil_div(p.h, Block::kThreads), ceil_div(p.m, steps * kForwardTokens));
-  gather_add_fwd_kernel<T, P, Block><<<grid, Block::kThreads, kBytes, stream>>>(
-      static_cast<T*>(y.mutable_data_ptr()), rows, static_cast<int>(steps), p);
+  gather_add_fwd_kernel<T, P, Block><<<grid, Block::kThreads, kBytes, stream>>>(static_cast<T*>(y.mutable_data_ptr()),
+                                                                                rows, static_cast<int>(steps), p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -80,8 +82,8 @@ struct Wanted {
 
 // Splits of H and of the tokens so that few tokens or columns fill the GPU too.
 template <typename T>
-void run_backward(const Wanted& wanted, const Tensor& dy, const float* kept, int64_t padding,
-                  const Args& p, cudaStream_t stream) {
+void run_backward(const Wanted& wanted, const Tensor& dy, const float* kept, int64_t padding, const Args& p,
+                  cudaStream_t stream) {
   const int ranks = static_cast<int>(ceil_div(p.r, kRanks));
   RowsArgs rows{};
   ColumnsArgs columns{};
@@ -108,22 +110,19 @@ void run_backward(const Wanted& wanted, const Tensor& dy, const float* kept, int
     columns.splits = static_cast<int>(ceil_div(pieces * kColumnsTokens, columns.tokens));
     partial = empty(dy, {columns.splits, int64_t{p.h} * (p.r + 1)}, ScalarType::Float);
     columns.sums = static_cast<float*>(partial.mutable_data_ptr());
-    columns.bases =
-        wanted.dm != nullptr ? columns.sums + int64_t{columns.splits} * p.h * p.r : nullptr;
+    columns.bases = wanted.dm != nullptr ? columns.sums + int64_t{columns.splits} * p.h * p.r : nullptr;
     columns.rows = kept;
     columns_blocks = columns.blocks * columns.splits * ranks;
   }
-  products_bwd_kernel<T>
-      <<<rows_blocks + columns_blocks + zero_blocks, kBackwardThreads, 0, stream>>>(
-          static_cast<const T*>(dy.const_data_ptr()), rows, rows_blocks, columns, columns_blocks,
-          static_cast<char*>(wanted.da), bytes, p);
+  products_bwd_kernel<T><<<rows_blocks + columns_blocks + zero_blocks, kBackwardThreads, 0, stream>>>(
+      static_cast<const T*>(dy.const_data_ptr()), rows, rows_blocks, columns, columns_blocks,
+      static_cast<char*>(wanted.da), bytes, p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   const int64_t warps = (wanted.da != nullptr ? p.m : 0) + (columns.sums != nullptr ? p.h : 0);
   if (warps == 0) return;
-  const FinishArgs finish{wanted.db, wanted.dm, wanted.dm_dtype,
-                          std::is_same_v<T, __half> ? kHalf : kBFloat16};
-  finish_bwd_kernel<<<ceil_div(warps * 32, kBackwardThreads), kBackwardThreads, 0, stream>>>(
-      wanted.da, rows, padding, finish, columns, p);
+  const FinishArgs finish{wanted.db, wanted.dm, wanted.dm_dtype, std::is_same_v<T, __half> ? kHalf : kBFloat16};
+  finish_bwd_kernel<<<ceil_div(warps * 32, kBackwardThreads), kBackwardThreads, 0, stream>>>(wanted.da, rows, padding,
+                                                                                             finish, columns, p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -133,16 +132,16 @@ void lora_fused::embedding_forward_sm80(const Embedding& e, const Tensor& y, con
   float* const kept = rows ? static_cast<float*>(rows->mutable_data_ptr()) : nullptr;
   const bool is_bfloat16 = e.weight.scalar_type() == ScalarType::BFloat16;
   (is_bfloat16 ? run_forward_adapter<__nv_bfloat16> : run_forward_adapter<__half>)(y, kept, arguments(e),
-                                                                                    stream_of(e.weight));
+                                                                                   stream_of(e.weight));
 }
 
 void lora_fused::embedding_backward_sm80(const Embedding& e, const EmbeddingBackward& work) {
   Args p = arguments(e);
-  p.norm = floats(work.norm);
+  p.norm = float_data(work.norm);
   const auto data = [](const std::optional<Tensor>& t) { return t ? t->mutable_data_ptr() : nullptr; };
   Wanted wanted{data(work.da), data(work.db), data(work.dm)};
   if (work.dm) wanted.dm_dtype = dtype_code(work.dm->scalar_type(), "magnitude");
   const bool is_bfloat16 = e.weight.scalar_type() == ScalarType::BFloat16;
-  (is_bfloat16 ? run_backward<__nv_bfloat16> : run_backward<__half>)(wanted, work.dy, floats(work.rows), work.padding, p,
-                                                                      stream_of(e.weight));
+  (is_bfloat16 ? run_backward<__nv_bfloat16> : run_backward<__half>)(wanted, work.dy, float_data(work.rows),
+                                                                     work.padding, p, stream_of(e.weight));
 }

@@ -1,5 +1,5 @@
-// DoRA's norms on Hopper, those of a group from one read of each weight: what is supported, how it is cut, and the launches
-// of row_norm.cuh, which says what they compute.
+// DoRA's norms on Hopper, those of a group from one read of each weight: what is supported, how it is cut, and the
+// launches of row_norm.cuh, which says what they compute.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/macros.h>
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -63,13 +64,32 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
     return _row_norm(weight, lora_a, lora_b, scaling)
 
 
-def gemm_pays(like: Tensor, rows: int, cols: int) -> bool:
+is_architecture_forced = False  # by `set_architecture`
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Whose kernels run on `device`: "cpu", "sm80" for every GPU but Hopper, "sm90"
+    (kernel-src/dispatch/architecture.h)."""
+    return ops.architecture(torch.empty(0, device=device))
+
+
+def set_architecture(name: str) -> None:
+    """From now on all GPUs of the process run the kernels of this architecture, "" for their own: for tests and
+    benchmarks. An error says which are possible."""
+    global is_architecture_forced
+    ops.set_architecture(name)
+    is_architecture_forced = name != ""
+    architecture.cache_clear()
+
+
+def gemm_is_faster(like: Tensor, rows: int, cols: int) -> bool:
     """Whether a sum of products [rows, cols] in like's dtype, on its device, is one launch
-    (kernel-src/common/gemm.h)."""
-    return ops.gemm_pays(like, rows, cols)
+    (kernel-src/dispatch/table.h)."""
+    return ops.gemm_is_faster(like, rows, cols)
 
 
-@torch.library.register_fake(add_op_namespace_prefix("gain"))
+@torch.library.register_fake(add_op_namespace_prefix("mag_norm_scale"))
 def _mag_norm_scale_fake(magnitude: Tensor, norm: Tensor) -> Tensor:
     return torch.empty_like(norm)
 
@@ -93,7 +113,7 @@ def dropout(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@torch.library.register_fake(add_op_namespace_prefix("dora_gains"))
+@torch.library.register_fake(add_op_namespace_prefix("dora_scales"))
 def _dora_scales_fake(weights, lora_a, lora_b, magnitudes, scalings, scales, quantized):
     norms = [weight.new_empty(n, dtype=torch.float32) for weight, n in zip(weights, _widths(weights, quantized))]
     return norms, [torch.empty_like(norm) for norm in norms]
@@ -249,7 +269,7 @@ def _embedding_backward_fake(
 # at every call, has no use there.
 _dispatch = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "IMPL")
 for _name in (
-    "dora_gains", "lora_forward", "lora_backward", "gated_forward", "gated_backward", "column_norm",
+    "dora_scales", "lora_forward", "lora_backward", "gated_forward", "gated_backward", "column_norm",
     "embedding_forward", "embedding_backward", "dequantize_4bit",
 ):  # fmt: skip
     for _key in ("Autograd", "ADInplaceOrView"):
@@ -280,8 +300,8 @@ def _on_values(op):
 
 # What an op writes is never such a tensor.
 for _name in (
-    "row_norm", "gain", "dropout", "dora_gains", "lora_forward", "lora_backward", "gated_forward", "gated_backward",
-    "column_norm", "embedding_forward", "embedding_backward", "dequantize_4bit",
+    "row_norm", "mag_norm_scale", "dropout", "dora_scales", "lora_forward", "lora_backward", "gated_forward",
+    "gated_backward", "column_norm", "embedding_forward", "embedding_backward", "dequantize_4bit",
 ):  # fmt: skip
     for _key in ("Negative", "ZeroTensor"):
         _dispatch.impl(_name, _on_values(getattr(ops, _name).default), _key)
@@ -316,4 +336,9 @@ gated_backward = _op("gated_backward", past_subclasses=True)
 column_norm = _op("column_norm")
 embedding_forward = _op("embedding_forward")
 embedding_backward = _op("embedding_backward")
-_row_norm, _mag_norm_scale, _dropout, _dora_scales = _op("row_norm"), _op("gain"), _op("dropout"), _op("dora_gains")
+_row_norm, _mag_norm_scale, _dropout, _dora_scales = (
+    _op("row_norm"),
+    _op("mag_norm_scale"),
+    _op("dropout"),
+    _op("dora_scales"),
+)

@@ -54,14 +54,14 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-@functools.cache
 def is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
+    """Whether the native ops run Hopper's kernels on `device`."""
+    return native.architecture(device) == "sm90"
 
 
-def gemm_pays(x: Tensor, rows: int, outputs: int) -> bool:
+def gemm_is_faster(x: Tensor, rows: int, outputs: int) -> bool:
     """Whether the native ops compute [rows, outputs] of x's dtype and device, the LoRA terms inside, by one launch."""
-    return native.gemm_pays(x, rows, outputs)
+    return native.gemm_is_faster(x, rows, outputs)
 
 
 def describe(name: str) -> str:

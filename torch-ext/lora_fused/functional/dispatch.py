@@ -120,8 +120,8 @@ def describe_backend(x: Tensor, projections: Sequence[Projection], rows: int) ->
     chosen = _choose(x, projections, path, lora_dtype, rows)
     if not path.native or chosen != select.NATIVE:
         return select.describe(chosen)
-    pays = any([select.gemm_pays(x, rows, projection.shape[0]) for projection in projections])
-    return select.HOPPER_GEMM if pays else select.NATIVE
+    is_fused = any([select.gemm_is_faster(x, rows, projection.shape[0]) for projection in projections])
+    return select.HOPPER_GEMM if is_fused else select.NATIVE
 
 
 def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Tensor | None:

@@ -84,7 +84,7 @@ def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Base | Fallbac
 
 
 def _read(base: nn.Module, transposed: bool, opaque: bool) -> Base | Fallback:
-    cls: type = type(base)
+    cls: Any = type(base)
     linear = cls is nn.Linear or is_listed(cls, LINEARS)
     if linear or (transposed and is_listed(cls, TRANSPOSED)):
         weight = tensor_of(base, "weight")
@@ -97,11 +97,10 @@ def _read(base: nn.Module, transposed: bool, opaque: bool) -> Base | Fallback:
             return _with_own_forward(f"{cls.__name__} adds its bias of {bias.dtype} to what autocast gives")
         shape = (base.nf, base.nx) if transposed else (base.out_features, base.in_features)
         return Base(weight, bias, shape)
-    if isinstance(base, _bitsandbytes("Linear4bit")) and _runs(base, "Linear4bit"):
-        reason = replaced.function_reason(sys.modules["bitsandbytes"], "matmul_4bit")
-        return Fallback(reason) if reason else _read_4bit(base)
-    if isinstance(base, _bitsandbytes("Linear8bitLt")) and _runs(base, "Linear8bitLt"):
-        return _read_8bit(base)
+    for (module, name), read in READERS.items():
+        known = getattr(sys.modules.get(module), name, None)  # None where its library is not loaded
+        if known is not None and isinstance(base, known) and cls.forward is known.forward:  # as NF4's and FP4's are
+            return read(base)
     if opaque or is_listed(cls, _OWN_FORWARD):
         return _with_own_forward(f"{cls.__name__}")
     return Fallback(f"unknown base layer {cls.__name__}")
@@ -122,22 +121,14 @@ def _with_own_forward(kind: str) -> Base:
     return Base(None, None, None, own_forward=f"base layer's own forward: {kind}")
 
 
-def _bitsandbytes(name: str) -> Any:
-    """A layer class of bitsandbytes; nothing is one where bitsandbytes is not loaded."""
-    modules = sys.modules.get("bitsandbytes.nn.modules")
-    return () if modules is None else getattr(modules, name)
-
-
-def _runs(base: nn.Module, name: str) -> bool:
-    """Whether a subclass (NF4, FP4) leaves the forward as it is."""
-    return type(base).forward is _bitsandbytes(name).forward
-
-
 def _is_torchao(weight: Tensor) -> bool:
     return type(weight).__module__.startswith("torchao.")
 
 
 def _read_4bit(base: nn.Module) -> Base | Fallback:
+    reason = replaced.function_reason(sys.modules["bitsandbytes"], "matmul_4bit")
+    if reason:
+        return Fallback(reason)
     with torch._C.DisableTorchFunctionSubclass():  # else every look at the weight costs a call
         weight = tensor_of(base, "weight")
         own = getattr(weight, "quant_state", None)
@@ -229,6 +220,14 @@ def _read_8bit(base: nn.Module) -> Base | Fallback:
     if not known:
         return Base(None, bias, shape, own_forward=own_forward)
     return Base(weight, bias, shape, EightBit(shape), own_forward=own_forward, scales=(absmax,))
+
+
+# Layers of quantized weights, as (module, name), and what reads one. Subclasses that leave the forward as it is are
+# read too.
+READERS = {
+    ("bitsandbytes.nn.modules", "Linear4bit"): _read_4bit,
+    ("bitsandbytes.nn.modules", "Linear8bitLt"): _read_8bit,
+}
 
 
 def device_of(operands: Operands) -> torch.device:
