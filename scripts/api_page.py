@@ -63,14 +63,16 @@ def _arguments(node: ast.FunctionDef) -> str:
     return ast.unparse(node.args).removeprefix("self, ").removeprefix("self")
 
 
-def _is_record(node: ast.ClassDef) -> bool:
+def _is_record(node: Definition) -> bool:
+    if not isinstance(node, ast.ClassDef):
+        return False
     return any("dataclass" in ast.unparse(each) for each in node.decorator_list) or "NamedTuple" in map(
         ast.unparse, node.bases
     )
 
 
-def _as_markdown(docstring: str) -> str:
-    """Sections such as Args become lists."""
+def _as_markdown(docstring: str, fields: set[str] = frozenset()) -> str:
+    """Sections such as Args, and descriptions of fields, become lists."""
     lines, section = [], False
     for line in inspect.cleandoc(docstring).splitlines():
         entry = re.fullmatch(r" {4}(\S[^:]*): (.*)", line) if section else None
@@ -78,6 +80,8 @@ def _as_markdown(docstring: str) -> str:
             section, line = True, f"**{line.removesuffix(':')}**\n"
         elif entry:
             line = f"- `{entry[1]}`: {entry[2]}"
+        elif line.partition(": ")[0] in fields:
+            section, line = True, f"- `{line.partition(': ')[0]}`: {line.partition(': ')[2]}"
         elif line and not line.startswith(" "):
             section = False
         elif section and line:
@@ -87,10 +91,11 @@ def _as_markdown(docstring: str) -> str:
 
 
 def _described(name: str, node: Definition, level: int) -> list[str]:
-    text = _as_markdown(ast.get_docstring(node) or "")
-    lines = [f"{'#' * level} `{name}`", "", "```python", _signature(name, node), "```", "", text, ""]
+    fields = [n for n in node.body if isinstance(n, ast.AnnAssign)] if _is_record(node) else []
+    text = _as_markdown(ast.get_docstring(node) or "", {field.target.id for field in fields})
+    shown = textwrap.wrap(_signature(name, node), 120, subsequent_indent="    ", break_on_hyphens=False)
+    lines = [f"{'#' * level} `{name}`", "", "```python", *shown, "```", "", text, ""]
     if isinstance(node, ast.ClassDef):
-        fields = [n for n in node.body if isinstance(n, ast.AnnAssign)] if _is_record(node) else []
         if fields:
             shown = "Fields: " + ", ".join(f"`{ast.unparse(field)}`" for field in fields) + "."
             lines += [*textwrap.wrap(shown, 120, break_long_words=False, break_on_hyphens=False), ""]

@@ -11,6 +11,7 @@ be looked at on this machine, as the import of a CUDA variant without a CUDA tor
 import argparse
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -210,6 +211,8 @@ def check_import(variant: Path, other_torch: Path | None = None) -> tuple[list[s
     """(problems, what could not be looked at) of importing the variant and nothing else, with the installed torch or,
     for a CUDA variant, with the torch folder `other_torch`."""
     cuda = "-cpu-" not in variant.name
+    if not variant.name.endswith(f"-{platform.machine()}-linux"):
+        return [], f"not imported: this is a {platform.machine()} machine"
     if cuda and torch.version.cuda is None and other_torch is None:
         return [], f"not imported: torch {torch.__version__} is a build without CUDA"
     keep = {key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH") if key in os.environ}

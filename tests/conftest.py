@@ -40,8 +40,14 @@ def variant_on_path():
     return package
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--architecture", default="", help="run another GPU architecture's kernels: sm80, those of every GPU but Hopper"
+    )
+
+
 @pytest.fixture(scope="session")
-def lora_fused():
+def lora_fused(pytestconfig):
     try:
         from kernels import get_local_kernel
     except ImportError:
@@ -50,6 +56,7 @@ def lora_fused():
         package = get_local_kernel(ROOT / "build")
     # Tests are of our forward, however small; `test_fallbacks.py` has those of when PEFT's is preferred.
     package.peft.small_batch.SMALL_ROWS = -1
+    package.backends.native.set_architecture(pytestconfig.getoption("architecture"))
     return package
 
 

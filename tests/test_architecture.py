@@ -7,6 +7,12 @@ import torch
 from helpers.native_ops import GROUPS, check_group
 
 
+@pytest.fixture(autouse=True)
+def _own_architecture(pytestconfig):
+    if pytestconfig.getoption("architecture"):
+        pytest.skip("the suite runs as on another GPU")
+
+
 @pytest.fixture
 def ops(lora_fused):
     yield lora_fused._ops.ops

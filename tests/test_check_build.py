@@ -3,6 +3,7 @@ build says of itself."""
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,11 @@ def test_the_build_passes(variant):
     problems, not_seen = check_build.check_variant(variant)
     assert problems == []
     assert not_seen == "" or "without CUDA" in not_seen
+
+
+def test_variant_of_another_machine_is_not_imported(variant):
+    other = variant.rename(variant.with_name("torch-stable-abi211-cpu-riscv64-linux"))
+    assert check_build.check_import(other) == ([], f"not imported: this is a {platform.machine()} machine")
 
 
 def test_command_says_what_is_wrong_and_fails(variant, monkeypatch, capsys):

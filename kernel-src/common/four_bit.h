@@ -52,8 +52,8 @@ inline int log2_of(const char* name, int64_t blocksize) {
 
 inline int64_t blocks_of(int64_t values, int shift) { return (values + (int64_t{1} << shift) - 1) >> shift; }
 
-inline const float* floats(const char* name, const torch::stable::Tensor& t, int64_t least,
-                           const torch::stable::Tensor& out) {
+inline const float* checked_floats(const char* name, const torch::stable::Tensor& t, int64_t least,
+                                   const torch::stable::Tensor& out) {
   STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float && t.is_contiguous() && t.numel() >= least,
                   "dequantize_4bit: ", name, " must be contiguous float32 of at least ", std::to_string(least),
                   " elements, got ", std::to_string(t.numel()));
@@ -88,7 +88,7 @@ inline FourBit four_bit_of(const torch::stable::Tensor& packed, const torch::sta
   p.out = out.mutable_data_ptr();
   const int64_t blocks = blocks_of(last, p.shift);
   if (!nested_absmax) {
-    p.absmax = floats("absmax", absmax, blocks, out);
+    p.absmax = checked_floats("absmax", absmax, blocks, out);
     return p;
   }
   STD_TORCH_CHECK(nested_code && offset, "dequantize_4bit: nested_code or offset is missing");
@@ -97,9 +97,9 @@ inline FourBit four_bit_of(const torch::stable::Tensor& packed, const torch::sta
                   " elements, got ", std::to_string(absmax.numel()));
   p.nested_shift = log2_of("nested_blocksize", nested_blocksize);
   p.absmax_codes = static_cast<const uint8_t*>(absmax.const_data_ptr());
-  p.nested_code = floats("nested_code", *nested_code, 256, out);
-  p.nested_absmax = floats("nested_absmax", *nested_absmax, blocks_of(blocks, p.nested_shift), out);
-  p.offset = floats("offset", *offset, 1, out);
+  p.nested_code = checked_floats("nested_code", *nested_code, 256, out);
+  p.nested_absmax = checked_floats("nested_absmax", *nested_absmax, blocks_of(blocks, p.nested_shift), out);
+  p.offset = checked_floats("offset", *offset, 1, out);
   return p;
 }
 

@@ -27,7 +27,7 @@ using torch::stable::Tensor;
 
 static_assert(kMostEmbeddingRanks == ManyTokens::kMost * kRanks);
 
-const float* floats(const std::optional<Tensor>& t) {
+const float* float_data(const std::optional<Tensor>& t) {
   return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
 }
 
@@ -37,7 +37,7 @@ Args arguments(const Embedding& e) {
   p.w = e.weight.const_data_ptr();
   p.a = array_of(e.lora_a, "lora_a"), p.b = array_of(e.lora_b, "lora_b");
   if (e.scale) p.scale = array_of(*e.scale, "scale");
-  p.mag_norm_scale = floats(e.mag_norm_scale);
+  p.mag_norm_scale = float_data(e.mag_norm_scale);
   p.scaling = static_cast<float>(e.scaling), p.number = static_cast<float>(e.number);
   p.m = e.ids.numel(), p.v = e.weight.size(0);
   p.h = static_cast<int>(e.weight.size(1)), p.r = static_cast<int>(e.lora_a.size(0));
@@ -137,11 +137,11 @@ void lora_fused::embedding_forward_sm80(const Embedding& e, const Tensor& y, con
 
 void lora_fused::embedding_backward_sm80(const Embedding& e, const EmbeddingBackward& work) {
   Args p = arguments(e);
-  p.norm = floats(work.norm);
+  p.norm = float_data(work.norm);
   const auto data = [](const std::optional<Tensor>& t) { return t ? t->mutable_data_ptr() : nullptr; };
   Wanted wanted{data(work.da), data(work.db), data(work.dm)};
   if (work.dm) wanted.dm_dtype = dtype_code(work.dm->scalar_type(), "magnitude");
   const bool is_bfloat16 = e.weight.scalar_type() == ScalarType::BFloat16;
-  (is_bfloat16 ? run_backward<__nv_bfloat16> : run_backward<__half>)(wanted, work.dy, floats(work.rows), work.padding,
-                                                                     p, stream_of(e.weight));
+  (is_bfloat16 ? run_backward<__nv_bfloat16> : run_backward<__half>)(wanted, work.dy, float_data(work.rows),
+                                                                     work.padding, p, stream_of(e.weight));
 }

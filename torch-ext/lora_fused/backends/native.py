@@ -64,6 +64,9 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
     return _row_norm(weight, lora_a, lora_b, scaling)
 
 
+is_architecture_forced = False  # by `set_architecture`
+
+
 @functools.cache
 def architecture(device: torch.device) -> str:
     """Whose kernels run on `device`: "cpu", "sm80" for every GPU but Hopper, "sm90"
@@ -74,7 +77,9 @@ def architecture(device: torch.device) -> str:
 def set_architecture(name: str) -> None:
     """From now on all GPUs of the process run the kernels of this architecture, "" for their own: for tests and
     benchmarks. An error says which are possible."""
+    global is_architecture_forced
     ops.set_architecture(name)
+    is_architecture_forced = name != ""
     architecture.cache_clear()
 
 

@@ -17,11 +17,11 @@ __all__ = ["BETWEEN_CALLS", "COMPILED", "FUSED", "Calls", "Explanation", "Row", 
 def explain(model: nn.Module, rows: int = 8192, *, calls: Calls | None = None) -> Explanation:
     """What every LoRA module of `model` does at its next call, by its state now, and what its last call ran.
 
-    The backend is that of a call with `rows` rows (tokens of all sequences together), in the base
-    weight's dtype, or autocast's inside an autocast block. What torch.compile has traced, and weights that FSDP shards
-    between calls, are known by what the last call ran. With the `calls` of `record()` each row has what it ran
-    meanwhile. Warns where nothing is fused. Raises TypeError if `model` is no module, `rows` no number of rows or
-    `calls` no recording, ValueError if `rows` is negative.
+    The backend is that of a call with `rows` rows (tokens of all sequences together), in the base weight's dtype, or
+    autocast's inside an autocast block. What torch.compile has traced, and weights that FSDP shards between calls, are
+    known by what the last call ran. With the `calls` of `record()` each row has what it ran meanwhile. Warns where
+    nothing is fused. Raises TypeError if `model` is no module, `rows` no number of rows or `calls` no recording,
+    ValueError if `rows` is negative.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}, expected a torch.nn.Module")

@@ -23,7 +23,7 @@ class Calls:
         self._counts: weakref.WeakKeyDictionary[nn.Module, Counter[str]] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def count(self, module: nn.Module, reason: str | None) -> None:
+    def _count(self, module: nn.Module, reason: str | None) -> None:
         """One call of `module`: fused, or its own forward for `reason`."""
         if reason is last_call.TRACED:
             return
@@ -75,7 +75,7 @@ _notes, _note = last_call.notes, last_call.note
 
 def _count_and_note(module: nn.Module, reason: str | None) -> None:
     for calls in tuple(_active):
-        calls.count(module, reason)
+        calls._count(module, reason)
     _note(module, reason)
 
 

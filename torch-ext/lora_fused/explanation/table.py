@@ -25,11 +25,9 @@ class Row:
     layer: the layer that serves it where it is fused (`LoraLinear`, `LoraGatedMLP`, ...), else its class.
     fused: whether its next call is computed by this kernel.
     backend: who computes it: "native", "triton", "reference", or "fused delta" where the base module's own forward
-    makes the
-        product, for the `reason`, and the delta is fused.
+        makes the product, for the `reason`, and the delta is fused.
     group: the modules of one input that are computed together; for projections of a gated MLP that is one Function the
-    MLP's
-        name; "single"; or "after the first pass", since what shares an input is seen when the model runs.
+        MLP's name; "single"; or "after the first pass", since what shares an input is seen when the model runs.
     reason: why PEFT's own forward runs, or the base module's.
     mlp: why the gated MLP that it is a projection of is not one Function.
     last: what its last call ran, "fused" or the reason why PEFT's own forward did; None where it was not called yet.
@@ -153,9 +151,9 @@ class Explanation(Sequence[Row]):
     def _folded(self) -> list[tuple[str, ...]]:
         """The table's lines, in the order in which the model has the modules."""
         shown = without_prefix([row.module for row in self._rows])
-        lines: dict[tuple[tuple[str, ...], str, str, str, str], list[str]] = {}
+        lines: dict[tuple[str, ...], list[str]] = {}
         for row, name in zip(self._rows, shown):
-            words = tuple(word for word in name.split(".") if not word.isdigit())
+            words = ".".join(word for word in name.split(".") if not word.isdigit())
             runs = f"{row.layer}, fused" if row.fused else "PEFT's own forward"
             group = (row.group or "-").rpartition(".")[2] if row.layer.startswith(_GATED_LAYER) else row.group or "-"
             lines.setdefault((words, runs, row.backend or "-", group, _notes(row)), []).append(name)

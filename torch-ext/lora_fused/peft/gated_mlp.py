@@ -158,7 +158,7 @@ def read_mlp(
         if not isinstance(state, Fallback):
             # The last takes the product of the first ones' outputs, in x's dtype and on its device.
             given = check_features and part is not parts[-1] and x.dim() > 0
-            features = x.shape[-1] if given else _features(state.projection)
+            features = x.shape[-1] if given else None
             state = _fallback_for(state, x, call, features, check_features) or state
         if isinstance(state, Fallback):
             return Fallback(f"{_name(module, part)}: {state.reason}")
@@ -172,8 +172,8 @@ def read_mlp(
         elif call.autocast is not None:
             return Fallback("quantized and other projections under autocast, whose results differ in dtype")
     *inputs, output = [state.projection for state in states]
-    width, down_width = _outputs(inputs[0]), _features(output)
-    if width != (2 * down_width if structure.fused else down_width) or any([_outputs(p) != width for p in inputs[1:]]):
+    width, down_width = states[0].base.shape[0], states[-1].base.shape[1]
+    if width != (2 * down_width if structure.fused else down_width) or states[-2].base.shape[0] != width:
         return Fallback("gate, up and down do not fit together")
     return AdaptedMLP(tuple(inputs), output, structure.activation, structure.gate_half, result_dtype)
 
@@ -197,12 +197,13 @@ def _read_part(part: nn.Module, linear_layer: type[nn.Module]) -> peft_linear.Ad
 
 
 def _fallback_for(
-    adapted: peft_linear.AdaptedLinear, x: Tensor, call: CallContext, features: int, own_rows: bool
+    adapted: peft_linear.AdaptedLinear, x: Tensor, call: CallContext, features: int | None, own_rows: bool
 ) -> Fallback | None:
-    """Why a projection of an input like x with so many features, `own_rows`: and so many rows as x, is not fused."""
+    """Why a projection of an input like x with so many features, its own where there are none, is not
+    fused; `own_rows`: of as many rows as x has."""
     if adapted.base.own_forward:
         return Fallback(adapted.base.own_forward)
-    fallback = linear_call.input_fallback(adapted, x, call, features)
+    fallback = linear_call.input_fallback(adapted, x, call, adapted.base.shape[1] if features is None else features)
     if fallback is not None:
         return fallback
     called = linear_call.own_forward_reason(adapted, x, call, None if own_rows else linear_call.FEW_ROWS + 1)
@@ -211,11 +212,3 @@ def _fallback_for(
 
 def _name(module: nn.Module, part: nn.Module) -> str:
     return next(name for name, child in module._modules.items() if child is part)
-
-
-def _features(projection: Projection) -> int:
-    return projection.shape[1]
-
-
-def _outputs(projection: Projection) -> int:
-    return projection.shape[0]
