@@ -8,7 +8,8 @@ gated MLP, an embedding, as LoRA and as DoRA, float32 on a CPU, bfloat16 on a GP
 with the same model without adapters beside them: its time is torch's own. A step is forward and backward from a
 gradient that is there; parameters change before it and gradients are let go, neither of which is timed. Prints for each
 build the 10th percentile and the median in µs, the ratio of each, and the ratio of what they take beyond the model
-without adapters. Besides, on a GPU, the time of steps of 4096 tokens, which the GPU takes: the same kernels have to run.
+without adapters. Besides, on a GPU, the time of steps of 4096 tokens, which the GPU takes: the same kernels have to
+run.
 """
 
 from __future__ import annotations
