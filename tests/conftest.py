@@ -16,8 +16,13 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_modifyitems(items):
-    """A parametrisation without a case is no test."""
+def pytest_collection_modifyitems(config, items):
+    """A parametrisation without a case is no test. What is about this machine's own architecture is skipped where the
+    suite runs as on another."""
+    if config.getoption("architecture"):
+        for item in items:
+            if item.get_closest_marker("own_architecture"):
+                item.add_marker(pytest.mark.skip(reason="the suite runs as on another GPU"))
     empty = [
         item.nodeid for item in items for mark in item.iter_markers("skip") if "empty parameter set" in str(mark.kwargs)
     ]

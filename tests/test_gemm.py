@@ -12,7 +12,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "scripts
 import check_gemm
 
 SERVED = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = pytest.mark.skipif(not SERVED, reason="needs a Hopper GPU")
+pytestmark = [pytest.mark.skipif(not SERVED, reason="needs a Hopper GPU"), pytest.mark.own_architecture]
 
 
 @pytest.fixture

@@ -139,6 +139,7 @@ hopper_alone = pytest.mark.skipif(
 )
 
 
+@pytest.mark.own_architecture
 @hopper_alone
 def test_large_norms_of_a_group_are_three_launches(lora_fused):
     """A's parts, products and squares, and what is made of them."""
@@ -153,6 +154,7 @@ def test_large_norms_of_a_group_are_three_launches(lora_fused):
     assert sum(counted.values()) <= 3, counted
 
 
+@pytest.mark.own_architecture
 @hopper_alone
 @pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=("LoRA", "DoRA"))
 def test_one_mask_of_a_large_dx_is_drawn_in_its_product(lora_fused, config):
@@ -172,6 +174,7 @@ def test_one_mask_of_a_large_dx_is_drawn_in_its_product(lora_fused, config):
     assert not any("dropout" in name or "dropped_expand" in name for name in counted), counted
 
 
+@pytest.mark.own_architecture
 @hopper_alone
 @pytest.mark.parametrize("p", (0.0, 0.3))
 @pytest.mark.parametrize("make", LAUNCHES)
@@ -188,6 +191,7 @@ def test_float32_adapters_launch_no_more_without_autocast(lora_fused, make, p):
     assert not any("hi_lo_sum" in name or "dropout" in name for name in counted[False]), counted[False]
 
 
+@pytest.mark.own_architecture
 @hopper_alone
 @pytest.mark.parametrize("tokens, products", ((2047, 0), (2048, 1)))
 def test_a_large_dy_is_read_once_for_both_products(lora_fused, tokens, products):
@@ -287,6 +291,7 @@ def test_a_graph_draws_a_new_mask_at_every_replay(lora_fused):
     assert not torch.equal(first, y)
 
 
+@pytest.mark.own_architecture
 @pytest.mark.skipif(DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU")
 def test_explain_names_the_gemm(lora_fused):
     model, _ = peft_linear(Case((4,), 4096, 4096, 16), torch.bfloat16, torch.bfloat16)
