@@ -6,11 +6,7 @@ import pytest
 import torch
 from helpers.native_ops import GROUPS, check_group
 
-
-@pytest.fixture(autouse=True)
-def _own_architecture(pytestconfig):
-    if pytestconfig.getoption("architecture"):
-        pytest.skip("the suite runs as on another GPU")
+pytestmark = pytest.mark.own_architecture
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import tune
 from tune import Case, passes_any, pick_limits, reaches_all
 
+pytestmark = pytest.mark.own_architecture
+
 SOURCES = ROOT / "torch-ext" / "lora_fused"
 FILES = sorted((SOURCES / "backends" / "configs").glob("*.json"))
 SHIPPED = json.loads((SOURCES / "backends" / "configs" / "nvidia-h200.json").read_text())

@@ -26,6 +26,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not _is_any_autocast_enabled():  # nearly always, and a name as an argument would cost three times as much
         return None
     kind = device_type(x)
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):  # meta
+        return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 

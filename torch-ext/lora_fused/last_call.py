@@ -9,11 +9,15 @@ from __future__ import annotations
 import re
 import sys
 import weakref
+from collections.abc import Callable
 
 from torch import nn
 
 TRACED = "torch.compile traced its last call, and a graph has the module's own forward"
 NEVER = "not called yet"  # in place of a note
+
+# Forwards of ours whose modules run in groups and in gated MLPs; `layers`, which is above, puts them here.
+GROUPED: set[Callable] = set()
 
 _PACKAGE = __name__.rpartition(".")[0]
 notes: dict[int, str | None] = {}  # by id: a dict of weak references costs a call five times as much

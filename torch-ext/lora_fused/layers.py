@@ -4,7 +4,7 @@
 `type(self).forward(self, ...)` is PEFT's own forward. That is what torch.compile and torch.jit.trace get as well:
 what runs together is observed from call to call, which no graph can hold. So do torch.func's transforms and
 forward-mode differentiation, for which the ops have no rules. And so does every call in which PEFT's forward would
-run what another tool has put in the place of a forward or a function (`genuine`).
+run what another tool has put in the place of a forward or a function (`peft.replaced`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class LoraLinear(nn.Module):
         return _linear(self, x, args, kwargs)
 
 
+last_call.GROUPED.add(LoraLinear.forward)
+
+
 class LoraLinearOfX(nn.Module):
     """`LoraLinear` for PEFT's linears whose forward takes x alone."""
 
@@ -50,7 +53,8 @@ class LoraLinearOfX(nn.Module):
 
 
 def _unusual_reason(x: object) -> str | None:
-    """Who differentiates or records a call in a way for which there are no rules here, or what x is instead of a tensor."""
+    """Who differentiates or records a call in a way for which there are no rules here, or what x is instead of a
+    tensor."""
     if _is_traced():
         return "torch.jit traces the call"
     if _is_transformed():
@@ -70,7 +74,7 @@ def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> to
         reason = shared_input.small_reason(module, x, call) or replaced.linear_reason()
     if reason is None:
         y = _fused_linear(module, x, call, args, kwargs)
-        if type(y) is not Fallback:
+        if not isinstance(y, Fallback):
             return y
         if y.raises:
             raise ValueError(f"{peft_linear.name_of(module)}: {y.reason}")
@@ -101,7 +105,7 @@ def _fused_linear(
         return fallback
     if linear_call.own_forward_reason(state, x, call) is None:
         _note_fused(module)
-        return shared_input.compute(module, x, call, state, LoraLinear)
+        return shared_input.compute(module, x, call, state)
     reason = peft_linear.delta_reason(state.projection)
     if reason is not None:
         return Fallback(reason)
@@ -157,7 +161,7 @@ def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if reason is None:
         call = CallContext.of(x)
         reason = peft_gated_mlp.small_reason(module, x, call) or replaced.linear_reason()
-    state = Fallback(reason) if reason else peft_gated_mlp.read_mlp(module, x, call, LoraLinear)
+    state = Fallback(reason) if reason else peft_gated_mlp.read_mlp(module, x, call)
     if isinstance(state, Fallback):
         last_call.note(module, state.reason)
         return type(module).forward(module, x)

@@ -11,19 +11,20 @@ x. Between two passes everything is seen, since the first of the siblings comput
 
 Results that nobody comes for, after an exception or where a sibling is skipped, go with their x, with the module that
 led, with their thread, or when that thread leads another group, whichever is first. A result that is still there when a
-backward call frees its graph is not given out any more (`autograd.outputs`).
+backward call frees its graph is not given out any more (`separate_backward`).
 
 One rule keeps checkpointing right, which must recompute what its forward did: the group of a module
 changes only while no graph of its earlier calls is waiting for its backward, and never during a
-backward pass. A reentrant checkpoint's forward has no graph, so calls in training without a gradient are counted until as
-many came in a backward pass; until then no group changes that draws masks, which it does for all its members at once. Calls
-that nobody computes again, as those of reinforcement learning, count until an optimizer has changed the adapter.
+backward pass. A reentrant checkpoint's forward has no graph, so calls in training without a gradient are counted until
+as many came in a backward pass; until then no group changes that draws masks, which it does for all its members at
+once. Calls that nobody computes again, as those of reinforcement learning, count until an optimizer has changed the
+adapter.
 
-A module that was called alone, when no graph of its calls waits, is known as such from then on: PEFT's own forward serves
-its small calls, which are seen here no more.
+A module that was called alone, when no graph of its calls waits, is known as such from then on: PEFT's own forward
+serves its small calls, which are seen here no more.
 
-Under `torch.use_deterministic_algorithms` every module computes alone: what runs together is learnt while a model runs, and
-a run that is taken up again in a new process would add dx in another order than the run that it continues.
+Under `torch.use_deterministic_algorithms` every module computes alone: what runs together is learnt while a model runs,
+and a run that is taken up again in a new process would add dx in another order than the run that it continues.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from torch import Tensor, nn
 
 from .call_context import FORWARD, CallContext
 from .functional import dispatch
+from .last_call import GROUPED
 from .peft import linear as peft_linear, linear_call, small_batch
 from .peft.linear import AdaptedLinear
 from .specs import Fallback, Projection
@@ -48,8 +50,8 @@ MAX_CHANGES = 8
 
 
 class _GraphToken:
-    """Of one call's graph: lives as long as that may still run backward, and counts itself in and out. `autograd.outputs`
-    asks it."""
+    """Of one call's graph: lives as long as that may still run backward, and counts itself in and out.
+    `separate_backward` asks it."""
 
     __slots__ = ("given", "may_be_recomputed", "waiting")
 
@@ -121,8 +123,8 @@ _Version = tuple[int, bool, int]
 
 
 class _Result(NamedTuple):
-    """Of one sibling: what its call has to be like, y, and where its graph's token notes that it was given, None without a
-    graph."""
+    """Of one sibling: what its call has to be like, y, and where its graph's token notes that it was given, None
+    without a graph."""
 
     state: AdaptedLinear
     versions: list[_Version]
@@ -139,25 +141,26 @@ class _Owner(weakref.ref):
     results: dict[int, _Result]
 
 
-def _let_go(tie: _Owner) -> None:
-    tie.results.clear()
+def _let_go(owner: _Owner) -> None:
+    owner.results.clear()
 
 
-def _owned_by(results: dict[int, _Result], tied: object) -> _Owner:
-    tie = _Owner(tied, _let_go)
-    tie.results = results
-    return tie
+def _owned_by(results: dict[int, _Result], thing: object) -> _Owner:
+    owner = _Owner(thing, _let_go)
+    owner.results = results
+    return owner
 
 
 class _Precomputed:
-    """Results computed precomputed for calls with one x, by module. They go with x, which no graph of theirs holds, and with
+    """Results computed ahead of calls with one x, by module. They go with x, which no graph of theirs holds, and with
     the module that led. A checkpoint's graph may hold both: `_let_go_of_checkpoints`."""
 
     __slots__ = ("call", "in_checkpoint", "leaders", "pointer", "results", "version", "x")
 
     def __init__(self, x: Tensor, call: CallContext):
         self.results: dict[int, _Result] = {}
-        self.x, self.leaders = _owned_by(self.results, x), []
+        self.x = _owned_by(self.results, x)
+        self.leaders: list[_Owner] = []
         self.version, self.pointer, self.call, self.in_checkpoint = x._version, x.data_ptr(), call, False
 
     def is_for(self, x: Tensor, call: CallContext) -> bool:
@@ -166,7 +169,7 @@ class _Precomputed:
 
 
 class _Calls:
-    """Of one thread: results computed precomputed, and the modules called with the last input."""
+    """Of one thread: results computed ahead of their calls, and the modules called with the last input."""
 
     __slots__ = ("precomputed", "seen", "seen_version", "seen_x")
 
@@ -227,8 +230,8 @@ def take_precomputed(module: nn.Module, x: Tensor, call: CallContext) -> Tensor 
     return _in_result_dtype(result.y, state, x)
 
 
-def compute(module: nn.Module, x: Tensor, call: CallContext, state: AdaptedLinear, layer: type) -> Tensor:
-    """y of `module`, which `layer` serves, and with it what its siblings' calls are expected to ask for."""
+def compute(module: nn.Module, x: Tensor, call: CallContext, state: AdaptedLinear) -> Tensor:
+    """y of `module`, and with it what its siblings' calls are expected to ask for."""
     if x.is_inference() or _is_deterministic():  # the first keeps no version, so a change of x would go unseen
         y = dispatch.compute_group(x, (state.projection,), call)[0]
         return _in_result_dtype(y, state, x)
@@ -241,7 +244,7 @@ def compute(module: nn.Module, x: Tensor, call: CallContext, state: AdaptedLinea
         leader = _leaders[module] = _Leader()
     if forward:
         leader.update_group()
-    return _in_result_dtype(_compute_group(calls, module, leader, x, call, state, layer), state, x)
+    return _in_result_dtype(_compute_group(calls, module, leader, x, call, state), state, x)
 
 
 def _in_result_dtype(y: Tensor, state: AdaptedLinear, x: Tensor) -> Tensor:
@@ -274,14 +277,12 @@ def _alive(group: Sequence[weakref.ref]) -> tuple[nn.Module, ...]:
     return tuple(member for member in members if member is not None)
 
 
-def _compute_group(
-    calls, module, leader: _Leader, x: Tensor, call: CallContext, state: AdaptedLinear, layer: type
-) -> Tensor:
+def _compute_group(calls, module, leader: _Leader, x: Tensor, call: CallContext, state: AdaptedLinear) -> Tensor:
     members, states = [module], [state]
     for ref in leader.group:
         sibling = ref()
         if sibling is not None and sibling is not module:
-            known = _sibling_state(sibling, x, call, layer)
+            known = _sibling_state(sibling, x, call)
             if known is not None:
                 members.append(sibling)
                 states.append(known)
@@ -304,11 +305,11 @@ def _compute_group(
     return outputs[0]
 
 
-def _sibling_state(sibling: nn.Module, x: Tensor, call: CallContext, layer: type) -> AdaptedLinear | None:
+def _sibling_state(sibling: nn.Module, x: Tensor, call: CallContext) -> AdaptedLinear | None:
     """What the sibling computes, if that can be computed before its call. Its own pre-hooks may change what
     it computes, so it must have none."""
     bound = sibling.__dict__.get("forward")
-    if getattr(bound, "__func__", None) is not layer.forward or sibling._forward_pre_hooks:
+    if getattr(bound, "__func__", None) not in GROUPED or sibling._forward_pre_hooks:
         return None
     if small_reason(sibling, x, call):
         return None
@@ -332,7 +333,7 @@ def _versions(projection: Projection) -> list[_Version]:
 
 
 def _versions_of(projection: Projection) -> list[_Version]:
-    tensors = projection.operands
+    tensors: tuple = projection.operands
     if type(projection.scaling) is not float:
         tensors = (*tensors, projection.scaling)
     try:

@@ -1,5 +1,6 @@
-"""`Function.apply` looks at every argument for what torch.func may have made of it, one by one in Python, before it calls
-what applies the Function. One look at x serves as well where no transform is active: nothing else comes from a caller."""
+"""`Function.apply` looks at every argument for what torch.func may have made of it, one by one in Python, before it
+calls what applies the Function. One look at x serves as well where no transform is active: nothing else comes from a
+caller."""
 
 from __future__ import annotations
 

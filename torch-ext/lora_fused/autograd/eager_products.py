@@ -1,6 +1,6 @@
 """Batches of projections from the operations of a backend, one after another.
 
-A batch is what `member.batches_of` makes: members whose A's stand below each other in one product
+A batch is what `members.batches_of` makes: members whose A's stand below each other in one product
 of x, one member with dropout, or one without an adapter.
 """
 
@@ -64,7 +64,8 @@ class Backward:
     def run(
         self, t: Tensor | None, dys, lora_dys, mag_norm_scales, dx: Tensor | None, need_dx: bool, needs
     ) -> Gradients:
-        """Gradients for t and the dys of `project`, `lora_dys` after DoRA's mag_norm_scale; dx is added to, in place."""
+        """Gradients for t and the dys of `project`, `lora_dys` after DoRA's mag_norm_scale; dx is added to, in
+        place."""
         ops, batch = self.ops, self.batch
         adapted = t is not None
         dt = None
@@ -78,7 +79,8 @@ class Backward:
             for i, member in enumerate(batch):
                 last = dt if i == len(batch) - 1 else None  # the sum of all dt A rides in the last product
                 dx = self._input_grad(member, dys[i], lora_dys[i], mag_norm_scales[i], last, dx)
-        das, dbs = [None] * len(batch), [None] * len(batch)
+        das: list[Tensor | None] = [None] * len(batch)
+        dbs: list[Tensor | None] = [None] * len(batch)
         if dt is not None and any(need.lora_a for need in needs):
             da = ops.outer(dt, self.x, batch[0].operands.lora_a.dtype, batch[0].mask)
             das = [part if need.lora_a else None for part, need in zip(split(da, batch, 0), needs)]

@@ -42,7 +42,7 @@ class LoraEmbeddingFunction(torch.autograd.Function):
         table = EmbeddingOperands(*tensors)
         needs = EmbeddingOperands(*ctx.needs_input_grad[2:])
         with without_autocast(table.weight):
-            y, *kept = forward_embedding(ids, table, spec, needs.lora_b or needs.magnitude)
+            y, *kept = forward_embedding(ids, table, spec, bool(needs.lora_b or needs.magnitude))
         ctx.spec = spec
         ctx.save_for_backward(ids, *kept, *tensors)
         return y

@@ -1,6 +1,6 @@
 """One autograd Function for a gated MLP: y = down(f(gate(x))·up(x)), every projection LoRA, DoRA or plain.
 
-Backward, from the two groups of `autograd.linear` and the gated activation:
+Backward, from the two groups of `group_eager` and the gated activation:
 
     dh = down's dx    (dgate, dup) = dh · (u·f'(g), f(g))    dx = gate's and up's, in one sum
 

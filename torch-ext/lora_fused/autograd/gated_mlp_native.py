@@ -42,7 +42,7 @@ def gated_mlp(
     of a projection that holds both is the gate. `bf16x3` as `NativePath` has it."""
     if torch.is_grad_enabled():
         wanted, tensors = trained(projections)
-        arguments = (projections, wanted, bf16x3, options, x, seeds, *tensors)
+        arguments: tuple = (projections, wanted, bf16x3, options, x, seeds, *tensors)
         if _is_recomputed() and projections[-1].operands.magnitude is None:
             return _recomputed(*arguments)
         return _apply(x, *arguments)
@@ -99,7 +99,8 @@ class _UpToH(NativeGatedFunction):
 
 
 class _Down(torch.autograd.Function):
-    """Apply as `(stand_in, h, down, bf16x3, seeds)`, down a projection: y, whose gradient is that of what stands for it."""
+    """Apply as `(stand_in, h, down, bf16x3, seeds)`, down a projection: y, whose gradient is that of what stands for
+    it."""
 
     @staticmethod
     def forward(ctx, stand_in: Tensor, h: Tensor, down: Projection, bf16x3: bool, seeds: Tensor | None):
@@ -113,8 +114,8 @@ class _Down(torch.autograd.Function):
 
 
 def _makes_u_again(projections: Sequence[Projection]) -> bool:
-    """Whether the gated MLP's backward makes gate's u again instead of keeping it: DoRA with dropout keeps u beside y of
-    both gate and up. Not for a checkpoint, or whoever else decides by hooks what stays."""
+    """Whether the gated MLP's backward makes gate's u again instead of keeping it: DoRA with dropout keeps u beside y
+    of both gate and up. Not for a checkpoint, or whoever else decides by hooks what stays."""
     operands, _, spec = projections[0]
     if (
         len(projections) < 3

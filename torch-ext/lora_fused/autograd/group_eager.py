@@ -161,7 +161,7 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, group: GroupSpec, scalings, token, x: Tensor, seeds: Tensor | None, *flat):
-        # A graph of several outputs holds no x: `siblings` keeps results as long as there is one.
+        # A graph of several outputs holds no x: `shared_input` keeps results as long as there is one.
         rows = (x if len(group.members) == 1 else x.detach()).reshape(-1, x.shape[-1])
         with without_autocast(x):
             members = members_of(group.members, scalings, seeds, flat)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import quantization
 from ..backends import native, select
-from ..specs import FourBit, NativePath, Projection
+from ..specs import NativePath, Projection
 from . import separate_backward
 from .direct_apply import apply_of
 from .once_differentiable import once_differentiable
@@ -30,15 +30,15 @@ def native_path(
 ) -> NativePath:
     """Of projections of an x in `dtype`: the ops compute those on a frozen base of that dtype, with the LoRA path
     in it too or exactly. Exactly on a GPU, of DoRA without dropout, and not in float16, which has not the range for
-    what the gradients of float32 adapters hold. Nor has it the range for DoRA's value before the mag_norm_scale, nor for s·b_B
-    alone where s is beyond 1."""
+    what the gradients of float32 adapters hold. Nor has it the range for DoRA's value before the mag_norm_scale, nor
+    for s·b_B alone where s is beyond 1."""
     bf16x3, half = False, dtype == torch.float16
     for operands, scaling, spec in projections:
         weight, bias, lora_a, lora_b, lora_bias, magnitude = operands[:6]
-        if half and (magnitude is not None or (lora_bias is not None and abs(scaling) > 1.0)):
+        if half and (magnitude is not None or (lora_bias is not None and not -1.0 <= scaling <= 1.0)):
             return NativePath(False)
         quantized = spec.quantized
-        if quantized is not None and type(quantized) is not FourBit:
+        if quantized is not None and getattr(quantized, "native_format", None) is None:
             return NativePath(False)
         stored = weight.dtype if quantized is None else quantized.dtype
         if stored != dtype or (quantized is None and weight.requires_grad):
@@ -67,10 +67,10 @@ class Wanted(NamedTuple):
 
 
 class OpArguments(NamedTuple):
-    """What the native ops take besides x and seeds. Of each projection OPERANDS tensors: weight [N, K], b + s·b_B, A, B, the
-    magnitude where a forward makes the norm, and the mag_norm_scale where somebody else does; then the scales of all weights
-    in four bits. `quantized` as `native.PackedWeight` has it; None, as dropouts, where there are none: a list costs the
-    dispatcher more than its elements."""
+    """What the native ops take besides x and seeds. Of each projection OPERANDS tensors: weight [N, K], b + s·b_B, A,
+    B, the magnitude where a forward makes the norm, and the mag_norm_scale where somebody else does; then the scales of
+    all weights in four bits. `quantized` as `native.PackedWeight` has it; None, as dropouts, where there are none: a
+    list costs the dispatcher more than its elements."""
 
     operands: list[Tensor | None]
     scalings: list[float]
@@ -112,7 +112,8 @@ def trained(projections: Sequence[Projection]) -> tuple[list[Wanted], list[Tenso
 def read(projections: Sequence[Projection], bf16x3: bool) -> tuple[OpArguments, dict[int, Tensor]]:
     """What a forward takes, and norms that it does not make, by projection."""
     operands: list[Tensor | None] = []
-    scalings, dropouts, others = [], [], []
+    scalings: list = []  # numbers: `specs.fold` has multiplied those that are tensors into B
+    dropouts, others = [], []
     drops = is_quantized = False
     for i, projection in enumerate(projections):
         (weight, bias, lora_a, lora_b, lora_bias, magnitude, *_), scaling, spec = projection
@@ -144,7 +145,8 @@ def read(projections: Sequence[Projection], bf16x3: bool) -> tuple[OpArguments, 
 def _other_norms(
     projections: Sequence[Projection], operands: list[Tensor | None], others: Sequence[int]
 ) -> dict[int, Tensor]:
-    """Norms of projections whose norm a forward does not make, by projection; puts the mag_norm_scales in `operands`."""
+    """Norms of projections whose norm a forward does not make, by projection; puts the mag_norm_scales in
+    `operands`."""
     chosen = [projections[i] for i in others]
     norms, mag_norm_scales = quantization.dora_scales(
         [operands[OPERANDS * i] for i in others],
@@ -225,7 +227,8 @@ def group_forward(projections: Sequence[Projection], bf16x3: bool, x: Tensor, se
 def lora_group(
     x: Tensor, projections: Sequence[Projection], seeds: Tensor | None, bf16x3: bool = False, token: object = None
 ) -> tuple[Tensor, ...]:
-    """[..., N] of each projection; `bf16x3` as `NativePath` has it, `token` is kept as `LoraLinearFunction` keeps it."""
+    """[..., N] of each projection; `bf16x3` as `NativePath` has it, `token` is kept as `LoraLinearFunction` keeps
+    it."""
     if torch.is_grad_enabled():
         wanted, tensors = trained(projections)
         return _apply(x, projections, wanted, bf16x3, token, x, seeds, *tensors)
@@ -258,8 +261,8 @@ class NativeGroupFunction(torch.autograd.Function):
         scalings, dropouts, quantized, bf16x3 = ctx.numbers
         need_dx = ctx.needs_input_grad[4] and any(used)
         grads = native.lora_backward(
-            dys, x, t, saved[3:start] if ctx.unscaled else None, saved[start:], scalings, seeds, dropouts, quantized, bf16x3,
-            need_dx, [wanted.needs for wanted in ctx.wanted],
+            dys, x, t, saved[3:start] if ctx.unscaled else None, saved[start:], scalings, seeds, dropouts, quantized,
+            bf16x3, need_dx, [wanted.needs for wanted in ctx.wanted],
         )  # fmt: skip
         dx = grads.pop(0) if need_dx else None
         result = (None, None, None, None, dx, None, *by_trained(grads, ctx.wanted, scalings, used))

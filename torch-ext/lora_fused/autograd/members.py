@@ -46,7 +46,7 @@ class Member(NamedTuple):
         return None if bias is None else bias.to(dtype)
 
     def split_scaling(self, x_dtype: torch.dtype, lora_dtype: torch.dtype | None) -> tuple[float, float]:
-        """`projection.split_scaling` for an x and a LoRA path in these dtypes, None for the adapter's own."""
+        """`specs.split_scaling` for an x and a LoRA path in these dtypes, None for the adapter's own."""
         return split_scaling(self.scaling, x_dtype, lora_dtype or self.operands.lora_a.dtype)
 
 

@@ -1,4 +1,5 @@
-"""A backward that is not differentiated again says so, and a plain one pays nothing for it: it is in `no_grad` already."""
+"""A backward that is not differentiated again says so, and a plain one pays nothing for it: it is in `no_grad`
+already."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 _TWICE = (
-    "lora_fused: gradients of gradients (create_graph=True, gradient penalties, second derivatives) are not computed by the "
-    "fused layers; use this model without kernelize for them, where PEFT's own forward runs"
+    "lora_fused: gradients of gradients (create_graph=True, gradient penalties, second derivatives) are not computed "
+    "by the fused layers; use this model without kernelize for them, where PEFT's own forward runs"
 )
 
 

@@ -1,14 +1,14 @@
 """Outputs of one Function that are differentiated by separate backward calls.
 
-Modules that share no node have a graph each: a backward call through one leaves the others' graphs as they are. Here they
-share a node, which torch frees as a whole. So a call that reaches some outputs and frees the graph leaves what was saved
-with the node, for the outputs that are left, and a later call works on that. Where torch would raise, so does that call:
-for an output whose graph was freed, and where x or what its own gradients are made of has changed in place since. What is
-left lives as long as the graph.
+Modules that share no node have a graph each: a backward call through one leaves the others' graphs as they are. Here
+they share a node, which torch frees as a whole. So a call that reaches some outputs and frees the graph leaves what was
+saved with the node, for the outputs that are left, and a later call works on that. Where torch would raise, so does
+that call: for an output whose graph was freed, and where x or what its own gradients are made of has changed in place
+since. What is left lives as long as the graph.
 
 A Function that takes part has `ctx.kept`, None at first, and `ctx.token`, None or an object of who made the call:
-`withdraw()` says which outputs were given to somebody, and ends the giving; `may_be_recomputed` whether a checkpoint may
-run the call again as long as its graph is there.
+`withdraw()` says which outputs were given to somebody, and ends the giving; `may_be_recomputed` whether a checkpoint
+may run the call again as long as its graph is there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ Operand = tuple[str, int | None]
 
 
 class _Unpacked(list):
-    """Saved tensors, unpacked one by one since torch refuses all where one has changed: why it refuses some, by index."""
+    """Saved tensors, unpacked one by one since torch refuses all where one has changed: why it refuses some, by
+    index."""
 
     def __init__(self):
         self.refused: dict[int, str] = {}
@@ -42,8 +43,8 @@ class Kept(NamedTuple):
 
 
 def saved_tensors(ctx, used: Sequence[bool], operands: Callable) -> Sequence[Tensor | None]:
-    """What `ctx` saved, for the backward of the outputs that are `used`; `operands(ctx)` gives an `Operand` of each tensor,
-    None of one that is not read or that nobody else has."""
+    """What `ctx` saved, for the backward of the outputs that are `used`; `operands(ctx)` gives an `Operand` of each
+    tensor, None of one that is not read or that nobody else has."""
     kept = ctx.kept
     if kept is None or any([use and not left for use, left in zip(used, kept.left)]):
         try:
@@ -98,8 +99,8 @@ def ran(ctx, used: Sequence[bool], saved: Sequence[Tensor | None], grads: Sequen
 
 
 def _is_wanted(ctx, grads: Sequence[Tensor | None]) -> bool:
-    """Whether somebody waits for one of `grads`. `autograd.grad` for the operands of other outputs wants none of them, and
-    where outputs have graphs of their own it would come to none of these."""
+    """Whether somebody waits for one of `grads`. `autograd.grad` for the operands of other outputs wants none of them,
+    and where outputs have graphs of their own it would come to none of these."""
     nodes = [node for node, _ in ctx.next_functions if node is not None]
     made = [grad for grad, needed in zip(grads, ctx.needs_input_grad) if needed]
     return any([grad is not None and _is_run(node) for node, grad in zip(nodes, made)])
@@ -120,6 +121,6 @@ def _changed(operand: Operand, tensor: Tensor, version: int) -> str:
     name, output = operand
     whose = name if output is None else f"{name} of output {output}"
     return (
-        f"{_CHANGED}: [{tensor.type()} {list(tensor.shape)}], {whose}, is at version {tensor._version}; expected version "
-        f"{version} instead, as at the first backward call through this group of projections."
+        f"{_CHANGED}: [{tensor.type()} {list(tensor.shape)}], {whose}, is at version {tensor._version}; expected "
+        f"version {version} instead, as at the first backward call through this group of projections."
     )

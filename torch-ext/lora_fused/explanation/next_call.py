@@ -170,7 +170,7 @@ class Model:
             return state.reason
         example = _example(state)
         call = CallContext.of(example)
-        whole_state = peft_gated_mlp.read_mlp(whole, example, call, layers.LoraLinear, check_features=False)
+        whole_state = peft_gated_mlp.read_mlp(whole, example, call, check_features=False)
         return whole_state.reason if isinstance(whole_state, Fallback) else None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..call_context import CallContext
+from ..last_call import GROUPED
 from ..specs import Fallback, Projection
 from . import linear as peft_linear, linear_call, mlp_tracer, replaced, small_batch
 from .mlp_tracer import GatedMLP
@@ -129,10 +130,8 @@ def small_reason(module: nn.Module, x: Tensor, call: CallContext) -> str | None:
     return None
 
 
-def read_mlp(
-    module: nn.Module, x: Tensor, call: CallContext, linear_layer: type, check_features: bool = True
-) -> AdaptedMLP | Fallback:
-    """What a gated MLP computes for x, its LoRA linears being served by `linear_layer`; without
+def read_mlp(module: nn.Module, x: Tensor, call: CallContext, check_features: bool = True) -> AdaptedMLP | Fallback:
+    """What a gated MLP computes for x; without
     `check_features` for any x of its dtype and device."""
     structure = structure_of(module)
     if isinstance(structure, Fallback):
@@ -154,7 +153,7 @@ def read_mlp(
     parts = projections_of(module, structure)
     states: list[peft_linear.AdaptedLinear] = []
     for part in parts:
-        state = _read_part(part, linear_layer)
+        state = _read_part(part)
         if not isinstance(state, Fallback):
             # The last takes the product of the first ones' outputs, in x's dtype and on its device.
             given = check_features and part is not parts[-1] and x.dim() > 0
@@ -187,10 +186,10 @@ def _dropping_reason(name: str, dropout: nn.Module) -> str | None:
     return replaced.bypass_reason((name,), (dropout,))
 
 
-def _read_part(part: nn.Module, linear_layer: type[nn.Module]) -> peft_linear.AdaptedLinear | Fallback:
+def _read_part(part: nn.Module) -> peft_linear.AdaptedLinear | Fallback:
     if not peft_linear.is_lora_linear(part):
         return peft_linear.read_plain(part)
-    if getattr(part.__dict__.get("forward"), "__func__", None) is not linear_layer.forward:
+    if getattr(part.__dict__.get("forward"), "__func__", None) not in GROUPED:
         return Fallback("not kernelized")
     watched = replaced.hooks_reason("the layer", part)
     return Fallback(watched) if watched else peft_linear.read_linear(part)

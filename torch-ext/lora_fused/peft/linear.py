@@ -9,7 +9,7 @@ import functools
 import importlib
 import operator
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -120,9 +120,9 @@ def root_classes() -> tuple[type[nn.Module], ...]:
 
 
 def read_linear(module: nn.Module, known: AdaptedLinear | None = None) -> AdaptedLinear | Fallback:
-    """The projection that one of PEFT's LoRA linears computes now, or why it is PEFT's to compute. What all linears have in
-    common `replaced.linear_reason` looks at. `known` was read of it before: where the module holds the very same tensors and
-    numbers it is given again, and its tensors are not looked at."""
+    """The projection that one of PEFT's LoRA linears computes now, or why it is PEFT's to compute. What all linears
+    have in common `replaced.linear_reason` looks at. `known` was read of it before: where the module holds the very
+    same tensors and numbers it is given again, and its tensors are not looked at."""
     cls = type(module)
     if _FORWARDS.get(cls) is not cls.forward or _CODES[cls] is not cls.forward.__code__:
         reason = replaced.forward_reason(cls)
@@ -213,7 +213,8 @@ def _read_dora(module: nn.Module, name: str) -> nn.Module | Fallback:
     if type(variant) is not _dora_variant():
         return Fallback(f"LoRA variant {type(variant).__name__}")
     dora = module._modules["lora_magnitude_vector"]._modules[name]
-    kind_of_variant, kind_of_dora = type(variant), type(dora)
+    kind_of_variant: type[Any] = type(variant)
+    kind_of_dora = type(dora)
     if (
         _FORWARDS.get(kind_of_variant) is not kind_of_variant.forward
         or _FORWARDS.get(kind_of_dora) is not kind_of_dora.forward
@@ -227,8 +228,8 @@ def _read_dora(module: nn.Module, name: str) -> nn.Module | Fallback:
 def _is_as_read(
     known: AdaptedLinear, operands: Operands, scaling: float | Tensor, spec: ProjectionSpec, base: Base, flags: tuple
 ) -> bool:
-    """Whether a module holds what was `known` of it. Tensors are compared as objects, a scaling that is one not by value,
-    which would have to be waited for."""
+    """Whether a module holds what was `known` of it. Tensors are compared as objects, a scaling that is one not by
+    value, which would have to be waited for."""
     before = known.projection
     return (
         all(map(operator.is_, before.operands, operands))
