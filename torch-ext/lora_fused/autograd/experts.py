@@ -1,0 +1,161 @@
+"""One autograd Function for an experts module with LoRA, over rows that are sorted by expert.
+
+x_g [S, H] are the tokens of the rows, w [S, 1] their routing weights, s·B rounded to the products' dtype once:
+
+    t1 = x_g A1ᵀ    z = x_g W1ᵀ + t1 (s1·B1)ᵀ + b1    h = gate(z)
+    t2 = h A2ᵀ      y = h W2ᵀ + t2 (s2·B2)ᵀ + b2      out = Σ_k w·y
+
+    dh' = dout_g W2 + dt2 A2    dt2 = dout_g (s2·B2)    dw = <dh', h> + <dout_g, b2>
+    dA2 = (w·dt2)ᵀ h    dB2 = s2·dout_gᵀ (w·t2)    dz = gate'(w·dh')
+    dt1 = dz (s1·B1)    dx_g = dz W1 + dt1 A1    dA1 = dt1ᵀ x_g    dB1 = s1·dzᵀ t1
+
+The routing weight enters after the products, so that dw needs no y. Base weights get no gradient. Saved for backward:
+x [T, H] in the products' dtype, z [S, 2I], t1 and t2 [S, R], the rows' order [S] and the operands; neither x_g, h nor y.
+No weight is made of A and B, and no gradient of a weight. (Hu et al. 2021, arXiv:2106.09685, equation 3.)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from ..autocast import without_autocast
+from ..backends import experts as backends
+from ..backends.reference import gates
+from ..backends.reference.grouped import Rows
+from ..expert_specs import ExpertsSpec, ExpertWeights
+from .once import once_differentiable
+
+_COUNT = 4  # tensors of `ExpertWeights`
+
+
+class Kept(NamedTuple):
+    """What a backward needs besides the operands."""
+
+    x: Tensor
+    z: Tensor
+    t1: Optional[Tensor]
+    t2: Optional[Tensor]
+
+
+def forward_experts(
+    spec: ExpertsSpec, products: backends.Products, x: Tensor, routing: Tensor, up: ExpertWeights, down: ExpertWeights
+) -> tuple[Tensor, Kept]:
+    """out [T, H'] in x's dtype, and what is kept."""
+    rows, narrow = products.rows, x.to(up.weight.dtype)
+    z, t1 = _adapted(products, narrow[rows.token()], up)
+    y, t2 = _adapted(products, gates.value(z, spec.gate), down)
+    weights = routing.reshape(-1, 1)[rows.order]
+    weighted = y.mul_(weights) if torch.promote_types(y.dtype, weights.dtype) == y.dtype else y * weights
+    return rows.combine(weighted).to(x.dtype), Kept(narrow, z, t1, t2)
+
+
+def _adapted(products: backends.Products, x: Tensor, weights: ExpertWeights) -> tuple[Tensor, Optional[Tensor]]:
+    """(x Wᵀ + t (s·B)ᵀ + b, t = x Aᵀ)."""
+    y, t = products.times_transposed(x, products.weights(weights.weight)), None
+    if weights.lora_a is not None:
+        t = products.times_transposed(x, products.factor(weights.lora_a, y.dtype))
+        products.times_transposed(t, products.factor(weights.lora_b, y.dtype, weights.scaling), y)
+    if weights.bias is not None:
+        y += weights.bias[products.rows.expert()]
+    return y, t
+
+
+class LoraExpertsFunction(torch.autograd.Function):
+    """Apply as `(spec, index, x, routing, *up[:4], *down[:4])`; gives [T, H'] in x's dtype. Double backward raises.
+    Autocast is off inside."""
+
+    @staticmethod
+    def forward(ctx, spec: ExpertsSpec, index: Tensor, x: Tensor, routing: Tensor, *tensors: Optional[Tensor]):
+        up, down = _weights(tensors, spec)
+        with without_autocast(x):
+            rows = Rows.sort(index, up.weight.shape[0], spec.leaves_out)
+            products = backends.make(rows, up, down, trains=True)
+            out, kept = forward_experts(spec, products, x, routing, up, down)
+        ctx.spec, ctx.dtype = spec, x.dtype
+        ctx.save_for_backward(rows.order, rows.ends, routing, *kept, *tensors)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor):
+        order, ends, routing, x, z, t1, t2, *tensors = ctx.saved_tensors
+        up, down = _weights(tensors, ctx.spec)
+        rows = Rows(order, ends, *routing.shape, ctx.spec.leaves_out)
+        with without_autocast(dout):
+            products = backends.make(rows, up, down, trains=True)
+            step = _Backward(ctx.spec, products, routing, Kept(x, z, t1, t2), ctx.needs_input_grad)
+            dz, drouting, of_down = step.second(dout.to(x.dtype), down)
+            dx, of_up = step.first(dz, up) if dz is not None else (None, (None,) * _COUNT)
+        return None, None, None if dx is None else dx.to(ctx.dtype), drouting, *of_up, *of_down
+
+
+def _weights(tensors, spec: ExpertsSpec) -> tuple[ExpertWeights, ExpertWeights]:
+    first, second = spec.scalings
+    return ExpertWeights(*tensors[:_COUNT], first), ExpertWeights(*tensors[_COUNT:], second)
+
+
+class _Backward:
+    """The two halves of a backward, from the output to the gate and from there to x."""
+
+    def __init__(self, spec: ExpertsSpec, products: backends.Products, routing: Tensor, kept: Kept, needs):
+        self.spec, self.products, self.routing, self.kept = spec, products, routing, kept
+        self.needs_x, self.needs_routing = needs[2:4]
+        self.needs_up, self.needs_down = needs[4 : 4 + _COUNT], needs[4 + _COUNT :]
+
+    def second(self, dout: Tensor, down: ExpertWeights):
+        """(dz or None where nobody asks, drouting, gradients of `down`)."""
+        products, rows = self.products, self.products.rows
+        dy, weights = dout[rows.token()], self.routing.reshape(-1, 1)[rows.order]
+        h, pull = gates.with_pullback(self.kept.z, self.spec.gate)
+        dh = products.times(dy, products.weights(down.weight))
+        grads = [None] * _COUNT
+        if down.lora_a is not None:
+            dt = products.times(dy, products.factor(down.lora_b, dy.dtype, down.scaling))
+            products.times(dt, products.factor(down.lora_a, dy.dtype), dh)
+            if self.needs_down[2]:
+                grads[2] = _cut(products.outer(_weighted(dt, weights), h), down.lora_a)
+            if self.needs_down[3]:
+                grads[3] = _cut(products.outer(dy, _weighted(self.kept.t2, weights)), down.lora_b, down.scaling)
+        if self.needs_down[1]:
+            grads[1] = products.sums(_weighted(dy, weights)).to(down.bias.dtype)
+        drouting = self._routing_gradient(dy, dh, h, down) if self.needs_routing else None
+        wanted = self.needs_x or any(self.needs_up)
+        return pull(dh.mul_(weights)) if wanted else None, drouting, grads
+
+    def _routing_gradient(self, dy: Tensor, dh: Tensor, h: Tensor, down: ExpertWeights) -> Tensor:
+        """<dout, y> of every choice, as <dout, h W2ᵀ + t2 (s2·B2)ᵀ> = <dh', h>."""
+        products, wide = self.products, torch.promote_types(dh.dtype, torch.float32)
+        values = (dh * h).sum(1, dtype=wide)
+        if down.bias is not None:
+            values += (dy * down.bias[products.rows.expert()]).sum(1, dtype=wide)
+        return products.rows.by_choice(values).to(self.routing.dtype)
+
+    def first(self, dz: Tensor, up: ExpertWeights):
+        """(dx or None, gradients of `up`)."""
+        products, rows, grads = self.products, self.products.rows, [None] * _COUNT
+        dx = products.times(dz, products.weights(up.weight)) if self.needs_x else None
+        if up.lora_a is not None:
+            if self.needs_x or self.needs_up[2]:
+                dt = products.times(dz, products.factor(up.lora_b, dz.dtype, up.scaling))
+            if dx is not None:
+                products.times(dt, products.factor(up.lora_a, dz.dtype), dx)
+            if self.needs_up[2]:
+                grads[2] = _cut(products.outer(dt, self.kept.x[rows.token()]), up.lora_a)
+            if self.needs_up[3]:
+                grads[3] = _cut(products.outer(dz, self.kept.t1), up.lora_b, up.scaling)
+        if self.needs_up[1]:
+            grads[1] = products.sums(dz).to(up.bias.dtype)
+        return None if dx is None else rows.combine(dx), grads
+
+
+def _weighted(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).to(values.dtype)
+
+
+def _cut(gradient: Tensor, factor: Tensor, scaling: float = 1.0) -> Tensor:
+    """A factor's gradient without the rank's padding, in the factor's dtype."""
+    gradient = gradient[:, : factor.shape[1], : factor.shape[2]].to(factor.dtype)
+    return gradient if scaling == 1.0 else gradient * scaling

@@ -1,0 +1,118 @@
+"""Products over rows that are sorted by expert, one expert after the other: every device and dtype, one wait for the GPU.
+
+An experts module's T·k routed rows are sorted by expert, so that each expert's are a block. Every class of products has
+the same methods; the matrices that they take are what `weights` and `factor` return.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """The T·k choices of tokens, sorted by expert.
+
+    order [S]: which choice, t·k + j, a row is. ends [E], int32: how many rows an expert and all before it have. Rows from
+    ends[-1] on are of no expert; `leaves_out` where there may be some.
+    """
+
+    order: Tensor
+    ends: Tensor
+    tokens: int
+    per_token: int
+    leaves_out: bool
+
+    @classmethod
+    def sort(cls, index: Tensor, experts: int, leaves_out: bool) -> Rows:
+        """The rows of `index` [T, k], the expert that each token chose."""
+        chosen, order = torch.sort(index.reshape(-1), stable=True)
+        numbers = torch.arange(experts, device=index.device, dtype=chosen.dtype)
+        ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
+        return cls(order, ends, *index.shape, leaves_out)
+
+    def token(self) -> Tensor:
+        """[S]: which token a row is of."""
+        return self.order // self.per_token
+
+    def expert(self) -> Tensor:
+        """[S]: which expert a row is of, the last one for rows of none."""
+        return torch.searchsorted(self.ends, self._number(), right=True).clamp_(max=self.ends.numel() - 1)
+
+    def _number(self) -> Tensor:
+        return torch.arange(self.order.numel(), device=self.ends.device, dtype=torch.int32)
+
+    def clear_outside(self, rows: Tensor) -> Tensor:
+        """`rows` [S, ...], written over with zeros where they are of no expert."""
+        if self.leaves_out:
+            outside = self._number() >= self.ends[-1]
+            rows.masked_fill_(outside.view(-1, *[1] * (rows.dim() - 1)), 0)
+        return rows
+
+    def by_choice(self, rows: Tensor) -> Tensor:
+        """[T, k, ...]: `rows` [S, ...] where their choices were made, zero for choices without a row."""
+        choices = self.tokens * self.per_token
+        make = rows.new_empty if len(rows) == choices else rows.new_zeros
+        placed = make((choices, *rows.shape[1:])).index_copy_(0, self.order, self.clear_outside(rows))
+        return placed.view(self.tokens, self.per_token, *rows.shape[1:])
+
+    def combine(self, rows: Tensor) -> Tensor:
+        """[T, N]: the sum of each token's `rows` [S, N], deterministic, in their dtype, added up in float32 or wider."""
+        return self.by_choice(rows).sum(1)
+
+
+class LoopedProducts:
+    """One matrix product an expert that has rows; the others' weights are not read."""
+
+    def __init__(self, rows: Rows):
+        ends = rows.ends.tolist()
+        spans = zip(range(len(ends)), [0, *ends], ends)
+        self.spans = [span for span in spans if span[2] > span[1]] or [(0, 0, 0)]
+        self.rows = rows._replace(order=rows.order[: ends[-1]], leaves_out=False)
+
+    def weights(self, weight: Tensor) -> Sequence[Tensor]:
+        """The matrices of a frozen weight [E, N, K]."""
+        return [weight[expert] for expert, _, _ in self.spans]
+
+    def factor(self, factor: Tensor, dtype: torch.dtype, scaling: Optional[float] = None) -> Sequence[Tensor]:
+        """The matrices of an adapter's factor [E, ·, ·], scaled and in the dtype of the products."""
+        if len(self.spans) < factor.shape[0]:
+            used = torch.tensor([expert for expert, _, _ in self.spans], device=factor.device)
+            factor = factor.index_select(0, used)
+        factor = factor if scaling is None else factor * scaling
+        return factor.to(dtype).contiguous().unbind(0)
+
+    def times_transposed(self, x: Tensor, matrices: Sequence[Tensor], out: Optional[Tensor] = None) -> Tensor:
+        """x M_eᵀ by expert: x [S, K], M [N, K] each; added to `out` [S, N] where given."""
+        return self._times(x, [matrix.t() for matrix in matrices], out)
+
+    def times(self, x: Tensor, matrices: Sequence[Tensor], out: Optional[Tensor] = None) -> Tensor:
+        """x M_e by expert: x [S, N], M [N, K] each; added to `out` [S, K] where given."""
+        return self._times(x, matrices, out)
+
+    def _times(self, x: Tensor, matrices: Sequence[Tensor], out: Optional[Tensor]) -> Tensor:
+        adds = out is not None
+        if out is None:
+            out = x.new_empty((x.shape[0], matrices[0].shape[1]))
+        for (_, start, end), matrix in zip(self.spans, matrices):
+            if adds:
+                out[start:end].addmm_(x[start:end], matrix)
+            else:
+                torch.mm(x[start:end], matrix, out=out[start:end])
+        return out
+
+    def outer(self, x: Tensor, y: Tensor) -> Tensor:
+        """[E, M, N]: x_eᵀ y_e of x [S, M] and y [S, N], zero for experts without rows."""
+        result = x.new_zeros((self.rows.ends.numel(), x.shape[1], y.shape[1]))
+        for expert, start, end in self.spans:
+            torch.mm(x[start:end].t(), y[start:end], out=result[expert])
+        return result
+
+    def sums(self, y: Tensor) -> Tensor:
+        """[E, N]: the sum of each expert's rows of y [S, N]."""
+        result = y.new_zeros((self.rows.ends.numel(), y.shape[1]))
+        for expert, start, end in self.spans:
+            torch.sum(y[start:end], 0, out=result[expert])
+        return result
