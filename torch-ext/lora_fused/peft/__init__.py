@@ -1,0 +1,1 @@
+"""All that knows PEFT's attribute names."""
