@@ -125,11 +125,11 @@ def norm_and_floor(table, lora_fused, hidden: int, adapter_dtype) -> dict:
     b = torch.randn(hidden, RANK, device="cuda").to(adapter_dtype)
     flat = table.view(torch.int32).view(-1)
     copy_from, copy_to = flat[: flat.numel() // 2], torch.empty_like(flat[: flat.numel() // 2])
-    operands = lora_fused.table.Table(table, a, b)
+    operands = lora_fused.specs.Table(table, a, b)
 
     steps = {
-        "norm_ms": lambda: lora_fused.backend.column_norm("cuda", operands, SCALING),
-        "triton_norm_ms": lambda: lora_fused.backend.get("triton").column_norm(table, a, b, SCALING),
+        "norm_ms": lambda: lora_fused.backends.select.column_norm("cuda", operands, SCALING),
+        "triton_norm_ms": lambda: lora_fused.backends.select.get("triton").column_norm(table, a, b, SCALING),
         # A copy of half the table moves as many bytes as one read of all of it.
         "floor_ms": lambda: copy_to.copy_(copy_from),
         "sum_ms": lambda: flat.view(torch.float32).sum(),  # a library's read

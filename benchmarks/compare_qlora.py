@@ -1,7 +1,7 @@
 """QLoRA and QDoRA: the frozen bitsandbytes stack, PEFT and lora-fused in one process.
 
-Three parts: the dequantisation alone, against bitsandbytes' and the GPU's own bandwidth; single linears of
-few rows, PEFT's own forward against the fused path; an 8B-shaped model in NF4 with double quantisation, forward
+Three parts: the dequantization alone, against bitsandbytes' and the GPU's own bandwidth; single linears of
+few rows, PEFT's own forward against the fused path; an 8B-shaped model in NF4 with double quantization, forward
 + backward, every trainable parameter changed in place before each step, step by step and in a CUDA graph. What
 does not give bitsandbytes' bits or PEFT's results has no speed to report; what cannot be captured says why. A
 GPU is required.
@@ -44,7 +44,7 @@ def wall_us(function, calls=30) -> float:
     return (time.perf_counter() - start) / calls * 1e6
 
 
-def quantise(weight):
+def quantize(weight):
     return bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
 
 
@@ -55,10 +55,10 @@ def bandwidth() -> float:
     return 2 * source.nbytes / graph_us(lambda x: torch.neg(x, out=target), [source]) * 1e6
 
 
-def dequantisation(lora_fused, shape, dtype, copy_rate) -> dict:
+def dequantization(lora_fused, shape, dtype, copy_rate) -> dict:
     n, k = shape
     count = min(8, 1 + CACHE // (n * k))
-    stored = [quantise(torch.randn(shape, device="cuda", dtype=dtype) * k**-0.5) for _ in range(count)]
+    stored = [quantize(torch.randn(shape, device="cuda", dtype=dtype) * k**-0.5) for _ in range(count)]
     outs = [torch.empty(shape, device="cuda", dtype=dtype) for _ in range(count)]
     inputs = []
     for (packed, state), out in zip(stored, outs):
@@ -67,15 +67,15 @@ def dequantisation(lora_fused, shape, dtype, copy_rate) -> dict:
             packed, absmax=state.absmax, nested_absmax=inner.absmax, nested_code=inner.code, offset=state.offset
         )
         inputs.append((operands, packed, state, out))
-    spec = lora_fused.projection.FourBit(shape, 64, 256, False, dtype)
-    ours = lora_fused.backend.dequantize_4bit(inputs[0][0], spec, 0, outs[0])
+    spec = lora_fused.specs.FourBit(shape, 64, 256, False, dtype)
+    ours = lora_fused.backends.select.dequantize_4bit(inputs[0][0], spec, 0, outs[0])
     result = {"kind": "dequantize", "n": n, "k": k, "dtype": str(dtype)[6:]}
     if not torch.equal(ours, bnb.functional.dequantize_4bit(*stored[0])):
         return {**result, "failed": "not bitsandbytes' values: no speed reported"}
-    result["ours_us"] = graph_us(lambda x: lora_fused.backend.dequantize_4bit(x[0], spec, 0, x[3]), inputs)
+    result["ours_us"] = graph_us(lambda x: lora_fused.backends.select.dequantize_4bit(x[0], spec, 0, x[3]), inputs)
     result["bitsandbytes_us"] = graph_us(lambda x: bnb.functional.dequantize_4bit(x[1], x[2], out=x[3]), inputs)
     result["triton_us"] = graph_us(
-        lambda x: lora_fused.backend.get("triton").dequantize_4bit(x[0], spec, 0, x[3]), inputs
+        lambda x: lora_fused.backends.select.get("triton").dequantize_4bit(x[0], spec, 0, x[3]), inputs
     )
     written = n * k * outs[0].element_size()
     result["bytes"] = n * k // 2 + written + n * k // 64
@@ -92,7 +92,7 @@ def four_bit(linear):
 
 
 def replace(model):
-    """`model` with its linears in NF4, double-quantised."""
+    """`model` with its linears in NF4, double-quantized."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is torch.nn.Linear:
@@ -119,11 +119,11 @@ def few_rows(lora_fused, k, n, rows, backward) -> dict:
     result = {"kind": "few rows", "k": k, "n": n, "rows": rows, "backward": backward, "peft_us": wall_us(run)}
     fuse(model, lora_fused)
     model.train(backward)
-    own = lora_fused.peft_state.FEW_ROWS
+    own = lora_fused.peft.linear.FEW_ROWS
     for name, limit in (("own_us", 2**30), ("fused_us", -1)):
-        lora_fused.peft_state.FEW_ROWS = limit
+        lora_fused.peft.linear.FEW_ROWS = limit
         result[name] = wall_us(run)
-    lora_fused.peft_state.FEW_ROWS = own
+    lora_fused.peft.linear.FEW_ROWS = own
     return result
 
 
@@ -134,7 +134,7 @@ def fuse(model, lora_fused) -> None:
     assert all(row.fused and row.backend != "base called" for row in rows), str(rows)
 
 
-def quantised_model(layers: int) -> torch.nn.Module:
+def quantized_model(layers: int) -> torch.nn.Module:
     return replace(common.build(lambda: common.llama_shape("llama-8b", layers, False)))
 
 
@@ -150,7 +150,7 @@ def measure(model, inputs, case: dict) -> dict:
 
 def model_case(case: dict, lora_fused) -> dict:
     dtype, inputs = common.adapter_dtype_of(case), common.inputs_of(case)
-    two = common.adapt(quantised_model(2), case, dtype)
+    two = common.adapt(quantized_model(2), case, dtype)
     theirs = common.norms(two, inputs, case["autocast"])
     fuse(two, lora_fused)
     result = {**case, **common.agreement(theirs, common.norms(two, inputs, case["autocast"]))}
@@ -159,7 +159,7 @@ def model_case(case: dict, lora_fused) -> dict:
     common.release_memory()
     if "failed" in result:
         return result
-    base = quantised_model(case["layers"])
+    base = quantized_model(case["layers"])
     common.release_memory()
     result["frozen"] = measure(base, inputs, case)
     model = common.adapt(base, case, dtype)
@@ -243,7 +243,7 @@ def main() -> None:
 
     for shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float32):
-            run("dequantize", lambda: dequantisation(lora_fused, shape, dtype, rate))
+            run("dequantize", lambda: dequantization(lora_fused, shape, dtype, rate))
     for k, n in ((4096, 4096), (4096, 14336)):
         for rows in (1, 4, 8, 16, 32, 64):
             run("few rows", lambda: few_rows(lora_fused, k, n, rows, backward=False))

@@ -1,5 +1,5 @@
 """Library against Triton on this machine's GPU, and tiles against each other: writes
-torch-ext/lora_fused/configs/<device>.json, which the next build ships.
+torch-ext/lora_fused/backends/configs/<device>.json, which the next build ships.
 
     make tune
 
@@ -109,7 +109,7 @@ def both_ways(compute: Callable[..., Tensor], leaves: Sequence[Tensor], dy: Tens
 
 def linear_cases(kernels, device: torch.device) -> Iterator[Case]:
     # On Hopper only what the native op does not take may go to Triton, such as float32 adapters beside float16.
-    adapter = float32 if kernels.backend.is_hopper(device) else float16
+    adapter = float32 if kernels.backends.select.is_hopper(device) else float16
 
     def run(operands, backend):
         x, w, a, b, dy = operands
@@ -122,11 +122,11 @@ def linear_cases(kernels, device: torch.device) -> Iterator[Case]:
 
 
 def row_norm_cases(kernels, device: torch.device) -> Iterator[Case]:
-    ours = kernels.backend.get("triton")
+    ours = kernels.backends.select.get("triton")
     for n, k, r in WEIGHTS:
         inputs = draw(device, ((n, k), bfloat16), ((r, k), bfloat16), ((n, r), bfloat16))
         if ours.row_norm_fits(*inputs[0]):
-            library, triton = (lambda t, op=op: [op.row_norm(*t, SCALING)] for op in (kernels.ops, ours))
+            library, triton = (lambda t, op=op: [op.row_norm(*t, SCALING)] for op in (kernels.backends.native, ours))
             yield compare((r, n * k * r), library, triton, inputs)
 
 
@@ -167,7 +167,7 @@ def configuration(cases: dict[str, list[Case]], tiles: Tiles) -> dict:
 
 def tile_times(kernels, device: torch.device) -> Tiles:
     """GPU time of y = x Wᵀ + t Bᵀ and dx = dy W + t A together."""
-    module = importlib.import_module(f"{kernels.__name__}.triton_ops.up_add")
+    module = importlib.import_module(f"{kernels.__name__}.backends.triton.up_add")
     room = module.shared_memory(device)
     # Two thirds for the stages: the rest is for the LoRA term and what a gain and float32 adapters need.
     fitting = [module.Tile(*t) for t in TILES if 2 * (t[0] + t[1]) * t[2] * t[4] <= room * 2 // 3]
@@ -180,7 +180,7 @@ def tile_times(kernels, device: torch.device) -> Tiles:
     for m, n, k in TILED:
         halves = [(shape, bfloat16) for shape in ((m, k), (m, n), (m, RANK), (n, k))]
         inputs = draw(device, *halves, ((RANK, k), float32), ((n, RANK), float32))
-        expected = run(inputs[0], kernels.reference.up_add)
+        expected = run(inputs[0], kernels.backends.reference.up_add)
         times[m, n, k] = {
             tuple(tile): microseconds(lambda t, tile=tile: run(t, module.up_add, tile=tile), inputs)
             for tile in fitting
@@ -214,7 +214,7 @@ def main() -> None:
     found = measure(kernels, device)
     name, triton = torch.cuda.get_device_name(device), importlib.import_module("triton")
     source = f"benchmarks/tune.py, torch {torch.__version__}, triton {triton.__version__}"
-    path = ROOT / "torch-ext" / "lora_fused" / "configs" / kernels.tuned.path_of(name).name
+    path = ROOT / "torch-ext" / "lora_fused" / "backends" / "configs" / kernels.backends.device_config.path_of(name).name
     path.write_text(json.dumps({"device": name, "source": source, **found}, indent=2) + "\n")
     print(f"{path.relative_to(ROOT)}:\n{path.read_text()}")
 

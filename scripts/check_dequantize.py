@@ -28,7 +28,7 @@ def draw(lora_fused, shape, blocksize, nested, fp4):
             "nested_code": torch.randn(256, device="cuda"),
             "offset": torch.tensor(0.3, device="cuda"),
         }
-    spec = lora_fused.projection.FourBit(shape, blocksize, 256 if nested else 0, fp4, torch.bfloat16)
+    spec = lora_fused.specs.FourBit(shape, blocksize, 256 if nested else 0, fp4, torch.bfloat16)
     return lora_fused.Operands(packed, **more), spec
 
 
@@ -43,8 +43,8 @@ def main() -> None:
                 if count <= 0:
                     continue
                 ours, formula = (torch.full((count,), float("nan"), dtype=dtype, device="cuda") for _ in range(2))
-                lora_fused.backend.dequantize_4bit(operands, spec, first, ours)
-                lora_fused.reference.dequantize_4bit(operands, spec, first, formula)
+                lora_fused.backends.select.dequantize_4bit(operands, spec, first, ours)
+                lora_fused.backends.reference.dequantize_4bit(operands, spec, first, formula)
                 assert torch.equal(ours, formula), (shape, blocksize, nested, fp4, dtype, first)
     torch.cuda.synchronize()
     print("dequantize_4bit: the formula's bits")

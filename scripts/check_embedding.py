@@ -86,17 +86,17 @@ def check_norm(lora_fused, name) -> float:
     for (_, v, h, r, _), table in itertools.product(SHAPES, DTYPES):
         for adapter in {table, torch.float32}:
             _, (w, a, b, m), _ = draw(0, v, h, r, table, adapter)
-            operands = lora_fused.table.Table(w, a, b, m)
-            if name == "cuda" and not lora_fused.cuda_embedding.norm_fits(operands):
+            operands = lora_fused.specs.Table(w, a, b, m)
+            if name == "cuda" and not lora_fused.backends.native_embedding.norm_fits(operands):
                 continue
             poison()
-            kernels = lora_fused.backend.get_embedding(name)
+            kernels = lora_fused.backends.select.get_embedding(name)
             value = kernels.column_norm(w, a, b, 0.7)
             off = error(value, torch.linalg.vector_norm(w.double() + 0.7 * (b.double() @ a.double()).t(), dim=0))
             # A float32 A is rounded, each entry apart.
             bound = 2e-6 if adapter == table else 2e-6 + 2.0**-8 / v**0.5
-            gain = lora_fused.backend.column_gain(name, operands, 0.7)[1]
-            if not torch.equal(gain, lora_fused.ops.gain(m, value)):
+            gain = lora_fused.backends.select.column_gain(name, operands, 0.7)[1]
+            if not torch.equal(gain, lora_fused.backends.native.gain(m, value)):
                 sys.exit(f"{name} gain {v}x{h}, rank {r}, {table}/{adapter}: not magnitude over the norm")
             if not off <= bound:
                 sys.exit(f"{name} norm {v}x{h}, rank {r}, {table}/{adapter}: relative error {off:.3g}")

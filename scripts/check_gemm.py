@@ -193,7 +193,7 @@ def main() -> None:
     print(f"gemm: {host:.1f} us of host time, the dispatcher's included")
     from importlib import import_module
 
-    up_add = import_module(f"{lora_fused.__name__}.triton_ops.up_add").up_add
+    up_add = import_module(f"{lora_fused.__name__}.backends.triton.up_add").up_add
     report({"gemm": gemm}, up_add, (2048, 8192), (16, 32, 64))
 
 

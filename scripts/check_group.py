@@ -40,7 +40,7 @@ def results(lora_fused, operands, device, dtype, adapter, activation, autocast) 
     ]
     with torch.autocast(device, dtype=dtype, enabled=autocast):
         ys = lora_fused.lora_linear_group(x, projections[:2], backend="library")
-        y = lora_fused.functional.compute_gated(x, projections[:2], projections[2], activation, backend="library")
+        y = lora_fused.functional.dispatch.compute_gated(x, projections[:2], projections[2], activation, backend="library")
     (ys[0].float().sum() + ys[1].float().square().sum() + y.float().sum()).backward()
     leaves = [x] + [tensor for each in (gate, up, down) for tensor in each[1:]]
     return [*ys, y, *(leaf.grad for leaf in leaves)]

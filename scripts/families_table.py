@@ -1,4 +1,4 @@
-"""Writes the README's table of model families from tests/families.json; with --measure that file first, from the models
+"""Writes the README's table of model families from tests/helpers/families.json; with --measure that file first, from the models
 themselves, each held against PEFT."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import families  # noqa: E402
+from helpers import families  # noqa: E402
 from test_families import BEGIN, END, README  # noqa: E402
 
 
@@ -30,7 +30,7 @@ def measured() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--measure", action="store_true", help="run every family and write tests/families.json")
+    parser.add_argument("--measure", action="store_true", help="run every family and write tests/helpers/families.json")
     if parser.parse_args().measure:
         families.write_table(measured())
     text = README.read_text()

@@ -27,7 +27,7 @@ def lora_fused():
 
     package = get_local_kernel(ROOT / "build")
     # Tests are of our forward, however small; `test_fallbacks.py` has those of when PEFT's is preferred.
-    package.peft_small.SMALL_ROWS = -1
+    package.peft.small_batch.SMALL_ROWS = -1
     return package
 
 

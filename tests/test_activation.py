@@ -6,7 +6,7 @@ interpreter.
 
 import pytest
 import torch
-from cases import UNIT, assert_as_good, relative
+from helpers.cases import UNIT, assert_as_good, relative
 from torch.nn import functional as F
 
 ON_GPU = torch.cuda.is_available()
@@ -30,8 +30,8 @@ BACKENDS += [("triton", dtype) for dtype in TRITON_DTYPES]
 def backend_of(lora_fused, name):
     if name == "triton":
         pytest.importorskip("triton")
-        return lora_fused.backend.get("triton")
-    return lora_fused.activation
+        return lora_fused.backends.select.get("triton")
+    return lora_fused.backends.reference.activations
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def activations(lora_fused):
     """The package with its activation module loaded, which nothing imports at the start."""
     import importlib
 
-    importlib.import_module(f"{lora_fused.__name__}.activation")
+    importlib.import_module(f"{lora_fused.__name__}.backends.reference.activations")
     return lora_fused
 
 
@@ -87,7 +87,7 @@ def test_half_precision_is_rounded_once(activations, dtype, activation):
     """The float64 result, rounded: no more than half a unit in the last place, where eager has more."""
     dh, gate, up = (draw((40, 50), dtype, "cpu") for _ in range(3))
     truth = eager(dh.double(), gate.double(), up.double(), activation)
-    for name, mine, true in zip(NAMES, activations.activation.gated_backward(dh, gate, up, activation), truth):
+    for name, mine, true in zip(NAMES, activations.backends.reference.activations.gated_backward(dh, gate, up, activation), truth):
         off = (mine.double() - true).abs()
         allowed = 0.51 * torch.finfo(dtype).eps * true.abs() + UNIT[torch.float32] * true.abs().max()
         assert (off <= allowed).double().mean() > 0.999, name
@@ -95,7 +95,7 @@ def test_half_precision_is_rounded_once(activations, dtype, activation):
 
 @pytest.mark.parametrize("activation", EAGER)
 def test_gradcheck(activations, activation):
-    maths = activations.activation
+    maths = activations.backends.reference.activations
 
     class Gated(torch.autograd.Function):
         @staticmethod

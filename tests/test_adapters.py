@@ -5,8 +5,8 @@ import copy
 
 import pytest
 import torch
-from cases import DEVICE, LINEARS, Case, OwnForwards, assert_as_good, peft_linear, peft_llama, randomise_adapters, tiny_llama
-from heads import assert_same, functions, heads, inner, learned, step
+from helpers.cases import DEVICE, LINEARS, Case, OwnForwards, assert_as_good, peft_linear, peft_llama, randomise_adapters, tiny_llama
+from helpers.heads import assert_same, functions, heads, inner, learned, step
 from kernels import Mode, kernelize
 from peft import EvaConfig, LoftQConfig, LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
@@ -63,7 +63,7 @@ INITIALISATIONS = {
     ),
     "rank and alpha patterns, DoRA": dict(rank_pattern={"q_proj": 3}, alpha_pattern={"down_proj": 1}, use_dora=True),
 }
-if DEVICE == "cuda":  # PEFT's LoftQ quantises there
+if DEVICE == "cuda":  # PEFT's LoftQ quantizes there
     INITIALISATIONS["loftq"] = dict(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=4))
 
 
@@ -335,7 +335,7 @@ def test_a_gain_near_one_is_not_lost(lora_fused, dtype, dropout):
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("gain", "dora_gains", "lora_forward"):  # the last results of the two others are gains
-            patch.setattr(lora_fused.ops, name, watched(getattr(lora_fused.ops, name)))
+            patch.setattr(lora_fused.backends.native, name, watched(getattr(lora_fused.backends.native, name)))
         ours(x)
     assert seen and all(g.dtype == torch.float32 for g in seen)
     torch.testing.assert_close(seen[0] - 1, torch.full_like(seen[0], 2**-12), rtol=0.01, atol=0)

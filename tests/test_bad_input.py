@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from cases import DEVICE, Case, peft_linear
-from heads import assert_same, functions, heads, inner, learned, step
+from helpers.cases import DEVICE, Case, peft_linear
+from helpers.heads import assert_same, functions, heads, inner, learned, step
 from test_fallbacks import kernelized
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -30,9 +30,9 @@ def nothing_runs(lora_fused, monkeypatch):
         raise AssertionError("a kernel ran")
 
     for name in ("lora_forward", "dora_gains", "row_norm", "gain", "dropout"):
-        monkeypatch.setattr(lora_fused.ops, name, ran)
+        monkeypatch.setattr(lora_fused.backends.native, name, ran)
     for name in ("down", "up_add"):
-        monkeypatch.setattr(lora_fused.reference, name, ran)
+        monkeypatch.setattr(lora_fused.backends.reference, name, ran)
 
 
 @pytest.mark.parametrize("backend", ("library", "reference"))

@@ -14,7 +14,7 @@ import types
 
 import pytest
 import torch
-from cases import Case, DrawnDropout, randomise_adapters
+from helpers.cases import Case, DrawnDropout, randomise_adapters
 from kernels import Mode, get_local_kernel, kernelize
 from torch import nn
 
@@ -52,7 +52,7 @@ class Model(nn.Module):
 
 
 def wrapped(cls, base, **config):
-    """PEFT's layer of a quantisation on a base, in training mode."""
+    """PEFT's layer of a quantization on a base, in training mode."""
     from peft import LoraConfig
 
     config = LoraConfig(r=CASE.r, lora_alpha=3, **config)
@@ -67,9 +67,9 @@ def passes(model, x, dy, autocast):
     for parameter in model.parameters():
         parameter.grad = None
     x = x.clone().requires_grad_()
-    import quantised
+    from helpers import quantized
 
-    with quantised.as_on_gpu("cpu", BF16 if autocast else None):
+    with quantized.as_on_gpu("cpu", BF16 if autocast else None):
         y = model(x)
     y.backward(dy.to(y.dtype))
     return {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in model.named_parameters() if p.requires_grad}}
@@ -141,12 +141,12 @@ def test_a_qalora_variant_is_pefts(lora_fused):
 
 
 def int8_model(bias=False, **config):
-    import quantised
+    from helpers import quantized
 
     torch.manual_seed(0)
     case = Case((40,), CASE.k, CASE.n, CASE.r, bias=bias)
-    model = quantised.replace(quantised.One(case, F32, "cpu"), quantised.eight_bit)
-    model, layer = quantised.adapted(model, case, **config)
+    model = quantized.replace(quantized.One(case, F32, "cpu"), quantized.eight_bit)
+    model, layer = quantized.adapted(model, case, **config)
     assert type(layer).__name__ == "Linear8bitLt"
     return Model(layer), layer
 
@@ -180,17 +180,17 @@ def test_dora_on_int8(lora_fused, bias):
 
 def test_dora_with_dropout_on_a_called_base_is_pefts(lora_fused):
     pytest.importorskip("bitsandbytes")
-    import quantised
+    from helpers import quantized
 
-    model = quantised.replace(quantised.One(CASE, F32, "cpu"), quantised.eight_bit)
-    model, layer = quantised.adapted(model, CASE, use_dora=True, lora_dropout=0.3)
+    model = quantized.replace(quantized.One(CASE, F32, "cpu"), quantized.eight_bit)
+    model, layer = quantized.adapted(model, CASE, use_dora=True, lora_dropout=0.3)
     with pytest.warns(UserWarning, match="DoRA with dropout on a base that is called"):
-        assert not quantised.fuse(lora_fused, model)[0].fused
+        assert not quantized.fuse(lora_fused, model)[0].fused
     assert torch.isfinite(model(torch.randn(40, CASE.k))).all()
 
 
 def fp8_reference(x, weight, scale, block_size=None, activation_scale=None, bias=None, *_, **__):
-    """What the FP8 kernel computes, but for the quantisation of x: weights times the scales of their blocks."""
+    """What the FP8 kernel computes, but for the quantization of x: weights times the scales of their blocks."""
     wide = weight.float()
     if block_size is None or scale.numel() == 1:
         wide = wide * scale

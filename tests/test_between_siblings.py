@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import DEVICE
-from heads import Heads, assert_same, functions, heads, inner, kernelized, learned, step
+from helpers.cases import DEVICE
+from helpers.heads import Heads, assert_same, functions, heads, inner, kernelized, learned, step
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")

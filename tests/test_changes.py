@@ -8,7 +8,7 @@ import copy
 import bitsandbytes
 import pytest
 import torch
-from cases import Case, OwnForwards, peft_linear
+from helpers.cases import Case, OwnForwards, peft_linear
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -47,7 +47,7 @@ def test_dora_changes_nothing_at_initialisation(lora_fused, device, dropout):
     assert lora_fused.explain(model)[0].fused
     if device == "cpu" and not dropout:
         assert torch.equal(model(x), expected)
-    gain = lora_fused.ops.gain(model.base_model.model.proj.lora_magnitude_vector["default"].weight.detach(), norm_of(lora_fused, model))
+    gain = lora_fused.backends.native.gain(model.base_model.model.proj.lora_magnitude_vector["default"].weight.detach(), norm_of(lora_fused, model))
     assert torch.equal(gain, torch.ones_like(gain))
 
 
@@ -61,7 +61,7 @@ def test_gain_keeps_what_is_not_rounding(lora_fused, device):
     norm = torch.tensor([2.0, 2.0, 2.0, 2.0, 3.0], device=device)
     magnitude = torch.tensor([2.0, 2.0 + 2**-21, 2.000002, 0.0, -3.0], device=device)
     expected = torch.tensor([1.0, 1.0, 2.000002 / 2.0, 0.0, -1.0], device=device)
-    assert torch.equal(lora_fused.ops.gain(magnitude, norm), expected)
+    assert torch.equal(lora_fused.backends.native.gain(magnitude, norm), expected)
 
 
 def layer_of(model):

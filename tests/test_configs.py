@@ -22,17 +22,17 @@ import tune
 from tune import Case, passes_any, pick_limits, reaches_all
 
 SOURCES = ROOT / "torch-ext" / "lora_fused"
-FILES = sorted((SOURCES / "configs").glob("*.json"))
-SHIPPED = json.loads((SOURCES / "configs" / "nvidia-h200.json").read_text())
+FILES = sorted((SOURCES / "backends" / "configs").glob("*.json"))
+SHIPPED = json.loads((SOURCES / "backends" / "configs" / "nvidia-h200.json").read_text())
 GPU = torch.device("cuda", 0)
 LARGE, NARROW = (128, 256, 64, 8, 3), (64, 128, 64, 4, 4)
 TILED = [{"shape": [8192, 4096, 4096], "tile": list(LARGE)}, {"shape": [512, 4096, 4096], "tile": list(NARROW)}]
 
 
 @pytest.fixture
-def tuned(lora_fused, tmp_path, monkeypatch):
-    """The module with files of its own; `tuned.of` reads them anew."""
-    module = lora_fused.tuned
+def config(lora_fused, tmp_path, monkeypatch):
+    """The module with files of its own; `config.of` reads them anew."""
+    module = lora_fused.backends.device_config
     monkeypatch.setattr(module, "DIRECTORY", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test-9 80GB")
     module.of.cache_clear()
@@ -40,20 +40,20 @@ def tuned(lora_fused, tmp_path, monkeypatch):
     module.of.cache_clear()
 
 
-def write(tuned, **changes):
-    (tuned.DIRECTORY / "nvidia-test-9-80gb.json").write_text(json.dumps({**SHIPPED, **changes}))
+def write(config, **changes):
+    (config.DIRECTORY / "nvidia-test-9-80gb.json").write_text(json.dumps({**SHIPPED, **changes}))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
 def test_shipped_files_hold_every_key(lora_fused, path):
-    found = lora_fused.tuned.read(path)
-    assert lora_fused.tuned.path_of(json.loads(path.read_text())["device"]).name == path.name
+    found = lora_fused.backends.device_config.read(path)
+    assert lora_fused.backends.device_config.path_of(json.loads(path.read_text())["device"]).name == path.name
     assert all(type(limit) in (int, float) for limit in found[:-1])
 
 
 def test_the_build_ships_them(lora_fused):
     """kernel-builder takes from torch-ext what has one of these endings and nothing else."""
-    variant = lora_fused.tuned.DIRECTORY.parent
+    variant = lora_fused.backends.device_config.DIRECTORY.parent
     assert FILES and set(Digest.hash_variant(DigestAlgorithm.SHA256, variant).files) >= {
         f"configs/{path.name}" for path in FILES
     }
@@ -63,23 +63,23 @@ def test_the_build_ships_them(lora_fused):
 
 
 def test_the_defaults_are_those_of_an_h200(lora_fused):
-    assert lora_fused.tuned.read(SOURCES / "configs" / "nvidia-h200.json")[:-1] == lora_fused.tuned.Tuned()[:-1]
+    assert lora_fused.backends.device_config.read(SOURCES / "backends" / "configs" / "nvidia-h200.json")[:-1] == lora_fused.backends.device_config.Tuned()[:-1]
 
 
-def test_a_known_device_and_an_unknown_one(tuned):
-    assert tuned.of(GPU) == tuned.of(torch.device("cpu")) == tuned.Tuned()
-    write(tuned, up_add_from=7, row_norm_from=None, up_add_tiles=TILED)
-    tuned.of.cache_clear()
-    found = tuned.of(GPU)
+def test_a_known_device_and_an_unknown_one(config):
+    assert config.of(GPU) == config.of(torch.device("cpu")) == config.Tuned()
+    write(config, up_add_from=7, row_norm_from=None, up_add_tiles=TILED)
+    config.of.cache_clear()
+    found = config.of(GPU)
     assert (found.up_add_from, found.row_norm_from, found.embedding_tokens) == (7, math.inf, 8192)
     assert [tuple(each) for each in found.up_add_tiles] == [(tuple(t["shape"]), tuple(t["tile"])) for t in TILED]
 
 
-def test_a_file_is_read_once(tuned):
-    write(tuned, up_add_from=7)
-    assert tuned.of(GPU).up_add_from == 7
-    write(tuned, up_add_from=8)
-    assert tuned.of(GPU).up_add_from == 7
+def test_a_file_is_read_once(config):
+    write(config, up_add_from=7)
+    assert config.of(GPU).up_add_from == 7
+    write(config, up_add_from=8)
+    assert config.of(GPU).up_add_from == 7
 
 
 WRONG = {
@@ -91,33 +91,33 @@ WRONG = {
 
 
 @pytest.mark.parametrize("key,value", [(key, value) for key, values in WRONG.items() for value in values], ids=str)
-def test_a_wrong_value_is_named(tuned, key, value):
-    write(tuned, **{key: value})
+def test_a_wrong_value_is_named(config, key, value):
+    write(config, **{key: value})
     with pytest.raises(ValueError, match=f"nvidia-test-9-80gb.json: '{key}'"):
-        tuned.of(GPU)
+        config.of(GPU)
 
 
 @pytest.mark.parametrize("key", SHIPPED)
-def test_a_missing_key_is_named(tuned, key):
-    path = tuned.DIRECTORY / "some.json"
+def test_a_missing_key_is_named(config, key):
+    path = config.DIRECTORY / "some.json"
     path.write_text(json.dumps({name: value for name, value in SHIPPED.items() if name != key}))
     with pytest.raises(ValueError, match=f"some.json: '{key}' is missing"):
-        tuned.read(path)
+        config.read(path)
 
 
 @pytest.mark.parametrize("text", ("", "{", "[]", "\xff"))
-def test_what_is_no_configuration_is_named(tuned, text):
-    path = tuned.DIRECTORY / "some.json"
+def test_what_is_no_configuration_is_named(config, text):
+    path = config.DIRECTORY / "some.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match="some.json: "):
-        tuned.read(path)
+        config.read(path)
 
 
-def test_backend_chooses_by_them(lora_fused, tuned, monkeypatch):
-    backend, taken = lora_fused.backend, lora_fused.projection.Taken(True)
+def test_backend_chooses_by_them(lora_fused, config, monkeypatch):
+    backend, taken = lora_fused.backends.select, lora_fused.specs.Taken(True)
     monkeypatch.setattr(backend, "is_hopper", lambda device: False)
     monkeypatch.setattr(backend, "triton_is_there", lambda: True)
-    write(tuned, up_add_from=1000, row_norm_from_rank=8, row_norm_from=8 * 64)
+    write(config, up_add_from=1000, row_norm_from_rank=8, row_norm_from=8 * 64)
 
     def choose(work):
         return backend.choose(GPU, torch.bfloat16, taken, lambda: work)
@@ -130,16 +130,16 @@ def test_backend_chooses_by_them(lora_fused, tuned, monkeypatch):
     assert not pays(weight, 8)
     on_gpu = SimpleNamespace(is_cuda=True, device=GPU, dtype=torch.bfloat16, numel=lambda: 2**40)
     table = SimpleNamespace(weight=on_gpu, lora_a=None, lora_b=None)
-    monkeypatch.setattr(backend.cuda_embedding, "norm_fits", lambda table: True)
-    monkeypatch.setattr(backend.cuda_embedding, "column_norm", lambda *operands: "native")
+    monkeypatch.setattr(backend.native_embedding, "norm_fits", lambda table: True)
+    monkeypatch.setattr(backend.native_embedding, "column_norm", lambda *operands: "native")
     assert backend.column_norm("triton", table, 1.0) == "native"
 
 
-def test_backend_chooses_embeddings_by_them(lora_fused, tuned, monkeypatch):
-    backend = lora_fused.backend
-    write(tuned, embedding_tokens=100, embedding_up_to=100 * 6)
+def test_backend_chooses_embeddings_by_them(lora_fused, config, monkeypatch):
+    backend = lora_fused.backends.select
+    write(config, embedding_tokens=100, embedding_up_to=100 * 6)
     monkeypatch.setattr(backend, "triton_is_there", lambda: True)
-    monkeypatch.setattr(backend.cuda_embedding, "fits", lambda table: True)
+    monkeypatch.setattr(backend.native_embedding, "fits", lambda table: True)
 
     class Table(SimpleNamespace):
         def __iter__(self):
@@ -152,15 +152,15 @@ def test_backend_chooses_embeddings_by_them(lora_fused, tuned, monkeypatch):
     assert (choose(100, 6), choose(101, 1), choose(100, 7)) == ("cuda", "triton", "triton")
 
 
-def test_the_tile_of_the_nearest_shape(lora_fused, tuned, monkeypatch):
+def test_the_tile_of_the_nearest_shape(lora_fused, config, monkeypatch):
     pytest.importorskip("triton")
-    up_add = importlib.import_module(f"{lora_fused.__name__}.triton_ops.up_add")
+    up_add = importlib.import_module(f"{lora_fused.__name__}.backends.triton.up_add")
     monkeypatch.setattr(up_add, "shared_memory", lambda device: 227 * 1024)
     up_add._half_tile.cache_clear()
     ruled = {m: up_add._half_tile(GPU, m, 4096, 4096, False) for m in (512, 1024)}
     assert (ruled[512], ruled[1024]) == (up_add._HALF_NARROW, up_add._HALF_LARGE)
-    write(tuned, up_add_tiles=[{"shape": t["shape"], "tile": o["tile"]} for t, o in zip(TILED, reversed(TILED))])
-    tuned.of.cache_clear()
+    write(config, up_add_tiles=[{"shape": t["shape"], "tile": o["tile"]} for t, o in zip(TILED, reversed(TILED))])
+    config.of.cache_clear()
     up_add._half_tile.cache_clear()
     chosen = [up_add._half_tile(GPU, up_add._bucket(m), 8192, 2048, False) for m in (1, 600, 4000, 9000)]
     assert chosen == [LARGE, LARGE, NARROW, NARROW]
@@ -183,11 +183,11 @@ def test_limits_cost_least():
     assert pick_limits([case._replace(triton=50.0) for case in two], passes_any) == [None, 0]
 
 
-def test_measurements_become_a_file_that_loads(tuned):
+def test_measurements_become_a_file_that_loads(config):
     cases = {name: [Case((2**30,) * len(op.limits), 100.0, 50.0)] for name, op in tune.OPS.items()} | {"row_norm": []}
     tiles = {(512, 64, 64): {LARGE: 9.0, NARROW: 7.0}, (8192, 64, 64): {}}
-    write(tuned, **tune.configuration(cases, tiles))
-    found = tuned.of(GPU)
+    write(config, **tune.configuration(cases, tiles))
+    found = config.of(GPU)
     assert found.up_add_from == 2**30
     assert found.row_norm_from_rank == found.row_norm_from == math.inf
     assert found.up_add_tiles == (((512, 64, 64), NARROW),)
@@ -202,14 +202,14 @@ def test_a_wrong_result_is_never_chosen(lora_fused, monkeypatch):
     monkeypatch.setattr(tune, "CACHE", 0)
     monkeypatch.setattr(tune, "microseconds", lambda run, inputs: 5.0)
     monkeypatch.setattr(tune, "host_microseconds", lambda run: 6.0)
-    monkeypatch.setattr(lora_fused.backend, "is_hopper", lambda device: True)
+    monkeypatch.setattr(lora_fused.backends.select, "is_hopper", lambda device: True)
     cpu = torch.device("cpu")
     assert list(tune.linear_cases(lora_fused, cpu)) == [Case((16 * 32 * 48,), 6.0, 6.0)]
 
     def lossy(x, w, a, b, scaling, backend):
         return lora_fused.lora_linear(x, w, a, b, 0.0 if backend == "triton" else scaling, backend=backend)
 
-    broken = SimpleNamespace(backend=lora_fused.backend, lora_linear=lossy)
+    broken = SimpleNamespace(backends=SimpleNamespace(select=lora_fused.backends.select), lora_linear=lossy)
     assert list(tune.linear_cases(broken, cpu)) == [Case((16 * 32 * 48,), 6.0, math.inf)]
 
 

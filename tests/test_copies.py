@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from cases import DEVICE, LINEARS, peft_llama
-from heads import heads, inner
+from helpers.cases import DEVICE, LINEARS, peft_llama
+from helpers.heads import heads, inner
 from kernels import Mode, kernelize, use_kernel_mapping
 from test_gated import glu
 from test_kernelized import explain, passed, tokens

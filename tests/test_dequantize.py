@@ -25,7 +25,7 @@ def make(lora_fused, shape, blocksize, quant_type, nested, dtype, device, storag
     inner = state.state2
     more = (inner.absmax, inner.code, state.offset) if nested else (None,) * 3
     operands = lora_fused.Operands(packed, absmax=state.absmax, nested_absmax=more[0], nested_code=more[1], offset=more[2])
-    spec = lora_fused.projection.FourBit(shape, blocksize, inner.blocksize if nested else 0, quant_type == "fp4", dtype)
+    spec = lora_fused.specs.FourBit(shape, blocksize, inner.blocksize if nested else 0, quant_type == "fp4", dtype)
     return operands, spec, packed, state
 
 
@@ -35,7 +35,7 @@ def bits(tensor):
 
 
 def native(lora_fused, operands, spec, dtype):
-    return lora_fused.base.dequantize(operands, spec, dtype)
+    return lora_fused.quantization.dequantize(operands, spec, dtype)
 
 
 @pytest.mark.parametrize("quant_type", ("nf4", "fp4"))
@@ -45,7 +45,7 @@ def native(lora_fused, operands, spec, dtype):
 def test_as_bitsandbytes(lora_fused, poisoned, device, quant_type, nested, dtype, blocksize):
     for shape in SHAPES:
         operands, spec, packed, state = make(lora_fused, shape, blocksize, quant_type, nested, dtype, device)
-        formula = lora_fused.reference.dequantize_4bit(
+        formula = lora_fused.backends.reference.dequantize_4bit(
             operands, spec, 0, torch.full(shape, float("nan"), dtype=dtype, device=device)
         )
         ours = native(lora_fused, operands, spec, dtype)
@@ -80,7 +80,7 @@ def test_pieces_and_unaligned_memory(lora_fused, device, shape, offset):
         for count in (1, 7, 8, 9, 300):
             buffer = torch.full((count + offset + 3,), float("nan"), dtype=torch.bfloat16, device=device)
             out = buffer[offset : offset + count]
-            lora_fused.backend.dequantize_4bit(moved, spec, first, out)
+            lora_fused.backends.select.dequantize_4bit(moved, spec, first, out)
             assert torch.equal(out, whole[first : first + count]), (first, count)
             assert buffer[:offset].isnan().all() and buffer[offset + count :].isnan().all()
 
@@ -91,7 +91,7 @@ def test_pieces_and_unaligned_memory(lora_fused, device, shape, offset):
 def test_triton_twin(lora_fused, poisoned, device, quant_type, nested, dtype):
     """The interpreter cuts where bfloat16 is to be rounded: not there."""
     pytest.importorskip("triton")
-    kernels = lora_fused.backend.get("triton")
+    kernels = lora_fused.backends.select.get("triton")
     for shape, blocksize in itertools.product(((33, 17), (3, 4096), (129, 260)), (32, 64, 4096)):
         operands, spec, *_ = make(lora_fused, shape, blocksize, quant_type, nested, dtype, device)
         for first in (0, 34):
@@ -124,14 +124,14 @@ def test_the_op_refuses(lora_fused, device, change, message):
     )  # fmt: skip
     change = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in change.items()}
     with pytest.raises(RuntimeError, match=message):
-        lora_fused.ops.dequantize_4bit(*{**arguments, **change}.values())
+        lora_fused.backends.native.dequantize_4bit(*{**arguments, **change}.values())
 
 
 def test_int8_rows(lora_fused):
     """int8 with a scale a row, as bitsandbytes makes floating point of it."""
     codes, scale = torch.randint(-127, 128, (24, 40), dtype=torch.int8), torch.rand(24) + 0.1
-    spec = lora_fused.projection.EightBit((24, 40))
-    ours = lora_fused.base.dequantize(lora_fused.Operands(codes, absmax=scale), spec, torch.float32)
+    spec = lora_fused.specs.EightBit((24, 40))
+    ours = lora_fused.quantization.dequantize(lora_fused.Operands(codes, absmax=scale), spec, torch.float32)
     assert torch.equal(ours, bnb.functional.int8_vectorwise_dequant(codes, scale))
 
 
@@ -143,12 +143,12 @@ def test_norm_in_pieces(lora_fused, device, monkeypatch):
     operands = operands._replace(lora_a=lora_a, lora_b=lora_b)
     weight = native(lora_fused, operands, spec, torch.float32)
     made = []
-    whole = lora_fused.base.four_bit.rows
-    monkeypatch.setattr(lora_fused.base, "NORM_ELEMENTS", 24 * shape[1])
+    whole = lora_fused.quantization.four_bit.rows
+    monkeypatch.setattr(lora_fused.quantization, "NORM_ELEMENTS", 24 * shape[1])
     monkeypatch.setattr(
-        lora_fused.base.four_bit, "rows", lambda *args: made.append(whole(*args).shape) or whole(*args)
+        lora_fused.quantization.four_bit, "rows", lambda *args: made.append(whole(*args).shape) or whole(*args)
     )
-    norm = lora_fused.base.row_norm(operands, spec, 0.7)
+    norm = lora_fused.quantization.row_norm(operands, spec, 0.7)
     truth = (weight.double() + 0.7 * lora_b.double() @ lora_a.double()).norm(dim=1)
     torch.testing.assert_close(norm.double(), truth, rtol=2e-6, atol=0)
     assert made == [(24, 96)] * 4 + [(4, 96)]
@@ -170,7 +170,7 @@ def test_norms_and_gains_of_a_mixed_group(lora_fused, poisoned, device):
         formats.append(spec)
         members.append(operands._replace(lora_a=a, lora_b=b, magnitude=magnitude))
     scalings = [0.5, 0.7, 2.0, 0.1, 1.0]
-    norms, gains = lora_fused.base.dora_gains([p.weight for p in members], members, formats, scalings)
+    norms, gains = lora_fused.quantization.dora_gains([p.weight for p in members], members, formats, scalings)
     assert norms[4] is gains[4] is None
     for p, spec, s, norm, gain in list(zip(members, formats, scalings, norms, gains))[:4]:
         weight = p.weight if spec is None else native(lora_fused, p, spec, spec.dtype)

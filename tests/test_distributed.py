@@ -63,10 +63,10 @@ def llama(case: Case):
     options = dict(r=4, use_dora=case.dora, init_lora_weights=False, target_modules=LINEARS)
     base = transformers.LlamaForCausalLM(config)
     if case.four_bit:
-        import quantised
+        from helpers import quantized
 
-        make = functools.partial(quantised.four_bit, compute=torch.float32, storage=torch.float32)
-        quantised.replace(base, make, LINEARS)
+        make = functools.partial(quantized.four_bit, compute=torch.float32, storage=torch.float32)
+        quantized.replace(base, make, LINEARS)
     model = get_peft_model(base, LoraConfig(**options)).train()
     if case.checkpointing:
         model.enable_input_require_grads()
@@ -134,7 +134,7 @@ def compare(rank: int, build: pathlib.Path, port: int):
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     torch.set_num_threads(1)
     lora_fused = get_local_kernel(build)
-    lora_fused.peft_small.SMALL_ROWS = -1  # as conftest.py has it
+    lora_fused.peft.small_batch.SMALL_ROWS = -1  # as conftest.py has it
     functional, counts = lora_fused.functional, {}
     for name in ("compute_group", "compute_gated"):
 

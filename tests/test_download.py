@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from hub_server import HubServer
+from helpers.hub_server import HubServer
 from kernels.compat import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

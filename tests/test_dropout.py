@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import Case, OwnForwards, SeededDropout, peft_linear
+from helpers.cases import Case, OwnForwards, SeededDropout, peft_linear
 from kernels import Mode, kernelize
 
 M, K = 512, 1024
@@ -92,9 +92,9 @@ def test_one_mask_for_every_dtype(mask_of, dtype):
 def test_triton_draws_the_same(lora_fused, device, mask_of, shape):
     pytest.importorskip("triton")
     rows, columns = shape
-    mask = lora_fused.projection.Mask(torch.tensor([99], device=device), 0.35)
+    mask = lora_fused.specs.Mask(torch.tensor([99], device=device), 0.35)
     x, eye = torch.ones(shape, device=device), torch.eye(max(columns, 1), columns, device=device)
-    kernels = lora_fused.backend.get("triton")
+    kernels = lora_fused.backends.select.get("triton")
     expected = mask_of(99, 0.35, shape)
     torch.testing.assert_close(kernels.down(x, eye, 1.0, mask=mask).cpu()[:, :columns], expected)
     t = torch.ones(rows, 1, device=device)

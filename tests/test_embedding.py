@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from embeddings import CASES, DTYPES, VARIANTS, Case, Model, adapt, assert_parity, draw_ids, fused, peft_embedding, run
+from helpers.embeddings import CASES, DTYPES, VARIANTS, Case, Model, adapt, assert_parity, draw_ids, fused, peft_embedding, run
 from peft import LoraConfig, get_peft_model
 from torch import nn
 

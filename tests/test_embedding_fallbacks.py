@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 import torch
-from cases import randomise_adapters, tiny_llama
-from embeddings import VARIANTS, Case, adapt, draw_ids, fused, kernelized, peft_embedding
+from helpers.cases import randomise_adapters, tiny_llama
+from helpers.embeddings import VARIANTS, Case, adapt, draw_ids, fused, kernelized, peft_embedding
 from peft import LoraConfig, get_peft_model
 from torch import nn
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from cases import assert_as_good, relative, summation
+from helpers.cases import assert_as_good, relative, summation
 from conftest import ROOT
-from embeddings import CASES, VARIANTS, Case, draw_ids, fused, peft_embedding
+from helpers.embeddings import CASES, VARIANTS, Case, draw_ids, fused, peft_embedding
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -17,7 +17,7 @@ def test_norm_without_a_table_sized_transient(lora_fused):
     """Chunked over the vocabulary: a V×H float32 transient would be several times the limit."""
     v, h = 20000, 64
     w, a, b = torch.randn(v, h).half(), torch.randn(4, v), torch.randn(h, 4)
-    norm = lora_fused.reference_embedding.column_norm(w, a, b, 0.5)
+    norm = lora_fused.backends.reference.embedding.column_norm(w, a, b, 0.5)
     truth = torch.linalg.vector_norm(w.double() + 0.5 * (b.double() @ a.double()).t(), dim=0)
     assert relative(norm, truth)[1] <= summation(v)
     sizes = []
@@ -29,8 +29,8 @@ def test_norm_without_a_table_sized_transient(lora_fused):
             return out
 
     with Sizes():
-        lora_fused.reference_embedding.column_norm(w, a, b, 0.5)
-    assert 0 < max(size for size in sizes) <= lora_fused.reference_embedding.NORM_CHUNK * h
+        lora_fused.backends.reference.embedding.column_norm(w, a, b, 0.5)
+    assert 0 < max(size for size in sizes) <= lora_fused.backends.reference.embedding.NORM_CHUNK * h
 
 
 HALVES = (torch.float16,) + ((torch.bfloat16,) if torch.cuda.is_available() else ())
@@ -73,7 +73,7 @@ def test_kernels_are_as_good_as_the_reference(lora_fused, poisoned, device, back
 
 
 def test_triton_column_norm(lora_fused, poisoned, device):
-    kernels = lora_fused.backend.get("triton")
+    kernels = lora_fused.backends.select.get("triton")
     for case in CASES:
         w, a, b = torch.randn(case.v, case.h, device=device), torch.randn(case.r, case.v, device=device), torch.randn(case.h, case.r, device=device)
         truth = torch.linalg.vector_norm(w.double() + 0.7 * (b.double() @ a.double()).t(), dim=0)
@@ -82,7 +82,7 @@ def test_triton_column_norm(lora_fused, poisoned, device):
 
 def test_triton_sums_repeated_tokens_and_spreads_no_nan(lora_fused, device):
     """An infinite row reaches its own id alone; the pairwise and the sorted scatter agree."""
-    kernels, plain = lora_fused.backend.get("triton"), lora_fused.reference_embedding
+    kernels, plain = lora_fused.backends.select.get("triton"), lora_fused.backends.reference.embedding
     ids = torch.randint(0, 9, (300,), device=device)
     drows, lora_a = torch.randn(300, 5, device=device), torch.zeros(5, 11, device=device)
     for padding in (None, 4):
@@ -98,24 +98,24 @@ def test_triton_compiles_for_a_gpu_whatever_is_frozen(lora_fused):
     """The interpreter runs only the branches that are taken; a compiler reads them all."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "tests" / "compile_embedding.py"), str(ROOT / "build")]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "compile_embedding.py"), str(ROOT / "build")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "compiled 16" in done.stdout, done.stderr[-2000:]
 
 
 def test_choice_of_backend(lora_fused):
-    choose = lora_fused.backend.choose_embedding
-    table = lora_fused.table.Table(torch.empty(16, 8), torch.empty(2, 16), torch.empty(8, 2))
+    choose = lora_fused.backends.select.choose_embedding
+    table = lora_fused.specs.Table(torch.empty(16, 8), torch.empty(2, 16), torch.empty(8, 2))
     assert choose(table, 5) == "reference"
     if torch.cuda.is_available():
-        on_gpu = lora_fused.table.Table(*(t.cuda() for t in table[:3]))
+        on_gpu = lora_fused.specs.Table(*(t.cuda() for t in table[:3]))
         assert choose(on_gpu, 5) == "triton"  # float32: the native ops take half-precision tables
         on_gpu = on_gpu._replace(weight=on_gpu.weight.bfloat16())
-        up_to = lora_fused.tuned.of(on_gpu.weight.device).embedding_tokens
+        up_to = lora_fused.backends.device_config.of(on_gpu.weight.device).embedding_tokens
         assert choose(on_gpu, up_to) == "cuda" and choose(on_gpu, up_to + 1) == "triton"
         assert choose(on_gpu._replace(lora_a=on_gpu.lora_a.t().contiguous().t()), 5) == "triton"
         assert choose(on_gpu._replace(lora_a=on_gpu.lora_a.double()), 5) == "reference"
-        for rank, name in ((lora_fused.cuda_embedding.RANKS, "cuda"), (lora_fused.cuda_embedding.RANKS + 1, "triton")):
+        for rank, name in ((lora_fused.backends.native_embedding.RANKS, "cuda"), (lora_fused.backends.native_embedding.RANKS + 1, "triton")):
             a, b = torch.empty(rank, 16, device="cuda"), torch.empty(8, rank, device="cuda")
             assert choose(on_gpu._replace(lora_a=a, lora_b=b), 5) == name
     for backend in ("cutlass", "cuda"):

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from cases import DEVICE, LINEARS, peft_llama, tiny_llama
+from helpers.cases import DEVICE, LINEARS, peft_llama, tiny_llama
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
@@ -96,12 +96,12 @@ def test_before_the_first_call(lora_fused):
 
 
 def test_small_batches(lora_fused, own_calls, monkeypatch):
-    monkeypatch.setattr(lora_fused.peft_small, "_SMALL_ANYWHERE", True)
-    monkeypatch.setattr(lora_fused.peft_small, "SMALL_ROWS", 512)
+    monkeypatch.setattr(lora_fused.peft.small_batch, "_SMALL_ANYWHERE", True)
+    monkeypatch.setattr(lora_fused.peft.small_batch, "SMALL_ROWS", 512)
     model = kernelized(lora_fused, peft_llama())
     with torch.no_grad():
         rows = holds(lora_fused, model, own_calls, evaluate, fused=0)
-    assert {row.reason for row in rows} == {lora_fused.peft_small.SMALL}
+    assert {row.reason for row in rows} == {lora_fused.peft.small_batch.SMALL}
 
 
 def disable(model):
@@ -353,7 +353,7 @@ def test_gated_mlps_that_are_not_one_function(lora_fused, own_calls):
 
 def test_base_called(lora_fused, own_calls):
     pytest.importorskip("bitsandbytes")
-    from quantised import eight_bit, replace
+    from helpers.quantized import eight_bit, replace
 
     base = replace(tiny_llama(torch.bfloat16), lambda linear: eight_bit(linear, DEVICE), LINEARS)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=LINEARS, task_type="CAUSAL_LM"))

@@ -43,11 +43,11 @@ def test_groups(lora_fused, device, monkeypatch, group, elsewhere):
     specs = [lora_fused.ProjectionSpec(p) for _, _, p, _, _ in GROUPS[group]]
     x, seeds = torch.randn(2, 5, 64, device=device, requires_grad=True), torch.tensor([5, 7, 9], device=device)
     if elsewhere:
-        monkeypatch.setattr(lora_fused.backend, "norm_is_native", lambda *_: False)
+        monkeypatch.setattr(lora_fused.backends.select, "norm_is_native", lambda *_: False)
 
     def run():
         flat = flat_on(operands, device, torch.float32, torch.float32)
-        ys = lora_fused.autograd.native.lora_group(x, projections_of(lora_fused, flat, (0.5,) * 3, specs), seeds)
+        ys = lora_fused.autograd.group_native.lora_group(x, projections_of(lora_fused, flat, (0.5,) * 3, specs), seeds)
         torch.autograd.backward(ys[:2], [torch.ones_like(y) for y in ys[:2]])  # the third goes unused
 
     assert {"lora_forward", "lora_backward"} <= check(calls(lora_fused, run)) <= OPS
@@ -67,7 +67,7 @@ def test_gated(lora_fused, device, together, dora, p):
     def run():
         flat = flat_on(operands, device, torch.float32, torch.float32)
         projections = projections_of(lora_fused, flat, (0.5,) * len(specs), specs)
-        lora_fused.autograd.native.gated_mlp(x, projections, (0, 0), seeds[: len(specs)]).sum().backward()
+        lora_fused.autograd.gated_mlp_native.gated_mlp(x, projections, (0, 0), seeds[: len(specs)]).sum().backward()
 
     assert {"gated_forward", "gated_backward"} <= check(calls(lora_fused, run)) <= OPS
 
@@ -77,6 +77,6 @@ def test_norms_alone(lora_fused, device):
     b, magnitudes = [torch.randn(n, 4, device=device) for n in (24, 40)], [torch.rand(n, device=device) for n in (24, 40)]
 
     def run():
-        lora_fused.backend.dora_gains(weights, a, b, magnitudes, [0.5, 2.0])
+        lora_fused.backends.select.dora_gains(weights, a, b, magnitudes, [0.5, 2.0])
 
     assert check(calls(lora_fused, run)) == {"dora_gains"}

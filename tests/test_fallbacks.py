@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from cases import DEVICE, Case, peft_linear, peft_llama
+from helpers.cases import DEVICE, Case, peft_linear, peft_llama
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import KasaConfig, MontecloraConfig, VeloraConfig
@@ -250,18 +250,18 @@ def test_explain_covers_every_module_and_prints(lora_fused):
 @pytest.fixture
 def computed(lora_fused, monkeypatch):
     """Names of the fused computations that run; this device is taken to wait for the host as a GPU does."""
-    monkeypatch.setattr(lora_fused.peft_small, "_SMALL_ANYWHERE", True)
-    monkeypatch.setattr(lora_fused.peft_small, "SMALL_ROWS", 512)
+    monkeypatch.setattr(lora_fused.peft.small_batch, "_SMALL_ANYWHERE", True)
+    monkeypatch.setattr(lora_fused.peft.small_batch, "SMALL_ROWS", 512)
     names = []
 
     def spy(name):
-        own = getattr(lora_fused.functional, name)
+        own = getattr(lora_fused.functional.dispatch, name)
 
         def call(*args, **kwargs):
             names.append(name)
             return own(*args, **kwargs)
 
-        monkeypatch.setattr(lora_fused.functional, name, call)
+        monkeypatch.setattr(lora_fused.functional.dispatch, name, call)
 
     spy("compute_group")
     spy("compute_gated")
@@ -295,7 +295,7 @@ def test_small_work_without_a_gradient(lora_fused, computed, rows, adapter, conf
             warnings.simplefilter("ignore")
             row = lora_fused.explain(ours, rows=rows)[0]
     assert computed == ([] if own else ["compute_group"])
-    assert row.fused != own and (row.reason == lora_fused.peft_small.SMALL) == own, row
+    assert row.fused != own and (row.reason == lora_fused.peft.small_batch.SMALL) == own, row
     if own:
         assert torch.equal(result, expected)
 
@@ -322,7 +322,7 @@ def test_small_training_of_a_linear_alone(lora_fused, computed, rows, config, ad
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         row = lora_fused.explain(ours, rows=rows)[0]
-    assert row.fused != own and (row.reason == lora_fused.peft_small.SMALL_ALONE) == own, row
+    assert row.fused != own and (row.reason == lora_fused.peft.small_batch.SMALL_ALONE) == own, row
     if own:
         assert torch.equal(result, type(layer).forward(layer, x))
     ours(torch.randn(513, 32).bfloat16())
@@ -396,9 +396,9 @@ def test_a_sibling_that_peft_computes_is_not_computed_ahead(lora_fused, computed
     ours, ids = kernelized(lora_fused, model).eval(), torch.arange(8)[None]
     for _ in range(2):
         ours(ids)
-    sizes, own = [], lora_fused.functional.compute_group
+    sizes, own = [], lora_fused.functional.dispatch.compute_group
     monkeypatch.setattr(
-        lora_fused.functional, "compute_group", lambda x, group, **_: sizes.append(len(group)) or own(x, group, **_)
+        lora_fused.functional.dispatch, "compute_group", lambda x, group, **_: sizes.append(len(group)) or own(x, group, **_)
     )
     ours(ids)
     assert max(sizes) == 3

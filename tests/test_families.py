@@ -5,7 +5,7 @@ import pathlib
 import pytest
 import torch
 import transformers
-from families import FAMILIES, measure, read_table, readme_section, without_version
+from helpers.families import FAMILIES, measure, read_table, readme_section, without_version
 
 README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- families table: begin -->", "<!-- families table: end -->"

@@ -7,10 +7,10 @@ import itertools
 
 import pytest
 import torch
-from cases import DEVICE, VARIANTS, Case, DrawnDropout, assert_as_good, peft_linear
-from embeddings import Case as EmbeddingCase
-from embeddings import draw_ids, peft_embedding
-from heads import heads, inner, kernelized
+from helpers.cases import DEVICE, VARIANTS, Case, DrawnDropout, assert_as_good, peft_linear
+from helpers.embeddings import Case as EmbeddingCase
+from helpers.embeddings import draw_ids, peft_embedding
+from helpers.heads import heads, inner, kernelized
 from test_gated import glu
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -78,7 +78,7 @@ def large_down(model, scaling, t, delta=100.0):
 def choose(lora_fused, monkeypatch, backend):
     if backend == "triton":
         pytest.importorskip("triton")
-    monkeypatch.setattr(lora_fused.functional, "_choose", lambda *_: backend)
+    monkeypatch.setattr(lora_fused.functional.dispatch, "_choose", lambda *_: backend)
 
 
 def compare(lora_fused, model, x, dy, autocast=False, must_be=True):
@@ -133,7 +133,7 @@ def test_adapters_in_float32(lora_fused, monkeypatch, variant, backend):
 def test_triton_is_not_chosen_for_adapters_in_float32(lora_fused, monkeypatch):
     """It stores t and dt in float16."""
     asked = []
-    monkeypatch.setattr(lora_fused.backend, "choose", lambda *_: asked.append(True) or "library")
+    monkeypatch.setattr(lora_fused.backends.select, "choose", lambda *_: asked.append(True) or "library")
     for adapter, autocast, chosen in ((torch.float32, False, False), (HALF, False, True), (torch.float32, True, True)):
         asked.clear()
         base = torch.float32 if autocast else HALF
@@ -301,7 +301,7 @@ def test_a_base_that_is_called(lora_fused, dora, scaling):
     weight = codes.double() * scale.double()[:, None] / 127
     norm = (weight + scaling * b.double() @ a.double()).norm(dim=1)
     magnitude = (norm * 3e-3).to(HALF) if dora else None
-    spec = lora_fused.projection.ProjectionSpec(quantized=lora_fused.projection.EightBit((n, k)))
+    spec = lora_fused.specs.ProjectionSpec(quantized=lora_fused.specs.EightBit((n, k)))
 
     def results(of, cast):
         given = [None if v is None else v.to(cast).requires_grad_() for v in (base, x, a, b, magnitude)]
@@ -312,7 +312,7 @@ def test_a_base_that_is_called(lora_fused, dora, scaling):
 
     def ours(base, x, a, b, magnitude):
         operands = lora_fused.Operands(codes, bias, a, b, None, magnitude, scale)
-        return lora_fused.functional_delta.add_delta(base, x, lora_fused.Projection(operands, scaling, spec), False)
+        return lora_fused.functional.delta.add_delta(base, x, lora_fused.Projection(operands, scaling, spec), False)
 
     def peft(base, x, a, b, magnitude):
         return called(base, x, dy, a, b, magnitude, bias.to(x.dtype), norm.to(x.dtype), scaling)
@@ -327,13 +327,13 @@ def test_a_base_in_four_bits(lora_fused, quant_type):
     from test_dequantize import make
 
     operands, spec, *_ = make(lora_fused, (48, 64), 64, quant_type, True, HALF, DEVICE)
-    dense = lora_fused.base.dequantize(operands, spec, HALF)
+    dense = lora_fused.quantization.dequantize(operands, spec, HALF)
     a, b = torch.randn(8, 64).to(HALF), (1e-6 * torch.randn(48, 8)).to(HALF)
     x = (2000 * torch.randn(9, 64)).to(HALF)
     packed = lora_fused.Projection(
-        operands._replace(lora_a=a, lora_b=b), 1024.0, lora_fused.projection.ProjectionSpec(quantized=spec)
+        operands._replace(lora_a=a, lora_b=b), 1024.0, lora_fused.specs.ProjectionSpec(quantized=spec)
     )
-    y, = lora_fused.functional.compute_group(x, (packed,))
+    y, = lora_fused.functional.dispatch.compute_group(x, (packed,))
     truth = x.double() @ dense.double().t() + 1024.0 * (x.double() @ a.double().t()) @ b.double().t()
     theirs = x @ dense.t() + 1024.0 * ((x @ a.t()) @ b.t())
     assert_in_range({"y": y}, {"y": theirs}, {"y": truth})
@@ -341,7 +341,7 @@ def test_a_base_in_four_bits(lora_fused, quant_type):
 
 def test_the_rule_is_one(lora_fused):
     """t of the native op and of the operations is t without what is beyond 1, bit for bit the same rule."""
-    split = lora_fused.projection.split_scaling
+    split = lora_fused.specs.split_scaling
     values = [0.0, 0.5, 1.0, 2.0, 4.0, 1024.0, 1.0 + 2**-52, 3.0, 100.0, 2.0**40, 1e-30]
     x, a, b, w = (torch.randn(*shape, dtype=HALF) for shape in ((5, 16), (4, 16), (8, 4), (8, 16)))
     for scaling, sign in itertools.product(values, (1, -1)):
@@ -349,5 +349,5 @@ def test_the_rule_is_one(lora_fused):
         assert down * up == sign * scaling and (abs(down) <= 1.0) and up >= 1.0 and up == 2.0 ** round(torch.tensor(up).log2().item())
         assert up == 1.0 if scaling <= 1.0 else 0.5 < abs(down) <= 1.0
         assert split(sign * scaling, torch.bfloat16, torch.float32) == (sign * scaling, 1.0)
-        *_, t, _, _ = lora_fused.ops.lora_forward(x, [w], [], [a], [b], [], [], [sign * scaling], None, [], [], [], False)
-        torch.testing.assert_close(t, lora_fused.reference.down(x, a, down), rtol=2e-3, atol=1e-7)
+        *_, t, _, _ = lora_fused.backends.native.lora_forward(x, [w], [], [a], [b], [], [], [sign * scaling], None, [], [], [], False)
+        torch.testing.assert_close(t, lora_fused.backends.reference.down(x, a, down), rtol=2e-3, atol=1e-7)

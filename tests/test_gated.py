@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from cases import DEVICE, DrawnDropout, OwnForwards, assert_as_good, randomise_adapters, take_exactly
+from helpers.cases import DEVICE, DrawnDropout, OwnForwards, assert_as_good, randomise_adapters, take_exactly
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -220,7 +220,7 @@ class Checkpointed(nn.Module):
 def test_checkpointing(lora_fused, monkeypatch, reentrant, after, config):
     """What is not needed again is not computed again: LoRA's last product, where nothing that comes after it is
     saved. The reentrant kind asks for all of it."""
-    native = lora_fused.autograd.native
+    native = lora_fused.autograd.gated_mlp_native
     made = []
     forward = native._Down.forward
     monkeypatch.setattr(native._Down, "forward", staticmethod(lambda *args: made.append(0) or forward(*args)))
@@ -372,9 +372,9 @@ def set_activation(model, act):
 @contextlib.contextmanager
 def count_gated(lora_fused):
     """A list that grows with every gated MLP that is computed as one."""
-    own, calls = lora_fused.functional.compute_gated, []
+    own, calls = lora_fused.functional.dispatch.compute_gated, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lora_fused.functional, "compute_gated", lambda *args, **options: calls.append(0) or own(*args, **options))
+        patch.setattr(lora_fused.functional.dispatch, "compute_gated", lambda *args, **options: calls.append(0) or own(*args, **options))
         yield calls
 
 

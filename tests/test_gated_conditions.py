@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from cases import DEVICE, randomise_adapters, relative
+from helpers.cases import DEVICE, randomise_adapters, relative
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from test_gated import assert_same, is_one_function, step

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 @pytest.fixture(scope="module")
 def recognise(lora_fused):
-    return importlib.import_module(f"{lora_fused.__name__}.mlp_structure").recognise
+    return importlib.import_module(f"{lora_fused.__name__}.peft.mlp_tracer").recognise
 
 
 class CalledTwice(nn.Linear):

@@ -10,19 +10,19 @@ import threading
 
 import pytest
 import torch
-from cases import assert_computes_gated_mlp
+from helpers.cases import assert_computes_gated_mlp
 from torch import nn
 from torch.nn import functional as F
 
 
 @pytest.fixture(scope="module")
 def structure(lora_fused):
-    return importlib.import_module(f"{lora_fused.__name__}.mlp_structure")
+    return importlib.import_module(f"{lora_fused.__name__}.peft.mlp_tracer")
 
 
 @pytest.fixture(scope="module")
 def maths(lora_fused):
-    return importlib.import_module(f"{lora_fused.__name__}.activation")
+    return importlib.import_module(f"{lora_fused.__name__}.backends.reference.activations")
 
 
 class Mlp(nn.Module):

@@ -6,17 +6,17 @@ import re
 import warnings
 
 import pytest
-from cases import assert_computes_gated_mlp
+from helpers.cases import assert_computes_gated_mlp
 
 
 @pytest.fixture(scope="module")
 def structure(lora_fused):
-    return importlib.import_module(f"{lora_fused.__name__}.mlp_structure")
+    return importlib.import_module(f"{lora_fused.__name__}.peft.mlp_tracer")
 
 
 @pytest.fixture(scope="module")
 def maths(lora_fused):
-    return importlib.import_module(f"{lora_fused.__name__}.activation")
+    return importlib.import_module(f"{lora_fused.__name__}.backends.reference.activations")
 
 
 RECOGNISED = {

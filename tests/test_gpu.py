@@ -5,7 +5,7 @@ import collections
 
 import pytest
 import torch
-from cases import DEVICE, Case, peft_linear, randomise_adapters, relative
+from helpers.cases import DEVICE, Case, peft_linear, randomise_adapters, relative
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from test_dropout import number
@@ -120,15 +120,15 @@ def test_passes_over_dy_of_a_group_are_one_launch(lora_fused):
 
 
 @pytest.mark.parametrize("dtype, pieces", ((BF16, 0), (torch.float32, 1)), ids=("product's", "another"))
-def test_doras_norm_reads_what_the_product_dequantised(lora_fused, dtype, pieces):
+def test_doras_norm_reads_what_the_product_dequantized(lora_fused, dtype, pieces):
     """A weight in four bits that was in the product's dtype becomes floating point once in a forward."""
     pytest.importorskip("bitsandbytes")
-    import quantised
+    from helpers import quantized
 
-    model = quantised.replace(Single().to("cuda", dtype), lambda linear: quantised.four_bit(linear, BF16, "cuda"))
+    model = quantized.replace(Single().to("cuda", dtype), lambda linear: quantized.four_bit(linear, BF16, "cuda"))
     model = get_peft_model(model, LoraConfig(r=16, target_modules=["proj"], use_dora=True)).train()
     randomise_adapters(model, torch.float32)
-    assert all(row.fused for row in quantised.fuse(lora_fused, model, "cuda"))
+    assert all(row.fused for row in quantized.fuse(lora_fused, model, "cuda"))
     x = torch.randn(ROWS, K, device="cuda", dtype=BF16, requires_grad=True)
     step(model, x)
     counted = launches(lambda: step(model, x))
@@ -147,7 +147,7 @@ def test_large_norms_of_a_group_are_three_launches(lora_fused):
     weights = [torch.randn(shape, device="cuda", dtype=BF16) for shape in shapes]
     a = [torch.randn(32, k, device="cuda") for _, k in shapes]
     b, magnitudes = [torch.randn(n, 32, device="cuda") for n, _ in shapes], [torch.rand(n, device="cuda") for n, _ in shapes]
-    counted = launches(lambda: lora_fused.backend.dora_gains(weights, a, b, magnitudes, [1.0, 0.5, 2.0]))
+    counted = launches(lambda: lora_fused.backends.select.dora_gains(weights, a, b, magnitudes, [1.0, 0.5, 2.0]))
     assert sum(counted.values()) <= 3, counted
 
 
@@ -403,7 +403,7 @@ def test_gated_mlp_beyond_32_bits(lora_fused, far, backend):
         x = x.detach().requires_grad_()
         for projection in (gate, up, down):
             projection.operands.lora_a.grad = projection.operands.lora_b.grad = None
-        y = lora_fused.functional.compute_gated(x, (gate, up), down, "silu", backend=backend)
+        y = lora_fused.functional.dispatch.compute_gated(x, (gate, up), down, "silu", backend=backend)
         y.backward(dy)
         grads = [t.grad for p in (gate, up, down) for t in (p.operands.lora_a, p.operands.lora_b)]
         return [ends(y.detach()), ends(x.grad), *grads]

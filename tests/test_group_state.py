@@ -3,8 +3,8 @@ checkpoint waits."""
 
 import pytest
 import torch
-from cases import SeededDropout
-from heads import NAMES, functions, heads, inner, kernelized, learned, step
+from helpers.cases import SeededDropout
+from helpers.heads import NAMES, functions, heads, inner, kernelized, learned, step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -89,13 +89,13 @@ def test_a_dropout_that_changes_between_siblings(lora_fused, change):
 def test_no_member_leaves_while_a_reentrant_checkpoint_waits(lora_fused, monkeypatch, masked, later):
     """Its forward drew one seed a member at once, which its recomputation must do as well: y = J x + b and dx = Jᵀ dy with
     the same masks in J. A draw of three seeds is not three draws of one, as on a GPU."""
-    own = lora_fused.functional.draw_seeds
+    own = lora_fused.functional.dispatch.draw_seeds
 
     def draw_seeds(*args):
         seeds = own(*args)
         return None if seeds is None else seeds ^ len(seeds)
 
-    monkeypatch.setattr(lora_fused.functional, "draw_seeds", draw_seeds)
+    monkeypatch.setattr(lora_fused.functional.dispatch, "draw_seeds", draw_seeds)
     model = heads(lora_dropout=0.5)
     for name in {*NAMES} - {*masked}:
         getattr(inner(model), name).lora_dropout["default"] = nn.Identity()

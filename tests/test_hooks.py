@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import Case, peft_linear, randomise_adapters
+from helpers.cases import Case, peft_linear, randomise_adapters
 from peft import LoraConfig, get_peft_model
 from test_fallbacks import explain, kernelized
 from test_gated import glu

@@ -13,7 +13,7 @@ import warnings
 from typing import NamedTuple
 
 import pytest
-from hub_server import HubServer
+from helpers.hub_server import HubServer
 from test_download import BUILD, FROM_HUB, REPO_ID, VERSION
 
 # Loads by the expression `loader`, and prints what was raised and warned.
@@ -99,7 +99,7 @@ def check(lora_fused, copied):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                lora_fused.integrity.check(copied.variant)
+                lora_fused.environment.integrity.check(copied.variant)
             except ImportError as error:
                 found.update(error=f"{type(error).__name__}: {error}", path=error.path)
         return found | {"warnings": [str(each.message) for each in caught]}
@@ -204,11 +204,11 @@ def exchange(copied):
 
 OTHER_FILES = {
     "layers.py has other contents": lambda copied: append(copied.variant / "layers.py"),
-    "autograd/gated.py has other contents": lambda copied: append(copied.variant / "autograd" / "gated.py"),
+    "autograd/group_eager.py has other contents": lambda copied: append(copied.variant / "autograd" / "group_eager.py"),
     "autograd/__init__.py is empty": lambda copied: empty(copied.variant / "autograd" / "__init__.py"),
-    "reference.py is missing": lambda copied: remove(copied.variant / "reference.py"),
+    "specs.py is missing": lambda copied: remove(copied.variant / "specs.py"),
     "autograd/mine.py is new": lambda copied: empty(copied.variant / "autograd" / "mine.py"),
-    "configs/nvidia-h200.json is empty": lambda copied: empty(copied.variant / "configs" / "nvidia-h200.json"),
+    "backends/configs/nvidia-h200.json is empty": lambda copied: empty(copied.variant / "backends" / "configs" / "nvidia-h200.json"),
     "__init__.py has other contents": exchange,
 }
 
@@ -220,10 +220,10 @@ def test_other_files_are_warned_of(words, copied, check):
 
 
 def test_edited_package_loads_with_one_warning(copied):
-    for name in ("layers.py", "siblings.py"):
+    for name in ("layers.py", "shared_input.py"):
         append(copied.variant / name)
     empty(copied.variant / "mine.py")
-    assert_loaded(load(*get_local(copied)), "layers.py has", "siblings.py has", "mine.py is new")
+    assert_loaded(load(*get_local(copied)), "layers.py has", "shared_input.py has", "mine.py is new")
 
 
 def test_what_python_and_others_leave_is_no_damage(copied, check):

@@ -9,8 +9,8 @@ import warnings
 import accelerate
 import pytest
 import torch
-from cases import DEVICE, LINEARS, peft_llama, tiny_llama
-from heads import assert_same, heads, inner, step
+from helpers.cases import DEVICE, LINEARS, peft_llama, tiny_llama
+from helpers.heads import assert_same, heads, inner, step
 from kernels import Mode, use_kernel_forward_from_hub, use_kernel_mapping
 from kernels import kernelize as kernelize_all
 from kernels.layer.globals import _KERNEL_MAPPING
@@ -28,7 +28,7 @@ MARKED = (BaseTuner, PreTrainedModel, lora.Linear, lora.Embedding, LlamaMLP, Lla
 
 @pytest.fixture
 def kernelize_adapted(lora_fused):
-    return importlib.import_module(f"{lora_fused.__name__}.kernelized").kernelize_adapted
+    return importlib.import_module(f"{lora_fused.__name__}.binding").kernelize_adapted
 
 
 def explain(lora_fused, model):

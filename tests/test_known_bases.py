@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from cases import Case, assert_as_good, randomise_adapters, tiny_llama
+from helpers.cases import Case, assert_as_good, randomise_adapters, tiny_llama
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear

@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
-from cases import Case, peft_linear
-from embeddings import Case as EmbeddingCase
-from embeddings import peft_embedding
-from heads import NAMES, heads, inner, kernelized
+from helpers.cases import Case, peft_linear
+from helpers.embeddings import Case as EmbeddingCase
+from helpers.embeddings import peft_embedding
+from helpers.heads import NAMES, heads, inner, kernelized
 from test_gated import glu
 from torch import nn
 
@@ -79,8 +79,8 @@ def test_a_linear(lora_fused, layout, training, config):
 
     works = assert_like_peft(of(ours), of(model), layout)
     assert works or layout not in TAKEN or "lora_dropout" in config and training or "use_dora" in config
-    state = lora_fused.peft_state.read_linear(inner(ours).proj)
-    reason = lora_fused.peft_state.call_reason(state, x, (), {})
+    state = lora_fused.peft.linear.read_linear(inner(ours).proj)
+    reason = lora_fused.peft.linear.call_reason(state, x, (), {})
     assert reason in (f"x has the layout {x.layout}", "x is nested", "x is a NestedTensor")
 
 

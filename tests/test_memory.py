@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import randomise_adapters
+from helpers.cases import randomise_adapters
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -208,8 +208,8 @@ def scope(device, autocast):
 @pytest.fixture(autouse=True)
 def _watched(lora_fused, monkeypatch):
     """The mode that watches what our forward does is none for which PEFT's forward runs."""
-    harmless = (*lora_fused.genuine.HARMLESS_MODES, (Watch.__module__, Watch.__qualname__))
-    monkeypatch.setattr(lora_fused.genuine, "HARMLESS_MODES", harmless)
+    harmless = (*lora_fused.peft.replaced.HARMLESS_MODES, (Watch.__module__, Watch.__qualname__))
+    monkeypatch.setattr(lora_fused.peft.replaced, "HARMLESS_MODES", harmless)
 
 
 class Watch(TorchDispatchMode):

@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from cases import DEVICE, Case, peft_linear
-from embeddings import Case as EmbeddingCase
-from embeddings import peft_embedding
-from heads import inner, kernelized
+from helpers.cases import DEVICE, Case, peft_linear
+from helpers.embeddings import Case as EmbeddingCase
+from helpers.embeddings import peft_embedding
+from helpers.heads import inner, kernelized
 from test_gated import glu
 from torch import nn
 
@@ -249,31 +249,31 @@ FAILURES = {
 @pytest.mark.parametrize("case", FAILURES)
 def test_where_torch_does_not_tell_the_cause(lora_fused, monkeypatch, case):
     """As before torch 2.13."""
-    monkeypatch.setattr(lora_fused.errors, "_cause", lambda: "")
+    monkeypatch.setattr(lora_fused.backends.native_errors, "_cause", lambda: "")
     given, said = FAILURES[case]
-    error = lora_fused.errors.native_error(RuntimeError(given), (torch.zeros(1, device="cpu"), None, [3]))
+    error = lora_fused.backends.native_errors.native_error(RuntimeError(given), (torch.zeros(1, device="cpu"), None, [3]))
     assert str(error).startswith(said)
     assert_plain(error)
 
 
 def test_a_gpu_s_memory_in_its_own_type(lora_fused, monkeypatch):
-    monkeypatch.setattr(lora_fused.errors, "_cause", lambda: "CUDA out of memory. Tried to allocate 2 GiB")
-    error = lora_fused.errors.native_error(RuntimeError(FAILURES["allocation"][0]), ())
+    monkeypatch.setattr(lora_fused.backends.native_errors, "_cause", lambda: "CUDA out of memory. Tried to allocate 2 GiB")
+    error = lora_fused.backends.native_errors.native_error(RuntimeError(FAILURES["allocation"][0]), ())
     assert type(error) is torch.OutOfMemoryError and str(error) == "CUDA out of memory. Tried to allocate 2 GiB"
 
 
 def test_a_check_of_an_op_reaches_nobody_with_its_path(lora_fused):
     """Every op that Python calls, given what only C++ refuses."""
-    mask = lora_fused.projection.Mask(torch.tensor([1]), 1.5)
+    mask = lora_fused.specs.Mask(torch.tensor([1]), 1.5)
     ones = torch.ones(4, 4)
     calls = (
-        lambda: lora_fused.ops.dropout(ones, mask, torch.float32),
-        lambda: lora_fused.ops.gain(torch.ones(3), torch.ones(4)),
-        lambda: lora_fused.ops.row_norm(ones, ones[:, :2], ones, 1.0),
-        lambda: lora_fused.ops.dequantize_4bit(ones, ones, None, None, None, 3, 0, False, 0, ones),
-        lambda: lora_fused.ops.lora_forward(
+        lambda: lora_fused.backends.native.dropout(ones, mask, torch.float32),
+        lambda: lora_fused.backends.native.gain(torch.ones(3), torch.ones(4)),
+        lambda: lora_fused.backends.native.row_norm(ones, ones[:, :2], ones, 1.0),
+        lambda: lora_fused.backends.native.dequantize_4bit(ones, ones, None, None, None, 3, 0, False, 0, ones),
+        lambda: lora_fused.backends.native.lora_forward(
             ones, [ones], [torch.ones(3)], [ones], [ones], [], [], [1.0], None, [], [], [], False),
-        lambda: lora_fused.ops.lora_forward(ones, [ones], [], [ones], [ones], [], [], [1.0], None, [], [], [9] * 7, False),
+        lambda: lora_fused.backends.native.lora_forward(ones, [ones], [], [ones], [ones], [], [], [1.0], None, [], [], [9] * 7, False),
     )  # fmt: skip
     for call in calls:
         with pytest.raises(RuntimeError) as raised:

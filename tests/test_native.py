@@ -3,10 +3,10 @@ everything, on this machine's device: masks given, memory poisoned, every gradie
 
 import functools
 
-import formula
+from helpers import formula
 import pytest
 import torch
-from cases import UNIT, relative
+from helpers.cases import UNIT, relative
 
 # tokens, features in; whole tiles, parts of tiles, more tokens than a block has, columns that no kernel of
 # masks in registers takes (33).
@@ -33,7 +33,7 @@ LARGE_GROUPS = {
 }
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16))
 FIELDS = ("weight", "bias", "lora_a", "lora_b", "lora_bias", "magnitude")
-SCALES = 4  # of a quantised weight, which none of these is
+SCALES = 4  # of a quantized weight, which none of these is
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def flat_on(operands, device, dtype, adapter):
 
 
 def projections_of(lora_fused, flat, scalings, specs):
-    operands = lora_fused.projection.unflatten(flat)
+    operands = lora_fused.specs.unflatten(flat)
     return [lora_fused.Projection(*each) for each in zip(operands, scalings, specs)]
 
 
@@ -135,11 +135,11 @@ def check_group(lora_fused, device, m, k, group, dtype, adapter):
 
     def native(x, flat):
         projections = projections_of(lora_fused, flat, scalings, specs)
-        return lora_fused.autograd.native.lora_group(x, projections, seeds.to(x.device))
+        return lora_fused.autograd.group_native.lora_group(x, projections, seeds.to(x.device))
 
     def truth(x, flat):
         dropouts = [spec.dropout for spec in specs]
-        return formula.group(lora_fused, x, lora_fused.projection.unflatten(flat), scalings, dropouts, seeds)
+        return formula.group(lora_fused, x, lora_fused.specs.unflatten(flat), scalings, dropouts, seeds)
 
     exact = run(truth, "cpu", torch.float64, torch.float64)
     compare(run(native, device, dtype, adapter), exact, dtype, stored=4)
@@ -171,14 +171,14 @@ def exact_run(lora_fused, operands, group, x, dys, device, scalings):
     given = [dy.to(device, torch.bfloat16) for dy in dys]
     poison(device)
     projections = projections_of(lora_fused, flat, scalings, [lora_fused.ProjectionSpec(p) for _, _, p, _, _ in group])
-    assert lora_fused.autograd.native.takes(projections, torch.bfloat16, None, is_cuda=True) == (True, True)
+    assert lora_fused.autograd.group_native.takes(projections, torch.bfloat16, None, is_cuda=True) == (True, True)
     seeds = SEEDS.to(device) if any(p for _, _, p, _, _ in group) else None
-    return backward(lora_fused.autograd.native.lora_group(own, projections, seeds, True), given, own, flat), flat
+    return backward(lora_fused.autograd.group_native.lora_group(own, projections, seeds, True), given, own, flat), flat
 
 
 def formula_run(lora_fused, operands, group, x, dys, scalings):
     flat, own = flat_on(operands, "cpu", torch.float64, torch.float64), x.clone().requires_grad_()
-    of, dropouts = lora_fused.projection.unflatten(flat), [p for _, _, p, _, _ in group]
+    of, dropouts = lora_fused.specs.unflatten(flat), [p for _, _, p, _, _ in group]
     return backward(formula.group(lora_fused, own, of, scalings, dropouts, SEEDS), dys, own, flat)
 
 
@@ -215,12 +215,12 @@ def test_norms_made_by_the_forward_and_elsewhere(lora_fused, device, monkeypatch
     group = ((72, 16, 0.0, True, True), (40, 24, 0.0, True, False), (64, 8, 0.0, False, True), (48, 4, 0.0, True, False))
     operands = [operands_of(generator, 96, n, r, dora, bias) for n, r, _, dora, bias in group]
     x, dys = draw(generator, 37, 96).float(), [draw(generator, 37, n).float().to(device) for n, *_ in group]
-    native = lora_fused.backend.norm_is_native
+    native = lora_fused.backends.select.norm_is_native
 
     def run():
         flat, own = flat_on(operands, device, torch.float32, torch.float32), x.to(device).requires_grad_()
         projections = projections_of(lora_fused, flat, (0.5,) * 4, [lora_fused.ProjectionSpec()] * 4)
-        return backward(lora_fused.autograd.native.lora_group(own, projections, None), dys, own, flat)
+        return backward(lora_fused.autograd.group_native.lora_group(own, projections, None), dys, own, flat)
 
     expected = run()
     asked = []
@@ -229,7 +229,7 @@ def test_norms_made_by_the_forward_and_elsewhere(lora_fused, device, monkeypatch
         asked.append(lora_a.shape[0])
         return lora_a.shape[0] not in elsewhere and native(weight, lora_a, lora_b, quantized)
 
-    monkeypatch.setattr(lora_fused.backend, "norm_is_native", refusing)
+    monkeypatch.setattr(lora_fused.backends.select, "norm_is_native", refusing)
     for value, exact in zip(run(), expected):
         torch.testing.assert_close(value, exact)
     assert {16, 24, 4} <= set(asked)
@@ -250,7 +250,7 @@ def test_what_the_ops_take(lora_fused):
             )
             for i, (a, b) in enumerate(adapters)
         ]
-        return tuple(lora_fused.autograd.native.takes(projections, dtype, autocast, is_cuda))
+        return tuple(lora_fused.autograd.group_native.takes(projections, dtype, autocast, is_cuda))
 
     assert taken(bf16, (bf16, bf16), p=0.1) == taken(fp32, (fp32, fp32), is_cuda=False) == (True, False)
     assert taken(bf16, (fp32, fp32), autocast=bf16, p=0.1) == (True, False)
@@ -290,10 +290,10 @@ def test_gated(lora_fused, device, three_threads, p, dora, gate_half, dtype, ada
 
     def native(x, flat, exact=False):
         projections = projections_of(lora_fused, flat, scalings, specs)
-        return lora_fused.autograd.native.gated_mlp(x, projections, (0, gate_half or 0), seeds.to(x.device), exact)
+        return lora_fused.autograd.gated_mlp_native.gated_mlp(x, projections, (0, gate_half or 0), seeds.to(x.device), exact)
 
     def formulated(x, flat):
-        of = lora_fused.projection.unflatten(flat)
+        of = lora_fused.specs.unflatten(flat)
         return formula.gated(lora_fused, x, of, scalings, [p] * len(specs), seeds, gate_half)
 
     truth = run(formulated, "cpu", torch.float64, torch.float64)
@@ -307,12 +307,12 @@ def test_gated(lora_fused, device, three_threads, p, dora, gate_half, dtype, ada
 @pytest.mark.parametrize("activation", range(5))
 def test_gates_of_zero_and_far_from_it(lora_fused, device, activation, dtype):
     """Values and slopes are those of autograd, which has 0 where ReLU has none, and nothing overflows on the way: y = f(x)."""
-    maths, eye = lora_fused.activation, torch.eye(6, device=device, dtype=dtype)
+    maths, eye = lora_fused.backends.reference.activations, torch.eye(6, device=device, dtype=dtype)
     up = lora_fused.Operands(torch.zeros_like(eye), torch.ones(6, device=device, dtype=dtype))
     far = 1e3 if maths.ACTIVATIONS[activation] == "relu2" else 1e25
     x = torch.tensor([[0.0, 1.0, -1.0, 35.0, -35.0, far]], device=device, dtype=dtype, requires_grad=True)
     projections = [lora_fused.Projection(each) for each in (lora_fused.Operands(eye), up, lora_fused.Operands(eye))]
-    y = lora_fused.autograd.native.gated_mlp(x, projections, (activation, 0), None)
+    y = lora_fused.autograd.gated_mlp_native.gated_mlp(x, projections, (activation, 0), None)
     truth = x.detach().double().requires_grad_()
     value = {
         "silu": torch.nn.functional.silu,

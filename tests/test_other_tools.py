@@ -6,8 +6,8 @@ import importlib
 import accelerate
 import pytest
 import torch
-from cases import DEVICE, LINEARS, peft_llama, tiny_llama
-from heads import assert_same, functions, heads, inner, learned, step, take_out
+from helpers.cases import DEVICE, LINEARS, peft_llama, tiny_llama
+from helpers.heads import assert_same, functions, heads, inner, learned, step, take_out
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from test_adapters import tokens
@@ -311,7 +311,7 @@ def test_weights_on_meta_until_a_hook_fires(lora_fused, first):
     ours = copy.deepcopy(model) if first else kernelized(lora_fused, copy.deepcopy(model))
     accelerate.cpu_offload(ours, execution_device=torch.device(DEVICE))
     if first:  # `kernelize(ours)` would take the hooks off the norms
-        kernelize_adapted = importlib.import_module(f"{lora_fused.__name__}.kernelized").kernelize_adapted
+        kernelize_adapted = importlib.import_module(f"{lora_fused.__name__}.binding").kernelize_adapted
         kernelize_adapted(ours, mode=Mode.INFERENCE)
     assert any(p.is_meta for p in ours.parameters())
     assert not any(row.fused for row in explain(lora_fused, ours))

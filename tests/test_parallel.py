@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 import transformers
-from cases import tiny_llama
+from helpers.cases import tiny_llama
 from kernels import Mode, get_local_kernel, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from cases import (
+from helpers.cases import (
     CASES, DEVICE, DTYPES, VARIANTS, Case, DrawnDropout, OwnForwards, assert_as_good, peft_linear, peft_llama, take_exactly,
 )  # fmt: skip
 from kernels import Mode, kernelize
@@ -55,8 +55,8 @@ def run_fused(lora_fused, model, x, dy, autocast=None, device=DEVICE):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layer_matches_peft(lora_fused, device, monkeypatch, case, base, adapter, variant, autocast, backend):
     if backend == "triton":
-        monkeypatch.setattr(lora_fused.tuned, "of", lambda device: lora_fused.tuned.Tuned(up_add_from=0))
-        monkeypatch.setattr(lora_fused.backend, "is_hopper", lambda device: False)
+        monkeypatch.setattr(lora_fused.backends.device_config, "of", lambda device: lora_fused.backends.device_config.Tuned(up_add_from=0))
+        monkeypatch.setattr(lora_fused.backends.select, "is_hopper", lambda device: False)
     model, _ = peft_linear(case, base, adapter, device, **VARIANTS[variant])
     compare_with_peft(lora_fused, device, model, case, base, autocast)
 
@@ -254,16 +254,16 @@ def train(model, device, steps=20, autocast=None):
 
 def test_choice_of_backend(lora_fused, monkeypatch):
     gpu, large = torch.device("cuda"), 2**20
-    monkeypatch.setattr(lora_fused.tuned, "of", lambda device: lora_fused.tuned.Tuned(up_add_from=large))
+    monkeypatch.setattr(lora_fused.backends.device_config, "of", lambda device: lora_fused.backends.device_config.Tuned(up_add_from=large))
 
     def choose(device, dtype, work, native=True, exact=False):
-        taken = lora_fused.projection.Taken(native, exact)
-        return lora_fused.backend.choose(device, dtype, taken, lambda: work)
+        taken = lora_fused.specs.Taken(native, exact)
+        return lora_fused.backends.select.choose(device, dtype, taken, lambda: work)
 
-    monkeypatch.setattr(lora_fused.backend, "is_hopper", lambda device: True)
+    monkeypatch.setattr(lora_fused.backends.select, "is_hopper", lambda device: True)
     assert choose(gpu, torch.bfloat16, large) == "library"
     assert choose(gpu, torch.bfloat16, large, native=False) == "triton"  # float32 adapters and dropout, no autocast
-    monkeypatch.setattr(lora_fused.backend, "is_hopper", lambda device: False)
+    monkeypatch.setattr(lora_fused.backends.select, "is_hopper", lambda device: False)
     assert choose(gpu, torch.bfloat16, large) == choose(gpu, torch.float16, large) == "triton"
     assert choose(gpu, torch.bfloat16, large, exact=True) == "library"
     assert choose(gpu, torch.bfloat16, large - 1) == choose(gpu, torch.float32, large) == "library"

@@ -12,10 +12,10 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 
-import networks
+from helpers import networks
 import pytest
 import torch
-from cases import DEVICE
+from helpers.cases import DEVICE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernels import Mode, kernelize

@@ -1,16 +1,16 @@
-"""QLoRA and QDoRA: PEFT's Linear4bit fused, on the same quantised weights as PEFT itself.
+"""QLoRA and QDoRA: PEFT's Linear4bit fused, on the same quantized weights as PEFT itself.
 
-Truth is PEFT in float64 on the weights that bitsandbytes dequantises; the yardstick is PEFT on the
-quantised layer.
+Truth is PEFT in float64 on the weights that bitsandbytes dequantizes; the yardstick is PEFT on the
+quantized layer.
 """
 
 import pytest
 import torch
-from cases import BROKEN_ROWS, QUANTISED_CASES, VARIANTS, DrawnDropout, OwnForwards, assert_as_good, take_exactly
+from helpers.cases import BROKEN_ROWS, QUANTIZED_CASES, VARIANTS, DrawnDropout, OwnForwards, assert_as_good, take_exactly
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("bitsandbytes")
-import quantised  # noqa: E402
+from helpers import quantized  # noqa: E402
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # (x and compute dtype, adapter, autocast to)
@@ -19,17 +19,17 @@ STATES = (("nf4", True, 64), ("nf4", False, 32), ("fp4", True, 64), ("fp4", Fals
 
 
 def make(case, compute, adapter, device, state=("nf4", True, 64), **config):
-    """(PEFT's model on a 4-bit layer, its LoRA layer, the same model in float64 on the dequantised weight)"""
+    """(PEFT's model on a 4-bit layer, its LoRA layer, the same model in float64 on the dequantized weight)"""
     quant_type, nested, blocksize = state
-    model = quantised.One(case, compute, device)
+    model = quantized.One(case, compute, device)
     options = dict(quant_type=quant_type, nested=nested, blocksize=blocksize)
-    quantised.replace(model, lambda m: quantised.four_bit(m, compute, device, **options))
-    model, layer = quantised.adapted(model, case, adapter, **config)
-    exact = quantised.One(case, torch.float64, device)
-    exact.proj.weight.data = quantised.dequantised(layer.base_layer).double()
+    quantized.replace(model, lambda m: quantized.four_bit(m, compute, device, **options))
+    model, layer = quantized.adapted(model, case, adapter, **config)
+    exact = quantized.One(case, torch.float64, device)
+    exact.proj.weight.data = quantized.dequantized(layer.base_layer).double()
     if case.bias:
         exact.proj.bias.data = layer.base_layer.bias.data.double()
-    exact, _ = quantised.adapted(exact, case, torch.float64, **config)
+    exact, _ = quantized.adapted(exact, case, torch.float64, **config)
     trained = dict(model.named_parameters())
     for name, parameter in exact.named_parameters():
         if "base_layer" not in name:
@@ -48,12 +48,12 @@ def compare(lora_fused, case, precision, device, state, config, expect):
         own = layer.lora_dropout["default"]
         layer.lora_dropout["default"] = exact.base_model.model.proj.lora_dropout["default"] = mask
     generator = torch.get_rng_state(), torch.cuda.get_rng_state() if device == "cuda" else None
-    truth, true_grads = quantised.step(exact, x.double(), dy)
-    theirs, their_grads = quantised.step(model, x, dy, autocast)
+    truth, true_grads = quantized.step(exact, x.double(), dy)
+    theirs, their_grads = quantized.step(model, x, dy, autocast)
     if dropout:
         layer.lora_dropout["default"] = own
-    quantised.fuse(lora_fused, model, device)
-    with quantised.as_on_gpu(device, autocast):
+    quantized.fuse(lora_fused, model, device)
+    with quantized.as_on_gpu(device, autocast):
         row = lora_fused.explain(model, rows=x.numel() // case.k)[0]
     said = "PEFT's" if not row.fused else "base called" if row.backend == "base called" else "fused"
     assert said == expect, row
@@ -61,7 +61,7 @@ def compare(lora_fused, case, precision, device, state, config, expect):
     if device == "cuda":
         torch.cuda.set_rng_state(generator[1])
     with OwnForwards() as calls:
-        ours, our_grads = quantised.step(model, x, dy, autocast)
+        ours, our_grads = quantized.step(model, x, dy, autocast)
     assert bool(calls) == (expect == "PEFT's")
     unit = autocast or compute
     assert_as_good("y", ours, theirs, truth, unit)
@@ -70,14 +70,14 @@ def compare(lora_fused, case, precision, device, state, config, expect):
         assert_as_good(name, grad, their_grads[name], true_grads[name], unit, terms=case.k)
 
 
-@pytest.mark.parametrize("case", QUANTISED_CASES, ids=str)
+@pytest.mark.parametrize("case", QUANTIZED_CASES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 def test_layer_matches_peft(lora_fused, device, case, variant, precision):
     compare(lora_fused, case, precision, device, STATES[0], VARIANTS[variant], "fused")
 
 
-@pytest.mark.parametrize("case", QUANTISED_CASES, ids=str)
+@pytest.mark.parametrize("case", QUANTIZED_CASES, ids=str)
 @pytest.mark.parametrize("variant", [name for name, each in VARIANTS.items() if not {"lora_dropout", "use_dora"} <= each.keys()])
 def test_float32_adapters_as_on_a_gpu(lora_fused, monkeypatch, case, variant):
     """In two parts, by the native op."""
@@ -92,7 +92,7 @@ def test_float32_adapters_as_on_a_gpu(lora_fused, monkeypatch, case, variant):
 def test_few_rows_without_a_gradient(lora_fused, device, rows, variant, precision):
     """Decoding: bitsandbytes' product of up to four rows, with PEFT around it, for DoRA with our delta."""
     compute, adapter, autocast = precision
-    case = QUANTISED_CASES[5]
+    case = QUANTIZED_CASES[5]
     model, layer, exact = make(case, compute, adapter, device, STATES[0], **VARIANTS[variant])
     for each in (model, exact):
         for module in each.modules():
@@ -100,8 +100,8 @@ def test_few_rows_without_a_gradient(lora_fused, device, rows, variant, precisio
                 module.eval()
     layer.training = False  # alone: in evaluation bitsandbytes packs the weight anew on some CPUs
     x = torch.randn(rows, case.k, device=device).to(compute)
-    quantised.fuse(lora_fused, model, device)
-    with torch.no_grad(), quantised.as_on_gpu(device, autocast):
+    quantized.fuse(lora_fused, model, device)
+    with torch.no_grad(), quantized.as_on_gpu(device, autocast):
         theirs = type(layer).forward(layer, x)
         with OwnForwards() as calls:
             ours = model(x)
@@ -114,14 +114,14 @@ def test_few_rows_without_a_gradient(lora_fused, device, rows, variant, precisio
     elif variant.startswith("dora"):
         assert row.fused and row.backend == "base called", row
     else:
-        assert not row.fused and row.reason == lora_fused.peft_small.SMALL, row
+        assert not row.fused and row.reason == lora_fused.peft.small_batch.SMALL, row
 
 
 def test_few_rows_of_a_reentrant_checkpoint(lora_fused, device):
     """Its forward has no gradient, what it computes again has: y = J x + b and dx = Jᵀ dy with one mask in J."""
-    case = QUANTISED_CASES[5]
+    case = QUANTIZED_CASES[5]
     model, layer, _ = make(case, F32, F32, device, STATES[0], lora_dropout=0.5)
-    quantised.fuse(lora_fused, model, device)
+    quantized.fuse(lora_fused, model, device)
     x, dy = torch.randn(2, case.k, device=device, requires_grad=True), torch.randn(2, case.n, device=device)
     with OwnForwards() as calls:
         y = checkpoint(model, x, use_reentrant=True)
@@ -135,8 +135,8 @@ def test_few_rows_of_a_reentrant_checkpoint(lora_fused, device):
 @pytest.mark.parametrize("state", STATES[1:], ids=str)
 @pytest.mark.parametrize("variant", ("lora", "dora"))
 @pytest.mark.parametrize("precision", PRECISIONS[:3], ids=str)
-def test_quantisations(lora_fused, device, state, variant, precision):
-    compare(lora_fused, QUANTISED_CASES[5], precision, device, state, VARIANTS[variant], "fused")
+def test_quantizations(lora_fused, device, state, variant, precision):
+    compare(lora_fused, QUANTIZED_CASES[5], precision, device, state, VARIANTS[variant], "fused")
 
 
 @pytest.mark.parametrize("case", BROKEN_ROWS, ids=str)
@@ -151,20 +151,20 @@ def test_rows_of_broken_blocks(lora_fused, device, case, variant):
 @pytest.mark.parametrize("variant", ("lora", "dora", "lora_bias", "dropout"))
 def test_products_in_another_dtype_than_x(lora_fused, device, compute, x_dtype, variant):
     """The base computes in its own dtype, the adapter in x's: the base is called."""
-    case = QUANTISED_CASES[5]
+    case = QUANTIZED_CASES[5]
     model, layer, _ = make(case, compute, F32, device, **VARIANTS[variant])
     x, dy = torch.randn(40, case.k, device=device).to(x_dtype), torch.randn(40, case.n, device=device)
     if variant == "dropout":
         own = layer.lora_dropout["default"]
         layer.lora_dropout["default"] = DrawnDropout(lora_fused, 0.3, x.shape, device)
     state = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
-    theirs, their_grads = quantised.step(model, x, dy)
+    theirs, their_grads = quantized.step(model, x, dy)
     if variant == "dropout":
         layer.lora_dropout["default"] = own
-    quantised.fuse(lora_fused, model, device)
+    quantized.fuse(lora_fused, model, device)
     (torch.cuda if device == "cuda" else torch).set_rng_state(state)
     with OwnForwards() as calls:
-        ours, our_grads = quantised.step(model, x, dy)
+        ours, our_grads = quantized.step(model, x, dy)
     assert not calls
     narrow = BF16 if BF16 in (compute, x_dtype) else F16
     assert ours.dtype == theirs.dtype == x_dtype
@@ -177,16 +177,16 @@ def test_products_in_another_dtype_than_x(lora_fused, device, compute, x_dtype, 
 
 def test_float32_x_under_autocast_keeps_its_dtype(lora_fused, device):
     """As the norms of `prepare_model_for_kbit_training` give it; bitsandbytes casts back to x's dtype."""
-    case = QUANTISED_CASES[5]
+    case = QUANTIZED_CASES[5]
     model, _, exact = make(case, BF16, F32, device)
     x, dy = torch.randn(40, case.k, device=device), torch.randn(40, case.n, device=device)
-    theirs, their_grads = quantised.step(model, x, dy, BF16)
-    truth, true_grads = quantised.step(exact, x.double(), dy.double())
+    theirs, their_grads = quantized.step(model, x, dy, BF16)
+    truth, true_grads = quantized.step(exact, x.double(), dy.double())
     with torch.autocast(device, dtype=BF16):
-        rows = quantised.fuse(lora_fused, model, device)
+        rows = quantized.fuse(lora_fused, model, device)
     assert rows[0].fused and rows[0].backend != "base called"
     with OwnForwards() as calls:
-        ours, our_grads = quantised.step(model, x, dy, BF16)
+        ours, our_grads = quantized.step(model, x, dy, BF16)
     assert not calls and ours.dtype == F32
     assert_as_good("y", ours, theirs, truth, BF16)
     for name, grad in our_grads.items():

@@ -1,5 +1,5 @@
-"""Whole models on four-bit bases: groups and gated MLPs, quantised and mixed; training, saving, what is
-kept for backward, streams, and quantisation states that are damaged."""
+"""Whole models on four-bit bases: groups and gated MLPs, quantized and mixed; training, saving, what is
+kept for backward, streams, and quantization states that are damaged."""
 
 import copy
 import gc
@@ -8,12 +8,12 @@ from random import Random
 
 import pytest
 import torch
-from cases import FACTOR, QUANTISED_CASES, UNIT, Case, OwnForwards
+from helpers.cases import FACTOR, QUANTIZED_CASES, UNIT, Case, OwnForwards
 from peft import PeftModel
 from torch import nn
 
 bnb = pytest.importorskip("bitsandbytes")
-import quantised  # noqa: E402
+from helpers import quantized  # noqa: E402
 
 BF16, F32 = torch.bfloat16, torch.float32
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -22,7 +22,7 @@ ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 def run(model, ids, autocast=None):
     """(logits, gradients) of one training step's forward and backward."""
     model.zero_grad()
-    with quantised.as_on_gpu(ids.device.type, autocast):
+    with quantized.as_on_gpu(ids.device.type, autocast):
         out = model(ids, labels=ids)
     out.loss.backward()
     return out.logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
@@ -46,10 +46,10 @@ def assert_close(ours, theirs, tolerance):
 @pytest.mark.parametrize("names", (None, {"q_proj", "v_proj", "gate_proj", "down_proj"}), ids=("all", "mixed"))
 @pytest.mark.parametrize("config", ({}, dict(use_dora=True), dict(bias="all")), ids=str)
 def test_llama(lora_fused, device, names, config):
-    """Quantised and other projections in one group and one gated MLP: logits and all gradients of PEFT."""
-    model, ids = quantised.llama(device, names, **config)
+    """Quantized and other projections in one group and one gated MLP: logits and all gradients of PEFT."""
+    model, ids = quantized.llama(device, names, **config)
     theirs = run(model, ids)
-    quantised.fuse(lora_fused, model, device)
+    quantized.fuse(lora_fused, model, device)
     for _ in range(3):
         ours = run_fused(model, ids)
     rows = lora_fused.explain(model, rows=ids.numel())
@@ -64,17 +64,17 @@ def test_llama(lora_fused, device, names, config):
 @pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=("lora", "dora"))
 def test_llama_under_autocast(lora_fused, device, names, config):
     """float32 activations, bf16 products; a mixed MLP runs its own forward, its projections fused."""
-    model, ids = quantised.llama(device, names, compute=BF16, **config)
+    model, ids = quantized.llama(device, names, compute=BF16, **config)
     for name, parameter in model.named_parameters():  # as prepare_model_for_kbit_training leaves them
         if "norm" in name or "embed" in name:
             parameter.data = parameter.data.float()
-    truth = run(quantised.exact(model), ids)
+    truth = run(quantized.exact(model), ids)
     theirs = run(model, ids, BF16)
-    quantised.fuse(lora_fused, model, device)
+    quantized.fuse(lora_fused, model, device)
     for _ in range(2):
         ours = run_fused(model, ids, BF16)
     assert ours[0].dtype == theirs[0].dtype
-    with quantised.as_on_gpu(device, BF16):
+    with quantized.as_on_gpu(device, BF16):
         rows = lora_fused.explain(model, rows=ids.numel())
     assert all(row.fused for row in rows), str(rows)
     flat = [{"logits": result[0], **result[1]} for result in (ours, theirs, truth)]
@@ -84,11 +84,11 @@ def test_llama_under_autocast(lora_fused, device, names, config):
 
 
 @pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=("lora", "dora"))
-def test_a_frozen_quantised_member(lora_fused, device, config):
-    """A gated MLP of which only gate is adapted: the others are quantised members without an adapter."""
-    model, ids = quantised.llama(device, target_modules=["gate_proj", "q_proj"], **config)
+def test_a_frozen_quantized_member(lora_fused, device, config):
+    """A gated MLP of which only gate is adapted: the others are quantized members without an adapter."""
+    model, ids = quantized.llama(device, target_modules=["gate_proj", "q_proj"], **config)
     theirs = run(model, ids)
-    quantised.fuse(lora_fused, model, device)
+    quantized.fuse(lora_fused, model, device)
     ours = run_fused(model, ids)
     rows = lora_fused.explain(model, rows=ids.numel())
     assert {row.group for row in rows if row.module.endswith("gate_proj")} != {"single"}, str(rows)
@@ -97,7 +97,7 @@ def test_a_frozen_quantised_member(lora_fused, device, config):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_members(lora_fused, device, seed):
-    """Any projections quantised, any adapted, in ranks of their own: PEFT's logits and gradients."""
+    """Any projections quantized, any adapted, in ranks of their own: PEFT's logits and gradients."""
     random = Random(seed)
     some = lambda: set(random.sample(sorted(ALL), random.randint(1, len(ALL))))  # noqa: E731
     targets = some()
@@ -109,9 +109,9 @@ def test_random_members(lora_fused, device, seed):
         use_rslora=random.random() < 0.3,
         bias=random.choice(("none", "none", "all", "lora_only")),
     )
-    model, ids = quantised.llama(device, random.choice((None, some())), **config)
+    model, ids = quantized.llama(device, random.choice((None, some())), **config)
     theirs = run(model, ids)
-    quantised.fuse(lora_fused, model, device)
+    quantized.fuse(lora_fused, model, device)
     for _ in range(3):
         ours = run_fused(model, ids)
     assert_close(ours, theirs, 2e-5)
@@ -120,10 +120,10 @@ def test_random_members(lora_fused, device, seed):
 @pytest.mark.parametrize("reentrant", (False, True))
 @pytest.mark.parametrize("config", ({}, dict(lora_dropout=0.2)), ids=str)
 def test_checkpointing(lora_fused, device, reentrant, config):
-    """Weights dequantised again for the recomputation, too: the gradients of a run without it, and PEFT's."""
-    model, ids = quantised.llama(device, **config)
+    """Weights dequantized again for the recomputation, too: the gradients of a run without it, and PEFT's."""
+    model, ids = quantized.llama(device, **config)
     theirs = run(model, ids)
-    quantised.fuse(lora_fused, model, device)
+    quantized.fuse(lora_fused, model, device)
     for _ in range(3):
         run(model, ids)
     torch.manual_seed(3)
@@ -143,9 +143,9 @@ def test_twenty_steps_and_back_to_plain_peft(lora_fused, device, config, tmp_pat
     training mode throughout: in evaluation bitsandbytes may compute in bfloat16 on a CPU."""
 
     def train(fused):
-        model, ids = quantised.llama(device, **config)
+        model, ids = quantized.llama(device, **config)
         if fused:
-            assert all(row.fused for row in quantised.fuse(lora_fused, model, device))
+            assert all(row.fused for row in quantized.fuse(lora_fused, model, device))
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
         losses = []
         for _ in range(20):
@@ -163,7 +163,7 @@ def test_twenty_steps_and_back_to_plain_peft(lora_fused, device, config, tmp_pat
     ours_model.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = ours_model(ids).logits
-    plain, _ = quantised.llama(device, seed=9)
+    plain, _ = quantized.llama(device, seed=9)
     plain = PeftModel.from_pretrained(plain.unload(), tmp_path, autocast_adapter_dtype=False).train()
     assert type(plain.base_model.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     with torch.no_grad():
@@ -171,11 +171,11 @@ def test_twenty_steps_and_back_to_plain_peft(lora_fused, device, config, tmp_pat
 
 
 def test_states_change_after_kernelizing(lora_fused, device):
-    """Disabled, merged, a second adapter, a weight quantised anew: PEFT's results at once."""
-    case = QUANTISED_CASES[5]
-    model = quantised.replace(quantised.One(case, F32, device), lambda m: quantised.four_bit(m, F32, device))
-    model, layer = quantised.adapted(model, case)
-    quantised.fuse(lora_fused, model, device)
+    """Disabled, merged, a second adapter, a weight quantized anew: PEFT's results at once."""
+    case = QUANTIZED_CASES[5]
+    model = quantized.replace(quantized.One(case, F32, device), lambda m: quantized.four_bit(m, F32, device))
+    model, layer = quantized.adapted(model, case)
+    quantized.fuse(lora_fused, model, device)
     x = torch.randn(40, case.k, device=device)
 
     def check(fused=True):
@@ -196,7 +196,7 @@ def test_states_change_after_kernelizing(lora_fused, device):
         assert "several active adapters" in lora_fused.explain(model)[0].reason
     check(fused=False)
     model.set_adapter("default")
-    new = quantised.four_bit(nn.Linear(case.k, case.n, device=device), F32, device, quant_type="fp4", blocksize=32)
+    new = quantized.four_bit(nn.Linear(case.k, case.n, device=device), F32, device, quant_type="fp4", blocksize=32)
     layer.base_layer.weight = new.weight
     check()
     layer.base_layer.weight.data = torch.randint_like(new.weight.data, 0, 256)
@@ -205,15 +205,15 @@ def test_states_change_after_kernelizing(lora_fused, device):
     check(fused=False)
 
 
-def test_small_inputs_do_not_dequantise(lora_fused, device, monkeypatch):
-    """Decoding, one row: the base's own product, nothing dequantised by us. The bases in training mode, since in
+def test_small_inputs_do_not_dequantize(lora_fused, device, monkeypatch):
+    """Decoding, one row: the base's own product, nothing dequantized by us. The bases in training mode, since in
     evaluation bitsandbytes packs the weight anew on CPUs with AVX-512 BF16, and it is its own then."""
-    model, ids = quantised.llama(device)
+    model, ids = quantized.llama(device)
     for module in model.modules():
-        module.training &= not lora_fused.peft_state.is_lora_module(module)
-    quantised.fuse(lora_fused, model, device)
+        module.training &= not lora_fused.peft.linear.is_lora_module(module)
+    quantized.fuse(lora_fused, model, device)
     calls = []
-    for owner, name in ((lora_fused.siblings, "compute"), (lora_fused.functional, "compute_gated")):
+    for owner, name in ((lora_fused.shared_input, "compute"), (lora_fused.functional.dispatch, "compute_gated")):
         own = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, own=own: calls.append(args) or own(*args))
     with torch.no_grad():
@@ -227,9 +227,9 @@ def test_small_inputs_do_not_dequantise(lora_fused, device, monkeypatch):
 
 
 @pytest.mark.parametrize("config", ({}, dict(use_dora=True), dict(lora_dropout=0.1)), ids=str)
-def test_nothing_dequantised_is_saved(lora_fused, device, config):
-    model, ids = quantised.llama(device, **config)
-    quantised.fuse(lora_fused, model, device)
+def test_nothing_dequantized_is_saved(lora_fused, device, config):
+    model, ids = quantized.llama(device, **config)
+    quantized.fuse(lora_fused, model, device)
     for _ in range(3):
         run(model, ids)
     known = {t.untyped_storage().data_ptr() for t in model.parameters()}
@@ -248,15 +248,15 @@ def test_nothing_dequantised_is_saved(lora_fused, device, config):
     loss.backward()
 
 
-def test_dequantised_weights_die_with_their_product(lora_fused, device, monkeypatch):
-    """Weights quantised from another dtype than they compute in go through Python: PEFT's results, and no
+def test_dequantized_weights_die_with_their_product(lora_fused, device, monkeypatch):
+    """Weights quantized from another dtype than they compute in go through Python: PEFT's results, and no
     weight in floating point outlives its product."""
-    model, ids = quantised.llama(device, stored=BF16)
+    model, ids = quantized.llama(device, stored=BF16)
     theirs = run(model, ids)
-    quantised.fuse(lora_fused, model, device)
+    quantized.fuse(lora_fused, model, device)
     assert_close(run(model, ids), theirs, 2e-5)
     alive, most = [], []
-    own = lora_fused.base._rows
+    own = lora_fused.quantization._rows
 
     def watched(*args):
         weight = own(*args)
@@ -264,7 +264,7 @@ def test_dequantised_weights_die_with_their_product(lora_fused, device, monkeypa
         most.append(sum(ref() is not None for ref in alive))
         return weight
 
-    monkeypatch.setattr(lora_fused.base, "_rows", watched)
+    monkeypatch.setattr(lora_fused.quantization, "_rows", watched)
     loss = model(ids, labels=ids).loss
     gc.collect()
     assert len(alive) == 14 and not any(ref() is not None for ref in alive)
@@ -273,7 +273,7 @@ def test_dequantised_weights_die_with_their_product(lora_fused, device, monkeypa
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_few_dequantised_weights_at_a_time(lora_fused):
+def test_few_dequantized_weights_at_a_time(lora_fused):
     """Three projections of one input: one weight in floating point during the forward, the group's own,
     which one launch may need, during the backward, none afterwards."""
 
@@ -286,11 +286,11 @@ def test_few_dequantised_weights_at_a_time(lora_fused):
             return self.q(x) + self.k(x) + self.v(x)
 
     model = Three().to("cuda", BF16)
-    model = quantised.replace(model, lambda m: quantised.four_bit(m, BF16, "cuda"))
+    model = quantized.replace(model, lambda m: quantized.four_bit(m, BF16, "cuda"))
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(model, LoraConfig(r=8, target_modules=["q", "k", "v"])).train()
-    quantised.fuse(lora_fused, model, "cuda")
+    quantized.fuse(lora_fused, model, "cuda")
     x = torch.randn(64, 2048, device="cuda", dtype=BF16, requires_grad=True)
     for _ in range(3):
         with torch.autocast("cuda", dtype=BF16):
@@ -351,10 +351,10 @@ DAMAGES = {
 @pytest.mark.parametrize("what", DAMAGES)
 @pytest.mark.parametrize("rows", (1, 40))
 def test_damaged_states_name_the_module(lora_fused, device, what, rows):
-    case = QUANTISED_CASES[5]
-    model = quantised.replace(quantised.One(case, F32, device), lambda m: quantised.four_bit(m, F32, device))
-    model, layer = quantised.adapted(model, case)
-    quantised.fuse(lora_fused, model, device)
+    case = QUANTIZED_CASES[5]
+    model = quantized.replace(quantized.One(case, F32, device), lambda m: quantized.four_bit(m, F32, device))
+    model, layer = quantized.adapted(model, case)
+    quantized.fuse(lora_fused, model, device)
     damage(layer, what, device)
     with pytest.raises(ValueError, match=r"^model\.proj: .*" + DAMAGES[what]):
         model(torch.randn(rows, case.k, device=device))
@@ -362,35 +362,35 @@ def test_damaged_states_name_the_module(lora_fused, device, what, rows):
         assert DAMAGES[what] in lora_fused.explain(model)[0].reason
 
 
-def test_a_weight_not_quantised_yet(lora_fused):
-    """bitsandbytes quantises when the layer is moved; before that PEFT fails on an assertion."""
+def test_a_weight_not_quantized_yet(lora_fused):
+    """bitsandbytes quantizes when the layer is moved; before that PEFT fails on an assertion."""
     case = Case((7,), 64, 32, 4)
-    model = quantised.One(case, F32, "cpu")
-    model = quantised.replace(model, lambda m: bnb.nn.Linear4bit(case.k, case.n, bias=False, compute_dtype=F32))
+    model = quantized.One(case, F32, "cpu")
+    model = quantized.replace(model, lambda m: bnb.nn.Linear4bit(case.k, case.n, bias=False, compute_dtype=F32))
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["proj"]))
     with pytest.warns(UserWarning):
-        quantised.fuse(lora_fused, model)
-    with pytest.raises(ValueError, match=r"model\.proj: .*not quantised yet"):
+        quantized.fuse(lora_fused, model)
+    with pytest.raises(ValueError, match=r"model\.proj: .*not quantized yet"):
         model(torch.randn(7, case.k))
 
 
 def test_x_on_another_device(lora_fused):
-    case = QUANTISED_CASES[5]
-    model = quantised.replace(quantised.One(case, F32, "cpu"), lambda m: quantised.four_bit(m, F32))
-    model, layer = quantised.adapted(model, case)
-    quantised.fuse(lora_fused, model)
+    case = QUANTIZED_CASES[5]
+    model = quantized.replace(quantized.One(case, F32, "cpu"), lambda m: quantized.four_bit(m, F32))
+    model, layer = quantized.adapted(model, case)
+    quantized.fuse(lora_fused, model)
     with pytest.raises(ValueError, match=r"model\.proj: x is on meta, the base weight on cpu"):
         model(torch.randn(40, case.k, device="meta"))
 
 
 def test_states_that_are_bitsandbytes_own(lora_fused):
     """One that its layer alone holds, as under FSDP; where it does not fit, and packed for inference: PEFT's own forward."""
-    case = QUANTISED_CASES[5]
-    model = quantised.replace(quantised.One(case, F32, "cpu"), lambda m: quantised.four_bit(m, F32))
-    model, layer = quantised.adapted(model, case)
-    quantised.fuse(lora_fused, model)
+    case = QUANTIZED_CASES[5]
+    model = quantized.replace(quantized.One(case, F32, "cpu"), lambda m: quantized.four_bit(m, F32))
+    model, layer = quantized.adapted(model, case)
+    quantized.fuse(lora_fused, model)
     x, base = torch.randn(40, case.k), layer.base_layer
     expected, state = model(x), base.quant_state
     base.weight.quant_state = None
@@ -413,12 +413,12 @@ def test_states_that_are_bitsandbytes_own(lora_fused):
 
 def test_two_models_interleaved(lora_fused, device):
     """Forwards of two models before either's backward: each its own weights."""
-    models = [quantised.llama(device, seed=seed) for seed in (1, 2)]
+    models = [quantized.llama(device, seed=seed) for seed in (1, 2)]
     for model, _ in models:
         for layer in model.modules():
             if isinstance(layer, bnb.nn.Linear4bit):
                 layer.weight.data = torch.randint_like(layer.weight.data, 0, 256)
-        quantised.fuse(lora_fused, model, device)
+        quantized.fuse(lora_fused, model, device)
         run(model, models[0][1])
     ids = models[0][1]
     alone = [run_fused(model, ids) for model, _ in models]
@@ -435,9 +435,9 @@ def test_two_models_interleaved(lora_fused, device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_two_streams(lora_fused):
     """Two models on two streams at once, many times: no weight of one is seen by the other."""
-    models = [quantised.llama("cuda", compute=BF16, seed=seed) for seed in (1, 2)]
+    models = [quantized.llama("cuda", compute=BF16, seed=seed) for seed in (1, 2)]
     for model, ids in models:
-        quantised.fuse(lora_fused, model, "cuda")
+        quantized.fuse(lora_fused, model, "cuda")
         run(model, ids)
     alone = [run(model, ids) for model, ids in models]
     streams = [torch.cuda.Stream() for _ in models]

@@ -4,10 +4,10 @@ gradient. By the native op, and by the chain of operations that serves what the 
 
 import random
 
-import formula
+from helpers import formula
 import pytest
 import torch
-from cases import UNIT, relative
+from helpers.cases import UNIT, relative
 from test_native import draw, flat_on, operands_of, poison, poisoned_memory, projections_of  # noqa: F401
 
 RANKS = (1, 3, 4, 8, 12, 16, 40)
@@ -69,22 +69,22 @@ class RandomGroup:
         def compute(x, flat):
             specs = [lora_fused.ProjectionSpec(p) for p in self.dropouts]
             projections = projections_of(lora_fused, flat, self.scalings, specs)
-            return lora_fused.autograd.native.lora_group(x, projections, self.seeds_on(x.device), exact)
+            return lora_fused.autograd.group_native.lora_group(x, projections, self.seeds_on(x.device), exact)
 
         return compute
 
     def in_a_chain(self, lora_fused):
         def compute(x, flat):
             specs = tuple(lora_fused.ProjectionSpec(p) for p in self.dropouts)
-            group = lora_fused.projection.GroupSpec(specs, "reference")
+            group = lora_fused.specs.GroupSpec(specs, "reference")
             seeds = self.seeds_on(x.device)
-            return lora_fused.autograd.linear.LoraLinearFunction.apply(group, self.scalings, None, x, seeds, *flat)
+            return lora_fused.autograd.group_eager.LoraLinearFunction.apply(group, self.scalings, None, x, seeds, *flat)
 
         return compute
 
     def by_formula(self, lora_fused):
         def compute(x, flat):
-            operands = lora_fused.projection.unflatten(flat)
+            operands = lora_fused.specs.unflatten(flat)
             return formula.group(lora_fused, x, operands, self.scalings, self.dropouts, self.seeds)
 
         return compute

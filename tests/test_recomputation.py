@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from heads import NAMES, heads, inner, kernelized, take_out
+from helpers.heads import NAMES, heads, inner, kernelized, take_out
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,13 +34,13 @@ def model_of(lora_fused, drawn):
 @pytest.mark.parametrize("out", (False, True), ids=("parameters", "taken out"))
 def test_random_passes(lora_fused, monkeypatch, seed, out):
     """y = J x + b and dx = Jᵀ dy with the same masks in J. A draw of three seeds is not three draws of one, as on a GPU."""
-    own = lora_fused.functional.draw_seeds
+    own = lora_fused.functional.dispatch.draw_seeds
 
     def draw_seeds(*args):
         seeds = own(*args)
         return None if seeds is None else seeds ^ len(seeds)
 
-    monkeypatch.setattr(lora_fused.functional, "draw_seeds", draw_seeds)
+    monkeypatch.setattr(lora_fused.functional.dispatch, "draw_seeds", draw_seeds)
     drawn, waiting, checked = random.Random(seed), [], 0
     ours, biases = model_of(lora_fused, drawn)
     if out:

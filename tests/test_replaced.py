@@ -13,7 +13,7 @@ import peft.tuners.lora.variants
 import pytest
 import torch
 import transformers
-from cases import DEVICE, randomise_adapters
+from helpers.cases import DEVICE, randomise_adapters
 from peft import LoraConfig, get_peft_model
 from test_fallbacks import explain, kernelized
 from torch import nn
@@ -229,7 +229,7 @@ def test_a_replaced_function_is_called(lora_fused, replacement, late):
 def test_replaced_under_four_bit_weights(lora_fused, which, dora):
     bnb = pytest.importorskip("bitsandbytes")
     import peft.tuners.lora.bnb as peft_bnb
-    from quantised import four_bit
+    from helpers.quantized import four_bit
 
     base = Linear().float()
     base.proj, base.is_loaded_in_4bit = four_bit(nn.Linear(64, 64), torch.float32, DEVICE), True

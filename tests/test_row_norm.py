@@ -184,7 +184,7 @@ def test_bad_dtype(row_norm, position, name):
 ], ids=str)
 @pytest.mark.parametrize("shape", [(256, 512, 64), (130, 264, 136), (100, 1032, 384)], ids=str)
 def test_triton(lora_fused, device, monkeypatch, shape, dtypes):
-    kernels = pytest.importorskip("triton") and lora_fused.backend.get("triton")
+    kernels = pytest.importorskip("triton") and lora_fused.backends.select.get("triton")
     operands = [t.to(device) for t in make(*shape, dtypes)]
     if device == "cpu":  # the interpreter: no bfloat16 dot, no limit
         monkeypatch.setitem(kernels.row_norm_fits.__globals__, "shared_memory", lambda device: 2**20)
@@ -197,6 +197,6 @@ def test_triton(lora_fused, device, monkeypatch, shape, dtypes):
 
 
 def test_triton_leaves_what_it_cannot_read(lora_fused):
-    kernels = pytest.importorskip("triton") and lora_fused.backend.get("triton")
+    kernels = pytest.importorskip("triton") and lora_fused.backends.select.get("triton")
     for shape, dtype in (((64, 65, 128), torch.float16), ((64, 64, 129), torch.float16), ((64, 64, 128), torch.float32)):
         assert not kernels.row_norm_fits(*make(*shape, (dtype,) * 3))

@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
-from cases import assert_as_good, peft_llama, randomise_adapters
-from heads import NAMES, assert_same, heads, inner, step
+from helpers.cases import assert_as_good, peft_llama, randomise_adapters
+from helpers.heads import NAMES, assert_same, heads, inner, step
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
@@ -21,7 +21,7 @@ WAYS = ("read", "folded")
 @pytest.fixture
 def way(lora_fused, request, monkeypatch):
     """Whether a tensor's value counts as costing nothing, as on a CPU, or not, as on a GPU."""
-    scaling = importlib.import_module(f"{lora_fused.__name__}.peft_scaling")
+    scaling = importlib.import_module(f"{lora_fused.__name__}.peft.scaling")
     if request.param == "folded":
         monkeypatch.setattr(scaling, "_is_at_hand", lambda scaling: False)
     return request.param
@@ -68,9 +68,9 @@ def test_groups(lora_fused, way, config):
 def test_a_group_computes_once(lora_fused, way, monkeypatch):
     ours, x = kernelized(lora_fused, tensors(heads())), torch.randn(6, 32, dtype=torch.float64)
     step(ours, x)
-    calls, own = [], lora_fused.functional.compute_group
+    calls, own = [], lora_fused.functional.dispatch.compute_group
     monkeypatch.setattr(
-        lora_fused.functional, "compute_group", lambda *args, **kwargs: calls.append(args) or own(*args, **kwargs)
+        lora_fused.functional.dispatch, "compute_group", lambda *args, **kwargs: calls.append(args) or own(*args, **kwargs)
     )
     step(ours, x)
     assert [len(projections) for _, projections in calls] == [3]

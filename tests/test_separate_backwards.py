@@ -7,10 +7,10 @@ import threading
 import weakref
 
 import pytest
-import quantised
+from helpers import quantized
 import torch
-from cases import DEVICE, DrawnDropout, peft_llama
-from heads import NAMES, heads, inner, kernelized
+from helpers.cases import DEVICE, DrawnDropout, peft_llama
+from helpers.heads import NAMES, heads, inner, kernelized
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -380,7 +380,7 @@ def model_of(config):
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(lora_fused, request, monkeypatch):
     if request.param == "eager":
-        monkeypatch.setattr(lora_fused.functional, "takes", lambda *_: lora_fused.projection.Taken(False))
+        monkeypatch.setattr(lora_fused.functional.dispatch, "takes", lambda *_: lora_fused.specs.Taken(False))
     return IMPLEMENTATIONS[request.param]
 
 
@@ -445,10 +445,10 @@ def test_as_graphs_of_their_own(pair_of, name, config):
 
 @pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=str)
 def test_four_bits(lora_fused, config):
-    """Attention of a quantised Llama, mixed with a plain projection: a backward call for each head of it."""
-    model, _ = quantised.llama(DEVICE, names=["q_proj", "v_proj"], **config)
+    """Attention of a quantized Llama, mixed with a plain projection: a backward call for each head of it."""
+    model, _ = quantized.llama(DEVICE, names=["q_proj", "v_proj"], **config)
     ours = copy.deepcopy(model)
-    quantised.fuse(lora_fused, ours, DEVICE)
+    quantized.fuse(lora_fused, ours, DEVICE)
 
     def run(each):
         layer = each.base_model.model.model.layers[0].self_attn

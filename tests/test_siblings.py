@@ -4,8 +4,8 @@ import threading
 
 import pytest
 import torch
-from cases import DEVICE, DrawnDropout, peft_llama, randomise_adapters
-from heads import NAMES, assert_same, functions, heads, inner, kernelized, learned, step
+from helpers.cases import DEVICE, DrawnDropout, peft_llama, randomise_adapters
+from helpers.heads import NAMES, assert_same, functions, heads, inner, kernelized, learned, step
 from peft import LoraConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -179,13 +179,13 @@ def test_a_group_waits_for_graphs_of_its_past(lora_fused):
 def test_a_group_waits_for_reentrant_checkpoints(lora_fused, monkeypatch, masked):
     """Two forwards before their backwards, each with its own masks: y = J x + b and dx = Jᵀ dy with one mask in J. A draw
     of three seeds is not three draws of one, as on a GPU."""
-    own = lora_fused.functional.draw_seeds
+    own = lora_fused.functional.dispatch.draw_seeds
 
     def draw_seeds(*args):
         seeds = own(*args)
         return None if seeds is None else seeds ^ len(seeds)
 
-    monkeypatch.setattr(lora_fused.functional, "draw_seeds", draw_seeds)
+    monkeypatch.setattr(lora_fused.functional.dispatch, "draw_seeds", draw_seeds)
     model = heads(lora_dropout=0.5)
     for name in {*NAMES} - {*masked}:
         getattr(inner(model), name).lora_dropout["default"] = nn.Identity()

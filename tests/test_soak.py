@@ -13,7 +13,7 @@ from collections import Counter
 import psutil
 import pytest
 import torch
-from cases import DEVICE, LINEARS, OwnForwards, SeededDropout, randomise_adapters, tiny_llama
+from helpers.cases import DEVICE, LINEARS, OwnForwards, SeededDropout, randomise_adapters, tiny_llama
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -65,13 +65,13 @@ def kernelized(lora_fused, model):
 def pair(lora_fused, monkeypatch):
     """(PEFT's model, whose dropout draws our masks, the kernelized one)."""
     if DEVICE == "cuda":  # a draw of three seeds is not three draws of one there, as PEFT's model makes them
-        own = lora_fused.functional.draw_seeds
+        own = lora_fused.functional.dispatch.draw_seeds
 
         def draw_seeds(device, projections, share_mask=False):
             seeds = [own(device, (projection,), share_mask) for projection in projections]
             return None if None in seeds else torch.cat(seeds)
 
-        monkeypatch.setattr(lora_fused.functional, "draw_seeds", draw_seeds)
+        monkeypatch.setattr(lora_fused.functional.dispatch, "draw_seeds", draw_seeds)
     model = adapted_llama()
     ours = kernelized(lora_fused, model)
     assert SeededDropout.replace_all(lora_fused, model) == 2 * 14

@@ -3,7 +3,7 @@ where it was saved."""
 
 import pytest
 import torch
-from cases import DEVICE, OwnForwards, peft_llama
+from helpers.cases import DEVICE, OwnForwards, peft_llama
 from test_fallbacks import explain, kernelized
 from transformers import Trainer, TrainingArguments
 

@@ -5,7 +5,7 @@ The interpreter's bfloat16 dot is wrong, so half precision is float16 there.
 
 import pytest
 import torch
-from cases import CASES, UNIT, assert_as_good, relative
+from helpers.cases import CASES, UNIT, assert_as_good, relative
 
 triton = pytest.importorskip("triton")
 
@@ -32,7 +32,7 @@ def operands(case, dtype, adapter, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("descriptors", (True, False), ids=("descriptors", "pointers"))
 def test_kernels_match_float64(lora_fused, poisoned, device, case, dtype, descriptors):
-    kernels = lora_fused.backend.get("triton")
+    kernels = lora_fused.backends.select.get("triton")
     x, weight, lora_a, lora_b, bias = operands(case, dtype, torch.float32, device)
     t = kernels.down(x, lora_a, case.scaling)
     y = kernels.up_add(x, weight, t, lora_b, bias, descriptors=descriptors)
@@ -41,7 +41,7 @@ def test_kernels_match_float64(lora_fused, poisoned, device, case, dtype, descri
     dx = kernels.up_add(dy, weight.t(), dt, lora_a.t(), descriptors=descriptors)
     tensors = (x, weight, lora_a, lora_b, bias, dy, t, dt)
     x64, weight64, a64, b64, bias64, dy64, t64, dt64 = [None if v is None else v.double() for v in tensors]
-    plain = lora_fused.reference
+    plain = lora_fused.backends.reference
     results = {
         "t": (t, plain.down(x, lora_a, case.scaling, dtype), case.scaling * x64 @ a64.t()),
         "y": (y, plain.up_add(x, weight, t, lora_b, bias), plain.up_add(x64, weight64, t64, b64, bias64)),
@@ -57,7 +57,7 @@ def test_kernels_match_float64(lora_fused, poisoned, device, case, dtype, descri
 @pytest.mark.parametrize("case", [case for case in MATRIX_CASES if case.lead != (0,)], ids=str)
 def test_dropped_dora_rounds_after_the_gain(lora_fused, poisoned, device, case, dtype, backend, adapter):
     """A large delta has a large norm and so a small gain: y is far smaller than x weightᵀ + t upᵀ."""
-    kernels = lora_fused.backend.get(backend)
+    kernels = lora_fused.backends.select.get(backend)
     x, weight, lora_a, lora_b, bias = operands(case, dtype, adapter or dtype, device)
     d, gain = x * 1.25, 0.02 * (0.5 + torch.rand(case.n, device=device))
     t = 50 * kernels.down(d, lora_a, case.scaling)
@@ -95,7 +95,7 @@ def test_function_on_triton_is_as_good_as_reference(lora_fused, device, case, dt
 
 def test_unaligned_rows_go_through_pointers(lora_fused, device):
     """A base address or a row stride that no descriptor can take still gives the right result."""
-    kernels = lora_fused.backend.get("triton")
+    kernels = lora_fused.backends.select.get("triton")
     storage = torch.randn(64 * 67 + 1, device=device).half()
     x = storage[1:].view(64, 67)
     weight = torch.randn(48, 67, device=device).half()
@@ -107,4 +107,4 @@ def test_unaligned_rows_go_through_pointers(lora_fused, device):
 
 def test_unknown_backend(lora_fused):
     with pytest.raises(ValueError, match="^backend: 'cutlass'"):
-        lora_fused.backend.get("cutlass")
+        lora_fused.backends.select.get("cutlass")

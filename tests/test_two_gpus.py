@@ -3,7 +3,7 @@
 import accelerate
 import pytest
 import torch
-from cases import LINEARS, peft_llama, tiny_llama
+from helpers.cases import LINEARS, peft_llama, tiny_llama
 from peft import LoraConfig, get_peft_model
 from test_fallbacks import explain, kernelized
 

@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from cases import LINEARS, peft_llama, tiny_llama
+from helpers.cases import LINEARS, peft_llama, tiny_llama
 from kernels import Mode, kernelize, register_kernel_mapping, use_kernel_mapping
 from kernels.layer.globals import _KERNEL_MAPPING
 from peft import LoraConfig, get_peft_model

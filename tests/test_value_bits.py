@@ -5,10 +5,10 @@ import copy
 
 import pytest
 import torch
-from cases import DEVICE, peft_llama
-from embeddings import Case as EmbeddingCase
-from embeddings import draw_ids, peft_embedding
-from heads import assert_same, functions, heads, inner, kernelized, learned, step
+from helpers.cases import DEVICE, peft_llama
+from helpers.embeddings import Case as EmbeddingCase
+from helpers.embeddings import draw_ids, peft_embedding
+from helpers.heads import assert_same, functions, heads, inner, kernelized, learned, step
 from test_gated import glu
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -101,11 +101,11 @@ def test_row_norm(lora_fused, form):
 
 def test_gain_and_dropout(lora_fused):
     magnitude, norm, x = torch.rand(16) + 1.0, torch.rand(16) + 1.0, torch.randn(5, 32)
-    gain, mask = lora_fused.ops.gain(magnitude, norm), lora_fused.projection.Mask(torch.tensor([7]), 0.3)
-    assert torch.equal(lora_fused.ops.gain(negated(magnitude), norm), gain)
-    assert torch.equal(lora_fused.ops.gain(magnitude, negated(norm)), gain)
-    dropped = lora_fused.ops.dropout(x, mask, torch.float32)
-    assert torch.equal(lora_fused.ops.dropout(negated(x), mask, torch.float32), dropped)
+    gain, mask = lora_fused.backends.native.gain(magnitude, norm), lora_fused.specs.Mask(torch.tensor([7]), 0.3)
+    assert torch.equal(lora_fused.backends.native.gain(negated(magnitude), norm), gain)
+    assert torch.equal(lora_fused.backends.native.gain(magnitude, negated(norm)), gain)
+    dropped = lora_fused.backends.native.dropout(x, mask, torch.float32)
+    assert torch.equal(lora_fused.backends.native.dropout(negated(x), mask, torch.float32), dropped)
 
 
 @pytest.mark.parametrize("name", ("absmax", "nested_absmax", "nested_code", "offset"))
@@ -119,7 +119,7 @@ def test_the_scales_of_four_bits(lora_fused, name, kernel):
     nested = name != "absmax"
     operands, spec, *_ = make(lora_fused, (16, 64), 64, "nf4", nested, torch.float32, DEVICE)
     changed = operands._replace(**{name: negated(getattr(operands, name))})
-    dequantize = (lora_fused.backend if kernel == "native" else lora_fused.backend.get("triton")).dequantize_4bit
+    dequantize = (lora_fused.backends.select if kernel == "native" else lora_fused.backends.select.get("triton")).dequantize_4bit
     right, found = (dequantize(each, spec, 0, torch.empty(16, 64)) for each in (operands, changed))
     assert torch.equal(found, right)
     # In a group, of whose ops the scales are a list.
@@ -127,11 +127,11 @@ def test_the_scales_of_four_bits(lora_fused, name, kernel):
     projections = [
         lora_fused.Projection(
             each._replace(lora_a=a, lora_b=b, magnitude=torch.ones(16)), 0.7,
-            lora_fused.projection.ProjectionSpec(quantized=spec),
+            lora_fused.specs.ProjectionSpec(quantized=spec),
         )
         for each in (operands, changed)
     ]  # fmt: skip
-    right, found = lora_fused.functional.compute_group(x, projections)
+    right, found = lora_fused.functional.dispatch.compute_group(x, projections)
     torch.testing.assert_close(found, right)
 
 
@@ -202,9 +202,9 @@ def test_a_base_that_is_called(lora_fused):
 
     def run(base, x, a, b):
         operands = lora_fused.Operands(None, lora_a=a, lora_b=b)
-        spec = lora_fused.projection.ProjectionSpec(dropout=0.3)
+        spec = lora_fused.specs.ProjectionSpec(dropout=0.3)
         torch.manual_seed(2)
-        return lora_fused.functional_delta.add_delta(base, x, lora_fused.Projection(operands, 0.7, spec), False)
+        return lora_fused.functional.delta.add_delta(base, x, lora_fused.Projection(operands, 0.7, spec), False)
 
     right = run(base, x, a, b)
     for i in range(4):

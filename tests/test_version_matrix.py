@@ -40,7 +40,7 @@ def test_results_cover_the_pins_and_the_oldest(results, lora_fused):
     assert any(all(row[name].split("+")[0] == pins[name] for name in matrix.PACKAGES) for row in rows)
     for name in ("kernels", "peft"):
         oldest = min(Version(row[name]) for row in rows)
-        assert oldest.release[:2] == Version(lora_fused.versions.WANTED[name]).release
+        assert oldest.release[:2] == Version(lora_fused.environment.versions.WANTED[name]).release
     assert results["tests"] == list(matrix.TESTS) and all(
         (ROOT / "tests" / f"{name}.py").exists() for name in matrix.TESTS
     )

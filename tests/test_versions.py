@@ -76,7 +76,7 @@ def test_too_old(way, package, version, wanted, lora_fused, untouched, monkeypat
 @both_ways
 def test_missing(way, lora_fused, untouched, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.setattr(lora_fused.versions.importlib.metadata, "version", not_installed)
+    monkeypatch.setattr(lora_fused.environment.versions.importlib.metadata, "version", not_installed)
     message = refused(way, lora_fused)
     assert "peft >= 0.18 is wanted, it is not installed" in message and message.endswith('"peft>=0.18"')
 
@@ -111,7 +111,7 @@ def test_all_in_one_message(way, lora_fused, untouched, monkeypatch):
 )
 def test_new_enough(package, version, lora_fused, monkeypatch):
     monkeypatch.setattr(package, "__version__", version)
-    lora_fused.versions.check()
+    lora_fused.environment.versions.check()
 
 
 def test_transformers_accepts_these_kernels():

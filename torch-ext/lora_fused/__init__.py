@@ -5,18 +5,18 @@
 
 from pathlib import Path as _Path
 
-from . import integrity as _integrity
+from .environment import integrity as _integrity
 
 _integrity.check(_Path(__file__).parent)  # before the library is opened
 
 from . import _ops as _ops  # before the rest, so that a library that fails to load leaves nothing half loaded
 
 from . import layers
-from .functional import lora_linear, lora_linear_group, row_norm
-from .functional_embedding import lora_embedding
+from .functional.linear import lora_linear, lora_linear_group, row_norm
+from .functional.embedding import lora_embedding
 from .explanation import explain
 from .mapping import register_peft_layers, use_peft_layers
-from .projection import Operands, Projection, ProjectionSpec
+from .specs import Operands, Projection, ProjectionSpec
 
 __all__ = [
     "Operands",

@@ -11,7 +11,10 @@ from typing import Optional, Sequence, Union
 import torch
 from torch import Tensor, nn
 
-from . import backend, functional, genuine, last_call, layers, mlp_state, peft_embedding, peft_state, siblings
+from . import last_call, layers, shared_input
+from .backends import select
+from .functional import dispatch
+from .peft import embedding as peft_embedding, gated_mlp as peft_gated_mlp, linear as peft_linear, replaced
 
 BASE_CALLED = "base called"  # in place of a backend
 FUSED = "fused"
@@ -84,7 +87,7 @@ def explain(model: nn.Module, rows: int = 8192) -> Explanation:
     if rows < 0:
         raise ValueError(f"rows: {rows}, expected at least 0")
     seen = _Model(model, rows)
-    table = [seen.row(module, name) for module, name in seen.names.items() if peft_state.is_lora_module(module)]
+    table = [seen.row(module, name) for module, name in seen.names.items() if peft_linear.is_lora_module(module)]
     if not table:
         warnings.warn("lora_fused: the model has no PEFT LoRA modules, nothing is fused", stacklevel=2)
     elif not any(row.fused for row in table):
@@ -145,31 +148,31 @@ class _Model:
             return _unfused(row, "nn.MultiheadAttention reads its weight, never calls it")
         if peft_embedding.is_plain_embedding(module):
             return _next_embedding_call(module, self._at_call(module), self.rows, row)
-        if not peft_state.is_lora_linear(module):
+        if not peft_linear.is_lora_linear(module):
             return _unfused(row, f"no fused layer for {type(module).__module__}.{type(module).__name__}")
-        kind = peft_state.linear_kinds()[type(module)]
+        kind = peft_linear.linear_kinds()[type(module)]
         layer = layers.LoraLinearOfX if kind.only_x else layers.LoraLinear
-        state = _unmapped_reason(module, layer) or genuine.linear_reason() or peft_state.read_linear(self._at_call(module))
+        state = _unmapped_reason(module, layer) or replaced.linear_reason() or peft_linear.read_linear(self._at_call(module))
         if isinstance(state, str):
             return _unfused(row, self._when_gathered(module, state))
         example = _example(state)
-        reason = peft_state.call_reason(state, example, (), {}) or siblings.small_reason(module, example, self.rows)
+        reason = peft_linear.call_reason(state, example, (), {}) or shared_input.small_reason(module, example, self.rows)
         if reason:
             return _unfused(row, reason)
-        called = peft_state.called_reason(state, example, self.rows)
+        called = peft_linear.called_reason(state, example, self.rows)
         if called:
-            reason = peft_state.delta_reason(state.projection)
+            reason = peft_linear.delta_reason(state.projection)
             if reason:
                 return _unfused(row, f"{reason} ({called})")
             return Row(name, layer.__name__, fused=True, backend=BASE_CALLED, group="single", reason=called)
-        chosen = functional.describe_backend(example, (state.projection,), self.rows)
+        chosen = dispatch.describe_backend(example, (state.projection,), self.rows)
         if module in self.mlps:
             return Row(name, layers.LoraGatedMLP.__name__, fused=True, backend=chosen, group=self.names[self.mlps[module]])
         return Row(name, layer.__name__, fused=True, backend=chosen, group=self._group(module))
 
     def _group(self, module: nn.Module) -> str:
         """The last parts of the siblings' names; groups are seen at a model's second pass."""
-        members = siblings.group_of(module)
+        members = shared_input.group_of(module)
         return "+".join(self.names.get(member, "?").rpartition(".")[2] for member in members) or "single"
 
     def _at_call(self, module: nn.Module) -> nn.Module:
@@ -183,19 +186,19 @@ class _Model:
 
     def _look_for_mlp(self, module: nn.Module) -> None:
         """Notes which projections a gated MLP computes, or why it computes none."""
-        adapted = [child for child in module.children() if peft_state.is_lora_linear(child)]
+        adapted = [child for child in module.children() if peft_linear.is_lora_linear(child)]
         if not adapted:
             return
-        structure = mlp_state.structure_of(module)
+        structure = peft_gated_mlp.structure_of(module)
         if not isinstance(structure, str) and last_call.is_of_kernel(module):
-            self.parents.update((part, module) for part in mlp_state.projections_of(module, structure))
+            self.parents.update((part, module) for part in peft_gated_mlp.projections_of(module, structure))
         reason = self._mlp_reason(module, structure)
         if reason is None:
-            self.mlps.update((part, module) for part in mlp_state.projections_of(module, structure))
+            self.mlps.update((part, module) for part in peft_gated_mlp.projections_of(module, structure))
         elif not isinstance(structure, str) or _looks_gated(module):
             self.mlp_reasons.update((part, reason) for part in adapted)
 
-    def _mlp_reason(self, module: nn.Module, structure: Union[mlp_state.GatedMLP, str]) -> Optional[str]:
+    def _mlp_reason(self, module: nn.Module, structure: Union[peft_gated_mlp.GatedMLP, str]) -> Optional[str]:
         if isinstance(structure, str):
             return _replaced_in(module) or structure
         layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
@@ -205,18 +208,18 @@ class _Model:
         if reason:
             return reason
         whole = self._at_call(module)
-        part = next(filter(peft_state.is_lora_linear, mlp_state.projections_of(whole, structure)), None)
-        state = "no projection is adapted" if part is None else peft_state.read_linear(part)
+        part = next(filter(peft_linear.is_lora_linear, peft_gated_mlp.projections_of(whole, structure)), None)
+        state = "no projection is adapted" if part is None else peft_linear.read_linear(part)
         if not isinstance(state, str):
-            state = mlp_state.read_mlp(whole, _example(state), layers.LoraLinear, check_features=False)
+            state = peft_gated_mlp.read_mlp(whole, _example(state), layers.LoraLinear, check_features=False)
         return state if isinstance(state, str) else None
 
 
 def _replaced_in(module: nn.Module) -> Optional[str]:
     """Who has replaced something that a module with adapted projections runs besides these."""
-    parts = [module, *(child for child in module.children() if not peft_state.is_lora_linear(child))]
-    reasons = [genuine.module_reason(type(part)) for part in parts]
-    reasons += [genuine.function_reason(nn.functional, name) for name in ("silu", "gelu", "relu")]
+    parts = [module, *(child for child in module.children() if not peft_linear.is_lora_linear(child))]
+    reasons = [replaced.module_reason(type(part)) for part in parts]
+    reasons += [replaced.function_reason(nn.functional, name) for name in ("silu", "gelu", "relu")]
     return next(filter(None, reasons), None)
 
 
@@ -252,7 +255,7 @@ def _gathered(module: nn.Module) -> nn.Module:
     copy.__dict__["_modules"] = {
         name: None if part is None else _gathered(part) for name, part in module._modules.items()
     }
-    if genuine.is_own(module.__dict__.get("forward"), module):
+    if replaced.is_own(module.__dict__.get("forward"), module):
         del copy.__dict__["forward"]
     return copy
 
@@ -273,7 +276,7 @@ def _looks_gated(module: nn.Module) -> bool:
     return any(all(any(part in name for name in names) for part in parts) for parts in _GATED)
 
 
-def _example(state: peft_state.Adapted) -> Tensor:
+def _example(state: peft_linear.Adapted) -> Tensor:
     """An x without rows that fits a projection: in the dtype of its base, the adapter's where that is unknown."""
     operands, base = state.projection.operands, state.base
     known = operands.weight if operands.weight is not None else operands.lora_a
@@ -298,7 +301,7 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> Optional[str]
         if type(module).__dict__.get("kernel_layer_name") == layer.__name__:
             return "not kernelized: call kernelize(model, mode=Mode.TRAINING)"
         return "not kernelized: call register_peft_layers(), then kernelize(model)"
-    if genuine.is_own(bound, module):
+    if replaced.is_own(bound, module):
         return (
             "not kernelized: its class's own forward is bound to it, since it was pickled, or kernelized without a layer of "
             "this kernel: there is none for modes with TORCH_COMPILE, for devices other than cpu and cuda, or before "
@@ -306,18 +309,18 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> Optional[str]
         )
     if getattr(forward, "__qualname__", None) == layer.forward.__qualname__:
         return f"kernelized by another build of this kernel, {forward.__module__.rpartition('.')[0]}"
-    return f"another tool set its forward: {genuine.name_of(bound)}"
+    return f"another tool set its forward: {replaced.name_of(bound)}"
 
 
 def _next_embedding_call(module: nn.Module, at_call: nn.Module, rows: int, row: Row) -> Row:
     layer = layers.LoraEmbedding
     state: Union[peft_embedding.AdaptedTable, str]
-    state = _unmapped_reason(module, layer) or genuine.embedding_reason() or peft_embedding.read_embedding(at_call)
+    state = _unmapped_reason(module, layer) or replaced.embedding_reason() or peft_embedding.read_embedding(at_call)
     if isinstance(state, str):
         return _unfused(row, state)
     example = torch.empty((0,), dtype=torch.int64, device=state.table.weight.device)
     reason = peft_embedding.embedding_call_reason(state, example, (), {})
     if reason:
         return _unfused(row, reason)
-    chosen = backend.describe_embedding(backend.choose_embedding(state.table, rows))
+    chosen = select.describe_embedding(select.choose_embedding(state.table, rows))
     return Row(row.module, layer.__name__, fused=True, backend=chosen, group="single")

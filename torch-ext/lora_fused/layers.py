@@ -9,14 +9,17 @@ run what another tool has put in the place of a forward or a function (`genuine`
 
 from __future__ import annotations
 
+import warnings
 from typing import Optional
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from . import functional, functional_delta, functional_embedding, genuine, last_call
-from . import mlp_state, peft_embedding, peft_state, siblings
+from . import last_call, shared_input
+from .functional import delta as functional_delta, dispatch, embedding as functional_embedding, experts as functional_experts
+from .peft import embedding as peft_embedding, experts as peft_experts, gated_mlp as peft_gated_mlp, linear as peft_linear
+from .peft import replaced
 
 # Bound once: attributes of modules cost as much as the answers.
 _is_compiling = torch.compiler.is_compiling
@@ -25,10 +28,10 @@ _is_traced, _is_transformed = torch._C._is_tracing, torch._C._are_functorch_tran
 
 
 class LoraLinear(nn.Module):
-    """LoRA and DoRA for PEFT's linears, `peft.tuners.lora.Linear` and those on quantised bases, y as
+    """LoRA and DoRA for PEFT's linears, `peft.tuners.lora.Linear` and those on quantized bases, y as
     `lora_linear` defines it: fused where the module's state allows, together with its siblings; the base
     module called and the delta fused where the base is of an unknown format; PEFT's own forward
-    otherwise (`explain` says which and why). Raises ValueError, naming the module, where its quantised
+    otherwise (`explain` says which and why). Raises ValueError, naming the module, where its quantized
     weight is damaged or on another device than x."""
 
     can_torch_compile = False
@@ -61,25 +64,25 @@ def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> to
     if _is_compiling():
         last_call.note_trace()
         return type(module).forward(module, x, *args, **kwargs)
-    reason = _transform_reason() or siblings.small_reason(module, x) or genuine.linear_reason()
+    reason = _transform_reason() or shared_input.small_reason(module, x) or replaced.linear_reason()
     if reason is None:
-        state = peft_state.read_linear(module)
-        reason = state if isinstance(state, str) else peft_state.call_reason(state, x, args, kwargs)
+        state = peft_linear.read_linear(module)
+        reason = state if isinstance(state, str) else peft_linear.call_reason(state, x, args, kwargs)
     if reason is None:
-        called = peft_state.called_reason(state, x)
+        called = peft_linear.called_reason(state, x)
         if called is None:
             if _notes.get(id(module), _NEVER) is not None:
                 last_call.note(module, None)
-            y = siblings.compute(module, x, state.projection, LoraLinear)
-            return y if state.base.quantized is None else y.to(peft_state.result_dtype(state, x))
-        reason = peft_state.delta_reason(state.projection)
+            y = shared_input.compute(module, x, state.projection, LoraLinear)
+            return y if state.base.quantized is None else y.to(peft_linear.result_dtype(state, x))
+        reason = peft_linear.delta_reason(state.projection)
         if reason is None:
             last_call.note(module, None)
-            base = peft_state.call_base(module, x)
+            base = peft_linear.call_base(module, x)
             promotes = state.promotes and torch.is_autocast_enabled()
             return functional_delta.add_delta(base, x, state.projection, promotes)
-    if isinstance(reason, peft_state.Broken):
-        raise ValueError(f"{peft_state.name_of(module)}: {reason}")
+    if isinstance(reason, peft_linear.Broken):
+        raise ValueError(f"{peft_linear.name_of(module)}: {reason}")
     last_call.note(module, reason)
     return type(module).forward(module, x, *args, **kwargs)
 
@@ -127,14 +130,14 @@ def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if _is_compiling():
         last_call.note_trace()
         return type(module).forward(module, x)
-    reason = _transform_reason() or mlp_state.small_reason(module, x) or genuine.linear_reason()
-    state = reason or mlp_state.read_mlp(module, x, LoraLinear)
+    reason = _transform_reason() or peft_gated_mlp.small_reason(module, x) or replaced.linear_reason()
+    state = reason or peft_gated_mlp.read_mlp(module, x, LoraLinear)
     if isinstance(state, str):
         last_call.note(module, state)
         return type(module).forward(module, x)
     if _notes.get(id(module), _NEVER) is not None:
         last_call.note(module, None)
-    y = functional.compute_gated(x, state.inputs, state.output, state.activation, state.gate_half)
+    y = dispatch.compute_gated(x, state.inputs, state.output, state.activation, state.gate_half)
     return y if state.result_dtype is None else y.to(state.result_dtype)
 
 
@@ -149,7 +152,7 @@ class LoraEmbedding(nn.Module):
         if _is_compiling():
             last_call.note_trace()
             return type(self).forward(self, x, *args, **kwargs)
-        reason = _transform_reason() or genuine.embedding_reason()
+        reason = _transform_reason() or replaced.embedding_reason()
         if reason is None:
             state = peft_embedding.read_embedding(self)
             reason = state if isinstance(state, str) else peft_embedding.embedding_call_reason(state, x, args, kwargs)
@@ -158,3 +161,33 @@ class LoraEmbedding(nn.Module):
         if reason is not None:
             return type(self).forward(self, x, *args, **kwargs)
         return functional_embedding.compute_table(x, *state)
+
+
+class LoraExperts(nn.Module):
+    """LoRA on the fused weights of a mixture's experts, for `peft.tuners.lora.layer.ParamWrapper`: the outermost wrapper of an
+    experts module computes the whole of it, out as `lora_experts` defines it, where the state of all its wrappers allows, and
+    PEFT's own forward runs otherwise (`explain` says which and why). Raises ValueError, naming the module, at negative
+    indices on the CPU. Warns, naming the module, where what PEFT computes is wrong."""
+
+    can_torch_compile = False
+    has_backward = True
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if _is_compiling():
+            last_call.note_trace()
+            return type(self).forward(self, x, *args, **kwargs)
+        reason = _transform_reason() or replaced.linear_reason()
+        if reason is None:
+            state = peft_experts.read_experts(self)
+            call = state if isinstance(state, str) else peft_experts.read_call(state, x, args, kwargs)
+            if not isinstance(call, str):
+                last_call.note(self, None)
+                return functional_experts.compute_experts(x, *call, state.up, state.down, state.gate, state.form.leaves_out)
+            reason = call
+        if isinstance(reason, peft_linear.Broken):
+            raise ValueError(f"{peft_linear.name_of(self)}: {reason}")
+        if isinstance(reason, peft_experts.WrongInPeft) and last_call.of(self) != reason:
+            warnings.warn(f"lora_fused: {peft_linear.name_of(self)}: {reason}", stacklevel=2)
+        if reason is not peft_experts.INSIDE:
+            last_call.note(self, reason)
+        return type(self).forward(self, x, *args, **kwargs)

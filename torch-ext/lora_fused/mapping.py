@@ -9,7 +9,9 @@ from typing import Callable, Iterator
 
 from torch import nn
 
-from . import genuine, layers, mlp_state, peft_embedding, peft_state, versions
+from . import layers
+from .environment import versions
+from .peft import embedding as peft_embedding, experts as peft_experts, gated_mlp as peft_gated_mlp, linear as peft_linear, replaced
 
 _DEVICES = ("cpu", "cuda")
 _CLASS_ATTRIBUTES = ("kernel_layer_name", "kernel_condition")
@@ -34,7 +36,9 @@ class LoadedLayer:
 
 def layer_mapping() -> dict:
     """Our layers by name and device, as `kernels` takes them."""
-    mapped = (layers.LoraLinear, layers.LoraLinearOfX, layers.LoraEmbedding, *layers.GATED_MLP_BY_INPUT.values())
+    mapped = (
+        layers.LoraLinear, layers.LoraLinearOfX, layers.LoraEmbedding, layers.LoraExperts, *layers.GATED_MLP_BY_INPUT.values(),
+    )  # fmt: skip
     return {layer.__name__: {device: LoadedLayer(layer) for device in _DEVICES} for layer in mapped}
 
 
@@ -51,27 +55,29 @@ class Marks:
         replace_kernel_forward_from_hub(cls, layer_name, condition=condition)
 
     def mark_all(self) -> None:
-        """PEFT's linears and embedding, and the roots of models, at which their gated MLPs are looked for."""
-        for cls, kind in peft_state.linear_kinds().items():
+        """PEFT's linears, embedding and wrappers of parameters, and the roots of models, at which their gated MLPs are looked for."""
+        for cls, kind in peft_linear.linear_kinds().items():
             layer = layers.LoraLinearOfX if kind.only_x else layers.LoraLinear
-            self.mark(cls, layer.__name__, functools.partial(_is_free, layer, peft_state.is_lora_linear))
+            self.mark(cls, layer.__name__, functools.partial(_is_free, layer, peft_linear.is_lora_linear))
         embedding = functools.partial(_is_free, layers.LoraEmbedding, peft_embedding.is_plain_embedding)
         self.mark(peft_embedding.embedding_class(), layers.LoraEmbedding.__name__, embedding)
-        for root in peft_state.root_classes():
+        experts = functools.partial(_is_free, layers.LoraExperts, peft_experts.is_param_wrapper)
+        self.mark(peft_experts.wrapper_class(), layers.LoraExperts.__name__, experts)
+        for root in peft_linear.root_classes():
             self.mark(root, layers.LoraGatedMLP.__name__, self.find_gated_mlps)
 
     def find_gated_mlps(self, root: nn.Module) -> bool:
         """Marks the classes of the adapted gated MLPs in `root`, which `kernelize` visits after it.
         Not for `root` itself: always False."""
-        peft_state.note_names(root)
+        peft_linear.note_names(root)
         for module in root.modules():
-            if "kernel_layer_name" not in type(module).__dict__ and mlp_state.is_adapted(module):
+            if "kernel_layer_name" not in type(module).__dict__ and peft_gated_mlp.is_adapted(module):
                 self.mark_gated_mlp(module)
         return False
 
     def mark_gated_mlp(self, module: nn.Module) -> None:
         """Marks the class of an adapted gated MLP, if its input is called as one of our layers calls it."""
-        cls, structure = type(module), mlp_state.structure_of(module)
+        cls, structure = type(module), peft_gated_mlp.structure_of(module)
         layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
         if layer is not None and not structure.optional:
             adapted = functools.partial(_is_adapted_instance, cls)
@@ -91,12 +97,12 @@ def _is_free(layer: type[nn.Module], serves: Callable[[nn.Module], bool], module
     of this kernel's."""
     bound = module.__dict__.get("forward")
     name = getattr(getattr(bound, "__func__", None), "__qualname__", None)
-    free = bound is None or genuine.is_own(bound, module) or name == layer.forward.__qualname__
+    free = bound is None or replaced.is_own(bound, module) or name == layer.forward.__qualname__
     return free and serves(module)
 
 
 def _is_adapted_instance(cls: type, module: nn.Module) -> bool:
-    return type(module) is cls and mlp_state.is_adapted(module)
+    return type(module) is cls and peft_gated_mlp.is_adapted(module)
 
 
 def register_peft_layers() -> None:

@@ -19,10 +19,10 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from .. import ops, reference
-from ..autocast import without_autocast
-from ..projection import Mask, split_scaling
-from .once import once_differentiable
+from ..backends import native, reference
+from ..call_context import without_autocast
+from ..specs import Mask, split_scaling
+from .once_differentiable import once_differentiable
 
 
 class DeltaSpec(NamedTuple):
@@ -66,7 +66,7 @@ class DeltaFunction(torch.autograd.Function):
             wide = spec.out_dtype == torch.float16 and (magnitude is not None or lora_bias is not None)
             y, z = _sum(spec, base.reshape(-1, base.shape[-1]), t, lora_b, lora_bias, wide), None
             if magnitude is not None:
-                y, z = reference.rescale(y, ops.gain(magnitude, norm), bias)
+                y, z = reference.rescale(y, native.gain(magnitude, norm), bias)
             y = y.to(spec.out_dtype)
         ctx.spec, ctx.shape, ctx.dtypes = spec, x.shape, (base.dtype, x.dtype)
         ctx.save_for_backward(rows, t, z, seed, lora_a, lora_b, lora_bias, magnitude, norm)
@@ -83,7 +83,7 @@ class DeltaFunction(torch.autograd.Function):
             dy = dy.reshape(-1, shape[-1])
             db_lora = (reference.token_sum(dy) * spec.scaling).to(lora_bias.dtype) if needs[7] else None
             if magnitude is not None:
-                dy, dm = reference.scale_sum(dy, z, ops.gain(magnitude, norm))
+                dy, dm = reference.scale_sum(dy, z, native.gain(magnitude, norm))
                 dm = dm.div_(norm).to(magnitude.dtype)
             wide = dy.to(spec.dtype)
             if needs[2] or needs[5]:

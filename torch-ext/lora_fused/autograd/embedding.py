@@ -19,19 +19,19 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .. import backend as backends
-from .. import reference_embedding
-from ..autocast import without_autocast
-from ..table import Table, TableSpec
-from .once import once_differentiable
+from ..backends import select
+from ..backends.reference import embedding as reference_embedding
+from ..call_context import without_autocast
+from ..specs import Table, TableSpec
+from .once_differentiable import once_differentiable
 
 
 def forward_table(ids: Tensor, table: Table, spec: TableSpec, keep: bool):
     """(y, rows or None, norm or None, gain or None)."""
     norm = gain = None
     if table.magnitude is not None:
-        norm, gain = backends.column_gain(spec.backend, table, spec.scaling)
-    y, rows = backends.get_embedding(spec.backend).gather_add(ids, table, spec, gain, keep)
+        norm, gain = select.column_gain(spec.backend, table, spec.scaling)
+    y, rows = select.get_embedding(spec.backend).gather_add(ids, table, spec, gain, keep)
     return y, rows, norm, gain
 
 
@@ -64,8 +64,8 @@ class LoraEmbeddingFunction(torch.autograd.Function):
 
 def _gradients(dy, ids, rows, table: Table, spec: TableSpec, gain, norm, needs: Table):
     """(dA, dB, dm), None where `needs` has False."""
-    kernels = backends.get_embedding(spec.backend)
-    if spec.backend == backends.CUDA:
+    kernels = select.get_embedding(spec.backend)
+    if spec.backend == select.CUDA:
         return kernels.gradients(dy, ids, rows, table, spec, gain, norm, needs)
     ids, dy = ids.reshape(-1), dy.reshape(-1, dy.shape[-1]).contiguous()
     drows, db, dm = kernels.gather_backward(dy, ids, rows, table, spec, gain, norm, needs)

@@ -21,14 +21,12 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from ..autocast import without_autocast
-from ..backends import experts as backends
+from ..backends import select
 from ..backends.reference import gates
 from ..backends.reference.grouped import Rows
-from ..expert_specs import ExpertsSpec, ExpertWeights
-from .once import once_differentiable
-
-_COUNT = 4  # tensors of `ExpertWeights`
+from ..call_context import without_autocast
+from ..specs import TENSORS_PER_PRODUCT, ExpertsSpec, ExpertWeights
+from .once_differentiable import once_differentiable
 
 
 class Kept(NamedTuple):
@@ -41,7 +39,7 @@ class Kept(NamedTuple):
 
 
 def forward_experts(
-    spec: ExpertsSpec, products: backends.Products, x: Tensor, routing: Tensor, up: ExpertWeights, down: ExpertWeights
+    spec: ExpertsSpec, products: select.Products, x: Tensor, routing: Tensor, up: ExpertWeights, down: ExpertWeights
 ) -> tuple[Tensor, Kept]:
     """out [T, H'] in x's dtype, and what is kept."""
     rows, narrow = products.rows, x.to(up.weight.dtype)
@@ -52,7 +50,7 @@ def forward_experts(
     return rows.combine(weighted).to(x.dtype), Kept(narrow, z, t1, t2)
 
 
-def _adapted(products: backends.Products, x: Tensor, weights: ExpertWeights) -> tuple[Tensor, Optional[Tensor]]:
+def _adapted(products: select.Products, x: Tensor, weights: ExpertWeights) -> tuple[Tensor, Optional[Tensor]]:
     """(x Wᵀ + t (s·B)ᵀ + b, t = x Aᵀ)."""
     y, t = products.times_transposed(x, products.weights(weights.weight)), None
     if weights.lora_a is not None:
@@ -72,7 +70,7 @@ class LoraExpertsFunction(torch.autograd.Function):
         up, down = _weights(tensors, spec)
         with without_autocast(x):
             rows = Rows.sort(index, up.weight.shape[0], spec.leaves_out)
-            products = backends.make(rows, up, down, trains=True)
+            products = select.make_products(rows, up, down, trains=True)
             out, kept = forward_experts(spec, products, x, routing, up, down)
         ctx.spec, ctx.dtype = spec, x.dtype
         ctx.save_for_backward(rows.order, rows.ends, routing, *kept, *tensors)
@@ -85,25 +83,25 @@ class LoraExpertsFunction(torch.autograd.Function):
         up, down = _weights(tensors, ctx.spec)
         rows = Rows(order, ends, *routing.shape, ctx.spec.leaves_out)
         with without_autocast(dout):
-            products = backends.make(rows, up, down, trains=True)
+            products = select.make_products(rows, up, down, trains=True)
             step = _Backward(ctx.spec, products, routing, Kept(x, z, t1, t2), ctx.needs_input_grad)
             dz, drouting, of_down = step.second(dout.to(x.dtype), down)
-            dx, of_up = step.first(dz, up) if dz is not None else (None, (None,) * _COUNT)
+            dx, of_up = step.first(dz, up) if dz is not None else (None, (None,) * TENSORS_PER_PRODUCT)
         return None, None, None if dx is None else dx.to(ctx.dtype), drouting, *of_up, *of_down
 
 
 def _weights(tensors, spec: ExpertsSpec) -> tuple[ExpertWeights, ExpertWeights]:
     first, second = spec.scalings
-    return ExpertWeights(*tensors[:_COUNT], first), ExpertWeights(*tensors[_COUNT:], second)
+    return ExpertWeights(*tensors[:TENSORS_PER_PRODUCT], first), ExpertWeights(*tensors[TENSORS_PER_PRODUCT:], second)
 
 
 class _Backward:
     """The two halves of a backward, from the output to the gate and from there to x."""
 
-    def __init__(self, spec: ExpertsSpec, products: backends.Products, routing: Tensor, kept: Kept, needs):
+    def __init__(self, spec: ExpertsSpec, products: select.Products, routing: Tensor, kept: Kept, needs):
         self.spec, self.products, self.routing, self.kept = spec, products, routing, kept
         self.needs_x, self.needs_routing = needs[2:4]
-        self.needs_up, self.needs_down = needs[4 : 4 + _COUNT], needs[4 + _COUNT :]
+        self.needs_up, self.needs_down = needs[4 : 4 + TENSORS_PER_PRODUCT], needs[4 + TENSORS_PER_PRODUCT :]
 
     def second(self, dout: Tensor, down: ExpertWeights):
         """(dz or None where nobody asks, drouting, gradients of `down`)."""
@@ -111,7 +109,7 @@ class _Backward:
         dy, weights = dout[rows.token()], self.routing.reshape(-1, 1)[rows.order]
         h, pull = gates.with_pullback(self.kept.z, self.spec.gate)
         dh = products.times(dy, products.weights(down.weight))
-        grads = [None] * _COUNT
+        grads = [None] * TENSORS_PER_PRODUCT
         if down.lora_a is not None:
             dt = products.times(dy, products.factor(down.lora_b, dy.dtype, down.scaling))
             products.times(dt, products.factor(down.lora_a, dy.dtype), dh)
@@ -135,7 +133,7 @@ class _Backward:
 
     def first(self, dz: Tensor, up: ExpertWeights):
         """(dx or None, gradients of `up`)."""
-        products, rows, grads = self.products, self.products.rows, [None] * _COUNT
+        products, rows, grads = self.products, self.products.rows, [None] * TENSORS_PER_PRODUCT
         dx = products.times(dz, products.weights(up.weight)) if self.needs_x else None
         if up.lora_a is not None:
             if self.needs_x or self.needs_up[2]:

@@ -1,1 +1,1 @@
-"""What computes the products of experts."""
+"""Who computes: the native ops, Triton, or plain PyTorch. `select` is the one place that chooses."""

@@ -16,16 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import genuine, last_call
-from ..autocast import autocast_dtype
-from ..expert_specs import AnyGate, ExpertWeights
-from ..peft_base import DTYPES, PLAIN_TENSORS, Broken, tensor_of, unread_reason
-from ..peft_scaling import read_scaling
+from .. import last_call
+from ..call_context import autocast_dtype
+from ..specs import AnyGate, ExpertWeights
+from . import replaced as replacements
+from .base_layer import DTYPES, PLAIN_TENSORS, Broken, tensor_of, unread_reason
+from .scaling import read_scaling
 from .experts_forward import GROUPED_MM, Form, form_of, gate_function
 
 _INDEX_DTYPES = (torch.int64, torch.int32)
 _ARGUMENTS = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))  # as experts' forwards call them
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+
+
+INSIDE = "PEFT's own forward of the wrapper around it runs"
 
 
 class WrongInPeft(str):
@@ -73,8 +77,8 @@ def chain_of(module: nn.Module) -> tuple[list[nn.Module], nn.Module]:
 
 def read_experts(module: nn.Module) -> Union[AdaptedExperts, str]:
     """What the wrappers from `module` inwards compute now, or why that is PEFT's to compute. What all of PEFT's linears have
-    in common `genuine.linear_reason` looks at."""
-    replaced = genuine.forward_reason(type(module))
+    in common `replaced.linear_reason` looks at."""
+    replaced = replacements.forward_reason(type(module))
     if replaced:
         return replaced
     wrappers, base = chain_of(module)
@@ -117,12 +121,12 @@ def _wrapper_reason(wrappers: list[nn.Module], base: nn.Module, adapted: dict) -
             return "the adapter is merged into the base weight"
     for inner in wrappers[1:]:
         bound = inner.__dict__.get("forward")
-        if bound is not None and not genuine.is_own(bound, inner) and not last_call.is_of_kernel(inner):
-            return f"the inner wrapper has a forward of its own, {genuine.name_of(bound)}"
-        watched = genuine.hooks_reason("the inner wrapper", inner)
+        if bound is not None and not replacements.is_own(bound, inner) and not last_call.is_of_kernel(inner):
+            return f"the inner wrapper has a forward of its own, {replacements.name_of(bound)}"
+        watched = replacements.hooks_reason("the inner wrapper", inner)
         if watched:
             return watched
-    watched = genuine.bypass_reason(("the experts module",), (base,))
+    watched = replacements.bypass_reason(("the experts module",), (base,))
     return watched or ("hooks on all modules" if _has_any_global_hook() else None)
 
 
@@ -134,7 +138,7 @@ def _parametrised_reason(wrappers: list[nn.Module], base: nn.Module) -> Optional
         if made is not None and name in made:
             kind = type(made[name][0])
             if kind.__module__.startswith("peft."):
-                return "PEFT's own forward of the wrapper around it runs"
+                return INSIDE
             text = f"{name} is parametrised ({kind.__name__})"
             if not _leaves_proxies() or wrapper.num_experts == 1 or len(_active(wrapper)) != 1:
                 return text

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import genuine
-from ..activation import ACTIVATIONS
 from ..backends.reference import experts as oracle
-from ..expert_specs import AnyGate, ExpertWeights, Gate
+from ..backends.reference.activations import ACTIVATIONS
+from ..specs import AnyGate, ExpertWeights, Gate
+from . import replaced
 
 _MOE = "transformers.integrations.moe"
 EAGER, GROUPED_MM = "eager", "grouped_mm"
@@ -89,8 +89,8 @@ def _decoration_reason(cls: type) -> Optional[str]:
     if interface is not moe.ALL_EXPERTS_FUNCTIONS:
         return f"{cls.__name__} has implementations of its own"
     owner = next(each for each in cls.__mro__ if "forward" in each.__dict__)
-    if not genuine.is_defined_at(original, owner.__module__, f"{owner.__qualname__}.forward"):
-        return f"{cls.__name__}.forward is replaced by {genuine.name_of(original)}"
+    if not replaced.is_defined_at(original, owner.__module__, f"{owner.__qualname__}.forward"):
+        return f"{cls.__name__}.forward is replaced by {replaced.name_of(original)}"
     return None
 
 
@@ -101,8 +101,8 @@ def _implementation_reason(implementation: str) -> Optional[str]:
     if name is None:
         return f"experts implementation {implementation!r}: of grouped_mm, batched_mm and eager it is known what they compute"
     found = moe.ALL_EXPERTS_FUNCTIONS.get(implementation)
-    if found is not getattr(moe, name) or not genuine.is_defined_at(found, _MOE, name):
-        return f"experts implementation {implementation!r} is replaced by {genuine.name_of(found)}"
+    if found is not getattr(moe, name) or not replaced.is_defined_at(found, _MOE, name):
+        return f"experts implementation {implementation!r} is replaced by {replaced.name_of(found)}"
     return None
 
 
@@ -113,14 +113,14 @@ def _activation_of(base: nn.Module) -> object:
 def _activation_reason(activation: object) -> Optional[str]:
     """Why an activation cannot be taken for the function of z that it was seen to be."""
     for name in ("silu", "gelu", "relu"):
-        reason = genuine.function_reason(F, name)
+        reason = replaced.function_reason(F, name)
         if reason:
             return reason
     if not isinstance(activation, nn.Module):
         return None
     if any(parameter.requires_grad for parameter in activation.parameters()):
         return "the activation has trained parameters"
-    return genuine.bypass_reason(("the activation",), (activation,)) or genuine.module_reason(type(activation))
+    return replaced.bypass_reason(("the activation",), (activation,)) or replaced.module_reason(type(activation))
 
 
 def _key_of(activation: object) -> object:

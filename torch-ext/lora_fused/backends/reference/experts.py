@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...expert_specs import AnyGate, ExpertWeights, Gate
+from ...specs import AnyGate, ExpertWeights, Gate
 
 _ACTIVATIONS = {
     "silu": F.silu,

@@ -13,8 +13,8 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from ... import activation
-from ...expert_specs import AnyGate, Gate
+from ...specs import AnyGate, Gate
+from . import activations
 
 
 def value(z: Tensor, gate: AnyGate) -> Tensor:
@@ -22,12 +22,12 @@ def value(z: Tensor, gate: AnyGate) -> Tensor:
     if not isinstance(gate, Gate):
         return gate(z)
     if not gate.gated:
-        return activation.activate(z, gate.activation).to(z.dtype)
+        return activations.activate(z, gate.activation).to(z.dtype)
     g, u = _halves(z, gate)
     if _is_plain(gate):
-        return activation.gated(g, u, gate.activation)
+        return activations.gated(g, u, gate.activation)
     g, u = _arguments(g, u, gate)
-    return activation.gated(g, u, gate.activation).div_(gate.slope).to(z.dtype)
+    return activations.gated(g, u, gate.activation).div_(gate.slope).to(z.dtype)
 
 
 def with_pullback(z: Tensor, gate: AnyGate) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -43,14 +43,14 @@ def with_pullback(z: Tensor, gate: AnyGate) -> tuple[Tensor, Callable[[Tensor], 
 def _gradient(z: Tensor, dh: Tensor, gate: Gate) -> Tensor:
     dz = torch.empty_like(z)
     if not gate.gated:
-        activation.gated_backward(dh, z, z.new_ones(()), gate.activation, False, dgate=dz)
+        activations.gated_backward(dh, z, z.new_ones(()), gate.activation, False, dgate=dz)
         return dz
     (g, u), (dg, du) = _halves(z, gate), _halves(dz, gate)
     if _is_plain(gate):
-        activation.gated_backward(dh, g, u, gate.activation, False, dgate=dg, dup=du)
+        activations.gated_backward(dh, g, u, gate.activation, False, dgate=dg, dup=du)
         return dz
     of_g, of_u = _arguments(g, u, gate)
-    _, slope_g, slope_u = activation.gated_backward(dh, of_g, of_u, gate.activation, False)
+    _, slope_g, slope_u = activations.gated_backward(dh, of_g, of_u, gate.activation, False)
     slope_u.div_(gate.slope)
     if gate.limit is not None:
         slope_g.masked_fill_(g > gate.limit, 0.0)

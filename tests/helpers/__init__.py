@@ -1,0 +1,1 @@
+"""What tests share: models, operands, formulas, a local Hub."""

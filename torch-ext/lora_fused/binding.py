@@ -1,0 +1,65 @@
+"""The adapted modules of a model, kernelized alone.
+
+`kernelize(model)` visits every module. Of the model's own extensible layers (norms, activations) that are not in the
+mapping it logs a warning each, and gives each its class's forward back, also where another tool or an earlier mapping
+had set one.
+"""
+
+from __future__ import annotations
+
+from typing import Iterator, Optional, Union
+
+import torch
+from torch import nn
+
+from .environment import versions
+from .mapping import Marks, layer_mapping
+from .peft import gated_mlp as peft_gated_mlp, linear as peft_linear
+
+
+class _Alone(nn.Module):
+    """What `kernelize` walks through in a module's place: that module, without the ones in it."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def named_modules(self, *args, **kwargs) -> Iterator[tuple[str, nn.Module]]:
+        yield "", self.module
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self.module.parameters() if not parameter.is_meta)
+
+
+def kernelize_adapted(model: nn.Module, *, mode, device: Optional[Union[str, torch.device]] = None) -> nn.Module:
+    """Binds our forwards on the LoRA modules and the adapted gated MLPs of `model`, as `kernelize(model, mode=mode)`
+    does inside `use_peft_layers()`, and touches no other module. Returns `model`.
+
+    `device`: as `kernelize` takes it; each module's own by default. A module whose tensors are all on the meta device,
+    to be put elsewhere by another tool, counts as on the CPU. Raises ImportError as `register_peft_layers` does,
+    ValueError where `kernelize` does.
+    """
+    versions.check()
+    from kernels import kernelize, use_kernel_mapping
+
+    peft_linear.note_names(model)
+    modules = list(model.modules())
+    adapted_mlps = [module for module in modules if peft_gated_mlp.is_adapted(module)]
+    marks = Marks()
+    try:
+        marks.mark_all()
+        for module in adapted_mlps:
+            marks.mark_gated_mlp(module)
+        with use_kernel_mapping(layer_mapping(), inherit_mapping=False):
+            for module in modules:
+                if type(module) in marks.before:
+                    alone = _Alone(module)
+                    kernelize(alone, mode=mode, device=device or _device(alone))
+    finally:
+        marks.restore()
+    return model
+
+
+def _device(alone: _Alone) -> Optional[str]:
+    """None, for `kernelize` to find it out, where there is a parameter to tell."""
+    return "cpu" if next(alone.parameters(), None) is None else None

@@ -1,0 +1,279 @@
+"""What stands under a LoRA layer: the base's part of `peft_state`. A base layer becomes the operands
+of its product, or the reason why its own forward computes the product ("base called"), or why PEFT's
+forward runs; and whether tensors are what the products take. Read anew at every call, so nothing here can go stale.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from ..call_context import autocast_dtype, device_type
+from ..specs import EightBit, FourBit, Operands, Quantized
+from . import replaced
+
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STRIDED, _META = torch.strided, torch.device("meta")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+# Every class of a floating-point base whose product we make, as (module, name): x Wᵀ + b, W stored as [N, K] or [K, N].
+_FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
+LINEARS = (
+    ("torch.nn.modules.linear", "Linear"),
+    ("torch.nn.modules.linear", "NonDynamicallyQuantizableLinear"),
+    ("transformers.models.esm.modeling_esmfold", "EsmFoldLinear"),
+    _FALCON,
+)
+TRANSPOSED = (("transformers.pytorch_utils", "Conv1D"),)
+# Bases that are called whatever LoRA layer stands on them: their weight is not what they multiply with.
+_CALLED = (
+    ("transformers.integrations.finegrained_fp8", "FP8Linear"),
+    ("peft.utils.other", "TrainableTokensWrapper"),
+    ("peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"),
+)
+
+
+class Broken(str):
+    """Why nobody can compute a module, PEFT neither: calling it raises."""
+
+
+class Base(NamedTuple):
+    """The product of a base layer: operands without an adapter, the shape [N, K] of the weight.
+
+    compute: dtype of the product where the layer has one of its own; its result is cast back to x's.
+    called: why the layer's own forward computes the product; the weight may then be None.
+    """
+
+    operands: Operands
+    shape: Optional[tuple[int, int]]
+    quantized: Optional[Quantized] = None
+    compute: Optional[torch.dtype] = None
+    called: Optional[str] = None
+
+
+def tensor_of(layer: nn.Module, name: str) -> Optional[Tensor]:
+    """A layer's parameter, or what FSDP1 has put in its place. KeyError where it is neither."""
+    parameters = layer._parameters
+    return parameters[name] if name in parameters else layer.__dict__[name]
+
+
+def unread_reason(error: Exception) -> str:
+    """Of a module that cannot be read: PEFT's own forward finds what another tool put elsewhere, or says what is wrong."""
+    if isinstance(error, KeyError):
+        return f"{error} is not where it belongs: another tool has taken it out"
+    return f"a parameter cannot be read: {error}"
+
+
+def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:
+    """What a base layer computes now; `opaque` where the LoRA layer is one for bases of a kind of its own."""
+    if type(base) is nn.Linear and not transposed:  # nearly all, past what others ask
+        weight = tensor_of(base, "weight")
+        if type(weight) in PLAIN_TENSORS:
+            return Base(Operands(weight, tensor_of(base, "bias")), (base.out_features, base.in_features))
+    found = _read(base, transposed, opaque)
+    if type(base) is nn.Linear or isinstance(found, str) or found.called:
+        return found
+    return replaced.module_reason(type(base)) or found
+
+
+def _read(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:
+    cls = type(base)
+    linear = cls is nn.Linear or is_listed(cls, LINEARS)
+    if linear or (transposed and is_listed(cls, TRANSPOSED)):
+        weight = tensor_of(base, "weight")
+        if _is_torchao(weight):
+            return _called(f"{type(weight).__name__}")
+        if transposed and linear:
+            return f"fan_in_fan_out on a {cls.__name__}"
+        bias = tensor_of(base, "bias")
+        if cls is not nn.Linear and _adds_bias_in_its_dtype(cls, bias):
+            return _called(f"{cls.__name__} adds its bias of {bias.dtype} to what autocast gives")
+        shape = (base.nf, base.nx) if transposed else (base.out_features, base.in_features)
+        return Base(Operands(weight, bias), shape)
+    if isinstance(base, _bitsandbytes("Linear4bit")) and _runs(base, "Linear4bit"):
+        return replaced.function_reason(sys.modules["bitsandbytes"], "matmul_4bit") or _read_4bit(base)
+    if isinstance(base, _bitsandbytes("Linear8bitLt")) and _runs(base, "Linear8bitLt"):
+        return _read_8bit(base)
+    if opaque or is_listed(cls, _CALLED):
+        return _called(f"{cls.__name__}")
+    return f"unknown base layer {cls.__name__}"
+
+
+@functools.lru_cache(maxsize=None)
+def is_listed(cls: type, listed: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a class is the one of that name in one of the modules listed, and not just called like it."""
+    return any([cls is getattr(sys.modules.get(module), name, None) for module, name in listed])
+
+
+def _adds_bias_in_its_dtype(cls: type, bias: Optional[Tensor]) -> bool:
+    """FalconLinear adds its bias after the product, so that under autocast the result has the wider dtype."""
+    return bias is not None and is_listed(cls, (_FALCON,)) and autocast_dtype(bias) not in (None, bias.dtype)
+
+
+def _called(kind: str) -> Base:
+    return Base(Operands(None), None, called=f"base called: {kind}")
+
+
+def _bitsandbytes(name: str) -> Union[type, tuple]:
+    """A layer class of bitsandbytes; nothing is one where bitsandbytes is not loaded."""
+    modules = sys.modules.get("bitsandbytes.nn.modules")
+    return () if modules is None else getattr(modules, name)
+
+
+def _runs(base: nn.Module, name: str) -> bool:
+    """Whether a subclass (NF4, FP4) leaves the forward as it is."""
+    return type(base).forward is _bitsandbytes(name).forward
+
+
+def _is_torchao(weight: Tensor) -> bool:
+    return type(weight).__module__.startswith("torchao.")
+
+
+def _read_4bit(base: nn.Module) -> Union[Base, str]:
+    with torch._C.DisableTorchFunctionSubclass():  # else every look at the weight costs a call
+        weight = tensor_of(base, "weight")
+        own = getattr(weight, "quant_state", None)
+        state = base.quant_state if own is None else own  # FSDP's tensors have lost it; bitsandbytes looks there, too
+        shape = (base.out_features, base.in_features)
+        if state is None:
+            return Broken(f"base weight of {weight.dtype}, shape {tuple(weight.shape)}, is not quantized yet: "
+                          "move the layer to its device")  # fmt: skip
+        if weight.is_meta:
+            return "weight is on the meta device"
+        if getattr(state, "packing_format_for_cpu", False):
+            return "the base weight is packed for inference on this CPU"
+        if state.shape is None or tuple(state.shape) != shape:
+            return f"quantized from shape {state.shape}, the layer is {shape}"
+        if state.quant_type not in ("nf4", "fp4") or state.dtype not in _FLOATS:
+            return f"quantization {state.quant_type} of {state.dtype}"
+        broken = _broken_4bit(weight, state, shape)
+        if broken:
+            return broken if own is None else Broken(broken)
+        device = device_type(weight)
+    nested = state.state2
+    quantized = FourBit(
+        shape, state.blocksize, 0 if nested is None else nested.blocksize, state.quant_type == "fp4", state.dtype
+    )
+    bias, compute = tensor_of(base, "bias"), base.compute_dtype
+    if device == "cpu" and shape[1] % state.blocksize != 0:
+        called = "base called: rows of broken blocks, which bitsandbytes reads in its own way on the CPU"
+        return Base(Operands(None, bias), shape, called=called)
+    called = None
+    if not base.compute_type_is_set:
+        called = "base called: its first input decides what it computes in"
+    elif device not in ("cpu", "cuda"):
+        called = f"base called: no kernel for {device}"
+    elif bias is not None and compute is not None and bias.dtype != compute:
+        called = f"base called: it casts its bias of {bias.dtype} to {compute} first"
+    more = (None,) * 3 if nested is None else (nested.absmax, nested.code, state.offset)
+    return Base(Operands(weight, bias, None, None, None, None, state.absmax, *more), shape, quantized, compute, called)
+
+
+def _broken_4bit(weight: Tensor, state, shape: tuple[int, int]) -> Optional[str]:
+    """What is wrong with a quantization state that bitsandbytes would compute garbage from."""
+    values, blocksize = shape[0] * shape[1], state.blocksize
+    if blocksize not in _BLOCKSIZES:
+        return f"blocksize {blocksize}, expected one of {_BLOCKSIZES}"
+    held = 2 * weight.numel() * weight.element_size()
+    if held - values not in (0, 1) or not weight.is_contiguous():
+        return f"packed weight holds {held} values, expected {values} for shape {shape}, contiguous"
+    blocks = -(-values // blocksize)
+    nested = state.state2
+    parts = {"absmax": (state.absmax, torch.float32 if nested is None else torch.uint8, blocks)}
+    if nested is not None:
+        if nested.blocksize not in _BLOCKSIZES:
+            return f"nested blocksize {nested.blocksize}, expected one of {_BLOCKSIZES}"
+        parts["nested absmax"] = (nested.absmax, torch.float32, -(-blocks // nested.blocksize))
+        parts["nested code"] = (nested.code, torch.float32, 256)
+        parts["offset"] = (state.offset, torch.float32, 1)
+    for name, (tensor, dtype, size) in parts.items():
+        if tensor is None:
+            return f"{name} is missing"
+        if tensor.numel() != size:
+            return f"{name} has {tensor.numel()} elements, expected {size} for shape {shape} and blocksize {blocksize}"
+        if tensor.dtype != dtype:
+            return f"{name} has dtype {tensor.dtype}, expected {dtype}"
+        if tensor.device != weight.device:
+            return f"{name} is on {tensor.device}, the packed weight on {weight.device}"
+    return None
+
+
+def _read_8bit(base: nn.Module) -> Union[Base, str]:
+    """Activations are quantized too, so the product is the layer's own; DoRA's norm needs the weight."""
+    with torch._C.DisableTorchFunctionSubclass():
+        weight = tensor_of(base, "weight")
+        waiting = getattr(weight, "CB", None) is not None  # the layer's next call takes over the weight's scales
+        absmax = getattr(weight, "SCB", None) if waiting else base.state.SCB
+        shape = (base.out_features, base.in_features)
+        if absmax is None and weight.dtype == torch.int8:
+            return Broken("the scales of the int8 weight are missing")
+        known = (
+            weight.dtype == torch.int8
+            and absmax is not None
+            and tuple(weight.shape) == shape
+            and absmax.numel() == shape[0]
+            and absmax.device == weight.device
+        )
+    bias = tensor_of(base, "bias")
+    operands = Operands(weight, bias, None, None, None, None, absmax) if known else Operands(None, bias)
+    return Base(operands, shape, EightBit(shape) if known else None, called=f"base called: {type(base).__name__}")
+
+
+def device_of(operands: Operands) -> torch.device:
+    """Of the base weight, or of the adapter where that is unknown. A quantized weight is a subclass whose every
+    attribute costs a call of Python; its scales are where it is (`peft_base`)."""
+    known = operands.absmax
+    if known is None:
+        known = operands.lora_a if operands.weight is None else operands.weight
+    return known.device
+
+
+def tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> Optional[str]:
+    """Of all tensors, or of the adapter's alone where the weight is not floating-point numbers."""
+    weight, bias = operands[:2]
+    dense = base.quantized is None and weight is not None
+    device = device_of(operands)
+    for tensor in (weight if dense else None, None if base.called else bias, *operands[2:6]):
+        if tensor is not None and (
+            type(tensor) not in PLAIN_TENSORS
+            or tensor.layout is not STRIDED
+            or tensor.dtype not in DTYPES
+            or tensor.device != device
+        ):
+            return _unfit_reason(next(name for name, each in zip(Operands._fields, operands) if each is tensor), tensor, device)
+    if device == _META:
+        return "its tensors are on the meta device"
+    if dense and weight.shape != (base.shape[::-1] if transposed else base.shape):
+        return f"weight has shape {tuple(weight.shape)} (sharded or replaced)"
+    if bias is not None and base.called is None and bias.shape != (base.shape[0],):
+        return f"bias has shape {tuple(bias.shape)}, which does not fit"
+    return None
+
+
+def _unfit_reason(name: str, tensor: Tensor, device: torch.device) -> str:
+    if type(tensor) not in PLAIN_TENSORS:
+        return f"{name} is a {type(tensor).__name__} (sharded or wrapped)"
+    if tensor.layout is not STRIDED:
+        return f"{name} has the layout {tensor.layout}"
+    if tensor.dtype not in DTYPES:
+        return f"{name} has dtype {tensor.dtype}"
+    return f"{name} is on {tensor.device}, the base weight on {device}"
+
+
+def fit_reason(operands: Operands, n: int, k: int) -> Optional[str]:
+    """An adapter that does not fit gets PEFT's own error."""
+    lora_bias, magnitude = operands.lora_bias, operands.magnitude
+    a, b = operands.lora_a.shape, operands.lora_b.shape
+    if len(a) != 2 or a[1] != k or b != (n, a[0]):
+        return f"lora_A has shape {tuple(a)} and lora_B {tuple(b)}, which do not fit"
+    if lora_bias is not None and lora_bias.shape != (n,):
+        return f"lora_bias has shape {tuple(lora_bias.shape)}, which does not fit"
+    if magnitude is not None and magnitude.shape != (n,):
+        return f"magnitude has shape {tuple(magnitude.shape)}, which does not fit"
+    return None

@@ -1,0 +1,189 @@
+"""What PEFT's embedding computes now: the embedding's half of `peft_state`, and with it all that knows
+PEFT's attribute names. Read anew at every call, so nothing here can go stale.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..call_context import autocast_dtype
+from ..specs import Table
+from . import replaced
+from .base_layer import tensor_of, unread_reason
+from .scaling import read_scaling
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_ID_DTYPES = (torch.int64, torch.int32)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Its forward puts a second table in place of some ids.
+_SCALED_BUT_DIFFERENT = ("T5Gemma2TextScaledWordEmbedding",)
+
+
+class AdaptedTable(NamedTuple):
+    """An embedding ready to compute; `scale` is the embedding's own where it is a number."""
+
+    table: Table
+    scaling: Union[float, Tensor]
+    padding_idx: Optional[int]
+    scale: float
+
+
+def embedding_class() -> type[nn.Module]:
+    """PEFT's LoRA embedding, the class that `LoraEmbedding` takes the forward of."""
+    from peft.tuners.lora import Embedding
+
+    return Embedding
+
+
+def is_plain_embedding(module: nn.Module) -> bool:
+    """Whether a module is PEFT's LoRA embedding itself and no subclass, which may compute otherwise."""
+    return type(module) is embedding_class()
+
+
+def read_embedding(module: nn.Module) -> Union[AdaptedTable, str]:
+    """The embedding that a `peft.tuners.lora.Embedding` computes now, or why it is PEFT's to compute. What all embeddings
+    have in common `genuine.embedding_reason` looks at."""
+    cls = type(module)
+    if replaced.FORWARDS.get(cls) is not cls.forward or replaced.CODES[cls] is not cls.forward.__code__:
+        reason = replaced.forward_reason(cls)
+        if reason:
+            return reason
+    if module.disable_adapters:
+        return "adapters are disabled"
+    if module.merged:
+        return "the adapter is merged into the base weight"
+    # Straight from the registries: nn.Module.__getattr__ would cost more than the checks do.
+    modules = module._modules
+    adapters = modules["lora_embedding_A"]._parameters
+    active = module.active_adapters
+    if len(active) == 1 and active[0] in adapters:
+        name = active[0]
+    else:
+        names = [name for name in active if name in adapters]
+        if len(names) != 1:
+            return f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
+        name = names[0]
+    try:
+        return _read_adapter(module, name)
+    except (KeyError, RuntimeError) as error:
+        return unread_reason(error)
+
+
+def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
+    modules = module._modules
+    base = modules["base_layer"]
+    magnitude = None
+    if name in module.lora_variant:
+        variant = module.lora_variant[name]
+        if type(variant) is not _dora_variant():
+            return f"LoRA variant {type(variant).__name__}"
+        dora = modules["lora_magnitude_vector"]._modules[name]
+        reason = replaced.forward_reason(type(variant)) or replaced.forward_reason(type(dora))
+        if reason:
+            return reason
+        reason = replaced.bypass_reason(("lora_magnitude_vector",), (dora,))
+        if reason:
+            return reason
+        magnitude = tensor_of(dora, "weight")
+    if name in getattr(module, "input_fns", ()) or name in getattr(module, "output_fns", ()):  # not before PEFT 0.19
+        return "the embedding is sharded by tensor parallelism"
+    reason = _base_reason(base) or replaced.bypass_reason(("base_layer",), (base,))
+    if reason is None and type(base) is not nn.Embedding:
+        reason = replaced.module_reason(type(base))
+    if reason:
+        return reason
+    if _has_any_global_hook():
+        return "hooks on all modules"
+    own = 1.0 if type(base) is nn.Embedding else base.embed_scale
+    scale, number = (own, 1.0) if isinstance(own, Tensor) else (None, float(own))
+    a, b = modules["lora_embedding_A"]._parameters[name], modules["lora_embedding_B"]._parameters[name]
+    table = Table(tensor_of(base, "weight"), a, b, magnitude, scale)
+    reason = _tensor_reason(table, (base.num_embeddings, base.embedding_dim))
+    if reason:
+        return reason
+    scaling = module.scaling[name]
+    if type(scaling) is not float:
+        scaling = read_scaling(scaling, b)
+        if isinstance(scaling, str):
+            return scaling
+    return AdaptedTable(table, scaling, base.padding_idx, number)
+
+
+@functools.lru_cache(maxsize=None)
+def _dora_variant() -> type:
+    from peft.tuners.lora.variants import DoraEmbeddingVariant
+
+    return DoraEmbeddingVariant
+
+
+def _base_reason(base: nn.Module) -> Optional[str]:
+    cls = type(base)
+    if cls is nn.Embedding:
+        # PEFT multiplies its delta by any attribute of this name, also where the base ignores it.
+        if "embed_scale" in base.__dict__ or "embed_scale" in base._buffers:
+            return "embed_scale on a plain Embedding"
+    elif not _is_scaled(cls):
+        return f"unknown base layer {cls.__name__}"
+    elif not isinstance(base.embed_scale, (int, float)) and getattr(base.embed_scale, "numel", lambda: 0)() != 1:
+        return "embed_scale is neither a number nor a tensor of one element"
+    if base.max_norm is not None:
+        return "max_norm renormalises rows in place at every call"
+    if base.scale_grad_by_freq:
+        return "scale_grad_by_freq"
+    return "sparse gradients" if base.sparse else None
+
+
+@functools.lru_cache(maxsize=None)
+def _is_scaled(cls: type) -> bool:
+    """The embeddings of transformers whose forward is nn.Embedding's times `embed_scale`."""
+    known = cls.__module__.startswith("transformers.models.") and cls.__name__.endswith("ScaledWordEmbedding")
+    return known and cls.__name__ not in _SCALED_BUT_DIFFERENT and issubclass(cls, nn.Embedding)
+
+
+def _tensor_reason(table: Table, shape: tuple[int, int]) -> Optional[str]:
+    device = table.weight.device
+    for name, tensor in zip(Table._fields, table):
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN_TENSORS and not (name == "scale" and isinstance(tensor, nn.Buffer)):
+            return f"{name} is a {type(tensor).__name__} (sharded or wrapped)"
+        if tensor.layout is not torch.strided:
+            return f"{name} has the layout {tensor.layout}"
+        if tensor.is_meta:
+            return f"{name} is on the meta device"
+        if tensor.dtype not in _DTYPES:
+            return f"{name} has dtype {tensor.dtype}"
+        if tensor.device != device:
+            return f"{name} is on {tensor.device}, the base weight on {device}"
+    if table.weight.shape != shape:
+        return f"weight has shape {tuple(table.weight.shape)} (sharded or replaced)"
+    if table.lora_a.shape[1] != shape[0] or table.lora_b.shape != (shape[1], table.lora_a.shape[0]):
+        return f"adapter of shapes {tuple(table.lora_a.shape)} and {tuple(table.lora_b.shape)} on a table of {shape}"
+    if table.magnitude is not None and table.magnitude.shape != (shape[1],):
+        return f"magnitude has shape {tuple(table.magnitude.shape)}, which does not fit"
+    return None
+
+
+def embedding_call_reason(adapted: AdaptedTable, ids: object, args: tuple, kwargs: dict) -> Optional[str]:
+    """Why this call, with these ids, is PEFT's own to compute; None where it is fused."""
+    if args or kwargs:
+        given = ", ".join(kwargs) or "positional arguments"
+        return f"the call passes {given}"
+    table = adapted.table
+    if type(ids) is not Tensor or ids.dtype not in _ID_DTYPES:
+        return f"ids are a {type(ids).__name__} of {getattr(ids, 'dtype', None)}"
+    if ids.layout is not torch.strided or ids.is_nested:
+        return f"ids are {'nested' if ids.is_nested else ids.layout}"
+    if ids.device != table.weight.device:
+        return f"ids are on {ids.device}, the base weight on {table.weight.device}"
+    if autocast_dtype(ids) is not None:
+        double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in table)
+        return "autocast with float64" if double else None
+    if table.lora_a.dtype != table.lora_b.dtype:
+        return "the adapter's two dtypes differ, without autocast"
+    return None

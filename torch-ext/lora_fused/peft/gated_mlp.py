@@ -1,0 +1,206 @@
+"""A gated MLP module becomes the projections of one Function, or the reason why its own forward runs.
+
+What the module computes is recognised once (`mlp_structure`); what its projections are is read at
+every call (`peft_state`).
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from typing import Callable, NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..call_context import autocast_dtype
+from ..specs import Projection
+from . import linear as peft_linear, mlp_tracer, replaced, small_batch
+from .mlp_tracer import GatedMLP
+
+
+class AdaptedMLP(NamedTuple):
+    """Gate and up, or the one projection that holds both; down; the activation between them; the dtype of
+    the module's result where its projections are quantized."""
+
+    inputs: tuple[Projection, ...]
+    output: Projection
+    activation: str
+    gate_half: int
+    result_dtype: Optional[torch.dtype]
+
+
+class _Recognised(NamedTuple):
+    """A structure and what it was found in. Weak, where something could hold the module itself."""
+
+    structure: Union[GatedMLP, str]
+    forward: Callable
+    code: Optional[types.CodeType]
+    functions: tuple[Callable, ...]
+    activations: tuple[tuple[str, weakref.ref, Callable, Callable], ...]  # name, module, its class's forward and __call__
+    attributes: tuple[tuple[str, weakref.ref], ...]  # functions on the module itself
+    dtype: Optional[torch.dtype]  # of the weights, where the structure may depend on it
+
+
+_PLAIN = (types.FunctionType, types.BuiltinFunctionType)
+_recognised: weakref.WeakKeyDictionary[nn.Module, _Recognised] = weakref.WeakKeyDictionary()
+# What activations are made of, as far as others replace it: a new tuple whenever one of them is another.
+_functions = (F.silu, F.gelu, F.relu, torch.sigmoid, torch.tanh, torch.relu)
+
+
+def structure_of(module: nn.Module) -> Union[GatedMLP, str]:
+    """What `mlp_structure.recognise` says of the module, asked once while all that it ran stays in its place,
+    and the dtype of its weights where that may matter."""
+    known = _recognised.get(module)
+    functions = _current_functions()
+    if known is None or known.functions is not functions or not _is_as_it_was(module, known):
+        structure, forward = mlp_tracer.recognise(module), type(module).forward
+        refused = isinstance(structure, str)  # for what any of its children does
+        names = [name for name, part in module.named_children()] if refused else structure.activation_modules
+        parts = ((name, module._modules[name]) for name in names)
+        activations = tuple((name, weakref.ref(part), type(part).forward, type(part).__call__) for name, part in parts)
+        attributes = tuple((name, weakref.ref(each)) for name, each in vars(module).items() if isinstance(each, _PLAIN))
+        dtype = mlp_tracer.weights_dtype(module) if refused or structure.dtype is not None else None
+        code = getattr(forward, "__code__", None)
+        known = _Recognised(structure, forward, code, functions, activations, attributes, dtype)
+        _recognised[module] = known
+    return known.structure
+
+
+def _current_functions() -> tuple[Callable, ...]:
+    global _functions
+    silu, gelu, relu, sigmoid, tanh, plain_relu = _functions
+    if (
+        F.silu is not silu
+        or F.gelu is not gelu
+        or F.relu is not relu
+        or torch.sigmoid is not sigmoid
+        or torch.tanh is not tanh
+        or torch.relu is not plain_relu
+    ):
+        _functions = (F.silu, F.gelu, F.relu, torch.sigmoid, torch.tanh, torch.relu)
+    return _functions
+
+
+def _is_as_it_was(module: nn.Module, known: _Recognised) -> bool:
+    forward = type(module).forward
+    if forward is not known.forward or getattr(forward, "__code__", None) is not known.code:
+        return False
+    for name, ref, own_forward, call in known.activations:
+        part = module._modules.get(name)
+        if part is not ref() or type(part).forward is not own_forward or type(part).__call__ is not call:
+            return False
+    for name, ref in known.attributes:
+        if (attribute := ref()) is None or vars(module).get(name) is not attribute:
+            return False
+    depends_on_dtype = isinstance(known.structure, str) or known.structure.dtype is not None
+    return not depends_on_dtype or known.dtype == mlp_tracer.weights_dtype(module)
+
+
+def projections_of(module: nn.Module, structure: GatedMLP) -> tuple[nn.Module, ...]:
+    """The modules of gate, up and down, or of the one that holds gate and up, and of down."""
+    names = (structure.gate, structure.down) if structure.fused else (structure.gate, structure.up, structure.down)
+    return tuple(module._modules[name] for name in names)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a module is a gated MLP with a PEFT LoRA linear in it."""
+    if not any(peft_linear.is_lora_linear(child) for child in module.children()):
+        return False
+    structure = structure_of(module)
+    return not isinstance(structure, str) and any(map(peft_linear.is_lora_linear, projections_of(module, structure)))
+
+
+def small_reason(module: nn.Module, x: object) -> Optional[str]:
+    """Why its projections had better run alone, as PEFT runs them; as the first that has an adapter says."""
+    if not torch.is_grad_enabled():
+        for part in module._modules.values():
+            if peft_linear.is_lora_linear(part):
+                return small_batch.small_reason(part, x)
+    return None
+
+
+def read_mlp(
+    module: nn.Module, x: object, linear_layer: type, check_features: bool = True
+) -> Union[AdaptedMLP, str]:
+    """What a gated MLP computes for x, its LoRA linears being served by `linear_layer`; without
+    `check_features` for any x of its dtype and device."""
+    structure = structure_of(module)
+    if isinstance(structure, str):
+        return structure
+    if not isinstance(x, Tensor):
+        return f"x is a {type(x).__name__}"
+    if x.is_nested:
+        return "x is nested"
+    names = structure.activation_modules
+    watched = replaced.bypass_reason(names, [module._modules[name] for name in names])
+    if watched:
+        return watched
+    for name in structure.dropouts:
+        reason = _dropping_reason(name, module._modules[name])
+        if reason:
+            return reason
+    if structure.dtype is not None and (x.dtype != structure.dtype or autocast_dtype(x) is not None):
+        return f"its forward asks for dtypes, and x has {x.dtype}, the weights {structure.dtype}, or autocast is on"
+    parts = projections_of(module, structure)
+    states = []
+    for part in parts:
+        adapted = _read_part(part, linear_layer)
+        if not isinstance(adapted, str):
+            adapted = adapted.base.called or adapted
+        if not isinstance(adapted, str):
+            # The last takes the product of the first ones' outputs, in x's dtype and on its device.
+            given = check_features and part is not parts[-1] and x.dim() > 0
+            features = x.shape[-1] if given else _features(adapted.projection)
+            adapted = peft_linear.input_reason(adapted, x, features) or _called(adapted, x, check_features) or adapted
+        if isinstance(adapted, str):
+            return f"{_name(module, part)}: {adapted}"
+        states.append(adapted)
+    result_dtype = None
+    quantized = [state.base.quantized is not None for state in states]
+    if any(quantized):
+        if all(quantized):
+            dtypes = (peft_linear.result_dtype(state, x) for state in states)
+            result_dtype = functools.reduce(torch.promote_types, dtypes, x.dtype)
+        elif autocast_dtype(x) is not None:
+            return "quantized and other projections under autocast, whose results differ in dtype"
+    *inputs, output = [state.projection for state in states]
+    width, down_width = _outputs(inputs[0]), _features(output)
+    if width != (2 * down_width if structure.fused else down_width) or any([_outputs(p) != width for p in inputs[1:]]):
+        return "gate, up and down do not fit together"
+    return AdaptedMLP(tuple(inputs), output, structure.activation, structure.gate_half, result_dtype)
+
+
+def _dropping_reason(name: str, dropout: nn.Module) -> Optional[str]:
+    """Why a child that was a dropout changes what it is given, or may do so."""
+    if type(dropout) is not nn.Dropout:
+        return f"{name} is a {type(dropout).__name__}"
+    if dropout.training and dropout.p > 0.0:
+        return f"{name} drops between the projections"
+    return replaced.bypass_reason((name,), (dropout,))
+
+
+def _read_part(part: nn.Module, linear_layer: type) -> Union[peft_linear.Adapted, str]:
+    if not peft_linear.is_lora_linear(part):
+        return peft_linear.read_plain(part)
+    if getattr(part.__dict__.get("forward"), "__func__", None) is not linear_layer.forward:
+        return "not kernelized"
+    return replaced.hooks_reason("the layer", part) or peft_linear.read_linear(part)
+
+
+def _called(adapted: peft_linear.Adapted, x: Tensor, check_features: bool) -> Optional[str]:
+    return peft_linear.called_reason(adapted, x, None if check_features else peft_linear.FEW_ROWS + 1)
+
+
+def _name(module: nn.Module, part: nn.Module) -> str:
+    return next(name for name, child in module._modules.items() if child is part)
+
+
+def _features(projection: Projection) -> int:
+    return projection.shape[1]
+
+
+def _outputs(projection: Projection) -> int:
+    return projection.shape[0]

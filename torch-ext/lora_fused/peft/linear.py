@@ -1,0 +1,367 @@
+"""With `peft_base`, `peft_small` and `peft_embedding` the only files that know PEFT's attribute names: a module
+becomes a projection, or the reason why PEFT's own forward runs. Read anew at every call, so nothing
+here can go stale.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import weakref
+from typing import NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..call_context import autocast_dtype
+from ..specs import Operands, Projection, ProjectionSpec, Quantized
+from . import replaced
+from .base_layer import (
+    PLAIN_TENSORS,
+    STRIDED,
+    Base,
+    Broken,
+    device_of,
+    fit_reason,
+    read_base,
+    tensor_of,
+    tensor_reason,
+    unread_reason,
+)  # fmt: skip
+from .scaling import read_scaling
+
+_PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
+_PLAIN_SPEC = ProjectionSpec()
+_FORWARDS, _CODES = replaced.FORWARDS, replaced.CODES
+
+
+# Up to so many rows bitsandbytes multiplies with four-bit weights as they are, on any GPU.
+FEW_ROWS = 4
+BASE_OF_FEW_ROWS = f"base called: evaluation of up to {FEW_ROWS} rows without a gradient"
+
+
+class Kind(NamedTuple):
+    """One of PEFT's LoRA linears: where its class is, whether its forward takes x alone, whether its base
+    is of a kind of its own, and whether under autocast its result may be wider than its base's."""
+
+    module: str
+    name: str
+    only_x: bool = False
+    opaque: bool = False
+    promotes: bool = False
+
+
+_KINDS = (
+    Kind("layer", "Linear"),
+    Kind("bnb", "Linear4bit", promotes=True),
+    Kind("bnb", "Linear8bitLt", promotes=True),
+    Kind("gptq", "GPTQLoraLinear", only_x=True, opaque=True),
+    Kind("awq", "AwqLoraLinear", only_x=True, opaque=True, promotes=True),
+    Kind("aqlm", "AqlmLoraLinear", only_x=True, opaque=True),
+    Kind("eetq", "EetqLoraLinear", only_x=True, opaque=True, promotes=True),
+    Kind("hqq", "HqqLoraLinear", opaque=True, promotes=True),
+    Kind("torchao", "TorchaoLoraLinear", opaque=True),
+)
+
+
+class Adapted(NamedTuple):
+    """A projection ready to compute.
+
+    casts_input: whether PEFT casts x to the adapter's dtype.
+    base: what is known of the base layer.
+    training: whether the module is in training mode.
+    promotes: as `Kind` has it.
+    """
+
+    projection: Projection
+    casts_input: bool
+    base: Base
+    training: bool
+    promotes: bool = False
+
+
+def is_lora_module(module: nn.Module) -> bool:
+    """Whether a module is a PEFT LoRA layer of any kind (linear, embedding, quantized, ...)."""
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(module, LoraLayer)
+
+
+_kinds: dict[type, Kind] = {}
+
+
+@functools.lru_cache(maxsize=None)
+def linear_kinds() -> dict[type, Kind]:
+    """PEFT's LoRA linears that can be imported here, and what they are."""
+    for kind in _KINDS:
+        try:
+            cls = getattr(importlib.import_module(f"peft.tuners.lora.{kind.module}"), kind.name, None)
+        except ImportError:  # its quantization library is not here
+            continue
+        if cls is not None:
+            _kinds[cls] = kind
+    return _kinds
+
+
+def is_lora_linear(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's LoRA linears itself and no subclass, which may compute otherwise."""
+    return type(module) in linear_kinds()
+
+
+_names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def note_names(root: nn.Module) -> None:
+    """Remembers what LoRA modules are called in a model, for errors that they raise."""
+    _names.update((module, name) for name, module in root.named_modules() if is_lora_module(module))
+
+
+def name_of(module: nn.Module) -> str:
+    """A LoRA module's name in the model that was kernelized, else its class and size."""
+    return _names.get(module) or f"{type(module).__name__}({module.in_features}, {module.out_features})"
+
+
+def call_base(module: nn.Module, x: Tensor) -> Tensor:
+    """The base module's own result for x."""
+    own = module._modules.get("quant_linear_module")  # what PEFT calls where it is there
+    return (module._modules["base_layer"] if own is None else own)(x)
+
+
+def root_classes() -> tuple[type[nn.Module], ...]:
+    """Classes of which one stands at the root of every model that PEFT adapts, above all its layers."""
+    from peft.tuners.tuners_utils import BaseTuner
+    from transformers import PreTrainedModel
+
+    return BaseTuner, PreTrainedModel
+
+
+def read_linear(module: nn.Module) -> Union[Adapted, str]:
+    """The projection that one of PEFT's LoRA linears computes now, or why it is PEFT's to compute. What all linears have in
+    common `genuine.linear_reason` looks at."""
+    cls = type(module)
+    if _FORWARDS.get(cls) is not cls.forward or _CODES[cls] is not cls.forward.__code__:
+        reason = replaced.forward_reason(cls)
+        if reason:
+            return reason
+    if module.disable_adapters:
+        return "adapters are disabled"
+    if module.merged_adapters:
+        return "the adapter is merged into the base weight"
+    active, known = module.active_adapter, module._modules["lora_A"]._modules
+    if len(active) == 1 and active[0] in known:  # a list of one, nearly always
+        name = active[0]
+    else:
+        names = [name for name in ((active,) if isinstance(active, str) else active) if name in known]
+        if len(names) != 1:
+            return f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
+        name = names[0]
+    try:
+        return _read_adapter(module, name)
+    except (KeyError, RuntimeError) as error:
+        return unread_reason(error)
+
+
+def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
+    # Straight from the registries: nn.Module.__getattr__ would cost more than the checks do.
+    modules = module._modules
+    layer, kind = modules["base_layer"], (_kinds or linear_kinds())[type(module)]
+    lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    dropout, dora = modules["lora_dropout"]._modules[name], None
+    if name in module.lora_variant:
+        variant = module.lora_variant[name]
+        if type(variant) is not _dora_variant():
+            return f"LoRA variant {type(variant).__name__}"
+        dora = modules["lora_magnitude_vector"]._modules[name]
+        kind_of_variant, kind_of_dora = type(variant), type(dora)
+        if (
+            _FORWARDS.get(kind_of_variant) is not kind_of_variant.forward
+            or _FORWARDS.get(kind_of_dora) is not kind_of_dora.forward
+        ):
+            reason = replaced.forward_reason(kind_of_variant) or replaced.forward_reason(kind_of_dora)
+            if reason:
+                return reason
+    # Before a weight is looked at, which may be a tool's to fetch from elsewhere.
+    watched = replaced.bypass_reason(_PARTS, (lora_a, lora_b, dropout, dora))
+    if watched:
+        return watched
+    transposed = getattr(module, "fan_in_fan_out", False)
+    base = read_base(layer, transposed, kind.opaque)
+    if isinstance(base, str):
+        return base
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        return f"adapter layers are {type(lora_a).__name__} and {type(lora_b).__name__}, not Linear"
+    if base.called is None:  # what others do to the calls of a base that is called stays
+        watched = replaced.bypass_reason(("base_layer",), (layer,))
+        if watched:
+            return watched
+    p = 0.0 if type(dropout) is nn.Identity else _dropout(module, dropout, dora is not None)
+    if isinstance(p, str):
+        return p
+    scaling = module.scaling[name]
+    of_a, of_b = lora_a._parameters, lora_b._parameters
+    try:
+        a, b, bias_of_a, lora_bias = of_a["weight"], of_b["weight"], of_a["bias"], of_b["bias"]
+    except KeyError:  # FSDP1 has taken some out
+        a, b = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight")
+        bias_of_a, lora_bias = tensor_of(lora_a, "bias"), tensor_of(lora_b, "bias")
+    if bias_of_a is not None or (dora is not None and lora_bias is not None):
+        return "a bias where PEFT has none"
+    if _has_any_global_hook():
+        return "hooks on all modules"
+    weight, bias = base.operands[:2]
+    if dora is not None and transposed and weight.requires_grad:
+        return "DoRA on a trained Conv1D weight, whose gradient PEFT detaches in part"
+    magnitude = None if dora is None else tensor_of(dora, "weight")
+    scales = () if base.quantized is None else base.operands[6:]
+    operands = Operands(weight, bias, a, b, lora_bias, magnitude, *scales)
+    reason = tensor_reason(operands, base, transposed)
+    if reason is None and base.shape is not None:
+        reason = fit_reason(operands, *base.shape)
+    if reason:
+        return reason
+    if type(scaling) is not float:
+        scaling = read_scaling(scaling, b)
+        if isinstance(scaling, str):
+            return scaling
+    plain = p == 0.0 and not transposed and base.quantized is None
+    projection = Projection(operands, scaling, _PLAIN_SPEC if plain else _spec(p, transposed, base.quantized))
+    reason = delta_reason(projection) if base.called else None
+    if reason:
+        return f"{reason} ({base.called})"
+    casts_input = getattr(module, "cast_input_dtype_enabled", True)
+    return Adapted(projection, casts_input, base, module.training, kind.promotes)
+
+
+def read_plain(module: nn.Module) -> Union[Adapted, str]:
+    """The base product of a linear that has no adapter, or why it must be called itself."""
+    watched = replaced.bypass_reason(("the linear",), (module,))
+    if watched:
+        return watched
+    try:
+        base = read_base(module, False, False)
+        reason = base if isinstance(base, str) else base.called or tensor_reason(base.operands, base)
+    except (KeyError, RuntimeError) as error:
+        reason = unread_reason(error)
+    return reason or Adapted(Projection(base.operands, 1.0, _spec(0.0, False, base.quantized)), True, base, module.training)
+
+
+@functools.lru_cache(maxsize=None)
+def _dora_variant() -> type:
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    return DoraLinearVariant
+
+
+@functools.lru_cache(maxsize=None)
+def _spec(dropout: float, transposed: bool, quantized: Optional[Quantized]) -> ProjectionSpec:
+    return ProjectionSpec(dropout, transposed, quantized)
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a linear may draw masks in training, whichever of its adapters is active."""
+    return any([type(each) is not nn.Identity for each in module._modules["lora_dropout"]._modules.values()])
+
+
+def _dropout(module: nn.Module, dropout: nn.Module, dora: bool) -> Union[float, str]:
+    """The probability that this call drops with. PEFT's DoRA asks the layer's training flag as well."""
+    if type(dropout) is not nn.Dropout:
+        return f"dropout layer {type(dropout).__name__}"
+    p = dropout.p
+    if not 0.0 <= p <= 1.0:
+        return f"dropout probability {p}"
+    return float(p) if dropout.training and (module.training or not dora) else 0.0
+
+
+def call_reason(adapted: Adapted, x: object, args: tuple, kwargs: dict) -> Optional[str]:
+    """Why this call, with this x, is PEFT's own to compute; None where it is fused, its base called or not."""
+    if args or kwargs:
+        given = ", ".join(kwargs) or "positional arguments"
+        return f"the call passes {given}"
+    if not isinstance(x, Tensor):
+        return f"x is a {type(x).__name__}"
+    if x.dim() < 1:
+        return "x has no dimension"
+    try:
+        features = x.shape[-1]
+    except RuntimeError:
+        return "x is nested"
+    return input_reason(adapted, x, features)
+
+
+def input_reason(adapted: Adapted, x: Tensor, features: int) -> Optional[str]:
+    """Why PEFT computes an input of x's dtype, device and dimensions but with this many features."""
+    operands, base = adapted.projection.operands, adapted.base
+    if type(x) not in PLAIN_TENSORS:
+        return f"x is a {type(x).__name__}"
+    if x.layout is not STRIDED:
+        return f"x has the layout {x.layout}"
+    width = base.shape[1] if base.shape is not None else operands.lora_a.shape[1]
+    if features != width:
+        return f"x has shape {tuple(x.shape)}"
+    if operands.magnitude is not None and x.dim() == 1:
+        return "DoRA of a vector, of which PEFT makes a matrix"
+    device = device_of(operands)
+    if x.device != device:
+        text = f"x is on {x.device}, the base weight on {device}"
+        return text if base.quantized is None else Broken(text)
+    if autocast_dtype(x) is not None:
+        for tensor in (x, *operands[:6]):
+            if tensor is not None and tensor.dtype == torch.float64:
+                return f"autocast with x of {x.dtype} and float64"
+        return None if x.is_floating_point() else f"autocast with x of {x.dtype}"
+    weight, bias, lora_a, lora_b, lora_bias = operands[:5]
+    dtype = x.dtype
+    if base.quantized is None and weight is not None:
+        if dtype is not weight.dtype or (bias is not None and dtype is not bias.dtype):
+            return f"x of {dtype} on a base of {weight.dtype} without autocast"
+    elif not x.is_floating_point():
+        return f"x of {dtype}"
+    if lora_a is None:
+        return None
+    adapter = lora_a.dtype
+    differ = lora_b.dtype is not adapter or (lora_bias is not None and lora_bias.dtype is not adapter)
+    if differ or (dtype is not adapter and not adapted.casts_input):
+        return "adapter dtypes differ and input casting does not reconcile them"
+    return None
+
+
+def delta_reason(projection: Projection) -> Optional[str]:
+    """Why PEFT computes a projection whose base is called."""
+    operands, _, spec = projection
+    if operands.magnitude is None:
+        return None
+    if spec.quantized is None:
+        return "DoRA on a base that is called, its weight unknown"
+    if spec.dropout > 0.0:
+        return "DoRA with dropout on a base that is called"
+    if operands.bias is not None and operands.bias.requires_grad:
+        return "DoRA with a trained bias on a base that is called"
+    return None
+
+
+def called_reason(adapted: Adapted, x: Tensor, rows: Optional[int] = None) -> Optional[str]:
+    """Why the base's own forward computes the product of a call that `call_reason` lets pass; None where
+    we do. `rows` in place of x's own, where given."""
+    base = adapted.base
+    if base.called or base.quantized is None:
+        return base.called
+    dtype = autocast_dtype(x) or x.dtype
+    if x.dtype not in (dtype, torch.float32):
+        return f"base called: x of {x.dtype} under autocast to {dtype}"
+    if (base.compute or x.dtype) != dtype:
+        return f"base called: it computes in {base.compute or x.dtype}, the adapter in {dtype}"
+    if rows is None:
+        rows = x.numel() // max(x.shape[-1], 1)
+    # A reentrant checkpoint's forward has no gradient; PEFT would draw other masks than its recomputation.
+    few = rows <= FEW_ROWS and not (torch.is_grad_enabled() or adapted.training)
+    return BASE_OF_FEW_ROWS if few and delta_reason(adapted.projection) is None else None
+
+
+def result_dtype(adapted: Adapted, x: Tensor) -> torch.dtype:
+    """The dtype of PEFT's result on a quantized base: bitsandbytes casts back to x's, and under autocast for
+    GPUs PEFT's layers on it let DoRA's magnitude widen that."""
+    magnitude = adapted.projection.operands.magnitude
+    if magnitude is None or not (adapted.promotes and torch.is_autocast_enabled()):
+        return x.dtype
+    return torch.promote_types(x.dtype, magnitude.dtype)

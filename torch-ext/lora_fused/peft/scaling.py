@@ -1,0 +1,34 @@
+"""The scaling of an adapter: a number, or the tensor that PEFT's compiled hot swap makes of it and fills anew at every swap."""
+
+from __future__ import annotations
+
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+
+from ..call_context import autocast_dtype
+
+
+def read_scaling(scaling: object, lora_b: Tensor) -> Union[float, Tensor, str]:
+    """The scaling of an adapter with this B, or why PEFT's own forward has to use it. A tensor's value is read where that
+    costs nothing; on a GPU it would have to be waited for, so it stays a tensor, which `projection.fold` multiplies B with."""
+    if isinstance(scaling, (int, float)):
+        return float(scaling)
+    if type(scaling) not in (Tensor, nn.Parameter):
+        return f"scaling is a {type(scaling).__name__}, not a number"
+    if scaling.dim() != 0 or scaling.dtype == torch.bool or scaling.is_complex():
+        return f"scaling is a tensor of shape {tuple(scaling.shape)} and {scaling.dtype}, not a number"
+    if scaling.requires_grad:
+        return "scaling is trained"
+    if _is_at_hand(scaling):
+        return float(scaling)
+    if scaling.device != lora_b.device:
+        return f"scaling is on {scaling.device}, lora_B on {lora_b.device}"
+    if (autocast_dtype(lora_b) or lora_b.dtype) == torch.float16:
+        return "scaling is a tensor on a GPU, and its product with lora_B may leave float16's range"
+    return scaling
+
+
+def _is_at_hand(scaling: Tensor) -> bool:
+    return scaling.is_cpu

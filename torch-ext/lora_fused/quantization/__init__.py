@@ -1,0 +1,89 @@
+"""Quantized base weights: one file per format, what all of them offer here.
+
+A weight in floating point lives for one product: nothing of it is kept for backward, which makes
+it again. The allocator hands the same memory to one weight after another, stream by stream.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import select
+from ..backends import native
+from ..specs import EightBit, FourBit, Operands, Quantized
+from . import eight_bit
+from . import four_bit
+
+# Elements of W that `row_norm` has in floating point at a time: 32 MB of bfloat16, which stays in
+# the cache of a large GPU between the two kernels.
+NORM_ELEMENTS = 2**24
+_FORMATS = {FourBit: four_bit, EightBit: eight_bit}
+_FLOATING, _NF4, _FP4 = native.PackedWeight(), native.FORMATS.index("nf4"), native.FORMATS.index("fp4")
+_FIRST_SCALE = Operands._fields.index("absmax")  # from there on the scales of a quantized weight
+
+
+def _rows(operands: Operands, quantized: Quantized, dtype: torch.dtype, first: int, rows: int) -> Tensor:
+    form = _FORMATS.get(type(quantized))
+    if form is None:
+        raise TypeError(f"weight: format {type(quantized).__name__} is unknown, expected FourBit or EightBit")
+    return form.rows(operands, quantized, dtype, first, rows)
+
+
+def dequantize(operands: Operands, quantized: Quantized, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] in `dtype`."""
+    return _rows(operands, quantized, dtype, 0, quantized.shape[0])
+
+
+def row_norm(operands: Operands, quantized: Quantized, scaling: float) -> Tensor:
+    """‖W + s·B·A‖ by row, [N] in at least float32, with at most NORM_ELEMENTS of W, or eight rows, in
+    floating point at a time, in the dtype that W had before it was quantized."""
+    n, k = quantized.shape
+    rows = max(NORM_ELEMENTS // max(k, 1) // 8 * 8, 8)
+    norms = []
+    for first in range(0, max(n, 1), rows):
+        count = min(rows, n - first)
+        weight = _rows(operands, quantized, quantized.dtype, first, count)
+        norms.append(select.row_norm(weight, operands.lora_a, operands.lora_b[first : first + count], scaling))
+        del weight
+    return norms[0] if len(norms) == 1 else torch.cat(norms)
+
+
+def packed(
+    formats: Sequence[Optional[Quantized]], operands: Sequence[Operands]
+) -> tuple[list[int], list[Tensor]]:
+    """The native ops' `quantized` and `scales` of weights of which some are in four bits (`ops.PackedWeight`)."""
+    numbers, scales = [], []
+    for form, p in zip(formats, operands):
+        if form is None:
+            numbers += _FLOATING
+            continue
+        if type(form) is not FourBit:
+            raise TypeError(f"weight: format {type(form).__name__} is none of the native ops', expected FourBit")
+        name, dtype = _FP4 if form.fp4 else _NF4, native.QUANTIZED_DTYPES.index(form.dtype)
+        numbers += native.PackedWeight(name, *form.shape, form.blocksize, form.nested_blocksize, len(scales), dtype)
+        scales += [scale for scale in p[_FIRST_SCALE:] if scale is not None]
+    return numbers, scales
+
+
+def dora_gains(
+    weights: Sequence[Tensor], operands: Sequence[Operands], formats: Sequence[Optional[Quantized]], scalings
+) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
+    """`backend.dora_gains` of members of which some are quantized; weights [N, K] are those of the others."""
+    magnitudes = [p.magnitude for p in operands]
+    apart = [
+        i
+        for i, (form, p) in enumerate(zip(formats, operands))
+        if form is not None and p.magnitude is not None
+        and not select.norm_is_native(p.weight, p.lora_a, p.lora_b, form)
+    ]  # fmt: skip
+    together = [None if i in apart else magnitude for i, magnitude in enumerate(magnitudes)]
+    forms = [None if magnitude is None else form for magnitude, form in zip(together, formats)]
+    adapters = [p.lora_a for p in operands], [p.lora_b for p in operands]
+    norms, gains = select.dora_gains(weights, *adapters, together, scalings, forms, *packed(forms, operands))
+    for i in apart:
+        norms[i] = row_norm(operands[i], formats[i], scalings[i])
+        gains[i] = native.gain(magnitudes[i], norms[i])
+    return norms, gains

@@ -1,0 +1,363 @@
+"""Projections that are called with the very same input run as one group, in any model.
+
+Nobody declares siblings: they are observed. While modules run one by one, those that are called in
+a row with the same tensor are noted; from a later pass on, the first of them computes all and
+keeps the others' results until they are called. A result is given out only if the call is the
+one it was computed for: the same tensor unchanged, the same operands, scaling and dropout, the
+same grad mode and autocast. In every other case the module computes alone, so a sibling that is
+skipped, replaced, moved or called with another input costs time, never correctness. "Unchanged" is what a version and
+an address tell: a write that moves neither, as one through `.data`, is not seen between two siblings' calls with one
+x. Between two passes everything is seen, since the first of the siblings computes again.
+
+Results that nobody comes for, after an exception or where a sibling is skipped, go with their x, with the module that
+led, with their thread, or when that thread leads another group, whichever is first. A result that is still there when a
+backward call frees its graph is not given out any more (`autograd.outputs`).
+
+One rule keeps checkpointing right, which must recompute what its forward did: the group of a module
+changes only while no graph of its earlier calls is waiting for its backward, and never during a
+backward pass. A reentrant checkpoint's forward has no graph, so calls in training without a gradient are counted until as
+many came in a backward pass; until then no group changes that draws masks, which it does for all its members at once. Calls
+that nobody computes again, as those of reinforcement learning, count until an optimizer has changed the adapter.
+
+A module that was called alone, when no graph of its calls waits, is known as such from then on: PEFT's own forward serves
+its small calls, which are seen here no more.
+
+Under `torch.use_deterministic_algorithms` every module computes alone: what runs together is learnt while a model runs, and
+a run that is taken up again in a new process would add dx in another order than the run that it continues.
+"""
+
+from __future__ import annotations
+
+import gc
+import operator
+import threading
+import weakref
+from typing import NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .call_context import autocast_dtype
+from .functional import dispatch
+from .peft import linear as peft_linear, small_batch
+from .specs import Projection
+
+# A group that keeps changing, as with alternating inputs, is not worth following.
+MAX_CHANGES = 8
+
+
+class _Token:
+    """Of one call's graph: lives as long as that may still run backward, and counts itself in and out. `autograd.outputs`
+    asks it."""
+
+    __slots__ = ("waiting", "given", "may_be_recomputed")
+
+    def __init__(self, waiting: dict[int, None], outputs: int, may_be_recomputed: bool):
+        self.waiting = waiting
+        self.given = [True] + [False] * (outputs - 1)  # to whom called for it, by output; empty when that has ended
+        self.may_be_recomputed = may_be_recomputed
+        waiting[id(self)] = None
+
+    def __del__(self):
+        self.waiting.pop(id(self), None)
+
+    def withdraw(self) -> list[bool]:
+        given = self.given.copy()
+        self.given.clear()
+        return given
+
+
+# What a call depends on besides its operands: grad mode, whether x needs a gradient, autocast's dtype, and the backward
+# pass that it is in, since what a forward computed has the forward's graph.
+_Mode = tuple[bool, bool, Optional[torch.dtype], int]
+_FORWARD = -1  # in place of a backward pass
+
+
+class _Leader:
+    """What is known about a module that is called first: the group it computes, the siblings that
+    were last observed, and the graphs of its calls that wait for backward."""
+
+    def __init__(self):
+        self.group: tuple[weakref.ref, ...] = ()
+        self.observed: tuple[weakref.ref, ...] = ()
+        self.waiting: dict[int, None] = {}
+        self.unrepeated = 0  # calls in training without a gradient that no backward pass has computed again
+        self.adapter: list[tuple[weakref.ref, int]] = []  # of the last of them, as it was: each matrix and its version
+        self.changes = 0
+        self.was_alone = False  # when last observed
+        self.stays_alone = False
+
+    def settle(self) -> None:
+        """Takes over what was observed, where no earlier call can be recomputed."""
+        if self.observed == self.group or self.waiting or self.changes > MAX_CHANGES:
+            return
+        members = _alive((*self.observed, *self.group))
+        leaders = [self, *(_leaders[member] for member in members if member in _leaders)]
+        if any([leader.awaits_repetition() for leader in leaders]) and any(map(peft_linear.has_dropout, members)):
+            return
+        self.changes += 1
+        self.group = self.observed if self.changes <= MAX_CHANGES else ()
+
+    def is_alone(self) -> bool:
+        """Asked before a call: one that goes one way has to go the same way when a checkpoint computes it again."""
+        if self.was_alone and not self.waiting and torch._C._current_graph_task_id() == _FORWARD:
+            self.stays_alone = True
+        return self.stays_alone
+
+    def awaits_repetition(self) -> bool:
+        """A matrix that is gone says nothing: FSDP1 has others in every pass."""
+        if self.unrepeated and any([(now := ref()) is not None and now._version != was for ref, was in self.adapter]):
+            self.unrepeated = 0
+        return self.unrepeated > 0
+
+    def count(self, mode: _Mode, projection: Projection) -> None:
+        """Of a call in training. Where a graph waits, what a backward pass computes again may be of that one."""
+        gradient, backward_pass = mode[0], mode[-1]
+        if backward_pass == _FORWARD and not gradient:
+            self.unrepeated += 1
+            matrices = (projection.operands.lora_a, projection.operands.lora_b)
+            self.adapter = [(weakref.ref(m), m._version) for m in matrices if m is not None and not m.is_inference()]
+        elif backward_pass != _FORWARD and self.unrepeated and not self.waiting:
+            self.unrepeated -= 1
+
+
+def _mode(x: Tensor) -> _Mode:
+    return _is_grad_enabled(), x.requires_grad, autocast_dtype(x), _current_backward()
+
+
+_State = tuple[int, bool, int]
+
+
+class _Result(NamedTuple):
+    """Of one sibling: what its call has to be like, y, and where its graph's token notes that it was given, None without a
+    graph."""
+
+    projection: Projection
+    states: list[_State]
+    y: Tensor
+    given: Optional[list[bool]]
+    output: int
+
+
+class _Tie(weakref.ref):
+    """Lets `results` go with the object that it refers to. They hold parameters and a graph, and so must not outlive
+    their model, whatever came instead of the calls that they were computed for."""
+
+    __slots__ = ("results",)
+    results: dict[int, _Result]
+
+
+def _let_go(tie: _Tie) -> None:
+    tie.results.clear()
+
+
+def _tie(results: dict[int, _Result], tied: object) -> _Tie:
+    tie = _Tie(tied, _let_go)
+    tie.results = results
+    return tie
+
+
+class _Ahead:
+    """Results computed ahead for calls with one x, by module. They go with x, which no graph of theirs holds, and with
+    the module that led. A checkpoint's graph may hold both: `_let_go_of_checkpoints`."""
+
+    __slots__ = ("x", "leaders", "version", "pointer", "mode", "in_checkpoint", "results")
+
+    def __init__(self, x: Tensor, mode: _Mode):
+        self.results: dict[int, _Result] = {}
+        self.x, self.leaders = _tie(self.results, x), []
+        self.version, self.pointer, self.mode, self.in_checkpoint = x._version, x.data_ptr(), mode, False
+
+    def is_for(self, x: Tensor, mode: _Mode) -> bool:
+        """`.data` may replace x's memory under the same version."""
+        return self.x() is x and self.version == x._version and self.pointer == x.data_ptr() and self.mode == mode
+
+
+class _Calls:
+    """Of one thread: results computed ahead, and the modules called with the last input."""
+
+    __slots__ = ("ahead", "seen_x", "seen_version", "seen")
+
+    def __init__(self):
+        self.ahead: Optional[_Ahead] = None
+        self.seen_x: Optional[weakref.ref] = None
+        self.seen_version = 0
+        self.seen: list[weakref.ref] = []
+
+
+class _Threads(threading.local):
+    def __init__(self):
+        self.calls = _Calls()
+
+
+_is_deterministic = torch._C._get_deterministic_algorithms
+_is_grad_enabled, _current_backward = torch.is_grad_enabled, torch._C._current_graph_task_id
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_leaders: weakref.WeakKeyDictionary[nn.Module, _Leader] = weakref.WeakKeyDictionary()
+_threads = _Threads()
+
+
+def _saves_by_hooks() -> bool:
+    """As in a checkpoint, which runs calls again for what their graph needs."""
+    return _top_hooks(True) is not None
+
+
+def _let_go_of_checkpoints(phase: str, _: dict, threads: _Threads = _threads) -> None:
+    """What a checkpoint has saved holds the function that it runs again, and so modules, and what that is called with:
+    results of a checkpoint that was left may hold themselves. They are let go when their thread collects garbage."""
+    ahead = threads.calls.ahead
+    if phase == "start" and ahead is not None and ahead.in_checkpoint and not _saves_by_hooks():
+        ahead.results.clear()
+
+
+gc.callbacks.append(_let_go_of_checkpoints)
+
+
+def compute(module: nn.Module, x: Tensor, projection: Projection, layer: type) -> Tensor:
+    """y of `module`, which `layer` serves, from the group's computation where there is one."""
+    if x.is_inference() or _is_deterministic():  # the first keeps no version, so a change of x would go unseen
+        return dispatch.compute_group(x, (projection,))[0]
+    calls, mode = _threads.calls, _mode(x)
+    forward = mode[-1] == _FORWARD
+    if forward:
+        _observe(calls, module, x)
+    result = _claim(calls, module, x, projection, mode)
+    if result is not None:
+        return result
+    leader = _leaders.get(module)
+    if leader is None:
+        leader = _leaders[module] = _Leader()
+    if forward:
+        leader.settle()
+    return _lead(calls, module, leader, x, projection, mode, layer)
+
+
+def small_reason(module: nn.Module, x: object, rows: Optional[int] = None) -> Optional[str]:
+    """Why PEFT's own forward is the fastest for a call of `module`, as far as a glance tells."""
+    reason = small_batch.small_reason(module, x, rows)
+    if reason is not None:
+        return reason
+    reason = small_batch.small_alone_reason(module, x, rows)
+    if reason is None or _is_deterministic():
+        return None
+    leader = _leaders.get(module)
+    return reason if leader is not None and leader.is_alone() else None
+
+
+def group_of(module: nn.Module) -> tuple[nn.Module, ...]:
+    """The siblings that `module` leads or belongs to, itself included; empty where it is alone."""
+    for leader in () if _is_deterministic() else list(_leaders.values()):
+        group = _alive(leader.group)
+        if module in group:
+            return group
+    return ()
+
+
+def _alive(group: Sequence[weakref.ref]) -> tuple[nn.Module, ...]:
+    members = (ref() for ref in group)
+    return tuple(member for member in members if member is not None)
+
+
+def _lead(calls, module, leader: _Leader, x: Tensor, projection: Projection, mode: _Mode, layer: type) -> Tensor:
+    members, projections = [module], [projection]
+    for sibling in _alive(leader.group):
+        if sibling is not module:
+            state = _ready(sibling, x, layer)
+            if state is not None:
+                members.append(sibling)
+                projections.append(state)
+    if calls.ahead is not None and not calls.ahead.is_for(x, mode):
+        calls.ahead = None  # results that nobody came for
+    if module.training:
+        leader.count(mode, projection)
+    by_hooks = _saves_by_hooks()
+    token = _Token(leader.waiting, len(members), by_hooks) if torch.is_grad_enabled() else None
+    outputs = dispatch.compute_group(x, projections, token=token)
+    if len(members) > 1:
+        ahead = _Ahead(x, mode) if calls.ahead is None else calls.ahead
+        ahead.in_checkpoint |= by_hooks
+        ahead.leaders.append(_tie(ahead.results, module))
+        given = None if token is None else token.given
+        for i in range(1, len(members)):
+            state = projections[i]
+            ahead.results[id(members[i])] = _Result(state, _states(state), outputs[i], given, i)
+        calls.ahead = ahead
+    return outputs[0]
+
+
+def _ready(sibling: nn.Module, x: Tensor, layer: type) -> Optional[Projection]:
+    """The sibling's projection if its call can be computed ahead. Its own pre-hooks may change what
+    it computes, so it must have none."""
+    bound = sibling.__dict__.get("forward")
+    if getattr(bound, "__func__", None) is not layer.forward or sibling._forward_pre_hooks:
+        return None
+    if small_reason(sibling, x):
+        return None
+    state = peft_linear.read_linear(sibling)
+    if isinstance(state, str) or peft_linear.call_reason(state, x, (), {}) or peft_linear.called_reason(state, x):
+        return None
+    return state.projection
+
+
+def _claim(calls, module: nn.Module, x: Tensor, projection: Projection, mode: _Mode) -> Optional[Tensor]:
+    ahead = calls.ahead
+    if ahead is None or ahead.x() is not x:
+        return None
+    result = ahead.results.pop(id(module), None)
+    if result is None or not ahead.is_for(x, mode):
+        return None
+    if not _same(result.projection, projection) or result.states != _states(projection):
+        return None
+    if not ahead.results:
+        calls.ahead = None
+    if result.given is not None:
+        if not result.given:  # its graph is freed
+            return None
+        result.given[result.output] = True
+    return result.y
+
+
+def _same(before: Projection, now: Projection) -> bool:
+    same_tensors = all(map(operator.is_, before.operands, now.operands))
+    same_scaling = before.scaling is now.scaling or before.scaling == now.scaling  # a tensor's value is not waited for
+    return same_tensors and same_scaling and before.spec == now.spec
+
+
+def _states(projection: Projection) -> list[_State]:
+    """Of every operand its version, whether it is trained, and where its memory is, which `.data` may replace under the
+    same version."""
+    if projection.spec.quantized is None:
+        return _states_of(projection)
+    with torch._C.DisableTorchFunctionSubclass():  # a quantized weight is a subclass
+        return _states_of(projection)
+
+
+def _states_of(projection: Projection) -> list[_State]:
+    tensors = projection.operands
+    if type(projection.scaling) is not float:
+        tensors = (*tensors, projection.scaling)
+    try:
+        return [(t._version, t.requires_grad, t.data_ptr()) for t in tensors if t is not None]
+    except RuntimeError:  # those of inference mode keep no version
+        return [
+            (-1 if t.is_inference() else t._version, t.requires_grad, t.data_ptr()) for t in tensors if t is not None
+        ]
+
+
+def _observe(calls: _Calls, module: nn.Module, x: Tensor) -> None:
+    seen, ref = calls.seen_x() if calls.seen_x is not None else None, weakref.ref(module)
+    if seen is x and calls.seen_version == x._version:
+        if ref not in calls.seen:
+            calls.seen.append(ref)
+            return
+        calls.ahead = None  # another pass over the same input: what is left of the last one has its graph
+    _note_siblings(calls.seen)
+    calls.seen_x, calls.seen_version, calls.seen = weakref.ref(x), x._version, [ref]
+
+
+def _note_siblings(seen: list[weakref.ref]) -> None:
+    first = seen[0]() if seen else None
+    leader = _leaders.get(first) if first is not None else None
+    if leader is not None:
+        alone = len(seen) == 1
+        leader.observed, leader.was_alone = () if alone else tuple(seen), alone

@@ -1,0 +1,257 @@
+"""Frozen descriptions of adapted projections, of the groups that share an input, of adapted embeddings and of experts.
+
+An autograd Function sees tensors only as flat arguments (a tensor inside a tuple gets no
+gradient), so a group is described by a hashable `GroupSpec` and a flat tuple of operands.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Callable, NamedTuple, Optional, Sequence, Union
+
+import torch
+from torch import Tensor
+
+
+class Operands(NamedTuple):
+    """Tensors of one projection: weight [N, K], bias [N], lora_a [R, K], lora_b [N, R],
+    lora_bias [N], magnitude [N]. None where the projection has none; without lora_a and lora_b it
+    is the base product alone, with a magnitude it is DoRA.
+
+    A quantized weight is stored as its `Quantized` says, and comes with absmax, the scale of each
+    block or row. Where absmax itself is quantized, it holds codes and nested_absmax, nested_code and
+    offset are there. A weight of None is the base module's own to multiply with."""
+
+    weight: Optional[Tensor]
+    bias: Optional[Tensor] = None
+    lora_a: Optional[Tensor] = None
+    lora_b: Optional[Tensor] = None
+    lora_bias: Optional[Tensor] = None
+    magnitude: Optional[Tensor] = None
+    absmax: Optional[Tensor] = None
+    nested_absmax: Optional[Tensor] = None
+    nested_code: Optional[Tensor] = None
+    offset: Optional[Tensor] = None
+
+
+OPERANDS_PER_PROJECTION = len(Operands._fields)
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """A frozen weight of four bits a value, packed as bitsandbytes packs NF4 and FP4
+    (kernel-src/common/four_bit.h has the formula).
+
+    shape: [N, K]. blocksize: values that share one absmax. nested_blocksize: blocks that share one
+    nested_absmax, 0 where absmax is float32 itself. fp4: FP4, else NF4. dtype: of the weight before
+    it was quantized.
+    """
+
+    shape: tuple[int, int]
+    blocksize: int
+    nested_blocksize: int
+    fp4: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """A frozen weight [N, K] in int8, w = q · absmax / 127 with absmax [N] in float32."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+
+
+Quantized = Union[FourBit, EightBit]
+
+
+@dataclass(frozen=True)
+class ProjectionSpec:
+    """What is fixed about one projection.
+
+    dropout: probability with which an element of the LoRA path's input is dropped, 0 for none.
+    transposed: the weight is stored [K, N], as `Conv1D` does.
+    quantized: how the weight is stored where it is not as floating-point numbers.
+    """
+
+    dropout: float = 0.0
+    transposed: bool = False
+    quantized: Optional[Quantized] = None
+
+
+class Projection(NamedTuple):
+    """One projection ready to compute; the scaling stands beside the spec since it may change at
+    every step. As a tensor without dimensions it is not to be waited for: `fold` comes first."""
+
+    operands: Operands
+    scaling: Union[float, Tensor] = 1.0
+    spec: ProjectionSpec = ProjectionSpec()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        if self.spec.quantized is not None:
+            return self.spec.quantized.shape
+        n, k = self.operands.weight.shape
+        return (k, n) if self.spec.transposed else (n, k)
+
+
+def fold(projections: Sequence[Projection]) -> Sequence[Projection]:
+    """The same projections with scalings that are tensors multiplied into B and its bias, where autograd sees them."""
+    for projection in projections:
+        if type(projection.scaling) is not float:
+            return tuple(map(_folded, projections))
+    return projections
+
+
+def _folded(projection: Projection) -> Projection:
+    operands, scaling, spec = projection
+    if not isinstance(scaling, Tensor):
+        return projection
+    scaling = scaling.clone()  # autograd keeps it, and the next swap fills the tensor itself
+    lora_bias = None if operands.lora_bias is None else operands.lora_bias * scaling
+    return Projection(operands._replace(lora_b=operands.lora_b * scaling, lora_bias=lora_bias), 1.0, spec)
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """What is fixed about a group of projections of one input.
+
+    members: one spec a projection.
+    backend: name of the backend that computes it, see `backend.choose`.
+    lora_dtype: dtype of the LoRA path under autocast, None where the adapter's own holds.
+    """
+
+    members: tuple[ProjectionSpec, ...]
+    backend: str
+    lora_dtype: Optional[torch.dtype] = None
+
+
+@dataclass(frozen=True)
+class GatedSpec:
+    """What is fixed about a gated MLP.
+
+    inputs: the group of gate and up, or of the one projection that holds both.
+    output: the group of down alone.
+    activation: one of `activation.ACTIVATIONS`.
+    gate_half: which half of a projection that holds both is the gate.
+    """
+
+    inputs: GroupSpec
+    output: GroupSpec
+    activation: str
+    gate_half: int = 0
+
+    @property
+    def members(self) -> tuple[ProjectionSpec, ...]:
+        return (*self.inputs.members, *self.output.members)
+
+
+class Taken(NamedTuple):
+    """Whether the ops compute a group, and whether exactly: adapters of float32 beside bfloat16 without autocast,
+    of which they multiply two parts (kernel-src/common/projections.h)."""
+
+    native: bool
+    exact: bool = False
+
+
+class Mask(NamedTuple):
+    """Dropout with probability p, a function of seed (int64 [1], on the device), row and column."""
+
+    seed: Tensor
+    p: float
+
+
+def split_scaling(scaling: float, *dtypes: torch.dtype) -> tuple[float, float]:
+    """(down, up), of which the scaling is the product: t = down·dropout(x) Aᵀ is kept, and what is made of t has the
+    factor up. `dtypes`: those that t may be stored in.
+
+    float16 may not have the range for s·dropout(x) Aᵀ where it has it for dropout(x) Aᵀ, which PEFT multiplies by B
+    first. So there |down| is at most 1, and up a power of two, 1 elsewhere. kernel-src/common/projections.h, `beyond_t`,
+    has the same rule."""
+    if torch.float16 not in dtypes or not abs(scaling) > 1.0:
+        return scaling, 1.0
+    mantissa, exponent = math.frexp(abs(scaling))
+    up = math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent)
+    return scaling / up, up
+
+
+def flatten(projections: Sequence[Operands]) -> tuple[Optional[Tensor], ...]:
+    """Operands of all projections, one after another."""
+    return tuple(tensor for operands in projections for tensor in operands)
+
+
+def unflatten(flat: Sequence[Optional[Tensor]]) -> tuple[Operands, ...]:
+    """Inverse of `flatten`."""
+    step = OPERANDS_PER_PROJECTION
+    return tuple(Operands(*flat[i : i + step]) for i in range(0, len(flat), step))
+
+
+class Table(NamedTuple):
+    """Tensors of one embedding: weight [V, H], lora_a [R, V], lora_b [H, R], magnitude [H] or None
+    for plain LoRA, scale of one element or None."""
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    magnitude: Optional[Tensor] = None
+    scale: Optional[Tensor] = None
+
+
+class TableSpec(NamedTuple):
+    """What is no tensor: the scaling s, the row that gets no gradient, the embedding's own scale
+    where it is a number, the name of the backend."""
+
+    scaling: float
+    padding_idx: Optional[int]
+    scale: float
+    backend: str
+
+
+class ExpertWeights(NamedTuple):
+    """One product of E experts, y = x Wᵀ + s·(x Aᵀ) Bᵀ + b for the rows of each.
+
+    weight [E, N, K] (any strides: a transposed view where a model stores [E, K, N]), bias [E, N] or None,
+    lora_a [E, R, K] and lora_b [E, N, R] or both None, scaling s.
+    """
+
+    weight: Tensor
+    bias: Optional[Tensor] = None
+    lora_a: Optional[Tensor] = None
+    lora_b: Optional[Tensor] = None
+    scaling: float = 1.0
+
+
+TENSORS_PER_PRODUCT = 4
+
+
+class Gate(NamedTuple):
+    """h = f(α·g)/α · (u + c), g and u the halves of z, or h = f(z) where there is no gate.
+
+    activation: f, one of `reference.activations.ACTIVATIONS`. interleaved: g and u are the even and odd columns of z, else its
+    first and second half. limit: g is cut off above it, u on both sides, before all else. slope: α. offset: c.
+    """
+
+    activation: str = "silu"
+    gated: bool = True
+    interleaved: bool = False
+    limit: Optional[float] = None
+    slope: float = 1.0
+    offset: float = 0.0
+
+
+AnyGate = Union[Gate, Callable[[Tensor], Tensor]]
+
+
+class ExpertsSpec(NamedTuple):
+    """All of a call but its tensors.
+
+    gate: a `Gate`, or a function of z without parameters of its own, which autograd differentiates.
+    scalings: of the first and the second product's adapter.
+    leaves_out: whether indices from E on may occur on a GPU, where looking would wait for it.
+    """
+
+    gate: AnyGate
+    scalings: tuple[float, float]
+    leaves_out: bool
