@@ -16,6 +16,7 @@ No weight is made of A and B, and no gradient of a weight. (Hu et al. 2021, arXi
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple, Optional
 
 import torch
@@ -77,7 +78,7 @@ class LoraExpertsFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @functools.partial(once_differentiable, always=True)
     def backward(ctx, dout: Tensor):
         order, ends, routing, x, z, t1, t2, *tensors = ctx.saved_tensors
         up, down = _weights(tensors, ctx.spec)
@@ -126,9 +127,9 @@ class _Backward:
     def _routing_gradient(self, dy: Tensor, dh: Tensor, h: Tensor, down: ExpertWeights) -> Tensor:
         """<dout, y> of every choice, as <dout, h W2ᵀ + t2 (s2·B2)ᵀ> = <dh', h>."""
         products, wide = self.products, torch.promote_types(dh.dtype, torch.float32)
-        values = (dh * h).sum(1, dtype=wide)
+        values = (dh.to(wide) * h).sum(1)
         if down.bias is not None:
-            values += (dy * down.bias[products.rows.expert()]).sum(1, dtype=wide)
+            values += (dy.to(wide) * down.bias[products.rows.expert()]).sum(1)
         return products.rows.by_choice(values).to(self.routing.dtype)
 
     def first(self, dz: Tensor, up: ExpertWeights):

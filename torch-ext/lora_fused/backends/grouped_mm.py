@@ -47,10 +47,10 @@ class GroupedProducts:
     def weights(self, weight: Tensor) -> Tensor:
         return weight
 
-    def factor(self, factor: Tensor, dtype: torch.dtype, scaling: Optional[float] = None) -> Matrices:
+    def factor(self, factor: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Matrices:
         if self.few:
             gathered = factor[self.rows.expert()]
-            return PerRow((gathered if scaling is None else gathered * scaling).to(dtype))
+            return PerRow((gathered * scaling).to(dtype))
         return _laid_out(factor, dtype, scaling)
 
     def times_transposed(self, x: Tensor, matrices: Matrices, out: Optional[Tensor] = None) -> Tensor:
@@ -76,13 +76,13 @@ def _sum(product: Tensor, out: Optional[Tensor]) -> Tensor:
     return product if out is None else out.add_(product)
 
 
-def _laid_out(factor: Tensor, dtype: torch.dtype, scaling: Optional[float]) -> Tensor:
+def _laid_out(factor: Tensor, dtype: torch.dtype, scaling: float) -> Tensor:
     """Row-major, in the products' dtype, the last two sizes multiples of eight: zeros add nothing."""
     experts, n, k = factor.shape
     sizes = -(-n // _MULTIPLE) * _MULTIPLE, -(-k // _MULTIPLE) * _MULTIPLE
     padded = sizes != (n, k)
-    if not padded and scaling is None and factor.dtype == dtype and factor.is_contiguous() and factor.data_ptr() % 16 == 0:
+    if not padded and scaling == 1.0 and factor.dtype == dtype and factor.is_contiguous() and factor.data_ptr() % 16 == 0:
         return factor
     result = (torch.zeros if padded else torch.empty)((experts, *sizes), dtype=dtype, device=factor.device)
-    torch.mul(factor, 1.0 if scaling is None else scaling, out=result[:, :n, :k])
+    torch.mul(factor, scaling, out=result[:, :n, :k])
     return result

@@ -90,7 +90,8 @@ def read_experts(module: nn.Module) -> Union[AdaptedExperts, str]:
 
 def _read(wrappers: list[nn.Module], base: nn.Module) -> Union[AdaptedExperts, str]:
     adapted = {wrapper.parameter_name: wrapper for wrapper in wrappers}
-    reason = _wrapper_reason(wrappers, base, adapted)
+    reasons = (_storage_reason(wrapper, base) for wrapper in wrappers)
+    reason = next(filter(None, reasons), None) or _wrapper_reason(wrappers, base, adapted)
     if reason:
         return reason
     form = form_of(base)
@@ -131,33 +132,35 @@ def _wrapper_reason(wrappers: list[nn.Module], base: nn.Module, adapted: dict) -
 
 
 def _parametrised_reason(wrappers: list[nn.Module], base: nn.Module) -> Optional[str]:
-    """Of weights that something makes anew at every access, and of those that PEFT cannot add a delta to."""
-    for wrapper in wrappers:
-        name = wrapper.parameter_name
-        made = base._modules.get("parametrizations")
-        if made is not None and name in made:
-            kind = type(made[name][0])
-            if kind.__module__.startswith("peft."):
-                return INSIDE
-            text = f"{name} is parametrised ({kind.__name__})"
-            if not _leaves_proxies() or wrapper.num_experts == 1 or len(_active(wrapper)) != 1:
-                return text
-            return WrongInPeft(f"{text}, where this PEFT adds one more delta at every call and never takes one away: from the "
-                               "second call on results are wrong. Merge the adapter, or do not quantise the experts")  # fmt: skip
-        weight = base._parameters.get(name)
-        if weight is None or weight.dim() != 3:
-            continue
-        if str(weight.dtype).removeprefix("torch.") in _FLOAT8:
-            text = f"{name} has dtype {weight.dtype}"
-            if not hasattr(base, f"{name}_scale_inv"):
-                return text
-            return WrongInPeft(f"{text}, quantised with scales, and PEFT adds the delta to the codes, not to what they stand "
-                               "for: the adapter has next to no effect. Do not adapt quantised experts")  # fmt: skip
-    name = wrappers[0].parameter_name
-    weight = base._parameters.get(name)
-    if weight is not None and weight.dim() != 3:
+    """Of weights that something makes anew at every access: looking at them would make them, and PEFT keep what was made."""
+    made = base._modules.get("parametrizations")
+    if made is None:
+        return None
+    adapted = {wrapper.parameter_name: wrapper for wrapper in wrappers}
+    for name, parametrizations in made._modules.items():
+        kind = type(next(iter(parametrizations._modules.values())))
+        if kind.__module__.startswith("peft."):
+            return INSIDE
+        wrapper = adapted.get(name)
+        if wrapper is not None and _leaves_proxies() and wrapper.num_experts > 1 and len(_active(wrapper)) == 1:
+            return WrongInPeft(f"{name} is parametrised ({kind.__name__}), where this PEFT adds one more delta at every call and "
+                               "never takes one away: from the second call on results are wrong. Merge the adapter, or do not "
+                               "quantize the experts")  # fmt: skip
+    return f"weights are parametrised ({', '.join(made._modules)})"
+
+
+def _storage_reason(wrapper: nn.Module, base: nn.Module) -> Optional[str]:
+    """Of a parameter that is no weight of experts in floating point."""
+    name = wrapper.parameter_name
+    weight = tensor_of(base, name)
+    if weight.dim() != 3:
         return f"{name} of {type(base).__name__} is no weight of experts: shape {tuple(weight.shape)}"
-    return None
+    if str(weight.dtype).removeprefix("torch.") not in _FLOAT8:
+        return None
+    if not hasattr(base, f"{name}_scale_inv"):
+        return f"{name} has dtype {weight.dtype}"
+    return WrongInPeft(f"{name} has dtype {weight.dtype}, quantized with scales, and PEFT adds the delta to the codes, not to what "
+                       "they stand for: the adapter has next to no effect. Do not adapt quantized experts")  # fmt: skip
 
 
 @functools.lru_cache(maxsize=None)

@@ -63,6 +63,13 @@ class Rows(NamedTuple):
         return self.by_choice(rows).sum(1)
 
 
+class Matrices(NamedTuple):
+    """One matrix an expert that has rows, and the factor of its products, which is not rounded into them."""
+
+    each: Sequence[Tensor]
+    scaling: float = 1.0
+
+
 class LoopedProducts:
     """One matrix product an expert that has rows; the others' weights are not read."""
 
@@ -72,35 +79,31 @@ class LoopedProducts:
         self.spans = [span for span in spans if span[2] > span[1]] or [(0, 0, 0)]
         self.rows = rows._replace(order=rows.order[: ends[-1]], leaves_out=False)
 
-    def weights(self, weight: Tensor) -> Sequence[Tensor]:
+    def weights(self, weight: Tensor) -> Matrices:
         """The matrices of a frozen weight [E, N, K]."""
-        return [weight[expert] for expert, _, _ in self.spans]
+        return Matrices([weight[expert] for expert, _, _ in self.spans])
 
-    def factor(self, factor: Tensor, dtype: torch.dtype, scaling: Optional[float] = None) -> Sequence[Tensor]:
+    def factor(self, factor: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Matrices:
         """The matrices of an adapter's factor [E, ·, ·], scaled and in the dtype of the products."""
         if len(self.spans) < factor.shape[0]:
             used = torch.tensor([expert for expert, _, _ in self.spans], device=factor.device)
             factor = factor.index_select(0, used)
-        factor = factor if scaling is None else factor * scaling
-        return factor.to(dtype).contiguous().unbind(0)
+        return Matrices(factor.to(dtype).contiguous().unbind(0), scaling)
 
-    def times_transposed(self, x: Tensor, matrices: Sequence[Tensor], out: Optional[Tensor] = None) -> Tensor:
+    def times_transposed(self, x: Tensor, matrices: Matrices, out: Optional[Tensor] = None) -> Tensor:
         """x M_eᵀ by expert: x [S, K], M [N, K] each; added to `out` [S, N] where given."""
-        return self._times(x, [matrix.t() for matrix in matrices], out)
+        return self._times(x, [matrix.t() for matrix in matrices.each], matrices.scaling, out)
 
-    def times(self, x: Tensor, matrices: Sequence[Tensor], out: Optional[Tensor] = None) -> Tensor:
+    def times(self, x: Tensor, matrices: Matrices, out: Optional[Tensor] = None) -> Tensor:
         """x M_e by expert: x [S, N], M [N, K] each; added to `out` [S, K] where given."""
-        return self._times(x, matrices, out)
+        return self._times(x, matrices.each, matrices.scaling, out)
 
-    def _times(self, x: Tensor, matrices: Sequence[Tensor], out: Optional[Tensor]) -> Tensor:
-        adds = out is not None
+    def _times(self, x: Tensor, each: Sequence[Tensor], scaling: float, out: Optional[Tensor]) -> Tensor:
+        beta = 0.0 if out is None else 1.0
         if out is None:
-            out = x.new_empty((x.shape[0], matrices[0].shape[1]))
-        for (_, start, end), matrix in zip(self.spans, matrices):
-            if adds:
-                out[start:end].addmm_(x[start:end], matrix)
-            else:
-                torch.mm(x[start:end], matrix, out=out[start:end])
+            out = x.new_empty((x.shape[0], each[0].shape[1]))
+        for (_, start, end), matrix in zip(self.spans, each):
+            out[start:end].addmm_(x[start:end], matrix, beta=beta, alpha=scaling)
         return out
 
     def outer(self, x: Tensor, y: Tensor) -> Tensor:
