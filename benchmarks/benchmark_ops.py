@@ -14,10 +14,10 @@ SCALING = 2.0
 SIZE = 0.2
 
 
-def lora(x, weight, a, b, gain=None):
-    """y = x Wᵀ + s·x Aᵀ Bᵀ, times DoRA's gain where one is given, each step in x's dtype."""
+def lora(x, weight, a, b, mag_norm_scale=None):
+    """y = x Wᵀ + s·x Aᵀ Bᵀ, times DoRA's mag_norm_scale where one is given, each step in x's dtype."""
     y = x @ weight.t() + (x @ a.t()) @ b.t() * SCALING
-    return y if gain is None else (y * gain).to(x.dtype)
+    return y if mag_norm_scale is None else (y * mag_norm_scale).to(x.dtype)
 
 
 def row_norm(weight, a, b):
@@ -60,14 +60,12 @@ class Linear(Benchmark):
 
     def benchmark_dora(self):
         with torch.no_grad():
-            self.out = self.kernel.lora_linear(
-                self.x, self.weight, self.a, self.b, SCALING, magnitude=self.magnitude
-            )
+            self.out = self.kernel.lora_linear(self.x, self.weight, self.a, self.b, SCALING, magnitude=self.magnitude)
 
     def verify_dora(self):
         with torch.no_grad():
-            gain = self.magnitude.float() / row_norm(self.weight, self.a, self.b)
-            return lora(self.x, self.weight, self.a, self.b, gain)
+            mag_norm_scale = self.magnitude.float() / row_norm(self.weight, self.a, self.b)
+            return lora(self.x, self.weight, self.a, self.b, mag_norm_scale)
 
     def benchmark_lora_backward(self):
         self.clear()

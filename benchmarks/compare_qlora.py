@@ -17,8 +17,8 @@ import pathlib
 import sys
 import time
 
-import compare_lora as common
 import bitsandbytes as bnb
+import compare_lora as common
 import kernels
 import peft
 import torch
@@ -27,7 +27,7 @@ import transformers
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from check_row_norm import CACHE, microseconds as graph_us  # noqa: E402
+from check_row_norm import CACHE, microseconds as graph_us
 
 SHAPES = ((1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672))
 
@@ -131,7 +131,7 @@ def fuse(model, lora_fused) -> None:
     with lora_fused.use_peft_layers():
         kernels.kernelize(model, mode=kernels.Mode.TRAINING)
     rows = lora_fused.explain(model)
-    assert all(row.fused and row.backend != "base called" for row in rows), str(rows)
+    assert all(row.fused and row.backend != "fused delta" for row in rows), str(rows)
 
 
 def quantized_model(layers: int) -> torch.nn.Module:

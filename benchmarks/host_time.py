@@ -39,13 +39,17 @@ class Siblings(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.gate, self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.gate, self.up, self.down = (
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(2 * width, width),
+        )
 
     def forward(self, x):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-class Table(nn.Module):
+class EmbeddingOperands(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.table = nn.Embedding(512, width)
@@ -65,8 +69,12 @@ class Case:
         self.model = get_peft_model(base, config, autocast_adapter_dtype=False)
         with package.use_peft_layers():
             kernelize(self.model, mode=Mode.TRAINING, device=DEVICE)
-        ids = kind is Table
-        self.x = torch.randint(0, 512, (tokens,), device=DEVICE) if ids else torch.randn(tokens, width, device=DEVICE, dtype=DTYPE)
+        ids = kind is EmbeddingOperands
+        self.x = (
+            torch.randint(0, 512, (tokens,), device=DEVICE)
+            if ids
+            else torch.randn(tokens, width, device=DEVICE, dtype=DTYPE)
+        )
         self.inner = self.model.base_model.model
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         for _ in range(5):
@@ -111,7 +119,7 @@ def main() -> None:
     torch.set_num_threads(1)
     packages = {"new": get_local_kernel(args.build), "old": get_local_kernel(args.against)}
     results = []
-    for kind in (Siblings, MLP, Table):
+    for kind in (Siblings, MLP, EmbeddingOperands):
         for dora in (False, True):
             for width, tokens in ((64, 4), (2048, 4096)) if DEVICE == "cuda" else ((64, 4),):
                 cases = {name: Case(package, kind, dora, width, tokens) for name, package in packages.items()}
@@ -119,7 +127,9 @@ def main() -> None:
                     found = interleaved(cases, what, args.rounds, whole=tokens > 4)
                     lows = {name: statistics.quantiles(values, n=10)[0] for name, values in found.items()}
                     medians = {name: statistics.median(values) for name, values in found.items()}
-                    row = dict(kind=kind.__name__, dora=dora, width=width, tokens=tokens, what=what, p10=lows, median=medians)
+                    row = dict(
+                        kind=kind.__name__, dora=dora, width=width, tokens=tokens, what=what, p10=lows, median=medians
+                    )
                     results.append(row)
                     print(
                         f"{kind.__name__:9}{'DoRA' if dora else 'LoRA':5}{tokens:5} tokens {what:8}"

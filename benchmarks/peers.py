@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import types
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch._dynamo

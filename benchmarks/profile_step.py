@@ -52,7 +52,9 @@ def gpu_table(model, inputs: dict, autocast: bool, rows: int) -> str:
     kernels_run = sorted(on_device, key=lambda row: -row.self_device_time_total)
     busy, launches = sum(row.self_device_time_total for row in kernels_run), sum(row.count for row in kernels_run)
     lines = [f"  GPU busy {busy / 1e3:.2f} ms in {launches} launches"]
-    lines += [f"  {row.self_device_time_total / 1e3:9.3f} ms x{row.count:<5} {row.key[:90]}" for row in kernels_run[:rows]]
+    lines += [
+        f"  {row.self_device_time_total / 1e3:9.3f} ms x{row.count:<5} {row.key[:90]}" for row in kernels_run[:rows]
+    ]
     return "\n".join(lines)
 
 

@@ -78,7 +78,9 @@ def embedding_table() -> str:
     lines += ["", "| H | Adapter | DoRA's norm | One read of the table | Ratio |", "|---|---|---|---|---|"]
     for n in results["norm"]:
         ratio = n["norm_ms"] / n["floor_ms"]
-        lines.append(f"| {n['hidden']} | {n['adapter']} | {n['norm_ms']:.3f} ms | {n['floor_ms']:.3f} ms | {ratio:.2f}x |")
+        lines.append(
+            f"| {n['hidden']} | {n['adapter']} | {n['norm_ms']:.3f} ms | {n['floor_ms']:.3f} ms | {ratio:.2f}x |"
+        )
     return "\n".join(lines)
 
 

@@ -80,7 +80,9 @@ def plot(results: dict, path: pathlib.Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for name, run in results["runs"].items():
         axes.plot(run["losses"], label=name, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss", title=f"DoRA, dropout 0.1, biases trained; {results['environment']['device']}")
+    axes.set(
+        xlabel="step", ylabel="loss", title=f"DoRA, dropout 0.1, biases trained; {results['environment']['device']}"
+    )
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=100)

@@ -16,7 +16,8 @@ import json
 import math
 import pathlib
 import sys
-from typing import Callable, Iterator, NamedTuple, Optional, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, bfloat16, float16, float32, int64
@@ -24,14 +25,26 @@ from torch import Tensor, bfloat16, float16, float32, int64
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from check_row_norm import CACHE, host_microseconds, microseconds  # noqa: E402
+from check_row_norm import CACHE, host_microseconds, microseconds
 
 RANK, SCALING = 32, 0.1  # of operands of size one: a delta about as large as what it is added to
-LINEARS = ((512, 4096, 4096), (2048, 4096, 4096), (2048, 14336, 4096), (4096, 4096, 4096), (8192, 4096, 4096),
-           (8192, 14336, 4096))  # M, N, K
+LINEARS = (
+    (512, 4096, 4096),
+    (2048, 4096, 4096),
+    (2048, 14336, 4096),
+    (4096, 4096, 4096),
+    (8192, 4096, 4096),
+    (8192, 14336, 4096),
+)  # M, N, K
 TILED = tuple((m, n, k) for m in (512, 2048, 8192) for n, k in ((4096, 4096), (14336, 4096), (4096, 14336)))
-TILES = ((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (128, 128, 32, 4, 3),
-         (128, 128, 64, 4, 2))
+TILES = (
+    (128, 256, 64, 8, 3),
+    (256, 128, 64, 8, 3),
+    (128, 128, 64, 8, 3),
+    (64, 128, 64, 4, 4),
+    (128, 128, 32, 4, 3),
+    (128, 128, 64, 4, 2),
+)
 WEIGHTS = tuple((n, k, r) for n, k in ((4096, 4096), (8192, 8192), (8192, 28672)) for r in (64, 128, 256, 384))
 EMBEDDED = tuple(itertools.product((512, 2048, 8192, 16384, 65536), (1024, 4096)))  # tokens, H
 VOCABULARY = 32768
@@ -57,7 +70,7 @@ def passes_any(sizes: Sequence[int], limits: Sequence[float]) -> bool:
     return any(size > limit for size, limit in zip(sizes, limits))
 
 
-def pick_limits(cases: Sequence[Case], in_triton: Callable[..., bool]) -> list[Optional[int]]:
+def pick_limits(cases: Sequence[Case], in_triton: Callable[..., bool]) -> list[int | None]:
     """The limits under which all cases cost least, by the product of their times: sizes that were measured, 0, or
     None for no limit. Of those that cost the same the largest, which leave the library more."""
     found = [sorted(set(sizes), reverse=True) for sizes in zip(*(case.sizes for case in cases))]
@@ -118,7 +131,7 @@ def linear_cases(kernels, device: torch.device) -> Iterator[Case]:
     for m, n, k in LINEARS:
         lora = ((RANK, k), adapter), ((n, RANK), adapter)
         inputs = draw(device, ((m, k), float16), ((n, k), float16), *lora, ((m, n), float16))
-        yield compare((m * n * k,), lambda t: run(t, "library"), lambda t: run(t, "triton"), inputs)
+        yield compare((m * n * k,), lambda t: run(t, "native"), lambda t: run(t, "triton"), inputs)
 
 
 def row_norm_cases(kernels, device: torch.device) -> Iterator[Case]:
@@ -139,17 +152,17 @@ def embedding_cases(kernels, device: torch.device) -> Iterator[Case]:
         lora = ((RANK, VOCABULARY), float32), ((h, RANK), float32)
         inputs = draw(device, ((tokens,), int64), ((VOCABULARY, h), bfloat16), *lora, ((tokens, h), bfloat16))
         sizes = tokens, tokens * h * RANK
-        yield compare(sizes, lambda t: run(t, "cuda"), lambda t: run(t, "triton"), inputs)
+        yield compare(sizes, lambda t: run(t, "native"), lambda t: run(t, "triton"), inputs)
 
 
 class Op(NamedTuple):
     cases: Callable[..., Iterator[Case]]
     in_triton: Callable[..., bool]
-    limits: tuple[str, ...]  # names in `tuned.Tuned`
+    limits: tuple[str, ...]  # names in `tuned.DeviceConfig`
 
 
 OPS = {
-    "linear": Op(linear_cases, reaches_all, ("up_add_from",)),
+    "linear": Op(linear_cases, reaches_all, ("linear_expand_from",)),
     "row_norm": Op(row_norm_cases, reaches_all, ("row_norm_from_rank", "row_norm_from")),
     "embedding": Op(embedding_cases, passes_any, ("embedding_tokens", "embedding_up_to")),
 }
@@ -161,33 +174,33 @@ def configuration(cases: dict[str, list[Case]], tiles: Tiles) -> dict:
     for name, op in OPS.items():
         found.update(dict.fromkeys(op.limits))
         found.update(zip(op.limits, pick_limits(cases[name], op.in_triton)))
-    found["up_add_tiles"] = [{"shape": shape, "tile": min(us, key=us.get)} for shape, us in tiles.items() if us]
+    found["linear_expand_tiles"] = [{"shape": shape, "tile": min(us, key=us.get)} for shape, us in tiles.items() if us]
     return found
 
 
 def tile_times(kernels, device: torch.device) -> Tiles:
     """GPU time of y = x Wᵀ + t Bᵀ and dx = dy W + t A together."""
-    module = importlib.import_module(f"{kernels.__name__}.backends.triton.up_add")
+    module = importlib.import_module(f"{kernels.__name__}.backends.triton.linear_expand")
     room = module.shared_memory(device)
-    # Two thirds for the stages: the rest is for the LoRA term and what a gain and float32 adapters need.
+    # Two thirds for the stages: the rest is for the LoRA term and what a mag_norm_scale and float32 adapters need.
     fitting = [module.Tile(*t) for t in TILES if 2 * (t[0] + t[1]) * t[2] * t[4] <= room * 2 // 3]
 
-    def run(operands, up_add, **tile):
+    def run(operands, linear_expand, **tile):
         x, dy, t, w, a, b = operands
-        return [up_add(x, w, t, b, **tile), up_add(dy, w.t(), t, a.t(), **tile)]
+        return [linear_expand(x, w, t, b, **tile), linear_expand(dy, w.t(), t, a.t(), **tile)]
 
     times: Tiles = {}
     for m, n, k in TILED:
         halves = [(shape, bfloat16) for shape in ((m, k), (m, n), (m, RANK), (n, k))]
         inputs = draw(device, *halves, ((RANK, k), float32), ((n, RANK), float32))
-        expected = run(inputs[0], kernels.backends.reference.up_add)
+        expected = run(inputs[0], kernels.backends.reference.linear_expand)
         times[m, n, k] = {
-            tuple(tile): microseconds(lambda t, tile=tile: run(t, module.up_add, tile=tile), inputs)
+            tuple(tile): microseconds(lambda t, tile=tile: run(t, module.linear_expand, tile=tile), inputs)
             for tile in fitting
-            if agrees(lambda tile=tile: run(inputs[0], module.up_add, tile=tile), expected)
+            if agrees(lambda tile=tile: run(inputs[0], module.linear_expand, tile=tile), expected)
         }
         shown = (f"{'x'.join(map(str, tile))} {us:.0f}" for tile, us in times[m, n, k].items())
-        print(f"up_add {m}x{n}x{k}, us:", *shown, flush=True)
+        print(f"linear_expand {m}x{n}x{k}, us:", *shown, flush=True)
     return times
 
 
@@ -214,7 +227,9 @@ def main() -> None:
     found = measure(kernels, device)
     name, triton = torch.cuda.get_device_name(device), importlib.import_module("triton")
     source = f"benchmarks/tune.py, torch {torch.__version__}, triton {triton.__version__}"
-    path = ROOT / "torch-ext" / "lora_fused" / "backends" / "configs" / kernels.backends.device_config.path_of(name).name
+    path = (
+        ROOT / "torch-ext" / "lora_fused" / "backends" / "configs" / kernels.backends.device_config.path_of(name).name
+    )
     path.write_text(json.dumps({"device": name, "source": source, **found}, indent=2) + "\n")
     print(f"{path.relative_to(ROOT)}:\n{path.read_text()}")
 

@@ -18,8 +18,9 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -77,6 +78,7 @@ def load_kernel(args: argparse.Namespace):
 def read_text(path: Path | None) -> str:
     if path is None:
         from pydoc_data import topics
+
         return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
     try:
         return path.read_text(encoding="utf-8")
@@ -86,6 +88,7 @@ def read_text(path: Path | None) -> str:
 
 def from_checkpoint(auto_class: str, args: argparse.Namespace, **options):
     import transformers
+
     if not (args.model / "config.json").is_file():
         raise BadInput(f"--model {args.model}: no config.json there, not a checkpoint's folder")
     try:
@@ -117,6 +120,7 @@ def base_maker(args: argparse.Namespace, ids: torch.Tensor, device: str, dtype: 
     if args.model is not None:
         return lambda: from_checkpoint("AutoModelForCausalLM", args, dtype=dtype).to(device)
     from transformers import LlamaConfig, LlamaForCausalLM
+
     sizes = dict(vocab_size=256, hidden_size=256, intermediate_size=768, num_hidden_layers=3)
     heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=max(512, args.seq))
     config = LlamaConfig(**sizes, **heads, bos_token_id=None, eos_token_id=None)
@@ -176,8 +180,10 @@ def report(peft: Run, fused: Run, difference: float, tolerance: float) -> None:
 
 def draw(peft: Run, fused: Run, path: Path) -> None:
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(figsize=(7, 4), constrained_layout=True)
     steps = range(1, len(peft.losses) + 1)
     axes.plot(steps, peft.losses, color="tab:orange", linewidth=5, alpha=0.45, label="PEFT")

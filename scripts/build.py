@@ -92,8 +92,7 @@ def choose_archs(requested: str | None, config: dict) -> list[str]:
 
 def variant_name(backend: str, stable_abi: str) -> str:
     compute = "cpu" if backend == "cpu" else "cu" + torch.version.cuda.replace(".", "")
-    return (f"torch-stable-abi{stable_abi.replace('.', '')}-{compute}-"
-            f"{platform.machine()}-{platform.system().lower()}")
+    return f"torch-stable-abi{stable_abi.replace('.', '')}-{compute}-{platform.machine()}-{platform.system().lower()}"
 
 
 def compile_library(config: dict, backend: str, ops_name: str, archs: list[str]) -> Path:
@@ -116,21 +115,20 @@ def compile_library(config: dict, backend: str, ops_name: str, archs: list[str])
     }
     if backend == "cuda":
         options["CMAKE_CUDA_COMPILER"] = find_nvcc()
-        options["CMAKE_CUDA_ARCHITECTURES"] = ";".join(
-            a.replace(".", "") + "-real" for a in archs)
+        options["CMAKE_CUDA_ARCHITECTURES"] = ";".join(a.replace(".", "") + "-real" for a in archs)
     # CMake and ninja of the running interpreter's environment come first.
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     cmake = shutil.which("cmake", path=env["PATH"])
     if cmake is None:
         sys.exit("build: cmake not found (pip install cmake)")
     generator = ["-G", "Ninja"] if shutil.which("ninja", path=env["PATH"]) else []
-    configure = [cmake, "-S", ROOT, "-B", work, *generator,
-                 *(f"-D{key}={value}" for key, value in options.items())]
+    configure = [cmake, "-S", ROOT, "-B", work, *generator, *(f"-D{key}={value}" for key, value in options.items())]
     if options_changed(work, options):
         configure.insert(1, "--fresh")
     for command in (configure, [cmake, "--build", work, "--parallel"]):
-        done = subprocess.run(list(map(str, command)), env=env, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            list(map(str, command)), env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         if done.returncode != 0:
             sys.exit(f"{done.stdout}\nbuild: failed: {' '.join(map(str, command))}")
     return work / f"{ops_name}.abi3.so"
@@ -146,27 +144,34 @@ def options_changed(work: Path, options: dict) -> bool:
     return changed
 
 
-def write_variant(target: Path, config: dict, backend: str, ops_name: str,
-                  library: Path, archs: list[str], status: dict | None) -> None:
+def write_variant(
+    target: Path, config: dict, backend: str, ops_name: str, library: Path, archs: list[str], status: dict | None
+) -> None:
     """Lay the variant out beside `target`, then move it there."""
     general, package = config["general"], config["general"]["name"].replace("-", "_")
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as temp:
         new = Path(temp, target.name)
-        shutil.copytree(ROOT / "torch-ext" / package, new,
-                        ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "_ops.py"))
+        shutil.copytree(
+            ROOT / "torch-ext" / package, new, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "_ops.py")
+        )
         shutil.copy2(library, new)
         (new / "_ops.py").write_text(
             f"import torch\nfrom . import {ops_name}\nops = torch.ops.{ops_name}\n\n"
             "def add_op_namespace_prefix(op_name: str):\n"
             '    """\n    Prefix op by namespace.\n    """\n'
-            f'    return f"{ops_name}::{{op_name}}"\n')
+            f'    return f"{ops_name}::{{op_name}}"\n'
+        )
         digest = Digest.hash_variant(DigestAlgorithm.SHA256, new)
         # Not built by kernel-builder: its version is given as that of `kernels`, without git.
         provenance = {"kernel-builder": {"version": kernels_version}}
         metadata = {
-            "name": general["name"], "id": ops_name, "version": general["version"],
-            "license": general["license"], "python-depends": [], "kernel-depends": [],
+            "name": general["name"],
+            "id": ops_name,
+            "version": general["version"],
+            "license": general["license"],
+            "python-depends": [],
+            "kernel-depends": [],
             "backend": {"type": backend} | ({"archs": sorted(archs)} if archs else {}),
             "digest": {"algorithm": "sha256", "files": dict(sorted(digest.files.items()))},
             "provenance": provenance | ({"kernel": status} if status else {}),
@@ -179,8 +184,9 @@ def write_variant(target: Path, config: dict, backend: str, ops_name: str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--archs", help="compute capabilities, e.g. '8.0;9.0a' (default: "
-                        "the visible GPU's, else all of build.toml)")
+    parser.add_argument(
+        "--archs", help="compute capabilities, e.g. '8.0;9.0a' (default: the visible GPU's, else all of build.toml)"
+    )
     args = parser.parse_args()
     Build.open(ROOT)
     config = tomllib.loads((ROOT / "build.toml").read_text())

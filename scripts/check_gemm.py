@@ -18,14 +18,37 @@ from torch import Tensor
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # M, N, k of every segment
-SMALL = ((1, 8, (8,)), (128, 256, (64,)), (64, 128, (64, 16)), (129, 264, (72, 16)), (300, 520, (256, 8, 8)),
-         (255, 128, (1024, 32)))
-LARGER = ((257, 1000, (520, 24)), (1000, 776, (2048, 16, 8, 64, 32, 40, 128, 8)), (4096, 1024, (512, 96)),
-          (2300, 4104, (1000, 200, 48)), (2048, 4096, (4096, 1024, 1024, 96)), (70000, 264, (128, 32)))
+SMALL = (
+    (1, 8, (8,)),
+    (128, 256, (64,)),
+    (64, 128, (64, 16)),
+    (129, 264, (72, 16)),
+    (300, 520, (256, 8, 8)),
+    (255, 128, (1024, 32)),
+)
+LARGER = (
+    (257, 1000, (520, 24)),
+    (1000, 776, (2048, 16, 8, 64, 32, 40, 128, 8)),
+    (4096, 1024, (512, 96)),
+    (2300, 4104, (1000, 200, 48)),
+    (2048, 4096, (4096, 1024, 1024, 96)),
+    (70000, 264, (128, 32)),
+)
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a last place
-EPILOGUES = ("plain", "bias", "accumulate", "gain", "gain and bias", "dropped", "dropped, gain and bias", "excess",
-             "excess and bias", "multiplied", "multiplied, gain and bias")
-# Whether b is [N, k], and what becomes of the sum; (gain - 1)∘ of the leading segments for such b alone.
+EPILOGUES = (
+    "plain",
+    "bias",
+    "accumulate",
+    "mag_norm_scale",
+    "mag_norm_scale and bias",
+    "dropped",
+    "dropped, mag_norm_scale and bias",
+    "excess",
+    "excess and bias",
+    "multiplied",
+    "multiplied, mag_norm_scale and bias",
+)
+# Whether b is [N, k], and what becomes of the sum; (mag_norm_scale - 1)∘ of the leading segments for such b alone.
 FORMS = [(rows, name) for rows in (True, False) for name in EPILOGUES if rows or "excess" not in name]
 P, SEED = 0.3, 2**40 + 1  # of what is dropped, or multiplied in float16: the sum of the first half of the segments
 LINEARS = ((4096, 4096), (4096, 14336), (14336, 4096))  # in, out
@@ -45,14 +68,14 @@ def check(ops, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue: 
     a = [padded(m, k, dtype) for k in ks]
     b = [padded(n, k, dtype) if rows_are_n else padded(k, n, dtype) for k in ks]
     bias = padded(1, n, dtype)[0] if "bias" in epilogue else None
-    gain = padded(1, n, torch.float32)[0] if "gain" in epilogue or excess else None
+    mag_norm_scale = padded(1, n, torch.float32)[0] if "mag_norm_scale" in epilogue or excess else None
     accumulate = epilogue == "accumulate"
     out = padded(m, n, dtype, None if accumulate else float("nan"))
-    z = padded(m, n, dtype, float("nan")) if gain is not None else None
+    z = padded(m, n, dtype, float("nan")) if mag_norm_scale is not None else None
     products = [x.double() @ (y.double().t() if rows_are_n else y.double()) for x, y in zip(a, b)]
     acc, before, seed = sum(products[leading:]), sum(products[:leading]), None
     if leading and excess:
-        z_truth, truth, acc = before, acc + before * (gain.double() - 1), acc.abs() + before.abs()
+        z_truth, truth, acc = before, acc + before * (mag_norm_scale.double() - 1), acc.abs() + before.abs()
     else:
         if multiplied != 1.0:
             acc = acc + multiplied * before
@@ -60,7 +83,7 @@ def check(ops, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue: 
             mask, seed = torch.empty(m, n, device="cuda"), torch.tensor([SEED], device="cuda")
             ops.dropout(torch.ones_like(mask), seed, P, mask)
             acc = acc + mask.double() * before
-        z_truth, truth = acc, acc * gain.double() if gain is not None else acc
+        z_truth, truth = acc, acc * mag_norm_scale.double() if mag_norm_scale is not None else acc
     if bias is not None:
         truth = truth + bias.double()
     if accumulate:
@@ -68,9 +91,11 @@ def check(ops, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue: 
     # One rounding, and that of acc where it is added to out; in float32 one truncation a wgmma.
     size = truth.abs() + (acc.abs() if accumulate else 0)
     slack = sum(ks) / 16 * 2.0**-23 * acc.square().mean().sqrt()
-    if gain is not None:
-        slack = slack * ((gain.double() - 1).abs() + 1 if excess else gain.double().abs().clamp(min=1))
-    ops.gemm(a, b, rows_are_n, out, bias, gain, z, accumulate, seed, P, leading, multiplied)
+    if mag_norm_scale is not None:
+        slack = slack * (
+            (mag_norm_scale.double() - 1).abs() + 1 if excess else mag_norm_scale.double().abs().clamp(min=1)
+        )
+    ops.gemm(a, b, rows_are_n, out, bias, mag_norm_scale, z, accumulate, seed, P, leading, multiplied)
     for name, value, exact in (("out", out, truth), ("z", z, z_truth)):
         if value is None:
             continue
@@ -144,12 +169,12 @@ def library(count: int, rows_are_n: bool):
     return run
 
 
-def contenders(gemms: dict, segments: int, rows_are_n: bool, up_add=None) -> dict:
+def contenders(gemms: dict, segments: int, rows_are_n: bool, linear_expand=None) -> dict:
     """`segments` counts the LoRA terms, which are the last, as one."""
-    table = {"library, no LoRA": library(segments - 1, rows_are_n), "library": library(segments, rows_are_n)}
-    if up_add is not None and segments == 2:
+    table = {"library, no LoRA": library(segments - 1, rows_are_n), "native": library(segments, rows_are_n)}
+    if linear_expand is not None and segments == 2:
         stored = (lambda b: b) if rows_are_n else (lambda b: b.t())
-        table["triton"] = lambda a, b, out: up_add(a[0], stored(b[0]), a[1], stored(b[1]))
+        table["triton"] = lambda a, b, out: linear_expand(a[0], stored(b[0]), a[1], stored(b[1]))
     for name, gemm in gemms.items():
         table[name] = lambda a, b, out, gemm=gemm: gemm(a, b, rows_are_n, out)
     first = next(iter(gemms.values()))
@@ -160,14 +185,14 @@ def contenders(gemms: dict, segments: int, rows_are_n: bool, up_add=None) -> dic
     return table
 
 
-def report(gemms: dict, up_add, tokens, ranks, linears=LINEARS) -> None:
+def report(gemms: dict, linear_expand, tokens, ranks, linears=LINEARS) -> None:
     groups = [((k,), n, "forward") for k, n in linears] + [((n,), k, "backward") for k, n in linears]
     groups += [((4096,), 1024, "forward"), ((4096, 1024, 1024), 4096, "backward")]
     print("direction       M      N  k                    r  us and TFLOP/s of the arithmetic with LoRA")
     for m, (ks, n, direction), r in itertools.product(tokens, groups, ranks):
         rank = r * len(ks)
         inputs = draw(m, n, (*ks, rank), direction == "forward")
-        times = medians(contenders(gemms, len(ks) + 1, direction == "forward", up_add), inputs)
+        times = medians(contenders(gemms, len(ks) + 1, direction == "forward", linear_expand), inputs)
         flops = 2 * m * n * (sum(ks) + rank)
         cells = "  ".join(f"{name} {t:.1f} {flops / t / 1e6:.0f}" for name, t in times.items())
         print(f"{direction:9} {m:7} {n:6}  {'+'.join(map(str, ks)):15} {rank:4}  {cells}", flush=True)
@@ -193,8 +218,8 @@ def main() -> None:
     print(f"gemm: {host:.1f} us of host time, the dispatcher's included")
     from importlib import import_module
 
-    up_add = import_module(f"{lora_fused.__name__}.backends.triton.up_add").up_add
-    report({"gemm": gemm}, up_add, (2048, 8192), (16, 32, 64))
+    linear_expand = import_module(f"{lora_fused.__name__}.backends.triton.linear_expand").linear_expand
+    report({"gemm": gemm}, linear_expand, (2048, 8192), (16, 32, 64))
 
 
 if __name__ == "__main__":

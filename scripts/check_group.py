@@ -31,7 +31,10 @@ def draw(generator, *shape):
 def results(lora_fused, operands, device, dtype, adapter, activation, autocast) -> list[torch.Tensor]:
     """Outputs and gradients of a group of two and of a gated MLP, without dropout."""
     x, gate, up, down = [
-        [tensor.to(device, adapter if i in (1, 2) else dtype).requires_grad_(i in (1, 2)) for i, tensor in enumerate(each)]
+        [
+            tensor.to(device, adapter if i in (1, 2) else dtype).requires_grad_(i in (1, 2))
+            for i, tensor in enumerate(each)
+        ]
         for each in operands
     ]
     x = x[0].detach().requires_grad_()
@@ -39,8 +42,10 @@ def results(lora_fused, operands, device, dtype, adapter, activation, autocast) 
         lora_fused.Projection(lora_fused.Operands(weight, None, a, b), 0.5) for weight, a, b in (gate, up, down)
     ]
     with torch.autocast(device, dtype=dtype, enabled=autocast):
-        ys = lora_fused.lora_linear_group(x, projections[:2], backend="library")
-        y = lora_fused.functional.dispatch.compute_gated(x, projections[:2], projections[2], activation, backend="library")
+        ys = lora_fused.lora_linear_group(x, projections[:2], backend="native")
+        y = lora_fused.functional.dispatch.compute_gated(
+            x, projections[:2], projections[2], activation, backend="native"
+        )
     (ys[0].float().sum() + ys[1].float().square().sum() + y.float().sum()).backward()
     leaves = [x] + [tensor for each in (gate, up, down) for tensor in each[1:]]
     return [*ys, y, *(leaf.grad for leaf in leaves)]

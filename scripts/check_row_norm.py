@@ -13,13 +13,26 @@ import torch
 from kernels import get_local_kernel
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SHAPES = ((1, 1, 1), (17, 33, 3), (130, 257, 16), (257, 1000, 33), (64, 129, 100), (511, 513, 512),
-          (300, 1032, 72), (520, 776, 384), (5200, 4104, 32), (1300, 16400, 5),
-          (2048, 16384, 512))  # two for Hopper's own, and one that goes to Triton
+SHAPES = (
+    (1, 1, 1),
+    (17, 33, 3),
+    (130, 257, 16),
+    (257, 1000, 33),
+    (64, 129, 100),
+    (511, 513, 512),
+    (300, 1032, 72),
+    (520, 776, 384),
+    (5200, 4104, 32),
+    (1300, 16400, 5),
+    (2048, 16384, 512),
+)  # two for Hopper's own, and one that goes to Triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LINEARS = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 TIMED = tuple((*nk, r) for nk in LINEARS for r in (16, 32, 64)) + (
-    (8192, 8192, 384), (8192, 28672, 384), (28672, 8192, 384))
+    (8192, 8192, 384),
+    (8192, 28672, 384),
+    (28672, 8192, 384),
+)
 ADAPTERS = (torch.bfloat16, torch.float32)  # of a bfloat16 base; PEFT keeps float32
 CACHE = 256 * 2**20  # more than any L2: inputs rotate through this much memory
 
@@ -64,9 +77,12 @@ def main() -> None:
         fused = microseconds(lambda x: lora_fused.row_norm(*x, 0.7), inputs)
         read = microseconds(lambda x: x[0].sum(), inputs)
         dense = microseconds(lambda x: (x[0] + 0.7 * (x[2] @ x[1])).norm(dim=1), inputs)
-        print(f"{n:6} {k:6} {r:4} {str(adapter)[6:]:8} {fused:9.1f} {size / fused / 1e6:6.2f} "
-              f"{fused * bandwidth * 1e6 / size:8.2f} {fused / read:6.2f} {dense:9.1f} "
-              f"{host_microseconds(lambda: lora_fused.row_norm(*first, 0.7)):8.1f}", flush=True)
+        print(
+            f"{n:6} {k:6} {r:4} {str(adapter)[6:]:8} {fused:9.1f} {size / fused / 1e6:6.2f} "
+            f"{fused * bandwidth * 1e6 / size:8.2f} {fused / read:6.2f} {dense:9.1f} "
+            f"{host_microseconds(lambda: lora_fused.row_norm(*first, 0.7)):8.1f}",
+            flush=True,
+        )
 
 
 def microseconds(function, inputs, repeats=7) -> float:

@@ -85,7 +85,9 @@ def assert_nothing_around(name: str, out: Tensor, written: tuple[int, int]) -> N
         raise AssertionError(f"{name}: wrote outside out")
 
 
-def assert_product(name: str, out: Tensor, left: Tensor, right: Tensor, scaling: float, written: tuple[int, int]) -> None:
+def assert_product(
+    name: str, out: Tensor, left: Tensor, right: Tensor, scaling: float, written: tuple[int, int]
+) -> None:
     """out = scaling · left right, and around the part of its buffer that is to be `written` nothing changed."""
     assert_close(name, out, ROUNDING.get(out.dtype, 2.0**-24), left, right, scaling)
     assert_nothing_around(name, out, written)
@@ -157,7 +159,13 @@ def check_of_dy(dy_products, m: int, widths, r: int, dtype, dt_dtype, db_dtype) 
     """dt and dB from one read of dy, an entry for each width."""
     nan = float("nan")
     draws = [
-        (padded(m, n, dtype), padded(n, r, dtype), padded(m, r, dtype), padded(m, r, dt_dtype, nan), padded(n, r, db_dtype, nan))
+        (
+            padded(m, n, dtype),
+            padded(n, r, dtype),
+            padded(m, r, dtype),
+            padded(m, r, dt_dtype, nan),
+            padded(n, r, db_dtype, nan),
+        )
         for n in widths
     ]
     dy_products(*map(list, zip(*draws)), 0.75, db_scaling=4.0)
@@ -238,7 +246,7 @@ def report_of_dy(ops, tokens, groups, ranks) -> None:
             ops.skinny(dys, ts, dbs, 1.0, True, True)
 
         one = lambda *lists: ops.dy_products(*lists, 1.0)  # noqa: E731
-        times = medians({"library": library, "hopper": hopper, "one read": one}, inputs)
+        times = medians({"native": library, "hopper": hopper, "one read": one}, inputs)
         cells = "  ".join(f"{name} {time:6.1f}" for name, time in times.items())
         print(f"M={m:5} N={'+'.join(map(str, widths)):14} R={r:3}  {cells}", flush=True)
 
@@ -258,18 +266,20 @@ def report(skinny, tokens, widths, ranks, dropouts=(0.0, 0.1)) -> None:
         inputs = []
         for _ in range(min(16, 1 + CACHE // (2 * m * c))):
             other = randn(m, r) if across else randn(c, r).t() if "turned" in form else randn(r, c)
-            out = torch.empty((c, r) if across else (m, r), device="cuda", dtype=torch.float32 if across else torch.bfloat16)
+            out = torch.empty(
+                (c, r) if across else (m, r), device="cuda", dtype=torch.float32 if across else torch.bfloat16
+            )
             inputs.append((randn(m, c), other, out))
         contenders = {"hopper": lambda x, other, out: skinny([x], [other], [out], 1.0, across, True, *mask)}
         if not p and across:
-            contenders["library"] = lambda x, t, out: torch.mm(x.t(), t, out_dtype=torch.float32)
+            contenders["native"] = lambda x, t, out: torch.mm(x.t(), t, out_dtype=torch.float32)
         elif not p:
-            contenders["library"] = lambda x, a, out: torch.mm(x, a.t(), out=out)
+            contenders["native"] = lambda x, a, out: torch.mm(x, a.t(), out=out)
         if form != "down, a turned":
             contenders["skinny"] = lambda x, other, out: skinny([x], [other], [out], 1.0, across, False, *mask)
         times = medians(contenders, inputs)
         floor = 2 * m * c / rate
-        cells = "  ".join(f"{name} {times[name]:6.1f}" for name in ("library", "skinny", "hopper") if name in times)
+        cells = "  ".join(f"{name} {times[name]:6.1f}" for name in ("native", "skinny", "hopper") if name in times)
         name = form + (", masked" if p else "")
         print(f"{name:15} {m:6} {c:6} {r:4}  floor {floor:6.1f}  {cells}  {times['hopper'] / floor:.2f}x", flush=True)
 

@@ -234,12 +234,12 @@ def fill(root: pathlib.Path) -> dict[str, str]:
             return known["left out"]
     work = {name: lambda f, given=given: build_model(f, *given) for name, given in MODELS.items()}
     work |= {name: lambda f, given=given: build_adapter(f, root, *given) for name, given in ADAPTERS.items()}
-    work |= {name: build_pipeline for name in PIPELINES}
+    work |= dict.fromkeys(PIPELINES, build_pipeline)
     left_out = {}
     for repository, build in work.items():
         try:
             build(folder_of(root, repository))
-        except Exception as error:  # noqa: BLE001, other versions may not know a model
+        except Exception as error:
             left_out[repository] = f"{type(error).__name__}: {error}"
     report.write_text(json.dumps({"source": digest, "left out": left_out}, indent=1))
     return left_out

@@ -10,8 +10,8 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from helpers import families  # noqa: E402
-from test_families import BEGIN, END, README  # noqa: E402
+from helpers import families
+from test_families import BEGIN, END, README
 
 
 def measured() -> dict:

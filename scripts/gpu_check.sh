@@ -46,7 +46,7 @@ if command -v compute-sanitizer >/dev/null; then
     compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" scripts/check_skinny.py --sanitize >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
     compute-sanitizer --tool memcheck --error-exitcode 9 \
-        "$PYTHON" scripts/check_embedding.py cuda >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
+        "$PYTHON" scripts/check_embedding.py native >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
     compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" scripts/check_dequantize.py >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
 else

@@ -16,7 +16,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def pytest_collection_modifyitems(items):
     """A parametrisation without a case is no test."""
-    empty = [item.nodeid for item in items for mark in item.iter_markers("skip") if "empty parameter set" in str(mark.kwargs)]
+    empty = [
+        item.nodeid for item in items for mark in item.iter_markers("skip") if "empty parameter set" in str(mark.kwargs)
+    ]
     if empty:
         raise pytest.UsageError(f"no case to run: {', '.join(empty)}")
 

@@ -87,7 +87,9 @@ def test_half_precision_is_rounded_once(activations, dtype, activation):
     """The float64 result, rounded: no more than half a unit in the last place, where eager has more."""
     dh, gate, up = (draw((40, 50), dtype, "cpu") for _ in range(3))
     truth = eager(dh.double(), gate.double(), up.double(), activation)
-    for name, mine, true in zip(NAMES, activations.backends.reference.activations.gated_backward(dh, gate, up, activation), truth):
+    for name, mine, true in zip(
+        NAMES, activations.backends.reference.activations.gated_backward(dh, gate, up, activation), truth
+    ):
         off = (mine.double() - true).abs()
         allowed = 0.51 * torch.finfo(dtype).eps * true.abs() + UNIT[torch.float32] * true.abs().max()
         assert (off <= allowed).double().mean() > 0.999, name

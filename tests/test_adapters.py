@@ -5,7 +5,17 @@ import copy
 
 import pytest
 import torch
-from helpers.cases import DEVICE, LINEARS, Case, OwnForwards, assert_as_good, peft_linear, peft_llama, randomise_adapters, tiny_llama
+from helpers.cases import (
+    DEVICE,
+    LINEARS,
+    Case,
+    OwnForwards,
+    assert_as_good,
+    peft_linear,
+    peft_llama,
+    randomise_adapters,
+    tiny_llama,
+)
 from helpers.heads import assert_same, functions, heads, inner, learned, step
 from kernels import Mode, kernelize
 from peft import EvaConfig, LoftQConfig, LoraConfig, get_peft_model
@@ -334,7 +344,11 @@ def test_a_gain_near_one_is_not_lost(lora_fused, dtype, dropout):
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("gain", "dora_gains", "lora_forward"):  # the last results of the two others are gains
+        for name in (
+            "mag_norm_scale",
+            "dora_scales",
+            "lora_forward",
+        ):  # the last results of the two others are mag_norm_scales
             patch.setattr(lora_fused.backends.native, name, watched(getattr(lora_fused.backends.native, name)))
         ours(x)
     assert seen and all(g.dtype == torch.float32 for g in seen)
@@ -364,5 +378,3 @@ def test_an_adapter_that_does_not_fit_gets_peft_s_error(lora_fused):
     with pytest.raises(RuntimeError) as mine:
         ours(x)
     assert str(mine.value) == str(theirs.value)
-
-

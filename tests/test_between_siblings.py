@@ -52,7 +52,9 @@ def merged(module, name, x):
         module.k.merge()
 
 
-@pytest.mark.parametrize("between", (in_place_on_a_weight, replaced_weight, replaced_data, changed_scaling, disabled, merged))
+@pytest.mark.parametrize(
+    "between", (in_place_on_a_weight, replaced_weight, replaced_data, changed_scaling, disabled, merged)
+)
 def test_changes_between_siblings_are_seen(lora_fused, between):
     """The second sibling's own state at its call decides, not that of when the group was computed."""
     model, x = heads(), torch.randn(5, 32, dtype=torch.float64)

@@ -36,8 +36,7 @@ def test_build_toml_is_valid():
 def test_build_toml_lists_every_source():
     found = [*(ROOT / "kernel-src").rglob("*"), *(ROOT / "torch-ext").glob("*")]
     suffixes = {".h", ".cuh", ".cpp", ".cu"}
-    assert declared_sources() == {
-        str(p.relative_to(ROOT)) for p in found if p.suffix in suffixes}
+    assert declared_sources() == {str(p.relative_to(ROOT)) for p in found if p.suffix in suffixes}
 
 
 def test_variant_digest(variant):
@@ -57,8 +56,7 @@ def test_digest_notices_a_changed_file(variant, tmp_path):
 def test_metadata_describes_the_build(variant):
     metadata = json.loads((variant / "metadata.json").read_text())
     general = CONFIG["general"]
-    assert [metadata[k] for k in ("name", "version", "license")] == [
-        general[k] for k in ("name", "version", "license")]
+    assert [metadata[k] for k in ("name", "version", "license")] == [general[k] for k in ("name", "version", "license")]
     backend = metadata["backend"]["type"]
     assert f"-{backend.replace('cuda', 'cu')}" in variant.name
     assert bool(metadata["backend"].get("archs")) == (backend == "cuda")
@@ -88,10 +86,11 @@ def test_library_is_abi3(variant):
 
 
 def test_local_kernels_resolves_the_hub_name(variant):
-    code = ("import sys; from kernels import get_kernel; "
-            f"print(get_kernel({CONFIG['general']['hub']['repo-id']!r}, version=1).__file__)")
-    env = os.environ | {
-        "LOCAL_KERNELS": f"{CONFIG['general']['hub']['repo-id']}={variant.parent}"}
+    code = (
+        "import sys; from kernels import get_kernel; "
+        f"print(get_kernel({CONFIG['general']['hub']['repo-id']!r}, version=1).__file__)"
+    )
+    env = os.environ | {"LOCAL_KERNELS": f"{CONFIG['general']['hub']['repo-id']}={variant.parent}"}
     done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).parent == variant
@@ -111,8 +110,7 @@ def test_flake_lock():
             name = resolve(nodes[name]["inputs"][step])
         return name
 
-    reached = {"root"} | {
-        resolve(r) for node in nodes.values() for r in node.get("inputs", {}).values()}
+    reached = {"root"} | {resolve(r) for node in nodes.values() for r in node.get("inputs", {}).values()}
     assert reached == set(nodes)
     for name in set(nodes) - {"root"}:
         locked = nodes[name]["locked"]
@@ -132,6 +130,5 @@ def test_requirements_are_pinned(path):
 
 
 def test_ci_runs_the_test_command():
-    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines()
-                if line and not line.startswith("#")]
+    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]
     assert commands == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make test"]

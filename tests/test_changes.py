@@ -36,7 +36,7 @@ def pair(lora_fused, request, device):
 
 @pytest.mark.parametrize("dropout", (0.0, 0.4))
 def test_dora_changes_nothing_at_initialisation(lora_fused, device, dropout):
-    """As with PEFT: a norm summed in another order gives no gain of 1 + 1e-7."""
+    """As with PEFT: a norm summed in another order gives no mag_norm_scale of 1 + 1e-7."""
     base = nn.Sequential()
     base.add_module("proj", nn.Linear(1000, 300).to(device))
     x = torch.randn(50, 1000, device=device)
@@ -47,8 +47,10 @@ def test_dora_changes_nothing_at_initialisation(lora_fused, device, dropout):
     assert lora_fused.explain(model)[0].fused
     if device == "cpu" and not dropout:
         assert torch.equal(model(x), expected)
-    gain = lora_fused.backends.native.gain(model.base_model.model.proj.lora_magnitude_vector["default"].weight.detach(), norm_of(lora_fused, model))
-    assert torch.equal(gain, torch.ones_like(gain))
+    mag_norm_scale = lora_fused.backends.native.mag_norm_scale(
+        model.base_model.model.proj.lora_magnitude_vector["default"].weight.detach(), norm_of(lora_fused, model)
+    )
+    assert torch.equal(mag_norm_scale, torch.ones_like(mag_norm_scale))
 
 
 def norm_of(lora_fused, model):
@@ -61,7 +63,7 @@ def test_gain_keeps_what_is_not_rounding(lora_fused, device):
     norm = torch.tensor([2.0, 2.0, 2.0, 2.0, 3.0], device=device)
     magnitude = torch.tensor([2.0, 2.0 + 2**-21, 2.000002, 0.0, -3.0], device=device)
     expected = torch.tensor([1.0, 1.0, 2.000002 / 2.0, 0.0, -1.0], device=device)
-    assert torch.equal(lora_fused.backends.native.gain(magnitude, norm), expected)
+    assert torch.equal(lora_fused.backends.native.mag_norm_scale(magnitude, norm), expected)
 
 
 def layer_of(model):

@@ -62,29 +62,38 @@ def test_the_build_ships_them(lora_fused):
     assert {path.suffix[1:] for path in files} <= endings
 
 
-def test_the_defaults_are_those_of_an_h200(lora_fused):
-    assert lora_fused.backends.device_config.read(SOURCES / "backends" / "configs" / "nvidia-h200.json")[:-1] == lora_fused.backends.device_config.Tuned()[:-1]
+def test_a_device_that_was_not_measured_takes_no_product_to_triton(lora_fused, monkeypatch):
+    defaults = lora_fused.backends.device_config.DeviceConfig()
+    measured = (defaults.linear_expand_from, defaults.row_norm_from_rank, defaults.row_norm_from)
+    assert measured == (math.inf,) * 3 and defaults.linear_expand_tiles == ()
+    monkeypatch.setattr(lora_fused.backends.device_config, "of", lambda device: defaults)
+    monkeypatch.setattr(lora_fused.backends.select, "is_hopper", lambda device: False)
+    for native in (True, False):
+        path = lora_fused.specs.NativePath(native)
+        assert lora_fused.backends.select.choose(GPU, torch.bfloat16, path, lambda: 2**60) == "native"
+    weight = SimpleNamespace(is_cuda=True, device=GPU, numel=lambda: 2**40)
+    assert not lora_fused.backends.select._row_norm_is_faster_in_triton(weight, 4096)
 
 
 def test_a_known_device_and_an_unknown_one(config):
-    assert config.of(GPU) == config.of(torch.device("cpu")) == config.Tuned()
-    write(config, up_add_from=7, row_norm_from=None, up_add_tiles=TILED)
+    assert config.of(GPU) == config.of(torch.device("cpu")) == config.DeviceConfig()
+    write(config, linear_expand_from=7, row_norm_from=None, linear_expand_tiles=TILED)
     config.of.cache_clear()
     found = config.of(GPU)
-    assert (found.up_add_from, found.row_norm_from, found.embedding_tokens) == (7, math.inf, 8192)
-    assert [tuple(each) for each in found.up_add_tiles] == [(tuple(t["shape"]), tuple(t["tile"])) for t in TILED]
+    assert (found.linear_expand_from, found.row_norm_from, found.embedding_tokens) == (7, math.inf, 8192)
+    assert [tuple(each) for each in found.linear_expand_tiles] == [(tuple(t["shape"]), tuple(t["tile"])) for t in TILED]
 
 
 def test_a_file_is_read_once(config):
-    write(config, up_add_from=7)
-    assert config.of(GPU).up_add_from == 7
-    write(config, up_add_from=8)
-    assert config.of(GPU).up_add_from == 7
+    write(config, linear_expand_from=7)
+    assert config.of(GPU).linear_expand_from == 7
+    write(config, linear_expand_from=8)
+    assert config.of(GPU).linear_expand_from == 7
 
 
 WRONG = {
-    "up_add_from": [-1, "many", True, math.nan],
-    "up_add_tiles": [None, [3], [{"shape": [1, 2, 3]}], [{"shape": [1, 2], "tile": list(LARGE)}],
+    "linear_expand_from": [-1, "many", True, math.nan],
+    "linear_expand_tiles": [None, [3], [{"shape": [1, 2, 3]}], [{"shape": [1, 2], "tile": list(LARGE)}],
                      [{"shape": [1, 2, 0], "tile": list(LARGE)}]],
     "unheard_of": [1],
 }  # fmt: skip
@@ -114,16 +123,16 @@ def test_what_is_no_configuration_is_named(config, text):
 
 
 def test_backend_chooses_by_them(lora_fused, config, monkeypatch):
-    backend, taken = lora_fused.backends.select, lora_fused.specs.Taken(True)
+    backend, taken = lora_fused.backends.select, lora_fused.specs.NativePath(True)
     monkeypatch.setattr(backend, "is_hopper", lambda device: False)
     monkeypatch.setattr(backend, "triton_is_there", lambda: True)
-    write(config, up_add_from=1000, row_norm_from_rank=8, row_norm_from=8 * 64)
+    write(config, linear_expand_from=1000, row_norm_from_rank=8, row_norm_from=8 * 64)
 
     def choose(work):
         return backend.choose(GPU, torch.bfloat16, taken, lambda: work)
 
-    assert (choose(999), choose(1000)) == ("library", "triton")
-    pays = backend._row_norm_pays_in_triton
+    assert (choose(999), choose(1000)) == ("native", "triton")
+    pays = backend._row_norm_is_faster_in_triton
     weight = SimpleNamespace(is_cuda=True, device=GPU, numel=lambda: 64)
     assert (pays(weight, 7), pays(weight, 8)) == (False, True)
     weight.numel = lambda: 63
@@ -141,31 +150,35 @@ def test_backend_chooses_embeddings_by_them(lora_fused, config, monkeypatch):
     monkeypatch.setattr(backend, "triton_is_there", lambda: True)
     monkeypatch.setattr(backend.native_embedding, "fits", lambda table: True)
 
-    class Table(SimpleNamespace):
+    class EmbeddingOperands(SimpleNamespace):
         def __iter__(self):
             return iter(())
 
     def choose(tokens, elements):
         weight = SimpleNamespace(is_cuda=True, device=GPU)
-        return backend.choose_embedding(Table(weight=weight, lora_b=SimpleNamespace(numel=lambda: elements)), tokens)
+        return backend.choose_embedding(
+            EmbeddingOperands(weight=weight, lora_b=SimpleNamespace(numel=lambda: elements)), tokens
+        )
 
-    assert (choose(100, 6), choose(101, 1), choose(100, 7)) == ("cuda", "triton", "triton")
+    assert (choose(100, 6), choose(101, 1), choose(100, 7)) == ("native", "triton", "triton")
 
 
 def test_the_tile_of_the_nearest_shape(lora_fused, config, monkeypatch):
     pytest.importorskip("triton")
-    up_add = importlib.import_module(f"{lora_fused.__name__}.backends.triton.up_add")
-    monkeypatch.setattr(up_add, "shared_memory", lambda device: 227 * 1024)
-    up_add._half_tile.cache_clear()
-    ruled = {m: up_add._half_tile(GPU, m, 4096, 4096, False) for m in (512, 1024)}
-    assert (ruled[512], ruled[1024]) == (up_add._HALF_NARROW, up_add._HALF_LARGE)
-    write(config, up_add_tiles=[{"shape": t["shape"], "tile": o["tile"]} for t, o in zip(TILED, reversed(TILED))])
+    linear_expand = importlib.import_module(f"{lora_fused.__name__}.backends.triton.linear_expand")
+    monkeypatch.setattr(linear_expand, "shared_memory", lambda device: 227 * 1024)
+    linear_expand._half_tile.cache_clear()
+    ruled = {m: linear_expand._half_tile(GPU, m, 4096, 4096, False) for m in (512, 1024)}
+    assert (ruled[512], ruled[1024]) == (linear_expand._HALF_NARROW, linear_expand._HALF_LARGE)
+    write(
+        config, linear_expand_tiles=[{"shape": t["shape"], "tile": o["tile"]} for t, o in zip(TILED, reversed(TILED))]
+    )
     config.of.cache_clear()
-    up_add._half_tile.cache_clear()
-    chosen = [up_add._half_tile(GPU, up_add._bucket(m), 8192, 2048, False) for m in (1, 600, 4000, 9000)]
+    linear_expand._half_tile.cache_clear()
+    chosen = [linear_expand._half_tile(GPU, linear_expand._bucket(m), 8192, 2048, False) for m in (1, 600, 4000, 9000)]
     assert chosen == [LARGE, LARGE, NARROW, NARROW]
-    assert up_add._half_tile(GPU, 8192, 4096, 4096, True) == up_add._HALF_MASKED
-    up_add._half_tile.cache_clear()
+    assert linear_expand._half_tile(GPU, 8192, 4096, 4096, True) == linear_expand._HALF_MASKED
+    linear_expand._half_tile.cache_clear()
 
 
 def test_limits_cost_least():
@@ -188,9 +201,9 @@ def test_measurements_become_a_file_that_loads(config):
     tiles = {(512, 64, 64): {LARGE: 9.0, NARROW: 7.0}, (8192, 64, 64): {}}
     write(config, **tune.configuration(cases, tiles))
     found = config.of(GPU)
-    assert found.up_add_from == 2**30
+    assert found.linear_expand_from == 2**30
     assert found.row_norm_from_rank == found.row_norm_from == math.inf
-    assert found.up_add_tiles == (((512, 64, 64), NARROW),)
+    assert found.linear_expand_tiles == (((512, 64, 64), NARROW),)
 
 
 def test_a_wrong_result_is_never_chosen(lora_fused, monkeypatch):

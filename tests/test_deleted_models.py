@@ -220,11 +220,13 @@ def test_what_was_left_is_really_there(lora_fused):
     """Of the tests above: an exception leaves results that hold the model."""
     model = learned(lora_fused, heads(), torch.randn(5, 32, dtype=torch.float64))
     x = EVENTS["between"](model, plain)
-    assert x is not None and len(lora_fused.shared_input._threads.calls.ahead.results) == 2
+    assert x is not None and len(lora_fused.shared_input._threads.calls.precomputed.results) == 2
 
 
 @pytest.mark.parametrize("ends", (True, False), ids=("ends", "idles"))
-@pytest.mark.parametrize("scope", (plain, of_an_intermediate, checkpointed_inside, without_gradient), ids=lambda s: s.__name__)
+@pytest.mark.parametrize(
+    "scope", (plain, of_an_intermediate, checkpointed_inside, without_gradient), ids=lambda s: s.__name__
+)
 def test_a_thread_that(lora_fused, scope, ends):
     model = learned(lora_fused, heads(), torch.randn(5, 32, dtype=torch.float64))
     plain(model, x_of(model))  # now they are known to be siblings
@@ -329,11 +331,13 @@ def test_the_next_attempt_of_a_batch_size_finder(lora_fused):
 def test_results_go_with_their_input(lora_fused, monkeypatch, native, shape):
     """What a skipped sibling would have been given, and the graph behind it, before the next forward."""
     if not native:
-        monkeypatch.setattr(lora_fused.functional.dispatch, "takes", lambda *_: lora_fused.specs.Taken(False))
+        monkeypatch.setattr(
+            lora_fused.functional.dispatch, "native_path", lambda *_: lora_fused.specs.NativePath(False)
+        )
     model = learned(lora_fused, heads(), torch.randn(5, 32, dtype=torch.float64))
     x = torch.tanh(torch.randn(shape, dtype=torch.float64, requires_grad=True))
     y = inner(model)(x, names=("q", "k"))
-    results = lora_fused.shared_input._threads.calls.ahead.results
+    results = lora_fused.shared_input._threads.calls.precomputed.results
     assert len(results) == 1
     del x
     assert len(results) == 0 and y.requires_grad

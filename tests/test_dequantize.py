@@ -6,7 +6,7 @@ import pytest
 import torch
 
 bnb = pytest.importorskip("bitsandbytes")
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit  # noqa: E402
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -24,7 +24,9 @@ def make(lora_fused, shape, blocksize, quant_type, nested, dtype, device, storag
     packed.view(torch.uint8).random_(0, 256)
     inner = state.state2
     more = (inner.absmax, inner.code, state.offset) if nested else (None,) * 3
-    operands = lora_fused.Operands(packed, absmax=state.absmax, nested_absmax=more[0], nested_code=more[1], offset=more[2])
+    operands = lora_fused.Operands(
+        packed, absmax=state.absmax, nested_absmax=more[0], nested_code=more[1], offset=more[2]
+    )
     spec = lora_fused.specs.FourBit(shape, blocksize, inner.blocksize if nested else 0, quant_type == "fp4", dtype)
     return operands, spec, packed, state
 
@@ -170,13 +172,15 @@ def test_norms_and_gains_of_a_mixed_group(lora_fused, poisoned, device):
         formats.append(spec)
         members.append(operands._replace(lora_a=a, lora_b=b, magnitude=magnitude))
     scalings = [0.5, 0.7, 2.0, 0.1, 1.0]
-    norms, gains = lora_fused.quantization.dora_gains([p.weight for p in members], members, formats, scalings)
-    assert norms[4] is gains[4] is None
-    for p, spec, s, norm, gain in list(zip(members, formats, scalings, norms, gains))[:4]:
+    norms, mag_norm_scales = lora_fused.quantization.dora_scales(
+        [p.weight for p in members], members, formats, scalings
+    )
+    assert norms[4] is mag_norm_scales[4] is None
+    for p, spec, s, norm, mag_norm_scale in list(zip(members, formats, scalings, norms, mag_norm_scales))[:4]:
         weight = p.weight if spec is None else native(lora_fused, p, spec, spec.dtype)
         truth = (weight.double() + s * p.lora_b.double() @ p.lora_a.double()).norm(dim=1)
         torch.testing.assert_close(norm.double(), truth, rtol=2e-6, atol=0)
-        torch.testing.assert_close(gain.double(), p.magnitude.double() / truth, rtol=4e-6, atol=0)
+        torch.testing.assert_close(mag_norm_scale.double(), p.magnitude.double() / truth, rtol=4e-6, atol=0)
 
 
 def test_quant_state_is_as_read(lora_fused):

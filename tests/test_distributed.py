@@ -135,14 +135,15 @@ def compare(rank: int, build: pathlib.Path, port: int):
     torch.set_num_threads(1)
     lora_fused = get_local_kernel(build)
     lora_fused.peft.small_batch.SMALL_ROWS = -1  # as conftest.py has it
-    functional, counts = lora_fused.functional, {}
+    dispatch, counts = lora_fused.functional.dispatch, {}
     for name in ("compute_group", "compute_gated"):
+        own = getattr(dispatch, name)
 
-        def counted(*args, own=getattr(functional, name), name=name, **kwargs):
+        def counted(*args, own=own, name=name, **kwargs):
             counts[name] = counts.get(name, 0) + 1
             return own(*args, **kwargs)
 
-        setattr(functional, name, counted)
+        setattr(dispatch, name, counted)
 
     def fuse(model):
         with lora_fused.use_peft_layers():

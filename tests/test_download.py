@@ -88,9 +88,7 @@ def run(script, loader, endpoint, home, **env):
     # field, which httpx refuses as an illegal header.
     for name in ("LOCAL_KERNELS", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "TRANSFORMERS_OFFLINE"):
         clean.pop(name, None)
-    clean.update(
-        HF_ENDPOINT=endpoint, HF_HOME=str(home), HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1", **env
-    )
+    clean.update(HF_ENDPOINT=endpoint, HF_HOME=str(home), HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1", **env)
     done = subprocess.run(
         [sys.executable, "-c", LOAD.format(loader=loader) + script],
         env=clean,

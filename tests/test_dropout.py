@@ -96,10 +96,12 @@ def test_triton_draws_the_same(lora_fused, device, mask_of, shape):
     x, eye = torch.ones(shape, device=device), torch.eye(max(columns, 1), columns, device=device)
     kernels = lora_fused.backends.select.get("triton")
     expected = mask_of(99, 0.35, shape)
-    torch.testing.assert_close(kernels.down(x, eye, 1.0, mask=mask).cpu()[:, :columns], expected)
+    torch.testing.assert_close(kernels.shrink(x, eye, 1.0, mask=mask).cpu()[:, :columns], expected)
     t = torch.ones(rows, 1, device=device)
     zero = torch.zeros(rows, 16, device=device)
-    up = kernels.up_add(zero, torch.zeros(columns, 16, device=device), t, torch.ones(columns, 1, device=device), mask=mask)
+    up = kernels.linear_expand(
+        zero, torch.zeros(columns, 16, device=device), t, torch.ones(columns, 1, device=device), mask=mask
+    )
     torch.testing.assert_close(up.cpu(), expected)
 
 
@@ -182,7 +184,9 @@ def test_both_training_flags_are_asked(lora_fused, device, dropout, layer, confi
         with OwnForwards() as calls:
             y = each(x)
         assert bool(calls) == (each is model)
-        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *(p for p in each.parameters() if p.requires_grad)])])
+        results.append(
+            [y, *torch.autograd.grad(y.square().sum(), [x, *(p for p in each.parameters() if p.requires_grad)])]
+        )
     for mine, peft in zip(*reversed(results)):
         torch.testing.assert_close(mine, peft, rtol=1e-4, atol=1e-4)
     torch.manual_seed(6)

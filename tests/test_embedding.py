@@ -4,7 +4,19 @@ import copy
 
 import pytest
 import torch
-from helpers.embeddings import CASES, DTYPES, VARIANTS, Case, Model, adapt, assert_parity, draw_ids, fused, peft_embedding, run
+from helpers.embeddings import (
+    CASES,
+    DTYPES,
+    VARIANTS,
+    Case,
+    Model,
+    adapt,
+    assert_parity,
+    draw_ids,
+    fused,
+    peft_embedding,
+    run,
+)
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -34,7 +46,9 @@ def test_ids_of_both_dtypes_and_any_strides(lora_fused, device, dora, dtype):
 def test_padding_row_gets_no_gradient_but_b_gets_its_tokens(lora_fused, device, dora):
     case = Case((4,), 10, 16, 3, padding=2)
     ids = torch.full((4,), 2, device=device)
-    ours = assert_parity(lora_fused, peft_embedding(case, device=device, dora=dora), ids, torch.randn(4, 16, device=device), device)
+    ours = assert_parity(
+        lora_fused, peft_embedding(case, device=device, dora=dora), ids, torch.randn(4, 16, device=device), device
+    )
     da = next(value for name, value in ours.items() if "embedding_A" in name)
     db = next(value for name, value in ours.items() if "embedding_B" in name)
     assert da.abs().max() == 0 and db.abs().max() > 0
@@ -61,7 +75,7 @@ def scaled_tables(case, scale):
 @pytest.mark.parametrize("dora", VARIANTS, ids=("lora", "dora"))
 @pytest.mark.parametrize("base,adapter", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def test_scale_of_the_embedding(lora_fused, device, base, adapter, dora):
-    """Applied after norm and gain, to base and delta alike; 7.3 is no bfloat16 number."""
+    """Applied after norm and mag_norm_scale, to base and delta alike; 7.3 is no bfloat16 number."""
     case = Case((2, 9), 31, 40, 4, padding=0)
     for table in scaled_tables(case, 7.3):
         model = adapt(table, case, base, adapter, device, dora)
@@ -124,7 +138,7 @@ def test_no_gradient_wanted_and_double_backward(lora_fused):
 
 
 def test_saved_for_backward(lora_fused):
-    """The ids, the gathered rows, the norm and the gain; nothing of size M×H or V×H beyond the parameters."""
+    """The ids, the gathered rows, the norm and the mag_norm_scale; nothing of size M×H or V×H beyond the parameters."""
     case = Case((50,), 40, 64, 8)
     model = fused(lora_fused, peft_embedding(case, dora=True))
     ids, saved = draw_ids(case), []

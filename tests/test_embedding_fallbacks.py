@@ -31,7 +31,11 @@ CASE = Case((6,), 20, 16, 4)
 
 @pytest.mark.parametrize(
     "options,reason",
-    ((dict(max_norm=1.0), "max_norm"), (dict(scale_grad_by_freq=True), "scale_grad_by_freq"), (dict(sparse=True), "sparse")),
+    (
+        (dict(max_norm=1.0), "max_norm"),
+        (dict(scale_grad_by_freq=True), "scale_grad_by_freq"),
+        (dict(sparse=True), "sparse"),
+    ),
 )
 def test_options_left_to_peft(lora_fused, options, reason):
     assert_peft_runs(lora_fused, peft_embedding(CASE, **options), reason, draw_ids(CASE))
@@ -104,7 +108,9 @@ def test_a_scaled_embedding_that_computes_otherwise(lora_fused):
 
 
 def test_a_padding_index_from_the_end(lora_fused):
-    given = {name: tensor.requires_grad_() for name, tensor in arguments().items() if name in ("weight", "lora_a", "lora_b")}
+    given = {
+        name: tensor.requires_grad_() for name, tensor in arguments().items() if name in ("weight", "lora_a", "lora_b")
+    }
     lora_fused.lora_embedding(torch.tensor([1, 7, 7]), **given, scaling=1.0, padding_idx=-1).sum().backward()
     for rows in (given["weight"].grad, given["lora_a"].grad.t()):
         assert rows[1].any() and not rows[7].any()
@@ -143,7 +149,9 @@ def test_resized_vocabulary_and_trainable_tokens(lora_fused):
     expected = copy.deepcopy(model)(ids).logits
     torch.testing.assert_close(fused(lora_fused, model)(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
-    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 5]}, init_lora_weights=False)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 5]}, init_lora_weights=False
+    )
     model = get_peft_model(tiny_llama(), config)
     for name, parameter in model.named_parameters():
         if "trainable_tokens" in name:
@@ -203,7 +211,14 @@ def arguments():
 
 @pytest.mark.parametrize(
     "name,shape",
-    (("weight", (8,)), ("lora_a", (4, 7)), ("lora_a", (0, 8)), ("lora_b", (16, 3)), ("magnitude", (8,)), ("embed_scale", (2,))),
+    (
+        ("weight", (8,)),
+        ("lora_a", (4, 7)),
+        ("lora_a", (0, 8)),
+        ("lora_b", (16, 3)),
+        ("magnitude", (8,)),
+        ("embed_scale", (2,)),
+    ),
 )
 def test_bad_shapes_name_the_tensor(lora_fused, name, shape):
     with pytest.raises(ValueError, match=f"^{name}: shape"):

@@ -6,7 +6,17 @@ import itertools
 import pytest
 import torch
 from helpers.experts import (
-    MODELS, adapt, block_of, counted, error, explain, is_experts, kernelized, model_of, names_of, results,
+    MODELS,
+    adapt,
+    block_of,
+    counted,
+    error,
+    explain,
+    is_experts,
+    kernelized,
+    model_of,
+    names_of,
+    results,
 )  # fmt: skip
 from torch import nn
 
@@ -69,7 +79,10 @@ def errors_of_one_call(lora_fused, name, implementation, dtype, adapter_dtype):
         found.append([y, *torch.autograd.grad(y, [*given, *parameters], dy.to(dtype).to(wide))])
     assert len(found[2]) == 7
     return [
-        sum(((seen.double() - expected).norm() / expected.norm()).item() ** 2 for seen, expected in zip(values, found[2]))
+        sum(
+            ((seen.double() - expected).norm() / expected.norm()).item() ** 2
+            for seen, expected in zip(values, found[2])
+        )
         for values in found[:2]
     ]
 
@@ -141,7 +154,13 @@ def test_routings(lora_fused, routed):
 
 def test_no_tokens(lora_fused):
     ours, _ = experts_of(lora_fused)
-    seen = run(ours, torch.empty(0, 32).double(), torch.empty(0, 2).long(), torch.empty(0, 2).double(), torch.empty(0, 32).double())
+    seen = run(
+        ours,
+        torch.empty(0, 32).double(),
+        torch.empty(0, 2).long(),
+        torch.empty(0, 2).double(),
+        torch.empty(0, 32).double(),
+    )
     assert seen["y"].shape == (0, 32)
     assert not any(seen[name].any() for name in seen)
 
@@ -154,7 +173,10 @@ def test_negative_indices_name_the_module(lora_fused):
 
 
 def test_arguments_by_name(lora_fused):
-    for name, names in (("qwen3_moe", ("top_k_index", "top_k_weights")), ("gpt_oss", ("router_indices", "routing_weights"))):
+    for name, names in (
+        ("qwen3_moe", ("top_k_index", "top_k_weights")),
+        ("gpt_oss", ("router_indices", "routing_weights")),
+    ):
         ours, theirs = experts_of(lora_fused, name)
         given = dict(zip(names, (torch.randint(0, 4, (5, 2)), torch.rand(5, 2).double())))
         x = torch.randn(5, 32).double()
@@ -284,7 +306,9 @@ def whole(name, targets, dtype=torch.float64):
         options = dict(target_modules=targets)
         if name == "llama4":
             options["exclude_modules"] = ["router"]  # a linear by its class, that gives a pair
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options), autocast_adapter_dtype=False)
+    model = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options), autocast_adapter_dtype=False
+    )
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             nn.init.normal_(parameter, std=0.1)

@@ -68,7 +68,7 @@ def holds(lora_fused, model, own_calls, run=train, *, fused, again=True, rows=TO
         own = id(modules[row.module]) in entered
         assert (row.last == "fused") != own, (row, own)
         assert row.fused != own, (row, own)
-        assert row.fused == (row.reason is None) or row.backend == "base called", row
+        assert row.fused == (row.reason is None) or row.backend == "fused delta", row
         if again:
             assert earlier.fused == row.fused, (earlier, row)
     assert sum(row.fused for row in after) == fused
@@ -133,7 +133,14 @@ def drop_a_forward(model):
 
 @pytest.mark.parametrize(
     "change,fused",
-    ((disable, 0), (lambda m: m.merge_adapter(), 0), (add_adapter, 0), (hook, 10), (replace_forward, 12), (drop_a_forward, 12)),
+    (
+        (disable, 0),
+        (lambda m: m.merge_adapter(), 0),
+        (add_adapter, 0),
+        (hook, 10),
+        (replace_forward, 12),
+        (drop_a_forward, 12),
+    ),
     ids=("disabled", "merged", "several", "hooks", "another's forward", "not kernelized"),
 )
 def test_fallbacks(lora_fused, own_calls, change, fused):
@@ -185,7 +192,9 @@ def compile_the_forward(model):
 
 
 @pytest.mark.parametrize(
-    "compiled", (compile_model, compile_in_place, compile_layers, compile_regions, compile_the_forward), ids=lambda f: f.__name__
+    "compiled",
+    (compile_model, compile_in_place, compile_layers, compile_regions, compile_the_forward),
+    ids=lambda f: f.__name__,
 )
 def test_compiled(lora_fused, own_calls, compiled):
     """What runs is asked of the model that was kernelized, which may not know who compiles it."""
@@ -309,7 +318,9 @@ def test_a_shallow_copy_is_bound_to_its_original(lora_fused):
 
 
 def test_a_pickled_model(lora_fused, own_calls):
-    model = kernelized(lora_fused, get_peft_model(nn.Sequential(nn.Linear(16, 16)), LoraConfig(r=4, target_modules=["0"])))
+    model = kernelized(
+        lora_fused, get_peft_model(nn.Sequential(nn.Linear(16, 16)), LoraConfig(r=4, target_modules=["0"]))
+    )
     loaded = pickle.loads(pickle.dumps(model))
     rows = holds(lora_fused, loaded, own_calls, lambda each: each(torch.randn(3, 16)), fused=0)
     assert all("pickled" in row.reason for row in rows)
@@ -351,14 +362,14 @@ def test_gated_mlps_that_are_not_one_function(lora_fused, own_calls):
     assert {row.layer for row in rows if "layers.1.mlp" in row.module} == {"LoraGatedMLP"}
 
 
-def test_base_called(lora_fused, own_calls):
+def test_fused_delta(lora_fused, own_calls):
     pytest.importorskip("bitsandbytes")
     from helpers.quantized import eight_bit, replace
 
     base = replace(tiny_llama(torch.bfloat16), lambda linear: eight_bit(linear, DEVICE), LINEARS)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=LINEARS, task_type="CAUSAL_LM"))
     rows = holds(lora_fused, kernelized(lora_fused, model), own_calls, fused=14)
-    assert {row.backend for row in rows} == {"base called"}
+    assert {row.backend for row in rows} == {"fused delta"}
 
 
 def test_what_is_forgotten(lora_fused):

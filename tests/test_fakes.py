@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from test_native import GROUPS, draw, flat_on, operands_of, projections_of
+from test_native import GROUPS, flat_on, operands_of, projections_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-OPS = {"lora_forward", "lora_backward", "gated_forward", "gated_backward", "dora_gains", "gain", "row_norm", "dropout"}
+OPS = {
+    "lora_forward",
+    "lora_backward",
+    "gated_forward",
+    "gated_backward",
+    "dora_gains",
+    "gain",
+    "row_norm",
+    "dropout",
+}
 
 
 class Recorded(TorchDispatchMode):
@@ -74,9 +83,12 @@ def test_gated(lora_fused, device, together, dora, p):
 
 def test_norms_alone(lora_fused, device):
     weights, a = [torch.randn(n, 32, device=device) for n in (24, 40)], [torch.randn(4, 32, device=device)] * 2
-    b, magnitudes = [torch.randn(n, 4, device=device) for n in (24, 40)], [torch.rand(n, device=device) for n in (24, 40)]
+    b, magnitudes = (
+        [torch.randn(n, 4, device=device) for n in (24, 40)],
+        [torch.rand(n, device=device) for n in (24, 40)],
+    )
 
     def run():
-        lora_fused.backends.select.dora_gains(weights, a, b, magnitudes, [0.5, 2.0])
+        lora_fused.backends.select.dora_scales(weights, a, b, magnitudes, [0.5, 2.0])
 
     assert check(calls(lora_fused, run)) == {"dora_gains"}

@@ -398,7 +398,9 @@ def test_a_sibling_that_peft_computes_is_not_computed_ahead(lora_fused, computed
         ours(ids)
     sizes, own = [], lora_fused.functional.dispatch.compute_group
     monkeypatch.setattr(
-        lora_fused.functional.dispatch, "compute_group", lambda x, group, **_: sizes.append(len(group)) or own(x, group, **_)
+        lora_fused.functional.dispatch,
+        "compute_group",
+        lambda x, group, **_: sizes.append(len(group)) or own(x, group, **_),
     )
     ours(ids)
     assert max(sizes) == 3

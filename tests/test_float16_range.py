@@ -1,5 +1,5 @@
 """float16: whatever PEFT's order of operations keeps in range is finite here, and as good, on every path: t = dropout(x) Aᵀ
-near the limit under a large scaling, B zero, sums before DoRA's gain beyond the limit, gradients."""
+near the limit under a large scaling, B zero, sums before DoRA's mag_norm_scale beyond the limit, gradients."""
 
 import contextlib
 import copy
@@ -8,8 +8,7 @@ import itertools
 import pytest
 import torch
 from helpers.cases import DEVICE, VARIANTS, Case, DrawnDropout, assert_as_good, peft_linear
-from helpers.embeddings import Case as EmbeddingCase
-from helpers.embeddings import draw_ids, peft_embedding
+from helpers.embeddings import Case as EmbeddingCase, draw_ids, peft_embedding
 from helpers.heads import heads, inner, kernelized
 from test_gated import glu
 
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 HALF, LIMIT = torch.float16, 65504.0
 CASE = Case((12,), 64, 48, 8, bias=True)
 SCALINGS = (0.01, 1.0, 2.0, 3.0, 16.0, 128.0, -1024.0)
-BACKENDS = ("library", "reference", "triton")
+BACKENDS = ("native", "reference", "triton")
 
 
 @contextlib.contextmanager
@@ -48,7 +47,9 @@ def assert_in_range(ours, theirs, truth, must_be=True):
 def set_magnitude(layer, scaling, size=1.0):
     """About `size` times the norm, where there is a magnitude."""
     if "default" in layer.lora_magnitude_vector:
-        weights = [part.weight.double() for part in (layer.base_layer, layer.lora_B["default"], layer.lora_A["default"])]
+        weights = [
+            part.weight.double() for part in (layer.base_layer, layer.lora_B["default"], layer.lora_A["default"])
+        ]
         norm = (weights[0] + scaling * weights[1] @ weights[2]).norm(dim=1)
         layer.lora_magnitude_vector["default"].weight.copy_(norm * size * (0.7 + 0.6 * torch.rand_like(norm)))
 
@@ -117,7 +118,7 @@ def test_a_large_t_under_autocast(lora_fused, variant, scaling):
     compare(lora_fused, model, x, dy, autocast=True)
 
 
-@pytest.mark.parametrize("backend", ("library", "reference"))
+@pytest.mark.parametrize("backend", ("native", "reference"))
 @pytest.mark.parametrize("variant", ("lora", "dora", "dora-dropout", "lora_bias"))
 def test_adapters_in_float32(lora_fused, monkeypatch, variant, backend):
     """PEFT's own default for a base in float16, without autocast: t is beyond float16 even without its scaling."""
@@ -133,7 +134,7 @@ def test_adapters_in_float32(lora_fused, monkeypatch, variant, backend):
 def test_triton_is_not_chosen_for_adapters_in_float32(lora_fused, monkeypatch):
     """It stores t and dt in float16."""
     asked = []
-    monkeypatch.setattr(lora_fused.backends.select, "choose", lambda *_: asked.append(True) or "library")
+    monkeypatch.setattr(lora_fused.backends.select, "choose", lambda *_: asked.append(True) or "native")
     for adapter, autocast, chosen in ((torch.float32, False, False), (HALF, False, True), (torch.float32, True, True)):
         asked.clear()
         base = torch.float32 if autocast else HALF
@@ -161,7 +162,7 @@ def test_at_initialisation(lora_fused, monkeypatch, variant, backend):
 @pytest.mark.parametrize("scaling", (1.0, 1024.0))
 @pytest.mark.parametrize("variant", ("dora", "dora-dropout"))
 def test_before_the_gain(lora_fused, monkeypatch, variant, scaling, backend):
-    """x Wᵀ + s·t Bᵀ is beyond the limit, and the gain brings it back: of two terms below the limit, or of a delta whose
+    """x Wᵀ + s·t Bᵀ is beyond the limit, and the mag_norm_scale brings it back: of two terms below the limit, or of a delta whose
     scaling takes it there."""
     choose(lora_fused, monkeypatch, backend)
     model = adapted(variant, scaling)
@@ -284,8 +285,8 @@ def called(base, x, dy, a, b, magnitude, bias, norm, scaling):
     lora = (x @ a.t()) @ b.t()
     if magnitude is None:
         return base + lora * scaling
-    gain = (magnitude / norm).view(1, -1)
-    return base + ((gain - 1) * (base - bias) + gain * lora * scaling)
+    mag_norm_scale = (magnitude / norm).view(1, -1)
+    return base + ((mag_norm_scale - 1) * (base - bias) + mag_norm_scale * lora * scaling)
 
 
 @pytest.mark.parametrize("scaling", (0.5, 3.0, 1024.0))
@@ -333,7 +334,7 @@ def test_a_base_in_four_bits(lora_fused, quant_type):
     packed = lora_fused.Projection(
         operands._replace(lora_a=a, lora_b=b), 1024.0, lora_fused.specs.ProjectionSpec(quantized=spec)
     )
-    y, = lora_fused.functional.dispatch.compute_group(x, (packed,))
+    (y,) = lora_fused.functional.dispatch.compute_group(x, (packed,))
     truth = x.double() @ dense.double().t() + 1024.0 * (x.double() @ a.double().t()) @ b.double().t()
     theirs = x @ dense.t() + 1024.0 * ((x @ a.t()) @ b.t())
     assert_in_range({"y": y}, {"y": theirs}, {"y": truth})
@@ -346,8 +347,15 @@ def test_the_rule_is_one(lora_fused):
     x, a, b, w = (torch.randn(*shape, dtype=HALF) for shape in ((5, 16), (4, 16), (8, 4), (8, 16)))
     for scaling, sign in itertools.product(values, (1, -1)):
         down, up = split(sign * scaling, HALF)
-        assert down * up == sign * scaling and (abs(down) <= 1.0) and up >= 1.0 and up == 2.0 ** round(torch.tensor(up).log2().item())
+        assert (
+            down * up == sign * scaling
+            and (abs(down) <= 1.0)
+            and up >= 1.0
+            and up == 2.0 ** round(torch.tensor(up).log2().item())
+        )
         assert up == 1.0 if scaling <= 1.0 else 0.5 < abs(down) <= 1.0
         assert split(sign * scaling, torch.bfloat16, torch.float32) == (sign * scaling, 1.0)
-        *_, t, _, _ = lora_fused.backends.native.lora_forward(x, [w], [], [a], [b], [], [], [sign * scaling], None, [], [], [], False)
-        torch.testing.assert_close(t, lora_fused.backends.reference.down(x, a, down), rtol=2e-3, atol=1e-7)
+        *_, t, _, _ = lora_fused.backends.native.lora_forward(
+            x, [w], [], [a], [b], [], [], [sign * scaling], None, [], [], [], False
+        )
+        torch.testing.assert_close(t, lora_fused.backends.reference.shrink(x, a, down), rtol=2e-3, atol=1e-7)

@@ -56,7 +56,9 @@ def test_a_gated_mlp_with_eight_bits(lora_fused):
     up = lora_fused.Projection(lora_fused.Operands(torch.randn(N, K)))
     down = lora_fused.Projection(lora_fused.Operands(torch.randn(4, N)))
     x = torch.randn(5, K)
-    mine, theirs = (lora_fused.functional.dispatch.compute_gated(x, (gate, up), down, "silu") for gate in (stored, dense))
+    mine, theirs = (
+        lora_fused.functional.dispatch.compute_gated(x, (gate, up), down, "silu") for gate in (stored, dense)
+    )
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -96,7 +98,10 @@ def test_the_op_refuses_unknown_numbers(lora_fused):
     known = packed(lora_fused.backends.native.FORMATS.index("nf4"), N, K, 64)
     assert forward(lora_fused, known, scales=scale)[0][0].shape == (5, N)
     for change, message in (
-        (dict(format=len(lora_fused.backends.native.FORMATS)), "weight 0: format 3 is unknown, expected one of floating,nf4,fp4"),
+        (
+            dict(format=len(lora_fused.backends.native.FORMATS)),
+            "weight 0: format 3 is unknown, expected one of floating,nf4,fp4",
+        ),
         (dict(format=-1), "weight 0: format -1 is unknown"),
         (dict(dtype=3), "weight 0: dtype 3 is unknown, expected one of float32,bfloat16,float16"),
         (dict(first_scale=1), "weight 0: 1 scales, expected at least 2"),

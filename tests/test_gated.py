@@ -332,7 +332,9 @@ def test_an_option_of_the_forward_stays(lora_fused):
     """Its projections are fused alone, with the option and without."""
     model, x = nn.Sequential(), torch.randn(5, 32, dtype=torch.float64)
     model.add_module("mlp", WithOption())
-    model = get_peft_model(model.double(), LoraConfig(r=4, target_modules=["w1", "w2", "w3"]), autocast_adapter_dtype=False)
+    model = get_peft_model(
+        model.double(), LoraConfig(r=4, target_modules=["w1", "w2", "w3"]), autocast_adapter_dtype=False
+    )
     randomise_adapters(model, torch.float64)
     ours = kernelized(lora_fused, model)
     for given in ((x,), (x, 3.0)):
@@ -347,7 +349,9 @@ def test_a_product_that_broadcasts(lora_fused):
     model, x = nn.Sequential(), torch.randn(5, 32, dtype=torch.float64)
     model.add_module("mlp", GLU())
     model.mlp.w3 = nn.Linear(32, 1)
-    model = get_peft_model(model.double(), LoraConfig(r=4, target_modules=["w1", "w2", "w3"]), autocast_adapter_dtype=False)
+    model = get_peft_model(
+        model.double(), LoraConfig(r=4, target_modules=["w1", "w2", "w3"]), autocast_adapter_dtype=False
+    )
     randomise_adapters(model, torch.float64)
     ours = kernelized(lora_fused, model.train())
     with OwnForwards() as calls:
@@ -374,7 +378,11 @@ def count_gated(lora_fused):
     """A list that grows with every gated MLP that is computed as one."""
     own, calls = lora_fused.functional.dispatch.compute_gated, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lora_fused.functional.dispatch, "compute_gated", lambda *args, **options: calls.append(0) or own(*args, **options))
+        patch.setattr(
+            lora_fused.functional.dispatch,
+            "compute_gated",
+            lambda *args, **options: calls.append(0) or own(*args, **options),
+        )
         yield calls
 
 

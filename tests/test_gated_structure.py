@@ -134,8 +134,16 @@ def cast_to_weight(self, x):
 
 # With the dropouts on the way, and whether the forward asks for dtypes.
 CONDITIONAL = {
-    "dropout before down": (lambda self, x: self.w2(self.dropout(self.act(self.w1(x)) * self.w3(x))), ("dropout",), False),
-    "dropout after down": (lambda self, x: self.dropout(self.w2(self.act(self.w1(x)) * self.w3(x))), ("dropout",), False),
+    "dropout before down": (
+        lambda self, x: self.w2(self.dropout(self.act(self.w1(x)) * self.w3(x))),
+        ("dropout",),
+        False,
+    ),
+    "dropout after down": (
+        lambda self, x: self.dropout(self.w2(self.act(self.w1(x)) * self.w3(x))),
+        ("dropout",),
+        False,
+    ),
     "the same one twice": (
         lambda self, x: self.dropout(self.w2(self.dropout(self.dropout(self.act(self.w1(x)) * self.w3(x))))),
         ("dropout",),
@@ -208,7 +216,10 @@ MISSES = {
     "dropout of x": (lambda self, x: self.w2(self.act(self.w1(self.dropout(x))) * self.w3(x)), "has parameters"),
     "dropout of up": (lambda self, x: self.w2(self.act(self.w1(x)) * self.dropout(self.w3(x))), "both factors"),
     "unused dropout": (lambda self, x: (self.dropout(x), self.w2(self.act(self.w1(x)) * self.w3(x)))[1], "more than"),
-    "dropout of two": (lambda self, x: self.w2(self.dropout(self.act(self.w1(x)) * self.w3(x), x)), "a dropout's result"),
+    "dropout of two": (
+        lambda self, x: self.w2(self.dropout(self.act(self.w1(x)) * self.w3(x), x)),
+        "a dropout's result",
+    ),
     "channel dropout": (lambda self, x: self.w2(self.channels(self.act(self.w1(x)) * self.w3(x))), "not a product"),
     "dropout inside": (lambda self, x: self.w2(self.dropout(self.act(self.w1(x))) * self.w3(x)), "random"),
     "functional dropout": (
@@ -255,7 +266,10 @@ MISSES = {
         lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x)) if self.scale > 0 else x,
         "something else than its input",
     ),
-    "on training": (lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x)) if self.training else x, "not a child module's: x"),
+    "on training": (
+        lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x)) if self.training else x,
+        "not a child module's: x",
+    ),
     "on gradients": (
         lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x)) if torch.is_grad_enabled() else x,
         "not a child module's: x",
@@ -267,7 +281,10 @@ MISSES = {
         "otherwise in training",
     ),
     "random": (lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x)) + torch.rand(4), "calls rand"),
-    "no gradient": (lambda self, x: self.w2(self.act(self.w1(x)) * without_gradient(self.w3, x)), "calls _set_grad_enabled"),
+    "no gradient": (
+        lambda self, x: self.w2(self.act(self.w1(x)) * without_gradient(self.w3, x)),
+        "calls _set_grad_enabled",
+    ),
     "autocast": (lambda self, x: self.w2(self.act(self.w1(x)) * without_autocast(self.w3, x)), "autocast"),
     "custom backward": (lambda self, x: self.w2(self.act(self.w1(ScaleGradient.apply(x))) * self.w3(x)), "autograd"),
     "decorated": (torch.no_grad()(lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x))), "decorator"),
@@ -377,7 +394,8 @@ def test_lora_projections(structure):
 
 
 @pytest.mark.parametrize(
-    "around", (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu"), lambda: torch.device("meta")),
+    "around",
+    (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu"), lambda: torch.device("meta")),
     ids=("no_grad", "inference_mode", "autocast", "device"),
 )
 def test_whatever_is_on_around_it(structure, around):

@@ -59,14 +59,39 @@ def test_as_a_thread_s_first_call(gemm):
     torch.testing.assert_close(out, a[0] @ b[0].t())
 
 
-def single(*, n=128, dtype=torch.bfloat16, count=1, bias=False, gain=False, accumulate=False, shift=0, dropped=None, leading=0, factor=1.0):
+def single(
+    *,
+    n=128,
+    dtype=torch.bfloat16,
+    count=1,
+    bias=False,
+    mag_norm_scale=False,
+    accumulate=False,
+    shift=0,
+    dropped=None,
+    leading=0,
+    factor=1.0,
+):
     a, b, out = operands(n=n, dtype=dtype)
     if shift:
         a = [torch.zeros(a[0].numel() + shift, device="cuda", dtype=dtype)[shift:].view_as(a[0])]
     vector = torch.ones(n, device="cuda", dtype=dtype) if bias else None
     seed = None if dropped is None else torch.tensor([3], device="cuda")
-    gain = torch.ones(n, device="cuda") if gain else None
-    return a * count, b * count, True, out, vector, gain, None, accumulate, seed, 0.1, leading if dropped is None else dropped, factor
+    mag_norm_scale = torch.ones(n, device="cuda") if mag_norm_scale else None
+    return (
+        a * count,
+        b * count,
+        True,
+        out,
+        vector,
+        mag_norm_scale,
+        None,
+        accumulate,
+        seed,
+        0.1,
+        leading if dropped is None else dropped,
+        factor,
+    )
 
 
 REFUSED = {
@@ -74,7 +99,7 @@ REFUSED = {
     "N of 132": dict(n=132),
     "nine segments": dict(count=9),
     "address of 8 bytes": dict(shift=4),
-    "gain without z": dict(gain=True),
+    "mag_norm_scale without z": dict(mag_norm_scale=True),
     "bias added to out": dict(bias=True, accumulate=True),
     "a mask over nothing": dict(count=2, dropped=0),
     "a mask over all": dict(count=2, dropped=2),

@@ -12,7 +12,12 @@ from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")
 PARTS = ("base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default", "lora_magnitude_vector.default")
-ON_A_PART = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
+ON_A_PART = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+)
 ON_ALL = (
     "register_module_forward_hook",
     "register_module_forward_pre_hook",

@@ -208,7 +208,9 @@ OTHER_FILES = {
     "autograd/__init__.py is empty": lambda copied: empty(copied.variant / "autograd" / "__init__.py"),
     "specs.py is missing": lambda copied: remove(copied.variant / "specs.py"),
     "autograd/mine.py is new": lambda copied: empty(copied.variant / "autograd" / "mine.py"),
-    "backends/configs/nvidia-h200.json is empty": lambda copied: empty(copied.variant / "backends" / "configs" / "nvidia-h200.json"),
+    "backends/configs/nvidia-h200.json is empty": lambda copied: empty(
+        copied.variant / "backends" / "configs" / "nvidia-h200.json"
+    ),
     "__init__.py has other contents": exchange,
 }
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from helpers.cases import DEVICE, LINEARS, peft_llama, tiny_llama
 from helpers.heads import assert_same, heads, inner, step
-from kernels import Mode, use_kernel_forward_from_hub, use_kernel_mapping
-from kernels import kernelize as kernelize_all
+from kernels import Mode, kernelize as kernelize_all, use_kernel_forward_from_hub, use_kernel_mapping
 from kernels.layer.globals import _KERNEL_MAPPING
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora

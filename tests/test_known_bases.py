@@ -30,7 +30,14 @@ class Network(nn.Module):
 
     def __init__(self, cls, bias):
         super().__init__()
-        for name, k, n in (("q", 32, 16), ("k", 32, 8), ("v", 32, 12), ("gate", 32, 24), ("up", 32, 24), ("down", 24, 32)):
+        for name, k, n in (
+            ("q", 32, 16),
+            ("k", 32, 8),
+            ("v", 32, 12),
+            ("gate", 32, 24),
+            ("up", 32, 24),
+            ("down", 24, 32),
+        ):
             self.add_module(name, cls(k, n, bias=bias))
             if bias:
                 nn.init.normal_(self._modules[name].bias)
@@ -106,7 +113,7 @@ def test_other_dtypes(lora_fused, cls, dtype, autocast):
             called = autocast and bias and dtype == torch.float32 and cls is FalconLinear
             for row in rows:
                 assert row.fused == (not called or not config), row
-                assert (row.backend == "base called") == (called and row.fused), row
+                assert (row.backend == "fused delta") == (called and row.fused), row
                 assert not called or "FalconLinear adds its bias of torch.float32" in row.reason, row
 
 
@@ -141,7 +148,9 @@ class Pooled(nn.Module):
 
 def test_output_projection_that_is_never_called(lora_fused):
     """PEFT puts an adapter there that nobody calls; the results are its own, and `explain` says so."""
-    model = get_peft_model(Pooled().double(), LoraConfig(r=4, target_modules=["out_proj", "fc"], init_lora_weights=False))
+    model = get_peft_model(
+        Pooled().double(), LoraConfig(r=4, target_modules=["out_proj", "fc"], init_lora_weights=False)
+    )
     ours = kernelized(lora_fused, model)
     x = torch.randn(3, 5, 16, dtype=torch.float64)
     y, expected = ours(x), model(x)
@@ -156,7 +165,9 @@ def test_output_projection_that_is_never_called(lora_fused):
 
 
 def test_pefts_own_attention(lora_fused):
-    model = get_peft_model(Pooled().double(), LoraConfig(r=4, target_modules=["attention", "fc"], init_lora_weights=False))
+    model = get_peft_model(
+        Pooled().double(), LoraConfig(r=4, target_modules=["attention", "fc"], init_lora_weights=False)
+    )
     ours = kernelized(lora_fused, model)
     x = torch.randn(3, 5, 16, dtype=torch.float64)
     for _ in range(2):
@@ -206,8 +217,8 @@ def test_trained_tokens_under_the_adapter(lora_fused, config):
     model = tied_llama(**config)
     ours = kernelized(lora_fused, model)
     row = rows_of(lora_fused, ours)[-1]
-    assert row.module.endswith("lm_head") and row.backend == "base called"
-    assert row.reason == "base called: TrainableTokensWrapper"
+    assert row.module.endswith("lm_head") and row.backend == "fused delta"
+    assert row.reason == "base layer's own forward: TrainableTokensWrapper"
     mine, theirs = losses(ours), losses(model)
     assert len(mine) > 20
     for one, other in zip(mine, theirs, strict=True):
@@ -261,7 +272,7 @@ def test_a_layer_of_trained_tokens_as_base(lora_fused):
     plain, x = model.proj, torch.randn(6, 32, dtype=torch.float64)
     ours = kernelized(lora_fused, plain)
     row = rows_of(lora_fused, ours)[0]
-    assert row.fused and row.reason == "base called: TrainableTokensLayer"
+    assert row.fused and row.reason == "base layer's own forward: TrainableTokensLayer"
     y, expected = ours(x), plain(x)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     mine, theirs = gradients(ours, y), gradients(plain, expected)

@@ -7,8 +7,7 @@ import warnings
 import pytest
 import torch
 from helpers.cases import Case, peft_linear
-from helpers.embeddings import Case as EmbeddingCase
-from helpers.embeddings import peft_embedding
+from helpers.embeddings import Case as EmbeddingCase, peft_embedding
 from helpers.heads import NAMES, heads, inner, kernelized
 from test_gated import glu
 from torch import nn
@@ -78,7 +77,7 @@ def test_a_linear(lora_fused, layout, training, config):
         return call
 
     works = assert_like_peft(of(ours), of(model), layout)
-    assert works or layout not in TAKEN or "lora_dropout" in config and training or "use_dora" in config
+    assert works or layout not in TAKEN or ("lora_dropout" in config and training) or "use_dora" in config
     state = lora_fused.peft.linear.read_linear(inner(ours).proj)
     reason = lora_fused.peft.linear.call_reason(state, x, (), {})
     assert reason in (f"x has the layout {x.layout}", "x is nested", "x is a NestedTensor")
@@ -134,7 +133,7 @@ def test_a_parameter(lora_fused, layout, which, dora):
     assert_like_peft(lambda: inner(ours)(x), lambda: _again(right), which)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        row, = lora_fused.explain(model)
+        (row,) = lora_fused.explain(model)
     assert not row.fused and ("layout" in row.reason or "cannot be read" in row.reason), row.reason
 
 
@@ -171,7 +170,10 @@ def test_the_functional_api_names_the_tensor(lora_fused, layout, name):
 @pytest.mark.parametrize("name", ("ids", "weight", "lora_a", "lora_b"))
 def test_the_functional_embedding_names_the_tensor(lora_fused, layout, name):
     given = dict(
-        ids=torch.randint(0, 33, (4, 6)), weight=torch.randn(33, 24), lora_a=torch.randn(5, 33), lora_b=torch.randn(24, 5)
+        ids=torch.randint(0, 33, (4, 6)),
+        weight=torch.randn(33, 24),
+        lora_a=torch.randn(5, 33),
+        lora_b=torch.randn(24, 5),
     )
     given[name] = LAYOUTS[layout](given[name])
     with pytest.raises(TypeError, match=f"^{name}: (nested|layout torch.*), expected a dense tensor"):

@@ -135,7 +135,9 @@ def saved_tensors(model, x):
 def table():
     """{variant: (times x is saved, sorted shapes)} as the document says."""
     section = DESIGN.read_text().split("## Saved for backward")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")
+    ]
     return {variant: ({"once": 1, "no": 0}[x], shapes_in(saved)) for variant, x, saved in rows[2:]}
 
 

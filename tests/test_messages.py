@@ -8,14 +8,15 @@ import warnings
 import pytest
 import torch
 from helpers.cases import DEVICE, Case, peft_linear
-from helpers.embeddings import Case as EmbeddingCase
-from helpers.embeddings import peft_embedding
+from helpers.embeddings import Case as EmbeddingCase, peft_embedding
 from helpers.heads import inner, kernelized
 from test_gated import glu
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")
-INTERNAL = re.compile(r"aoti_|API call failed|kernel-src|torch_binding|\.cpp\b(?<!alloc_cpu\.cpp)|\.cuh?\b|\.h:\d|_lora_fused_")
+INTERNAL = re.compile(
+    r"aoti_|API call failed|kernel-src|torch_binding|\.cpp\b(?<!alloc_cpu\.cpp)|\.cuh?\b|\.h:\d|_lora_fused_"
+)
 
 
 def assert_plain(error):
@@ -96,7 +97,7 @@ def test_a_layer_in_a_bad_state(lora_fused, case, training):
     ours = kernelized(lora_fused, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        row, = lora_fused.explain(ours)
+        (row,) = lora_fused.explain(ours)
     assert not row.fused, row.reason
     assert_like_peft(inner(ours), inner(model), torch.randn(5, 32))
 
@@ -121,7 +122,11 @@ def test_an_embedding_in_a_bad_state(lora_fused, shape):
 
 def good():
     return dict(
-        x=torch.randn(5, 32), weight=torch.randn(16, 32), lora_a=torch.randn(4, 32), lora_b=torch.randn(16, 4), scaling=1.0
+        x=torch.randn(5, 32),
+        weight=torch.randn(16, 32),
+        lora_a=torch.randn(4, 32),
+        lora_b=torch.randn(16, 4),
+        scaling=1.0,
     )
 
 
@@ -149,7 +154,9 @@ BAD_INPUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change,name", BAD_INPUTS, ids=lambda value: value if isinstance(value, str) else " ".join(value))
+@pytest.mark.parametrize(
+    "change,name", BAD_INPUTS, ids=lambda value: value if isinstance(value, str) else " ".join(value)
+)
 def test_bad_input_of_lora_linear(lora_fused, change, name):
     with pytest.raises((TypeError, ValueError), match=f"^{name}: .*(expected|unknown)") as raised:
         lora_fused.lora_linear(**good() | change)
@@ -200,9 +207,9 @@ def test_gradients_of_gradients(lora_fused, config):
         ours, x = kernelized(lora_fused, each), torch.randn(5, 32, requires_grad=True)
         torch.manual_seed(1)
         y = inner(ours)(x)
-        first, = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         torch.manual_seed(1)
-        again, = torch.autograd.grad(inner(ours)(x).square().sum(), x)
+        (again,) = torch.autograd.grad(inner(ours)(x).square().sum(), x)
         assert torch.equal(first.detach(), again)
         with pytest.raises(RuntimeError, match="^lora_fused: gradients of gradients .*without kernelize") as raised:
             first.square().sum().backward()
@@ -214,7 +221,7 @@ def test_a_graph_that_nobody_differentiates_again(lora_fused):
     given = {name: t for name, t in good().items() if name != "scaling"}
     given["lora_b"].requires_grad_()
     y = lora_fused.lora_linear(**given, scaling=1.0)
-    grad, = torch.autograd.grad(y, given["lora_b"], torch.ones_like(y), create_graph=True)
+    (grad,) = torch.autograd.grad(y, given["lora_b"], torch.ones_like(y), create_graph=True)
     assert not grad.requires_grad
 
 
@@ -251,13 +258,17 @@ def test_where_torch_does_not_tell_the_cause(lora_fused, monkeypatch, case):
     """As before torch 2.13."""
     monkeypatch.setattr(lora_fused.backends.native_errors, "_cause", lambda: "")
     given, said = FAILURES[case]
-    error = lora_fused.backends.native_errors.native_error(RuntimeError(given), (torch.zeros(1, device="cpu"), None, [3]))
+    error = lora_fused.backends.native_errors.native_error(
+        RuntimeError(given), (torch.zeros(1, device="cpu"), None, [3])
+    )
     assert str(error).startswith(said)
     assert_plain(error)
 
 
 def test_a_gpu_s_memory_in_its_own_type(lora_fused, monkeypatch):
-    monkeypatch.setattr(lora_fused.backends.native_errors, "_cause", lambda: "CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(
+        lora_fused.backends.native_errors, "_cause", lambda: "CUDA out of memory. Tried to allocate 2 GiB"
+    )
     error = lora_fused.backends.native_errors.native_error(RuntimeError(FAILURES["allocation"][0]), ())
     assert type(error) is torch.OutOfMemoryError and str(error) == "CUDA out of memory. Tried to allocate 2 GiB"
 
@@ -268,7 +279,7 @@ def test_a_check_of_an_op_reaches_nobody_with_its_path(lora_fused):
     ones = torch.ones(4, 4)
     calls = (
         lambda: lora_fused.backends.native.dropout(ones, mask, torch.float32),
-        lambda: lora_fused.backends.native.gain(torch.ones(3), torch.ones(4)),
+        lambda: lora_fused.backends.native.mag_norm_scale(torch.ones(3), torch.ones(4)),
         lambda: lora_fused.backends.native.row_norm(ones, ones[:, :2], ones, 1.0),
         lambda: lora_fused.backends.native.dequantize_4bit(ones, ones, None, None, None, 3, 0, False, 0, ones),
         lambda: lora_fused.backends.native.lora_forward(

@@ -3,9 +3,9 @@ everything, on this machine's device: masks given, memory poisoned, every gradie
 
 import functools
 
-from helpers import formula
 import pytest
 import torch
+from helpers import formula
 from helpers.cases import UNIT, relative
 
 # tokens, features in; whole tiles, parts of tiles, more tokens than a block has, columns that no kernel of
@@ -95,7 +95,9 @@ def compare(ours, truth, dtype, stored):
     for i, (value, exact) in enumerate(zip(ours, truth)):
         error, peak = relative(value, exact)
         bound = stored * UNIT[dtype] + (0.0 if dtype == torch.float64 else exact.numel() ** 0.5 * 2.0**-24)
-        assert error <= bound and peak <= 8 * bound, f"result {i} of shape {tuple(exact.shape)}: {error:.3g}, {peak:.3g}"
+        assert error <= bound and peak <= 8 * bound, (
+            f"result {i} of shape {tuple(exact.shape)}: {error:.3g}, {peak:.3g}"
+        )
 
 
 @pytest.mark.parametrize("dtype,adapter", DTYPES, ids=str)
@@ -156,7 +158,12 @@ EXACT_GROUPS = {
     "DoRA": ((1024, 16, 0.0, True, True), (72, 40, 0.0, False, False), (1000, 8, 0.0, True, False)),
     "masks": ((1024, 16, 0.3, False, True), (72, 16, 0.1, False, False), (1000, 8, 0.5, False, False)),
     "mixed": ((1024, 32, 0.0, True, True), (72, 24, 0.2, False, False), (1000, 16, 0.0, False, True)),
-    "fours": ((72, 4, 0.0, False, False), (40, 4, 0.0, False, True), (64, 4, 0.0, False, False), (48, 4, 0.0, False, False)),
+    "fours": (
+        (72, 4, 0.0, False, False),
+        (40, 4, 0.0, False, True),
+        (64, 4, 0.0, False, False),
+        (48, 4, 0.0, False, False),
+    ),
     "odd": ((31, 5, 0.2, False, True), (17, 3, 0.0, False, False), (9, 7, 0.9, False, False)),
     "ranks": ((72, 136, 0.1, False, False), (48, 384, 0.0, False, False), (64, 200, 0.3, False, True)),
 }
@@ -167,11 +174,14 @@ SEEDS = torch.tensor([5, 2**40 + 1, 77])
 
 
 def exact_run(lora_fused, operands, group, x, dys, device, scalings):
-    flat, own = flat_on(operands, device, torch.bfloat16, torch.float32), x.detach().to(device, torch.bfloat16).requires_grad_()
+    flat, own = (
+        flat_on(operands, device, torch.bfloat16, torch.float32),
+        x.detach().to(device, torch.bfloat16).requires_grad_(),
+    )
     given = [dy.to(device, torch.bfloat16) for dy in dys]
     poison(device)
     projections = projections_of(lora_fused, flat, scalings, [lora_fused.ProjectionSpec(p) for _, _, p, _, _ in group])
-    assert lora_fused.autograd.group_native.takes(projections, torch.bfloat16, None, is_cuda=True) == (True, True)
+    assert lora_fused.autograd.group_native.native_path(projections, torch.bfloat16, None, is_cuda=True) == (True, True)
     seeds = SEEDS.to(device) if any(p for _, _, p, _, _ in group) else None
     return backward(lora_fused.autograd.group_native.lora_group(own, projections, seeds, True), given, own, flat), flat
 
@@ -212,7 +222,12 @@ def test_float32_adapters_keep_their_precision(lora_fused, device, m, k, group):
 def test_norms_made_by_the_forward_and_elsewhere(lora_fused, device, monkeypatch, elsewhere):
     """Triton makes norms of large ranks on a GPU; those of the other members are the forward's own."""
     generator = torch.Generator().manual_seed(3)
-    group = ((72, 16, 0.0, True, True), (40, 24, 0.0, True, False), (64, 8, 0.0, False, True), (48, 4, 0.0, True, False))
+    group = (
+        (72, 16, 0.0, True, True),
+        (40, 24, 0.0, True, False),
+        (64, 8, 0.0, False, True),
+        (48, 4, 0.0, True, False),
+    )
     operands = [operands_of(generator, 96, n, r, dora, bias) for n, r, _, dora, bias in group]
     x, dys = draw(generator, 37, 96).float(), [draw(generator, 37, n).float().to(device) for n, *_ in group]
     native = lora_fused.backends.select.norm_is_native
@@ -242,15 +257,19 @@ def test_what_the_ops_take(lora_fused):
         projections = [
             lora_fused.Projection(
                 lora_fused.Operands(
-                    torch.zeros(3, 4, dtype=weight or dtype), None, torch.zeros(2, 4, dtype=a), torch.zeros(3, 2, dtype=b),
-                    None, magnitude,
+                    torch.zeros(3, 4, dtype=weight or dtype),
+                    None,
+                    torch.zeros(2, 4, dtype=a),
+                    torch.zeros(3, 2, dtype=b),
+                    None,
+                    magnitude,
                 ),
                 1.0,
                 lora_fused.ProjectionSpec(p if i == len(adapters) - 1 else 0.0),
             )
             for i, (a, b) in enumerate(adapters)
         ]
-        return tuple(lora_fused.autograd.group_native.takes(projections, dtype, autocast, is_cuda))
+        return tuple(lora_fused.autograd.group_native.native_path(projections, dtype, autocast, is_cuda))
 
     assert taken(bf16, (bf16, bf16), p=0.1) == taken(fp32, (fp32, fp32), is_cuda=False) == (True, False)
     assert taken(bf16, (fp32, fp32), autocast=bf16, p=0.1) == (True, False)
@@ -288,9 +307,11 @@ def test_gated(lora_fused, device, three_threads, p, dora, gate_half, dtype, ada
         poison(device)
         return backward([compute(own, flat)], [given], own, flat)
 
-    def native(x, flat, exact=False):
+    def native(x, flat, bf16x3=False):
         projections = projections_of(lora_fused, flat, scalings, specs)
-        return lora_fused.autograd.gated_mlp_native.gated_mlp(x, projections, (0, gate_half or 0), seeds.to(x.device), exact)
+        return lora_fused.autograd.gated_mlp_native.gated_mlp(
+            x, projections, (0, gate_half or 0), seeds.to(x.device), bf16x3
+        )
 
     def formulated(x, flat):
         of = lora_fused.specs.unflatten(flat)
@@ -300,7 +321,7 @@ def test_gated(lora_fused, device, three_threads, p, dora, gate_half, dtype, ada
     compare(run(native, device, dtype, adapter), truth, dtype, stored=8)
     compare(run(native, "cpu", torch.float64, torch.float64), truth, torch.float64, stored=64)
     if not (p and dora) and (dtype, adapter) == (torch.bfloat16, torch.float32):
-        compare(run(functools.partial(native, exact=True), device, dtype, adapter), truth, dtype, stored=8)
+        compare(run(functools.partial(native, bf16x3=True), device, dtype, adapter), truth, dtype, stored=8)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)

@@ -12,9 +12,7 @@ from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from test_adapters import tokens
 from test_fallbacks import explain, kernelized
-from test_gated import assert_same as assert_same_mlp
-from test_gated import glu, mlp_of
-from test_gated import step as mlp_step
+from test_gated import assert_same as assert_same_mlp, glu, mlp_of, step as mlp_step
 from torch import nn
 from torch.nn.utils import prune
 
@@ -53,7 +51,11 @@ def test_hooks_of_accelerate(lora_fused, first):
     for _ in range(3):
         assert_same(step(ours, x), step(model, x))
     reasons = {row.module.rpartition(".")[2]: row.reason for row in explain(lora_fused, ours)}
-    assert reasons == {"q": None, "k": "another tool set its forward: accelerate.hooks.add_hook_to_module.<locals>.new_forward", "v": None}
+    assert reasons == {
+        "q": None,
+        "k": "another tool set its forward: accelerate.hooks.add_hook_to_module.<locals>.new_forward",
+        "v": None,
+    }
     for each in (model, ours):
         accelerate.hooks.remove_hook_from_module(inner(each).k)
     assert_same(step(ours, x), step(model, x))
@@ -183,7 +185,9 @@ def test_tensors_in_place_of_parameters(lora_fused, dora):
     puts = []
     for each in (model, ours):
         k = inner(each).k
-        puts.append(take_out((k.base_layer, k.lora_A["default"], k.lora_B["default"], *k.lora_magnitude_vector.values())))
+        puts.append(
+            take_out((k.base_layer, k.lora_A["default"], k.lora_B["default"], *k.lora_magnitude_vector.values()))
+        )
     for _ in range(3):
         for put in puts:
             put()

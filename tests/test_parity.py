@@ -6,10 +6,19 @@ import copy
 import pytest
 import torch
 from helpers.cases import (
-    CASES, DEVICE, DTYPES, VARIANTS, Case, DrawnDropout, OwnForwards, assert_as_good, peft_linear, peft_llama, take_exactly,
+    CASES,
+    DEVICE,
+    DTYPES,
+    VARIANTS,
+    Case,
+    DrawnDropout,
+    OwnForwards,
+    assert_as_good,
+    peft_linear,
+    peft_llama,
+    take_exactly,
 )  # fmt: skip
 from kernels import Mode, kernelize
-
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -55,7 +64,11 @@ def run_fused(lora_fused, model, x, dy, autocast=None, device=DEVICE):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layer_matches_peft(lora_fused, device, monkeypatch, case, base, adapter, variant, autocast, backend):
     if backend == "triton":
-        monkeypatch.setattr(lora_fused.backends.device_config, "of", lambda device: lora_fused.backends.device_config.Tuned(up_add_from=0))
+        monkeypatch.setattr(
+            lora_fused.backends.device_config,
+            "of",
+            lambda device: lora_fused.backends.device_config.DeviceConfig(linear_expand_from=0),
+        )
         monkeypatch.setattr(lora_fused.backends.select, "is_hopper", lambda device: False)
     model, _ = peft_linear(case, base, adapter, device, **VARIANTS[variant])
     compare_with_peft(lora_fused, device, model, case, base, autocast)
@@ -85,7 +98,7 @@ def test_float32_adapters_as_on_a_gpu(lora_fused, monkeypatch, case, variant):
     model, _ = peft_linear(case, torch.bfloat16, torch.float32, "cpu", **VARIANTS[variant])
     compare_with_peft(lora_fused, "cpu", model, case, torch.bfloat16)
     masked_dora = {"lora_dropout", "use_dora"} <= VARIANTS[variant].keys()
-    assert calls and all(exact != masked_dora for exact in calls)
+    assert calls and all(bf16x3 != masked_dora for bf16x3 in calls)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -94,7 +107,9 @@ def test_trainable_base(lora_fused, device, variant, case):
     """As under bias="all", and with the base weight trained as well."""
     model, layer = peft_linear(case, torch.float32, torch.float32, device, **VARIANTS[variant])
     layer.base_layer.bias.requires_grad_(True)
-    detaches = case.conv1d and VARIANTS[variant].get("use_dora")  # a part of the gradient: PEFT's own, see test_fallbacks
+    detaches = case.conv1d and VARIANTS[variant].get(
+        "use_dora"
+    )  # a part of the gradient: PEFT's own, see test_fallbacks
     layer.base_layer.weight.requires_grad_(not detaches)
     compare_with_peft(lora_fused, device, model, case, torch.float32)
 
@@ -198,7 +213,7 @@ GRADCHECK = {
 }
 
 
-@pytest.mark.parametrize("backend", ("reference", "library"))
+@pytest.mark.parametrize("backend", ("reference", "native"))
 @pytest.mark.parametrize("variant", GRADCHECK)
 def test_gradcheck(lora_fused, variant, backend):
     """Against finite differences, with one mask for all calls. DoRA's norm is detached, so only what the
@@ -254,20 +269,24 @@ def train(model, device, steps=20, autocast=None):
 
 def test_choice_of_backend(lora_fused, monkeypatch):
     gpu, large = torch.device("cuda"), 2**20
-    monkeypatch.setattr(lora_fused.backends.device_config, "of", lambda device: lora_fused.backends.device_config.Tuned(up_add_from=large))
+    monkeypatch.setattr(
+        lora_fused.backends.device_config,
+        "of",
+        lambda device: lora_fused.backends.device_config.DeviceConfig(linear_expand_from=large),
+    )
 
-    def choose(device, dtype, work, native=True, exact=False):
-        taken = lora_fused.specs.Taken(native, exact)
+    def choose(device, dtype, work, native=True, bf16x3=False):
+        taken = lora_fused.specs.NativePath(native, bf16x3)
         return lora_fused.backends.select.choose(device, dtype, taken, lambda: work)
 
     monkeypatch.setattr(lora_fused.backends.select, "is_hopper", lambda device: True)
-    assert choose(gpu, torch.bfloat16, large) == "library"
+    assert choose(gpu, torch.bfloat16, large) == "native"
     assert choose(gpu, torch.bfloat16, large, native=False) == "triton"  # float32 adapters and dropout, no autocast
     monkeypatch.setattr(lora_fused.backends.select, "is_hopper", lambda device: False)
     assert choose(gpu, torch.bfloat16, large) == choose(gpu, torch.float16, large) == "triton"
-    assert choose(gpu, torch.bfloat16, large, exact=True) == "library"
-    assert choose(gpu, torch.bfloat16, large - 1) == choose(gpu, torch.float32, large) == "library"
-    assert choose(torch.device("cpu"), torch.bfloat16, large) == "library"
+    assert choose(gpu, torch.bfloat16, large, bf16x3=True) == "native"
+    assert choose(gpu, torch.bfloat16, large - 1) == choose(gpu, torch.float32, large) == "native"
+    assert choose(torch.device("cpu"), torch.bfloat16, large) == "native"
 
 
 CURVES = {

@@ -12,12 +12,11 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 
-from helpers import networks
 import pytest
 import torch
+from helpers import networks
 from helpers.cases import DEVICE
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from kernels import Mode, kernelize
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -206,7 +205,7 @@ def attempt(action):
     """(result, None) or (None, type of the error)."""
     try:
         return action(), None
-    except Exception as error:  # noqa: BLE001, any error of PEFT's is compared
+    except Exception as error:
         return None, type(error)
 
 

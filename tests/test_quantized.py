@@ -6,11 +6,19 @@ quantized layer.
 
 import pytest
 import torch
-from helpers.cases import BROKEN_ROWS, QUANTIZED_CASES, VARIANTS, DrawnDropout, OwnForwards, assert_as_good, take_exactly
+from helpers.cases import (
+    BROKEN_ROWS,
+    QUANTIZED_CASES,
+    VARIANTS,
+    DrawnDropout,
+    OwnForwards,
+    assert_as_good,
+    take_exactly,
+)
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("bitsandbytes")
-from helpers import quantized  # noqa: E402
+from helpers import quantized
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # (x and compute dtype, adapter, autocast to)
@@ -55,7 +63,7 @@ def compare(lora_fused, case, precision, device, state, config, expect):
     quantized.fuse(lora_fused, model, device)
     with quantized.as_on_gpu(device, autocast):
         row = lora_fused.explain(model, rows=x.numel() // case.k)[0]
-    said = "PEFT's" if not row.fused else "base called" if row.backend == "base called" else "fused"
+    said = "PEFT's" if not row.fused else "fused delta" if row.backend == "fused delta" else "fused"
     assert said == expect, row
     torch.set_rng_state(generator[0])
     if device == "cuda":
@@ -78,7 +86,9 @@ def test_layer_matches_peft(lora_fused, device, case, variant, precision):
 
 
 @pytest.mark.parametrize("case", QUANTIZED_CASES, ids=str)
-@pytest.mark.parametrize("variant", [name for name, each in VARIANTS.items() if not {"lora_dropout", "use_dora"} <= each.keys()])
+@pytest.mark.parametrize(
+    "variant", [name for name, each in VARIANTS.items() if not {"lora_dropout", "use_dora"} <= each.keys()]
+)
 def test_float32_adapters_as_on_a_gpu(lora_fused, monkeypatch, case, variant):
     """In two parts, by the native op."""
     calls = take_exactly(lora_fused, monkeypatch)
@@ -110,9 +120,9 @@ def test_few_rows_without_a_gradient(lora_fused, device, rows, variant, precisio
         assert_as_good("y", ours, theirs, exact(x.double()), autocast or compute)
     assert bool(calls) != row.fused
     if rows > 4:
-        assert row.fused and row.backend != "base called", row
+        assert row.fused and row.backend != "fused delta", row
     elif variant.startswith("dora"):
-        assert row.fused and row.backend == "base called", row
+        assert row.fused and row.backend == "fused delta", row
     else:
         assert not row.fused and row.reason == lora_fused.peft.small_batch.SMALL, row
 
@@ -143,7 +153,7 @@ def test_quantizations(lora_fused, device, state, variant, precision):
 @pytest.mark.parametrize("variant", ("lora", "dora", "dropout"))
 def test_rows_of_broken_blocks(lora_fused, device, case, variant):
     """Fused on a GPU. On the CPU, where bitsandbytes reads them in its own way, its own forward runs."""
-    expect = "fused" if device == "cuda" else "PEFT's" if variant == "dora" else "base called"
+    expect = "fused" if device == "cuda" else "PEFT's" if variant == "dora" else "fused delta"
     compare(lora_fused, case, PRECISIONS[0], device, STATES[0], VARIANTS[variant], expect)
 
 
@@ -184,7 +194,7 @@ def test_float32_x_under_autocast_keeps_its_dtype(lora_fused, device):
     truth, true_grads = quantized.step(exact, x.double(), dy.double())
     with torch.autocast(device, dtype=BF16):
         rows = quantized.fuse(lora_fused, model, device)
-    assert rows[0].fused and rows[0].backend != "base called"
+    assert rows[0].fused and rows[0].backend != "fused delta"
     with OwnForwards() as calls:
         ours, our_grads = quantized.step(model, x, dy, BF16)
     assert not calls and ours.dtype == F32

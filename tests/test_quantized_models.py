@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 bnb = pytest.importorskip("bitsandbytes")
-from helpers import quantized  # noqa: E402
+from helpers import quantized
 
 BF16, F32 = torch.bfloat16, torch.float32
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -38,7 +38,10 @@ def run_fused(model, ids, autocast=None):
 
 def assert_close(ours, theirs, tolerance):
     assert ours[1].keys() == theirs[1].keys()
-    for name, (mine, peft) in {"logits": (ours[0], theirs[0]), **{n: (g, theirs[1][n]) for n, g in ours[1].items()}}.items():
+    for name, (mine, peft) in {
+        "logits": (ours[0], theirs[0]),
+        **{n: (g, theirs[1][n]) for n, g in ours[1].items()},
+    }.items():
         error = (mine.double() - peft.double()).norm() / peft.double().norm()
         assert error <= tolerance, (name, error.item())
 
@@ -53,7 +56,7 @@ def test_llama(lora_fused, device, names, config):
     for _ in range(3):
         ours = run_fused(model, ids)
     rows = lora_fused.explain(model, rows=ids.numel())
-    assert all(row.fused and row.backend != "base called" for row in rows), str(rows)
+    assert all(row.fused and row.backend != "fused delta" for row in rows), str(rows)
     groups = {row.module.rpartition(".")[2]: row.group for row in rows}
     assert groups["q_proj"] == groups["v_proj"] == "q_proj+k_proj+v_proj"
     assert groups["gate_proj"] == groups["down_proj"] != "single" and groups["gate_proj"].endswith("mlp")
@@ -236,7 +239,10 @@ def test_nothing_dequantized_is_saved(lora_fused, device, config):
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             state = module.weight.quant_state
-            known |= {t.untyped_storage().data_ptr() for t in (state.absmax, state.offset, state.state2.absmax, state.state2.code)}
+            known |= {
+                t.untyped_storage().data_ptr()
+                for t in (state.absmax, state.offset, state.state2.absmax, state.state2.code)
+            }
     saved, floats = [], []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         loss = model(ids, labels=ids).loss

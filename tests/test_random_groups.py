@@ -4,9 +4,9 @@ gradient. By the native op, and by the chain of operations that serves what the 
 
 import random
 
-from helpers import formula
 import pytest
 import torch
+from helpers import formula
 from helpers.cases import UNIT, relative
 from test_native import draw, flat_on, operands_of, poison, poisoned_memory, projections_of  # noqa: F401
 
@@ -16,7 +16,7 @@ RANKS = (1, 3, 4, 8, 12, 16, 40)
 class RandomGroup:
     """`stored`: what the adapter's values are rounded to, the others' to `dtype`."""
 
-    def __init__(self, seed, dtype, stored, exact):
+    def __init__(self, seed, dtype, stored, bf16x3):
         pick, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self.m, self.k = pick.choice((0, 1, 5, 33, 70, 300)), pick.choice((7, 24, 64, 136, 520))
         alike = pick.random() < 0.4  # one rank and one scaling, as most models have them
@@ -24,12 +24,12 @@ class RandomGroup:
         self.operands, self.dropouts, self.scalings, self.kinds = [], [], [], []
         for i in range(count):
             n, r, dora = pick.choice((5, 24, 40, 264)), rank if alike else pick.choice(RANKS), pick.random() < 0.25
-            p = 0.0 if (dora and exact) or pick.random() < 0.6 else pick.choice((0.1, 0.5, 1.0))
+            p = 0.0 if (dora and bf16x3) or pick.random() < 0.6 else pick.choice((0.1, 0.5, 1.0))
             # Beside a bias DoRA's values may cancel: its dm is of what a rounded sum leaves then.
             operands = operands_of(self.generator, self.k, n, r, dora, not dora and pick.random() < 0.5)
             if i > 0 and pick.random() < 0.15:
                 operands[2:], p = [None] * 4, 0.0
-            half = exact and pick.random() < 0.2  # an adapter in x's dtype beside float32 ones
+            half = bf16x3 and pick.random() < 0.2  # an adapter in x's dtype beside float32 ones
             kept = [dtype] * 2 + [dtype if half else stored] * 4
             self.operands.append([None if t is None else t.to(to).double() for t, to in zip(operands, kept)])
             self.dropouts.append(p)
@@ -65,11 +65,11 @@ class RandomGroup:
     def seeds_on(self, device):
         return self.seeds.to(device) if any(self.dropouts) else None
 
-    def natively(self, lora_fused, exact):
+    def natively(self, lora_fused, bf16x3):
         def compute(x, flat):
             specs = [lora_fused.ProjectionSpec(p) for p in self.dropouts]
             projections = projections_of(lora_fused, flat, self.scalings, specs)
-            return lora_fused.autograd.group_native.lora_group(x, projections, self.seeds_on(x.device), exact)
+            return lora_fused.autograd.group_native.lora_group(x, projections, self.seeds_on(x.device), bf16x3)
 
         return compute
 
@@ -108,21 +108,21 @@ def compare(ours, truth, dtype):
 PRECISIONS = {
     "float32": (torch.float32, torch.float32, False),
     "as under autocast": (torch.bfloat16, torch.float32, False),
-    "exact": (torch.bfloat16, torch.float32, True),
+    "bf16x3": (torch.bfloat16, torch.float32, True),
 }
 
 
 @pytest.mark.parametrize("seed", range(30))
-@pytest.mark.parametrize("dtype, adapter, exact", PRECISIONS.values(), ids=PRECISIONS)
-def test_random_group(lora_fused, device, seed, dtype, adapter, exact):
-    group = RandomGroup(seed, dtype, adapter if exact else dtype, exact)
+@pytest.mark.parametrize("dtype, adapter, bf16x3", PRECISIONS.values(), ids=PRECISIONS)
+def test_random_group(lora_fused, device, seed, dtype, adapter, bf16x3):
+    group = RandomGroup(seed, dtype, adapter if bf16x3 else dtype, bf16x3)
     truth = group.run(group.by_formula(lora_fused), "cpu", torch.float64, torch.float64)
-    compare(group.run(group.natively(lora_fused, exact), device, dtype, adapter), truth, dtype)
+    compare(group.run(group.natively(lora_fused, bf16x3), device, dtype, adapter), truth, dtype)
 
 
 @pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_random_group_in_a_chain(lora_fused, device, seed, dtype):
-    group = RandomGroup(seed, dtype, dtype, exact=False)
+    group = RandomGroup(seed, dtype, dtype, bf16x3=False)
     truth = group.run(group.by_formula(lora_fused), "cpu", torch.float64, torch.float64)
     compare(group.run(group.in_a_chain(lora_fused), device, dtype, dtype), truth, dtype)

@@ -40,7 +40,7 @@ class Transposed(Linear):
     layer = transformers.pytorch_utils.Conv1D
 
 
-class Table(nn.Module):
+class EmbeddingOperands(nn.Module):
     def __init__(self, scaled=False):
         super().__init__()
         make = transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding if scaled else nn.Embedding
@@ -159,14 +159,14 @@ REPLACEMENTS = (
     Replacement(DORA, dora.DoraLinearLayer, "forward"),
     Replacement(lambda: adapted(Transposed(), fan_in_fan_out=True), Transposed.layer, "forward"),
     Replacement(lambda: adapted(Transposed(), fan_in_fan_out=True), Transposed.layer, "__call__"),
-    Replacement(lambda: adapted(Table(scaled=True)), gemma3.Gemma3TextScaledWordEmbedding, "__call__"),
-    Replacement(lambda: adapted(Table()), layer.Embedding, "forward"),
-    Replacement(lambda: adapted(Table()), nn.Embedding, "forward"),
-    Replacement(lambda: adapted(Table()), nn.Module, "__call__"),
-    Replacement(lambda: adapted(Table()), F, "embedding"),
-    Replacement(lambda: adapted(Table(), use_dora=True), variants.DoraEmbeddingVariant, "forward"),
-    Replacement(lambda: adapted(Table(), use_dora=True), dora.DoraEmbeddingLayer, "forward"),
-    Replacement(lambda: adapted(Table(scaled=True)), gemma3.Gemma3TextScaledWordEmbedding, "forward"),
+    Replacement(lambda: adapted(EmbeddingOperands(scaled=True)), gemma3.Gemma3TextScaledWordEmbedding, "__call__"),
+    Replacement(lambda: adapted(EmbeddingOperands()), layer.Embedding, "forward"),
+    Replacement(lambda: adapted(EmbeddingOperands()), nn.Embedding, "forward"),
+    Replacement(lambda: adapted(EmbeddingOperands()), nn.Module, "__call__"),
+    Replacement(lambda: adapted(EmbeddingOperands()), F, "embedding"),
+    Replacement(lambda: adapted(EmbeddingOperands(), use_dora=True), variants.DoraEmbeddingVariant, "forward"),
+    Replacement(lambda: adapted(EmbeddingOperands(), use_dora=True), dora.DoraEmbeddingLayer, "forward"),
+    Replacement(lambda: adapted(EmbeddingOperands(scaled=True)), gemma3.Gemma3TextScaledWordEmbedding, "forward"),
     Replacement(lambda: adapted(MLP()), MLP, "forward"),
     Replacement(lambda: adapted(MLP()), nn.SiLU, "forward"),
     Replacement(lambda: adapted(MLP()), nn.SiLU, "__call__"),
@@ -215,7 +215,9 @@ def test_a_replaced_function_is_called(lora_fused, replacement, late):
             assert not any(row.fused for row in rows)
             for row in rows:
                 assert row.reason == row.last and " is replaced by " in row.reason
-                assert replacement.name in row.reason and row.reason.partition(" by ")[2].startswith((__name__, "torch.nn"))
+                assert replacement.name in row.reason and row.reason.partition(" by ")[2].startswith(
+                    (__name__, "torch.nn")
+                )
     kernelized(lora_fused, ours)  # what was no gated MLP may be one
     assert_close(values(ours, evaluate), values(theirs, evaluate))
     rows = explain(lora_fused, ours)
@@ -285,7 +287,9 @@ class Counting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", (Doubling, Counting, lambda: FlopCounterMode(display=False)), ids=lambda m: m.__name__)
-@pytest.mark.parametrize("base", (linear, lambda: adapted(Table()), lambda: adapted(MLP())), ids=("linear", "table", "mlp"))
+@pytest.mark.parametrize(
+    "base", (linear, lambda: adapted(EmbeddingOperands()), lambda: adapted(MLP())), ids=("linear", "table", "mlp")
+)
 def test_an_active_mode_sees_peft_s_operations(lora_fused, base, mode):
     theirs = base()
     ours = kernelized(lora_fused, copy.deepcopy(theirs))
@@ -321,7 +325,9 @@ def test_a_default_device_and_selective_checkpoints_keep_the_model_fused(lora_fu
 def test_the_linear_of_deepspeed_is_the_same_mathematics(lora_fused, tmp_path, monkeypatch):
     """ZeRO-3 leaves its own function in the place of F.linear for good. Anybody else's of that name is a replacement."""
     source = tmp_path / "linear.py"
-    source.write_text("import torch\n\ndef zero3_linear_wrap(x, weight, bias=None):\n    return torch._C._nn.linear(x, weight, bias)\n")
+    source.write_text(
+        "import torch\n\ndef zero3_linear_wrap(x, weight, bias=None):\n    return torch._C._nn.linear(x, weight, bias)\n"
+    )
     name = "deepspeed.runtime.zero.linear"
     spec = importlib.util.spec_from_file_location(name, source)
     module = importlib.util.module_from_spec(spec)

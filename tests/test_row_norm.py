@@ -7,10 +7,27 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (N, K, R): tile edges of 4 and 32 rows, 16 columns; odd, empty and large-rank cases.
-SHAPES = [(1, 1, 1), (4, 16, 8), (37, 129, 3), (64, 256, 16), (65, 257, 33), (130, 1000, 512),
-          (7, 33, 0), (5, 0, 4), (0, 7, 3)]
+SHAPES = [
+    (1, 1, 1),
+    (4, 16, 8),
+    (37, 129, 3),
+    (64, 256, 16),
+    (65, 257, 33),
+    (130, 1000, 512),
+    (7, 33, 0),
+    (5, 0, 4),
+    (0, 7, 3),
+]
 # On a GPU whole tiles, whole 16-byte rows and neither; several row blocks and splits of K.
-LARGE = [(256, 512, 64), (129, 1032, 72), (300, 4104, 8), (1000, 776, 384), (513, 2560, 200), (65, 1001, 640), (700, 4096, 32)]
+LARGE = [
+    (256, 512, 64),
+    (129, 1032, 72),
+    (300, 4104, 8),
+    (1000, 776, 384),
+    (513, 2560, 200),
+    (65, 1001, 640),
+    (700, 4096, 32),
+]
 # Large enough for Hopper's own norm.
 VERY_LARGE = [(5200, 4104, 32), (1300, 16400, 5), (40500, 520, 17), (5120, 4096, 1), (5200, 4104, 33)]
 # fp32 sums of K·R products: 2e-6 is 16 times fp32's rounding error.
@@ -44,11 +61,13 @@ def check(norm, operands, scaling):
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def row_norm(lora_fused, request):
     """The op on each device this machine has: operands and result live on the CPU."""
+
     def call(*args, unaligned=False):
         operands = [t.to(request.param) for t in args[:3]]
         if unaligned:
             operands = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in operands]
         return lora_fused._ops.ops.row_norm(*operands, *args[3:]).cpu()
+
     return call
 
 
@@ -67,14 +86,18 @@ def test_dtypes(row_norm, dtypes):
 
 
 @pytest.mark.parametrize("shape", LARGE, ids=str)
-@pytest.mark.parametrize("dtypes", [
-    (torch.bfloat16,) * 3,
-    (torch.float16,) * 3,
-    (torch.float32, torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32, torch.float32),
-    (torch.float16, torch.float32, torch.float32),
-    (torch.float32,) * 3,
-], ids=str)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.bfloat16,) * 3,
+        (torch.float16,) * 3,
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float32,) * 3,
+    ],
+    ids=str,
+)
 def test_large(row_norm, shape, dtypes):
     operands = make(*shape, dtypes)
     first = row_norm(*operands, 0.7)
@@ -158,12 +181,15 @@ def test_nan_reaches_only_its_row(row_norm):
     assert row_norm(weight, lora_a, lora_b, 0.5).isnan().tolist() == [False] * 4 + [True, False]
 
 
-@pytest.mark.parametrize("shapes, message", [
-    (((3,), (2, 4), (3, 2)), r"weight must be 2-D, got shape \[3\]"),
-    (((3, 4), (2, 5), (3, 2)), r"lora_a of shape \[2, 5\].*weight of shape \[3, 4\]"),
-    (((3, 4), (2, 4), (4, 2)), r"lora_b of shape \[4, 2\]"),
-    (((3, 4), (2, 4), (3, 3)), r"lora_b of shape \[3, 3\]"),
-])
+@pytest.mark.parametrize(
+    "shapes, message",
+    [
+        (((3,), (2, 4), (3, 2)), r"weight must be 2-D, got shape \[3\]"),
+        (((3, 4), (2, 5), (3, 2)), r"lora_a of shape \[2, 5\].*weight of shape \[3, 4\]"),
+        (((3, 4), (2, 4), (4, 2)), r"lora_b of shape \[4, 2\]"),
+        (((3, 4), (2, 4), (3, 3)), r"lora_b of shape \[3, 3\]"),
+    ],
+)
 def test_bad_shapes(row_norm, shapes, message):
     with pytest.raises(RuntimeError, match=message):
         row_norm(*(torch.ones(s) for s in shapes), 1.0)
@@ -177,11 +203,15 @@ def test_bad_dtype(row_norm, position, name):
         row_norm(*operands, 1.0)
 
 
-@pytest.mark.parametrize("dtypes", [
-    (torch.float16,) * 3,
-    (torch.float16, torch.float32, torch.float32),
-    (torch.float16, torch.float16, torch.float32),
-], ids=str)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float16,) * 3,
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float16, torch.float16, torch.float32),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", [(256, 512, 64), (130, 264, 136), (100, 1032, 384)], ids=str)
 def test_triton(lora_fused, device, monkeypatch, shape, dtypes):
     kernels = pytest.importorskip("triton") and lora_fused.backends.select.get("triton")
@@ -198,5 +228,9 @@ def test_triton(lora_fused, device, monkeypatch, shape, dtypes):
 
 def test_triton_leaves_what_it_cannot_read(lora_fused):
     kernels = pytest.importorskip("triton") and lora_fused.backends.select.get("triton")
-    for shape, dtype in (((64, 65, 128), torch.float16), ((64, 64, 129), torch.float16), ((64, 64, 128), torch.float32)):
+    for shape, dtype in (
+        ((64, 65, 128), torch.float16),
+        ((64, 64, 129), torch.float16),
+        ((64, 64, 128), torch.float32),
+    ):
         assert not kernels.row_norm_fits(*make(*shape, (dtype,) * 3))

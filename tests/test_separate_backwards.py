@@ -7,8 +7,8 @@ import threading
 import weakref
 
 import pytest
-from helpers import quantized
 import torch
+from helpers import quantized
 from helpers.cases import DEVICE, DrawnDropout, peft_llama
 from helpers.heads import NAMES, heads, inner, kernelized
 from torch import nn
@@ -308,7 +308,9 @@ CASES = {
     "own A changed": each_alone(lambda z: z, lambda model, x: change(lora_a(model, "v"))),
     "own A changed, frozen x": each_alone(lambda z: z.detach(), lambda model, x: change(lora_a(model, "v"))),
     "weight changed": each_alone(lambda z: z, lambda model, x: change(inner(model).k.base_layer.weight)),
-    "weight changed, frozen x": each_alone(lambda z: z.detach(), lambda model, x: change(inner(model).k.base_layer.weight)),
+    "weight changed, frozen x": each_alone(
+        lambda z: z.detach(), lambda model, x: change(inner(model).k.base_layer.weight)
+    ),
     "used one's B changed": each_alone(lambda z: z, lambda model, x: change(lora_b(model, "q"))),
     "x changed": each_alone(lambda z: z + 0, lambda model, x: change(x)),
     "frozen x changed": each_alone(lambda z: z.detach(), lambda model, x: change(x)),
@@ -380,7 +382,9 @@ def model_of(config):
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(lora_fused, request, monkeypatch):
     if request.param == "eager":
-        monkeypatch.setattr(lora_fused.functional.dispatch, "takes", lambda *_: lora_fused.specs.Taken(False))
+        monkeypatch.setattr(
+            lora_fused.functional.dispatch, "native_path", lambda *_: lora_fused.specs.NativePath(False)
+        )
     return IMPLEMENTATIONS[request.param]
 
 
@@ -475,7 +479,9 @@ def test_the_error_says_what_has_changed(pair_of):
     q, k, v = outputs(ours, leaf())
     backward(q)
     change(lora_a(ours, "v"))
-    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: \[torch.*DoubleTensor \[4, 32\]\], lora_a of output 2"):
+    with pytest.raises(
+        RuntimeError, match=r"modified by an inplace operation: \[torch.*DoubleTensor \[4, 32\]\], lora_a of output 2"
+    ):
         backward(v)
     backward(k)
 

@@ -192,7 +192,7 @@ def test_a_group_waits_for_reentrant_checkpoints(lora_fused, monkeypatch, masked
     ours = kernelized(lora_fused, model)
     biases = [getattr(inner(ours), name).base_layer for name in NAMES]
     b = torch.cat([torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in biases])
-    for passes in range(3):
+    for _ in range(3):
         xs = [torch.randn(5, 32, dtype=torch.float64, requires_grad=True) for _ in range(2)]
         dys = [torch.randn(5, 36, dtype=torch.float64) for _ in range(2)]
         ys = [checkpoint(inner(ours), x * 1, use_reentrant=True) for x in xs]
@@ -273,7 +273,9 @@ def test_threads_do_not_mix(lora_fused):
 
     def work(seed):
         try:
-            x = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), device="cpu").to(DEVICE)
+            x = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), device="cpu").to(
+                DEVICE
+            )
             expected = inner(model)(x).detach()
             start.wait(60)
             for turn in range(turns):

@@ -111,7 +111,10 @@ def test_in_a_graph_and_as_a_thread_s_first_call(skinny):
 
 def refused(*, dtype=torch.bfloat16, rank=32, cols=256, shift=0, out=None):
     x = torch.zeros(64 * cols + shift, device="cuda", dtype=dtype)[shift:].view(64, cols)
-    a, like = torch.zeros(rank, cols, device="cuda", dtype=dtype), torch.zeros(64, rank, device="cuda", dtype=out or dtype)
+    a, like = (
+        torch.zeros(rank, cols, device="cuda", dtype=dtype),
+        torch.zeros(64, rank, device="cuda", dtype=out or dtype),
+    )
     return [x], [a], [like], 1.0, False, True
 
 

@@ -21,7 +21,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 pytestmark = pytest.mark.usefixtures("on_device")
 SHAPE = dict(
-    vocab_size=48, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, attention_bias=True
+    vocab_size=48,
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    attention_bias=True,
 )
 ADAPTERS = {
     "default": dict(r=4, lora_alpha=8, lora_dropout=0.1),
@@ -43,7 +48,9 @@ def adapted_llama():
     for name, norm in [*base.named_modules()]:
         if isinstance(norm, LlamaRMSNorm):  # it rounds to float32, which hides a difference until it is a large one
             base.set_submodule(name, nn.RMSNorm(SHAPE["hidden_size"], norm.variance_epsilon, dtype=torch.float64))
-    configs = {name: LoraConfig(target_modules=LINEARS, task_type="CAUSAL_LM", **each) for name, each in ADAPTERS.items()}
+    configs = {
+        name: LoraConfig(target_modules=LINEARS, task_type="CAUSAL_LM", **each) for name, each in ADAPTERS.items()
+    }
     model = get_peft_model(base, configs.pop("default"), autocast_adapter_dtype=False)
     for name, config in configs.items():
         model.add_adapter(name, config)
@@ -189,7 +196,9 @@ def evaluate(theirs, ours, step):
         assert_same_logits(ours, theirs, batch(step, rows=1 + step % 3, length=1 + step % 7))
     if step % 4 == 0:
         options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
-        assert torch.equal(*(model.generate(input_ids=batch(step, rows=2, length=5), **options) for model in (theirs, ours)))
+        assert torch.equal(
+            *(model.generate(input_ids=batch(step, rows=2, length=5), **options) for model in (theirs, ours))
+        )
     for model in (theirs, ours):
         model.train()
 

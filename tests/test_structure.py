@@ -1,4 +1,4 @@
-"""The rooms of the code: what may import what, and what an import of the package costs."""
+"""The layers of the code (scripts/layers.py): what may import what, and what an import of the package costs."""
 
 import ast
 import pathlib
@@ -8,50 +8,15 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "torch-ext" / "lora_fused"
+sys.path.insert(0, str(ROOT / "scripts"))
 
-# Rooms, modules and folders of the package, from the top down. A room imports rooms of lower layers alone, and inside a folder
-# files import each other without a circle. docs/design.md draws this.
-LAYERS = (
-    ("__init__",),
-    ("explanation", "binding"),
-    ("mapping",),
-    ("layers",),
-    ("shared_input",),
-    ("functional",),
-    ("autograd",),
-    ("quantization", "peft"),
-    ("backends",),
-    ("specs", "last_call"),
-    ("call_context", "environment", "_ops"),
-)
-LAYER_OF = {room: number for number, layer in enumerate(LAYERS) for room in layer}
+import layers
+from layers import LAYER_OF, PACKAGE, imports, module_of, room_of
+
 MOST_ROOMS = 16
 LAZY = {"peft", "kernels", "transformers", "bitsandbytes", "triton"}
-FILES = sorted(PACKAGE.rglob("*.py"))
+FILES = layers.files()
 by_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-
-
-def room_of(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def module_of(path):
-    """Its parts below the package; a folder's `__init__` is the folder."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts
-
-
-def imports(path):
-    """Modules of this package that a file imports anywhere, each as its parts."""
-    package = path.relative_to(PACKAGE).parent.parts
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1] + tuple((node.module or "").split(".") if node.module else ())
-            for alias in node.names:
-                full = (*base, alias.name)
-                is_module = (PACKAGE.joinpath(*full).with_suffix(".py")).exists() or PACKAGE.joinpath(*full).is_dir()
-                yield full if is_module or not base else base
 
 
 def test_every_file_has_a_layer():
@@ -74,6 +39,11 @@ def test_files_import_each_other_without_a_circle():
         leaves = {module for module, targets in graph.items() if not targets - {module}}
         assert leaves, f"a circle among {sorted('.'.join(module) for module in graph)}"
         graph = {module: targets - leaves for module, targets in graph.items() if module not in leaves}
+
+
+def test_the_picture_in_the_docs_is_that_of_the_code():
+    """`python scripts/layers.py --write` draws it anew."""
+    assert layers.BEGIN + layers.picture() + layers.END in layers.DESIGN.read_text()
 
 
 @by_file

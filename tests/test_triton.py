@@ -34,38 +34,38 @@ def operands(case, dtype, adapter, device):
 def test_kernels_match_float64(lora_fused, poisoned, device, case, dtype, descriptors):
     kernels = lora_fused.backends.select.get("triton")
     x, weight, lora_a, lora_b, bias = operands(case, dtype, torch.float32, device)
-    t = kernels.down(x, lora_a, case.scaling)
-    y = kernels.up_add(x, weight, t, lora_b, bias, descriptors=descriptors)
+    t = kernels.shrink(x, lora_a, case.scaling)
+    y = kernels.linear_expand(x, weight, t, lora_b, bias, descriptors=descriptors)
     dy = draw(x.shape[0], case.n, dtype=dtype, device=device)
-    dt = kernels.down(dy, lora_b.t(), case.scaling)
-    dx = kernels.up_add(dy, weight.t(), dt, lora_a.t(), descriptors=descriptors)
+    dt = kernels.shrink(dy, lora_b.t(), case.scaling)
+    dx = kernels.linear_expand(dy, weight.t(), dt, lora_a.t(), descriptors=descriptors)
     tensors = (x, weight, lora_a, lora_b, bias, dy, t, dt)
     x64, weight64, a64, b64, bias64, dy64, t64, dt64 = [None if v is None else v.double() for v in tensors]
     plain = lora_fused.backends.reference
     results = {
-        "t": (t, plain.down(x, lora_a, case.scaling, dtype), case.scaling * x64 @ a64.t()),
-        "y": (y, plain.up_add(x, weight, t, lora_b, bias), plain.up_add(x64, weight64, t64, b64, bias64)),
-        "dt": (dt, plain.down(dy, lora_b.t(), case.scaling, dtype), case.scaling * dy64 @ b64),
-        "dx": (dx, plain.up_add(dy, weight.t(), dt, lora_a.t()), dy64 @ weight64 + dt64 @ a64),
+        "t": (t, plain.shrink(x, lora_a, case.scaling, dtype), case.scaling * x64 @ a64.t()),
+        "y": (y, plain.linear_expand(x, weight, t, lora_b, bias), plain.linear_expand(x64, weight64, t64, b64, bias64)),
+        "dt": (dt, plain.shrink(dy, lora_b.t(), case.scaling, dtype), case.scaling * dy64 @ b64),
+        "dx": (dx, plain.linear_expand(dy, weight.t(), dt, lora_a.t()), dy64 @ weight64 + dt64 @ a64),
     }
     for name, (ours, theirs, truth) in results.items():
         assert_as_good(name, ours, theirs, truth, dtype, terms=max(case.k, case.n) + case.r)
 
 
-@pytest.mark.parametrize("backend,adapter", (("library", None), ("library", torch.float32), ("triton", torch.float32)))
+@pytest.mark.parametrize("backend,adapter", (("native", None), ("native", torch.float32), ("triton", torch.float32)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [case for case in MATRIX_CASES if case.lead != (0,)], ids=str)
 def test_dropped_dora_rounds_after_the_gain(lora_fused, poisoned, device, case, dtype, backend, adapter):
-    """A large delta has a large norm and so a small gain: y is far smaller than x weightᵀ + t upᵀ."""
+    """A large delta has a large norm and so a small mag_norm_scale: y is far smaller than x weightᵀ + t upᵀ."""
     kernels = lora_fused.backends.select.get(backend)
     x, weight, lora_a, lora_b, bias = operands(case, dtype, adapter or dtype, device)
-    d, gain = x * 1.25, 0.02 * (0.5 + torch.rand(case.n, device=device))
-    t = 50 * kernels.down(d, lora_a, case.scaling)
-    operands64 = [None if v is None else v.double() for v in (x, d, weight, t, lora_b, gain, bias)]
+    d, mag_norm_scale = x * 1.25, 0.02 * (0.5 + torch.rand(case.n, device=device))
+    t = 50 * kernels.shrink(d, lora_a, case.scaling)
+    operands64 = [None if v is None else v.double() for v in (x, d, weight, t, lora_b, mag_norm_scale, bias)]
     x64, d64, weight64, t64, b64, gain64, bias64 = operands64
     z64 = d64 @ weight64.t() + t64 @ b64.t()
     y64 = x64 @ weight64.t() + t64 @ b64.t() + (gain64 - 1) * z64 + (0 if bias is None else bias64)
-    y, z = kernels.up_add_dropped(x, d, weight, t, lora_b, gain, bias)
+    y, z = kernels.linear_expand_dropped(x, d, weight, t, lora_b, mag_norm_scale, bias)
     wide = torch.float32 if dtype == torch.float16 else dtype  # z may be beyond float16's range where y is not
     for name, ours, truth, stored in (("y", y, y64, dtype), ("z", z, z64, wide)):
         assert ours.dtype == stored
@@ -79,7 +79,9 @@ def test_function_on_triton_is_as_good_as_reference(lora_fused, device, case, dt
 
     def run(backend, cast):
         torch.manual_seed(1)
-        tensors = [None if v is None else cast(v).requires_grad_() for v in operands(case, dtype, torch.float32, device)]
+        tensors = [
+            None if v is None else cast(v).requires_grad_() for v in operands(case, dtype, torch.float32, device)
+        ]
         x, weight, lora_a, lora_b, bias = tensors
         y = lora_fused.lora_linear(x, weight, lora_a, lora_b, case.scaling, bias, backend=backend)
         dy = draw(*y.shape, dtype=torch.float32, device=device)
@@ -100,7 +102,7 @@ def test_unaligned_rows_go_through_pointers(lora_fused, device):
     x = storage[1:].view(64, 67)
     weight = torch.randn(48, 67, device=device).half()
     up, t = torch.randn(48, 5, device=device).half(), torch.randn(64, 5, device=device).half()
-    y = kernels.up_add(x, weight, t, up)
+    y = kernels.linear_expand(x, weight, t, up)
     truth = x.double() @ weight.double().t() + t.double() @ up.double().t()
     assert relative(y, truth)[0] <= UNIT[torch.float16]
 

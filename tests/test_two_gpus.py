@@ -50,7 +50,14 @@ def test_the_second_gpu_computes_as_the_first(lora_fused, variant, autocast, tok
 def test_a_model_spread_over_two_gpus(lora_fused, dora):
     """Its layers' linears have hooks of accelerate; the modules around them move what passes between the GPUs."""
     torch.manual_seed(0)
-    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+    places = {
+        "model.embed_tokens": 0,
+        "model.rotary_emb": 0,
+        "model.layers.0": 0,
+        "model.layers.1": 1,
+        "model.norm": 1,
+        "lm_head": 1,
+    }
     base = accelerate.dispatch_model(tiny_llama(num_hidden_layers=2), device_map=places)
     assert "forward" in vars(base.model.layers[1].self_attn.q_proj)
     options = dict(r=4, target_modules=LINEARS, task_type="CAUSAL_LM", init_lora_weights=False, use_dora=dora)
@@ -59,7 +66,10 @@ def test_a_model_spread_over_two_gpus(lora_fused, dora):
     model = kernelized(lora_fused, model)
     ours = two_passes(model, "cuda:0", 9)
     rows = explain(lora_fused, model)
-    assert all(row.fused for row in rows) and {row.group for row in rows} > {"q_proj+k_proj+v_proj", "gate_proj+up_proj"}
+    assert all(row.fused for row in rows) and {row.group for row in rows} > {
+        "q_proj+k_proj+v_proj",
+        "gate_proj+up_proj",
+    }
     assert len(ours) == len(theirs) > 2 * 14
     for mine, peft in zip(ours, theirs):
         torch.testing.assert_close(mine, peft, rtol=1e-4, atol=1e-5)

@@ -6,16 +6,13 @@ import copy
 import pytest
 import torch
 from helpers.cases import DEVICE, peft_llama
-from helpers.embeddings import Case as EmbeddingCase
-from helpers.embeddings import draw_ids, peft_embedding
+from helpers.embeddings import Case as EmbeddingCase, draw_ids, peft_embedding
 from helpers.heads import assert_same, functions, heads, inner, kernelized, learned, step
 from test_gated import glu
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
-SHAPES = dict(
-    x=(5, 32), weight=(16, 32), lora_a=(4, 32), lora_b=(16, 4), bias=(16,), lora_bias=(16,), magnitude=(16,)
-)
+SHAPES = dict(x=(5, 32), weight=(16, 32), lora_a=(4, 32), lora_b=(16, 4), bias=(16,), lora_bias=(16,), magnitude=(16,))
 REQUIRED = ("x", "weight", "lora_a", "lora_b")
 VARIANTS = {"lora": ("bias",), "lora_bias": ("bias", "lora_bias"), "dora": ("bias", "magnitude")}
 
@@ -45,12 +42,12 @@ def results(lora_fused, given, dy, dropout, backend):
     leaves = {name: t.detach().requires_grad_(name != "weight") for name, t in given.items()}
     torch.manual_seed(2)
     y = lora_fused.lora_linear(**leaves, scaling=0.7, dropout=dropout, backend=backend)
-    assert ("NativeGroupFunction" in y.grad_fn.name()) == (backend == "library")
+    assert ("NativeGroupFunction" in y.grad_fn.name()) == (backend == "native")
     grads = torch.autograd.grad(y, [t for t in leaves.values() if t.requires_grad], dy)
     return [y.detach(), *grads]
 
 
-@pytest.mark.parametrize("backend", ("library", "reference", "triton"))
+@pytest.mark.parametrize("backend", ("native", "reference", "triton"))
 @pytest.mark.parametrize("dropout", (0.0, 0.3))
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("form", FORMS)
@@ -80,7 +77,7 @@ def test_an_input_without_a_gradient(lora_fused):
 def test_zeros_without_memory(lora_fused):
     given = draw("dora", torch.float32)
     dy = torch._efficientzerotensor((5, 16), device=DEVICE)
-    for backend in ("library", "reference"):
+    for backend in ("native", "reference"):
         y, *grads = results(lora_fused, given, dy, 0.3, backend)
         assert y.abs().max() > 0 and all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
     x = torch._efficientzerotensor((5, 32), device=DEVICE)
@@ -101,9 +98,12 @@ def test_row_norm(lora_fused, form):
 
 def test_gain_and_dropout(lora_fused):
     magnitude, norm, x = torch.rand(16) + 1.0, torch.rand(16) + 1.0, torch.randn(5, 32)
-    gain, mask = lora_fused.backends.native.gain(magnitude, norm), lora_fused.specs.Mask(torch.tensor([7]), 0.3)
-    assert torch.equal(lora_fused.backends.native.gain(negated(magnitude), norm), gain)
-    assert torch.equal(lora_fused.backends.native.gain(magnitude, negated(norm)), gain)
+    mag_norm_scale, mask = (
+        lora_fused.backends.native.mag_norm_scale(magnitude, norm),
+        lora_fused.specs.Mask(torch.tensor([7]), 0.3),
+    )
+    assert torch.equal(lora_fused.backends.native.mag_norm_scale(negated(magnitude), norm), mag_norm_scale)
+    assert torch.equal(lora_fused.backends.native.mag_norm_scale(magnitude, negated(norm)), mag_norm_scale)
     dropped = lora_fused.backends.native.dropout(x, mask, torch.float32)
     assert torch.equal(lora_fused.backends.native.dropout(negated(x), mask, torch.float32), dropped)
 
@@ -119,7 +119,9 @@ def test_the_scales_of_four_bits(lora_fused, name, kernel):
     nested = name != "absmax"
     operands, spec, *_ = make(lora_fused, (16, 64), 64, "nf4", nested, torch.float32, DEVICE)
     changed = operands._replace(**{name: negated(getattr(operands, name))})
-    dequantize = (lora_fused.backends.select if kernel == "native" else lora_fused.backends.select.get("triton")).dequantize_4bit
+    dequantize = (
+        lora_fused.backends.select if kernel == "native" else lora_fused.backends.select.get("triton")
+    ).dequantize_4bit
     right, found = (dequantize(each, spec, 0, torch.empty(16, 64)) for each in (operands, changed))
     assert torch.equal(found, right)
     # In a group, of whose ops the scales are a list.

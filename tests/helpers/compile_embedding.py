@@ -43,14 +43,14 @@ def compile_call(kernel, args, kwargs) -> None:
 
 def main() -> None:
     lora_fused = get_local_kernel(pathlib.Path(sys.argv[1]))
-    Table, TableSpec = lora_fused.specs.Table, lora_fused.specs.TableSpec
+    EmbeddingOperands, EmbeddingSpec = lora_fused.specs.EmbeddingOperands, lora_fused.specs.EmbeddingSpec
     ops, calls = lora_fused.backends.select.get("triton"), []
     for name in ("gather_add", "gather_backward", "column_norm"):
         module = sys.modules[f"{ops.__name__}.{name}"]
         for kernel in [attribute for attribute in vars(module) if attribute.endswith("d_kernel")]:
             setattr(module, kernel, Recorder(getattr(module, kernel), calls))
     v, h, r, m = 40, 64, 8, 30
-    ids, spec = torch.zeros(m, dtype=torch.int32), TableSpec(0.7, None, 1.0, "triton")
+    ids, spec = torch.zeros(m, dtype=torch.int32), EmbeddingSpec(0.7, None, 1.0, "triton")
     # Which of A, B and the magnitude are trained.
     trained = [needs for needs in itertools.product((False, True), repeat=3) if any(needs)]
     for dora, (a, b, magnitude) in itertools.product((False, True), trained):
@@ -58,11 +58,13 @@ def main() -> None:
             continue
         vector = torch.zeros(h) if dora else None
         scale = torch.ones((), dtype=torch.bfloat16) if b else None
-        table = Table(torch.zeros(v, h, dtype=torch.bfloat16), torch.zeros(r, v), torch.zeros(h, r), vector, scale)
+        table = EmbeddingOperands(
+            torch.zeros(v, h, dtype=torch.bfloat16), torch.zeros(r, v), torch.zeros(h, r), vector, scale
+        )
         keep = b or magnitude
         ops.gather_add(ids, table, spec, vector, keep)
         rows = torch.zeros(m, r, dtype=torch.bfloat16) if keep else None
-        dy, needs = torch.zeros(m, h, dtype=torch.bfloat16), Table(False, a, b, magnitude, False)
+        dy, needs = torch.zeros(m, h, dtype=torch.bfloat16), EmbeddingOperands(False, a, b, magnitude, False)
         ops.gather_backward(dy, ids, rows, table, spec, vector, vector, needs)
     for dtype in (torch.float32, torch.bfloat16):
         ops.column_norm(torch.zeros(v, h, dtype=torch.bfloat16), torch.zeros(r, v), torch.zeros(h, r, dtype=dtype), 0.7)

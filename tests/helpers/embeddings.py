@@ -1,4 +1,4 @@
-"""Adapted embeddings for the tests: cases, models, and PEFT's result beside ours."""
+"""AdaptedLinear embeddings for the tests: cases, models, and PEFT's result beside ours."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from helpers.cases import OwnForwards, assert_as_good, randomise_adapters
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
+
+from helpers.cases import OwnForwards, assert_as_good, randomise_adapters
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from typing import Optional
 
 import torch
 import transformers
@@ -94,7 +93,7 @@ def names_of(block: nn.Module) -> list[str]:
     return ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
 
 
-def adapt(block: Block, parameters: Optional[list[str]] = None, adapter_dtype: Optional[torch.dtype] = None, **options):
+def adapt(block: Block, parameters: list[str] | None = None, adapter_dtype: torch.dtype | None = None, **options):
     """PEFT's model of a block whose experts' parameters are adapted, B random, the router trained."""
     targets = [f"experts.{name}" for name in (parameters or names_of(block))]
     config = LoraConfig(**{**dict(r=3, lora_alpha=5, target_modules=[], target_parameters=targets), **options})

@@ -7,16 +7,17 @@ import copy
 import json
 import pathlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable, Optional
 from unittest import mock
 
 import torch
 import transformers
-from helpers.cases import randomise_adapters
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
+
+from helpers.cases import randomise_adapters
 
 TABLE = pathlib.Path(__file__).resolve().parent / "families.json"
 TOLERANCE = 1e-10  # of the largest element
@@ -48,8 +49,12 @@ T5 = dict(
 VISION = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
 )
-FALCON = {name: size for name, size in TEXT.items() if name not in ("head_dim", "num_key_value_heads", "intermediate_size")}
-EXPERTS = dict(TEXT, num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+FALCON = {
+    name: size for name, size in TEXT.items() if name not in ("head_dim", "num_key_value_heads", "intermediate_size")
+}
+EXPERTS = dict(
+    TEXT, num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+)
 STATE_SPACE = dict(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2, pad_token_id=0)
 
 
@@ -65,7 +70,7 @@ class Family:
     inputs: Callable[[], dict] = field(default=lambda: tokens())
     generates: bool = True
     targets: str | list[str] = "all-linear"
-    parts: Optional[Callable[[], dict]] = None
+    parts: Callable[[], dict] | None = None
     dora: bool = True
 
     def is_here(self) -> bool:
@@ -342,7 +347,7 @@ def counted(lora_fused):
         (layers.functional, "compute_group", lambda x, projections: dict(projections=len(projections))),
         (layers.functional, "compute_gated", lambda x, inputs, *_: dict(projections=len(inputs) + 1, gated=1)),
         (layers.functional_delta, "add_delta", one),
-        (layers.functional_embedding, "compute_table", one),
+        (layers.functional_embedding, "compute_embedding", one),
     )
     with contextlib.ExitStack() as stack:
         for module, name, weigh in calls:

@@ -20,8 +20,8 @@ def linear(lora_fused, x, operands, scaling, p=0.0, seed=None):
         d = dropped(lora_fused, x, seed, p) if p else x
         delta = scaling * (d @ a.t() @ b.t())
         if magnitude is not None:
-            gain = magnitude / (weight + scaling * b @ a).norm(dim=1).detach()
-            delta = delta + (gain - 1) * (d @ weight.t() + delta)
+            mag_norm_scale = magnitude / (weight + scaling * b @ a).norm(dim=1).detach()
+            delta = delta + (mag_norm_scale - 1) * (d @ weight.t() + delta)
         y = y + delta
     for vector, factor in ((bias, 1.0), (lora_bias, scaling)):
         y = y if vector is None else y + factor * vector

@@ -3,10 +3,11 @@
 import copy
 
 import torch
-from helpers.cases import DEVICE, randomise_adapters
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
+
+from helpers.cases import DEVICE, randomise_adapters
 
 NAMES = ("q", "k", "v")
 

@@ -103,10 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
             name = path.split("/")[3]
             return self._json({"name": name, "fullname": name, "avatarUrl": "", "type": "org"})
         if path == f"{api}/refs":
-            refs = [
-                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": hub.commit}
-                for name in ("main", "v1")
-            ]
+            refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": hub.commit} for name in ("main", "v1")]
             return self._json({"branches": refs, "converts": [], "tags": []})
         if path == api:
             return self._json({"id": hub.repo_id, "sha": hub.commit, "private": False})

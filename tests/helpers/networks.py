@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
-from helpers.cases import randomise_adapters
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
+
+from helpers.cases import randomise_adapters
 
 
 def pair(left, right):
@@ -22,7 +25,7 @@ class Stack(nn.Module):
     def __init__(self, sizes, bias, layer):
         super().__init__()
         make = (lambda k, n: Conv1D(n, k)) if layer == "conv1d" else (lambda k, n: nn.Linear(k, n, bias=bias))
-        for i, (k, n) in enumerate(zip(sizes, sizes[1:])):
+        for i, (k, n) in enumerate(itertools.pairwise(sizes)):
             self.add_module(f"l{i}", make(k, n))
 
     def forward(self, x):

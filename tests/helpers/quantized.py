@@ -8,10 +8,11 @@ import copy
 
 import bitsandbytes as bnb
 import torch
-from helpers.cases import LINEARS, randomise_adapters, tiny_llama
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
+
+from helpers.cases import LINEARS, randomise_adapters, tiny_llama
 
 
 def four_bit(linear, compute, device="cpu", quant_type="nf4", nested=True, blocksize=64, storage=torch.uint8):
@@ -32,7 +33,11 @@ def four_bit(linear, compute, device="cpu", quant_type="nf4", nested=True, block
 def eight_bit(linear, device="cpu", threshold=0.0):
     """bitsandbytes' Linear8bitLt of a linear's weight and bias, quantized."""
     new = bnb.nn.Linear8bitLt(
-        linear.in_features, linear.out_features, bias=linear.bias is not None, has_fp16_weights=False, threshold=threshold
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        has_fp16_weights=False,
+        threshold=threshold,
     )
     new.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
     if linear.bias is not None:

@@ -7,7 +7,7 @@ had set one.
 
 from __future__ import annotations
 
-from typing import Iterator, Optional, Union
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ class _Alone(nn.Module):
         return (parameter for parameter in self.module.parameters() if not parameter.is_meta)
 
 
-def kernelize_adapted(model: nn.Module, *, mode, device: Optional[Union[str, torch.device]] = None) -> nn.Module:
+def kernelize_adapted(model: nn.Module, *, mode, device: str | torch.device | None = None) -> nn.Module:
     """Binds our forwards on the LoRA modules and the adapted gated MLPs of `model`, as `kernelize(model, mode=mode)`
     does inside `use_peft_layers()`, and touches no other module. Returns `model`.
 
@@ -60,6 +60,6 @@ def kernelize_adapted(model: nn.Module, *, mode, device: Optional[Union[str, tor
     return model
 
 
-def _device(alone: _Alone) -> Optional[str]:
+def _device(alone: _Alone) -> str | None:
     """None, for `kernelize` to find it out, where there is a parameter to tell."""
     return "cpu" if next(alone.parameters(), None) is None else None

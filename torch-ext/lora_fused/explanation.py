@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,15 @@ from torch import Tensor, nn
 from . import last_call, layers, shared_input
 from .backends import select
 from .functional import dispatch
-from .peft import embedding as peft_embedding, experts as peft_experts, gated_mlp as peft_gated_mlp, linear as peft_linear
-from .peft import replaced
+from .peft import (
+    embedding as peft_embedding,
+    experts as peft_experts,
+    gated_mlp as peft_gated_mlp,
+    linear as peft_linear,
+    replaced,
+)
 
-BASE_CALLED = "base called"  # in place of a backend
+FUSED_DELTA = "fused delta"  # in place of a backend
 FUSED = "fused"
 COMPILED = "torch.compile: its graph has PEFT's own forward"
 _GATED = ({"gate", "down"}, {"w1", "w2", "w3"}, {"wi_0", "wi_1", "wo"})  # how gated MLPs name their projections
@@ -26,18 +31,18 @@ _GATED = ({"gate", "down"}, {"w1", "w2", "w3"}, {"wi_0", "wi_1", "wo"})  # how g
 @dataclass(frozen=True)
 class Row:
     """One LoRA module: `fused` with its `backend` and `group`, or PEFT's forward and the `reason`. Where
-    the backend is "base called" the delta is fused and the base module's own forward runs, for the
+    the backend is "fused delta" the delta is fused and the base module's own forward runs, for the
     `reason`. `mlp`: why the gated MLP that it is a projection of is not one Function. `last`: what its last call ran, "fused"
     or the reason why PEFT's own forward did; None where it was not called yet."""
 
     module: str
     layer: str
     fused: bool
-    backend: Optional[str] = None
-    group: Optional[str] = None
-    reason: Optional[str] = None
-    mlp: Optional[str] = None
-    last: Optional[str] = None
+    backend: str | None = None
+    group: str | None = None
+    reason: str | None = None
+    mlp: str | None = None
+    last: str | None = None
 
 
 class Explanation(Sequence[Row]):
@@ -140,7 +145,7 @@ class _Model:
             return True
         return module in self.compiled and not last_call.ran_since_trace(module)
 
-    def _last(self, module: nn.Module) -> Optional[str]:
+    def _last(self, module: nn.Module) -> str | None:
         parent = self.parents.get(module)
         in_mlp = parent is not None and last_call.of(parent) is None
         note = None if in_mlp else last_call.of(self.outermost.get(module, module))
@@ -158,28 +163,36 @@ class _Model:
             return _unfused(row, f"no fused layer for {type(module).__module__}.{type(module).__name__}")
         kind = peft_linear.linear_kinds()[type(module)]
         layer = layers.LoraLinearOfX if kind.only_x else layers.LoraLinear
-        state = _unmapped_reason(module, layer) or replaced.linear_reason() or peft_linear.read_linear(self._at_call(module))
+        state = (
+            _unmapped_reason(module, layer)
+            or replaced.linear_reason()
+            or peft_linear.read_linear(self._at_call(module))
+        )
         if isinstance(state, str):
             return _unfused(row, self._when_gathered(module, state))
         example = _example(state)
-        reason = peft_linear.call_reason(state, example, (), {}) or shared_input.small_reason(module, example, self.rows)
+        reason = peft_linear.call_reason(state, example, (), {}) or shared_input.small_reason(
+            module, example, self.rows
+        )
         if reason:
             return _unfused(row, reason)
-        called = peft_linear.called_reason(state, example, self.rows)
+        called = peft_linear.own_forward_reason(state, example, self.rows)
         if called:
             reason = peft_linear.delta_reason(state.projection)
             if reason:
                 return _unfused(row, f"{reason} ({called})")
-            return Row(name, layer.__name__, fused=True, backend=BASE_CALLED, group="single", reason=called)
+            return Row(name, layer.__name__, fused=True, backend=FUSED_DELTA, group="single", reason=called)
         chosen = dispatch.describe_backend(example, (state.projection,), self.rows)
         if module in self.mlps:
-            return Row(name, layers.LoraGatedMLP.__name__, fused=True, backend=chosen, group=self.names[self.mlps[module]])
+            return Row(
+                name, layers.LoraGatedMLP.__name__, fused=True, backend=chosen, group=self.names[self.mlps[module]]
+            )
         return Row(name, layer.__name__, fused=True, backend=chosen, group=self._group(module))
 
     def _next_experts_call(self, outermost: nn.Module, row: Row) -> Row:
         """What is known of a wrapper of a parameter: the outermost one's forward computes the experts module."""
         layer = layers.LoraExperts
-        state: Union[peft_experts.AdaptedExperts, str]
+        state: peft_experts.AdaptedExperts | str
         state = _unmapped_reason(outermost, layer) or replaced.linear_reason()
         state = state or peft_experts.read_experts(self._at_call(outermost))
         if isinstance(state, str):
@@ -223,7 +236,7 @@ class _Model:
         elif not isinstance(structure, str) or _looks_gated(module):
             self.mlp_reasons.update((part, reason) for part in adapted)
 
-    def _mlp_reason(self, module: nn.Module, structure: Union[peft_gated_mlp.GatedMLP, str]) -> Optional[str]:
+    def _mlp_reason(self, module: nn.Module, structure: peft_gated_mlp.GatedMLP | str) -> str | None:
         if isinstance(structure, str):
             return _replaced_in(module) or structure
         layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
@@ -240,7 +253,7 @@ class _Model:
         return state if isinstance(state, str) else None
 
 
-def _replaced_in(module: nn.Module) -> Optional[str]:
+def _replaced_in(module: nn.Module) -> str | None:
     """Who has replaced something that a module with adapted projections runs besides these."""
     parts = [module, *(child for child in module.children() if not peft_linear.is_lora_linear(child))]
     reasons = [replaced.module_reason(type(part)) for part in parts]
@@ -285,7 +298,7 @@ def _gathered(module: nn.Module) -> nn.Module:
     return copy
 
 
-def _whole(parameter: Optional[Tensor]) -> Optional[Tensor]:
+def _whole(parameter: Tensor | None) -> Tensor | None:
     tensors = sys.modules.get("torch.distributed.tensor")
     if tensors is None or not isinstance(parameter, tensors.DTensor) or parameter.device_mesh.ndim > 1:
         return parameter  # over several dimensions it may be sharded within calls too
@@ -301,7 +314,7 @@ def _looks_gated(module: nn.Module) -> bool:
     return any(all(any(part in name for name in names) for part in parts) for parts in _GATED)
 
 
-def _example(state: peft_linear.Adapted) -> Tensor:
+def _example(state: peft_linear.AdaptedLinear) -> Tensor:
     """An x without rows that fits a projection: in the dtype of its base, the adapter's where that is unknown."""
     operands, base = state.projection.operands, state.base
     known = operands.weight if operands.weight is not None else operands.lora_a
@@ -314,7 +327,7 @@ def _unfused(row: Row, reason: str) -> Row:
     return dataclasses.replace(row, fused=False, backend=None, group=None, reason=reason, mlp=None)
 
 
-def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> Optional[str]:
+def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> str | None:
     """Why the layer's forward is not the one that a module runs; None where it is."""
     bound = module.__dict__.get("forward")
     forward = getattr(bound, "__func__", None)
@@ -339,7 +352,7 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> Optional[str]
 
 def _next_embedding_call(module: nn.Module, at_call: nn.Module, rows: int, row: Row) -> Row:
     layer = layers.LoraEmbedding
-    state: Union[peft_embedding.AdaptedTable, str]
+    state: peft_embedding.AdaptedTable | str
     state = _unmapped_reason(module, layer) or replaced.embedding_reason() or peft_embedding.read_embedding(at_call)
     if isinstance(state, str):
         return _unfused(row, state)

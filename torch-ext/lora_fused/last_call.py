@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import weakref
-from typing import Optional
 
 from torch import nn
 
@@ -16,18 +15,18 @@ TRACED = "torch.compile traced its last call, and a graph has the module's own f
 NEVER = "not called yet"  # in place of a note
 
 _PACKAGE = __name__.rpartition(".")[0]
-notes: dict[int, Optional[str]] = {}  # by id: a dict of weak references costs a call five times as much
+notes: dict[int, str | None] = {}  # by id: a dict of weak references costs a call five times as much
 _references: dict[int, weakref.ref] = {}
 _traced: set[int] = set()  # what torch.compile has traced at some time
 
 
-def note(module: nn.Module, reason: Optional[str]) -> None:
+def note(module: nn.Module, reason: str | None) -> None:
     """`module` runs: our forward, or its own for `reason`."""
     if notes.get(id(module), NEVER) is not reason:
         _change(module, reason)
 
 
-def _change(module: nn.Module, reason: Optional[str]) -> None:
+def _change(module: nn.Module, reason: str | None) -> None:
     key = id(module)
     if key not in _references:
 
@@ -40,7 +39,7 @@ def _change(module: nn.Module, reason: Optional[str]) -> None:
     notes[key] = reason
 
 
-def of(module: nn.Module) -> Optional[str]:
+def of(module: nn.Module) -> str | None:
     """The note of a module's last call; NEVER before the first."""
     return notes.get(id(module), NEVER)
 

@@ -10,16 +10,25 @@ run what another tool has put in the place of a forward or a function (`genuine`
 from __future__ import annotations
 
 import warnings
-from typing import Optional
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 
 from . import last_call, shared_input
-from .functional import delta as functional_delta, dispatch, embedding as functional_embedding, experts as functional_experts
-from .peft import embedding as peft_embedding, experts as peft_experts, gated_mlp as peft_gated_mlp, linear as peft_linear
-from .peft import replaced
+from .functional import (
+    delta as functional_delta,
+    dispatch,
+    embedding as functional_embedding,
+    experts as functional_experts,
+)
+from .peft import (
+    embedding as peft_embedding,
+    experts as peft_experts,
+    gated_mlp as peft_gated_mlp,
+    linear as peft_linear,
+    replaced,
+)
 
 # Bound once: attributes of modules cost as much as the answers.
 _is_compiling = torch.compiler.is_compiling
@@ -51,7 +60,7 @@ class LoraLinearOfX(nn.Module):
         return _linear(self, x, (), {})
 
 
-def _transform_reason() -> Optional[str]:
+def _transform_reason() -> str | None:
     """Who differentiates or records a call in a way for which there are no rules here."""
     if _is_traced():
         return "torch.jit traces the call"
@@ -69,7 +78,7 @@ def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> to
         state = peft_linear.read_linear(module)
         reason = state if isinstance(state, str) else peft_linear.call_reason(state, x, args, kwargs)
     if reason is None:
-        called = peft_linear.called_reason(state, x)
+        called = peft_linear.own_forward_reason(state, x)
         if called is None:
             if _notes.get(id(module), _NEVER) is not None:
                 last_call.note(module, None)
@@ -81,7 +90,7 @@ def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> to
             base = peft_linear.call_base(module, x)
             promotes = state.promotes and torch.is_autocast_enabled()
             return functional_delta.add_delta(base, x, state.projection, promotes)
-    if isinstance(reason, peft_linear.Broken):
+    if isinstance(reason, peft_linear.InvalidState):
         raise ValueError(f"{peft_linear.name_of(module)}: {reason}")
     last_call.note(module, reason)
     return type(module).forward(module, x, *args, **kwargs)
@@ -160,7 +169,7 @@ class LoraEmbedding(nn.Module):
             last_call.note(self, reason)
         if reason is not None:
             return type(self).forward(self, x, *args, **kwargs)
-        return functional_embedding.compute_table(x, *state)
+        return functional_embedding.compute_embedding(x, *state)
 
 
 class LoraExperts(nn.Module):
@@ -182,7 +191,9 @@ class LoraExperts(nn.Module):
             call = state if isinstance(state, str) else peft_experts.read_call(state, x, args, kwargs)
             if not isinstance(call, str):
                 last_call.note(self, None)
-                return functional_experts.compute_experts(x, *call, state.up, state.down, state.gate, state.form.leaves_out)
+                return functional_experts.compute_experts(
+                    x, *call, state.up, state.down, state.gate, state.form.leaves_out
+                )
             reason = call
         if isinstance(reason, peft_linear.Broken):
             raise ValueError(f"{peft_linear.name_of(self)}: {reason}")

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Callable, Iterator
 
 from torch import nn
 
 from . import layers
 from .environment import versions
-from .peft import embedding as peft_embedding, experts as peft_experts, gated_mlp as peft_gated_mlp, linear as peft_linear, replaced
+from .peft import (
+    embedding as peft_embedding,
+    experts as peft_experts,
+    gated_mlp as peft_gated_mlp,
+    linear as peft_linear,
+    replaced,
+)
 
 _DEVICES = ("cpu", "cuda")
 _CLASS_ATTRIBUTES = ("kernel_layer_name", "kernel_condition")

@@ -32,7 +32,8 @@ import gc
 import operator
 import threading
 import weakref
-from typing import NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +47,11 @@ from .specs import Projection
 MAX_CHANGES = 8
 
 
-class _Token:
+class _GraphToken:
     """Of one call's graph: lives as long as that may still run backward, and counts itself in and out. `autograd.outputs`
     asks it."""
 
-    __slots__ = ("waiting", "given", "may_be_recomputed")
+    __slots__ = ("given", "may_be_recomputed", "waiting")
 
     def __init__(self, waiting: dict[int, None], outputs: int, may_be_recomputed: bool):
         self.waiting = waiting
@@ -69,7 +70,7 @@ class _Token:
 
 # What a call depends on besides its operands: grad mode, whether x needs a gradient, autocast's dtype, and the backward
 # pass that it is in, since what a forward computed has the forward's graph.
-_Mode = tuple[bool, bool, Optional[torch.dtype], int]
+_Mode = tuple[bool, bool, torch.dtype | None, int]
 _FORWARD = -1  # in place of a backward pass
 
 
@@ -81,19 +82,19 @@ class _Leader:
         self.group: tuple[weakref.ref, ...] = ()
         self.observed: tuple[weakref.ref, ...] = ()
         self.waiting: dict[int, None] = {}
-        self.unrepeated = 0  # calls in training without a gradient that no backward pass has computed again
+        self.not_recomputed = 0  # calls in training without a gradient that no backward pass has computed again
         self.adapter: list[tuple[weakref.ref, int]] = []  # of the last of them, as it was: each matrix and its version
         self.changes = 0
         self.was_alone = False  # when last observed
         self.stays_alone = False
 
-    def settle(self) -> None:
+    def update_group(self) -> None:
         """Takes over what was observed, where no earlier call can be recomputed."""
         if self.observed == self.group or self.waiting or self.changes > MAX_CHANGES:
             return
         members = _alive((*self.observed, *self.group))
         leaders = [self, *(_leaders[member] for member in members if member in _leaders)]
-        if any([leader.awaits_repetition() for leader in leaders]) and any(map(peft_linear.has_dropout, members)):
+        if any([leader.awaits_recomputation() for leader in leaders]) and any(map(peft_linear.has_dropout, members)):
             return
         self.changes += 1
         self.group = self.observed if self.changes <= MAX_CHANGES else ()
@@ -104,21 +105,23 @@ class _Leader:
             self.stays_alone = True
         return self.stays_alone
 
-    def awaits_repetition(self) -> bool:
+    def awaits_recomputation(self) -> bool:
         """A matrix that is gone says nothing: FSDP1 has others in every pass."""
-        if self.unrepeated and any([(now := ref()) is not None and now._version != was for ref, was in self.adapter]):
-            self.unrepeated = 0
-        return self.unrepeated > 0
+        if self.not_recomputed and any(
+            [(now := ref()) is not None and now._version != was for ref, was in self.adapter]
+        ):
+            self.not_recomputed = 0
+        return self.not_recomputed > 0
 
     def count(self, mode: _Mode, projection: Projection) -> None:
         """Of a call in training. Where a graph waits, what a backward pass computes again may be of that one."""
         gradient, backward_pass = mode[0], mode[-1]
         if backward_pass == _FORWARD and not gradient:
-            self.unrepeated += 1
+            self.not_recomputed += 1
             matrices = (projection.operands.lora_a, projection.operands.lora_b)
             self.adapter = [(weakref.ref(m), m._version) for m in matrices if m is not None and not m.is_inference()]
-        elif backward_pass != _FORWARD and self.unrepeated and not self.waiting:
-            self.unrepeated -= 1
+        elif backward_pass != _FORWARD and self.not_recomputed and not self.waiting:
+            self.not_recomputed -= 1
 
 
 def _mode(x: Tensor) -> _Mode:
@@ -135,11 +138,11 @@ class _Result(NamedTuple):
     projection: Projection
     states: list[_State]
     y: Tensor
-    given: Optional[list[bool]]
+    given: list[bool] | None
     output: int
 
 
-class _Tie(weakref.ref):
+class _Owner(weakref.ref):
     """Lets `results` go with the object that it refers to. They hold parameters and a graph, and so must not outlive
     their model, whatever came instead of the calls that they were computed for."""
 
@@ -147,25 +150,25 @@ class _Tie(weakref.ref):
     results: dict[int, _Result]
 
 
-def _let_go(tie: _Tie) -> None:
+def _let_go(tie: _Owner) -> None:
     tie.results.clear()
 
 
-def _tie(results: dict[int, _Result], tied: object) -> _Tie:
-    tie = _Tie(tied, _let_go)
+def _owned_by(results: dict[int, _Result], tied: object) -> _Owner:
+    tie = _Owner(tied, _let_go)
     tie.results = results
     return tie
 
 
-class _Ahead:
-    """Results computed ahead for calls with one x, by module. They go with x, which no graph of theirs holds, and with
+class _Precomputed:
+    """Results computed precomputed for calls with one x, by module. They go with x, which no graph of theirs holds, and with
     the module that led. A checkpoint's graph may hold both: `_let_go_of_checkpoints`."""
 
-    __slots__ = ("x", "leaders", "version", "pointer", "mode", "in_checkpoint", "results")
+    __slots__ = ("in_checkpoint", "leaders", "mode", "pointer", "results", "version", "x")
 
     def __init__(self, x: Tensor, mode: _Mode):
         self.results: dict[int, _Result] = {}
-        self.x, self.leaders = _tie(self.results, x), []
+        self.x, self.leaders = _owned_by(self.results, x), []
         self.version, self.pointer, self.mode, self.in_checkpoint = x._version, x.data_ptr(), mode, False
 
     def is_for(self, x: Tensor, mode: _Mode) -> bool:
@@ -174,13 +177,13 @@ class _Ahead:
 
 
 class _Calls:
-    """Of one thread: results computed ahead, and the modules called with the last input."""
+    """Of one thread: results computed precomputed, and the modules called with the last input."""
 
-    __slots__ = ("ahead", "seen_x", "seen_version", "seen")
+    __slots__ = ("precomputed", "seen", "seen_version", "seen_x")
 
     def __init__(self):
-        self.ahead: Optional[_Ahead] = None
-        self.seen_x: Optional[weakref.ref] = None
+        self.precomputed: _Precomputed | None = None
+        self.seen_x: weakref.ref | None = None
         self.seen_version = 0
         self.seen: list[weakref.ref] = []
 
@@ -205,9 +208,9 @@ def _saves_by_hooks() -> bool:
 def _let_go_of_checkpoints(phase: str, _: dict, threads: _Threads = _threads) -> None:
     """What a checkpoint has saved holds the function that it runs again, and so modules, and what that is called with:
     results of a checkpoint that was left may hold themselves. They are let go when their thread collects garbage."""
-    ahead = threads.calls.ahead
-    if phase == "start" and ahead is not None and ahead.in_checkpoint and not _saves_by_hooks():
-        ahead.results.clear()
+    precomputed = threads.calls.precomputed
+    if phase == "start" and precomputed is not None and precomputed.in_checkpoint and not _saves_by_hooks():
+        precomputed.results.clear()
 
 
 gc.callbacks.append(_let_go_of_checkpoints)
@@ -221,18 +224,18 @@ def compute(module: nn.Module, x: Tensor, projection: Projection, layer: type) -
     forward = mode[-1] == _FORWARD
     if forward:
         _observe(calls, module, x)
-    result = _claim(calls, module, x, projection, mode)
+    result = _take_result(calls, module, x, projection, mode)
     if result is not None:
         return result
     leader = _leaders.get(module)
     if leader is None:
         leader = _leaders[module] = _Leader()
     if forward:
-        leader.settle()
-    return _lead(calls, module, leader, x, projection, mode, layer)
+        leader.update_group()
+    return _compute_group(calls, module, leader, x, projection, mode, layer)
 
 
-def small_reason(module: nn.Module, x: object, rows: Optional[int] = None) -> Optional[str]:
+def small_reason(module: nn.Module, x: object, rows: int | None = None) -> str | None:
     """Why PEFT's own forward is the fastest for a call of `module`, as far as a glance tells."""
     reason = small_batch.small_reason(module, x, rows)
     if reason is not None:
@@ -258,35 +261,37 @@ def _alive(group: Sequence[weakref.ref]) -> tuple[nn.Module, ...]:
     return tuple(member for member in members if member is not None)
 
 
-def _lead(calls, module, leader: _Leader, x: Tensor, projection: Projection, mode: _Mode, layer: type) -> Tensor:
+def _compute_group(
+    calls, module, leader: _Leader, x: Tensor, projection: Projection, mode: _Mode, layer: type
+) -> Tensor:
     members, projections = [module], [projection]
     for sibling in _alive(leader.group):
         if sibling is not module:
-            state = _ready(sibling, x, layer)
+            state = _sibling_projection(sibling, x, layer)
             if state is not None:
                 members.append(sibling)
                 projections.append(state)
-    if calls.ahead is not None and not calls.ahead.is_for(x, mode):
-        calls.ahead = None  # results that nobody came for
+    if calls.precomputed is not None and not calls.precomputed.is_for(x, mode):
+        calls.precomputed = None  # results that nobody came for
     if module.training:
         leader.count(mode, projection)
     by_hooks = _saves_by_hooks()
-    token = _Token(leader.waiting, len(members), by_hooks) if torch.is_grad_enabled() else None
+    token = _GraphToken(leader.waiting, len(members), by_hooks) if torch.is_grad_enabled() else None
     outputs = dispatch.compute_group(x, projections, token=token)
     if len(members) > 1:
-        ahead = _Ahead(x, mode) if calls.ahead is None else calls.ahead
-        ahead.in_checkpoint |= by_hooks
-        ahead.leaders.append(_tie(ahead.results, module))
+        precomputed = _Precomputed(x, mode) if calls.precomputed is None else calls.precomputed
+        precomputed.in_checkpoint |= by_hooks
+        precomputed.leaders.append(_owned_by(precomputed.results, module))
         given = None if token is None else token.given
         for i in range(1, len(members)):
             state = projections[i]
-            ahead.results[id(members[i])] = _Result(state, _states(state), outputs[i], given, i)
-        calls.ahead = ahead
+            precomputed.results[id(members[i])] = _Result(state, _states(state), outputs[i], given, i)
+        calls.precomputed = precomputed
     return outputs[0]
 
 
-def _ready(sibling: nn.Module, x: Tensor, layer: type) -> Optional[Projection]:
-    """The sibling's projection if its call can be computed ahead. Its own pre-hooks may change what
+def _sibling_projection(sibling: nn.Module, x: Tensor, layer: type) -> Projection | None:
+    """The sibling's projection if its call can be computed precomputed. Its own pre-hooks may change what
     it computes, so it must have none."""
     bound = sibling.__dict__.get("forward")
     if getattr(bound, "__func__", None) is not layer.forward or sibling._forward_pre_hooks:
@@ -294,22 +299,22 @@ def _ready(sibling: nn.Module, x: Tensor, layer: type) -> Optional[Projection]:
     if small_reason(sibling, x):
         return None
     state = peft_linear.read_linear(sibling)
-    if isinstance(state, str) or peft_linear.call_reason(state, x, (), {}) or peft_linear.called_reason(state, x):
+    if isinstance(state, str) or peft_linear.call_reason(state, x, (), {}) or peft_linear.own_forward_reason(state, x):
         return None
     return state.projection
 
 
-def _claim(calls, module: nn.Module, x: Tensor, projection: Projection, mode: _Mode) -> Optional[Tensor]:
-    ahead = calls.ahead
-    if ahead is None or ahead.x() is not x:
+def _take_result(calls, module: nn.Module, x: Tensor, projection: Projection, mode: _Mode) -> Tensor | None:
+    precomputed = calls.precomputed
+    if precomputed is None or precomputed.x() is not x:
         return None
-    result = ahead.results.pop(id(module), None)
-    if result is None or not ahead.is_for(x, mode):
+    result = precomputed.results.pop(id(module), None)
+    if result is None or not precomputed.is_for(x, mode):
         return None
     if not _same(result.projection, projection) or result.states != _states(projection):
         return None
-    if not ahead.results:
-        calls.ahead = None
+    if not precomputed.results:
+        calls.precomputed = None
     if result.given is not None:
         if not result.given:  # its graph is freed
             return None
@@ -350,7 +355,7 @@ def _observe(calls: _Calls, module: nn.Module, x: Tensor) -> None:
         if ref not in calls.seen:
             calls.seen.append(ref)
             return
-        calls.ahead = None  # another pass over the same input: what is left of the last one has its graph
+        calls.precomputed = None  # another pass over the same input: what is left of the last one has its graph
     _note_siblings(calls.seen)
     calls.seen_x, calls.seen_version, calls.seen = weakref.ref(x), x._version, [ref]
 

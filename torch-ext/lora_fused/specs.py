@@ -7,8 +7,9 @@ gradient), so a group is described by a hashable `GroupSpec` and a flat tuple of
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, NamedTuple, Optional, Sequence, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,16 +24,16 @@ class Operands(NamedTuple):
     block or row. Where absmax itself is quantized, it holds codes and nested_absmax, nested_code and
     offset are there. A weight of None is the base module's own to multiply with."""
 
-    weight: Optional[Tensor]
-    bias: Optional[Tensor] = None
-    lora_a: Optional[Tensor] = None
-    lora_b: Optional[Tensor] = None
-    lora_bias: Optional[Tensor] = None
-    magnitude: Optional[Tensor] = None
-    absmax: Optional[Tensor] = None
-    nested_absmax: Optional[Tensor] = None
-    nested_code: Optional[Tensor] = None
-    offset: Optional[Tensor] = None
+    weight: Tensor | None
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    lora_bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    absmax: Tensor | None = None
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    offset: Tensor | None = None
 
 
 OPERANDS_PER_PROJECTION = len(Operands._fields)
@@ -63,7 +64,7 @@ class EightBit:
     dtype: torch.dtype = torch.float32
 
 
-Quantized = Union[FourBit, EightBit]
+Quantized = FourBit | EightBit
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class ProjectionSpec:
 
     dropout: float = 0.0
     transposed: bool = False
-    quantized: Optional[Quantized] = None
+    quantized: Quantized | None = None
 
 
 class Projection(NamedTuple):
@@ -85,7 +86,7 @@ class Projection(NamedTuple):
     every step. As a tensor without dimensions it is not to be waited for: `fold` comes first."""
 
     operands: Operands
-    scaling: Union[float, Tensor] = 1.0
+    scaling: float | Tensor = 1.0
     spec: ProjectionSpec = ProjectionSpec()
 
     @property
@@ -119,13 +120,13 @@ class GroupSpec:
     """What is fixed about a group of projections of one input.
 
     members: one spec a projection.
-    backend: name of the backend that computes it, see `backend.choose`.
+    backend: name of the backend that computes it, see `select.choose`.
     lora_dtype: dtype of the LoRA path under autocast, None where the adapter's own holds.
     """
 
     members: tuple[ProjectionSpec, ...]
     backend: str
-    lora_dtype: Optional[torch.dtype] = None
+    lora_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class GatedSpec:
 
     inputs: the group of gate and up, or of the one projection that holds both.
     output: the group of down alone.
-    activation: one of `activation.ACTIVATIONS`.
+    activation: one of `activations.ACTIVATIONS`.
     gate_half: which half of a projection that holds both is the gate.
     """
 
@@ -148,12 +149,12 @@ class GatedSpec:
         return (*self.inputs.members, *self.output.members)
 
 
-class Taken(NamedTuple):
+class NativePath(NamedTuple):
     """Whether the ops compute a group, and whether exactly: adapters of float32 beside bfloat16 without autocast,
     of which they multiply two parts (kernel-src/common/projections.h)."""
 
     native: bool
-    exact: bool = False
+    bf16x3: bool = False
 
 
 class Mask(NamedTuple):
@@ -177,34 +178,34 @@ def split_scaling(scaling: float, *dtypes: torch.dtype) -> tuple[float, float]:
     return scaling / up, up
 
 
-def flatten(projections: Sequence[Operands]) -> tuple[Optional[Tensor], ...]:
+def flatten(projections: Sequence[Operands]) -> tuple[Tensor | None, ...]:
     """Operands of all projections, one after another."""
     return tuple(tensor for operands in projections for tensor in operands)
 
 
-def unflatten(flat: Sequence[Optional[Tensor]]) -> tuple[Operands, ...]:
+def unflatten(flat: Sequence[Tensor | None]) -> tuple[Operands, ...]:
     """Inverse of `flatten`."""
     step = OPERANDS_PER_PROJECTION
     return tuple(Operands(*flat[i : i + step]) for i in range(0, len(flat), step))
 
 
-class Table(NamedTuple):
+class EmbeddingOperands(NamedTuple):
     """Tensors of one embedding: weight [V, H], lora_a [R, V], lora_b [H, R], magnitude [H] or None
     for plain LoRA, scale of one element or None."""
 
     weight: Tensor
     lora_a: Tensor
     lora_b: Tensor
-    magnitude: Optional[Tensor] = None
-    scale: Optional[Tensor] = None
+    magnitude: Tensor | None = None
+    scale: Tensor | None = None
 
 
-class TableSpec(NamedTuple):
+class EmbeddingSpec(NamedTuple):
     """What is no tensor: the scaling s, the row that gets no gradient, the embedding's own scale
     where it is a number, the name of the backend."""
 
     scaling: float
-    padding_idx: Optional[int]
+    padding_idx: int | None
     scale: float
     backend: str
 
@@ -217,9 +218,9 @@ class ExpertWeights(NamedTuple):
     """
 
     weight: Tensor
-    bias: Optional[Tensor] = None
-    lora_a: Optional[Tensor] = None
-    lora_b: Optional[Tensor] = None
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
     scaling: float = 1.0
 
 
@@ -236,12 +237,12 @@ class Gate(NamedTuple):
     activation: str = "silu"
     gated: bool = True
     interleaved: bool = False
-    limit: Optional[float] = None
+    limit: float | None = None
     slope: float = 1.0
     offset: float = 0.0
 
 
-AnyGate = Union[Gate, Callable[[Tensor], Tensor]]
+AnyGate = Gate | Callable[[Tensor], Tensor]
 
 
 class ExpertsSpec(NamedTuple):

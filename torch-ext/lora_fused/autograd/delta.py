@@ -14,7 +14,7 @@ al. 2021, arXiv:2106.09685, equation 3; Liu et al. 2024, arXiv:2402.09353, equat
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,11 +33,11 @@ class DeltaSpec(NamedTuple):
     dtype: torch.dtype
     out_dtype: torch.dtype
 
-    def mask(self, seed: Optional[Tensor]) -> Optional[Mask]:
+    def mask(self, seed: Tensor | None) -> Mask | None:
         return None if seed is None else Mask(seed, self.dropout)
 
 
-def _sum(spec: DeltaSpec, base: Tensor, t: Tensor, lora_b: Tensor, lora_bias: Optional[Tensor], wide: bool) -> Tensor:
+def _sum(spec: DeltaSpec, base: Tensor, t: Tensor, lora_b: Tensor, lora_bias: Tensor | None, wide: bool) -> Tensor:
     """base + s·d Aᵀ Bᵀ + s·b_B in a tensor of its own, in float32 where `wide`."""
     lora_b, (_, scaling) = lora_b.to(spec.dtype), split_scaling(spec.scaling, spec.dtype)
     if wide:
@@ -61,12 +61,12 @@ class DeltaFunction(torch.autograd.Function):
     def forward(ctx, spec: DeltaSpec, base, x, seed, bias, lora_a, lora_b, lora_bias, magnitude, norm):
         rows = x.reshape(-1, x.shape[-1])
         with without_autocast(x):
-            t = reference.down(rows, lora_a, split_scaling(spec.scaling, spec.dtype)[0], spec.dtype, spec.mask(seed))
+            t = reference.shrink(rows, lora_a, split_scaling(spec.scaling, spec.dtype)[0], spec.dtype, spec.mask(seed))
             # A sum that float16 may not have the range for where it has it for y.
             wide = spec.out_dtype == torch.float16 and (magnitude is not None or lora_bias is not None)
             y, z = _sum(spec, base.reshape(-1, base.shape[-1]), t, lora_b, lora_bias, wide), None
             if magnitude is not None:
-                y, z = reference.rescale(y, native.gain(magnitude, norm), bias)
+                y, z = reference.rescale(y, native.mag_norm_scale(magnitude, norm), bias)
             y = y.to(spec.out_dtype)
         ctx.spec, ctx.shape, ctx.dtypes = spec, x.shape, (base.dtype, x.dtype)
         ctx.save_for_backward(rows, t, z, seed, lora_a, lora_b, lora_bias, magnitude, norm)
@@ -83,11 +83,11 @@ class DeltaFunction(torch.autograd.Function):
             dy = dy.reshape(-1, shape[-1])
             db_lora = (reference.token_sum(dy) * spec.scaling).to(lora_bias.dtype) if needs[7] else None
             if magnitude is not None:
-                dy, dm = reference.scale_sum(dy, z, native.gain(magnitude, norm))
+                dy, dm = reference.scale_sum(dy, z, native.mag_norm_scale(magnitude, norm))
                 dm = dm.div_(norm).to(magnitude.dtype)
             wide = dy.to(spec.dtype)
             if needs[2] or needs[5]:
-                dt = reference.down(wide, lora_b.t(), spec.scaling, spec.dtype)
+                dt = reference.shrink(wide, lora_b.t(), spec.scaling, spec.dtype)
             dx = da = None
             if needs[2]:
                 dx = dt @ lora_a.to(spec.dtype)

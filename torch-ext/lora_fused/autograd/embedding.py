@@ -14,25 +14,23 @@ arXiv:2402.09353, equations 5 and 11.)
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
 from ..backends import select
 from ..backends.reference import embedding as reference_embedding
 from ..call_context import without_autocast
-from ..specs import Table, TableSpec
+from ..specs import EmbeddingOperands, EmbeddingSpec
 from .once_differentiable import once_differentiable
 
 
-def forward_table(ids: Tensor, table: Table, spec: TableSpec, keep: bool):
-    """(y, rows or None, norm or None, gain or None)."""
-    norm = gain = None
+def forward_embedding(ids: Tensor, table: EmbeddingOperands, spec: EmbeddingSpec, keep: bool):
+    """(y, rows or None, norm or None, mag_norm_scale or None)."""
+    norm = mag_norm_scale = None
     if table.magnitude is not None:
-        norm, gain = select.column_gain(spec.backend, table, spec.scaling)
-    y, rows = select.get_embedding(spec.backend).gather_add(ids, table, spec, gain, keep)
-    return y, rows, norm, gain
+        norm, mag_norm_scale = select.column_norm_and_scale(spec.backend, table, spec.scaling)
+    y, rows = select.get_embedding(spec.backend).gather_add(ids, table, spec, mag_norm_scale, keep)
+    return y, rows, norm, mag_norm_scale
 
 
 class LoraEmbeddingFunction(torch.autograd.Function):
@@ -40,11 +38,11 @@ class LoraEmbeddingFunction(torch.autograd.Function):
     raises. Autocast is off inside: the result's dtype does not depend on it."""
 
     @staticmethod
-    def forward(ctx, spec: TableSpec, ids: Tensor, *tensors: Optional[Tensor]):
-        table = Table(*tensors)
-        needs = Table(*ctx.needs_input_grad[2:])
+    def forward(ctx, spec: EmbeddingSpec, ids: Tensor, *tensors: Tensor | None):
+        table = EmbeddingOperands(*tensors)
+        needs = EmbeddingOperands(*ctx.needs_input_grad[2:])
         with without_autocast(table.weight):
-            y, *kept = forward_table(ids, table, spec, needs.lora_b or needs.magnitude)
+            y, *kept = forward_embedding(ids, table, spec, needs.lora_b or needs.magnitude)
         ctx.spec = spec
         ctx.save_for_backward(ids, *kept, *tensors)
         return y
@@ -52,30 +50,34 @@ class LoraEmbeddingFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        ids, rows, norm, gain, *tensors = ctx.saved_tensors
-        spec, table, needs = ctx.spec, Table(*tensors), Table(*ctx.needs_input_grad[2:])
+        ids, rows, norm, mag_norm_scale, *tensors = ctx.saved_tensors
+        spec, table, needs = ctx.spec, EmbeddingOperands(*tensors), EmbeddingOperands(*ctx.needs_input_grad[2:])
         dw = None
         with without_autocast(dy):
-            da, db, dm = _gradients(dy, ids, rows, table, spec, gain, norm, needs)
+            da, db, dm = _gradients(dy, ids, rows, table, spec, mag_norm_scale, norm, needs)
             if needs.weight:
-                dw = _weight_grad(dy.reshape(-1, dy.shape[-1]), ids.reshape(-1), table, spec, gain)
+                dw = _weight_grad(dy.reshape(-1, dy.shape[-1]), ids.reshape(-1), table, spec, mag_norm_scale)
         return None, None, dw, da, db, dm, None
 
 
-def _gradients(dy, ids, rows, table: Table, spec: TableSpec, gain, norm, needs: Table):
+def _gradients(
+    dy, ids, rows, table: EmbeddingOperands, spec: EmbeddingSpec, mag_norm_scale, norm, needs: EmbeddingOperands
+):
     """(dA, dB, dm), None where `needs` has False."""
     kernels = select.get_embedding(spec.backend)
-    if spec.backend == select.CUDA:
-        return kernels.gradients(dy, ids, rows, table, spec, gain, norm, needs)
+    if spec.backend == select.NATIVE:
+        return kernels.gradients(dy, ids, rows, table, spec, mag_norm_scale, norm, needs)
     ids, dy = ids.reshape(-1), dy.reshape(-1, dy.shape[-1]).contiguous()
-    drows, db, dm = kernels.gather_backward(dy, ids, rows, table, spec, gain, norm, needs)
+    drows, db, dm = kernels.gather_backward(dy, ids, rows, table, spec, mag_norm_scale, norm, needs)
     da = kernels.scatter_rows(drows, ids, table.lora_a, spec.padding_idx) if needs.lora_a else None
     return da, db, dm
 
 
-def _weight_grad(dy: Tensor, ids: Tensor, table: Table, spec: TableSpec, gain: Optional[Tensor]) -> Tensor:
+def _weight_grad(
+    dy: Tensor, ids: Tensor, table: EmbeddingOperands, spec: EmbeddingSpec, mag_norm_scale: Tensor | None
+) -> Tensor:
     weight = table.weight
-    if gain is not None:
-        dy = (dy * gain).to(weight.dtype)
+    if mag_norm_scale is not None:
+        dy = (dy * mag_norm_scale).to(weight.dtype)
     dy = dy * reference_embedding.own_scale(table, spec, weight.dtype)
     return reference_embedding.scatter_table(dy, ids, weight.shape[0], spec.padding_idx)

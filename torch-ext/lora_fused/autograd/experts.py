@@ -17,7 +17,7 @@ No weight is made of A and B, and no gradient of a weight. (Hu et al. 2021, arXi
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ class Kept(NamedTuple):
 
     x: Tensor
     z: Tensor
-    t1: Optional[Tensor]
-    t2: Optional[Tensor]
+    t1: Tensor | None
+    t2: Tensor | None
 
 
 def forward_experts(
@@ -51,7 +51,7 @@ def forward_experts(
     return rows.combine(weighted).to(x.dtype), Kept(narrow, z, t1, t2)
 
 
-def _adapted(products: select.Products, x: Tensor, weights: ExpertWeights) -> tuple[Tensor, Optional[Tensor]]:
+def _adapted(products: select.Products, x: Tensor, weights: ExpertWeights) -> tuple[Tensor, Tensor | None]:
     """(x Wᵀ + t (s·B)ᵀ + b, t = x Aᵀ)."""
     y, t = products.times_transposed(x, products.weights(weights.weight)), None
     if weights.lora_a is not None:
@@ -67,7 +67,7 @@ class LoraExpertsFunction(torch.autograd.Function):
     Autocast is off inside."""
 
     @staticmethod
-    def forward(ctx, spec: ExpertsSpec, index: Tensor, x: Tensor, routing: Tensor, *tensors: Optional[Tensor]):
+    def forward(ctx, spec: ExpertsSpec, index: Tensor, x: Tensor, routing: Tensor, *tensors: Tensor | None):
         up, down = _weights(tensors, spec)
         with without_autocast(x):
             rows = Rows.sort(index, up.weight.shape[0], spec.leaves_out)

@@ -6,12 +6,12 @@ Backward, from the two groups of `autograd.linear` and the gated activation:
 
 Saved for backward besides what the groups save: gate and up [M, I]. The activation and the product
 h = f(gate)·up are computed again instead of kept, and so are gate and up where DoRA keeps the
-values before the gain. (GLU variants: Shazeer 2020, arXiv:2002.05202.)
+values before the mag_norm_scale. (GLU variants: Shazeer 2020, arXiv:2002.05202.)
 """
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class GatedMLPFunction(torch.autograd.Function):
     the one projection that holds both, and of down. Double backward raises."""
 
     @staticmethod
-    def forward(ctx, spec: GatedSpec, scalings, x: Tensor, seeds: Optional[Tensor], *flat):
+    def forward(ctx, spec: GatedSpec, scalings, x: Tensor, seeds: Tensor | None, *flat):
         rows = x.reshape(-1, x.shape[-1])
         with without_autocast(x):
             members = members_of(spec.members, scalings, seeds, flat)
@@ -72,7 +72,9 @@ class GatedMLPFunction(torch.autograd.Function):
         with without_autocast(rows):
             members = members_of(spec.members, ctx.scalings, seeds, flat)
             outputs = [
-                scaled_output(member, first.zs[i], first.gains[i], rows.dtype) if is_scaled(member) else kept[i]
+                scaled_output(member, first.unscaled[i], first.mag_norm_scales[i], rows.dtype)
+                if is_scaled(member)
+                else kept[i]
                 for i, member in enumerate(members[:-1])
             ]
             gate, up = _halves(spec, outputs)

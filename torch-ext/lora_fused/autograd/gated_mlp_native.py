@@ -6,7 +6,7 @@ what `gated_mlp_eager` saves.
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,34 +19,34 @@ from .once_differentiable import once_differentiable
 
 def _gated_forward(
     projections: Sequence[Projection],
-    exact: bool,
+    bf16x3: bool,
     options: tuple[int, int],
     x: Tensor,
-    seeds: Optional[Tensor],
+    seeds: Tensor | None,
     up_to_h: bool = False,
 ):
-    fixed, fields, biases, own = read(projections, exact)
-    weights, _, lora_a, lora_b, _, gains, scales = fields
+    fixed, fields, biases, own = read(projections, bf16x3)
+    weights, _, lora_a, lora_b, _, mag_norm_scales, scales = fields
     scalings, dropouts, quantized, _ = fixed
-    *outputs, made_norms, made_gains = native.gated_forward(
-        x, weights, biases, lora_a, lora_b, gains, own, scalings, seeds, dropouts, scales, quantized, exact, *options,
+    *outputs, made_norms, made_scales = native.gated_forward(
+        x, weights, biases, lora_a, lora_b, mag_norm_scales, own, scalings, seeds, dropouts, scales, quantized, bf16x3, *options,
         up_to_h,
     )  # fmt: skip
-    return fixed, with_made(fields, own, made_norms, made_gains), outputs
+    return fixed, with_made(fields, own, made_norms, made_scales), outputs
 
 
 def gated_mlp(
-    x: Tensor, projections: Sequence[Projection], options: tuple[int, int], seeds: Optional[Tensor], exact: bool = False
+    x: Tensor, projections: Sequence[Projection], options: tuple[int, int], seeds: Tensor | None, bf16x3: bool = False
 ) -> Tensor:
     """[..., N] of a gated MLP, down as the last projection; options: the activation as its index, and which half
-    of a projection that holds both is the gate. `exact` as `Taken` has it."""
+    of a projection that holds both is the gate. `exact` as `NativePath` has it."""
     if torch.is_grad_enabled():
         wanted, tensors = trained(projections)
-        arguments = (projections, wanted, exact, options, x, seeds, *tensors)
+        arguments = (projections, wanted, bf16x3, options, x, seeds, *tensors)
         if _is_recomputed() and projections[-1].operands.magnitude is None:
             return _recomputed(*arguments)
         return NativeGatedFunction.apply(*arguments)
-    return _gated_forward(projections, exact, options, x, seeds)[2][0]
+    return _gated_forward(projections, bf16x3, options, x, seeds)[2][0]
 
 
 class NativeGatedFunction(torch.autograd.Function):
@@ -54,16 +54,21 @@ class NativeGatedFunction(torch.autograd.Function):
     Double backward raises."""
 
     @staticmethod
-    def forward(ctx, projections, wanted, exact, options, x: Tensor, seeds: Optional[Tensor], *_):
-        return NativeGatedFunction._run(ctx, projections, wanted, exact, options, x, seeds, up_to_h=False)
+    def forward(ctx, projections, wanted, bf16x3, options, x: Tensor, seeds: Tensor | None, *_):
+        return NativeGatedFunction._run(ctx, projections, wanted, bf16x3, options, x, seeds, up_to_h=False)
 
     @staticmethod
-    def _run(ctx, projections, wanted, exact, options, x: Tensor, seeds: Optional[Tensor], up_to_h: bool) -> Tensor:
-        ctx.fixed, fields, (y, outputs, us, ts) = _gated_forward(projections, exact, options, x, seeds, up_to_h)
+    def _run(ctx, projections, wanted, bf16x3, options, x: Tensor, seeds: Tensor | None, up_to_h: bool) -> Tensor:
+        ctx.fixed, fields, (y, outputs, unscaled, ts) = _gated_forward(projections, bf16x3, options, x, seeds, up_to_h)
         if _makes_u_again(projections):
-            us = us[1:]
-        ctx.wanted, ctx.options, ctx.us, ctx.lengths = wanted, options, len(us), [len(field) for field in fields]
-        ctx.save_for_backward(x, seeds, *ts, *outputs, *us, *[tensor for field in fields for tensor in field])
+            unscaled = unscaled[1:]
+        ctx.wanted, ctx.options, ctx.unscaled, ctx.lengths = (
+            wanted,
+            options,
+            len(unscaled),
+            [len(field) for field in fields],
+        )
+        ctx.save_for_backward(x, seeds, *ts, *outputs, *unscaled, *[tensor for field in fields for tensor in field])
         return y
 
     @staticmethod
@@ -72,10 +77,10 @@ class NativeGatedFunction(torch.autograd.Function):
         fixed, count = ctx.fixed, len(ctx.wanted)
         x, seeds, *rest = ctx.saved_tensors
         ts, outputs, rest = rest[:2], rest[2 : 1 + count], rest[1 + count :]
-        us, fields = rest[: ctx.us], Fields.of(rest[ctx.us :], ctx.lengths)
+        unscaled, fields = rest[: ctx.unscaled], Fields.of(rest[ctx.unscaled :], ctx.lengths)
         dx, grads = native.gated_backward(
-            dy, x, outputs, us, ts, fields.weights, fields.biases, fields.lora_a, fields.lora_b, fields.gains,
-            fields.norms, fixed.scalings, seeds, fixed.dropouts, fields.scales, fixed.quantized, fixed.exact,
+            dy, x, outputs, unscaled, ts, fields.weights, fields.biases, fields.lora_a, fields.lora_b, fields.mag_norm_scales,
+            fields.norms, fixed.scalings, seeds, fixed.dropouts, fields.scales, fixed.quantized, fixed.bf16x3,
             *ctx.options, ctx.needs_input_grad[4], [wanted.needs for wanted in ctx.wanted],
         )  # fmt: skip
         found = by_trained(grads, ctx.wanted, fixed.scalings, [True] * count)
@@ -87,8 +92,8 @@ class _UpToH(NativeGatedFunction):
     gives what stands for y in the graph, no memory of its own, and h."""
 
     @staticmethod
-    def forward(ctx, projections, wanted, exact, options, x: Tensor, seeds: Optional[Tensor], *_):
-        h = NativeGatedFunction._run(ctx, projections, wanted, exact, options, x, seeds, up_to_h=True)
+    def forward(ctx, projections, wanted, bf16x3, options, x: Tensor, seeds: Tensor | None, *_):
+        h = NativeGatedFunction._run(ctx, projections, wanted, bf16x3, options, x, seeds, up_to_h=True)
         ctx.mark_non_differentiable(h)
         return x.new_empty(()).expand(*x.shape[:-1], projections[-1].shape[0]), h
 
@@ -101,8 +106,8 @@ class _Down(torch.autograd.Function):
     """Apply as `(stand_in, h, down, exact, seeds)`, down a projection: y, whose gradient is that of what stands for it."""
 
     @staticmethod
-    def forward(ctx, stand_in: Tensor, h: Tensor, down: Projection, exact: bool, seeds: Optional[Tensor]):
-        y = group_forward((down,), exact, h, seeds)[2][0][0]
+    def forward(ctx, stand_in: Tensor, h: Tensor, down: Projection, bf16x3: bool, seeds: Tensor | None):
+        y = group_forward((down,), bf16x3, h, seeds)[2][0][0]
         return y.view(stand_in.shape)
 
     @staticmethod
@@ -115,7 +120,12 @@ def _makes_u_again(projections: Sequence[Projection]) -> bool:
     """Whether the gated MLP's backward makes gate's u again instead of keeping it: DoRA with dropout keeps u beside y of
     both gate and up. Not for a checkpoint, or whoever else decides by hooks what stays."""
     operands, _, spec = projections[0]
-    if len(projections) < 3 or spec.dropout == 0.0 or operands.magnitude is None or not operands.magnitude.requires_grad:
+    if (
+        len(projections) < 3
+        or spec.dropout == 0.0
+        or operands.magnitude is None
+        or not operands.magnitude.requires_grad
+    ):
         return False
     return torch._C._current_graph_task_id() == -1 and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
@@ -126,8 +136,8 @@ def _is_recomputed() -> bool:
     return torch._C._current_graph_task_id() != -1 and torch._C._len_torch_dispatch_stack() == 0
 
 
-def _recomputed(projections, wanted, exact, options, x: Tensor, seeds: Optional[Tensor], *tensors) -> Tensor:
+def _recomputed(projections, wanted, bf16x3, options, x: Tensor, seeds: Tensor | None, *tensors) -> Tensor:
     """y where a checkpoint computes it again for what it saved. torch ends that with the last tensor saved, and so
     down's product, which comes after it, is not made where the MLP is the last of its layer."""
-    stand_in, h = _UpToH.apply(projections, wanted, exact, options, x, seeds, *tensors)
-    return _Down.apply(stand_in, h, projections[-1], exact, None if seeds is None else seeds[-1:])
+    stand_in, h = _UpToH.apply(projections, wanted, bf16x3, options, x, seeds, *tensors)
+    return _Down.apply(stand_in, h, projections[-1], bf16x3, None if seeds is None else seeds[-1:])

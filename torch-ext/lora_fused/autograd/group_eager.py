@@ -11,7 +11,7 @@ Backward, with dy' = g∘dy (dy for LoRA) and D the dropout of the forward, as a
     dt = s·dy' B    dB = dy'ᵀ t    dA = dtᵀ d    db = Σ dy    db_B = s·Σ dy    dm = Σ dy∘z / norm
     dx = Σ over projections of dy' W + D(dt A), or of dy W + D(((g - 1)∘dy) W + dt A)
 
-Saved for backward: x once for the group, t [M, R], for DoRA z [M, N], the norm and the gain [N], the
+Saved for backward: x once for the group, t [M, R], for DoRA z [M, N], the norm and the mag_norm_scale [N], the
 seeds of the masks and the operands themselves. Masks are drawn again, nothing of size N×K is formed (dW only
 where a base weight is trainable). Members without dropout share one product x [A₁; A₂; …]ᵀ, one
 dtᵀ x and one dt A. (Hu et al. 2021, arXiv:2106.09685, equation 3; Liu et al. 2024,
@@ -20,7 +20,8 @@ arXiv:2402.09353, equations 5 and 11.)
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,21 +36,21 @@ from .once_differentiable import once_differentiable
 
 
 class Saved(NamedTuple):
-    """What forward keeps for backward: t of each batch; z, norm and gain of each member (DoRA)."""
+    """What forward keeps for backward: t of each batch; z, norm and mag_norm_scale of each member (DoRA)."""
 
-    downs: list[Optional[Tensor]]
-    zs: list[Optional[Tensor]]
-    norms: list[Optional[Tensor]]
-    gains: list[Optional[Tensor]]
+    ts: list[Tensor | None]
+    unscaled: list[Tensor | None]
+    norms: list[Tensor | None]
+    mag_norm_scales: list[Tensor | None]
 
-    def flat(self) -> list[Optional[Tensor]]:
-        return [*self.downs, *self.zs, *self.norms, *self.gains]
+    def flat(self) -> list[Tensor | None]:
+        return [*self.ts, *self.unscaled, *self.norms, *self.mag_norm_scales]
 
     @classmethod
-    def of(cls, flat: Sequence[Optional[Tensor]], members: int) -> Saved:
-        zs = len(flat) - 3 * members
-        parts = [list(flat[zs + i * members : zs + (i + 1) * members]) for i in range(3)]
-        return cls(list(flat[:zs]), *parts)
+    def of(cls, flat: Sequence[Tensor | None], members: int) -> Saved:
+        unscaled = len(flat) - 3 * members
+        parts = [list(flat[unscaled + i * members : unscaled + (i + 1) * members]) for i in range(3)]
+        return cls(list(flat[:unscaled]), *parts)
 
 
 def is_scaled(member: Member) -> bool:
@@ -57,32 +58,32 @@ def is_scaled(member: Member) -> bool:
     return member.operands.magnitude is not None and member.mask is None
 
 
-def scaled_output(member: Member, z: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_output(member: Member, z: Tensor, mag_norm_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """y = g∘z + b in `dtype` of a member that `is_scaled`."""
-    return select.pointwise(z).scale(z, gain, member.bias(z.dtype)).to(dtype)
+    return select.pointwise(z).scale(z, mag_norm_scale, member.bias(z.dtype)).to(dtype)
 
 
-def _gains(members: Sequence[Member]) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
-    """(norms, gains), None for plain LoRA."""
+def _mag_norm_scales(members: Sequence[Member]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """(norms, mag_norm_scales), None for plain LoRA."""
     operands = [member.operands for member in members]
     weights = [p.weight.t() if member.transposed else p.weight for member, p in zip(members, operands)]
     scalings = [member.scaling for member in members]
-    return quantization.dora_gains(weights, operands, [member.quantized for member in members], scalings)
+    return quantization.dora_scales(weights, operands, [member.quantized for member in members], scalings)
 
 
 def forward_group(
     group: GroupSpec, x: Tensor, members: Sequence[Member], lead: Sequence[int]
 ) -> tuple[list[Tensor], Saved]:
     """Outputs [*lead, N] of all members for x [M, K], and what backward needs of them."""
-    saved = Saved([], [None] * len(members), *_gains(members))
-    outputs: list[Optional[Tensor]] = [None] * len(members)
+    saved = Saved([], [None] * len(members), *_mag_norm_scales(members))
+    outputs: list[Tensor | None] = [None] * len(members)
     for indices in batches_of(members):
-        gains = [saved.gains[i] for i in indices]
+        mag_norm_scales = [saved.mag_norm_scales[i] for i in indices]
         batch = [members[i] for i in indices]
-        ys, zs, t = eager_products.project(select.get(group.backend), x, batch, gains, group.lora_dtype)
-        saved.downs.append(t)
-        for i, y, z in zip(indices, ys, zs):
-            outputs[i], saved.zs[i] = shaped(y, lead), z
+        ys, unscaled, t = eager_products.project(select.get(group.backend), x, batch, mag_norm_scales, group.lora_dtype)
+        saved.ts.append(t)
+        for i, y, z in zip(indices, ys, unscaled):
+            outputs[i], saved.unscaled[i] = shaped(y, lead), z
     return outputs, saved
 
 
@@ -92,21 +93,21 @@ class _Backward:
     def __init__(self, group: GroupSpec, x: Tensor, members: Sequence[Member], needs_x: bool, needs):
         self.group, self.x, self.members = group, x, members
         self.needs_x, self.needs = needs_x, needs
-        self.dx: Optional[Tensor] = None
+        self.dx: Tensor | None = None
         self.grads = [Operands(None)] * len(members)
 
-    def batch(self, indices: Sequence[int], t: Optional[Tensor], dys, saved: Saved) -> None:
+    def batch(self, indices: Sequence[int], t: Tensor | None, dys, saved: Saved) -> None:
         """Adds the gradients of one batch whose dys are all there."""
         batch, needs = [self.members[i] for i in indices], [self.needs[i] for i in indices]
         dys = [rows_of(dys[i]) for i in indices]
-        gains = [saved.gains[i] for i in indices]
+        mag_norm_scales = [saved.mag_norm_scales[i] for i in indices]
         lora_dys, dms = list(dys), [None] * len(batch)
-        for j, (i, gain) in enumerate(zip(indices, gains)):
-            if gain is not None:
-                lora_dys[j], dm = select.pointwise(dys[j]).scale_sum(dys[j], saved.zs[i], gain)
+        for j, (i, mag_norm_scale) in enumerate(zip(indices, mag_norm_scales)):
+            if mag_norm_scale is not None:
+                lora_dys[j], dm = select.pointwise(dys[j]).scale_sum(dys[j], saved.unscaled[i], mag_norm_scale)
                 dms[j] = dm.div_(saved.norms[i])
         composed = eager_products.Backward(select.get(self.group.backend), self.x, batch, self.group.lora_dtype)
-        gradients = composed.run(t, dys, lora_dys, gains, self.dx, self.needs_x, needs)
+        gradients = composed.run(t, dys, lora_dys, mag_norm_scales, self.dx, self.needs_x, needs)
         self.dx, das, dbs = gradients
         for j, i in enumerate(indices):
             self.grads[i] = self._operand_grads(batch[j], needs[j], dys[j], lora_dys[j], dms[j])._replace(
@@ -135,11 +136,11 @@ class _Backward:
 
 def backward_group(
     group: GroupSpec, x: Tensor, members: Sequence[Member], saved: Saved, dys, needs_x: bool, needs
-) -> tuple[Optional[Tensor], list[Operands]]:
+) -> tuple[Tensor | None, list[Operands]]:
     """(dx [M, K] or None, gradients of every member's operands) for dys [..., N], None where an output
     was not used."""
     backward = _Backward(group, x, members, needs_x, needs)
-    for indices, t in zip(batches_of(members), saved.downs):
+    for indices, t in zip(batches_of(members), saved.ts):
         live = [i for i in indices if dys[i] is not None]
         if len(live) < len(indices) and t is not None:
             parts = dict(zip(indices, split(t, [members[i] for i in indices])))
@@ -159,7 +160,7 @@ class LoraLinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, group: GroupSpec, scalings, token, x: Tensor, seeds: Optional[Tensor], *flat):
+    def forward(ctx, group: GroupSpec, scalings, token, x: Tensor, seeds: Tensor | None, *flat):
         # A graph of several outputs holds no x: `siblings` keeps results as long as there is one.
         rows = (x if len(group.members) == 1 else x.detach()).reshape(-1, x.shape[-1])
         with without_autocast(x):
@@ -174,7 +175,7 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *dys: Optional[Tensor]):
+    def backward(ctx, *dys: Tensor | None):
         used = [dy is not None for dy in dys]
         saved = separate_backward.saved_tensors(ctx, used, _operands)
         rows, seeds, *rest = saved
@@ -189,11 +190,11 @@ class LoraLinearFunction(torch.autograd.Function):
         return result
 
 
-def _operands(ctx) -> list[Optional[separate_backward.Operand]]:
+def _operands(ctx) -> list[separate_backward.Operand | None]:
     """Of the tensors that `LoraLinearFunction` saves. Weights and A are read for dx alone, vectors not at all."""
     vectors = ("bias", "lora_bias", "magnitude")
     read = [name not in vectors if ctx.needs_input_grad[3] else name == "lora_b" for name in Operands._fields]
-    found: list[Optional[separate_backward.Operand]] = [("x", None), *[None] * (1 + ctx.made)]
+    found: list[separate_backward.Operand | None] = [("x", None), *[None] * (1 + ctx.made)]
     for i in range(len(ctx.group.members)):
         found += [(name, i) if is_read else None for name, is_read in zip(Operands._fields, read)]
     return found

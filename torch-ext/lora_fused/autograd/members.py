@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ class Member(NamedTuple):
 
     operands: Operands
     scaling: float
-    mask: Optional[Mask]
+    mask: Mask | None
     transposed: bool
-    quantized: Optional[Quantized] = None
+    quantized: Quantized | None = None
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The base weight as [N, K] in the dtype of the base product; of a quantized one a copy, to be
@@ -34,7 +35,7 @@ class Member(NamedTuple):
             return self.weight(dtype)
         return quantization.dequantize(self.operands, self.quantized, self.quantized.dtype).to(dtype)
 
-    def bias(self, dtype: torch.dtype) -> Optional[Tensor]:
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
         """b + s·b_B in `dtype`, or in float32 where float16 may not have the range: PEFT adds b_B to t Bᵀ first."""
         bias, lora_bias = self.operands.bias, self.operands.lora_bias
         if lora_bias is not None:
@@ -44,29 +45,29 @@ class Member(NamedTuple):
             dtype = torch.float32 if wide else dtype
         return None if bias is None else bias.to(dtype)
 
-    def split_scaling(self, x_dtype: torch.dtype, lora_dtype: Optional[torch.dtype]) -> tuple[float, float]:
+    def split_scaling(self, x_dtype: torch.dtype, lora_dtype: torch.dtype | None) -> tuple[float, float]:
         """`projection.split_scaling` for an x and a LoRA path in these dtypes, None for the adapter's own."""
         return split_scaling(self.scaling, x_dtype, lora_dtype or self.operands.lora_a.dtype)
 
 
 class Outputs(NamedTuple):
-    """Of a batch: y [M, N] of each member, for DoRA z [M, N] before the gain, of an x in
+    """Of a batch: y [M, N] of each member, for DoRA z [M, N] before the mag_norm_scale, of an x in
     float16 in float32, and t [M, Σ R]."""
 
     ys: list[Tensor]
-    zs: list[Optional[Tensor]]
-    t: Optional[Tensor]
+    unscaled: list[Tensor | None]
+    t: Tensor | None
 
 
 class Gradients(NamedTuple):
     """Of a batch: dx [M, K] with what was there before added, dA and dB of each member."""
 
-    dx: Optional[Tensor]
-    das: list[Optional[Tensor]]
-    dbs: list[Optional[Tensor]]
+    dx: Tensor | None
+    das: list[Tensor | None]
+    dbs: list[Tensor | None]
 
 
-def members_of(specs: Sequence[ProjectionSpec], scalings, seeds: Optional[Tensor], flat) -> list[Member]:
+def members_of(specs: Sequence[ProjectionSpec], scalings, seeds: Tensor | None, flat) -> list[Member]:
     """The members of a group; seeds [members] are there where one of them has dropout."""
     keys = seeds.split(1) if seeds is not None else ()
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Callable, Optional
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,5 +31,5 @@ def once_differentiable(backward: Callable, always: bool = False) -> Callable:
     return run
 
 
-def _leaf(result: Optional[Tensor]) -> Optional[Tensor]:
+def _leaf(result: Tensor | None) -> Tensor | None:
     return None if result is None else result.detach().requires_grad_()

@@ -13,7 +13,8 @@ run the call again as long as its graph is there.
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ _CHANGED = "one of the variables needed for gradient computation has been modifi
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 # Of a saved tensor that gradients are made of: its name, and the output that they are of, None for all.
-Operand = tuple[str, Optional[int]]
+Operand = tuple[str, int | None]
 
 
 class _Unpacked(list):
@@ -35,12 +36,12 @@ class _Unpacked(list):
 class Kept(NamedTuple):
     """What was saved, each tensor's version then, and the outputs whose graph is not freed."""
 
-    saved: Sequence[Optional[Tensor]]
-    versions: list[Optional[int]]
+    saved: Sequence[Tensor | None]
+    versions: list[int | None]
     left: list[bool]
 
 
-def saved_tensors(ctx, used: Sequence[bool], operands: Callable) -> Sequence[Optional[Tensor]]:
+def saved_tensors(ctx, used: Sequence[bool], operands: Callable) -> Sequence[Tensor | None]:
     """What `ctx` saved, for the backward of the outputs that are `used`; `operands(ctx)` gives an `Operand` of each tensor,
     None of one that is not read or that nobody else has."""
     kept = ctx.kept
@@ -59,7 +60,7 @@ def saved_tensors(ctx, used: Sequence[bool], operands: Callable) -> Sequence[Opt
     return kept.saved
 
 
-def _unpacked(ctx, used: Sequence[bool], operands: Sequence[Optional[Operand]]) -> _Unpacked:
+def _unpacked(ctx, used: Sequence[bool], operands: Sequence[Operand | None]) -> _Unpacked:
     found = _Unpacked()
     for i, (operand, saved) in enumerate(zip(operands, ctx._raw_saved_tensors)):
         try:
@@ -72,15 +73,15 @@ def _unpacked(ctx, used: Sequence[bool], operands: Sequence[Optional[Operand]]) 
     return found
 
 
-def _is_read(operand: Optional[Operand], used: Sequence[bool]) -> bool:
+def _is_read(operand: Operand | None, used: Sequence[bool]) -> bool:
     return operand is not None and (operand[1] is None or used[operand[1]])
 
 
-def _refused(saved: Sequence[Optional[Tensor]]) -> dict[int, str]:
+def _refused(saved: Sequence[Tensor | None]) -> dict[int, str]:
     return saved.refused if isinstance(saved, _Unpacked) else {}
 
 
-def ran(ctx, used: Sequence[bool], saved: Sequence[Optional[Tensor]], grads: Sequence[Optional[Tensor]]) -> None:
+def ran(ctx, used: Sequence[bool], saved: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
     """Keeps `saved` for the outputs that are left, where the backward that has just run, which gives `grads`, frees the
     graph."""
     token, kept, waits = ctx.token, ctx.kept, _keeps_graph()
@@ -96,7 +97,7 @@ def ran(ctx, used: Sequence[bool], saved: Sequence[Optional[Tensor]], grads: Seq
         ctx.token = None
 
 
-def _is_wanted(ctx, grads: Sequence[Optional[Tensor]]) -> bool:
+def _is_wanted(ctx, grads: Sequence[Tensor | None]) -> bool:
     """Whether somebody waits for one of `grads`. `autograd.grad` for the operands of other outputs wants none of them, and
     where outputs have graphs of their own it would come to none of these."""
     nodes = [node for node, _ in ctx.next_functions if node is not None]
@@ -111,7 +112,7 @@ def _is_run(node) -> bool:
         return True
 
 
-def _version(tensor: Optional[Tensor]) -> Optional[int]:
+def _version(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 

@@ -6,8 +6,6 @@ On other GPUs, and for other dtypes, torch's own function loops over experts and
 
 from __future__ import annotations
 
-from typing import Optional, Union
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,9 @@ def fits(weight: Tensor) -> bool:
         return False
     _, n, k = weight.shape
     dense = weight.is_contiguous() or weight.transpose(1, 2).is_contiguous()
-    return dense and not (n % _MULTIPLE or k % _MULTIPLE) and torch.cuda.get_device_capability(weight.device)[0] in _MAJORS
+    return (
+        dense and not (n % _MULTIPLE or k % _MULTIPLE) and torch.cuda.get_device_capability(weight.device)[0] in _MAJORS
+    )
 
 
 class PerRow:
@@ -34,7 +34,7 @@ class PerRow:
         self.factor = factor
 
 
-Matrices = Union[Tensor, PerRow]
+Matrices = Tensor | PerRow
 
 
 class GroupedProducts:
@@ -42,7 +42,7 @@ class GroupedProducts:
 
     def __init__(self, rows: Rows, few: bool):
         self.rows, self.few = rows, few
-        self._empty: Optional[Tensor] = None
+        self._empty: Tensor | None = None
 
     def weights(self, weight: Tensor) -> Tensor:
         return weight
@@ -53,12 +53,12 @@ class GroupedProducts:
             return PerRow((gathered * scaling).to(dtype))
         return _laid_out(factor, dtype, scaling)
 
-    def times_transposed(self, x: Tensor, matrices: Matrices, out: Optional[Tensor] = None) -> Tensor:
+    def times_transposed(self, x: Tensor, matrices: Matrices, out: Tensor | None = None) -> Tensor:
         if isinstance(matrices, PerRow):
             return _sum(torch.bmm(matrices.factor, x.unsqueeze(2)).squeeze(2), out)
         return _sum(_grouped_mm(x, matrices.transpose(1, 2), offs=self.rows.ends), out)
 
-    def times(self, x: Tensor, matrices: Matrices, out: Optional[Tensor] = None) -> Tensor:
+    def times(self, x: Tensor, matrices: Matrices, out: Tensor | None = None) -> Tensor:
         return _sum(_grouped_mm(x, matrices, offs=self.rows.ends), out)
 
     def outer(self, x: Tensor, y: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class GroupedProducts:
         return self.outer(y.new_ones((y.shape[0], _MULTIPLE)), y)[:, 0]
 
 
-def _sum(product: Tensor, out: Optional[Tensor]) -> Tensor:
+def _sum(product: Tensor, out: Tensor | None) -> Tensor:
     return product if out is None else out.add_(product)
 
 
@@ -81,7 +81,13 @@ def _laid_out(factor: Tensor, dtype: torch.dtype, scaling: float) -> Tensor:
     experts, n, k = factor.shape
     sizes = -(-n // _MULTIPLE) * _MULTIPLE, -(-k // _MULTIPLE) * _MULTIPLE
     padded = sizes != (n, k)
-    if not padded and scaling == 1.0 and factor.dtype == dtype and factor.is_contiguous() and factor.data_ptr() % 16 == 0:
+    if (
+        not padded
+        and scaling == 1.0
+        and factor.dtype == dtype
+        and factor.is_contiguous()
+        and factor.data_ptr() % 16 == 0
+    ):
         return factor
     result = (torch.zeros if padded else torch.empty)((experts, *sizes), dtype=dtype, device=factor.device)
     torch.mul(factor, scaling, out=result[:, :n, :k])

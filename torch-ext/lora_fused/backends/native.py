@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +48,9 @@ class PackedWeight(NamedTuple):
 
 
 if PackedWeight._fields != _names("packed_weight"):
-    raise ImportError(f"this library reads a packed weight as {_names('packed_weight')}, expected {PackedWeight._fields}")
+    raise ImportError(
+        f"this library reads a packed weight as {_names('packed_weight')}, expected {PackedWeight._fields}"
+    )
 
 
 @torch.library.register_fake(add_op_namespace_prefix("row_norm"))
@@ -66,13 +69,13 @@ def gemm_pays(like: Tensor, rows: int, cols: int) -> bool:
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gain"))
-def _gain_fake(magnitude: Tensor, norm: Tensor) -> Tensor:
+def _mag_norm_scale_fake(magnitude: Tensor, norm: Tensor) -> Tensor:
     return torch.empty_like(norm)
 
 
-def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
+def mag_norm_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
     """magnitude / norm [N] in norm's dtype, and exactly 1 where they differ by the norm's rounding alone."""
-    return _gain(magnitude.to(norm.dtype).contiguous(), norm)
+    return _mag_norm_scale(magnitude.to(norm.dtype).contiguous(), norm)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("dropout"))
@@ -90,18 +93,18 @@ def dropout(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.register_fake(add_op_namespace_prefix("dora_gains"))
-def _dora_gains_fake(weights, lora_a, lora_b, magnitudes, scalings, scales, quantized):
+def _dora_scales_fake(weights, lora_a, lora_b, magnitudes, scalings, scales, quantized):
     norms = [weight.new_empty(n, dtype=torch.float32) for weight, n in zip(weights, _widths(weights, quantized))]
     return norms, [torch.empty_like(norm) for norm in norms]
 
 
-def dora_gains(
+def dora_scales(
     weights, lora_a, lora_b, magnitudes, scalings, scales=(), quantized=()
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(`row_norm`, `gain`) of each member, in float32. Weights in four bits, described by `scales` and `quantized` as
+    """(`row_norm`, `mag_norm_scale`) of each member, in float32. Weights in four bits, described by `scales` and `quantized` as
     `PackedWeight` has them, become floating point some rows at a time."""
     ready = [as_magnitude(magnitude) for magnitude in magnitudes]
-    return _dora_gains(weights, lora_a, lora_b, ready, scalings, scales, quantized)
+    return _dora_scales(weights, lora_a, lora_b, ready, scalings, scales, quantized)
 
 
 def as_magnitude(magnitude: Tensor) -> Tensor:
@@ -119,24 +122,38 @@ def _dequantize_4bit_fake(
 
 @torch.library.register_fake(add_op_namespace_prefix("lora_forward"))
 def _lora_forward_fake(
-    x, weights, biases, lora_a, lora_b, gains, magnitudes, scalings, seeds, dropouts, scales, quantized, exact
+    x,
+    weights,
+    biases,
+    lora_a,
+    lora_b,
+    mag_norm_scales,
+    magnitudes,
+    scalings,
+    seeds,
+    dropouts,
+    scales,
+    quantized,
+    bf16x3,
 ):
     rows = x[..., 0].numel()
     ranks = sum(a.shape[0] for a in lora_a if a is not None)
     widths = _widths(weights, quantized)
     ys = [x.new_empty(*x.shape[:-1], n) for n in widths]
-    us = [x.new_empty(rows, n) for n, scaled in zip(widths, _scaled(gains, magnitudes, len(widths))) if scaled]
-    return ys, us, x.new_empty(rows, 3 * ranks if exact else ranks), *_made(x, widths, magnitudes)
+    unscaled = [
+        x.new_empty(rows, n) for n, scaled in zip(widths, _scaled(mag_norm_scales, magnitudes, len(widths))) if scaled
+    ]
+    return ys, unscaled, x.new_empty(rows, 3 * ranks if bf16x3 else ranks), *_made(x, widths, magnitudes)
 
 
-def _scaled(gains, magnitudes, count) -> list[bool]:
-    """Which members have a gain, given or made; either list may be empty."""
-    given = zip(gains or [None] * count, magnitudes or [None] * count)
-    return [gain is not None or magnitude is not None for gain, magnitude in given]
+def _scaled(mag_norm_scales, magnitudes, count) -> list[bool]:
+    """Which members have a mag_norm_scale, given or made; either list may be empty."""
+    given = zip(mag_norm_scales or [None] * count, magnitudes or [None] * count)
+    return [mag_norm_scale is not None or magnitude is not None for mag_norm_scale, magnitude in given]
 
 
 def _made(x, widths, magnitudes):
-    """Fakes of the norms and of the gains that a forward makes."""
+    """Fakes of the norms and of the mag_norm_scales that a forward makes."""
     norms = [x.new_empty(n, dtype=torch.float32) for n, m in zip(widths, magnitudes) if m is not None]
     return norms, [torch.empty_like(norm) for norm in norms]
 
@@ -162,10 +179,10 @@ def _gradients(x, used, widths, downs, lora_b, need_dx, needs):
     return [torch.empty_like(x)] if need_dx else [], grads
 
 
-def _down_gradients(lora_a, dropouts, exact) -> list[Optional[Tensor]]:
+def _down_gradients(lora_a, dropouts, bf16x3) -> list[Tensor | None]:
     """Fakes of dA of members that share an input: rows of one matrix where nothing keeps them apart."""
     there = [a for a in lora_a if a is not None]
-    if any(dropouts) or exact or len({a.dtype for a in there}) != 1:
+    if any(dropouts) or bf16x3 or len({a.dtype for a in there}) != 1:
         return [None if a is None else torch.empty_like(a) for a in lora_a]
     ranks = [0 if a is None else a.shape[0] for a in lora_a]
     return list(there[0].new_empty(sum(ranks), there[0].shape[1]).split(ranks))
@@ -173,40 +190,40 @@ def _down_gradients(lora_a, dropouts, exact) -> list[Optional[Tensor]]:
 
 @torch.library.register_fake(add_op_namespace_prefix("lora_backward"))
 def _lora_backward_fake(
-    dys, x, t, us, weights, biases, lora_a, lora_b, gains, norms, scalings, seeds, dropouts, scales, quantized,
-    exact, need_dx, needs,
+    dys, x, t, unscaled, weights, biases, lora_a, lora_b, mag_norm_scales, norms, scalings, seeds, dropouts, scales, quantized,
+    bf16x3, need_dx, needs,
 ):  # fmt: skip
-    used, downs = [dy is not None for dy in dys], _down_gradients(lora_a, dropouts, exact)
+    used, downs = [dy is not None for dy in dys], _down_gradients(lora_a, dropouts, bf16x3)
     return _gradients(x, used, _widths(weights, quantized), downs, lora_b, need_dx, needs)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_forward"))
 def _gated_forward_fake(
-    x, weights, biases, lora_a, lora_b, gains, magnitudes, scalings, seeds, dropouts, scales, quantized, exact,
+    x, weights, biases, lora_a, lora_b, mag_norm_scales, magnitudes, scalings, seeds, dropouts, scales, quantized, bf16x3,
     activation, gate_half, up_to_h,
 ):  # fmt: skip
     rows = x[..., 0].numel()
-    ranks = [0 if a is None else (3 if exact else 1) * a.shape[0] for a in lora_a]
+    ranks = [0 if a is None else (3 if bf16x3 else 1) * a.shape[0] for a in lora_a]
     widths = _widths(weights, quantized)
     outputs = [x.new_empty(rows, n) for n in widths[:-1]]
     ts = [x.new_empty(rows, sum(ranks[:-1])), x.new_empty(rows, ranks[-1])]
     count = len(widths)
     masked = [p > 0 for p in dropouts] or [False] * count
-    scaled = _scaled(gains, magnitudes, count)
+    scaled = _scaled(mag_norm_scales, magnitudes, count)
     kept = [has_gain and (p or i == count - 1) for i, (has_gain, p) in enumerate(zip(scaled, masked))]
-    us = [x.new_empty(rows, n) for n, keep in zip(widths, kept) if keep]
+    unscaled = [x.new_empty(rows, n) for n, keep in zip(widths, kept) if keep]
     h = (rows, sum(widths[:-1]) // 2)
     y = x.new_empty(h if up_to_h else (*x.shape[:-1], widths[-1]))
-    return y, outputs, us, ts, *_made(x, widths, magnitudes)
+    return y, outputs, unscaled, ts, *_made(x, widths, magnitudes)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_backward"))
 def _gated_backward_fake(
-    dy, x, outputs, us, ts, weights, biases, lora_a, lora_b, gains, norms, scalings, seeds, dropouts, scales,
-    quantized, exact, activation, gate_half, need_dx, needs,
+    dy, x, outputs, unscaled, ts, weights, biases, lora_a, lora_b, mag_norm_scales, norms, scalings, seeds, dropouts, scales,
+    quantized, bf16x3, activation, gate_half, need_dx, needs,
 ):  # fmt: skip
     groups = slice(None, -1), slice(-1, None)
-    downs = [down for part in groups for down in _down_gradients(lora_a[part], dropouts[part], exact)]
+    downs = [down for part in groups for down in _down_gradients(lora_a[part], dropouts[part], bf16x3)]
     return _gradients(x, [True] * len(weights), _widths(weights, quantized), downs, lora_b, need_dx, needs)
 
 
@@ -216,14 +233,14 @@ def _column_norm_fake(weight, lora_a, lora_b, scaling, magnitude=None):
 
 
 @torch.library.register_fake(add_op_namespace_prefix("embedding_forward"))
-def _embedding_forward_fake(ids, weight, lora_a, lora_b, gain, scale, scaling, number, keep):
+def _embedding_forward_fake(ids, weight, lora_a, lora_b, mag_norm_scale, scale, scaling, number, keep):
     rows = weight.new_empty(ids.numel() if keep else 0, lora_a.shape[0], dtype=torch.float32)
     return weight.new_empty(*ids.shape, weight.shape[1]), rows
 
 
 @torch.library.register_fake(add_op_namespace_prefix("embedding_backward"))
 def _embedding_backward_fake(
-    dy, ids, rows, weight, lora_a, lora_b, magnitude, gain, norm, scale, scaling, number, padding,
+    dy, ids, rows, weight, lora_a, lora_b, magnitude, mag_norm_scale, norm, scale, scaling, number, padding,
     need_a, need_b, need_m,
 ):  # fmt: skip
     wanted = ((lora_a, need_a), (lora_b, need_b), (magnitude, need_m))
@@ -301,4 +318,4 @@ gated_backward = _op("gated_backward", past_subclasses=True)
 column_norm = _op("column_norm")
 embedding_forward = _op("embedding_forward")
 embedding_backward = _op("embedding_backward")
-_row_norm, _gain, _dropout, _dora_gains = _op("row_norm"), _op("gain"), _op("dropout"), _op("dora_gains")
+_row_norm, _mag_norm_scale, _dropout, _dora_scales = _op("row_norm"), _op("gain"), _op("dropout"), _op("dora_gains")

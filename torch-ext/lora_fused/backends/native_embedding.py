@@ -4,12 +4,10 @@ the host. A float32 adapter is multiplied to 16 bits, any other exactly; every s
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
-from ..specs import Table, TableSpec
+from ..specs import EmbeddingOperands, EmbeddingSpec
 from . import native
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -18,7 +16,7 @@ RANKS = 512  # up to which the ops hold A of some tokens in shared memory
 NORM_RANKS = 64  # up to which `column_norm` holds B in registers
 
 
-def fits(table: Table) -> bool:
+def fits(table: EmbeddingOperands) -> bool:
     """Whether the ops take this table: half precision on a GPU, contiguous, rows
     of 16-byte pieces, A and B of one dtype, a rank up to RANKS."""
     weight, lora_a, lora_b, _, _ = table
@@ -36,7 +34,7 @@ def fits(table: Table) -> bool:
     )
 
 
-def norm_fits(table: Table) -> bool:
+def norm_fits(table: EmbeddingOperands) -> bool:
     """Whether `column_norm` takes this table: one that `fits`, of a usual rank, A and B in float32 or its dtype."""
     dtypes = (torch.float32, table.weight.dtype)
     return table.lora_a.shape[0] <= NORM_RANKS and table.lora_a.dtype in dtypes and fits(table)
@@ -48,20 +46,20 @@ def column_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) 
     return native.column_norm(weight, lora_a, lora_b, scaling)[0]
 
 
-def column_gain(table: Table, scaling: float) -> tuple[Tensor, Tensor]:
-    """(`column_norm`, `ops.gain` of it), both [H] in float32."""
+def column_norm_and_scale(table: EmbeddingOperands, scaling: float) -> tuple[Tensor, Tensor]:
+    """(`column_norm`, `native.mag_norm_scale` of it), both [H] in float32."""
     weight, lora_a, lora_b, magnitude, _ = table
-    norm, gain = native.column_norm(weight, lora_a, lora_b, scaling, magnitude.contiguous())
-    return norm, gain
+    norm, mag_norm_scale = native.column_norm(weight, lora_a, lora_b, scaling, magnitude.contiguous())
+    return norm, mag_norm_scale
 
 
 def gather_add(
-    ids: Tensor, table: Table, spec: TableSpec, gain: Optional[Tensor], keep: bool
-) -> tuple[Tensor, Optional[Tensor]]:
+    ids: Tensor, table: EmbeddingOperands, spec: EmbeddingSpec, mag_norm_scale: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor | None]:
     """(y [*ids.shape, H] in the table's dtype, rows [M, R] in float32 if `keep`)."""
     weight, lora_a, lora_b, _, scale = table
     y, rows = native.embedding_forward(
-        ids.contiguous(), weight, lora_a, lora_b, gain, scale, spec.scaling, spec.scale, keep
+        ids.contiguous(), weight, lora_a, lora_b, mag_norm_scale, scale, spec.scaling, spec.scale, keep
     )
     return y, rows if keep else None
 
@@ -69,13 +67,13 @@ def gather_add(
 def gradients(
     dy: Tensor,
     ids: Tensor,
-    rows: Optional[Tensor],
-    table: Table,
-    spec: TableSpec,
-    gain: Optional[Tensor],
-    norm: Optional[Tensor],
-    needs: Table,
-) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    rows: Tensor | None,
+    table: EmbeddingOperands,
+    spec: EmbeddingSpec,
+    mag_norm_scale: Tensor | None,
+    norm: Tensor | None,
+    needs: EmbeddingOperands,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dA [R, V], dB [H, R], dm [H]) for dy [*ids.shape, H], None where `needs` has False."""
     weight, lora_a, lora_b, magnitude, scale = table
     padding = -1 if spec.padding_idx is None else spec.padding_idx
@@ -84,8 +82,20 @@ def gradients(
         dy = dy.clone(memory_format=torch.contiguous_format)
     found = iter(
         native.embedding_backward(
-            dy, ids.contiguous(), rows, weight, lora_a, lora_b, magnitude, gain, norm, scale,
-            spec.scaling, spec.scale, padding, *wanted,
-        )  # fmt: skip
+            dy,
+            ids.contiguous(),
+            rows,
+            weight,
+            lora_a,
+            lora_b,
+            magnitude,
+            mag_norm_scale,
+            norm,
+            scale,
+            spec.scaling,
+            spec.scale,
+            padding,
+            *wanted,
+        )
     )
     return tuple(next(found) if want else None for want in wanted)

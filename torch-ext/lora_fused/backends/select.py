@@ -1,37 +1,35 @@
-"""The one place that chooses who computes: Triton for large work on a GPU, the library elsewhere.
+"""The one place that chooses who computes.
 
-`reference` and `triton_ops` are modules of operations, which `compose` puts together. LIBRARY is one
-native op a direction, see `autograd.native`, and where that does not serve `reference`'s operations. Memory-bound passes are
-chosen apart from matrix products: one Triton kernel beats several library ones at any size. The sizes
-from which one is chosen are those of `tuned`, by device.
+NATIVE is one op a direction for a whole group (`autograd.group_native`), or for an embedding; a group that the op does not
+take is chained from the operations of `reference`. TRITON and REFERENCE are modules of operations, which
+`autograd.eager_products` chains. Memory-bound passes are chosen apart from matrix products: one Triton kernel beats several
+of torch's at any size. The sizes from which one is chosen are those of `device_config`.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
-from typing import Callable, Optional, Union
 
 import torch
 from torch import Tensor
 
-from ..specs import ExpertWeights, FourBit, Operands, Quantized, Table, Taken
+from ..specs import EmbeddingOperands, ExpertWeights, FourBit, NativePath, Operands, Quantized
 from . import device_config, grouped_mm, native, native_embedding, reference
 from .reference import embedding as reference_embedding
 from .reference.grouped import LoopedProducts, Rows
 
 REFERENCE = "reference"
-LIBRARY = "library"
 TRITON = "triton"
-CUDA = "cuda"  # of embeddings alone
 GROUPED = "grouped_mm"  # of experts alone
-NATIVE = "native"  # what a reader calls the native ops,
-HOPPER_GEMM = "native, Hopper GEMM"  # with products of their own,
+NATIVE = "native"
+HOPPER_GEMM = "native, Hopper GEMM"  # what a reader calls native ops whose products are our own,
 _TORCH = "torch"  # and products of torch, chained in Python
 _TRITON_DTYPES = (torch.bfloat16, torch.float16)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def triton_is_there() -> bool:
     try:
         import triton  # noqa: F401
@@ -40,32 +38,27 @@ def triton_is_there() -> bool:
     return True
 
 
-def choose(device: torch.device, dtype: torch.dtype, taken: Taken, work: Callable[[], int]) -> str:
-    """Name of the backend for x on `device`, computed in `dtype`; `taken` says how the native op takes the
+def choose(device: torch.device, dtype: torch.dtype, path: NativePath, work: Callable[[], int]) -> str:
+    """Name of the backend for x on `device`, computed in `dtype`; `path` says how the native op takes the
     whole group, `work` gives M·N·K and is asked only where it matters.
 
     Large half-precision products on a GPU go to Triton, but on Hopper where the native op takes them, since
     it has a product of its own with the LoRA terms inside, and where it alone is exact. float32 stays with
     the vendor's matrix products, which follow torch's own TF32 setting.
     """
-    if not is_gpu(device) or dtype not in _TRITON_DTYPES or taken.exact or (taken.native and is_hopper(device)):
-        return LIBRARY
-    return TRITON if work() >= device_config.of(device).up_add_from and triton_is_there() else LIBRARY
+    if not is_gpu(device) or dtype not in _TRITON_DTYPES or path.bf16x3 or (path.native and is_hopper(device)):
+        return NATIVE
+    return TRITON if work() >= device_config.of(device).linear_expand_from and triton_is_there() else NATIVE
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def is_library(name: str) -> bool:
-    """Whether the native op may take whole groups."""
-    return name == LIBRARY
 
 
 def gemm_pays(x: Tensor, rows: int, outputs: int) -> bool:
@@ -80,18 +73,18 @@ def describe(name: str) -> str:
 
 def describe_embedding(name: str) -> str:
     """The same of `choose_embedding`'s."""
-    return NATIVE if name == CUDA else describe(name)
+    return NATIVE if name == NATIVE else describe(name)
 
 
 def get(name: str) -> ModuleType:
     """The module of operations behind a backend's name."""
-    if name in (REFERENCE, LIBRARY):
+    if name in (REFERENCE, NATIVE):
         return reference
     if name == TRITON:
         from . import triton as triton_kernels
 
         return triton_kernels
-    raise ValueError(f"backend: {name!r} is unknown, expected {LIBRARY!r}, {REFERENCE!r} or {TRITON!r}")
+    raise ValueError(f"backend: {name!r} is unknown, expected {NATIVE!r}, {REFERENCE!r} or {TRITON!r}")
 
 
 def pointwise(x: Tensor) -> ModuleType:
@@ -106,20 +99,20 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
     no kernel and stay exact."""
     if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype):
         return reference.row_norm(weight, lora_a, lora_b, scaling)
-    if _row_norm_pays_in_triton(weight, lora_a.shape[0]):
+    if _row_norm_is_faster_in_triton(weight, lora_a.shape[0]):
         kernels = get(TRITON)
         if kernels.row_norm_fits(weight, lora_a, lora_b):
             return kernels.row_norm(weight, lora_a, lora_b, scaling)
     return native.row_norm(weight, lora_a, lora_b, scaling)
 
 
-def dora_gains(
+def dora_scales(
     weights, lora_a, lora_b, magnitudes, scalings, formats=(), quantized=(), scales=()
-) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """(‖W + s·B·A‖ by row, magnitude over it) of each member, None for both where it has no magnitude. `formats` of
     the members, and `quantized` and `scales` as the native ops take them, where some are in four bits."""
-    norms: list[Optional[Tensor]] = [None] * len(weights)
-    gains: list[Optional[Tensor]] = [None] * len(weights)
+    norms: list[Tensor | None] = [None] * len(weights)
+    mag_norm_scales: list[Tensor | None] = [None] * len(weights)
     batch = []
     for i, magnitude in enumerate(magnitudes):
         if magnitude is None:
@@ -128,16 +121,16 @@ def dora_gains(
             batch.append(i)
         else:
             norms[i] = row_norm(weights[i], lora_a[i], lora_b[i], scalings[i])
-            gains[i] = native.gain(magnitude, norms[i])
+            mag_norm_scales[i] = native.mag_norm_scale(magnitude, norms[i])
     if batch:
         fields = ([field[i] for i in batch] for field in (weights, lora_a, lora_b, magnitudes, scalings))
         numbers = [number for i in batch for number in native.PackedWeight.of(quantized, i)] if quantized else ()
-        for i, norm, gain in zip(batch, *native.dora_gains(*fields, scales, numbers)):
-            norms[i], gains[i] = norm, gain
-    return norms, gains
+        for i, norm, mag_norm_scale in zip(batch, *native.dora_scales(*fields, scales, numbers)):
+            norms[i], mag_norm_scales[i] = norm, mag_norm_scale
+    return norms, mag_norm_scales
 
 
-def norm_is_native(weight: Tensor, lora_a: Tensor, lora_b: Tensor, quantized: Optional[Quantized]) -> bool:
+def norm_is_native(weight: Tensor, lora_a: Tensor, lora_b: Tensor, quantized: Quantized | None) -> bool:
     """Whether the native ops make this norm, in a forward or together with others: of a weight in floating point that
     Triton does not take, or in four bits."""
     dtype = weight.dtype if quantized is None else quantized.dtype
@@ -145,10 +138,10 @@ def norm_is_native(weight: Tensor, lora_a: Tensor, lora_b: Tensor, quantized: Op
         return False
     if quantized is not None:
         return type(quantized) is FourBit
-    return not _row_norm_pays_in_triton(weight, lora_a.shape[0])
+    return not _row_norm_is_faster_in_triton(weight, lora_a.shape[0])
 
 
-def _row_norm_pays_in_triton(weight: Tensor, rank: int) -> bool:
+def _row_norm_is_faster_in_triton(weight: Tensor, rank: int) -> bool:
     if not weight.is_cuda:
         return False
     limits = device_config.of(weight.device)
@@ -166,7 +159,7 @@ def dequantize_4bit(operands: Operands, quantized: FourBit, first: int, out: Ten
     return out
 
 
-def choose_embedding(table: Table, tokens: int) -> str:
+def choose_embedding(table: EmbeddingOperands, tokens: int) -> str:
     """Name of the backend for an embedding of this many tokens.
 
     On a GPU the native ops up to a size, since a step with few tokens waits for the host, and Triton's
@@ -178,20 +171,20 @@ def choose_embedding(table: Table, tokens: int) -> str:
     limits = device_config.of(weight.device)
     small = tokens <= limits.embedding_tokens and tokens * table.lora_b.numel() <= limits.embedding_up_to
     if small and native_embedding.fits(table):
-        return CUDA
+        return NATIVE
     return TRITON if triton_is_there() else REFERENCE
 
 
 def get_embedding(name: str) -> ModuleType:
-    """The module with `column_norm`, `gather_add` and, but for CUDA, which has `gradients`, with
-    `gather_backward` and `scatter_rows`, as `reference_embedding` defines them."""
-    if name == CUDA:
+    """The module with `column_norm`, `gather_add` and, but for NATIVE, which has `gradients`, with
+    `gather_backward` and `scatter_rows`, as `reference.embedding` defines them."""
+    if name == NATIVE:
         return native_embedding
     ops = get(name)
     return reference_embedding if ops is reference else ops
 
 
-def column_norm(name: str, table: Table, scaling: float) -> Tensor:
+def column_norm(name: str, table: EmbeddingOperands, scaling: float) -> Tensor:
     """‖W + s·(B·A)ᵀ‖ by column: on a GPU the native op wherever it takes the table."""
     kernels = get_embedding(name)
     if kernels is not reference_embedding:
@@ -200,15 +193,15 @@ def column_norm(name: str, table: Table, scaling: float) -> Tensor:
     return kernels.column_norm(table.weight, table.lora_a, table.lora_b, scaling)
 
 
-def column_gain(name: str, table: Table, scaling: float) -> tuple[Tensor, Tensor]:
+def column_norm_and_scale(name: str, table: EmbeddingOperands, scaling: float) -> tuple[Tensor, Tensor]:
     """(`column_norm`, magnitude over it), in one op where the native one takes the table."""
     if get_embedding(name) is not reference_embedding and native_embedding.norm_fits(table):
-        return native_embedding.column_gain(table, scaling)
+        return native_embedding.column_norm_and_scale(table, scaling)
     norm = column_norm(name, table, scaling)
-    return norm, native.gain(table.magnitude, norm)
+    return norm, native.mag_norm_scale(table.magnitude, norm)
 
 
-Products = Union[LoopedProducts, grouped_mm.GroupedProducts]
+Products = LoopedProducts | grouped_mm.GroupedProducts
 
 
 def choose_experts(up: ExpertWeights, down: ExpertWeights) -> str:

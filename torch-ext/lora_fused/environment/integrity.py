@@ -13,7 +13,7 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 METADATA = "metadata.json"
 _ALGORITHMS = ("sha256", "sha512")  # that `kernels` knows
@@ -40,7 +40,8 @@ def check(package: Path) -> None:
     if digest.algorithm not in _ALGORITHMS:
         where = package / METADATA
         warnings.warn(
-            f"lora_fused: files are not checked, since {where} has a digest of unknown kind {digest.algorithm!r}"
+            f"lora_fused: files are not checked, since {where} has a digest of unknown kind {digest.algorithm!r}",
+            stacklevel=2,
         )
         return
     changed = []
@@ -54,11 +55,12 @@ def check(package: Path) -> None:
     if changed:
         files = "; ".join(changed)
         warnings.warn(
-            f"lora_fused: files in {package} are not as built: {files}. If nobody edited them, {_remedy(package)}"
+            f"lora_fused: files in {package} are not as built: {files}. If nobody edited them, {_remedy(package)}",
+            stacklevel=2,
         )
 
 
-def _read_digest(path: Path) -> Optional[_Digest]:
+def _read_digest(path: Path) -> _Digest | None:
     if not os.path.lexists(path):  # a link to nowhere is damage
         return None
     try:
@@ -73,7 +75,7 @@ def _read_digest(path: Path) -> Optional[_Digest]:
         raise _damaged(path, f"is malformed ({type(error).__name__}: {error})") from None
 
 
-def _problem(path: Path, algorithm: str, expected: bytes) -> Optional[str]:
+def _problem(path: Path, algorithm: str, expected: bytes) -> str | None:
     """What is wrong with a file; None where it is as built."""
     try:
         content = path.read_bytes()

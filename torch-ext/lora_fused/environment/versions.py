@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from typing import Optional
 
 WANTED = {"kernels": "0.17", "peft": "0.18", "torch": "2.11"}
 
@@ -20,7 +19,7 @@ def check() -> None:
     raise ImportError(f"lora_fused: {found}. Nothing was mapped. Run: pip install --upgrade {packages}")
 
 
-def _problem(name: str, minimum: str) -> Optional[str]:
+def _problem(name: str, minimum: str) -> str | None:
     """What is wrong with a package; None where it is new enough or does not say what it is."""
     failure = None
     try:
@@ -34,7 +33,7 @@ def _problem(name: str, minimum: str) -> Optional[str]:
     return f"{version} is installed but {_described(failure)}" if failure else None
 
 
-def _installed(name: str) -> Optional[str]:
+def _installed(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ def check_tensor(name: str, tensor: object, dtypes: Sequence[torch.dtype] = DTYP
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: {type(tensor).__name__}, expected a torch.Tensor")
     if tensor.is_nested:
-        raise TypeError(f"{name}: nested, expected a dense tensor: pad it with to_padded_tensor or give its parts one by one")
+        raise TypeError(
+            f"{name}: nested, expected a dense tensor: pad it with to_padded_tensor or give its parts one by one"
+        )
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name}: layout {tensor.layout}, expected a dense tensor: give its to_dense()")
     if tensor.dtype not in dtypes:

@@ -4,7 +4,7 @@ to the native ops, or to the chain of operations (Triton, torch)."""
 from __future__ import annotations
 
 import math
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,12 +12,12 @@ from torch import Tensor
 from ..autograd.gated_mlp_eager import GatedMLPFunction, forward_gated
 from ..autograd.gated_mlp_native import gated_mlp
 from ..autograd.group_eager import LoraLinearFunction, forward_group
-from ..autograd.group_native import lora_group, takes
+from ..autograd.group_native import lora_group, native_path
 from ..autograd.members import members_of
 from ..backends import select
 from ..backends.reference.activations import INDEX
 from ..call_context import autocast_dtype, without_autocast
-from ..specs import GatedSpec, GroupSpec, Projection, Taken, flatten, fold
+from ..specs import GatedSpec, GroupSpec, NativePath, Projection, flatten, fold
 
 
 def compute_group(
@@ -25,17 +25,17 @@ def compute_group(
     projections: Sequence[Projection],
     *,
     share_mask: bool = False,
-    backend: Optional[str] = None,
+    backend: str | None = None,
     token: object = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear_group` on operands that are known to be right; `token` is kept as the graph is."""
     projections = fold(projections)
     lora_dtype, x = _autocast(x)
-    taken = takes(projections, x.dtype, lora_dtype, x.is_cuda)
-    backend = backend or _choose(x, projections, taken, lora_dtype)
+    path = native_path(projections, x.dtype, lora_dtype, x.is_cuda)
+    backend = backend or _choose(x, projections, path, lora_dtype)
     seeds = draw_seeds(x.device, projections, share_mask)
-    if taken.native and select.is_library(backend):
-        return lora_group(x, projections, seeds, taken.exact, token)
+    if path.native and backend == select.NATIVE:
+        return lora_group(x, projections, seeds, path.bf16x3, token)
     group = GroupSpec(tuple(projection.spec for projection in projections), backend, lora_dtype)
     scalings = tuple(projection.scaling for projection in projections)
     flat = flatten([projection.operands for projection in projections])
@@ -54,17 +54,17 @@ def compute_gated(
     activation: str,
     gate_half: int = 0,
     *,
-    backend: Optional[str] = None,
+    backend: str | None = None,
 ) -> Tensor:
     """down(f(gate(x))·up(x)) on operands that are known to be right: `inputs` are gate and up, or the one
-    projection that holds both as halves, `output` is down, f one of `activation.ACTIVATIONS`."""
+    projection that holds both as halves, `output` is down, f one of `activations.ACTIVATIONS`."""
     *inputs, output = projections = fold((*inputs, output))
     lora_dtype, x = _autocast(x)
-    taken = takes(projections, x.dtype, lora_dtype, x.is_cuda)
-    names = [backend or _choose(x, part, taken, lora_dtype) for part in (inputs, (output,))]
+    path = native_path(projections, x.dtype, lora_dtype, x.is_cuda)
+    names = [backend or _choose(x, part, path, lora_dtype) for part in (inputs, (output,))]
     seeds = draw_seeds(x.device, projections)
-    if taken.native and all(map(select.is_library, names)):
-        return gated_mlp(x, projections, (INDEX[activation], gate_half), seeds, taken.exact)
+    if path.native and names == [select.NATIVE, select.NATIVE]:
+        return gated_mlp(x, projections, (INDEX[activation], gate_half), seeds, path.bf16x3)
     groups = (
         GroupSpec(tuple(projection.spec for projection in part), name, lora_dtype)
         for part, name in zip((inputs, (output,)), names)
@@ -80,7 +80,7 @@ def compute_gated(
         return y
 
 
-def _autocast(x: Tensor) -> tuple[Optional[torch.dtype], Tensor]:
+def _autocast(x: Tensor) -> tuple[torch.dtype | None, Tensor]:
     """Autocast's dtype where that is on, and x as the group takes it."""
     dtype = autocast_dtype(x)
     return dtype, x if dtype is None or x.dtype == dtype else x.to(dtype)
@@ -89,37 +89,37 @@ def _autocast(x: Tensor) -> tuple[Optional[torch.dtype], Tensor]:
 def _choose(
     x: Tensor,
     projections: Sequence[Projection],
-    taken: Taken,
-    lora_dtype: Optional[torch.dtype],
-    rows: Optional[int] = None,
+    path: NativePath,
+    lora_dtype: torch.dtype | None,
+    rows: int | None = None,
 ) -> str:
-    """Name of the backend; `taken` is of all that is computed together. `rows` in place of x's own, where given."""
+    """Name of the backend; `path` is of all that is computed together. `rows` in place of x's own, where given."""
     if x.dtype == torch.float16 and lora_dtype is None and any([_is_wide(p.operands.lora_a) for p in projections]):
-        return select.LIBRARY  # Triton stores t and dt in x's dtype, which has not the range for an adapter in float32
+        return select.NATIVE  # Triton stores t and dt in x's dtype, which has not the range for an adapter in float32
 
     def work() -> int:
         tokens = math.prod(x.shape[:-1]) if rows is None else rows
         return tokens * max(math.prod(projection.shape) for projection in projections)
 
-    return select.choose(x.device, x.dtype, taken, work)
+    return select.choose(x.device, x.dtype, path, work)
 
 
-def _is_wide(lora_a: Optional[Tensor]) -> bool:
+def _is_wide(lora_a: Tensor | None) -> bool:
     return lora_a is not None and lora_a.dtype != torch.float16
 
 
 def describe_backend(x: Tensor, projections: Sequence[Projection], rows: int) -> str:
     """What a reader calls the backend of a group of projections of `rows` rows like those of x."""
     lora_dtype, x = _autocast(x)
-    taken = takes(projections, x.dtype, lora_dtype, x.is_cuda)
-    chosen = _choose(x, projections, taken, lora_dtype, rows)
-    if not (taken.native and select.is_library(chosen)):
+    path = native_path(projections, x.dtype, lora_dtype, x.is_cuda)
+    chosen = _choose(x, projections, path, lora_dtype, rows)
+    if not path.native or chosen != select.NATIVE:
         return select.describe(chosen)
     pays = any([select.gemm_pays(x, rows, projection.shape[0]) for projection in projections])
     return select.HOPPER_GEMM if pays else select.NATIVE
 
 
-def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Optional[Tensor]:
+def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Tensor | None:
     """int64 [members] from torch's generator for the device, on the device; None without dropout."""
     if not any([projection.spec.dropout > 0 for projection in projections]):
         return None

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Optional, Union
-
 import torch
 from torch import Tensor
 
-from ..autograd.embedding import LoraEmbeddingFunction, forward_table
+from ..autograd.embedding import LoraEmbeddingFunction, forward_embedding
 from ..backends import native_embedding, select
 from ..call_context import without_autocast
-from ..specs import Table, TableSpec
+from ..specs import EmbeddingOperands, EmbeddingSpec
 from .checks import check_number, check_tensor
 
 ID_DTYPES = (torch.int64, torch.int32)
@@ -23,10 +21,10 @@ def lora_embedding(
     lora_b: Tensor,
     scaling: float,
     *,
-    magnitude: Optional[Tensor] = None,
-    embed_scale: Union[float, Tensor] = 1.0,
-    padding_idx: Optional[int] = None,
-    backend: Optional[str] = None,
+    magnitude: Tensor | None = None,
+    embed_scale: float | Tensor = 1.0,
+    padding_idx: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """LoRA on an embedding, or DoRA with a magnitude; differentiable once in every float tensor but
     `embed_scale`:
@@ -43,7 +41,7 @@ def lora_embedding(
     [*ids.shape, H] in weight's dtype, also under autocast. Gradients come in each tensor's own dtype
     and are dense and deterministic; those of A and W are zero at `padding_idx`, that of B is not.
     The reference backend multiplies the adapter in its own dtype, the native ops to 16 bits; Triton
-    rounds it to weight's and sums in float32. Saved for backward: ids, A[:, i]ᵀ, norm, gain and the
+    rounds it to weight's and sums in float32. Saved for backward: ids, A[:, i]ᵀ, norm, mag_norm_scale and the
     operands.
 
     Raises ValueError or TypeError naming the tensor, what was seen and what was expected. An id
@@ -52,43 +50,43 @@ def lora_embedding(
     Source: Hu et al. 2021, arXiv:2106.09685, equation 3; Liu et al. 2024, arXiv:2402.09353.
     """
     scale, number = (embed_scale, 1.0) if isinstance(embed_scale, Tensor) else (None, embed_scale)
-    table = Table(weight, lora_a, lora_b, magnitude, scale)
+    table = EmbeddingOperands(weight, lora_a, lora_b, magnitude, scale)
     for name, value in (("scaling", scaling), ("embed_scale", number)):
         check_number(name, value)
-    _check_table(table)
+    _check_operands(table)
     _check_ids(ids, table)
     if padding_idx is not None:
         rows = weight.shape[0]
         if not isinstance(padding_idx, int) or not -rows <= padding_idx < rows:
             raise ValueError(f"padding_idx: {padding_idx!r}, expected one of the {rows} rows of weight")
         padding_idx %= rows
-    if backend == select.CUDA and not native_embedding.fits(table):
-        raise ValueError("backend: 'cuda' takes contiguous half-precision tables on a GPU, H a multiple of 8")
-    return compute_table(ids, table, float(scaling), padding_idx, float(number), backend)
+    if backend == select.NATIVE and not native_embedding.fits(table):
+        raise ValueError("backend: 'native' takes contiguous half-precision tables on a GPU, H a multiple of 8")
+    return compute_embedding(ids, table, float(scaling), padding_idx, float(number), backend)
 
 
-def compute_table(
+def compute_embedding(
     ids: Tensor,
-    table: Table,
-    scaling: Union[float, Tensor],
-    padding_idx: Optional[int],
+    table: EmbeddingOperands,
+    scaling: float | Tensor,
+    padding_idx: int | None,
     scale: float,
-    backend: Optional[str] = None,
+    backend: str | None = None,
 ) -> Tensor:
     """`lora_embedding` on operands that are known to be right; a scaling that is a tensor is multiplied into B."""
     if isinstance(scaling, Tensor):
         table, scaling = table._replace(lora_b=table.lora_b * scaling.clone()), 1.0
     if backend is None:
         backend = select.choose_embedding(table, ids.numel())
-    spec = TableSpec(scaling, padding_idx, scale, backend)
+    spec = EmbeddingSpec(scaling, padding_idx, scale, backend)
     if torch.is_grad_enabled():
         return LoraEmbeddingFunction.apply(spec, ids, *table)
     with without_autocast(table.weight):
-        return forward_table(ids, table, spec, keep=False)[0]
+        return forward_embedding(ids, table, spec, keep=False)[0]
 
 
-def _check_table(table: Table) -> None:
-    for name, tensor in zip(Table._fields, table):
+def _check_operands(table: EmbeddingOperands) -> None:
+    for name, tensor in zip(EmbeddingOperands._fields, table):
         if tensor is None and name in ("magnitude", "scale"):
             continue
         name = "embed_scale" if name == "scale" else name
@@ -109,7 +107,7 @@ def _check_table(table: Table) -> None:
         raise ValueError(f"embed_scale: shape {tuple(scale.shape)}, expected one element")
 
 
-def _check_ids(ids: Tensor, table: Table) -> None:
+def _check_ids(ids: Tensor, table: EmbeddingOperands) -> None:
     check_tensor("ids", ids, ID_DTYPES)
     if ids.device != table.weight.device:
         raise ValueError(f"ids: on {ids.device}, expected {table.weight.device} as weight is")

@@ -13,6 +13,7 @@ from ..call_context import without_autocast
 from ..specs import TENSORS_PER_PRODUCT, AnyGate, ExpertsSpec, ExpertWeights, Gate
 from .checks import check_number, check_tensor
 
+SWIGLU = Gate()
 INDEX_DTYPES = (torch.int64, torch.int32)
 
 
@@ -22,7 +23,7 @@ def lora_experts(
     routing: Tensor,
     up: ExpertWeights,
     down: ExpertWeights,
-    gate: AnyGate = Gate(),
+    gate: AnyGate = SWIGLU,
     *,
     leaves_out: bool = True,
 ) -> Tensor:
@@ -84,7 +85,9 @@ def _check_weights(name: str, weights: ExpertWeights, like: Tensor) -> None:
             raise TypeError(f"{name}.{part}: dtype {tensor.dtype}, expected {like.dtype} as up.weight has")
     weight, bias, lora_a, lora_b, _ = weights
     if weight.dim() != 3 or weight.shape[0] != like.shape[0]:
-        raise ValueError(f"{name}.weight: shape {tuple(weight.shape)}, expected [E, N, K], in both weights for as many experts")
+        raise ValueError(
+            f"{name}.weight: shape {tuple(weight.shape)}, expected [E, N, K], in both weights for as many experts"
+        )
     if weight.requires_grad:
         raise ValueError(f"{name}.weight: requires a gradient, which is not computed here: give its detach()")
     experts, n, k = weight.shape
@@ -95,18 +98,24 @@ def _check_weights(name: str, weights: ExpertWeights, like: Tensor) -> None:
     if lora_a is None:
         return
     if lora_a.dim() != 3 or (lora_a.shape[0], lora_a.shape[2]) != (experts, k) or lora_a.shape[1] == 0:
-        raise ValueError(f"{name}.lora_a: shape {tuple(lora_a.shape)}, expected [{experts}, R, {k}] with a rank of at least 1")
+        raise ValueError(
+            f"{name}.lora_a: shape {tuple(lora_a.shape)}, expected [{experts}, R, {k}] with a rank of at least 1"
+        )
     if lora_b.shape != (experts, n, lora_a.shape[1]):
         raise ValueError(f"{name}.lora_b: shape {tuple(lora_b.shape)}, expected [{experts}, {n}, {lora_a.shape[1]}]")
 
 
-def _check_shapes(x: Tensor, index: Tensor, routing: Tensor, up: ExpertWeights, down: ExpertWeights, gate: AnyGate) -> None:
+def _check_shapes(
+    x: Tensor, index: Tensor, routing: Tensor, up: ExpertWeights, down: ExpertWeights, gate: AnyGate
+) -> None:
     hidden = up.weight.shape[2]
     if x.dim() != 2 or x.shape[1] != hidden:
         raise ValueError(f"x: shape {tuple(x.shape)}, expected [T, {hidden}]")
     for name, tensor in (("index", index), ("routing", routing)):
         if tensor.dim() != 2 or tensor.shape[0] != x.shape[0] or tensor.shape != index.shape:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected [{x.shape[0]}, k], the same of index and routing")
+            raise ValueError(
+                f"{name}: shape {tuple(tensor.shape)}, expected [{x.shape[0]}, k], the same of index and routing"
+            )
     if not isinstance(gate, Gate):
         if not callable(gate):
             raise TypeError(f"gate: {type(gate).__name__}, expected a Gate or a function")
@@ -115,4 +124,6 @@ def _check_shapes(x: Tensor, index: Tensor, routing: Tensor, up: ExpertWeights, 
         raise ValueError(f"gate: activation {gate.activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     width = down.weight.shape[2] * (2 if gate.gated else 1)
     if up.weight.shape[1] != width:
-        raise ValueError(f"up.weight: shape {tuple(up.weight.shape)}, expected [E, {width}, {hidden}] for this gate and down")
+        raise ValueError(
+            f"up.weight: shape {tuple(up.weight.shape)}, expected [E, {width}, {hidden}] for this gate and down"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ def lora_linear(
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float,
-    bias: Optional[Tensor] = None,
+    bias: Tensor | None = None,
     *,
-    lora_bias: Optional[Tensor] = None,
-    magnitude: Optional[Tensor] = None,
+    lora_bias: Tensor | None = None,
+    magnitude: Tensor | None = None,
     dropout: float = 0.0,
-    backend: Optional[str] = None,
+    backend: str | None = None,
 ) -> Tensor:
     """LoRA, or DoRA with a magnitude; differentiable once in every tensor. With d = dropout(x):
 
@@ -40,7 +40,7 @@ def lora_linear(
     that is on. Gradients come in each tensor's own dtype. Without autocast the reference backend
     computes the LoRA path in the adapter's dtype; the Triton backend reads the adapter in its dtype,
     multiplies in x's and sums in float32. Saved for backward: x, s·d Aᵀ, for DoRA the value before
-    the gain, and the operands.
+    the mag_norm_scale, and the operands.
 
     Raises ValueError or TypeError naming the tensor, what was seen and what was expected.
     Source: Hu et al. 2021, arXiv:2106.09685, equation 3; Liu et al. 2024, arXiv:2402.09353.
@@ -55,7 +55,7 @@ def lora_linear_group(
     projections: Sequence[Projection],
     *,
     share_mask: bool = False,
-    backend: Optional[str] = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear` for several projections of one x, as one node of the graph.
 
@@ -128,7 +128,9 @@ def _check_operands(operands: Operands, transposed: bool = False) -> None:
     if (lora_a is None) != (lora_b is None):
         raise ValueError("lora_a and lora_b: one is None, expected both or neither")
     if lora_a is None:
-        extra = "lora_bias" if operands.lora_bias is not None else "magnitude" if operands.magnitude is not None else None
+        extra = (
+            "lora_bias" if operands.lora_bias is not None else "magnitude" if operands.magnitude is not None else None
+        )
         if extra:
             raise ValueError(f"{extra}: given without lora_a and lora_b")
     else:

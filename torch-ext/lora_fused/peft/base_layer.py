@@ -1,5 +1,5 @@
-"""What stands under a LoRA layer: the base's part of `peft_state`. A base layer becomes the operands
-of its product, or the reason why its own forward computes the product ("base called"), or why PEFT's
+"""What stands under a LoRA layer: the base's part of `peft.linear`. A base layer becomes the operands
+of its product, or the reason why its own forward computes the product ("fused delta"), or why PEFT's
 forward runs; and whether tensors are what the products take. Read anew at every call, so nothing here can go stale.
 """
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,14 @@ LINEARS = (
 )
 TRANSPOSED = (("transformers.pytorch_utils", "Conv1D"),)
 # Bases that are called whatever LoRA layer stands on them: their weight is not what they multiply with.
-_CALLED = (
+_OWN_FORWARD = (
     ("transformers.integrations.finegrained_fp8", "FP8Linear"),
     ("peft.utils.other", "TrainableTokensWrapper"),
     ("peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"),
 )
 
 
-class Broken(str):
+class InvalidState(str):
     """Why nobody can compute a module, PEFT neither: calling it raises."""
 
 
@@ -51,13 +51,13 @@ class Base(NamedTuple):
     """
 
     operands: Operands
-    shape: Optional[tuple[int, int]]
-    quantized: Optional[Quantized] = None
-    compute: Optional[torch.dtype] = None
-    called: Optional[str] = None
+    shape: tuple[int, int] | None
+    quantized: Quantized | None = None
+    compute: torch.dtype | None = None
+    own_forward: str | None = None
 
 
-def tensor_of(layer: nn.Module, name: str) -> Optional[Tensor]:
+def tensor_of(layer: nn.Module, name: str) -> Tensor | None:
     """A layer's parameter, or what FSDP1 has put in its place. KeyError where it is neither."""
     parameters = layer._parameters
     return parameters[name] if name in parameters else layer.__dict__[name]
@@ -70,57 +70,57 @@ def unread_reason(error: Exception) -> str:
     return f"a parameter cannot be read: {error}"
 
 
-def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:
+def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Base | str:
     """What a base layer computes now; `opaque` where the LoRA layer is one for bases of a kind of its own."""
     if type(base) is nn.Linear and not transposed:  # nearly all, past what others ask
         weight = tensor_of(base, "weight")
         if type(weight) in PLAIN_TENSORS:
             return Base(Operands(weight, tensor_of(base, "bias")), (base.out_features, base.in_features))
     found = _read(base, transposed, opaque)
-    if type(base) is nn.Linear or isinstance(found, str) or found.called:
+    if type(base) is nn.Linear or isinstance(found, str) or found.own_forward:
         return found
     return replaced.module_reason(type(base)) or found
 
 
-def _read(base: nn.Module, transposed: bool, opaque: bool) -> Union[Base, str]:
+def _read(base: nn.Module, transposed: bool, opaque: bool) -> Base | str:
     cls = type(base)
     linear = cls is nn.Linear or is_listed(cls, LINEARS)
     if linear or (transposed and is_listed(cls, TRANSPOSED)):
         weight = tensor_of(base, "weight")
         if _is_torchao(weight):
-            return _called(f"{type(weight).__name__}")
+            return _with_own_forward(f"{type(weight).__name__}")
         if transposed and linear:
             return f"fan_in_fan_out on a {cls.__name__}"
         bias = tensor_of(base, "bias")
         if cls is not nn.Linear and _adds_bias_in_its_dtype(cls, bias):
-            return _called(f"{cls.__name__} adds its bias of {bias.dtype} to what autocast gives")
+            return _with_own_forward(f"{cls.__name__} adds its bias of {bias.dtype} to what autocast gives")
         shape = (base.nf, base.nx) if transposed else (base.out_features, base.in_features)
         return Base(Operands(weight, bias), shape)
     if isinstance(base, _bitsandbytes("Linear4bit")) and _runs(base, "Linear4bit"):
         return replaced.function_reason(sys.modules["bitsandbytes"], "matmul_4bit") or _read_4bit(base)
     if isinstance(base, _bitsandbytes("Linear8bitLt")) and _runs(base, "Linear8bitLt"):
         return _read_8bit(base)
-    if opaque or is_listed(cls, _CALLED):
-        return _called(f"{cls.__name__}")
+    if opaque or is_listed(cls, _OWN_FORWARD):
+        return _with_own_forward(f"{cls.__name__}")
     return f"unknown base layer {cls.__name__}"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def is_listed(cls: type, listed: tuple[tuple[str, str], ...]) -> bool:
     """Whether a class is the one of that name in one of the modules listed, and not just called like it."""
     return any([cls is getattr(sys.modules.get(module), name, None) for module, name in listed])
 
 
-def _adds_bias_in_its_dtype(cls: type, bias: Optional[Tensor]) -> bool:
+def _adds_bias_in_its_dtype(cls: type, bias: Tensor | None) -> bool:
     """FalconLinear adds its bias after the product, so that under autocast the result has the wider dtype."""
     return bias is not None and is_listed(cls, (_FALCON,)) and autocast_dtype(bias) not in (None, bias.dtype)
 
 
-def _called(kind: str) -> Base:
-    return Base(Operands(None), None, called=f"base called: {kind}")
+def _with_own_forward(kind: str) -> Base:
+    return Base(Operands(None), None, own_forward=f"base layer's own forward: {kind}")
 
 
-def _bitsandbytes(name: str) -> Union[type, tuple]:
+def _bitsandbytes(name: str) -> type | tuple:
     """A layer class of bitsandbytes; nothing is one where bitsandbytes is not loaded."""
     modules = sys.modules.get("bitsandbytes.nn.modules")
     return () if modules is None else getattr(modules, name)
@@ -135,14 +135,14 @@ def _is_torchao(weight: Tensor) -> bool:
     return type(weight).__module__.startswith("torchao.")
 
 
-def _read_4bit(base: nn.Module) -> Union[Base, str]:
+def _read_4bit(base: nn.Module) -> Base | str:
     with torch._C.DisableTorchFunctionSubclass():  # else every look at the weight costs a call
         weight = tensor_of(base, "weight")
         own = getattr(weight, "quant_state", None)
         state = base.quant_state if own is None else own  # FSDP's tensors have lost it; bitsandbytes looks there, too
         shape = (base.out_features, base.in_features)
         if state is None:
-            return Broken(f"base weight of {weight.dtype}, shape {tuple(weight.shape)}, is not quantized yet: "
+            return InvalidState(f"base weight of {weight.dtype}, shape {tuple(weight.shape)}, is not quantized yet: "
                           "move the layer to its device")  # fmt: skip
         if weight.is_meta:
             return "weight is on the meta device"
@@ -154,7 +154,7 @@ def _read_4bit(base: nn.Module) -> Union[Base, str]:
             return f"quantization {state.quant_type} of {state.dtype}"
         broken = _broken_4bit(weight, state, shape)
         if broken:
-            return broken if own is None else Broken(broken)
+            return broken if own is None else InvalidState(broken)
         device = device_type(weight)
     nested = state.state2
     quantized = FourBit(
@@ -162,20 +162,24 @@ def _read_4bit(base: nn.Module) -> Union[Base, str]:
     )
     bias, compute = tensor_of(base, "bias"), base.compute_dtype
     if device == "cpu" and shape[1] % state.blocksize != 0:
-        called = "base called: rows of broken blocks, which bitsandbytes reads in its own way on the CPU"
-        return Base(Operands(None, bias), shape, called=called)
-    called = None
+        own_forward = (
+            "base layer's own forward: rows of broken blocks, which bitsandbytes reads in its own way on the CPU"
+        )
+        return Base(Operands(None, bias), shape, own_forward=own_forward)
+    own_forward = None
     if not base.compute_type_is_set:
-        called = "base called: its first input decides what it computes in"
+        own_forward = "base layer's own forward: its first input decides what it computes in"
     elif device not in ("cpu", "cuda"):
-        called = f"base called: no kernel for {device}"
+        own_forward = f"base layer's own forward: no kernel for {device}"
     elif bias is not None and compute is not None and bias.dtype != compute:
-        called = f"base called: it casts its bias of {bias.dtype} to {compute} first"
+        own_forward = f"base layer's own forward: it casts its bias of {bias.dtype} to {compute} first"
     more = (None,) * 3 if nested is None else (nested.absmax, nested.code, state.offset)
-    return Base(Operands(weight, bias, None, None, None, None, state.absmax, *more), shape, quantized, compute, called)
+    return Base(
+        Operands(weight, bias, None, None, None, None, state.absmax, *more), shape, quantized, compute, own_forward
+    )
 
 
-def _broken_4bit(weight: Tensor, state, shape: tuple[int, int]) -> Optional[str]:
+def _broken_4bit(weight: Tensor, state, shape: tuple[int, int]) -> str | None:
     """What is wrong with a quantization state that bitsandbytes would compute garbage from."""
     values, blocksize = shape[0] * shape[1], state.blocksize
     if blocksize not in _BLOCKSIZES:
@@ -204,7 +208,7 @@ def _broken_4bit(weight: Tensor, state, shape: tuple[int, int]) -> Optional[str]
     return None
 
 
-def _read_8bit(base: nn.Module) -> Union[Base, str]:
+def _read_8bit(base: nn.Module) -> Base | str:
     """Activations are quantized too, so the product is the layer's own; DoRA's norm needs the weight."""
     with torch._C.DisableTorchFunctionSubclass():
         weight = tensor_of(base, "weight")
@@ -212,7 +216,7 @@ def _read_8bit(base: nn.Module) -> Union[Base, str]:
         absmax = getattr(weight, "SCB", None) if waiting else base.state.SCB
         shape = (base.out_features, base.in_features)
         if absmax is None and weight.dtype == torch.int8:
-            return Broken("the scales of the int8 weight are missing")
+            return InvalidState("the scales of the int8 weight are missing")
         known = (
             weight.dtype == torch.int8
             and absmax is not None
@@ -222,36 +226,43 @@ def _read_8bit(base: nn.Module) -> Union[Base, str]:
         )
     bias = tensor_of(base, "bias")
     operands = Operands(weight, bias, None, None, None, None, absmax) if known else Operands(None, bias)
-    return Base(operands, shape, EightBit(shape) if known else None, called=f"base called: {type(base).__name__}")
+    return Base(
+        operands,
+        shape,
+        EightBit(shape) if known else None,
+        own_forward=f"base layer's own forward: {type(base).__name__}",
+    )
 
 
 def device_of(operands: Operands) -> torch.device:
     """Of the base weight, or of the adapter where that is unknown. A quantized weight is a subclass whose every
-    attribute costs a call of Python; its scales are where it is (`peft_base`)."""
+    attribute costs a call of Python; its scales are where it is (`peft.base_layer`)."""
     known = operands.absmax
     if known is None:
         known = operands.lora_a if operands.weight is None else operands.weight
     return known.device
 
 
-def tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> Optional[str]:
+def tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> str | None:
     """Of all tensors, or of the adapter's alone where the weight is not floating-point numbers."""
     weight, bias = operands[:2]
     dense = base.quantized is None and weight is not None
     device = device_of(operands)
-    for tensor in (weight if dense else None, None if base.called else bias, *operands[2:6]):
+    for tensor in (weight if dense else None, None if base.own_forward else bias, *operands[2:6]):
         if tensor is not None and (
             type(tensor) not in PLAIN_TENSORS
             or tensor.layout is not STRIDED
             or tensor.dtype not in DTYPES
             or tensor.device != device
         ):
-            return _unfit_reason(next(name for name, each in zip(Operands._fields, operands) if each is tensor), tensor, device)
+            return _unfit_reason(
+                next(name for name, each in zip(Operands._fields, operands) if each is tensor), tensor, device
+            )
     if device == _META:
         return "its tensors are on the meta device"
     if dense and weight.shape != (base.shape[::-1] if transposed else base.shape):
         return f"weight has shape {tuple(weight.shape)} (sharded or replaced)"
-    if bias is not None and base.called is None and bias.shape != (base.shape[0],):
+    if bias is not None and base.own_forward is None and bias.shape != (base.shape[0],):
         return f"bias has shape {tuple(bias.shape)}, which does not fit"
     return None
 
@@ -266,7 +277,7 @@ def _unfit_reason(name: str, tensor: Tensor, device: torch.device) -> str:
     return f"{name} is on {tensor.device}, the base weight on {device}"
 
 
-def fit_reason(operands: Operands, n: int, k: int) -> Optional[str]:
+def fit_reason(operands: Operands, n: int, k: int) -> str | None:
     """An adapter that does not fit gets PEFT's own error."""
     lora_bias, magnitude = operands.lora_bias, operands.magnitude
     a, b = operands.lora_a.shape, operands.lora_b.shape

@@ -1,18 +1,18 @@
-"""What PEFT's embedding computes now: the embedding's half of `peft_state`, and with it all that knows
+"""What PEFT's embedding computes now: the embedding's half of `peft.linear`, and with it all that knows
 PEFT's attribute names. Read anew at every call, so nothing here can go stale.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..call_context import autocast_dtype
-from ..specs import Table
+from ..specs import EmbeddingOperands
 from . import replaced
 from .base_layer import tensor_of, unread_reason
 from .scaling import read_scaling
@@ -27,9 +27,9 @@ _SCALED_BUT_DIFFERENT = ("T5Gemma2TextScaledWordEmbedding",)
 class AdaptedTable(NamedTuple):
     """An embedding ready to compute; `scale` is the embedding's own where it is a number."""
 
-    table: Table
-    scaling: Union[float, Tensor]
-    padding_idx: Optional[int]
+    table: EmbeddingOperands
+    scaling: float | Tensor
+    padding_idx: int | None
     scale: float
 
 
@@ -45,9 +45,9 @@ def is_plain_embedding(module: nn.Module) -> bool:
     return type(module) is embedding_class()
 
 
-def read_embedding(module: nn.Module) -> Union[AdaptedTable, str]:
+def read_embedding(module: nn.Module) -> AdaptedTable | str:
     """The embedding that a `peft.tuners.lora.Embedding` computes now, or why it is PEFT's to compute. What all embeddings
-    have in common `genuine.embedding_reason` looks at."""
+    have in common `replaced.embedding_reason` looks at."""
     cls = type(module)
     if replaced.FORWARDS.get(cls) is not cls.forward or replaced.CODES[cls] is not cls.forward.__code__:
         reason = replaced.forward_reason(cls)
@@ -74,7 +74,7 @@ def read_embedding(module: nn.Module) -> Union[AdaptedTable, str]:
         return unread_reason(error)
 
 
-def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
+def _read_adapter(module: nn.Module, name: str) -> AdaptedTable | str:
     modules = module._modules
     base = modules["base_layer"]
     magnitude = None
@@ -102,7 +102,7 @@ def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
     own = 1.0 if type(base) is nn.Embedding else base.embed_scale
     scale, number = (own, 1.0) if isinstance(own, Tensor) else (None, float(own))
     a, b = modules["lora_embedding_A"]._parameters[name], modules["lora_embedding_B"]._parameters[name]
-    table = Table(tensor_of(base, "weight"), a, b, magnitude, scale)
+    table = EmbeddingOperands(tensor_of(base, "weight"), a, b, magnitude, scale)
     reason = _tensor_reason(table, (base.num_embeddings, base.embedding_dim))
     if reason:
         return reason
@@ -114,14 +114,14 @@ def _read_adapter(module: nn.Module, name: str) -> Union[AdaptedTable, str]:
     return AdaptedTable(table, scaling, base.padding_idx, number)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _dora_variant() -> type:
     from peft.tuners.lora.variants import DoraEmbeddingVariant
 
     return DoraEmbeddingVariant
 
 
-def _base_reason(base: nn.Module) -> Optional[str]:
+def _base_reason(base: nn.Module) -> str | None:
     cls = type(base)
     if cls is nn.Embedding:
         # PEFT multiplies its delta by any attribute of this name, also where the base ignores it.
@@ -138,16 +138,16 @@ def _base_reason(base: nn.Module) -> Optional[str]:
     return "sparse gradients" if base.sparse else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _is_scaled(cls: type) -> bool:
     """The embeddings of transformers whose forward is nn.Embedding's times `embed_scale`."""
     known = cls.__module__.startswith("transformers.models.") and cls.__name__.endswith("ScaledWordEmbedding")
     return known and cls.__name__ not in _SCALED_BUT_DIFFERENT and issubclass(cls, nn.Embedding)
 
 
-def _tensor_reason(table: Table, shape: tuple[int, int]) -> Optional[str]:
+def _tensor_reason(table: EmbeddingOperands, shape: tuple[int, int]) -> str | None:
     device = table.weight.device
-    for name, tensor in zip(Table._fields, table):
+    for name, tensor in zip(EmbeddingOperands._fields, table):
         if tensor is None:
             continue
         if type(tensor) not in _PLAIN_TENSORS and not (name == "scale" and isinstance(tensor, nn.Buffer)):
@@ -169,7 +169,7 @@ def _tensor_reason(table: Table, shape: tuple[int, int]) -> Optional[str]:
     return None
 
 
-def embedding_call_reason(adapted: AdaptedTable, ids: object, args: tuple, kwargs: dict) -> Optional[str]:
+def embedding_call_reason(adapted: AdaptedTable, ids: object, args: tuple, kwargs: dict) -> str | None:
     """Why this call, with these ids, is PEFT's own to compute; None where it is fused."""
     if args or kwargs:
         given = ", ".join(kwargs) or "positional arguments"

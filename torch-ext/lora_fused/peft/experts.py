@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from ..call_context import autocast_dtype
 from ..specs import AnyGate, ExpertWeights
 from . import replaced as replacements
 from .base_layer import DTYPES, PLAIN_TENSORS, Broken, tensor_of, unread_reason
-from .scaling import read_scaling
 from .experts_forward import GROUPED_MM, Form, form_of, gate_function
+from .scaling import read_scaling
 
 _INDEX_DTYPES = (torch.int64, torch.int32)
 _ARGUMENTS = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))  # as experts' forwards call them
@@ -53,7 +53,7 @@ class Adapter(NamedTuple):
     scaling: float
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def wrapper_class() -> type[nn.Module]:
     """PEFT's LoRA on a parameter."""
     from peft.tuners.lora.layer import ParamWrapper
@@ -75,7 +75,7 @@ def chain_of(module: nn.Module) -> tuple[list[nn.Module], nn.Module]:
     return wrappers, module
 
 
-def read_experts(module: nn.Module) -> Union[AdaptedExperts, str]:
+def read_experts(module: nn.Module) -> AdaptedExperts | str:
     """What the wrappers from `module` inwards compute now, or why that is PEFT's to compute. What all of PEFT's linears have
     in common `replaced.linear_reason` looks at."""
     replaced = replacements.forward_reason(type(module))
@@ -88,7 +88,7 @@ def read_experts(module: nn.Module) -> Union[AdaptedExperts, str]:
         return unread_reason(error)
 
 
-def _read(wrappers: list[nn.Module], base: nn.Module) -> Union[AdaptedExperts, str]:
+def _read(wrappers: list[nn.Module], base: nn.Module) -> AdaptedExperts | str:
     adapted = {wrapper.parameter_name: wrapper for wrapper in wrappers}
     reasons = (_storage_reason(wrapper, base) for wrapper in wrappers)
     reason = next(filter(None, reasons), None) or _wrapper_reason(wrappers, base, adapted)
@@ -112,7 +112,7 @@ def _read(wrappers: list[nn.Module], base: nn.Module) -> Union[AdaptedExperts, s
     return reason or AdaptedExperts(up, down, form.gate or gate_function(base), form)
 
 
-def _wrapper_reason(wrappers: list[nn.Module], base: nn.Module, adapted: dict) -> Optional[str]:
+def _wrapper_reason(wrappers: list[nn.Module], base: nn.Module, adapted: dict) -> str | None:
     if len(adapted) < len(wrappers):
         return "a parameter is wrapped twice"
     for wrapper in wrappers:
@@ -131,7 +131,7 @@ def _wrapper_reason(wrappers: list[nn.Module], base: nn.Module, adapted: dict) -
     return watched or ("hooks on all modules" if _has_any_global_hook() else None)
 
 
-def _parametrised_reason(wrappers: list[nn.Module], base: nn.Module) -> Optional[str]:
+def _parametrised_reason(wrappers: list[nn.Module], base: nn.Module) -> str | None:
     """Of weights that something makes anew at every access: looking at them would make them, and PEFT keep what was made."""
     made = base._modules.get("parametrizations")
     if made is None:
@@ -149,7 +149,7 @@ def _parametrised_reason(wrappers: list[nn.Module], base: nn.Module) -> Optional
     return f"weights are parametrised ({', '.join(made._modules)})"
 
 
-def _storage_reason(wrapper: nn.Module, base: nn.Module) -> Optional[str]:
+def _storage_reason(wrapper: nn.Module, base: nn.Module) -> str | None:
     """Of a parameter that is no weight of experts in floating point."""
     name = wrapper.parameter_name
     weight = tensor_of(base, name)
@@ -163,7 +163,7 @@ def _storage_reason(wrapper: nn.Module, base: nn.Module) -> Optional[str]:
                        "they stand for: the adapter has next to no effect. Do not adapt quantized experts")  # fmt: skip
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _leaves_proxies() -> bool:
     """Whether PEFT parametrises with factors and takes only deltas off again (0.21)."""
     layer = importlib.import_module(wrapper_class().__module__)
@@ -176,7 +176,7 @@ def _active(wrapper: nn.Module) -> list[str]:
     return [name for name in wrapper.active_adapters if name in wrapper._modules["lora_A"]._modules]
 
 
-def _read_product(wrapper: Optional[nn.Module], base: nn.Module, name: str, form: Form) -> Union[ExpertWeights, str]:
+def _read_product(wrapper: nn.Module | None, base: nn.Module, name: str, form: Form) -> ExpertWeights | str:
     stored = tensor_of(base, name)
     bias = tensor_of(base, f"{name}_bias") if form.biased else None
     weight = stored if not form.transposed else stored.transpose(1, 2)
@@ -199,7 +199,7 @@ def _read_product(wrapper: Optional[nn.Module], base: nn.Module, name: str, form
     return ExpertWeights(weight, bias, right, left, adapter.scaling)
 
 
-def _read_adapter(wrapper: nn.Module, stored: Tensor) -> Union[Adapter, str]:
+def _read_adapter(wrapper: nn.Module, stored: Tensor) -> Adapter | str:
     active = _active(wrapper)
     if len(active) != 1:
         return f"several active adapters ({', '.join(active)})" if active else "no active adapter on this parameter"
@@ -225,15 +225,23 @@ def _read_adapter(wrapper: nn.Module, stored: Tensor) -> Union[Adapter, str]:
     swapped = getattr(wrapper, "_did_swap_in_out_features", False)
     p, q = stored.shape[2 if swapped else 1], stored.shape[1 if swapped else 2]
     rank = a.shape[0] // experts
-    if experts == 1 or stored.shape[0] != experts or a.shape != (experts * rank, p) or b.shape != (q, experts * rank) or not rank:
-        return f"lora_A of shape {tuple(a.shape)} and lora_B of {tuple(b.shape)} on a parameter of {tuple(stored.shape)}"
+    if (
+        experts == 1
+        or stored.shape[0] != experts
+        or a.shape != (experts * rank, p)
+        or b.shape != (q, experts * rank)
+        or not rank
+    ):
+        return (
+            f"lora_A of shape {tuple(a.shape)} and lora_B of {tuple(b.shape)} on a parameter of {tuple(stored.shape)}"
+        )
     by_expert = a.view(experts, rank, p), b.view(q, rank, experts).permute(2, 0, 1)
     if swapped:
         return Adapter(by_expert[1], by_expert[0], scaling)
     return Adapter(by_expert[0].transpose(1, 2), by_expert[1].transpose(1, 2), scaling)
 
 
-def _tensor_reason(what: str, tensor: Tensor, like: Tensor) -> Optional[str]:
+def _tensor_reason(what: str, tensor: Tensor, like: Tensor) -> str | None:
     if type(tensor) not in PLAIN_TENSORS:
         return f"{what} is a {type(tensor).__name__} (sharded or wrapped)"
     if tensor.layout is not torch.strided:
@@ -247,11 +255,13 @@ def _tensor_reason(what: str, tensor: Tensor, like: Tensor) -> Optional[str]:
     return None
 
 
-def _fit_reason(up: ExpertWeights, down: ExpertWeights, base: nn.Module) -> Optional[str]:
+def _fit_reason(up: ExpertWeights, down: ExpertWeights, base: nn.Module) -> str | None:
     experts, width, _ = up.weight.shape
     inner = down.weight.shape[2]
     if down.weight.shape[0] != experts or base.num_experts != experts or width != inner * (2 if base.has_gate else 1):
-        return f"weights of shapes {tuple(up.weight.shape)} and {tuple(down.weight.shape)} for {base.num_experts} experts"
+        return (
+            f"weights of shapes {tuple(up.weight.shape)} and {tuple(down.weight.shape)} for {base.num_experts} experts"
+        )
     for weights in (up, down):
         if weights.bias is not None and weights.bias.shape != weights.weight.shape[:2]:
             return f"a bias of shape {tuple(weights.bias.shape)} on weights of {tuple(weights.weight.shape)}"
@@ -259,7 +269,7 @@ def _fit_reason(up: ExpertWeights, down: ExpertWeights, base: nn.Module) -> Opti
     return f"weights of several dtypes ({', '.join(sorted(map(str, dtypes)))})" if len(dtypes) > 1 else None
 
 
-def read_call(adapted: AdaptedExperts, x: object, args: tuple, kwargs: dict) -> Union[tuple[Tensor, Tensor], str]:
+def read_call(adapted: AdaptedExperts, x: object, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | str:
     """(index, routing) of a call, or why it is PEFT's own to compute."""
     given = args
     if kwargs:
@@ -277,10 +287,12 @@ def read_call(adapted: AdaptedExperts, x: object, args: tuple, kwargs: dict) -> 
     return _values_reason(adapted, x, *given) or given
 
 
-def _values_reason(adapted: AdaptedExperts, x: Tensor, index: Tensor, routing: Tensor) -> Optional[str]:
+def _values_reason(adapted: AdaptedExperts, x: Tensor, index: Tensor, routing: Tensor) -> str | None:
     weight = adapted.up.weight
     if x.shape[1] != weight.shape[2] or index.shape != routing.shape or len(index) != len(x):
-        return f"x has shape {tuple(x.shape)}, the index {tuple(index.shape)}, the routing weights {tuple(routing.shape)}"
+        return (
+            f"x has shape {tuple(x.shape)}, the index {tuple(index.shape)}, the routing weights {tuple(routing.shape)}"
+        )
     if index.dtype not in _INDEX_DTYPES or x.dtype not in DTYPES or routing.dtype not in DTYPES:
         return f"x is of {x.dtype}, the index of {index.dtype}, the routing weights of {routing.dtype}"
     auto = autocast_dtype(x)

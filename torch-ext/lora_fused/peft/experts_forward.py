@@ -9,7 +9,8 @@ experts, and so does the oracle. The gate is recognised by its values.
 from __future__ import annotations
 
 import sys
-from typing import Callable, NamedTuple, Optional, Union
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +40,12 @@ class Form(NamedTuple):
     first: str
     transposed: bool
     biased: bool
-    gate: Optional[Gate]
+    gate: Gate | None
     implementation: str
     leaves_out: bool
 
 
-def form_of(base: nn.Module) -> Union[Form, str]:
+def form_of(base: nn.Module) -> Form | str:
     """What an experts module computes now, or why that is not known."""
     cls, state = type(base), base.__dict__
     reason = _decoration_reason(cls)
@@ -61,7 +62,9 @@ def form_of(base: nn.Module) -> Union[Form, str]:
     if reason:
         return reason
     gate = cls._apply_gate if "_apply_gate" not in state else state["_apply_gate"]
-    numbers = [(name, value) for name, value in state.items() if type(value) in (int, float, bool) and name != "training"]
+    numbers = [
+        (name, value) for name, value in state.items() if type(value) in (int, float, bool) and name != "training"
+    ]
     key = cls, cls.forward, gate, implementation, _key_of(activation), tuple(numbers)
     if key not in _seen:
         if len(_seen) >= _MOST_SEEN:
@@ -70,7 +73,7 @@ def form_of(base: nn.Module) -> Union[Form, str]:
     return _seen[key]
 
 
-_seen: dict[tuple, Union[Form, str]] = {}
+_seen: dict[tuple, Form | str] = {}
 
 
 def gate_function(base: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -78,7 +81,7 @@ def gate_function(base: nn.Module) -> Callable[[Tensor], Tensor]:
     return base._apply_gate if base.has_gate else base.act_fn
 
 
-def _decoration_reason(cls: type) -> Optional[str]:
+def _decoration_reason(cls: type) -> str | None:
     """Why a class's forward is none that the decorator made and nobody replaced."""
     moe, forward = sys.modules.get(_MOE), cls.forward
     code = getattr(forward, "__code__", None)
@@ -94,7 +97,7 @@ def _decoration_reason(cls: type) -> Optional[str]:
     return None
 
 
-def _implementation_reason(implementation: str) -> Optional[str]:
+def _implementation_reason(implementation: str) -> str | None:
     if implementation == EAGER:
         return None
     moe, name = sys.modules[_MOE], _FORWARDS.get(implementation)
@@ -110,7 +113,7 @@ def _activation_of(base: nn.Module) -> object:
     return getattr(base, "act_fn", None)
 
 
-def _activation_reason(activation: object) -> Optional[str]:
+def _activation_reason(activation: object) -> str | None:
     """Why an activation cannot be taken for the function of z that it was seen to be."""
     for name in ("silu", "gelu", "relu"):
         reason = replaced.function_reason(F, name)
@@ -127,11 +130,17 @@ def _key_of(activation: object) -> object:
     """What an activation's values depend on, or the activation itself where it may be more than numbers."""
     if not isinstance(activation, nn.Module) or activation._parameters or activation._buffers or activation._modules:
         return activation
-    public = [(name, value) for name, value in vars(activation).items() if not name.startswith("_") and name != "training"]
-    return (type(activation), *public) if all(type(value) in (int, float, bool, str) for _, value in public) else activation
+    public = [
+        (name, value) for name, value in vars(activation).items() if not name.startswith("_") and name != "training"
+    ]
+    return (
+        (type(activation), *public)
+        if all(type(value) in (int, float, bool, str) for _, value in public)
+        else activation
+    )
 
 
-def _look_at(base: nn.Module, implementation: str) -> Union[Form, str]:
+def _look_at(base: nn.Module, implementation: str) -> Form | str:
     first = "gate_up_proj" if base.has_gate else "up_proj"
     leaves_out = implementation == EAGER or bool(base._is_expert_parallel)
     form = Form(first, bool(base.is_transposed), bool(base.has_bias), None, implementation, leaves_out)
@@ -144,14 +153,16 @@ def _look_at(base: nn.Module, implementation: str) -> Union[Form, str]:
     return form if same else f"{type(base).__name__}.forward computes something else than its gate between two products"
 
 
-def _recognise(base: nn.Module) -> Optional[Gate]:
+def _recognise(base: nn.Module) -> Gate | None:
     """The gate whose values are the module's, over and beyond its limit; None where there is none."""
     limit, slope = _number(base, _LIMITS), _number(base, _SLOPES)
     reach = 3.0 if limit is None else max(3.0, 2.0 * limit)
     z = _draw(torch.Generator().manual_seed(0), 512, 8) * reach
     seen, has_gate = gate_function(base)(z), bool(base.has_gate)
     plain = [Gate(activation, has_gate) for activation in ACTIVATIONS]
-    layouts = [gate._replace(interleaved=split) for gate in plain for split in ((False, True) if has_gate else (False,))]
+    layouts = [
+        gate._replace(interleaved=split) for gate in plain for split in ((False, True) if has_gate else (False,))
+    ]
     limits = {None, limit} if has_gate else {None}
     known = [gate._replace(limit=bound) for gate in layouts for bound in limits]
     if has_gate and slope is not None:
@@ -159,7 +170,7 @@ def _recognise(base: nn.Module) -> Optional[Gate]:
     return next((gate for gate in known if _is_close(seen, oracle.gated(z, gate), 1e-12)), None)
 
 
-def _number(base: nn.Module, names: tuple[str, ...]) -> Optional[float]:
+def _number(base: nn.Module, names: tuple[str, ...]) -> float | None:
     found = [base.__dict__[name] for name in names if type(base.__dict__.get(name)) in (int, float)]
     return float(found[0]) if found else None
 
@@ -185,7 +196,9 @@ def _computes_as_described(base: nn.Module, form: Form) -> bool:
     index = torch.tensor([[0, 2], [2, 1], [1, 0], [0, 1], [2, 0]])
     seen = type(base).forward(copy, x, index, routing)
     gate: AnyGate = form.gate or gate_function(base)
-    return _is_close(seen, oracle.lora_experts(x, index, routing, up, down, gate), 1e-10 if dtype == torch.float64 else 1e-4)
+    return _is_close(
+        seen, oracle.lora_experts(x, index, routing, up, down, gate), 1e-10 if dtype == torch.float64 else 1e-4
+    )
 
 
 def _draw(generator: torch.Generator, *sizes: int) -> Tensor:

@@ -1,7 +1,7 @@
 """A gated MLP module becomes the projections of one Function, or the reason why its own forward runs.
 
-What the module computes is recognised once (`mlp_structure`); what its projections are is read at
-every call (`peft_state`).
+What the module computes is recognised once (`mlp_tracer`); what its projections are is read at
+every call (`peft.linear`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from typing import Callable, NamedTuple, Optional, Union
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +30,21 @@ class AdaptedMLP(NamedTuple):
     output: Projection
     activation: str
     gate_half: int
-    result_dtype: Optional[torch.dtype]
+    result_dtype: torch.dtype | None
 
 
 class _Recognised(NamedTuple):
     """A structure and what it was found in. Weak, where something could hold the module itself."""
 
-    structure: Union[GatedMLP, str]
+    structure: GatedMLP | str
     forward: Callable
-    code: Optional[types.CodeType]
+    code: types.CodeType | None
     functions: tuple[Callable, ...]
-    activations: tuple[tuple[str, weakref.ref, Callable, Callable], ...]  # name, module, its class's forward and __call__
+    activations: tuple[
+        tuple[str, weakref.ref, Callable, Callable], ...
+    ]  # name, module, its class's forward and __call__
     attributes: tuple[tuple[str, weakref.ref], ...]  # functions on the module itself
-    dtype: Optional[torch.dtype]  # of the weights, where the structure may depend on it
+    dtype: torch.dtype | None  # of the weights, where the structure may depend on it
 
 
 _PLAIN = (types.FunctionType, types.BuiltinFunctionType)
@@ -50,8 +53,8 @@ _recognised: weakref.WeakKeyDictionary[nn.Module, _Recognised] = weakref.WeakKey
 _functions = (F.silu, F.gelu, F.relu, torch.sigmoid, torch.tanh, torch.relu)
 
 
-def structure_of(module: nn.Module) -> Union[GatedMLP, str]:
-    """What `mlp_structure.recognise` says of the module, asked once while all that it ran stays in its place,
+def structure_of(module: nn.Module) -> GatedMLP | str:
+    """What `mlp_tracer.recognise` says of the module, asked once while all that it ran stays in its place,
     and the dtype of its weights where that may matter."""
     known = _recognised.get(module)
     functions = _current_functions()
@@ -113,7 +116,7 @@ def is_adapted(module: nn.Module) -> bool:
     return not isinstance(structure, str) and any(map(peft_linear.is_lora_linear, projections_of(module, structure)))
 
 
-def small_reason(module: nn.Module, x: object) -> Optional[str]:
+def small_reason(module: nn.Module, x: object) -> str | None:
     """Why its projections had better run alone, as PEFT runs them; as the first that has an adapter says."""
     if not torch.is_grad_enabled():
         for part in module._modules.values():
@@ -122,9 +125,7 @@ def small_reason(module: nn.Module, x: object) -> Optional[str]:
     return None
 
 
-def read_mlp(
-    module: nn.Module, x: object, linear_layer: type, check_features: bool = True
-) -> Union[AdaptedMLP, str]:
+def read_mlp(module: nn.Module, x: object, linear_layer: type, check_features: bool = True) -> AdaptedMLP | str:
     """What a gated MLP computes for x, its LoRA linears being served by `linear_layer`; without
     `check_features` for any x of its dtype and device."""
     structure = structure_of(module)
@@ -149,7 +150,7 @@ def read_mlp(
     for part in parts:
         adapted = _read_part(part, linear_layer)
         if not isinstance(adapted, str):
-            adapted = adapted.base.called or adapted
+            adapted = adapted.base.own_forward or adapted
         if not isinstance(adapted, str):
             # The last takes the product of the first ones' outputs, in x's dtype and on its device.
             given = check_features and part is not parts[-1] and x.dim() > 0
@@ -173,7 +174,7 @@ def read_mlp(
     return AdaptedMLP(tuple(inputs), output, structure.activation, structure.gate_half, result_dtype)
 
 
-def _dropping_reason(name: str, dropout: nn.Module) -> Optional[str]:
+def _dropping_reason(name: str, dropout: nn.Module) -> str | None:
     """Why a child that was a dropout changes what it is given, or may do so."""
     if type(dropout) is not nn.Dropout:
         return f"{name} is a {type(dropout).__name__}"
@@ -182,7 +183,7 @@ def _dropping_reason(name: str, dropout: nn.Module) -> Optional[str]:
     return replaced.bypass_reason((name,), (dropout,))
 
 
-def _read_part(part: nn.Module, linear_layer: type) -> Union[peft_linear.Adapted, str]:
+def _read_part(part: nn.Module, linear_layer: type) -> peft_linear.AdaptedLinear | str:
     if not peft_linear.is_lora_linear(part):
         return peft_linear.read_plain(part)
     if getattr(part.__dict__.get("forward"), "__func__", None) is not linear_layer.forward:
@@ -190,8 +191,8 @@ def _read_part(part: nn.Module, linear_layer: type) -> Union[peft_linear.Adapted
     return replaced.hooks_reason("the layer", part) or peft_linear.read_linear(part)
 
 
-def _called(adapted: peft_linear.Adapted, x: Tensor, check_features: bool) -> Optional[str]:
-    return peft_linear.called_reason(adapted, x, None if check_features else peft_linear.FEW_ROWS + 1)
+def _called(adapted: peft_linear.AdaptedLinear, x: Tensor, check_features: bool) -> str | None:
+    return peft_linear.own_forward_reason(adapted, x, None if check_features else peft_linear.FEW_ROWS + 1)
 
 
 def _name(module: nn.Module, part: nn.Module) -> str:

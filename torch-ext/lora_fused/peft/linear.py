@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import weakref
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .base_layer import (
     PLAIN_TENSORS,
     STRIDED,
     Base,
-    Broken,
+    InvalidState,
     device_of,
     fit_reason,
     read_base,
@@ -38,7 +38,7 @@ _FORWARDS, _CODES = replaced.FORWARDS, replaced.CODES
 
 # Up to so many rows bitsandbytes multiplies with four-bit weights as they are, on any GPU.
 FEW_ROWS = 4
-BASE_OF_FEW_ROWS = f"base called: evaluation of up to {FEW_ROWS} rows without a gradient"
+OWN_FORWARD_OF_FEW_ROWS = f"base layer's own forward: evaluation of up to {FEW_ROWS} rows without a gradient"
 
 
 class Kind(NamedTuple):
@@ -65,7 +65,7 @@ _KINDS = (
 )
 
 
-class Adapted(NamedTuple):
+class AdaptedLinear(NamedTuple):
     """A projection ready to compute.
 
     casts_input: whether PEFT casts x to the adapter's dtype.
@@ -91,7 +91,7 @@ def is_lora_module(module: nn.Module) -> bool:
 _kinds: dict[type, Kind] = {}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def linear_kinds() -> dict[type, Kind]:
     """PEFT's LoRA linears that can be imported here, and what they are."""
     for kind in _KINDS:
@@ -136,7 +136,7 @@ def root_classes() -> tuple[type[nn.Module], ...]:
     return BaseTuner, PreTrainedModel
 
 
-def read_linear(module: nn.Module) -> Union[Adapted, str]:
+def read_linear(module: nn.Module) -> AdaptedLinear | str:
     """The projection that one of PEFT's LoRA linears computes now, or why it is PEFT's to compute. What all linears have in
     common `genuine.linear_reason` looks at."""
     cls = type(module)
@@ -162,7 +162,7 @@ def read_linear(module: nn.Module) -> Union[Adapted, str]:
         return unread_reason(error)
 
 
-def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
+def _read_adapter(module: nn.Module, name: str) -> AdaptedLinear | str:
     # Straight from the registries: nn.Module.__getattr__ would cost more than the checks do.
     modules = module._modules
     layer, kind = modules["base_layer"], (_kinds or linear_kinds())[type(module)]
@@ -191,7 +191,7 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
         return base
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return f"adapter layers are {type(lora_a).__name__} and {type(lora_b).__name__}, not Linear"
-    if base.called is None:  # what others do to the calls of a base that is called stays
+    if base.own_forward is None:  # what others do to the calls of a base that is called stays
         watched = replaced.bypass_reason(("base_layer",), (layer,))
         if watched:
             return watched
@@ -226,35 +226,37 @@ def _read_adapter(module: nn.Module, name: str) -> Union[Adapted, str]:
             return scaling
     plain = p == 0.0 and not transposed and base.quantized is None
     projection = Projection(operands, scaling, _PLAIN_SPEC if plain else _spec(p, transposed, base.quantized))
-    reason = delta_reason(projection) if base.called else None
+    reason = delta_reason(projection) if base.own_forward else None
     if reason:
-        return f"{reason} ({base.called})"
+        return f"{reason} ({base.own_forward})"
     casts_input = getattr(module, "cast_input_dtype_enabled", True)
-    return Adapted(projection, casts_input, base, module.training, kind.promotes)
+    return AdaptedLinear(projection, casts_input, base, module.training, kind.promotes)
 
 
-def read_plain(module: nn.Module) -> Union[Adapted, str]:
+def read_plain(module: nn.Module) -> AdaptedLinear | str:
     """The base product of a linear that has no adapter, or why it must be called itself."""
     watched = replaced.bypass_reason(("the linear",), (module,))
     if watched:
         return watched
     try:
         base = read_base(module, False, False)
-        reason = base if isinstance(base, str) else base.called or tensor_reason(base.operands, base)
+        reason = base if isinstance(base, str) else base.own_forward or tensor_reason(base.operands, base)
     except (KeyError, RuntimeError) as error:
         reason = unread_reason(error)
-    return reason or Adapted(Projection(base.operands, 1.0, _spec(0.0, False, base.quantized)), True, base, module.training)
+    return reason or AdaptedLinear(
+        Projection(base.operands, 1.0, _spec(0.0, False, base.quantized)), True, base, module.training
+    )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _dora_variant() -> type:
     from peft.tuners.lora.variants import DoraLinearVariant
 
     return DoraLinearVariant
 
 
-@functools.lru_cache(maxsize=None)
-def _spec(dropout: float, transposed: bool, quantized: Optional[Quantized]) -> ProjectionSpec:
+@functools.cache
+def _spec(dropout: float, transposed: bool, quantized: Quantized | None) -> ProjectionSpec:
     return ProjectionSpec(dropout, transposed, quantized)
 
 
@@ -263,7 +265,7 @@ def has_dropout(module: nn.Module) -> bool:
     return any([type(each) is not nn.Identity for each in module._modules["lora_dropout"]._modules.values()])
 
 
-def _dropout(module: nn.Module, dropout: nn.Module, dora: bool) -> Union[float, str]:
+def _dropout(module: nn.Module, dropout: nn.Module, dora: bool) -> float | str:
     """The probability that this call drops with. PEFT's DoRA asks the layer's training flag as well."""
     if type(dropout) is not nn.Dropout:
         return f"dropout layer {type(dropout).__name__}"
@@ -273,8 +275,8 @@ def _dropout(module: nn.Module, dropout: nn.Module, dora: bool) -> Union[float, 
     return float(p) if dropout.training and (module.training or not dora) else 0.0
 
 
-def call_reason(adapted: Adapted, x: object, args: tuple, kwargs: dict) -> Optional[str]:
-    """Why this call, with this x, is PEFT's own to compute; None where it is fused, its base called or not."""
+def call_reason(adapted: AdaptedLinear, x: object, args: tuple, kwargs: dict) -> str | None:
+    """Why this call, with this x, is PEFT's own to compute; None where it is fused, its base layer with it or not."""
     if args or kwargs:
         given = ", ".join(kwargs) or "positional arguments"
         return f"the call passes {given}"
@@ -289,7 +291,7 @@ def call_reason(adapted: Adapted, x: object, args: tuple, kwargs: dict) -> Optio
     return input_reason(adapted, x, features)
 
 
-def input_reason(adapted: Adapted, x: Tensor, features: int) -> Optional[str]:
+def input_reason(adapted: AdaptedLinear, x: Tensor, features: int) -> str | None:
     """Why PEFT computes an input of x's dtype, device and dimensions but with this many features."""
     operands, base = adapted.projection.operands, adapted.base
     if type(x) not in PLAIN_TENSORS:
@@ -304,7 +306,7 @@ def input_reason(adapted: Adapted, x: Tensor, features: int) -> Optional[str]:
     device = device_of(operands)
     if x.device != device:
         text = f"x is on {x.device}, the base weight on {device}"
-        return text if base.quantized is None else Broken(text)
+        return text if base.quantized is None else InvalidState(text)
     if autocast_dtype(x) is not None:
         for tensor in (x, *operands[:6]):
             if tensor is not None and tensor.dtype == torch.float64:
@@ -326,7 +328,7 @@ def input_reason(adapted: Adapted, x: Tensor, features: int) -> Optional[str]:
     return None
 
 
-def delta_reason(projection: Projection) -> Optional[str]:
+def delta_reason(projection: Projection) -> str | None:
     """Why PEFT computes a projection whose base is called."""
     operands, _, spec = projection
     if operands.magnitude is None:
@@ -340,25 +342,25 @@ def delta_reason(projection: Projection) -> Optional[str]:
     return None
 
 
-def called_reason(adapted: Adapted, x: Tensor, rows: Optional[int] = None) -> Optional[str]:
+def own_forward_reason(adapted: AdaptedLinear, x: Tensor, rows: int | None = None) -> str | None:
     """Why the base's own forward computes the product of a call that `call_reason` lets pass; None where
     we do. `rows` in place of x's own, where given."""
     base = adapted.base
-    if base.called or base.quantized is None:
-        return base.called
+    if base.own_forward or base.quantized is None:
+        return base.own_forward
     dtype = autocast_dtype(x) or x.dtype
     if x.dtype not in (dtype, torch.float32):
-        return f"base called: x of {x.dtype} under autocast to {dtype}"
+        return f"base layer's own forward: x of {x.dtype} under autocast to {dtype}"
     if (base.compute or x.dtype) != dtype:
-        return f"base called: it computes in {base.compute or x.dtype}, the adapter in {dtype}"
+        return f"base layer's own forward: it computes in {base.compute or x.dtype}, the adapter in {dtype}"
     if rows is None:
         rows = x.numel() // max(x.shape[-1], 1)
     # A reentrant checkpoint's forward has no gradient; PEFT would draw other masks than its recomputation.
     few = rows <= FEW_ROWS and not (torch.is_grad_enabled() or adapted.training)
-    return BASE_OF_FEW_ROWS if few and delta_reason(adapted.projection) is None else None
+    return OWN_FORWARD_OF_FEW_ROWS if few and delta_reason(adapted.projection) is None else None
 
 
-def result_dtype(adapted: Adapted, x: Tensor) -> torch.dtype:
+def result_dtype(adapted: AdaptedLinear, x: Tensor) -> torch.dtype:
     """The dtype of PEFT's result on a quantized base: bitsandbytes casts back to x's, and under autocast for
     GPUs PEFT's layers on it let DoRA's magnitude widen that."""
     magnitude = adapted.projection.operands.magnitude

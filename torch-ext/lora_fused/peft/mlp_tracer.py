@@ -3,7 +3,7 @@
 The class's forward runs on a symbol in place of x and on shallow copies in place of the module
 and its children; calls are recorded instead of computed. The record must hold the gated MLP and
 nothing else, in training and in evaluation, with and without gradients. The activation is then
-evaluated on a grid in float64 and compared with the formulas of `activation`: neither names nor
+evaluated on a grid in float64 and compared with the formulas of `reference.activations`: neither names nor
 classes decide. The module, hooks, random state and torch's own classes stay untouched, so other
 threads may run models meanwhile. (torch.fx would patch nn.Module while it traces, and passes
 over autograd Functions whose forward is the identity.)
@@ -15,8 +15,9 @@ import inspect
 import operator
 import types
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ _FAR = (0.0, 3e2, -7e2, 6.6e4, -1e5, 1e12, -3e12, 1e30, -2e30)
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """y = down(f(gate(x)) · up(x)): names of direct children, f one of `activation.ACTIVATIONS`.
+    """y = down(f(gate(x)) · up(x)): names of direct children, f one of `activations.ACTIVATIONS`.
 
     `fused`: gate and up are one child, whose output is cut in two along its last dimension; the
     half of index `gate_half` is the gate. `activation_modules` names the children that make the
@@ -63,7 +64,7 @@ class GatedMLP:
     input: str = "x"
     optional: tuple[str, ...] = ()
     dropouts: tuple[str, ...] = ()
-    dtype: Optional[torch.dtype] = None
+    dtype: torch.dtype | None = None
 
 
 class _Refusal(Exception):
@@ -74,7 +75,7 @@ class _Refusal(Exception):
 class _Call:
     """One recorded call: of a child (its name) or of a function, on other calls and constants."""
 
-    target: Union[str, Callable]
+    target: str | Callable
     args: tuple
     kwargs: dict
 
@@ -91,11 +92,11 @@ class _Branch(NamedTuple):
     """One factor of the product: a projection of x, its half, and what is applied to it."""
 
     projection: str
-    half: Optional[int]
+    half: int | None
     chain: tuple[_Call, ...]
 
 
-def recognise(module: nn.Module) -> Union[GatedMLP, str]:
+def recognise(module: nn.Module) -> GatedMLP | str:
     """The gated MLP that `type(module).forward` computes, or the reason why it is none.
 
     The instance's own forward is not looked at. Branches on the module's attributes are taken as
@@ -112,7 +113,7 @@ def recognise(module: nn.Module) -> Union[GatedMLP, str]:
         return f"cannot be traced: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
-def weights_dtype(module: nn.Module) -> Optional[torch.dtype]:
+def weights_dtype(module: nn.Module) -> torch.dtype | None:
     """The one floating-point dtype that the weights of a module's children have, None where there is none."""
     dtypes = {weight.dtype for weight in _weights(module)}
     return dtypes.pop() if len(dtypes) == 1 and all(dtype.is_floating_point for dtype in dtypes) else None
@@ -253,7 +254,7 @@ class _Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             return self.record(path, args, kwargs)
 
-    def record(self, target: Union[str, Callable], args: tuple, kwargs: Optional[dict] = None) -> _Symbol:
+    def record(self, target: str | Callable, args: tuple, kwargs: dict | None = None) -> _Symbol:
         if _state() != self.state:
             raise _Refusal("switches autograd or autocast within its forward")
         call = _Call(target, tuple(map(_plain, args)), {key: _plain(value) for key, value in (kwargs or {}).items()})
@@ -308,7 +309,7 @@ def _record(module: nn.Module, forward: Callable, training: bool) -> tuple[_Call
     return x, recorder, _plain(result)
 
 
-def _stand_in(module: nn.Module, record: Callable, path: str = "", seen: Optional[dict] = None) -> nn.Module:
+def _stand_in(module: nn.Module, record: Callable, path: str = "", seen: dict | None = None) -> nn.Module:
     """A shallow copy of `module` whose descendants are copies that call `record(path, args, kwargs)`.
 
     A copy has its original's class and attributes, so that a forward that asks for them branches
@@ -351,7 +352,7 @@ def _contents(module: nn.Module) -> list:
 
 
 def _activation(chain: tuple[_Call, ...], children: dict, training: bool) -> str:
-    """Which of `activation.ACTIVATIONS` a chain of calls on one tensor computes."""
+    """Which of `activations.ACTIVATIONS` a chain of calls on one tensor computes."""
     shown = ", ".join(map(_show, chain))
     with torch.no_grad():
         grid = torch.tensor(_GRID + _FAR, dtype=torch.float64, device="cpu").unsqueeze(0)

@@ -16,7 +16,8 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from typing import Callable, NamedTuple, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ CODES: dict[type, types.CodeType] = {}
 _functions: dict[tuple[str, str], Callable] = {}
 
 
-def linear_reason() -> Optional[str]:
+def linear_reason() -> str | None:
     """What is replaced of that which PEFT calls in every linear, and by whom; None where all is genuine. The forward
     of PEFT's own class, and of a base of another class than nn.Linear, is `forward_reason`'s."""
     if (
@@ -63,7 +64,7 @@ def linear_reason() -> Optional[str]:
     return _look_at_linear()
 
 
-def _look_at_linear() -> Optional[str]:
+def _look_at_linear() -> str | None:
     global _linear, _linear_forward, _linear_code, _dropout, _dropout_forward, _identity_forward, _call
     found = F.linear, nn.Linear.forward, nn.Linear.__call__, nn.Dropout.forward, F.dropout, nn.Identity.forward
     owners = (F, "linear"), (nn.Linear, "forward"), (nn.Linear, "__call__"), (nn.Dropout, "forward"), (F, "dropout")
@@ -75,7 +76,7 @@ def _look_at_linear() -> Optional[str]:
     return reason
 
 
-def embedding_reason() -> Optional[str]:
+def embedding_reason() -> str | None:
     """`linear_reason` of PEFT's embedding."""
     if (
         F.embedding is _embedding
@@ -89,7 +90,7 @@ def embedding_reason() -> Optional[str]:
     return _look_at_embedding()
 
 
-def _look_at_embedding() -> Optional[str]:
+def _look_at_embedding() -> str | None:
     global _embedding, _embedding_forward, _embedding_code, _call
     found = F.embedding, nn.Embedding.forward, nn.Embedding.__call__
     owners = (F, "embedding"), (nn.Embedding, "forward"), (nn.Embedding, "__call__")
@@ -100,7 +101,7 @@ def _look_at_embedding() -> Optional[str]:
     return reason
 
 
-def _first_reason(attributes) -> Optional[str]:
+def _first_reason(attributes) -> str | None:
     for owner, name in attributes:
         reason = _replaced(owner, name)
         if reason:
@@ -108,7 +109,7 @@ def _first_reason(attributes) -> Optional[str]:
     return None
 
 
-def forward_reason(cls: type) -> Optional[str]:
+def forward_reason(cls: type) -> str | None:
     """Who has replaced the forward of a class; None where it is genuine."""
     found = cls.forward
     if FORWARDS.get(cls) is found and CODES[cls] is found.__code__:
@@ -119,12 +120,12 @@ def forward_reason(cls: type) -> Optional[str]:
     return reason
 
 
-def module_reason(cls: type) -> Optional[str]:
+def module_reason(cls: type) -> str | None:
     """Who has replaced how modules of a class are called, or their forward; None where both are genuine."""
     return forward_reason(cls) or (None if cls.__call__ is _call else _replaced(cls, "__call__"))
 
 
-def function_reason(module: types.ModuleType, name: str) -> Optional[str]:
+def function_reason(module: types.ModuleType, name: str) -> str | None:
     """Who has replaced a function of a module; None where it is genuine."""
     key, found = (module.__name__, name), getattr(module, name)
     if _functions.get(key) is found:
@@ -154,11 +155,15 @@ def _home_of(owner, name: str) -> _Home:
     return _Home(cls.__module__, _CODE_NAMES.get((cls.__qualname__, name), f"{cls.__qualname__}.{name}"))
 
 
-def _replaced(owner, name: str) -> Optional[str]:
+def _replaced(owner, name: str) -> str | None:
     found, home = getattr(owner, name), _home_of(owner, name)
     if _is_defined_at(found, home) or _is_equivalent(found, home):
         return None
-    shown = f"{owner.__name__}.{name}" if isinstance(owner, types.ModuleType) else f"{owner.__module__}.{owner.__qualname__}.{name}"
+    shown = (
+        f"{owner.__name__}.{name}"
+        if isinstance(owner, types.ModuleType)
+        else f"{owner.__module__}.{owner.__qualname__}.{name}"
+    )
     return f"{shown} is replaced by {name_of(found)}"
 
 
@@ -200,7 +205,7 @@ def name_of(found: object) -> str:
     return f"{found.__globals__.get('__name__', '?')}.{getattr(code, 'co_qualname', code.co_name)}"
 
 
-def _mode_reason() -> Optional[str]:
+def _mode_reason() -> str | None:
     """A mode that may watch or change operations, and would see others here than in PEFT's forward."""
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -212,7 +217,7 @@ def _mode_reason() -> Optional[str]:
     return None
 
 
-def bypass_reason(names: Sequence[str], parts: Sequence[Optional[nn.Module]]) -> Optional[str]:
+def bypass_reason(names: Sequence[str], parts: Sequence[nn.Module | None]) -> str | None:
     """Other tools watch or replace the calls of inner modules; a fused forward would skip them."""
     for part in parts:
         if part is None:
@@ -220,7 +225,12 @@ def bypass_reason(names: Sequence[str], parts: Sequence[Optional[nn.Module]]) ->
         state = part.__dict__
         if "forward" in state and not is_own(state["forward"], part) and not _moves_inputs_alone(part):
             return f"{names[parts.index(part)]} has a forward of its own, set by another tool{_sharded_note(part)}"
-        if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
+        if (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+        ):
             return hooks_reason(names[parts.index(part)], part)
     return None
 
@@ -241,7 +251,7 @@ def _moves_inputs_alone(part: nn.Module) -> bool:
     return is_hooked and getattr(own, "__func__", None) is type(part).forward
 
 
-def hooks_reason(name: str, part: nn.Module) -> Optional[str]:
+def hooks_reason(name: str, part: nn.Module) -> str | None:
     """Whether somebody watches the calls of a module."""
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         return f"{name} has hooks{_sharded_note(part)}"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Union
-
 import torch
 from torch import Tensor, nn
 
 from ..call_context import autocast_dtype
 
 
-def read_scaling(scaling: object, lora_b: Tensor) -> Union[float, Tensor, str]:
+def read_scaling(scaling: object, lora_b: Tensor) -> float | Tensor | str:
     """The scaling of an adapter with this B, or why PEFT's own forward has to use it. A tensor's value is read where that
-    costs nothing; on a GPU it would have to be waited for, so it stays a tensor, which `projection.fold` multiplies B with."""
+    costs nothing; on a GPU it would have to be waited for, so it stays a tensor, which `specs.fold` multiplies B with."""
     if isinstance(scaling, (int, float)):
         return float(scaling)
     if type(scaling) not in (Tensor, nn.Parameter):

@@ -1,10 +1,8 @@
 """Which calls PEFT's own forward serves the fastest: small ones, which wait for the host, of an adapter of which PEFT asks
-little. Its result is right in any case, so a glance at the module is enough, and `peft_state` reads nothing.
+little. Its result is right in any case, so a glance at the module is enough, and `peft.linear` reads nothing.
 """
 
 from __future__ import annotations
-
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ SMALL_ALONE = f"up to {SMALL_ROWS} rows alone with their input, the adapter in x
 _SMALL_ANYWHERE = False  # not on GPUs alone, as tests have it
 
 
-def small_reason(module: nn.Module, x: object, rows: Optional[int] = None) -> Optional[str]:
+def small_reason(module: nn.Module, x: object, rows: int | None = None) -> str | None:
     """Why PEFT's own forward of a linear is the fastest, as far as a glance tells: it is right in any case but one. A
     reentrant checkpoint has no gradient in its forward and one when it computes that again, with the same masks: so not
     in training. `rows` in place of x's own, where given."""
@@ -43,7 +41,7 @@ def small_reason(module: nn.Module, x: object, rows: Optional[int] = None) -> Op
     return SMALL if _is_adapted_in(x.dtype, modules) else few
 
 
-def small_alone_reason(module: nn.Module, x: object, rows: Optional[int] = None) -> Optional[str]:
+def small_alone_reason(module: nn.Module, x: object, rows: int | None = None) -> str | None:
     """The same of a linear that no sibling runs with, in training or not; it has no masks to be drawn twice."""
     if not isinstance(x, Tensor):
         return None

@@ -6,16 +6,14 @@ it again. The allocator hands the same memory to one weight after another, strea
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..backends import select
-from ..backends import native
+from ..backends import native, select
 from ..specs import EightBit, FourBit, Operands, Quantized
-from . import eight_bit
-from . import four_bit
+from . import eight_bit, four_bit
 
 # Elements of W that `row_norm` has in floating point at a time: 32 MB of bfloat16, which stays in
 # the cache of a large GPU between the two kernels.
@@ -51,10 +49,8 @@ def row_norm(operands: Operands, quantized: Quantized, scaling: float) -> Tensor
     return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
-def packed(
-    formats: Sequence[Optional[Quantized]], operands: Sequence[Operands]
-) -> tuple[list[int], list[Tensor]]:
-    """The native ops' `quantized` and `scales` of weights of which some are in four bits (`ops.PackedWeight`)."""
+def packed(formats: Sequence[Quantized | None], operands: Sequence[Operands]) -> tuple[list[int], list[Tensor]]:
+    """The native ops' `quantized` and `scales` of weights of which some are in four bits (`native.PackedWeight`)."""
     numbers, scales = [], []
     for form, p in zip(formats, operands):
         if form is None:
@@ -68,10 +64,10 @@ def packed(
     return numbers, scales
 
 
-def dora_gains(
-    weights: Sequence[Tensor], operands: Sequence[Operands], formats: Sequence[Optional[Quantized]], scalings
-) -> tuple[list[Optional[Tensor]], list[Optional[Tensor]]]:
-    """`backend.dora_gains` of members of which some are quantized; weights [N, K] are those of the others."""
+def dora_scales(
+    weights: Sequence[Tensor], operands: Sequence[Operands], formats: Sequence[Quantized | None], scalings
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """`select.dora_scales` of members of which some are quantized; weights [N, K] are those of the others."""
     magnitudes = [p.magnitude for p in operands]
     apart = [
         i
@@ -82,8 +78,8 @@ def dora_gains(
     together = [None if i in apart else magnitude for i, magnitude in enumerate(magnitudes)]
     forms = [None if magnitude is None else form for magnitude, form in zip(together, formats)]
     adapters = [p.lora_a for p in operands], [p.lora_b for p in operands]
-    norms, gains = select.dora_gains(weights, *adapters, together, scalings, forms, *packed(forms, operands))
+    norms, mag_norm_scales = select.dora_scales(weights, *adapters, together, scalings, forms, *packed(forms, operands))
     for i in apart:
         norms[i] = row_norm(operands[i], formats[i], scalings[i])
-        gains[i] = native.gain(magnitudes[i], norms[i])
-    return norms, gains
+        mag_norm_scales[i] = native.mag_norm_scale(magnitudes[i], norms[i])
+    return norms, mag_norm_scales

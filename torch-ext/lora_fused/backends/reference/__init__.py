@@ -2,11 +2,35 @@
 
 from .activations import gated, gated_backward
 from .linear import (
-    code_4bit, dequantize_4bit, down, dropout, outer, rescale, row_norm, scale, scale_sum, token_sum, up_add,
-    up_add_dropped, up_add_scaled,
+    code_4bit,
+    dequantize_4bit,
+    dropout,
+    linear_expand,
+    linear_expand_dropped,
+    linear_expand_scaled,
+    outer,
+    rescale,
+    row_norm,
+    scale,
+    scale_sum,
+    shrink,
+    token_sum,
 )  # fmt: skip
 
 __all__ = [
-    "code_4bit", "dequantize_4bit", "down", "dropout", "gated", "gated_backward", "outer", "rescale", "row_norm", "scale",
-    "scale_sum", "token_sum", "up_add", "up_add_dropped", "up_add_scaled",
+    "code_4bit",
+    "dequantize_4bit",
+    "dropout",
+    "gated",
+    "gated_backward",
+    "linear_expand",
+    "linear_expand_dropped",
+    "linear_expand_scaled",
+    "outer",
+    "rescale",
+    "row_norm",
+    "scale",
+    "scale_sum",
+    "shrink",
+    "token_sum",
 ]  # fmt: skip

@@ -18,7 +18,6 @@ Sources: Shazeer 2020, arXiv:2002.05202; Hendrycks & Gimpel 2016, arXiv:1606.084
 from __future__ import annotations
 
 import math
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -79,11 +78,11 @@ def activate(gate: Tensor, activation: str) -> Tensor:
     return _VALUE[activation](_wide(gate))
 
 
-def _give(value: Tensor, dtype: torch.dtype, out: Optional[Tensor]) -> Tensor:
+def _give(value: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     return value.to(dtype) if out is None else out.copy_(value)
 
 
-def gated(gate: Tensor, up: Tensor, activation: str, *, out: Optional[Tensor] = None) -> Tensor:
+def gated(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None = None) -> Tensor:
     """h = f(gate)·up, elementwise, in gate's dtype; into `out` where given (it may be gate or up)."""
     return _give(activate(gate, activation).mul_(up), gate.dtype, out)
 
@@ -95,9 +94,9 @@ def gated_backward(
     activation: str,
     need_h: bool = True,
     *,
-    dgate: Optional[Tensor] = None,
-    dup: Optional[Tensor] = None,
-) -> tuple[Optional[Tensor], Tensor, Tensor]:
+    dgate: Tensor | None = None,
+    dup: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """(h, dgate, dup) of h = f(gate)·up, recomputed from the projections; h is None unless needed.
 
     `dgate` and `dup` receive the gradients where given: any tensors of gate's shape, gate and up

@@ -2,7 +2,7 @@
 
     y = e · g ∘ (W[i] + s · A[:, i]ᵀ Bᵀ)        g = m / ‖W + s·(B·A)ᵀ‖ by column, 1 for plain LoRA
 
-Shapes: ids of any shape with M elements, weight [V, H], lora_a [R, V], lora_b [H, R], gain and
+Shapes: ids of any shape with M elements, weight [V, H], lora_a [R, V], lora_b [H, R], mag_norm_scale and
 norm [H], rows A[:, i]ᵀ [M, R]. The base is read in its own dtype, the adapter multiplied in its own, float16
 in float32;
 e is cast to each one's dtype where it is a tensor, as the modules that hold one do.
@@ -10,12 +10,10 @@ e is cast to each one's dtype where it is a tensor, as the modules that hold one
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
-from ...specs import Table, TableSpec
+from ...specs import EmbeddingOperands, EmbeddingSpec
 
 NORM_CHUNK = 8192  # rows of the table that one step of the norm expands
 
@@ -33,8 +31,8 @@ def column_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) 
 
 
 def gather_add(
-    ids: Tensor, table: Table, spec: TableSpec, gain: Optional[Tensor], keep: bool
-) -> tuple[Tensor, Optional[Tensor]]:
+    ids: Tensor, table: EmbeddingOperands, spec: EmbeddingSpec, mag_norm_scale: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor | None]:
     """(y [*ids.shape, H] in the table's dtype, rows [M, R] in A's dtype if `keep`)."""
     base = torch.nn.functional.embedding(ids, table.weight)
     rows = table.lora_a.index_select(1, ids.reshape(-1)).t()
@@ -42,27 +40,27 @@ def gather_add(
     delta = _scaled(_product(rows, table.lora_b.t()).mul_(spec.scaling), table, spec, table.lora_b.dtype)
     delta = delta.view(base.shape)
     y = base + delta
-    if gain is not None:
-        y = y * gain
+    if mag_norm_scale is not None:
+        y = y * mag_norm_scale
     return y.to(table.weight.dtype), rows if keep else None
 
 
 def gather_backward(
     dy: Tensor,
     ids: Tensor,
-    rows: Optional[Tensor],
-    table: Table,
-    spec: TableSpec,
-    gain: Optional[Tensor],
-    norm: Optional[Tensor],
-    needs: Table,
-) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    rows: Tensor | None,
+    table: EmbeddingOperands,
+    spec: EmbeddingSpec,
+    mag_norm_scale: Tensor | None,
+    norm: Tensor | None,
+    needs: EmbeddingOperands,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(drows [M, R], dB [H, R], dm [H]) for dy [M, H] and flat ids [M], None where `needs` has False:
 
     drows = s·e·(g∘dy) B        dB = s·e·(g∘dy)ᵀ rows        dm = Σ dy ∘ e·(W[i] + s·rows Bᵀ) / norm
     """
     drows = db = dm = None
-    gained = dy if gain is None else dy * gain
+    gained = dy if mag_norm_scale is None else dy * mag_norm_scale
     if needs.lora_a:
         drows = _scaled(_product(gained, table.lora_b).mul_(spec.scaling), table, spec, table.lora_b.dtype)
     if needs.lora_b:
@@ -76,26 +74,28 @@ def gather_backward(
     return drows, db, dm
 
 
-def scatter_rows(drows: Tensor, ids: Tensor, lora_a: Tensor, padding_idx: Optional[int]) -> Tensor:
+def scatter_rows(drows: Tensor, ids: Tensor, lora_a: Tensor, padding_idx: int | None) -> Tensor:
     """dA [R, V] in A's dtype: the sum of drows [M, R] over the tokens of each id, zero elsewhere and
     at `padding_idx`. Deterministic: tokens of one id are added in an order that only ids fix."""
-    return scatter_table(drows, ids, lora_a.shape[1], padding_idx).t().to(
-        lora_a.dtype, memory_format=torch.contiguous_format
+    return (
+        scatter_table(drows, ids, lora_a.shape[1], padding_idx)
+        .t()
+        .to(lora_a.dtype, memory_format=torch.contiguous_format)
     )
 
 
-def scatter_table(drows: Tensor, ids: Tensor, vocabulary: int, padding_idx: Optional[int]) -> Tensor:
+def scatter_table(drows: Tensor, ids: Tensor, vocabulary: int, padding_idx: int | None) -> Tensor:
     """Sum of drows [M, D] by id: [V, D]."""
     padding = -1 if padding_idx is None else padding_idx
     return torch.ops.aten.embedding_dense_backward(drows, ids, vocabulary, padding, False)
 
 
-def own_scale(table: Table, spec: TableSpec, dtype: torch.dtype):
+def own_scale(table: EmbeddingOperands, spec: EmbeddingSpec, dtype: torch.dtype):
     """e, as it multiplies a tensor of this dtype."""
     return spec.scale if table.scale is None else table.scale.to(dtype)
 
 
-def _scaled(value: Tensor, table: Table, spec: TableSpec, dtype: torch.dtype) -> Tensor:
+def _scaled(value: Tensor, table: EmbeddingOperands, spec: EmbeddingSpec, dtype: torch.dtype) -> Tensor:
     if table.scale is None and spec.scale == 1.0:
         return value
     return value * own_scale(table, spec, dtype)

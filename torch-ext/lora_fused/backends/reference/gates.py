@@ -8,7 +8,7 @@ and rounded once. (gpt-oss: f = SiLU, α = 1.702, c = 1, limit 7.)
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

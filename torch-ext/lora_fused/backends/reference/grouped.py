@@ -6,7 +6,8 @@ the same methods; the matrices that they take are what `weights` and `factor` re
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,15 +91,15 @@ class LoopedProducts:
             factor = factor.index_select(0, used)
         return Matrices(factor.to(dtype).contiguous().unbind(0), scaling)
 
-    def times_transposed(self, x: Tensor, matrices: Matrices, out: Optional[Tensor] = None) -> Tensor:
+    def times_transposed(self, x: Tensor, matrices: Matrices, out: Tensor | None = None) -> Tensor:
         """x M_eᵀ by expert: x [S, K], M [N, K] each; added to `out` [S, N] where given."""
         return self._times(x, [matrix.t() for matrix in matrices.each], matrices.scaling, out)
 
-    def times(self, x: Tensor, matrices: Matrices, out: Optional[Tensor] = None) -> Tensor:
+    def times(self, x: Tensor, matrices: Matrices, out: Tensor | None = None) -> Tensor:
         """x M_e by expert: x [S, N], M [N, K] each; added to `out` [S, K] where given."""
         return self._times(x, matrices.each, matrices.scaling, out)
 
-    def _times(self, x: Tensor, each: Sequence[Tensor], scaling: float, out: Optional[Tensor]) -> Tensor:
+    def _times(self, x: Tensor, each: Sequence[Tensor], scaling: float, out: Tensor | None) -> Tensor:
         beta = 0.0 if out is None else 1.0
         if out is None:
             out = x.new_empty((x.shape[0], each[0].shape[1]))

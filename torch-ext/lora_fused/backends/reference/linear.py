@@ -2,14 +2,12 @@
 
     y = x Wᵀ + b + (g - 1)∘(d Wᵀ) + g∘(t Bᵀ)        d = dropout(x), t = s·d Aᵀ
 
-Shapes: x [M, K], weight [N, K], bias [N], lora_a [R, K], lora_b [N, R], t and dt [M, R], gain g [N].
+Shapes: x [M, K], weight [N, K], bias [N], lora_a [R, K], lora_b [N, R], t and dt [M, R], mag_norm_scale g [N].
 The base product runs in x's dtype. The LoRA path runs in `dtype` where one is given (autocast) and
 in the adapter's own dtype otherwise, as PEFT computes it.
 """
 
 from __future__ import annotations
-
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -18,14 +16,12 @@ from ...specs import FourBit, Mask, Operands
 from .. import native
 
 
-def dropout(x: Tensor, mask: Mask, dtype: Optional[torch.dtype] = None) -> Tensor:
+def dropout(x: Tensor, mask: Mask, dtype: torch.dtype | None = None) -> Tensor:
     """mask ∘ x / (1 - p) for x [M, K], in `dtype` or x's."""
     return native.dropout(x, mask, dtype or x.dtype)
 
 
-def down(
-    x: Tensor, a: Tensor, scaling: float, dtype: Optional[torch.dtype] = None, mask: Optional[Mask] = None
-) -> Tensor:
+def shrink(x: Tensor, a: Tensor, scaling: float, dtype: torch.dtype | None = None, mask: Mask | None = None) -> Tensor:
     """t = s · dropout(x) aᵀ for x [M, K] and a [R, K]: [M, R] in `dtype` or a's dtype."""
     dtype = dtype or a.dtype
     x = x.to(dtype) if mask is None else dropout(x, mask, dtype)
@@ -33,14 +29,14 @@ def down(
     return torch.addmm(x.new_empty((1,)), x, a.to(dtype).t(), beta=0, alpha=scaling)
 
 
-def up_add(
+def linear_expand(
     x: Tensor,
     weight: Tensor,
-    t: Optional[Tensor] = None,
-    up: Optional[Tensor] = None,
-    bias: Optional[Tensor] = None,
-    mask: Optional[Mask] = None,
-    out: Optional[Tensor] = None,
+    t: Tensor | None = None,
+    up: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Mask | None = None,
+    out: Tensor | None = None,
     *,
     scaling: float = 1.0,
 ) -> Tensor:
@@ -58,8 +54,8 @@ def up_add(
     return y.add_(delta if mask is None else dropout(delta, mask), alpha=scaling)
 
 
-def _wide(x: Tensor, weight: Tensor, t: Optional[Tensor], up: Optional[Tensor], bias: Optional[Tensor], scaling: float):
-    """`up_add` of half-precision products that are summed in float32: a sum may be beyond float16 where they are not."""
+def _wide(x: Tensor, weight: Tensor, t: Tensor | None, up: Tensor | None, bias: Tensor | None, scaling: float):
+    """`linear_expand` of half-precision products that are summed in float32: a sum may be beyond float16 where they are not."""
     rounded = bias is None or bias.dtype == x.dtype
     y = torch.nn.functional.linear(x, weight, bias if rounded else None).float()
     if not rounded:
@@ -67,9 +63,7 @@ def _wide(x: Tensor, weight: Tensor, t: Optional[Tensor], up: Optional[Tensor], 
     return y if t is None else y.add_(t @ up.to(t.dtype).t(), alpha=scaling)
 
 
-def outer(
-    left: Tensor, right: Tensor, dtype: torch.dtype, mask: Optional[Mask] = None, scaling: float = 1.0
-) -> Tensor:
+def outer(left: Tensor, right: Tensor, dtype: torch.dtype, mask: Mask | None = None, scaling: float = 1.0) -> Tensor:
     """scaling · leftᵀ dropout(right) for left [M, P] and right [M, Q]: [P, Q] in `dtype`, summed over tokens."""
     wide = torch.promote_types(left.dtype, right.dtype)
     right = right.to(wide) if mask is None else dropout(right, mask, wide)
@@ -79,30 +73,36 @@ def outer(
     return torch.addmm(right.new_empty((1,)), left, right, beta=0, alpha=scaling).to(dtype)
 
 
-def scale(z: Tensor, gain: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+def scale(z: Tensor, mag_norm_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """z∘g + b for z [M, N] and g [N], multiplied in g's dtype: [M, N] in z's dtype."""
     if bias is None:
-        return torch.mul(z, gain, out=torch.empty_like(z))
-    return (z * gain + bias).to(z.dtype)
+        return torch.mul(z, mag_norm_scale, out=torch.empty_like(z))
+    return (z * mag_norm_scale + bias).to(z.dtype)
 
 
-def up_add_scaled(
-    x: Tensor, weight: Tensor, t: Tensor, up: Tensor, gain: Tensor, bias: Optional[Tensor] = None, scaling: float = 1.0
+def linear_expand_scaled(
+    x: Tensor,
+    weight: Tensor,
+    t: Tensor,
+    up: Tensor,
+    mag_norm_scale: Tensor,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """(y, z) with z = x weightᵀ + scaling · t upᵀ and y = z∘g + b, of an x in float16 z in float32: it may leave
     float16's range where g brings y back."""
     if x.dtype != torch.float16:
-        return rescale(up_add(x, weight, t, up, bias, scaling=scaling), gain, bias)
-    y, z = rescale(_wide(x, weight, t, up, bias, scaling), gain, bias)
+        return rescale(linear_expand(x, weight, t, up, bias, scaling=scaling), mag_norm_scale, bias)
+    y, z = rescale(_wide(x, weight, t, up, bias, scaling), mag_norm_scale, bias)
     return y.to(x.dtype), z
 
 
-def up_add_dropped(
-    x: Tensor, d: Tensor, weight: Tensor, t: Tensor, up: Tensor, gain: Tensor, bias: Optional[Tensor] = None,
+def linear_expand_dropped(
+    x: Tensor, d: Tensor, weight: Tensor, t: Tensor, up: Tensor, mag_norm_scale: Tensor, bias: Tensor | None = None,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, z) with z = d weightᵀ + s·t upᵀ and y = x weightᵀ + s·t upᵀ + b + (g - 1)∘z for the scaling s, z as in
-    `up_add_scaled`.
+    `linear_expand_scaled`.
 
     y is summed as x weightᵀ + b + (g - 1)∘(d weightᵀ) + g∘(s·t upᵀ): a large t upᵀ makes the norm large and
     g small, so a sum rounded before g is applied would cost y its last bits.
@@ -112,26 +112,26 @@ def up_add_dropped(
     up = up.to(t.dtype)
     if x.dtype == torch.float16:
         y, z, delta = y.float(), z.float(), (t @ up.t()).float().mul_(scaling)
-        return y.addcmul_(z, gain - 1).addcmul_(delta, gain).to(x.dtype), z.add_(delta)
-    y.addcmul_(z, gain - 1)
+        return y.addcmul_(z, mag_norm_scale - 1).addcmul_(delta, mag_norm_scale).to(x.dtype), z.add_(delta)
+    y.addcmul_(z, mag_norm_scale - 1)
     if t.dtype == z.dtype:
-        gained = (up * gain[:, None]).to(up.dtype)
+        gained = (up * mag_norm_scale[:, None]).to(up.dtype)
         return y.addmm_(t, gained.t(), alpha=scaling), z.addmm_(t, up.t(), alpha=scaling)
     delta = t @ up.t()
-    return y.addcmul_(delta, gain, value=scaling), z.add_(delta, alpha=scaling)
+    return y.addcmul_(delta, mag_norm_scale, value=scaling), z.add_(delta, alpha=scaling)
 
 
-def rescale(y: Tensor, gain: Tensor, bias: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+def rescale(y: Tensor, mag_norm_scale: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(z∘g + b, z) for y = z + b [M, N]; exactly y where g is 1."""
     if bias is None:
-        return scale(y, gain), y
+        return scale(y, mag_norm_scale), y
     z = y - bias
-    return (y + z * (gain - 1)).to(y.dtype), z
+    return (y + z * (mag_norm_scale - 1)).to(y.dtype), z
 
 
-def scale_sum(dy: Tensor, z: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+def scale_sum(dy: Tensor, z: Tensor, mag_norm_scale: Tensor) -> tuple[Tensor, Tensor]:
     """(dy∘g [M, N] in dy's dtype, Σ dy∘z over tokens [N] in g's dtype)."""
-    return scale(dy, gain), (dy.to(gain.dtype) * z).sum(0)
+    return scale(dy, mag_norm_scale), (dy.to(mag_norm_scale.dtype) * z).sum(0)
 
 
 def token_sum(dy: Tensor) -> Tensor:

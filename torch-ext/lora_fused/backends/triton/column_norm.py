@@ -11,7 +11,7 @@ not average out over the vocabulary, as A's do.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import triton
@@ -111,15 +111,13 @@ HALF = NormTile(64, 128, 4, 3, 2)
 SINGLE = NormTile(32, 64, 4, 2, 2)  # float32 and the interpreter
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @on_values
-def column_norm(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, tile: Optional[NormTile] = None
-) -> Tensor:
+def column_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, tile: NormTile | None = None) -> Tensor:
     """‖W + s·(B·A)ᵀ‖ by column for weight [V, H], lora_a [R, V], lora_b [H, R] of any strides: [H] in
     float32. A is rounded to weight's dtype in registers, B to two parts of it."""
     (v, h), r = weight.shape, lora_a.shape[0]

@@ -2,14 +2,13 @@
 
 Bound by traffic: the forward reads g and u and writes h, the backward reads dh, g and u and
 writes dg, du and, for the down projection's gradient, h again. float32 inside, one rounding.
-Formulas are those of `activation`. Each program reads its elements before it writes them, so
+Formulas are those of `reference.activations`. Each program reads its elements before it writes them, so
 results may take the place of operands.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Optional
 
 import torch
 import triton
@@ -115,7 +114,7 @@ def gated_bwd_kernel(
 
 
 @on_values
-def gated(gate: Tensor, up: Tensor, activation: str, *, out: Optional[Tensor] = None) -> Tensor:
+def gated(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None = None) -> Tensor:
     """h = f(gate)·up for gate and up [M, I] with contiguous rows of any row stride: [M, I] in gate's
     dtype, into `out` (contiguous rows; it may be gate or up) where given."""
     m, i = gate.shape
@@ -146,10 +145,10 @@ def gated_backward(
     activation: str,
     need_h: bool = True,
     *,
-    dgate: Optional[Tensor] = None,
-    dup: Optional[Tensor] = None,
-) -> tuple[Optional[Tensor], Tensor, Tensor]:
-    """(h, dgate, dup) as `activation.gated_backward`, one pass; h is None unless needed.
+    dgate: Tensor | None = None,
+    dup: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(h, dgate, dup) as `activations.gated_backward`, one pass; h is None unless needed.
 
     dh, gate and up are [M, I] with contiguous rows of any row stride; so are `dgate` and `dup`,
     which receive the gradients where given: the two halves of one [M, 2I], or gate and up.

@@ -7,14 +7,12 @@ a device-side assertion, as it stops torch's own.
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...specs import Table, TableSpec
+from ...specs import EmbeddingOperands, EmbeddingSpec
 from .launch import dot_precision, on_device, on_values, rank_block
 
 
@@ -114,8 +112,8 @@ PROGRAMS = 512  # from which the GPU is full
 
 @on_values
 def gather_add(
-    ids: Tensor, table: Table, spec: TableSpec, gain: Optional[Tensor], keep: bool
-) -> tuple[Tensor, Optional[Tensor]]:
+    ids: Tensor, table: EmbeddingOperands, spec: EmbeddingSpec, mag_norm_scale: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor | None]:
     """(y [*ids.shape, H], rows [M, R] if `keep`), both in the table's dtype."""
     weight, lora_a, lora_b, _, scale = table
     (v, h), r, m = weight.shape, lora_a.shape[0], ids.numel()
@@ -132,7 +130,7 @@ def gather_add(
             weight,
             lora_a,
             lora_b,
-            gain,
+            mag_norm_scale,
             scale,
             y,
             rows,
@@ -151,7 +149,7 @@ def gather_add(
             BLOCK_R=block_r,
             ONE_BLOCK=r <= block_r,
             KEEP=keep,
-            DORA=gain is not None,
+            DORA=mag_norm_scale is not None,
             HAS_SCALE=scale is not None,
             PRECISION=dot_precision(weight),
             num_warps=4,

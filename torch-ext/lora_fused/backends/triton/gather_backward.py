@@ -9,14 +9,12 @@ token's drows may cancel, and a single rounding of B would show. Sums have a fix
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...specs import Table, TableSpec
+from ...specs import EmbeddingOperands, EmbeddingSpec
 from ..reference.embedding import own_scale
 from .launch import on_device, on_values
 
@@ -67,24 +65,24 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def gather_backward(
     dy: Tensor,
     ids: Tensor,
-    rows: Optional[Tensor],
-    table: Table,
-    spec: TableSpec,
-    gain: Optional[Tensor],
-    norm: Optional[Tensor],
-    needs: Table,
-) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    rows: Tensor | None,
+    table: EmbeddingOperands,
+    spec: EmbeddingSpec,
+    mag_norm_scale: Tensor | None,
+    norm: Tensor | None,
+    needs: EmbeddingOperands,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(drows [M, R] in float32, dB, dm) for contiguous dy [M, H] and flat ids [M], as
-    `reference_embedding.gather_backward`."""
+    `reference.embedding.gather_backward`."""
     weight, _, lora_b, magnitude, _ = table
     drows = db = dm = None
     on_delta = _own_scale(table, spec, lora_b.dtype) * spec.scaling
     if needs.lora_a:
-        drows = _rows_grad(dy, lora_b, gain) * on_delta
+        drows = _rows_grad(dy, lora_b, mag_norm_scale) * on_delta
     if needs.lora_b or needs.magnitude:
         outer = _product(dy.t(), rows)
     if needs.lora_b:
-        db = (outer if gain is None else outer * gain[:, None]) * on_delta
+        db = (outer if mag_norm_scale is None else outer * mag_norm_scale[:, None]) * on_delta
         db = db.to(lora_b.dtype)
     if needs.magnitude:
         base = _base_sum(dy, ids, weight) * _own_scale(table, spec, weight.dtype)
@@ -92,17 +90,17 @@ def gather_backward(
     return drows, db, dm
 
 
-def _own_scale(table: Table, spec: TableSpec, dtype: torch.dtype):
+def _own_scale(table: EmbeddingOperands, spec: EmbeddingSpec, dtype: torch.dtype):
     """e as it multiplies a tensor of `dtype`, in float32 where it is a tensor."""
     scale = own_scale(table, spec, dtype)
     return scale.float() if isinstance(scale, Tensor) else scale
 
 
-def _rows_grad(dy: Tensor, lora_b: Tensor, gain: Optional[Tensor]) -> Tensor:
+def _rows_grad(dy: Tensor, lora_b: Tensor, mag_norm_scale: Tensor | None) -> Tensor:
     """dy (g∘B) in float32."""
-    if gain is None and lora_b.dtype == dy.dtype:
+    if mag_norm_scale is None and lora_b.dtype == dy.dtype:
         return _product(dy, lora_b)
-    up = lora_b.float() if gain is None else lora_b.float() * gain[:, None]
+    up = lora_b.float() if mag_norm_scale is None else lora_b.float() * mag_norm_scale[:, None]
     if dy.dtype == torch.float32:
         return _product(dy, up)
     high = up.to(dy.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import triton
@@ -30,7 +30,7 @@ def dot_precision(x: Tensor) -> str:
     return "ieee"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use; the interpreter is given a small GPU's."""
     if device.type != "cuda":

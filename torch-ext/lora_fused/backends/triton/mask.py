@@ -7,8 +7,6 @@ it is at least p·2¹⁶.
 
 from __future__ import annotations
 
-from typing import Optional
-
 import triton
 import triton.language as tl
 
@@ -31,7 +29,7 @@ def dropped(values, seed_ptr, threshold, scale, rows, first_column, COLUMNS: tl.
     return tl.where(numbers >= threshold.to(tl.uint32), values * scale, 0.0)
 
 
-def arguments(mask: Optional[Mask]) -> tuple:
+def arguments(mask: Mask | None) -> tuple:
     """(seed, threshold, scale) of a mask for a launch."""
     if mask is None:
         return None, 0, 0.0

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import on_device, on_values, shared_memory
-from .up_add import LARGE_SHARED_MEMORY, TensorDescriptor, _descriptor_fits
+from .linear_expand import LARGE_SHARED_MEMORY, TensorDescriptor, _descriptor_fits
 
 BLOCK_N, BLOCK_K, BLOCK_R = 128, 256, 64
 HALVES = (torch.bfloat16, torch.float16)
@@ -79,7 +79,7 @@ def _halves(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([a_low, a_high, a_high]), torch.cat([b_high, b_low, b_high], dim=1)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _programs(device: torch.device) -> int:
     """Programs that run at once: one a multiprocessor, by its shared memory."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -32,7 +32,7 @@ def scale_sum_fwd_kernel(
 ):
     cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = cols < N
-    gain = tl.load(gain_ptr + cols, mask=col_mask, other=0.0)
+    mag_norm_scale = tl.load(gain_ptr + cols, mask=col_mask, other=0.0)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for start in range(tl.program_id(1) * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -40,15 +40,15 @@ def scale_sum_fwd_kernel(
         mask = (rows < M)[:, None] & col_mask[None, :]
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(scaled_ptr + at, (dy * gain[None, :]).to(scaled_ptr.dtype.element_ty), mask=mask)
+        tl.store(scaled_ptr + at, (dy * mag_norm_scale[None, :]).to(scaled_ptr.dtype.element_ty), mask=mask)
         total += tl.sum(dy * z, axis=0)
     tl.store(partial_ptr + tl.program_id(1) * N + cols, total, mask=col_mask)
 
 
 @on_values
-def scale_sum(dy: Tensor, z: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+def scale_sum(dy: Tensor, z: Tensor, mag_norm_scale: Tensor) -> tuple[Tensor, Tensor]:
     """(g∘dy [M, N] in dy's dtype, Σ dy∘z over tokens [N] in float32) for contiguous dy and z [M, N] and
-    gain [N] in float32."""
+    mag_norm_scale [N] in float32."""
     m, n = dy.shape
     scaled = torch.empty_like(dy)
     columns = triton.cdiv(n, BLOCK_N)
@@ -57,6 +57,6 @@ def scale_sum(dy: Tensor, z: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     if n > 0:
         with on_device(dy):
             scale_sum_fwd_kernel[(columns, splits)](
-                dy, z, gain, scaled, partial, m, n, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N
+                dy, z, mag_norm_scale, scaled, partial, m, n, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N
             )
     return scaled, partial.sum(0)

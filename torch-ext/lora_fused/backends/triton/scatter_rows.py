@@ -7,8 +7,6 @@ sort's many launches, so it serves few tokens; beyond, torch's own sorted scatte
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 import triton
 import triton.language as tl
@@ -57,8 +55,8 @@ def scatter_rows_bwd_kernel(
 
 
 @on_values
-def scatter_rows(drows: Tensor, ids: Tensor, lora_a: Tensor, padding_idx: Optional[int]) -> Tensor:
-    """dA [R, V] in A's dtype from drows [M, R] in float32, as `reference_embedding.scatter_rows`."""
+def scatter_rows(drows: Tensor, ids: Tensor, lora_a: Tensor, padding_idx: int | None) -> Tensor:
+    """dA [R, V] in A's dtype from drows [M, R] in float32, as `reference.embedding.scatter_rows`."""
     m, (r, v) = ids.shape[0], lora_a.shape
     if m > PAIRWISE_UP_TO:
         return reference_embedding.scatter_rows(drows, ids, lora_a, padding_idx)

@@ -11,7 +11,7 @@ through pointers elsewhere.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import triton
@@ -54,7 +54,7 @@ def _add_lora(
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def up_add_fwd_kernel(
+def linear_expand_kernel(
     x_ptr,
     w_ptr,
     t_ptr,
@@ -194,10 +194,10 @@ def _bucket(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _half_tile(device: torch.device, m: int, n: int, k: int, masked: bool) -> Tile:
     """The one measured for the nearest shape, without a mask; else by rule."""
-    measured = None if masked else device_config.nearest(device_config.of(device).up_add_tiles, (m, n, k))
+    measured = None if masked else device_config.nearest(device_config.of(device).linear_expand_tiles, (m, n, k))
     if measured is not None:
         return Tile(*measured)
     if shared_memory(device) < LARGE_SHARED_MEMORY:
@@ -219,18 +219,18 @@ def _descriptor_fits(matrix: Tensor) -> bool:
 
 
 @on_values
-def up_add(
+def linear_expand(
     x: Tensor,
     weight: Tensor,
-    t: Optional[Tensor] = None,
-    up: Optional[Tensor] = None,
-    bias: Optional[Tensor] = None,
-    mask: Optional[Mask] = None,
-    out: Optional[Tensor] = None,
+    t: Tensor | None = None,
+    up: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Mask | None = None,
+    out: Tensor | None = None,
     *,
     scaling: float = 1.0,
     descriptors: bool = True,
-    tile: Optional[Tile] = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """y = x weightᵀ + dropout(scaling · t upᵀ) + bias: [M, N] in x's dtype, summed in float32; with a mask the scaling
     is 1. With `out` [M, N], contiguous, the sum is added to it, in place.
@@ -246,29 +246,29 @@ def up_add(
 
 
 @on_values
-def up_add_scaled(
-    x: Tensor, weight: Tensor, t: Optional[Tensor], up: Optional[Tensor], gain: Tensor, bias: Optional[Tensor] = None,
+def linear_expand_scaled(
+    x: Tensor, weight: Tensor, t: Tensor | None, up: Tensor | None, mag_norm_scale: Tensor, bias: Tensor | None = None,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, z) with z = x weightᵀ + scaling · t upᵀ and y = gain∘z + bias, gain [N] in float32; z of an x in float16 in
-    float32, as in `reference.up_add_scaled`; else as `up_add`."""
+    """(y, z) with z = x weightᵀ + scaling · t upᵀ and y = mag_norm_scale∘z + bias, mag_norm_scale [N] in float32; z of an x in float16 in
+    float32, as in `reference.linear_expand_scaled`; else as `linear_expand`."""
     wide = torch.float32 if x.dtype == torch.float16 else x.dtype
     y, z = (torch.empty((x.shape[0], weight.shape[0]), dtype=dtype, device=x.device) for dtype in (x.dtype, wide))
-    _launch(x, weight, (t, up, scaling), bias, y, scaled=(gain, z))
+    _launch(x, weight, (t, up, scaling), bias, y, scaled=(mag_norm_scale, z))
     return y, z
 
 
 @on_values
-def up_add_dropped(
-    x: Tensor, d: Tensor, weight: Tensor, t: Tensor, up: Tensor, gain: Tensor, bias: Optional[Tensor] = None,
+def linear_expand_dropped(
+    x: Tensor, d: Tensor, weight: Tensor, t: Tensor, up: Tensor, mag_norm_scale: Tensor, bias: Tensor | None = None,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, z) with z = d weightᵀ + s·t upᵀ and y = x weightᵀ + s·t upᵀ + bias + (gain - 1)∘z for the scaling s, nothing
-    of y rounded before the gain, as in `reference.up_add_dropped`; else as `up_add_scaled`."""
+    """(y, z) with z = d weightᵀ + s·t upᵀ and y = x weightᵀ + s·t upᵀ + bias + (mag_norm_scale - 1)∘z for the scaling s, nothing
+    of y rounded before the mag_norm_scale, as in `reference.linear_expand_dropped`; else as `linear_expand_scaled`."""
     if x.dtype == torch.float16:  # which may not hold g∘U
-        return reference.up_add_dropped(x, d, weight, t, up, gain, bias, scaling)
-    y, z = up_add_scaled(d, weight, None, None, gain - 1, bias)
-    y = up_add(x, weight, t, up * gain[:, None], out=y, scaling=scaling)
+        return reference.linear_expand_dropped(x, d, weight, t, up, mag_norm_scale, bias, scaling)
+    y, z = linear_expand_scaled(d, weight, None, None, mag_norm_scale - 1, bias)
+    y = linear_expand(x, weight, t, up * mag_norm_scale[:, None], out=y, scaling=scaling)
     return y, z.addmm_(t, up.to(t.dtype).t(), alpha=scaling)
 
 
@@ -288,15 +288,15 @@ def _launch(
     w_arg = TensorDescriptor.from_tensor(stored, w_block) if w_descriptor else weight
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
     r = 0 if t is None else t.shape[1]
-    gain, z = scaled
+    mag_norm_scale, z = scaled
     with on_device(x):
-        up_add_fwd_kernel[grid](
+        linear_expand_kernel[grid](
             x_arg,
             w_arg,
             t,
             up,
             bias,
-            gain,
+            mag_norm_scale,
             z,
             y,
             scaling,
@@ -323,7 +323,7 @@ def _launch(
             HAS_LORA=t is not None,
             IS_SCALED=t is not None and scaling != 1.0,
             HAS_BIAS=bias is not None,
-            HAS_GAIN=gain is not None,
+            HAS_GAIN=mag_norm_scale is not None,
             HAS_MASK=mask is not None,
             ADD_TO_Y=add,
             PRECISION=dot_precision(x),

@@ -6,8 +6,6 @@ dtype and rounded to x's in registers; sums are float32. The dropout mask is dra
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 import triton
 import triton.language as tl
@@ -85,9 +83,7 @@ def choose_tile(x: Tensor, a: Tensor) -> tuple[int, int]:
 
 
 @on_values
-def down(
-    x: Tensor, a: Tensor, scaling: float, dtype: Optional[torch.dtype] = None, mask: Optional[Mask] = None
-) -> Tensor:
+def shrink(x: Tensor, a: Tensor, scaling: float, dtype: torch.dtype | None = None, mask: Mask | None = None) -> Tensor:
     """t = s · dropout(x) aᵀ for x [M, K] (rows contiguous) and a [R, K] of any strides: [M, R] in x's
     dtype, which `dtype` is wherever this backend is chosen; the adapter is never copied.
     """

@@ -90,7 +90,9 @@ def assert_as_peft(lora_fused, model, layer, dropout=0.0, dtypes=(F32, BF16)):
                 layer.lora_dropout["default"] = own
             kernelize(model, mode=Mode.TRAINING, device="cpu")
             row = lora_fused.explain(model)[0]
-            assert row.fused and row.backend == "base called" and row.reason.startswith("base called"), row
+            assert row.fused and row.backend == "fused delta" and row.reason.startswith("base layer's own forward: "), (
+                row
+            )
             before = getattr(layer.base_layer, "calls", None)
             torch.set_rng_state(state)
             ours = passes(model, x, dy, autocast)
@@ -217,7 +219,7 @@ def test_fp8(lora_fused, monkeypatch, block_size):
 def test_stand_ins_in_a_process_of_their_own(kind):
     if importlib.util.find_spec(kind) is not None:
         pytest.skip(f"{kind} itself is installed")
-    code = f"import test_base_called; test_base_called.with_stand_in({kind!r})"
+    code = f"import test_fused_delta; test_fused_delta.with_stand_in({kind!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("as PEFT\n"), done.stdout + done.stderr
 
