@@ -195,7 +195,7 @@ class LoraExperts(nn.Module):
                     x, *call, state.up, state.down, state.gate, state.form.leaves_out
                 )
             reason = call
-        if isinstance(reason, peft_linear.Broken):
+        if isinstance(reason, peft_linear.InvalidState):
             raise ValueError(f"{peft_linear.name_of(self)}: {reason}")
         if isinstance(reason, peft_experts.WrongInPeft) and last_call.of(self) != reason:
             warnings.warn(f"lora_fused: {peft_linear.name_of(self)}: {reason}", stacklevel=2)

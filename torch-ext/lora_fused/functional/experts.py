@@ -55,15 +55,15 @@ def lora_experts(
         if tensor.device != up.weight.device:
             raise ValueError(f"{name}: on {tensor.device}, expected {up.weight.device} as up.weight is")
     _check_shapes(x, index, routing, up, down, gate)
+    if index.is_cpu and index.numel() and int(index.min()) < 0:
+        raise ValueError(f"index: {int(index.min())}, expected numbers of experts, from 0 on")
     return compute_experts(x, index, routing, up, down, gate, leaves_out)
 
 
 def compute_experts(
     x: Tensor, index: Tensor, routing: Tensor, up: ExpertWeights, down: ExpertWeights, gate: AnyGate, leaves_out: bool
 ) -> Tensor:
-    """`lora_experts` on operands that are known to be right but for the values of `index`."""
-    if index.is_cpu and index.numel() and int(index.min()) < 0:
-        raise ValueError(f"index: {int(index.min())}, expected numbers of experts, from 0 on")
+    """`lora_experts` on operands that are known to be right."""
     spec = ExpertsSpec(gate, (up.scaling, down.scaling), leaves_out)
     tensors = *up[:TENSORS_PER_PRODUCT], *down[:TENSORS_PER_PRODUCT]
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, routing, *tensors)]):

@@ -20,7 +20,7 @@ from .. import last_call
 from ..call_context import autocast_dtype
 from ..specs import AnyGate, ExpertWeights
 from . import replaced as replacements
-from .base_layer import DTYPES, PLAIN_TENSORS, Broken, tensor_of, unread_reason
+from .base_layer import DTYPES, PLAIN_TENSORS, InvalidState, tensor_of, unread_reason
 from .experts_forward import GROUPED_MM, Form, form_of, gate_function
 from .scaling import read_scaling
 
@@ -302,5 +302,5 @@ def _values_reason(adapted: AdaptedExperts, x: Tensor, index: Tensor, routing: T
     if auto is not None and adapted.form.gate is None:
         return "autocast around a gate that is not known"
     if index.is_cpu and index.numel() and int(index.min()) < 0:
-        return Broken(f"the index has {int(index.min())}, expected numbers of experts, from 0 on")
+        return InvalidState(f"the index has {int(index.min())}, expected numbers of experts, from 0 on")
     return None
