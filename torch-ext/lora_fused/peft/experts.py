@@ -152,7 +152,9 @@ def _parametrised_reason(wrappers: list[nn.Module], base: nn.Module) -> str | No
 def _storage_reason(wrapper: nn.Module, base: nn.Module) -> str | None:
     """Of a parameter that is no weight of experts in floating point."""
     name = wrapper.parameter_name
-    weight = tensor_of(base, name)
+    weight = base._parameters.get(name, base.__dict__.get(name))
+    if weight is None:
+        return f"{type(base).__name__} has no parameter {name}: another tool has put it in between, or taken that out"
     if weight.dim() != 3:
         return f"{name} of {type(base).__name__} is no weight of experts: shape {tuple(weight.shape)}"
     if str(weight.dtype).removeprefix("torch.") not in _FLOAT8:
