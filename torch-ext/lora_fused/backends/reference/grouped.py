@@ -104,7 +104,10 @@ class LoopedProducts:
         if out is None:
             out = x.new_empty((x.shape[0], each[0].shape[1]))
         for (_, start, end), matrix in zip(self.spans, each):
-            out[start:end].addmm_(x[start:end], matrix, beta=beta, alpha=scaling)
+            if beta == 0.0 and scaling == 1.0:
+                torch.mm(x[start:end], matrix, out=out[start:end])
+            else:
+                out[start:end].addmm_(x[start:end], matrix, beta=beta, alpha=scaling)
         return out
 
     def outer(self, x: Tensor, y: Tensor) -> Tensor:
