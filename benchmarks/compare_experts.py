@@ -46,7 +46,9 @@ class Shape(NamedTuple):
 
 def _qwen3(hidden, width, experts, chosen):
     sizes = dict(hidden_size=hidden, moe_intermediate_size=width, num_experts=experts, num_experts_per_tok=chosen)
-    return Shape("Qwen3-30B-A3B", "Qwen3MoeConfig", "qwen3_moe.Qwen3MoeSparseMoeBlock", dict(sizes, norm_topk_prob=True))
+    return Shape(
+        "Qwen3-30B-A3B", "Qwen3MoeConfig", "qwen3_moe.Qwen3MoeSparseMoeBlock", dict(sizes, norm_topk_prob=True)
+    )
 
 
 def _mixtral(hidden, width, experts, chosen):
@@ -280,7 +282,9 @@ def attempt(name: str, measure) -> dict:
     try:
         return dict(variant=name, **measure())
     except (RuntimeError, ImportError, ValueError) as error:
-        return dict(variant=name, note=f"{type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}")
+        return dict(
+            variant=name, note=f"{type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"
+        )
 
 
 def free() -> None:

@@ -1,5 +1,6 @@
 """`lora_experts` on tensors: the oracle, every backend, gates, what is read, saved and made, input errors."""
 
+import importlib
 import itertools
 
 import pytest
@@ -76,7 +77,14 @@ def grouped(lora_fused, monkeypatch):
     """torch's grouped product where the library has no native one, too."""
     select = lora_fused.backends.select
     monkeypatch.setattr(select, "choose_experts", lambda up, down: select.GROUPED)
-    return select
+
+
+@pytest.fixture
+def in_triton(lora_fused, monkeypatch):
+    """Triton's kernels, without a GPU under the interpreter."""
+    pytest.importorskip("triton")
+    select = lora_fused.backends.select
+    monkeypatch.setattr(select, "choose_experts", lambda up, down: select.TRITON)
 
 
 @pytest.mark.parametrize("bias,transposed", itertools.product((False, True), repeat=2))
@@ -91,62 +99,82 @@ def test_as_the_oracle(lora_fused, gate, bias, transposed):
             )
 
 
-def test_gradcheck(lora_fused):
-    case = Case(lora_fused, "gpt-oss", bias=True)
-    case.leaves[0].data = case.leaves[0].data[:3]
-
-    def function(x, routing, *rest):
-        up, down = (
-            case.up._replace(**dict(zip(case.up._fields[1:4], rest[:3]))),
-            case.down._replace(**dict(zip(case.up._fields[1:4], rest[3:]))),
-        )
-        return lora_fused.lora_experts(x, case.index[:3], routing, up, down, case.gate)
-
-    assert torch.autograd.gradcheck(function, (case.x, case.routing[:3].detach().requires_grad_(), *case.leaves[2:]))
+# --- products of a GPU ---
 
 
-# --- torch's grouped product ---
-
-
-@pytest.mark.parametrize("transposed", (False, True))
-@pytest.mark.parametrize("gate", ("swiglu", "gpt-oss", "none"))
-def test_grouped_product(lora_fused, grouped, gate, transposed):
+@pytest.mark.parametrize("path", ("grouped", "in_triton"))
+@pytest.mark.parametrize("gate,transposed", (("swiglu", False), ("gpt-oss", True), ("none", False)))
+def test_products_of_a_gpu(lora_fused, request, poisoned, gate, transposed, path):
     """Ranks that are padded; rows outside, whose products are left unwritten; experts without rows."""
-    for index in (None, torch.randint(0, E + 2, (T, K)), torch.full((T, K), 2), torch.full((T, K), E)):
+    request.getfixturevalue(path)
+    for index in (torch.randint(0, E + 2, (T, K)), torch.full((T, K), 2), torch.full((T, K), E)):
         case = Case(lora_fused, gate, True, transposed, dtype=torch.float32)
-        case.index = case.index if index is None else index
+        case.index = index
         assert_close(case.run(lora_fused.lora_experts), case.run(oracle_of(lora_fused)), 1e-5)
 
 
-def test_grouped_product_of_few_rows(lora_fused, grouped):
+@pytest.mark.parametrize("path", ("grouped", "in_triton"))
+def test_products_of_few_rows(lora_fused, request, poisoned, path):
     """Without a gradient and of fewer rows than experts."""
-    for gate in ("swiglu", "gpt-oss"):
-        case = Case(lora_fused, gate, True, dtype=torch.float32, experts=2 * T * K)
-        case.index[3:5] = 2 * T * K
-        with torch.no_grad():
-            seen, expected = (f(*case.operands) for f in (lora_fused.lora_experts, oracle_of(lora_fused)))
-        assert_close([seen] * 4, [expected] * 4, 1e-5)
+    request.getfixturevalue(path)
+    case = Case(lora_fused, "gpt-oss", True, dtype=torch.float32, experts=2 * T * K)
+    case.index[3:5] = 2 * T * K
+    with torch.no_grad():
+        seen, expected = (f(*case.operands) for f in (lora_fused.lora_experts, oracle_of(lora_fused)))
+    assert_close([seen] * 4, [expected] * 4, 1e-5)
 
 
-def test_rows_are_not_looked_at(lora_fused, grouped, monkeypatch):
+@pytest.mark.parametrize("path", ("grouped", "in_triton"))
+def test_rows_are_not_looked_at(lora_fused, request, monkeypatch, path):
     """A GPU would be waited for."""
+    request.getfixturevalue(path)
     case = Case(lora_fused, dtype=torch.float32)
     for name in ("tolist", "item", "__int__", "__bool__", "cpu", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the GPU"))
     lora_fused.functional.experts.compute_experts(*case.operands, True).backward(case.dy)
 
 
+@pytest.mark.parametrize("rows", (1, 40, 700))
+@pytest.mark.parametrize("n,k,rank", ((17, 33, 3), (130, 72, 70), (16, 200, 16)))
+def test_triton_kernels(lora_fused, poisoned, n, k, rank, rows):
+    """Odd sizes, strides and ranks, gathered and not, in half precision: against float64."""
+    pytest.importorskip("triton")
+    kernels = importlib.import_module(f"{lora_fused.__name__}.backends.triton.grouped_linear")
+    outer = importlib.import_module(f"{lora_fused.__name__}.backends.triton.grouped_outer")
+    tokens, per_token = -(-rows // 2), 2
+    index = torch.randint(0, 4, (tokens, per_token)) % 3 + 1  # the first and the last expert have none
+    sorted_rows = lora_fused.backends.reference.grouped.Rows.sort(index, 5, True)
+    x, t = torch.randn(tokens, k).half(), torch.randn(tokens * 2, rank).half()
+    w = torch.randn(5, k, n).half().transpose(1, 2) / k**0.5
+    b, bias = torch.randn(n, rank, 5).permute(2, 0, 1) / rank**0.5, torch.randn(5, n).half()
+    y = kernels.grouped_linear(x, sorted_rows.order, sorted_rows.ends, w, (t, b, 0.7), bias, per_token)
+    expert, token = sorted_rows.expert(), sorted_rows.token()
+    gathered = x.double()[token]
+    expected = torch.einsum("sk,snk->sn", gathered, w.double()[expert]) + bias.double()[expert]
+    expected += 0.7 * torch.einsum("sr,snr->sn", t.double(), b.double()[expert])
+    assert (y.double() - expected).abs().max() <= 4e-3 * expected.abs().max()
+    plain = kernels.grouped_linear(x[token], None, sorted_rows.ends, w, scaling=0.5)
+    assert (plain.double() - 0.5 * torch.einsum("sk,snk->sn", gathered, w.double()[expert])).abs().max() <= 4e-3
+    for left, right, orders in ((x, t, (sorted_rows.order, None)), (t, x, (None, sorted_rows.order))):
+        seen = outer.grouped_outer(left, right, sorted_rows.ends, *orders, per_token)
+        of_rows = [v.double()[token] if order is not None else v.double() for v, order in zip((left, right), orders)]
+        expected = torch.stack([of_rows[0][expert == e].t() @ of_rows[1][expert == e] for e in range(5)])
+        assert not seen[0].any() and not seen[4].any()
+        assert (seen.double() - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
 # --- what is read, saved and made ---
 
 
-@pytest.mark.parametrize("tokens", (1, 3, 64))
-@pytest.mark.parametrize("path", ("looped", "grouped"))
+@pytest.mark.parametrize(
+    "path,tokens", [*itertools.product(("looped", "grouped"), (1, 3, 64)), ("in_triton", 1), ("in_triton", 5)]
+)
 def test_only_used_experts_are_read(lora_fused, request, path, tokens):
     """All others hold NaN: weights, biases and adapters."""
-    if path == "grouped":
-        request.getfixturevalue("grouped")
+    if path != "looped":
+        request.getfixturevalue(path)
     dtype = torch.float64 if path == "looped" else torch.float32
-    case = Case(lora_fused, "swiglu", True, dtype=dtype, experts=200 if path == "grouped" else 9)
+    case = Case(lora_fused, "swiglu", True, dtype=dtype, experts=9 if path == "looped" else 200)
     case.index = torch.tensor([[1, 4], [7, 4], [1, 7]])[torch.arange(tokens) % 3]
     case.x, case.routing = torch.randn(tokens, H, dtype=dtype), torch.rand(tokens, K, dtype=dtype)
     with torch.no_grad():
@@ -168,11 +196,11 @@ def test_saved_for_backward(lora_fused):
     assert shapes == sorted([(T * K,), (E,), (T * K, 2 * I), (T * K, R1), (T * K, R2)])
 
 
-@pytest.mark.parametrize("path", ("looped", "grouped"))
+@pytest.mark.parametrize("path", ("looped", "grouped", "in_triton"))
 def test_no_weight_is_made(lora_fused, request, path):
     """No operation gives a tensor as large as a weight of all experts, in either direction."""
-    if path == "grouped":
-        request.getfixturevalue("grouped")
+    if path != "looped":
+        request.getfixturevalue(path)
     case, largest = Case(lora_fused, dtype=torch.float32, experts=40), []
     known = {t.untyped_storage().data_ptr() for t in (*case.up[:4], *case.down[:4]) if t is not None}
 
@@ -180,7 +208,11 @@ def test_no_weight_is_made(lora_fused, request, path):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
             for tensor in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
+                if (
+                    isinstance(tensor, torch.Tensor)
+                    and tensor.is_floating_point()
+                    and tensor.untyped_storage().data_ptr() not in known
+                ):
                     largest.append(tensor.numel())
             return result
 

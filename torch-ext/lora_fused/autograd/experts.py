@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..backends import select
 from ..backends.reference import gates
-from ..backends.reference.grouped import Rows
+from ..backends.reference.grouped import Products, Rows
 from ..call_context import without_autocast
 from ..specs import TENSORS_PER_PRODUCT, ExpertsSpec, ExpertWeights
 from .once_differentiable import once_differentiable
@@ -40,26 +40,14 @@ class Kept(NamedTuple):
 
 
 def forward_experts(
-    spec: ExpertsSpec, products: select.Products, x: Tensor, routing: Tensor, up: ExpertWeights, down: ExpertWeights
+    spec: ExpertsSpec, products: Products, x: Tensor, routing: Tensor, up: ExpertWeights, down: ExpertWeights
 ) -> tuple[Tensor, Kept]:
     """out [T, H'] in x's dtype, and what is kept."""
-    rows, narrow = products.rows, x.to(up.weight.dtype)
-    z, t1 = _adapted(products, narrow[rows.token()], up)
-    y, t2 = _adapted(products, gates.value(z, spec.gate), down)
-    weights = routing.reshape(-1, 1)[rows.order]
-    weighted = y.mul_(weights) if torch.promote_types(y.dtype, weights.dtype) == y.dtype else y * weights
-    return rows.combine(weighted).to(x.dtype), Kept(narrow, z, t1, t2)
-
-
-def _adapted(products: select.Products, x: Tensor, weights: ExpertWeights) -> tuple[Tensor, Tensor | None]:
-    """(x Wᵀ + t (s·B)ᵀ + b, t = x Aᵀ)."""
-    y, t = products.times_transposed(x, products.weights(weights.weight)), None
-    if weights.lora_a is not None:
-        t = products.times_transposed(x, products.factor(weights.lora_a, y.dtype))
-        products.times_transposed(t, products.factor(weights.lora_b, y.dtype, weights.scaling), y)
-    if weights.bias is not None:
-        y += weights.bias[products.rows.expert()]
-    return y, t
+    narrow = x.to(up.weight.dtype)
+    z, t1 = products.project(products.take(narrow), up)
+    y, t2 = products.project(gates.value(z, spec.gate), down)
+    weights = routing.reshape(-1, 1)[products.rows.order]
+    return products.combine(y, weights).to(x.dtype), Kept(narrow, z, t1, t2)
 
 
 class LoraExpertsFunction(torch.autograd.Function):
@@ -99,55 +87,51 @@ def _weights(tensors, spec: ExpertsSpec) -> tuple[ExpertWeights, ExpertWeights]:
 class _Backward:
     """The two halves of a backward, from the output to the gate and from there to x."""
 
-    def __init__(self, spec: ExpertsSpec, products: select.Products, routing: Tensor, kept: Kept, needs):
+    def __init__(self, spec: ExpertsSpec, products: Products, routing: Tensor, kept: Kept, needs):
         self.spec, self.products, self.routing, self.kept = spec, products, routing, kept
         self.needs_x, self.needs_routing = needs[2:4]
         self.needs_up, self.needs_down = needs[4 : 4 + TENSORS_PER_PRODUCT], needs[4 + TENSORS_PER_PRODUCT :]
 
     def second(self, dout: Tensor, down: ExpertWeights):
         """(dz or None where nobody asks, drouting, gradients of `down`)."""
-        products, rows = self.products, self.products.rows
-        dy, weights = dout[rows.token()], self.routing.reshape(-1, 1)[rows.order]
+        products, weights = self.products, self.routing.reshape(-1, 1)[self.products.rows.order]
+        dy = products.take(dout)
         h, pull = gates.with_pullback(self.kept.z, self.spec.gate)
-        dh = products.times(dy, products.weights(down.weight))
+        dh, dt = products.project_back(dy, down)
         grads = [None] * TENSORS_PER_PRODUCT
-        if down.lora_a is not None:
-            dt = products.times(dy, products.factor(down.lora_b, dy.dtype, down.scaling))
-            products.times(dt, products.factor(down.lora_a, dy.dtype), dh)
-            if self.needs_down[2]:
-                grads[2] = _cut(products.outer(_weighted(dt, weights), h), down.lora_a)
-            if self.needs_down[3]:
-                grads[3] = _cut(products.outer(dy, _weighted(self.kept.t2, weights)), down.lora_b, down.scaling)
         if self.needs_down[1]:
-            grads[1] = products.sums(_weighted(dy, weights)).to(down.bias.dtype)
-        drouting = self._routing_gradient(dy, dh, h, down) if self.needs_routing else None
+            grads[1] = products.sums(_weighted(dout[products.rows.token()], weights)).to(down.bias.dtype)
+        if self.needs_down[2]:
+            grads[2] = _cut(products.outer(_weighted(dt, weights), h), down.lora_a)
+        if self.needs_down[3]:
+            grads[3] = _cut(products.outer(dy, _weighted(self.kept.t2, weights)), down.lora_b, down.scaling)
+        drouting = self._routing_gradient(dout, dh, h, down) if self.needs_routing else None
         wanted = self.needs_x or any(self.needs_up)
         return pull(dh.mul_(weights)) if wanted else None, drouting, grads
 
-    def _routing_gradient(self, dy: Tensor, dh: Tensor, h: Tensor, down: ExpertWeights) -> Tensor:
-        """<dout, y> of every choice, as <dout, h W2ᵀ + t2 (s2·B2)ᵀ> = <dh', h>."""
-        products, wide = self.products, torch.promote_types(dh.dtype, torch.float32)
+    def _routing_gradient(self, dout: Tensor, dh: Tensor, h: Tensor, down: ExpertWeights) -> Tensor:
+        """<dout, y> of every choice, as <dout, h W2ᵀ + t2 (s2·B2)ᵀ> = <dh', h>, and <dout, b2>."""
+        rows, wide = self.products.rows, torch.promote_types(dh.dtype, torch.float32)
         values = (dh.to(wide) * h).sum(1)
         if down.bias is not None:
-            values += (dy.to(wide) * down.bias[products.rows.expert()]).sum(1)
-        return products.rows.by_choice(values).to(self.routing.dtype)
+            by_expert = dout.to(wide) @ down.bias.to(wide).t()
+            values += by_expert[rows.token(), rows.expert()]
+        return rows.by_choice(values).to(self.routing.dtype)
 
     def first(self, dz: Tensor, up: ExpertWeights):
         """(dx or None, gradients of `up`)."""
-        products, rows, grads = self.products, self.products.rows, [None] * TENSORS_PER_PRODUCT
-        dx = products.times(dz, products.weights(up.weight)) if self.needs_x else None
-        if up.lora_a is not None:
-            if self.needs_x or self.needs_up[2]:
-                dt = products.times(dz, products.factor(up.lora_b, dz.dtype, up.scaling))
-            if dx is not None:
-                products.times(dt, products.factor(up.lora_a, dz.dtype), dx)
-            if self.needs_up[2]:
-                grads[2] = _cut(products.outer(dt, self.kept.x[rows.token()]), up.lora_a)
-            if self.needs_up[3]:
-                grads[3] = _cut(products.outer(dz, self.kept.t1), up.lora_b, up.scaling)
+        products, grads, dx = self.products, [None] * TENSORS_PER_PRODUCT, None
+        if self.needs_x:
+            dx, dt = products.project_back(dz, up)
+        elif self.needs_up[2]:
+            dt = products.shrink_back(dz, up)
         if self.needs_up[1]:
             grads[1] = products.sums(dz).to(up.bias.dtype)
-        return None if dx is None else rows.combine(dx), grads
+        if self.needs_up[2]:
+            grads[2] = _cut(products.outer(dt, products.take(self.kept.x)), up.lora_a)
+        if self.needs_up[3]:
+            grads[3] = _cut(products.outer(dz, self.kept.t1), up.lora_b, up.scaling)
+        return None if dx is None else products.combine(dx), grads
 
 
 def _weighted(values: Tensor, weights: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference.grouped import Rows
+from .reference.grouped import Products, Rows
 
 _MULTIPLE = 8  # strides are multiples of 16 bytes
 _MAJORS = (9, 10)
@@ -37,8 +37,8 @@ class PerRow:
 Matrices = Tensor | PerRow
 
 
-class GroupedProducts:
-    """The methods of `LoopedProducts`; `few`: without a backward, of fewer rows than experts."""
+class GroupedProducts(Products):
+    """`few`: without a backward, of fewer rows than experts."""
 
     def __init__(self, rows: Rows, few: bool):
         self.rows, self.few = rows, few

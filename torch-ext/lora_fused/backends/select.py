@@ -18,7 +18,7 @@ from torch import Tensor
 from ..specs import EmbeddingOperands, ExpertWeights, FourBit, NativePath, Operands, Quantized
 from . import device_config, grouped_mm, native, native_embedding, reference
 from .reference import embedding as reference_embedding
-from .reference.grouped import LoopedProducts, Rows
+from .reference.grouped import LoopedProducts, Products, Rows
 
 REFERENCE = "reference"
 TRITON = "triton"
@@ -201,16 +201,28 @@ def column_norm_and_scale(name: str, table: EmbeddingOperands, scaling: float) -
     return norm, native.mag_norm_scale(table.magnitude, norm)
 
 
-Products = LoopedProducts | grouped_mm.GroupedProducts
-
-
 def choose_experts(up: ExpertWeights, down: ExpertWeights) -> str:
     """Name of the backend for experts of these weights."""
-    return GROUPED if grouped_mm.fits(up.weight) and grouped_mm.fits(down.weight) else REFERENCE
+    if grouped_mm.fits(up.weight) and grouped_mm.fits(down.weight):
+        return GROUPED
+    weight = up.weight
+    triton = weight.is_cuda and weight.dtype != torch.float64 and _is_ampere(weight.device) and triton_is_there()
+    return TRITON if triton else REFERENCE
 
 
 def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bool) -> Products:
     """The products of one call's rows; `trains` where a backward follows."""
-    if rows.order.numel() == 0 or choose_experts(up, down) == REFERENCE:
+    chosen = choose_experts(up, down)
+    if rows.order.numel() == 0 or chosen == REFERENCE:
         return LoopedProducts(rows)
-    return grouped_mm.GroupedProducts(rows, few=not trains and rows.order.numel() < rows.ends.numel())
+    few = not trains and rows.order.numel() < rows.ends.numel()
+    if chosen == GROUPED:
+        return grouped_mm.GroupedProducts(rows, few)
+    from .triton.experts import TritonProducts
+
+    return TritonProducts(rows, few)
+
+
+@functools.cache
+def _is_ampere(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 8

@@ -1,7 +1,7 @@
-"""Products over rows that are sorted by expert, one expert after the other: every device and dtype, one wait for the GPU.
+"""Products over rows that are sorted by expert, so that each expert's are a block.
 
-An experts module's T·k routed rows are sorted by expert, so that each expert's are a block. Every class of products has
-the same methods; the matrices that they take are what `weights` and `factor` return.
+`Products` puts them together from products with one matrix an expert, which the backends differ in. `LoopedProducts` makes
+these one after the other: for every device and dtype, with one wait for the GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ...specs import ExpertWeights
 
 
 class Rows(NamedTuple):
@@ -71,7 +73,51 @@ class Matrices(NamedTuple):
     scaling: float = 1.0
 
 
-class LoopedProducts:
+class Products:
+    """What is made of the rows of one call. `rows` says where they are.
+
+    A backend has `weights` and `factor`, which return matrices [N, K] by expert in a form of its own, and the products
+    `times_transposed`, `times` and `outer` of them.
+    """
+
+    rows: Rows
+
+    def take(self, x: Tensor):
+        """x [T, K] by row, for the methods below: [S, K], or what says how to read that."""
+        return x[self.rows.token()]
+
+    def project(self, x, weights: ExpertWeights) -> tuple[Tensor, Tensor | None]:
+        """(y [S, N], t [S, R]) of x [S, K]: y = x Wᵀ + t (s·B)ᵀ + b, t = x Aᵀ."""
+        y, t = self.times_transposed(x, self.weights(weights.weight)), None
+        if weights.lora_a is not None:
+            t = self.times_transposed(x, self.factor(weights.lora_a, y.dtype))
+            self.times_transposed(t, self.factor(weights.lora_b, y.dtype, weights.scaling), y)
+        if weights.bias is not None:
+            y += weights.bias[self.rows.expert()]
+        return y, t
+
+    def project_back(self, dy, weights: ExpertWeights) -> tuple[Tensor, Tensor | None]:
+        """(dx [S, K], dt [S, R]) of dy [S, N]: dx = dy W + dt A, dt = dy (s·B)."""
+        dx, dt = self.times(dy, self.weights(weights.weight)), self.shrink_back(dy, weights)
+        if dt is not None:
+            self.times(dt, self.factor(weights.lora_a, dx.dtype), dx)
+        return dx, dt
+
+    def shrink_back(self, dy, weights: ExpertWeights) -> Tensor | None:
+        """dt [S, R] of dy [S, N] alone; None without an adapter."""
+        if weights.lora_a is None:
+            return None
+        return self.times(dy, self.factor(weights.lora_b, weights.weight.dtype, weights.scaling))
+
+    def combine(self, y: Tensor, weights: Tensor | None = None) -> Tensor:
+        """[T, N]: the sum of each token's rows of y [S, N], times their `weights` [S, 1]; in the wider dtype of the two."""
+        if weights is not None:
+            same = torch.promote_types(y.dtype, weights.dtype) == y.dtype
+            y = y.mul_(weights) if same else y * weights
+        return self.rows.combine(y)
+
+
+class LoopedProducts(Products):
     """One matrix product an expert that has rows; the others' weights are not read."""
 
     def __init__(self, rows: Rows):
