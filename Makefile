@@ -1,7 +1,7 @@
 # Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test families conformance matrix clean gpu-check bench tune cuda-compile
+.PHONY: help venv build check-build demo test families conformance matrix clean gpu-check bench tune build-cuda reproduce variants
 
 ifdef PYTHON
 READY :=
@@ -10,8 +10,6 @@ PYTHON := .venv/bin/python
 READY := .venv/stamp
 endif
 BASE_PYTHON ?= python3
-NVCC ?= $(shell command -v nvcc 2>/dev/null || echo /usr/local/cuda/bin/nvcc)
-ARCHS := 80 86 89 90a 100 120
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -26,6 +24,9 @@ venv: $(READY)  ## make .venv with the pinned dependencies
 
 build: $(READY)  ## build this machine's variant into build/
 	@$(PYTHON) scripts/build.py
+
+check-build: build  ## hold every variant in build/ against what the Hub asks: ABI, symbols, digest, a bare import (RELEASE=1)
+	@$(PYTHON) scripts/check_build.py $(if $(RELEASE),--release) $(if $(TORCH),--torch $(TORCH))
 
 demo: build  ## fine-tune with PEFT alone and kernelized, and compare
 	$(PYTHON) examples/finetune.py
@@ -54,13 +55,19 @@ tune: build  ## choose between library and Triton, and tiles, by measurement on 
 	$(PYTHON) benchmarks/tune.py
 	@$(PYTHON) scripts/build.py
 
-cuda-compile: $(READY)  ## compile the CUDA sources for every architecture (nvcc and torch headers)
-	@include=$$($(PYTHON) -c "import pathlib, importlib.util as u; print(pathlib.Path(u.find_spec('torch').origin).parent / 'include')"); \
-	for source in kernel-src/cuda/*.cu; do \
-	  $(NVCC) -std=c++20 -O3 -DUSE_CUDA=1 -DCUDA_KERNEL -DTORCH_TARGET_VERSION=0x20b000000000000ULL \
-	    -isystem $$include $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
-	    -c $$source -o /dev/null && echo "compiled $$source for $(ARCHS)" || exit 1; \
-	done
+# TORCH: the torch folder of an unpacked CUDA wheel, where the environment's torch is a build without CUDA.
+build-cuda: $(READY)  ## build and check the CUDA variant, no GPU needed (ARCHS="9.0a": those alone; TORCH=dir)
+	@$(PYTHON) scripts/build.py --backend cuda --archs "$(or $(ARCHS),all)" $(if $(TORCH),--torch $(TORCH)) \
+	  $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT))
+	@$(PYTHON) scripts/check_build.py $(if $(TORCH),--torch $(TORCH))
+	@$(PYTHON) scripts/check_cuda.py
+
+reproduce: $(READY)  ## build the last commit twice, under nothing but the same tools, and compare bytes (AGAINST=dir)
+	@$(PYTHON) scripts/reproduce.py $(if $(BACKEND),--backend $(BACKEND)) $(if $(ARCHS),--archs "$(ARCHS)") \
+	  $(if $(TORCH),--torch $(TORCH)) $(if $(AGAINST),--against $(AGAINST))
+
+variants: $(READY)  ## print the names of the variants that the flake builds, evaluated where Nix is installed
+	@$(PYTHON) scripts/variants.py
 
 clean:  ## remove what was built, not the venv
 	rm -rf build _build

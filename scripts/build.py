@@ -2,26 +2,31 @@
 """Build the kernel for this machine, without Nix, into build/<variant>/.
 
 The variant is laid out as the Kernel Hub requires: the Python package, `_ops.py`, the
-abi3 library and `metadata.json` with digest and provenance. CMake compiles; sources,
-versions and capabilities come from build.toml; `kernels` validates build.toml and hashes
-the variant. A failing build leaves the former variant in place.
+abi3 library and `metadata.json` with the files' digest and what they were built from. CMake
+compiles; sources, versions and capabilities come from build.toml; `kernels` validates
+build.toml and hashes the variant. The same commit and tools give the same bytes, wherever
+and by whomever they are built. A failing build leaves the former variant in place.
 """
 
 import argparse
 import hashlib
+import importlib.util
+import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from kernels import __version__ as kernels_version
 from kernels._rust import Build, Digest, DigestAlgorithm
+from library import Library
 
 try:
     import tomllib
@@ -29,6 +34,35 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Torch(NamedTuple):
+    """A torch package to compile against, installed or unpacked from its wheel: it is not imported.
+
+    `version` without the local part, `full_version` with it, `cuda` such as "13.0", None of a build without CUDA.
+    """
+
+    folder: Path
+    version: tuple[int, int]
+    full_version: str
+    cuda: str | None
+
+    @classmethod
+    def at(cls, folder: Path) -> "Torch":
+        told: dict = {}
+        try:
+            exec((folder / "version.py").read_text(), told)
+        except OSError as error:
+            sys.exit(f"build: {folder} is no torch package ({error.strerror}: version.py)")
+        major, minor = told["__version__"].split("+")[0].split(".")[:2]
+        return cls(folder.resolve(), (int(major), int(minor)), told["__version__"], told["cuda"])
+
+    @classmethod
+    def installed(cls) -> "Torch":
+        spec = importlib.util.find_spec("torch")
+        if spec is None:
+            sys.exit("build: torch is not installed (make venv), and no --torch names one")
+        return cls.at(Path(spec.origin).parent)
 
 
 def git(*args: str) -> str | None:
@@ -70,48 +104,59 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
-def choose_backend() -> tuple[str, str]:
+def choose_backend(torch: Torch) -> tuple[str, str]:
     """(backend, what is left out and why)."""
-    if torch.version.cuda is None:
-        return "cpu", f"left out cuda: torch {torch.__version__} is a build without CUDA"
+    if torch.cuda is None:
+        return "cpu", f"left out cuda: torch {torch.full_version} is a build without CUDA"
     if find_nvcc() is None:
         return "cpu", "left out cuda: nvcc not found; a CUDA torch cannot load this variant"
     return "cuda", "left out nothing: the cuda variant holds the CPU op too"
 
 
 def choose_archs(requested: str | None, config: dict) -> list[str]:
-    """Compute capabilities: as asked for, else the visible GPU's own, else build.toml's."""
-    if requested:
-        return requested.replace(",", ";").split(";")
+    """Compute capabilities: as asked for ("all" are build.toml's), else the visible GPU's own, else build.toml's."""
     declared = config["kernel"]["ops_cuda"]["cuda-capabilities"]
-    if not torch.cuda.is_available():
+    if requested and requested != "all":
+        return requested.replace(",", ";").split(";")
+    native = None if requested else visible_capability()
+    if native is None:
         return declared
-    native = "{}.{}".format(*torch.cuda.get_device_capability())
     return [next((d for d in declared if d.rstrip("af") == native), native)]
 
 
-def variant_name(backend: str, stable_abi: str) -> str:
-    compute = "cpu" if backend == "cpu" else "cu" + torch.version.cuda.replace(".", "")
+def visible_capability() -> str | None:
+    """ "9.0" of the first GPU that the installed torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return "{}.{}".format(*torch.cuda.get_device_capability())
+
+
+def variant_name(backend: str, torch: Torch, stable_abi: str) -> str:
+    compute = "cpu" if backend == "cpu" else "cu" + torch.cuda.replace(".", "")
     return f"torch-stable-abi{stable_abi.replace('.', '')}-{compute}-{platform.machine()}-{platform.system().lower()}"
 
 
-def compile_library(config: dict, backend: str, ops_name: str, archs: list[str]) -> Path:
+def compile_library(config: dict, backend: str, torch: Torch, ops_name: str, archs: list[str], limit: int) -> Path:
     """Run CMake in _build/<backend>; returns the library. Up to date: about a second."""
     kernels = [k for k in config["kernel"].values() if k["backend"] == backend]
-    sources = list(dict.fromkeys(sum((k["src"] for k in kernels), config["torch"]["src"])))
+    components = [config["torch"], *kernels]
+    sources = list(dict.fromkeys(itertools.chain.from_iterable(c["src"] for c in components)))
     major, minor = map(int, config["torch"]["stable-abi"][backend].split("."))
-    torch_version = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
     include = sysconfig.get_paths()["include"]
     work = ROOT / "_build" / backend
     options = {
         "CMAKE_BUILD_TYPE": "Release",
         "OPS_NAME": ops_name,
         "BACKEND": backend,
-        "TORCH_DIR": Path(torch.__file__).parent,
+        "TORCH_DIR": torch.folder,
         "PYTHON_INCLUDE": include if Path(include, "Python.h").exists() else "",
         "STABLE_ABI": hex(major << 56 | minor << 48) + "ULL",
-        "SOURCES": ";".join(s for s in sources if not s.endswith(".h")),
-        "CXX_STD": 20 if torch_version >= (2, 12) else 17,
+        "SOURCES": ";".join(s for s in sources if s.endswith((".cpp", ".cu"))),
+        "CXX_FLAGS": ";".join(dict.fromkeys(itertools.chain.from_iterable(c.get("cxx-flags", []) for c in components))),
+        "CUDA_FLAGS": ";".join(dict.fromkeys(itertools.chain.from_iterable(c.get("cuda-flags", []) for c in kernels))),
+        "CXX_STD": 20 if torch.version >= (2, 12) else 17,
     }
     if backend == "cuda":
         options["CMAKE_CUDA_COMPILER"] = find_nvcc()
@@ -125,13 +170,37 @@ def compile_library(config: dict, backend: str, ops_name: str, archs: list[str])
     configure = [cmake, "-S", ROOT, "-B", work, *generator, *(f"-D{key}={value}" for key, value in options.items())]
     if options_changed(work, options):
         configure.insert(1, "--fresh")
-    for command in (configure, [cmake, "--build", work, "--parallel"]):
-        done = subprocess.run(
-            list(map(str, command)), env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        if done.returncode != 0:
-            sys.exit(f"{done.stdout}\nbuild: failed: {' '.join(map(str, command))}")
+    run(configure, env, limit, show=False)
+    run([cmake, "--build", work, "--parallel"], env, limit, show=backend == "cuda")
     return work / f"{ops_name}.abi3.so"
+
+
+def run(command: list, env: dict, limit: int, show: bool) -> None:
+    """Run a command for at most `limit` seconds, its lines of progress shown on request and all of them on failure."""
+    command, lines, late = list(map(str, command)), [], threading.Event()
+    process = subprocess.Popen(
+        command, env=env, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+    def stop() -> None:
+        late.set()
+        os.killpg(process.pid, 9)
+
+    timer = threading.Timer(limit, stop)
+    timer.start()
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if show and line.startswith("["):
+                print(line.split(" -o ")[0].rstrip(), flush=True)
+        status = process.wait()
+    finally:
+        timer.cancel()
+    shown = f"{''.join(lines)}\nbuild:"
+    if late.is_set():
+        sys.exit(f"{shown} stopped after {limit} s (--time-limit): {' '.join(command)}")
+    if status != 0:
+        sys.exit(f"{shown} failed: {' '.join(command)}")
 
 
 def options_changed(work: Path, options: dict) -> bool:
@@ -144,11 +213,21 @@ def options_changed(work: Path, options: dict) -> bool:
     return changed
 
 
-def write_variant(
-    target: Path, config: dict, backend: str, ops_name: str, library: Path, archs: list[str], status: dict | None
-) -> None:
+def tools(work: Path, torch: Torch) -> dict[str, str]:
+    """What has to be the same for the same bytes: torch and the compilers that CMake found."""
+    found = {"torch": torch.full_version}
+    for language in ("CXX", "CUDA"):
+        for path in sorted(work.glob(f"CMakeFiles/*/CMake{language}Compiler.cmake")):
+            told = dict(re.findall(r'set\((\w+) "(.*)"\)', path.read_text()))
+            prefix = f"CMAKE_{language}_COMPILER"
+            found[language] = f"{told[prefix + '_ID']} {told[prefix + '_VERSION']}"
+    return found
+
+
+def write_variant(target: Path, config: dict, backend: str, library: Path, archs: list[str], origin: dict) -> None:
     """Lay the variant out beside `target`, then move it there."""
     general, package = config["general"], config["general"]["name"].replace("-", "_")
+    ops_name = library.name.split(".")[0]
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as temp:
         new = Path(temp, target.name)
@@ -163,8 +242,7 @@ def write_variant(
             f'    return f"{ops_name}::{{op_name}}"\n'
         )
         digest = Digest.hash_variant(DigestAlgorithm.SHA256, new)
-        # Not built by kernel-builder: its version is given as that of `kernels`, without git.
-        provenance = {"kernel-builder": {"version": kernels_version}}
+        # `provenance` is for builds of kernel-builder's, which this is not.
         metadata = {
             "name": general["name"],
             "id": ops_name,
@@ -174,31 +252,60 @@ def write_variant(
             "kernel-depends": [],
             "backend": {"type": backend} | ({"archs": sorted(archs)} if archs else {}),
             "digest": {"algorithm": "sha256", "files": dict(sorted(digest.files.items()))},
-            "provenance": provenance | ({"kernel": status} if status else {}),
+            "local-build": origin,
         }
         (new / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        for path in (new, *new.rglob("*")):  # as in every other build, whatever the umask
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if target.exists():
             target.rename(Path(temp, "former"))
         new.rename(target)
 
 
+def portability(library: Path) -> str:
+    """What stands in the way of other machines; empty where nothing does."""
+    if platform.system() != "Linux":
+        return ""
+    too_new = Library.read(library).too_new()
+    if not too_new:
+        return ""
+    return (
+        f"FOR THIS MACHINE ONLY: {library.name} asks for {', '.join(too_new)}, which manylinux_2_28 does not have. "
+        "Do not publish it; cmake/glibc_2_28.cpp is where older names are given."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--archs", help="compute capabilities, e.g. '8.0;9.0a' (default: the visible GPU's, else all of build.toml)"
+        "--archs",
+        help="compute capabilities, e.g. '8.0;9.0a', or 'all' of build.toml (default: the visible GPU's, else all)",
     )
+    parser.add_argument(
+        "--torch",
+        type=Path,
+        help="the torch folder of an unpacked wheel to compile against (default: the installed one)",
+    )
+    parser.add_argument("--backend", choices=("cpu", "cuda"), help="fail rather than build another")
+    parser.add_argument("--time-limit", type=int, default=5400, help="seconds (%(default)s)")
     args = parser.parse_args()
     Build.open(ROOT)
     config = tomllib.loads((ROOT / "build.toml").read_text())
-    backend, left_out = choose_backend()
+    torch = Torch.at(args.torch) if args.torch else Torch.installed()
+    backend, left_out = choose_backend(torch)
+    if args.backend not in (None, backend):
+        sys.exit(f"build: cannot build {args.backend} ({left_out}); --torch names another torch")
     archs = choose_archs(args.archs, config) if backend == "cuda" else []
     status = git_status()
     ops_name = build_id(config["general"]["name"], backend, status)
-    target = ROOT / "build" / variant_name(backend, config["torch"]["stable-abi"][backend])
-    library = compile_library(config, backend, ops_name, archs)
-    write_variant(target, config, backend, ops_name, library, archs, status)
+    target = ROOT / "build" / variant_name(backend, torch, config["torch"]["stable-abi"][backend])
+    library = compile_library(config, backend, torch, ops_name, archs, args.time_limit)
+    origin = tools(ROOT / "_build" / backend, torch) | ({"kernel": status} if status else {})
+    write_variant(target, config, backend, library, archs, origin)
     shown = f" for {', '.join(archs)}" if archs else ""
     print(f"built {ops_name}{shown} in {target.relative_to(ROOT)} ({left_out})")
+    if warning := portability(library):
+        print(f"build: {warning}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,18 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from helpers import families
-from test_families import BEGIN, END, README
+from helpers import family_table
+from helpers.families import FAMILIES
+from helpers.family_table import BEGIN, END, README
 
 
 def measured() -> dict:
     from kernels import get_local_kernel
 
-    lora_fused, (_, before), table = get_local_kernel(ROOT / "build"), families.read_table(), {}
-    for name, family in families.FAMILIES.items():
+    lora_fused, (_, before), table = get_local_kernel(ROOT / "build"), family_table.read_table(), {}
+    for name, family in FAMILIES.items():
         if family.is_here():
-            table[name] = families.measure(lora_fused, family)
+            table[name] = family_table.measure(lora_fused, family)
             print(f"{name}: {table[name]}", flush=True)
         else:
             table[name] = before[name]
@@ -32,11 +33,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", action="store_true", help="run every family and write tests/helpers/families.json")
     if parser.parse_args().measure:
-        families.write_table(measured())
+        family_table.write_table(measured())
     text = README.read_text()
     head, _, rest = text.partition(BEGIN)
     tail = rest.partition(END)[2]
-    README.write_text(f"{head}{BEGIN}\n{families.readme_section(families.read_table()[1])}\n{END}{tail}")
+    README.write_text(f"{head}{BEGIN}\n{family_table.readme_section(family_table.read_table()[1])}\n{END}{tail}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Every test gets the package as a user does: the built variant, loaded through `kernels`."""
 
+import importlib
 import os
 import pathlib
 
@@ -34,6 +35,18 @@ def lora_fused():
 
 
 @pytest.fixture(scope="session")
+def mlp_tracer(lora_fused):
+    """The module that recognises gated MLPs, which nothing imports before there is one."""
+    return importlib.import_module(f"{lora_fused.__name__}.peft.mlp_tracer")
+
+
+@pytest.fixture(scope="session")
+def activation_formulas(lora_fused):
+    """The reference of what a gated MLP computes between its projections."""
+    return importlib.import_module(f"{lora_fused.__name__}.backends.reference.activations")
+
+
+@pytest.fixture(scope="session")
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -63,3 +76,26 @@ def poisoned(monkeypatch):
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", nan)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """What the ops allocate is NaN on the CPU; `poison` does it on a GPU."""
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def kernelize_adapted(lora_fused):
+    return importlib.import_module(f"{lora_fused.__name__}.binding").kernelize_adapted
+
+
+@pytest.fixture(params=("NativeGroupFunction", "LoraLinearFunction"), ids=("native", "eager"))
+def group_function(lora_fused, request, monkeypatch):
+    """The Function that groups run as: native ops, or the chain of operations."""
+    if request.param == "LoraLinearFunction":
+        monkeypatch.setattr(
+            lora_fused.functional.dispatch, "native_path", lambda *_: lora_fused.specs.NativePath(False)
+        )
+    return request.param

@@ -16,7 +16,9 @@ from helpers.cases import (
     randomise_adapters,
     tiny_llama,
 )
-from helpers.heads import assert_same, functions, heads, inner, learned, step
+from helpers.heads import assert_same, heads, inner, learned, step
+from helpers.kernelizing import assert_peft_runs, explain, fused_functions, kernelize_in_place
+from helpers.llamas import tokens
 from kernels import Mode, kernelize
 from peft import EvaConfig, LoftQConfig, LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
@@ -25,15 +27,10 @@ from peft.tuners.lora.config import BdLoraConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
-from test_fallbacks import assert_peft_runs, explain, kernelized, uses_fused_function
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")
 CASE = Case((6,), 32, 16, 4, bias=True)
-
-
-def tokens():
-    return torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(3), device="cpu").to(DEVICE)
 
 
 def losses(model, steps=4):
@@ -51,7 +48,7 @@ def losses(model, steps=4):
 def assert_trains_as_peft(lora_fused, model):
     """All of a Llama's linears are fused, and so are the first steps."""
     model = model.double()
-    ours = kernelized(lora_fused, copy.deepcopy(model).train())
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(model).train())
     rows = explain(lora_fused, ours)
     assert len(rows) == 14 and all(row.fused for row in rows), str(rows)
     expected = losses(model.train())
@@ -103,7 +100,7 @@ def test_eva_on_a_kernelized_model(lora_fused):
     options = dict(r=2, target_modules=LINEARS, task_type="CAUSAL_LM")
     config = LoraConfig(**options, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
     plain = get_peft_model(tiny_llama(torch.float64), config)
-    ours = kernelized(lora_fused, copy.deepcopy(plain))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(plain))
     batch = {"input_ids": tokens(), "attention_mask": torch.ones_like(tokens())}
     for model in (plain, ours):
         initialize_lora_eva_weights(model, [batch] * 4, show_progress_bar=False)
@@ -145,17 +142,17 @@ def test_several_active_adapters(lora_fused, names, first, second):
 def test_one_of_several_by_name(lora_fused):
     """set_adapter switches; an adapter that is not on a layer does not count there."""
     model, x = several({}, dict(use_dora=True)), torch.randn(6, 32)
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(model))
     for name in ("second", "default", "second"):
         model.set_adapter(name), ours.set_adapter(name)
-        assert uses_fused_function(ours(x))
+        assert fused_functions(ours(x))
         torch.testing.assert_close(ours(x), model(x))
 
 
 def test_mixed_batches(lora_fused):
     """adapter_names through the whole model."""
     model = several({}, {}).eval()
-    ours, x = kernelized(lora_fused, copy.deepcopy(model)), torch.randn(6, 32)
+    ours, x = kernelize_in_place(lora_fused, copy.deepcopy(model)), torch.randn(6, 32)
     names = ["default", "second", "__base__"] * 2
     assert torch.equal(ours(x, adapter_names=names), model(x, adapter_names=names))
     ours.merge_adapter()
@@ -167,7 +164,7 @@ def test_mixed_batches(lora_fused):
 
 def test_disabling_while_merged_unmerges(lora_fused):
     model, layer = peft_linear(CASE, torch.float32, torch.float32)
-    ours, x = kernelized(lora_fused, copy.deepcopy(model)), torch.randn(6, 32)
+    ours, x = kernelize_in_place(lora_fused, copy.deepcopy(model)), torch.randn(6, 32)
     for each in (model, ours):
         each.merge_adapter()
         each.base_model.disable_adapter_layers()
@@ -175,14 +172,14 @@ def test_disabling_while_merged_unmerges(lora_fused):
     assert not inner(ours).proj.merged and not layer.merged
     for each in (model, ours):
         each.base_model.enable_adapter_layers()
-    assert uses_fused_function(ours(x))
+    assert fused_functions(ours(x))
     torch.testing.assert_close(ours(x), model(x))
 
 
 def test_adapters_added_to_other_modules(lora_fused):
     """New LoRA layers run PEFT's forward, as explain says, until kernelized as well."""
     model, x = heads(target_modules=["q"], rank_pattern={}, alpha_pattern={}), torch.randn(5, 32, dtype=torch.float64)
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(model))
     for each in (model, ours):
         torch.manual_seed(7)
         each.add_adapter("second", LoraConfig(r=3, target_modules=["q", "v"], init_lora_weights=False))
@@ -213,11 +210,11 @@ def test_tied_adapters(lora_fused, part, config):
     for name in ("k", "v") if part == "lora_A" else ("v",):
         getattr(getattr(body, name), part)["default"].weight = shared.weight
     x = torch.randn(5, 32, dtype=torch.float64)
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(model))
     for _ in range(3):
         result = step(ours, x)
         assert_same(result, step(model, x))
-    assert functions(result[0]) == 1
+    assert fused_functions(result[0]) == 1
 
 
 @pytest.mark.parametrize("config", ({}, dict(use_dora=True), dict(lora_bias=True), dict(bias="all")), ids=str)
@@ -228,7 +225,7 @@ def test_members_with_adapters_of_several_dtypes(lora_fused, config):
     for name, parameter in body.q.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.bfloat16()
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(model))
     y_true, truth = step(copy.deepcopy(model).double(), x.double())
     y_peft, theirs = step(model, x)
     for _ in range(3):
@@ -238,7 +235,7 @@ def test_members_with_adapters_of_several_dtypes(lora_fused, config):
         for name, grad in grads.items():
             unit = torch.float32 if ".v." in name else torch.bfloat16
             assert_as_good(name, grad, theirs[name], truth[name], unit)
-    assert functions(y) == 1
+    assert fused_functions(y) == 1
 
 
 def test_frozen_adapters_and_inputs_without_gradient(lora_fused):
@@ -284,8 +281,8 @@ def test_inference(lora_fused):
 def test_input_casting_switched_off(lora_fused, base, adapter):
     """Then PEFT multiplies x as it is: what it refuses stays refused, in PEFT's words."""
     model, _ = peft_linear(CASE, base, adapter)
-    ours, x = kernelized(lora_fused, copy.deepcopy(model)), torch.randn(6, 32).to(base)
-    assert uses_fused_function(ours(x))
+    ours, x = kernelize_in_place(lora_fused, copy.deepcopy(model)), torch.randn(6, 32).to(base)
+    assert fused_functions(ours(x))
     with disable_input_dtype_casting(model), disable_input_dtype_casting(ours):
         assert "input casting" in explain(lora_fused, ours)[0].reason
         with pytest.raises(RuntimeError) as theirs:
@@ -294,9 +291,9 @@ def test_input_casting_switched_off(lora_fused, base, adapter):
             ours(x)
     assert str(mine.value) == str(theirs.value)
     same, _ = peft_linear(CASE, base, base)
-    ours = kernelized(lora_fused, same)
+    ours = kernelize_in_place(lora_fused, same)
     with disable_input_dtype_casting(ours):
-        assert uses_fused_function(ours(x))
+        assert fused_functions(ours(x))
 
 
 @pytest.mark.parametrize(
@@ -317,9 +314,9 @@ def test_variants(lora_fused, config, reason):
 
 def test_arguments_of_variants_are_peft_s(lora_fused):
     model, layer = peft_linear(CASE, torch.float32, torch.float32)
-    ours, x = kernelized(lora_fused, copy.deepcopy(model)), torch.randn(6, 32)
+    ours, x = kernelize_in_place(lora_fused, copy.deepcopy(model)), torch.randn(6, 32)
     y = inner(ours).proj(x, alora_offsets=None)
-    assert torch.equal(y, layer(x, alora_offsets=None)) and not uses_fused_function(y)
+    assert torch.equal(y, layer(x, alora_offsets=None)) and not fused_functions(y)
 
 
 @pytest.mark.parametrize("dropout", (0.0, 0.4))
@@ -332,7 +329,7 @@ def test_a_gain_near_one_is_not_lost(lora_fused, dtype, dropout):
         part["default"].weight.data.zero_()  # y - x Wᵀ is (g - 1)·d(x) Wᵀ alone
     norm = layer.base_layer.weight.double().norm(dim=1)
     layer.lora_magnitude_vector["default"].weight.data = (norm * (1 + 2**-12)).float()
-    ours, x = kernelized(lora_fused, model), torch.randn(64, 64).to(dtype)
+    ours, x = kernelize_in_place(lora_fused, model), torch.randn(64, 64).to(dtype)
     seen = []
 
     def watched(op):
@@ -361,7 +358,7 @@ def test_a_norm_of_zero_is_divided_by(lora_fused):
     layer.base_layer.weight.data[:2].zero_()
     layer.lora_B["default"].weight.data[:2].zero_()
     layer.lora_magnitude_vector["default"].weight.data[0] = 0
-    ours, x = kernelized(lora_fused, copy.deepcopy(model)), torch.randn(6, 32)
+    ours, x = kernelize_in_place(lora_fused, copy.deepcopy(model)), torch.randn(6, 32)
     assert explain(lora_fused, ours)[0].fused
     y, expected = ours(x), model(x)
     assert expected[:, :2].isnan().all()
@@ -371,7 +368,7 @@ def test_a_norm_of_zero_is_divided_by(lora_fused):
 def test_an_adapter_that_does_not_fit_gets_peft_s_error(lora_fused):
     model, layer = peft_linear(CASE, torch.float32, torch.float32)
     layer.lora_B["default"].weight = nn.Parameter(torch.randn(16, 5))
-    ours, x = kernelized(lora_fused, copy.deepcopy(model)), torch.randn(6, 32)
+    ours, x = kernelize_in_place(lora_fused, copy.deepcopy(model)), torch.randn(6, 32)
     assert "do not fit" in explain(lora_fused, ours)[0].reason
     with pytest.raises(RuntimeError) as theirs:
         model(x)

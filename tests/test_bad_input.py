@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from helpers.cases import DEVICE, Case, peft_linear
-from helpers.heads import assert_same, functions, heads, inner, learned, step
-from test_fallbacks import kernelized
+from helpers.heads import assert_same, heads, inner, learned, step
+from helpers.kernelizing import fused_functions, kernelize_in_place
 
 pytestmark = pytest.mark.usefixtures("on_device")
 SHAPES = dict(x=(5, 32), weight=(16, 32), lora_a=(4, 32), lora_b=(16, 4), bias=(16,), lora_bias=(16,), magnitude=(16,))
@@ -166,7 +166,7 @@ def test_a_layer_s_bad_input_is_peft_s_error(lora_fused):
     assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
     assert all(p.grad is None for p in ours.parameters())
     result = step(ours, x)
-    assert functions(result[0]) == 1
+    assert fused_functions(result[0]) == 1
     torch.testing.assert_close(result[0], step(model, x)[0])
 
 
@@ -174,7 +174,7 @@ def test_an_empty_batch_through_a_group(lora_fused):
     model, x = heads(use_dora=True, bias="all"), torch.randn(0, 3, 32, dtype=torch.float64)
     ours = learned(lora_fused, model, x)
     result = step(ours, x)
-    assert functions(result[0]) == 1
+    assert fused_functions(result[0]) == 1
     assert_same(result, step(model, x))
 
 
@@ -182,7 +182,7 @@ def test_a_bias_of_another_dtype(lora_fused):
     """A half-precision base with a float32 bias: PEFT refuses it, so do we, in its words."""
     model, layer = peft_linear(Case((5,), 32, 16, 4, bias=True), torch.bfloat16, torch.float32)
     layer.base_layer.bias.data = layer.base_layer.bias.data.float()
-    ours, x = kernelized(lora_fused, copy.deepcopy(model)), torch.randn(5, 32).bfloat16()
+    ours, x = kernelize_in_place(lora_fused, copy.deepcopy(model)), torch.randn(5, 32).bfloat16()
     with pytest.raises(RuntimeError) as theirs:
         model(x)
     with pytest.raises(RuntimeError) as mine:

@@ -39,21 +39,19 @@ def benchmark():
 
 
 def test_kernels_benchmark_finds_its_script_alone(benchmark):
-    assert [script.name for script in benchmark.discover_benchmark_scripts("lora-fused", ROOT)] == ["benchmark_ops.py"]
+    assert [script.name for script in benchmark.discover_benchmark_scripts("lora-fused", ROOT)] == ["benchmark.py"]
 
 
 def classes(benchmark):
-    return benchmark.discover_benchmark_classes(ROOT / "benchmarks" / "benchmark_ops.py", ROOT)
+    return benchmark.discover_benchmark_classes(ROOT / "benchmarks" / "benchmark.py", ROOT)
 
 
 def run(benchmark, cls):
     return benchmark.run_benchmark_class(cls, 1, 0, repo_id=str(ROOT), is_local=True, revision="local")[0]
 
 
-def test_kernels_benchmark_runs(lora_fused, benchmark, monkeypatch):
+def test_kernels_benchmark_runs(lora_fused, benchmark):
     (cls,) = classes(benchmark)
-    monkeypatch.setattr(cls, "tokens", 64)
-    monkeypatch.setattr(cls, "features", 128)
     results = run(benchmark, cls)
     assert set(results) == {"lora", "dora", "lora_backward", "group_backward", "row_norm"}
     assert all(result.verified for result in results.values())
@@ -61,8 +59,6 @@ def test_kernels_benchmark_runs(lora_fused, benchmark, monkeypatch):
 
 def test_kernels_benchmark_verifies(lora_fused, benchmark, monkeypatch):
     (cls,) = classes(benchmark)
-    monkeypatch.setattr(cls, "tokens", 64)
-    monkeypatch.setattr(cls, "features", 128)
     right = cls.verify_lora
     monkeypatch.setattr(cls, "verify_lora", lambda self: 1.5 * right(self))
     with pytest.raises(RuntimeError, match="lora"):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from helpers.cases import DEVICE
-from helpers.heads import Heads, assert_same, functions, heads, inner, kernelized, learned, step
+from helpers.heads import Heads, assert_same, heads, inner, learned, step
+from helpers.kernelizing import fused_functions, kernelized
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -154,7 +155,7 @@ def test_an_exception_between_siblings(lora_fused):
     for _ in range(3):
         result = step(ours, x)
         assert_same(result, step(model, x))
-    assert functions(result[0]) == 1
+    assert fused_functions(result[0]) == 1
 
 
 def test_a_hook_that_raises_between_siblings(lora_fused):
@@ -173,7 +174,7 @@ def test_a_hook_that_raises_between_siblings(lora_fused):
     for each in (x, other, x):
         result = step(ours, each)
         assert_same(result, step(model, each))
-    assert functions(result[0]) == 1
+    assert fused_functions(result[0]) == 1
 
 
 def test_a_pre_hook_keeps_a_sibling_out(lora_fused):
@@ -189,7 +190,7 @@ def test_a_pre_hook_keeps_a_sibling_out(lora_fused):
     for _ in range(3):
         result = step(ours, x)
         assert_same(result, step(model, x))
-    assert functions(result[0]) == 2
+    assert fused_functions(result[0]) == 2
 
 
 def test_a_forward_of_another_tool_keeps_a_sibling_out(lora_fused):
@@ -233,5 +234,5 @@ def test_cross_attention(lora_fused):
     for _ in range(3):
         result = step(ours, x)
         assert_same(result, step(model, x))
-    assert functions(result[0]) == 2
+    assert fused_functions(result[0]) == 2
     assert [row.group for row in lora_fused.explain(ours)] == ["single", "k+v", "k+v"]

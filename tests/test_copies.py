@@ -7,16 +7,12 @@ import pytest
 import torch
 from helpers.cases import DEVICE, LINEARS, peft_llama
 from helpers.heads import heads, inner
+from helpers.kernelizing import explain, kernelize_in_place
+from helpers.llamas import passed, tokens
+from helpers.mlps import glu
 from kernels import Mode, kernelize, use_kernel_mapping
-from test_gated import glu
-from test_kernelized import explain, passed, tokens
 
 pytestmark = pytest.mark.usefixtures("on_device")
-
-
-def kernelized(lora_fused, model):
-    lora_fused.register_peft_layers()
-    return kernelize(model, mode=Mode.TRAINING, device=DEVICE)
 
 
 def assert_same(ours, theirs):
@@ -51,7 +47,7 @@ both = pytest.mark.parametrize("make", (heads, glu))
 
 @both
 def test_a_deep_copy_is_kernelized_for_itself(lora_fused, make):
-    ours, x = kernelized(lora_fused, make()), sample()
+    ours, x = kernelize_in_place(lora_fused, make()), sample()
     copied = copy.deepcopy(ours)
     assert all_fused(lora_fused, copied)
     changed = [part for part in copied.modules() if "forward" in vars(part)]
@@ -69,7 +65,7 @@ def test_a_deep_copy_is_kernelized_for_itself(lora_fused, make):
 def test_a_shallow_copy_of_a_layer_runs_the_original(lora_fused):
     """Until it is kernelized itself. It shares the tensors, so this shows only in what was set on one of the two."""
     model, x = heads(), sample()
-    layer = inner(kernelized(lora_fused, copy.deepcopy(model))).q
+    layer = inner(kernelize_in_place(lora_fused, copy.deepcopy(model))).q
     copied, own = copy.copy(layer), copy.copy(inner(model).q)
     assert bound(copied).__self__ is layer
     (row,) = explain(lora_fused, copied)
@@ -87,7 +83,7 @@ def test_a_shallow_copy_of_a_layer_runs_the_original(lora_fused):
 def test_a_shallow_copy_of_a_model_is_as_the_model(lora_fused):
     """Its layers are the same modules."""
     model, x = heads(), sample()
-    copied = copy.copy(kernelized(lora_fused, copy.deepcopy(model)))
+    copied = copy.copy(kernelize_in_place(lora_fused, copy.deepcopy(model)))
     assert all_fused(lora_fused, copied)
     assert_same(run(copied, x), run(model, x))
 
@@ -106,19 +102,19 @@ def saved(model, path):
 def test_a_pickle_holds_the_model_alone(lora_fused, make, through, tmp_path):
     """What is loaded is PEFT's until it is kernelized, with the same values."""
     model, x = make(), sample()
-    loaded = through(kernelized(lora_fused, copy.deepcopy(model)), tmp_path)
+    loaded = through(kernelize_in_place(lora_fused, copy.deepcopy(model)), tmp_path)
     rows = explain(lora_fused, loaded)
     assert len(rows) == 3 and all(not row.fused and "pickled" in row.reason for row in rows), str(rows)
     expected = run(model, x)
     assert all(map(torch.equal, run(loaded, x), expected)) and len(expected) > 7
-    assert all_fused(lora_fused, kernelized(lora_fused, loaded))
+    assert all_fused(lora_fused, kernelize_in_place(lora_fused, loaded))
     assert_same(run(loaded, x), expected)
 
 
 def test_the_state_dict_says_nothing_of_it(lora_fused):
     model = heads()
     names = list(model.state_dict())
-    assert list(kernelized(lora_fused, copy.deepcopy(model)).state_dict()) == names
+    assert list(kernelize_in_place(lora_fused, copy.deepcopy(model)).state_dict()) == names
 
 
 UNLOAD = {
@@ -140,7 +136,7 @@ CONFIGS = {
 def test_an_unloaded_model_computes_what_its_modules_would(lora_fused, unload, config):
     """Our forward stays on its MLPs, whose linears are plain ones then: results and gradients, all of it trained."""
     model = peft_llama(torch.float64, **config)
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(model))
     passed(ours, tokens())
     ours, plain = unload(ours), unload(model)
     mlps = [part for part in ours.modules() if type(part).__name__ == "LlamaMLP"]
@@ -157,7 +153,7 @@ def test_an_unloaded_model_computes_what_its_modules_would(lora_fused, unload, c
 
 
 def test_explain_of_an_unloaded_model(lora_fused):
-    ours = kernelized(lora_fused, peft_llama()).unload()
+    ours = kernelize_in_place(lora_fused, peft_llama()).unload()
     with pytest.warns(UserWarning, match="no PEFT LoRA modules"):
         assert len(lora_fused.explain(ours)) == 0
 
@@ -166,13 +162,13 @@ def test_an_unloaded_model_may_be_adapted_again(lora_fused):
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=4, target_modules=LINEARS, task_type="CAUSAL_LM", init_lora_weights=False)
-    ours, plain = kernelized(lora_fused, peft_llama(torch.float64)).unload(), peft_llama(torch.float64).unload()
+    ours, plain = kernelize_in_place(lora_fused, peft_llama(torch.float64)).unload(), peft_llama(torch.float64).unload()
     torch.manual_seed(0)
     plain = get_peft_model(plain, config)
     torch.manual_seed(0)
     ours = get_peft_model(ours, config)
     assert_same(passed(ours, tokens()), passed(plain, tokens()))  # before it is kernelized
-    kernelized(lora_fused, ours)
+    kernelize_in_place(lora_fused, ours)
     assert all_fused(lora_fused, ours)
     for _ in range(2):
         assert_same(passed(ours, tokens()), passed(plain, tokens()))
@@ -182,7 +178,7 @@ def test_an_unloaded_model_may_be_adapted_again(lora_fused):
 def test_undone(lora_fused, make):
     """By kernelizing with no mapping, before the adapters are unloaded."""
     model, x = make(), sample()
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(model))
     assert all_fused(lora_fused, ours)
     with use_kernel_mapping({}, inherit_mapping=False):
         kernelize(ours, mode=Mode.TRAINING, device=DEVICE)

@@ -8,7 +8,8 @@ import weakref
 import pytest
 import torch
 from helpers.cases import peft_llama
-from helpers.heads import functions, heads, inner, kernelized, learned
+from helpers.heads import heads, inner, learned
+from helpers.kernelizing import fused_functions, kernelized
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -356,5 +357,5 @@ def test_garbage_collection_between_siblings_takes_nothing(lora_fused):
         x = torch.randn(5, 32, dtype=torch.float64)
         y = scope(ours, x, collect)
         torch.testing.assert_close(y, scope(model, x.detach().clone(), collect))
-        assert functions(y) == 1
+        assert fused_functions(y) == 1
         y.sum().backward()

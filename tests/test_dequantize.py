@@ -7,28 +7,13 @@ import torch
 
 bnb = pytest.importorskip("bitsandbytes")
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from helpers.quantized import random_four_bit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Whole rows of blocks, odd counts, a last byte half used, less than one group, several thread blocks.
 SHAPES = ((64, 4096), (3, 8192), (33, 17), (7, 130), (1, 1), (2, 3), (5, 1001), (129, 260), (257, 96))
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-
-
-def make(lora_fused, shape, blocksize, quant_type, nested, dtype, device, storage=torch.uint8):
-    """(operands, description, bitsandbytes' tensor and state): random bytes, so that every code occurs."""
-    weight = torch.randn(shape, device=device).to(dtype) * 0.3
-    packed, state = quantize_4bit(
-        weight, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type, quant_storage=storage
-    )
-    packed.view(torch.uint8).random_(0, 256)
-    inner = state.state2
-    more = (inner.absmax, inner.code, state.offset) if nested else (None,) * 3
-    operands = lora_fused.Operands(
-        packed, absmax=state.absmax, nested_absmax=more[0], nested_code=more[1], offset=more[2]
-    )
-    spec = lora_fused.specs.FourBit(shape, blocksize, inner.blocksize if nested else 0, quant_type == "fp4", dtype)
-    return operands, spec, packed, state
 
 
 def bits(tensor):
@@ -46,7 +31,7 @@ def native(lora_fused, operands, spec, dtype):
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_as_bitsandbytes(lora_fused, poisoned, device, quant_type, nested, dtype, blocksize):
     for shape in SHAPES:
-        operands, spec, packed, state = make(lora_fused, shape, blocksize, quant_type, nested, dtype, device)
+        operands, spec, packed, state = random_four_bit(lora_fused, shape, blocksize, quant_type, nested, dtype, device)
         formula = lora_fused.backends.reference.dequantize_4bit(
             operands, spec, 0, torch.full(shape, float("nan"), dtype=dtype, device=device)
         )
@@ -61,7 +46,9 @@ def test_as_bitsandbytes(lora_fused, poisoned, device, quant_type, nested, dtype
 @pytest.mark.parametrize("storage", (torch.uint8, torch.bfloat16, torch.float32), ids=str)
 def test_storage_dtypes_and_other_compute_dtypes(lora_fused, device, storage):
     """The storage is bytes whatever it is called; a weight may be made in another dtype than its own."""
-    operands, spec, packed, state = make(lora_fused, (64, 256), 64, "nf4", True, torch.float16, device, storage)
+    operands, spec, packed, state = random_four_bit(
+        lora_fused, (64, 256), 64, "nf4", True, torch.float16, device, storage
+    )
     assert torch.equal(bits(native(lora_fused, operands, spec, torch.float16)), bits(dequantize_4bit(packed, state)))
     state.dtype = torch.bfloat16
     assert torch.equal(bits(native(lora_fused, operands, spec, torch.bfloat16)), bits(dequantize_4bit(packed, state)))
@@ -74,7 +61,7 @@ def test_storage_dtypes_and_other_compute_dtypes(lora_fused, device, storage):
 @pytest.mark.parametrize("offset", (0, 1), ids=("aligned", "unaligned"))
 def test_pieces_and_unaligned_memory(lora_fused, device, shape, offset):
     """Any even first element; operands that begin at an odd address; nothing outside is written."""
-    operands, spec, *_ = make(lora_fused, shape, 64, "nf4", True, torch.bfloat16, device)
+    operands, spec, *_ = random_four_bit(lora_fused, shape, 64, "nf4", True, torch.bfloat16, device)
     whole = native(lora_fused, operands, spec, torch.bfloat16).flatten()
     shifted = torch.cat([operands.weight.flatten().new_zeros(offset), operands.weight.flatten()])[offset:]
     moved = operands._replace(weight=shifted)
@@ -95,7 +82,7 @@ def test_triton_twin(lora_fused, poisoned, device, quant_type, nested, dtype):
     pytest.importorskip("triton")
     kernels = lora_fused.backends.select.get("triton")
     for shape, blocksize in itertools.product(((33, 17), (3, 4096), (129, 260)), (32, 64, 4096)):
-        operands, spec, *_ = make(lora_fused, shape, blocksize, quant_type, nested, dtype, device)
+        operands, spec, *_ = random_four_bit(lora_fused, shape, blocksize, quant_type, nested, dtype, device)
         for first in (0, 34):
             out = torch.full((shape[0] * shape[1] - first,), float("nan"), dtype=dtype, device=device)
             kernels.dequantize_4bit(operands, spec, first, out)
@@ -118,7 +105,7 @@ def test_triton_twin(lora_fused, poisoned, device, quant_type, nested, dtype):
 )
 def test_the_op_refuses(lora_fused, device, change, message):
     """What would read past the end of a tensor raises, and says what it saw."""
-    operands, *_ = make(lora_fused, (32, 64), 64, "nf4", True, torch.float32, device)
+    operands, *_ = random_four_bit(lora_fused, (32, 64), 64, "nf4", True, torch.float32, device)
     arguments = dict(
         packed=operands.weight, absmax=operands.absmax, nested_absmax=operands.nested_absmax,
         nested_code=operands.nested_code, offset=operands.offset, blocksize=64, nested_blocksize=256, fp4=False,
@@ -141,7 +128,7 @@ def test_norm_in_pieces(lora_fused, device, monkeypatch):
     """DoRA's norm from the packed weight: as of the whole weight, a bounded part of it in floating point."""
     shape, rank = (100, 96), 5
     lora_a, lora_b = torch.randn(rank, shape[1], device=device), torch.randn(shape[0], rank, device=device)
-    operands, spec, *_ = make(lora_fused, shape, 32, "nf4", True, torch.float32, device)
+    operands, spec, *_ = random_four_bit(lora_fused, shape, 32, "nf4", True, torch.float32, device)
     operands = operands._replace(lora_a=lora_a, lora_b=lora_b)
     weight = native(lora_fused, operands, spec, torch.float32)
     made = []
@@ -166,7 +153,9 @@ def test_norms_and_gains_of_a_mixed_group(lora_fused, poisoned, device):
             spec, operands = None, lora_fused.Operands(torch.randn(n, k, device=device) * 0.3)
         else:
             dtype = (torch.bfloat16, torch.float16, torch.float32, torch.bfloat16)[i - 1]
-            operands, spec, *_ = make(lora_fused, (n, k), 32, "nf4" if i % 2 else "fp4", i != 2, dtype, device)
+            operands, spec, *_ = random_four_bit(
+                lora_fused, (n, k), 32, "nf4" if i % 2 else "fp4", i != 2, dtype, device
+            )
         a, b = torch.randn(rank, k, device=device) * k**-0.5, torch.randn(n, rank, device=device)
         magnitude = None if i == 4 else torch.rand(n, device=device).to(torch.bfloat16 if i == 3 else torch.float32)
         formats.append(spec)

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import pathlib
 import socket
+import traceback
 from typing import NamedTuple
 
 import pytest
@@ -14,17 +15,23 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 import transformers
+from helpers.cases import LINEARS
+from helpers.kernelizing import explain
 from kernels import Mode, get_local_kernel, kernelize
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import fsdp_auto_wrap_policy
-from test_fallbacks import explain
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-WORLD, STEPS = 2, 3
+pytestmark = [
+    pytest.mark.skipif(
+        not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"
+    ),
+    pytest.mark.xdist_group("distributed"),  # they share two processes
+]
+WORLD, STEPS, LONGEST = 2, 3, 240
 FLAT = "fsdp1, flat parameters"  # as PEFT's documentation sets it up: each matrix of an adapter is wrapped by itself
 
 
@@ -37,6 +44,9 @@ class Case(NamedTuple):
     checkpointing: bool = False
     bf16: bool = False
     four_bit: bool = False
+
+    def __str__(self):
+        return ", ".join([self.wrapper, *(name for name in self._fields[1:] if getattr(self, name))])
 
 
 CASES = (
@@ -128,13 +138,8 @@ def entered(calls):
         LoraLayer._check_forward_args = check
 
 
-def compare(rank: int, build: pathlib.Path, port: int):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
-    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer"  # of PEFT's policy
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    torch.set_num_threads(1)
-    lora_fused = get_local_kernel(build)
-    lora_fused.peft.small_batch.SMALL_ROWS = -1  # as conftest.py has it
+def count_computations(lora_fused) -> dict:
+    """How often each of the fused computations runs, from now on."""
     dispatch, counts = lora_fused.functional.dispatch, {}
     for name in ("compute_group", "compute_gated"):
         own = getattr(dispatch, name)
@@ -144,45 +149,103 @@ def compare(rank: int, build: pathlib.Path, port: int):
             return own(*args, **kwargs)
 
         setattr(dispatch, name, counted)
+    return counts
 
-    def fuse(model):
+
+def compare(lora_fused, counts: dict, case: Case, rank: int):
+    """The same losses as with PEFT alone, what was computed, and what `explain` says before the first call and after."""
+    expected = trained(llama(case), case, rank, lambda model: None)
+    counts.clear()
+    model, said, own_calls = llama(case), [], []
+
+    def fuse_and_ask(model):
         with lora_fused.use_peft_layers():
             kernelize(model, mode=Mode.TRAINING, device="cpu")
+        said.extend(explain(lora_fused, model))
 
-    for case in CASES:
-        if case.four_bit and importlib.util.find_spec("bitsandbytes") is None:
-            continue
-        expected = trained(llama(case), case, rank, lambda model: None)
-        counts.clear()
-        model = llama(case)
-        said = []  # before the first call
+    with entered(own_calls):
+        losses = trained(model, case, rank, fuse_and_ask)
+    tolerance = 2e-2 if case.bf16 else 1e-5
+    torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance)
+    rows = explain(lora_fused, model)
+    assert len(rows) == len(said) == 14
+    assert all(row.fused == (row.last == "fused") != bool(own_calls) for row in rows), str(rows)
+    if case.wrapper == FLAT:
+        assert counts == {}
+        return
+    assert all(row.fused for row in said) or case.wrapper == "fsdp1", [row.reason for row in said]
+    # q, k and v, o; the MLP. Two layers a step.
+    assert counts.get("compute_group", 0) >= 2 * 2 * STEPS, counts
+    assert counts.get("compute_gated", 0) >= 2 * STEPS, counts
 
-        def fuse_and_ask(model):
-            fuse(model)
-            said.extend(explain(lora_fused, model))
 
-        own_calls = []
-        with entered(own_calls):
-            losses = trained(model, case, rank, fuse_and_ask)
-        tolerance = 2e-2 if case.bf16 else 1e-5
-        torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{case}: {text}")
-        rows = explain(lora_fused, model)
-        assert len(rows) == len(said) == 14
-        assert all(row.fused == (row.last == "fused") != bool(own_calls) for row in rows), (case, str(rows))
-        if case.wrapper == FLAT:
-            assert counts == {}
-            continue
-        assert all(row.fused for row in said) or case.wrapper == "fsdp1", (case, [row.reason for row in said])
-        # q, k and v, o; the MLP. Two layers a step.
-        assert counts.get("compute_group", 0) >= 2 * 2 * STEPS, (case, counts)
-        assert counts.get("compute_gated", 0) >= 2 * STEPS, (case, counts)
+def serve(rank: int, build: pathlib.Path, port: int, cases):
+    """A process of the pair: runs each case that it is sent and sends back what went wrong, or None."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer"  # of PEFT's policy
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    torch.set_num_threads(1)
+    lora_fused = get_local_kernel(build)
+    lora_fused.peft.small_batch.SMALL_ROWS = -1  # as conftest.py has it
+    counts = count_computations(lora_fused)
+    while (case := cases.recv()) is not None:
+        try:
+            compare(lora_fused, counts, case, rank)
+            cases.send(None)
+        except Exception:
+            cases.send(traceback.format_exc())
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
-def test_training_as_with_peft(lora_fused):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    build = pathlib.Path(lora_fused.__file__).resolve().parent.parent
-    processes.spawn(compare, args=(build, port), nprocs=WORLD)
+class Pair:
+    """Two processes that train together; after a failure the next case has new ones, since one may wait for the other."""
+
+    def __init__(self, build: pathlib.Path):
+        self.build, self.running = build, []
+
+    def start(self):
+        context = processes.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(WORLD):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(rank, self.build, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.running.append((process, ours))
+
+    def run(self, case: Case):
+        if not self.running:
+            self.start()
+        for _, cases in self.running:
+            cases.send(case)
+        for rank, (_, cases) in enumerate(self.running):
+            try:
+                error = cases.recv() if cases.poll(LONGEST) else f"no answer within {LONGEST} s"
+            except EOFError:
+                error = "ended without an answer"
+            if error is not None:
+                self.stop(kill=True)
+                pytest.fail(f"process {rank}: {error}", pytrace=False)
+
+    def stop(self, kill=False):
+        for process, cases in self.running:
+            process.kill() if kill else cases.send(None)
+        for process, _ in self.running:
+            process.join(LONGEST)
+        self.running = []
+
+
+@pytest.fixture(scope="module")
+def pair(lora_fused):
+    pair = Pair(pathlib.Path(lora_fused.__file__).resolve().parent.parent)
+    yield pair
+    pair.stop()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_training_as_with_peft(pair, case):
+    if case.four_bit and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("needs bitsandbytes")
+    pair.run(case)

@@ -11,13 +11,8 @@ import sys
 
 import pytest
 from helpers.hub_server import HubServer
-from kernels.compat import tomllib
+from helpers.published import BUILD, FROM_HUB, REPO_ID, VERSION
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build"
-GENERAL = tomllib.loads((ROOT / "build.toml").read_text())["general"]
-REPO_ID, VERSION = GENERAL["hub"]["repo-id"], GENERAL["version"]
-FROM_HUB = f"get_kernel({REPO_ID!r}, version={VERSION}, trust_remote_code=True)"
 # A real variant name that no machine able to run these tests can load.
 FOREIGN_VARIANT = "torch-stable-abi211-metal-aarch64-darwin"
 

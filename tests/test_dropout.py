@@ -6,35 +6,16 @@ import math
 import pytest
 import torch
 from helpers.cases import Case, OwnForwards, SeededDropout, peft_linear
+from helpers.philox import mask_bits, philox
 from kernels import Mode, kernelize
 
 M, K = 512, 1024
-
-
-def philox(seed, row, block, rounds=7):
-    """Philox4x32 in Python's integers, as the paper gives it."""
-    key, counter = [seed & 0xFFFFFFFF, seed >> 32], [block, row & 0xFFFFFFFF, row >> 32, 0]
-    for _ in range(rounds):
-        first, second = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
-        counter = [
-            (second >> 32) ^ counter[1] ^ key[0],
-            second & 0xFFFFFFFF,
-            (first >> 32) ^ counter[3] ^ key[1],
-            first & 0xFFFFFFFF,
-        ]
-        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return counter
 
 
 def test_philox_known_answers():
     """Of Random123's kat_vectors, philox4x32 of 7 and 10 rounds."""
     assert philox(0, 0, 0) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
     assert philox(0, 0, 0, rounds=10) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-
-
-def number(seed, row, col):
-    """The 16 bits that decide about an element."""
-    return philox(seed, row, col // 8)[col % 8 // 2] >> 16 * (col % 2) & 0xFFFF
 
 
 @pytest.fixture
@@ -53,7 +34,7 @@ def mask_of(lora_fused, device):
 @pytest.mark.parametrize("seed", (0, 1, 2**62 + 12345, 2**63 - 1))
 def test_native_mask_is_philox(mask_of, seed):
     shape, p = (5, 11), 0.4
-    expected = [[number(seed, row, col) >= round(p * 2**16) for col in range(11)] for row in range(5)]
+    expected = [[mask_bits(seed, row, col) >= round(p * 2**16) for col in range(11)] for row in range(5)]
     assert torch.equal(mask_of(seed, p, shape) != 0, torch.tensor(expected))
 
 

@@ -6,19 +6,14 @@ import warnings
 import pytest
 import torch
 from helpers.cases import randomise_adapters, tiny_llama
-from helpers.embeddings import VARIANTS, Case, adapt, draw_ids, fused, kernelized, peft_embedding
+from helpers.embeddings import VARIANTS, Case, adapt, draw_ids, fused, peft_embedding
+from helpers.kernelizing import explain, kernelize_in_place, kernelized
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 
-def explain(lora_fused, model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return lora_fused.explain(model)
-
-
 def assert_peft_runs(lora_fused, model, reason, ids, **call):
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelized(lora_fused, model, "cpu")
     (row,) = explain(lora_fused, ours)
     assert not row.fused and reason in row.reason, str(row)
     result = ours(ids, **call)
@@ -61,7 +56,7 @@ def test_merged_disabled_several_and_none_active(lora_fused):
 
 def test_adapter_names(lora_fused):
     model = peft_embedding(CASE).eval()
-    ours = kernelized(lora_fused, copy.deepcopy(model)).base_model.model.table
+    ours = kernelized(lora_fused, model, "cpu").base_model.model.table
     names = ["default", "__base__"] * 3
     ids = draw_ids(CASE)
     assert torch.equal(ours(ids, adapter_names=names), model.base_model.model.table(ids, adapter_names=names))
@@ -81,7 +76,7 @@ def test_unknown_tables_hooks_and_sharding(lora_fused):
     handle = model.base_model.model.table.base_layer.register_forward_hook(lambda module, args, output: 2 * output)
     assert_peft_runs(lora_fused, model, "base_layer has hooks", ids)
     handle.remove()
-    assert explain(lora_fused, kernelized(lora_fused, model))[0].fused
+    assert explain(lora_fused, kernelize_in_place(lora_fused, model, "cpu"))[0].fused
     model.base_model.model.table.input_fns["default"] = lambda inputs: inputs[0]
     assert_peft_runs(lora_fused, model, "tensor parallelism", ids)
 
@@ -131,7 +126,7 @@ def test_autocast_with_float64_and_two_adapter_dtypes(lora_fused):
     model = peft_embedding(CASE)
     layer = model.base_model.model.table
     layer.lora_embedding_B["default"].data = layer.lora_embedding_B["default"].data.bfloat16()
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelized(lora_fused, model, "cpu")
     assert "two dtypes" in explain(lora_fused, ours)[0].reason
     for each in (model, ours):
         with pytest.raises(RuntimeError, match="same dtype"):
@@ -158,7 +153,7 @@ def test_resized_vocabulary_and_trainable_tokens(lora_fused):
             parameter.data.normal_()
     ids = torch.tensor([[1, 5, 9]])
     expected = copy.deepcopy(model)(ids).logits
-    torch.testing.assert_close(kernelized(lora_fused, model)(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kernelize_in_place(lora_fused, model, "cpu")(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- training ---

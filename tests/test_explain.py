@@ -7,10 +7,10 @@ import pytest
 import torch
 import transformers
 from helpers.cases import DEVICE, LINEARS, peft_llama, tiny_llama
+from helpers.kernelizing import explain, kernelize_in_place
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
-from test_fallbacks import explain, kernelized
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -78,27 +78,27 @@ def holds(lora_fused, model, own_calls, run=train, *, fused, again=True, rows=TO
 @pytest.mark.parametrize("dora", (False, True))
 @pytest.mark.parametrize("run", (train, evaluate, under_autocast))
 def test_eager(lora_fused, own_calls, run, dora):
-    rows = holds(lora_fused, kernelized(lora_fused, peft_llama(use_dora=dora)), own_calls, run, fused=14)
+    rows = holds(lora_fused, kernelize_in_place(lora_fused, peft_llama(use_dora=dora)), own_calls, run, fused=14)
     assert {row.backend for row in rows} == {"native"}
 
 
 @pytest.mark.parametrize("reentrant", (False, True))
 def test_checkpointing(lora_fused, own_calls, reentrant):
-    model = kernelized(lora_fused, peft_llama(lora_dropout=0.1))
+    model = kernelize_in_place(lora_fused, peft_llama(lora_dropout=0.1))
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     holds(lora_fused, model, own_calls, fused=14)
 
 
 def test_before_the_first_call(lora_fused):
-    rows = explain(lora_fused, kernelized(lora_fused, peft_llama()))
+    rows = explain(lora_fused, kernelize_in_place(lora_fused, peft_llama()))
     assert all(row.fused and row.last is None for row in rows)
 
 
 def test_small_batches(lora_fused, own_calls, monkeypatch):
     monkeypatch.setattr(lora_fused.peft.small_batch, "_SMALL_ANYWHERE", True)
     monkeypatch.setattr(lora_fused.peft.small_batch, "SMALL_ROWS", 512)
-    model = kernelized(lora_fused, peft_llama())
+    model = kernelize_in_place(lora_fused, peft_llama())
     with torch.no_grad():
         rows = holds(lora_fused, model, own_calls, evaluate, fused=0)
     assert {row.reason for row in rows} == {lora_fused.peft.small_batch.SMALL}
@@ -144,7 +144,7 @@ def drop_a_forward(model):
     ids=("disabled", "merged", "several", "hooks", "another's forward", "not kernelized"),
 )
 def test_fallbacks(lora_fused, own_calls, change, fused):
-    model = kernelized(lora_fused, peft_llama())
+    model = kernelize_in_place(lora_fused, peft_llama())
     train(model)
     change(model)
     run = evaluate if fused == 0 else train
@@ -153,7 +153,7 @@ def test_fallbacks(lora_fused, own_calls, change, fused):
 
 
 def test_a_state_that_has_changed_since_the_last_call_shows(lora_fused, own_calls):
-    model = kernelized(lora_fused, peft_llama())
+    model = kernelize_in_place(lora_fused, peft_llama())
     disable(model)
     evaluate(model)
     model.base_model.enable_adapter_layers()
@@ -197,9 +197,9 @@ def compile_the_forward(model):
     ids=lambda f: f.__name__,
 )
 def test_compiled(lora_fused, own_calls, compiled):
-    """What runs is asked of the model that was kernelized, which may not know who compiles it."""
+    """What runs is asked of the model that was kernelize_in_place, which may not know who compiles it."""
     torch.compiler.reset()
-    model = kernelized(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
+    model = kernelize_in_place(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
     evaluate(model)
     wrapped = compiled(model)
     if wrapped is model and compiled is not compile_the_forward:  # it shows before the first call
@@ -215,13 +215,13 @@ def test_compiled(lora_fused, own_calls, compiled):
 
 def test_a_compiled_function(lora_fused, own_calls):
     torch.compiler.reset()
-    model = kernelized(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
+    model = kernelize_in_place(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
     holds(lora_fused, model, own_calls, torch.compile(train, backend="eager"), again=False, fused=0)
 
 
 def test_another_model_that_is_compiled_changes_nothing(lora_fused, own_calls):
     torch.compiler.reset()
-    model, other = (kernelized(lora_fused, peft_llama()) for _ in range(2))
+    model, other = (kernelize_in_place(lora_fused, peft_llama()) for _ in range(2))
     train(model)
     train(compile_model(other))
     assert all(row.fused and row.last == "fused" for row in explain(lora_fused, model))
@@ -229,7 +229,7 @@ def test_another_model_that_is_compiled_changes_nothing(lora_fused, own_calls):
 
 def test_a_compiler_that_is_switched_off(lora_fused, own_calls):
     torch.compiler.reset()
-    model = kernelized(lora_fused, peft_llama())
+    model = kernelize_in_place(lora_fused, peft_llama())
     compiled = compile_in_place(model)
     with torch._dynamo.config.patch(disable=True):
         holds(lora_fused, compiled, own_calls, fused=14)
@@ -240,7 +240,7 @@ def test_one_graph_serves_all_layers(lora_fused):
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     shape = dict(num_hidden_layers=4, use_cache=False)
-    plain, model = peft_llama(shape=shape), kernelized(lora_fused, peft_llama(shape=shape))
+    plain, model = peft_llama(shape=shape), kernelize_in_place(lora_fused, peft_llama(shape=shape))
     frames = []
     for each in (plain, model):
         torch.compiler.reset()
@@ -254,7 +254,7 @@ def test_one_graph_serves_all_layers(lora_fused):
 def test_trainer_that_compiles(lora_fused, own_calls, tmp_path, monkeypatch):
     torch.compiler.reset()
     monkeypatch.setattr(transformers.training_args, "enable_tf32", lambda enable: None)  # for the tests after this one
-    model = kernelized(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
+    model = kernelize_in_place(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
     data = [{"input_ids": ids, "labels": ids} for ids in tokens().cpu()]
     arguments = transformers.TrainingArguments(
         output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=DEVICE == "cpu",
@@ -270,7 +270,7 @@ def test_trainer_that_compiles(lora_fused, own_calls, tmp_path, monkeypatch):
     assert {row.reason for row in rows} == {lora_fused.explanation.COMPILED}
 
 
-# ---- what is not kernelized, and why ----
+# ---- what is not kernelize_in_place, and why ----
 
 
 def test_a_mode_without_layers(lora_fused, own_calls):
@@ -308,23 +308,23 @@ def test_another_build_of_this_kernel(lora_fused, own_calls):
 
 
 def test_a_shallow_copy_is_bound_to_its_original(lora_fused):
-    model = kernelized(lora_fused, peft_llama())
+    model = kernelize_in_place(lora_fused, peft_llama())
     attention = model.base_model.model.model.layers[0].self_attn
     attention.q_proj = copy.copy(attention.q_proj)
     rows = explain(lora_fused, model)
     assert [row.fused for row in rows].count(False) == 1
     assert "bound to another module" in next(row.reason for row in rows if not row.fused)
-    assert all(row.fused for row in explain(lora_fused, kernelized(lora_fused, model)))
+    assert all(row.fused for row in explain(lora_fused, kernelize_in_place(lora_fused, model)))
 
 
 def test_a_pickled_model(lora_fused, own_calls):
-    model = kernelized(
+    model = kernelize_in_place(
         lora_fused, get_peft_model(nn.Sequential(nn.Linear(16, 16)), LoraConfig(r=4, target_modules=["0"]))
     )
     loaded = pickle.loads(pickle.dumps(model))
     rows = holds(lora_fused, loaded, own_calls, lambda each: each(torch.randn(3, 16)), fused=0)
     assert all("pickled" in row.reason for row in rows)
-    assert all(row.fused for row in explain(lora_fused, kernelized(lora_fused, loaded)))
+    assert all(row.fused for row in explain(lora_fused, kernelize_in_place(lora_fused, loaded)))
 
 
 class LigerSwiGLUMLP(nn.Module):
@@ -355,7 +355,7 @@ def test_gated_mlps_that_are_not_one_function(lora_fused, own_calls):
     base = tiny_llama()
     base.model.layers[0].mlp = LigerSwiGLUMLP(base.model.layers[0].mlp)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=LINEARS, task_type="CAUSAL_LM"))
-    rows = holds(lora_fused, kernelized(lora_fused, model), own_calls, fused=14)
+    rows = holds(lora_fused, kernelize_in_place(lora_fused, model), own_calls, fused=14)
     assert sum(row.mlp is not None for row in rows) == 3
     assert all(("layers.0.mlp" in row.module) == (row.mlp is not None) for row in rows)
     assert "its MLP is not one Function: " in str(rows)
@@ -368,7 +368,7 @@ def test_fused_delta(lora_fused, own_calls):
 
     base = replace(tiny_llama(torch.bfloat16), lambda linear: eight_bit(linear, DEVICE), LINEARS)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=LINEARS, task_type="CAUSAL_LM"))
-    rows = holds(lora_fused, kernelized(lora_fused, model), own_calls, fused=14)
+    rows = holds(lora_fused, kernelize_in_place(lora_fused, model), own_calls, fused=14)
     assert {row.backend for row in rows} == {"fused delta"}
 
 
@@ -377,7 +377,7 @@ def test_what_is_forgotten(lora_fused):
     import gc
 
     notes = lora_fused.last_call.notes
-    model = kernelized(lora_fused, peft_llama())
+    model = kernelize_in_place(lora_fused, peft_llama())
     train(model)
     known = {id(module) for module in model.modules()} & notes.keys()
     assert len(known) > 8

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_native import GROUPS, flat_on, operands_of, projections_of
+from helpers.native_ops import GROUPS, flat_on, operands_of, projections_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OPS = {

@@ -1,14 +1,11 @@
 """Whole model families, kernelized, against PEFT, and the README's table of them."""
 
-import pathlib
-
 import pytest
 import torch
 import transformers
-from helpers.families import FAMILIES, measure, read_table, readme_section, without_version
+from helpers.families import FAMILIES
+from helpers.family_table import BEGIN, END, README, measure, read_table, readme_section, without_version
 
-README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- families table: begin -->", "<!-- families table: end -->"
 VARIANTS = {"lora": {}, "dora": dict(use_dora=True)}
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers.cases import DEVICE, VARIANTS, Case, DrawnDropout, assert_as_good, peft_linear
 from helpers.embeddings import Case as EmbeddingCase, draw_ids, peft_embedding
-from helpers.heads import heads, inner, kernelized
-from test_gated import glu
+from helpers.heads import heads, inner
+from helpers.kernelizing import kernelized
+from helpers.mlps import glu
 
 pytestmark = pytest.mark.usefixtures("on_device")
 HALF, LIMIT = torch.float16, 65504.0
@@ -325,9 +326,9 @@ def test_a_base_that_is_called(lora_fused, dora, scaling):
 @pytest.mark.parametrize("quant_type", ("nf4", "fp4"))
 def test_a_base_in_four_bits(lora_fused, quant_type):
     pytest.importorskip("bitsandbytes")
-    from test_dequantize import make
+    from helpers.quantized import random_four_bit
 
-    operands, spec, *_ = make(lora_fused, (48, 64), 64, quant_type, True, HALF, DEVICE)
+    operands, spec, *_ = random_four_bit(lora_fused, (48, 64), 64, quant_type, True, HALF, DEVICE)
     dense = lora_fused.quantization.dequantize(operands, spec, HALF)
     a, b = torch.randn(8, 64).to(HALF), (1e-6 * torch.randn(48, 8)).to(HALF)
     x = (2000 * torch.randn(9, 64)).to(HALF)

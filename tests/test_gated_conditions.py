@@ -6,10 +6,10 @@ import inspect
 import pytest
 import torch
 from helpers.cases import DEVICE, randomise_adapters, relative
+from helpers.mlp_forwards import transformers_mlp
+from helpers.mlps import assert_same, is_one_function, step
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
-from test_gated import assert_same, is_one_function, step
-from test_gated_transformers import build
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -29,7 +29,7 @@ def input_of(mlp):
 
 
 def test_that_name_is_among_them():
-    assert [input_of(build(name)) for name in OF_HIDDEN_STATE].count("hidden_state") >= 4
+    assert [input_of(transformers_mlp(name)) for name in OF_HIDDEN_STATE].count("hidden_state") >= 4
 
 
 class Named(nn.Module):
@@ -77,7 +77,7 @@ def compare(ours, plain, one_function, dtype=torch.float64, tolerance=None):
 @pytest.mark.parametrize("config", ({}, dict(use_dora=True), dict(lora_dropout=0.0, bias="all")), ids=str)
 @pytest.mark.parametrize("name", OF_HIDDEN_STATE)
 def test_an_input_of_another_name(lora_fused, name, config):
-    ours, plain = pair(lora_fused, build(name), **config)
+    ours, plain = pair(lora_fused, transformers_mlp(name), **config)
     compare(ours, plain, one_function=True)
     rows = lora_fused.explain(ours)
     assert len(rows) >= 2 and {row.group for row in rows} == {"base_model.model.mlp"}, str(rows)
@@ -91,7 +91,7 @@ def test_an_input_of_another_name(lora_fused, name, config):
 @pytest.mark.parametrize("name", (*WITH_DROPOUT, None))
 def test_dropout_inside(lora_fused, name, config):
     """One Function while nothing is dropped; the module's own forward and torch's masks while something is."""
-    ours, plain = pair(lora_fused, Named() if name is None else build(name), p=0.3, **config)
+    ours, plain = pair(lora_fused, Named() if name is None else transformers_mlp(name), p=0.3, **config)
     for _ in range(2):
         compare(ours, plain, one_function=False)
     assert all(row.fused and row.group != "base_model.model.mlp" for row in lora_fused.explain(ours))
@@ -158,7 +158,7 @@ T5 = WITH_DROPOUT[0]
 
 def test_dtypes_that_change(lora_fused):
     """T5 casts to the dtype of its last weight, which some keep in float32."""
-    ours, plain = pair(lora_fused, build(T5), p=0.0)
+    ours, plain = pair(lora_fused, transformers_mlp(T5), p=0.0)
     compare(ours, plain, one_function=True)
     for model in (ours, plain):
         model.float()
@@ -173,7 +173,7 @@ def test_dtypes_that_change(lora_fused):
 
 
 def test_autocast_with_a_cast_inside(lora_fused):
-    ours, plain = pair(lora_fused, build(T5), dtype=torch.float32, p=0.0)
+    ours, plain = pair(lora_fused, transformers_mlp(T5), dtype=torch.float32, p=0.0)
     x = torch.randn(6, 16)
     with torch.autocast(x.device.type, torch.bfloat16):
         y, expected = ours(x), plain(x)

@@ -1,23 +1,11 @@
 """Which modules of transformers are gated MLPs, each verified by computing it from its description."""
 
-import importlib
-import inspect
 import re
 import warnings
 
 import pytest
 from helpers.cases import assert_computes_gated_mlp
-
-
-@pytest.fixture(scope="module")
-def structure(lora_fused):
-    return importlib.import_module(f"{lora_fused.__name__}.peft.mlp_tracer")
-
-
-@pytest.fixture(scope="module")
-def maths(lora_fused):
-    return importlib.import_module(f"{lora_fused.__name__}.backends.reference.activations")
-
+from helpers.mlp_forwards import SIZES, transformers_mlp
 
 RECOGNISED = {
     "llama.LlamaMLP": "silu",
@@ -76,52 +64,32 @@ NOT_GATED = {
     "qwen3_moe.Qwen3MoeSparseMoeBlock": "reads __get__",
     "llama4.Llama4TextMoe": ".",
 }
-SMALL = dict(hidden_size=16, intermediate_size=24, moe_intermediate_size=24, d_model=16, d_ff=24, ffn_dim=24)
-SMALL |= dict(shared_intermediate_size=24)
-SMALL |= dict(dropout_rate=0.0)
-SMALL |= dict(num_local_experts=4, n_routed_experts=4, num_experts=4, num_experts_per_tok=2, mlp_ratio=2)
-
-
-def build(name):
-    """A tiny module of a transformers class from the first of its package's configurations that fits."""
-    package, _, class_name = name.partition(".")
-    modeling = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
-    configuration = importlib.import_module(f"transformers.models.{package}.configuration_{package}")
-    cls, errors = getattr(modeling, class_name), []
-    for _, config_class in inspect.getmembers(configuration, inspect.isclass):
-        for extra in ((), (24,)):
-            try:
-                config = config_class()
-                for key, value in SMALL.items():
-                    if hasattr(config, key):
-                        setattr(config, key, value)
-                return cls(config, *extra)
-            except Exception as error:
-                errors.append(f"{config_class.__name__}: {error}")
-    raise AssertionError(f"{name} cannot be built: {errors}")
+SIZES |= dict(shared_intermediate_size=24)
+SIZES |= dict(dropout_rate=0.0)
+SIZES |= dict(num_local_experts=4, n_routed_experts=4, num_experts=4, num_experts_per_tok=2, mlp_ratio=2)
 
 
 @pytest.mark.parametrize("name", RECOGNISED)
-def test_gated_mlps_of_transformers(structure, maths, name):
-    module = build(name)
-    found = structure.recognise(module)
+def test_gated_mlps_of_transformers(mlp_tracer, activation_formulas, name):
+    module = transformers_mlp(name)
+    found = mlp_tracer.recognise(module)
     assert not isinstance(found, str), found
     fused = name.split(".")[1] in FUSED and not hasattr(module, "gate_proj")  # some have been taken apart
     assert found.activation == RECOGNISED[name] and found.fused == fused
-    assert_computes_gated_mlp(module, found, maths, module.get_submodule(found.gate).in_features)
+    assert_computes_gated_mlp(module, found, activation_formulas, module.get_submodule(found.gate).in_features)
 
 
 @pytest.mark.parametrize("name", NOT_GATED)
-def test_other_mlps_of_transformers(structure, name):
-    found = structure.recognise(build(name))
+def test_other_mlps_of_transformers(mlp_tracer, name):
+    found = mlp_tracer.recognise(transformers_mlp(name))
     assert isinstance(found, str) and re.search(NOT_GATED[name], found), found
 
 
-def test_every_module_of_small_models(structure, maths):
+def test_every_module_of_small_models(mlp_tracer, activation_formulas):
     """All modules of whole models: only MLPs are taken for gated MLPs, and rightly."""
     from transformers import AutoConfig, AutoModel
 
-    shape = dict(SMALL, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=32)
+    shape = dict(SIZES, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=32)
     names = ("llama", "gemma2", "phi3", "mixtral", "olmo2", "granite", "glm4", "gpt2", "t5", "bert", "opt", "qwen3_moe")
     seen = {}
     for name in names:
@@ -130,8 +98,10 @@ def test_every_module_of_small_models(structure, maths):
             warnings.simplefilter("ignore")
             model = AutoModel.from_config(config)
         for path, module in model.named_modules():
-            found = structure.recognise(module)
+            found = mlp_tracer.recognise(module)
             if not isinstance(found, str):
                 seen.setdefault(name, []).append(path.rsplit(".", 1)[-1])
-                assert_computes_gated_mlp(module, found, maths, module.get_submodule(found.gate).in_features)
+                assert_computes_gated_mlp(
+                    module, found, activation_formulas, module.get_submodule(found.gate).in_features
+                )
     assert seen == {name: ["mlp", "mlp"] for name in ("llama", "gemma2", "phi3", "olmo2", "granite", "glm4")}

@@ -4,7 +4,8 @@ checkpoint waits."""
 import pytest
 import torch
 from helpers.cases import SeededDropout
-from helpers.heads import NAMES, functions, heads, inner, kernelized, learned, step
+from helpers.heads import NAMES, heads, inner, learned, masked_heads, step
+from helpers.kernelizing import fused_functions
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -69,7 +70,7 @@ def test_a_dropout_that_changes_between_siblings(lora_fused, change):
     """k, computed ahead with the old one, is computed again."""
     model, x = heads(lora_dropout=0.3), x_of(300)
     ours = learned(lora_fused, model, x)
-    assert functions(step(ours, x)[0]) == 1
+    assert fused_functions(step(ours, x)[0]) == 1
     assert SeededDropout.replace_all(lora_fused, model) == 3
 
     def between(module, name, x):
@@ -88,20 +89,8 @@ def test_a_dropout_that_changes_between_siblings(lora_fused, change):
 @pytest.mark.parametrize("later", (("q",), ("q", "k")), ids="+".join)
 def test_no_member_leaves_while_a_reentrant_checkpoint_waits(lora_fused, monkeypatch, masked, later):
     """Its forward drew one seed a member at once, which its recomputation must do as well: y = J x + b and dx = Jᵀ dy with
-    the same masks in J. A draw of three seeds is not three draws of one, as on a GPU."""
-    own = lora_fused.functional.dispatch.draw_seeds
-
-    def draw_seeds(*args):
-        seeds = own(*args)
-        return None if seeds is None else seeds ^ len(seeds)
-
-    monkeypatch.setattr(lora_fused.functional.dispatch, "draw_seeds", draw_seeds)
-    model = heads(lora_dropout=0.5)
-    for name in {*NAMES} - {*masked}:
-        getattr(inner(model), name).lora_dropout["default"] = nn.Identity()
-    ours = kernelized(lora_fused, model)
-    biases = [getattr(inner(ours), name).base_layer for name in NAMES]
-    b = torch.cat([torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in biases])
+    the same masks in J."""
+    ours, b = masked_heads(lora_fused, monkeypatch, masked)
 
     def run(names):
         x = x_of(requires_grad=True)

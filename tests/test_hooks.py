@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from helpers.cases import Case, peft_linear, randomise_adapters
+from helpers.kernelizing import explain, kernelize_in_place
+from helpers.mlps import glu
 from peft import LoraConfig, get_peft_model
-from test_fallbacks import explain, kernelized
-from test_gated import glu
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -56,7 +56,7 @@ def step(model, x):
 @pytest.mark.parametrize("register", ON_A_PART)
 def test_on_a_part(lora_fused, make, part, register):
     (model, x), seen = make(), []
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(model))
     assert explain(lora_fused, ours)[0].fused
     calls = []
     for each in (model, ours):
@@ -79,7 +79,7 @@ def test_on_a_part(lora_fused, make, part, register):
 def test_on_all_modules(lora_fused, make, register):
     """As profilers set them."""
     (model, x), calls = make(), []
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(model))
     assert all(row.fused for row in explain(lora_fused, ours))
     for each in (model, ours):
         seen = []

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 from helpers.hub_server import HubServer
-from test_download import BUILD, FROM_HUB, REPO_ID, VERSION
+from helpers.published import BUILD, FROM_HUB, REPO_ID, VERSION
 
 # Loads by the expression `loader`, and prints what was raised and warned.
 LOAD = """

@@ -1,16 +1,16 @@
 """The adapted modules of a model kernelized alone: fused as by `kernelize(model)`, and nothing else touched."""
 
 import copy
-import importlib
 import logging
 import types
-import warnings
 
 import accelerate
 import pytest
 import torch
 from helpers.cases import DEVICE, LINEARS, peft_llama, tiny_llama
 from helpers.heads import assert_same, heads, inner, step
+from helpers.kernelizing import Loaded, explain
+from helpers.llamas import passed, tokens
 from kernels import Mode, kernelize as kernelize_all, use_kernel_forward_from_hub, use_kernel_mapping
 from kernels.layer.globals import _KERNEL_MAPPING
 from peft import LoraConfig, get_peft_model
@@ -25,33 +25,11 @@ TARGETS = [*LINEARS, "embed_tokens"]
 MARKED = (BaseTuner, PreTrainedModel, lora.Linear, lora.Embedding, LlamaMLP, LlamaRMSNorm)
 
 
-@pytest.fixture
-def kernelize_adapted(lora_fused):
-    return importlib.import_module(f"{lora_fused.__name__}.binding").kernelize_adapted
-
-
-def explain(lora_fused, model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return lora_fused.explain(model)
-
-
-def tokens():
-    return torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(3), device="cpu").to(DEVICE)
-
-
 def forwards(model):
     """The functions that stand in the instances, by module."""
     return {
         name: vars(module)["forward"].__func__ for name, module in model.named_modules() if "forward" in vars(module)
     }
-
-
-def passed(model, ids):
-    model.zero_grad()
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 def test_fused_as_by_kernelize(lora_fused, kernelize_adapted):
@@ -95,16 +73,6 @@ class Norm(nn.Module):
 class TheirNorm(nn.Module):
     def forward(self, x):
         return x * 0.5
-
-
-class Loaded:
-    """Stands where `kernels` expects a repository."""
-
-    def __init__(self, layer):
-        self.layer = layer
-
-    def load(self):
-        return self.layer
 
 
 class Normed(nn.Module):

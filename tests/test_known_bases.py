@@ -1,12 +1,12 @@
 """Bases of other classes than nn.Linear: which are the same product, which are called, and whose weight others read."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 from helpers.cases import Case, assert_as_good, randomise_adapters, tiny_llama
-from kernels import Mode, kernelize
+from helpers.kernelizing import explain, kernelized
+from helpers.llamas import gradients, tied_llama
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
@@ -55,31 +55,12 @@ def adapted(cls, has_bias, dtype=torch.float64, **config):
     return model.train()
 
 
-def kernelized(lora_fused, model):
-    lora_fused.register_peft_layers()
-    return kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device="cpu")
-
-
-def rows_of(lora_fused, model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return lora_fused.explain(model)
-
-
-def gradients(model, y, *leaves):
-    """Of a sum that weighs every output differently."""
-    model.zero_grad()
-    weights = torch.linspace(0.5, 2.0, y.numel(), dtype=torch.float64).view(y.shape)
-    (y.double() * weights).sum().backward()
-    return [*(leaf.grad for leaf in leaves), *(p.grad for p in model.parameters() if p.requires_grad)]
-
-
 @pytest.mark.parametrize("config", VARIANTS, ids=str)
 @pytest.mark.parametrize("bias", (False, True))
 @pytest.mark.parametrize("cls", SAME_PRODUCT)
 def test_same_product(lora_fused, cls, bias, config):
     model = adapted(cls, bias, **config)
-    ours = kernelized(lora_fused, model)
+    ours = kernelized(lora_fused, model, "cpu")
     x = torch.randn(5, 3, 32, dtype=torch.float64)
     for _ in range(2):  # groups form in the second
         leaves = [x.clone().requires_grad_() for _ in range(2)]
@@ -89,7 +70,7 @@ def test_same_product(lora_fused, cls, bias, config):
         assert len(mine) > 12
         for one, other in zip(mine, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
-    rows = rows_of(lora_fused, ours)
+    rows = explain(lora_fused, ours)
     assert len(rows) == 6 and all(row.fused and row.reason is None for row in rows), str(rows)
     assert {row.group for row in rows} >= {"q+k+v+gate+up", "single"}
 
@@ -104,11 +85,11 @@ def test_other_dtypes(lora_fused, cls, dtype, autocast):
             torch.manual_seed(0)
             model = adapted(cls, bias, torch.float64, **config)
             truth, plain = model, copy.deepcopy(model).to(dtype)
-            ours = kernelized(lora_fused, plain)
+            ours = kernelized(lora_fused, plain, "cpu")
             x = torch.randn(5, 3, 32).to(dtype)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 results = [each(x) for each in (ours, plain)]
-                rows = rows_of(lora_fused, ours)
+                rows = explain(lora_fused, ours)
             assert_as_good("y", *results, truth(x.double()), torch.bfloat16 if autocast else dtype)
             called = autocast and bias and dtype == torch.float32 and cls is FalconLinear
             for row in rows:
@@ -127,10 +108,10 @@ def test_a_class_of_the_same_name_is_another(lora_fused):
         for name in (base.__name__, "Doubling"):
             cls = type(name, (base,), dict(forward=forward, __module__=base.__module__))
             model = adapted(cls, True)
-            ours = kernelized(lora_fused, model)
+            ours = kernelized(lora_fused, model, "cpu")
             x = torch.randn(4, 32, dtype=torch.float64)
             assert torch.equal(ours(x), model(x))
-            rows = rows_of(lora_fused, ours)
+            rows = explain(lora_fused, ours)
             assert len(rows) == 6 and all(row.reason == f"unknown base layer {name}" for row in rows), str(rows)
 
 
@@ -151,7 +132,7 @@ def test_output_projection_that_is_never_called(lora_fused):
     model = get_peft_model(
         Pooled().double(), LoraConfig(r=4, target_modules=["out_proj", "fc"], init_lora_weights=False)
     )
-    ours = kernelized(lora_fused, model)
+    ours = kernelized(lora_fused, model, "cpu")
     x = torch.randn(3, 5, 16, dtype=torch.float64)
     y, expected = ours(x), model(x)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
@@ -159,7 +140,7 @@ def test_output_projection_that_is_never_called(lora_fused):
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    rows = {row.module.rpartition(".")[2]: row for row in rows_of(lora_fused, ours)}
+    rows = {row.module.rpartition(".")[2]: row for row in explain(lora_fused, ours)}
     assert rows["fc"].fused and not rows["out_proj"].fused
     assert "never calls it" in rows["out_proj"].reason
 
@@ -168,7 +149,7 @@ def test_pefts_own_attention(lora_fused):
     model = get_peft_model(
         Pooled().double(), LoraConfig(r=4, target_modules=["attention", "fc"], init_lora_weights=False)
     )
-    ours = kernelized(lora_fused, model)
+    ours = kernelized(lora_fused, model, "cpu")
     x = torch.randn(3, 5, 16, dtype=torch.float64)
     for _ in range(2):
         y, expected = ours(x), model(x)
@@ -177,25 +158,13 @@ def test_pefts_own_attention(lora_fused):
         assert len(mine) == 6 and all(grad is not None for grad in mine)
         for one, other in zip(mine, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    rows = {row.module.rpartition(".")[2]: row for row in rows_of(lora_fused, ours)}
+    rows = {row.module.rpartition(".")[2]: row for row in explain(lora_fused, ours)}
     assert rows["fc"].fused
     assert "no fused layer for peft.tuners.lora.layer.MultiheadAttention" in rows["attention"].reason
     assert "never calls it" in rows["out_proj"].reason
 
 
 # ---- PEFT's trainable tokens ----
-
-
-def tied_llama(**config):
-    """A head that is tied to the embedding, of which some tokens are trained: LoRA's base is the tokens' wrapper."""
-    options = dict(r=4, lora_alpha=8, target_modules=["lm_head", "q_proj", "k_proj"], trainable_token_indices=[1, 2, 7])
-    model = tiny_llama(torch.float64, tie_word_embeddings=True)
-    model = get_peft_model(model, LoraConfig(**{**options, "task_type": "CAUSAL_LM", **config}))
-    randomise_adapters(model, torch.float64)
-    for name, parameter in model.named_parameters():
-        if "trainable_tokens" in name:
-            parameter.data += torch.randn_like(parameter)
-    return model.train()
 
 
 def losses(model):
@@ -215,8 +184,8 @@ def losses(model):
 @pytest.mark.parametrize("config", ({}, dict(lora_bias=True, bias="all"), dict(modules_to_save=["norm"])), ids=str)
 def test_trained_tokens_under_the_adapter(lora_fused, config):
     model = tied_llama(**config)
-    ours = kernelized(lora_fused, model)
-    row = rows_of(lora_fused, ours)[-1]
+    ours = kernelized(lora_fused, model, "cpu")
+    row = explain(lora_fused, ours)[-1]
     assert row.module.endswith("lm_head") and row.backend == "fused delta"
     assert row.reason == "base layer's own forward: TrainableTokensWrapper"
     mine, theirs = losses(ours), losses(model)
@@ -232,8 +201,8 @@ def test_trained_tokens_under_the_adapter(lora_fused, config):
 def test_dora_on_trained_tokens_is_pefts(lora_fused):
     """PEFT itself computes it with dropout alone."""
     model = tied_llama(use_dora=True, lora_dropout=0.2)
-    ours = kernelized(lora_fused, model)
-    row = rows_of(lora_fused, ours)[-1]
+    ours = kernelized(lora_fused, model, "cpu")
+    row = explain(lora_fused, ours)[-1]
     assert not row.fused and row.reason.startswith("DoRA on a base that is called")
     results = []
     for each in (ours, model):
@@ -251,10 +220,10 @@ def test_trained_tokens_beside_the_adapter(lora_fused, tied):
     config = LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=tokens, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     randomise_adapters(model, torch.float64)
-    ours = kernelized(lora_fused, model)
+    ours = kernelized(lora_fused, model, "cpu")
     for one, other in zip(losses(ours), losses(model), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-    rows = rows_of(lora_fused, ours)
+    rows = explain(lora_fused, ours)
     assert len(rows) == 14 and all(row.fused for row in rows), str(rows)
 
 
@@ -270,8 +239,8 @@ def test_a_layer_of_trained_tokens_as_base(lora_fused):
     model = model.double()
     randomise_adapters(model, torch.float64)
     plain, x = model.proj, torch.randn(6, 32, dtype=torch.float64)
-    ours = kernelized(lora_fused, plain)
-    row = rows_of(lora_fused, ours)[0]
+    ours = kernelized(lora_fused, plain, "cpu")
+    row = explain(lora_fused, ours)[0]
     assert row.fused and row.reason == "base layer's own forward: TrainableTokensLayer"
     y, expected = ours(x), plain(x)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)

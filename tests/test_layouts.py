@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers.cases import Case, peft_linear
 from helpers.embeddings import Case as EmbeddingCase, peft_embedding
-from helpers.heads import NAMES, heads, inner, kernelized
-from test_gated import glu
+from helpers.heads import NAMES, heads, inner
+from helpers.kernelizing import kernelized
+from helpers.mlps import glu
 from torch import nn
 
 pytestmark = [

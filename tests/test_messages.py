@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers.cases import DEVICE, Case, peft_linear
 from helpers.embeddings import Case as EmbeddingCase, peft_embedding
-from helpers.heads import inner, kernelized
-from test_gated import glu
+from helpers.heads import inner
+from helpers.kernelizing import kernelized
+from helpers.mlps import glu
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -28,7 +29,7 @@ def assert_plain(error):
 
 def test_the_pattern_finds_what_it_is_for():
     for text in (
-        "aoti_torch_cpu_addmm_out(out.get(), alpha) API call failed at kernel-src/common/products.cpp, line 27",
+        "aoti_torch_cpu_addmm_out(out.get(), alpha) API call failed at kernel-src/group/products.cpp, line 27",
         "check_dropout, kernel-src/cpu/../common/dropout.h:92, dropout: p is 1.5, expected 0 to 1",
         "_lora_fused_cpu_53c736a::row_norm() Expected a value of type 'float'",
     ):
@@ -245,9 +246,9 @@ def test_no_memory_on_a_gpu(lora_fused):
 FAILURES = {
     "check": ("check_dropout, kernel-src/cpu/../common/dropout.h:92, dropout: p is 1.5, expected 0 to 1",
               "dropout: p is 1.5, expected 0 to 1"),
-    "allocation": ("aoti_torch_empty_strided(n, sizes.data(), &handle) API call failed at kernel-src/common/products.cpp, line 97",
+    "allocation": ("aoti_torch_empty_strided(n, sizes.data(), &handle) API call failed at kernel-src/common/tensors.cpp, line 97",
                    "lora_fused: DefaultCPUAllocator: can't allocate memory"),
-    "product": ("aoti_torch_cpu_addmm_out(out.get(), alpha) API call failed at kernel-src/common/products.cpp, line 27",
+    "product": ("aoti_torch_cpu_addmm_out(out.get(), alpha) API call failed at kernel-src/group/products.cpp, line 27",
                 "lora_fused: operands do not fit"),
     "torch's own": ("mat1 and mat2 shapes cannot be multiplied", "mat1 and mat2 shapes cannot be multiplied"),
 }  # fmt: skip

@@ -7,6 +7,9 @@ import pytest
 import torch
 from helpers import formula
 from helpers.cases import UNIT, relative
+from helpers.native_ops import GROUPS, draw, flat_on, operands_of, poison, projections_of
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # tokens, features in; whole tiles, parts of tiles, more tokens than a block has, columns that no kernel of
 # masks in registers takes (33).
@@ -16,14 +19,6 @@ SHAPES = ((1, 64), (37, 200), (300, 1024), (70, 33), (1030, 96))
 LARGE = (4090, 1016) if torch.cuda.is_available() else (210, 1000)
 # As many tokens and outputs as one read of dy takes for dt and dB on Hopper.
 MANY = (15000, 40) if torch.cuda.is_available() else (1500, 40)
-# Of three members: features out, rank, dropout, DoRA, base bias.
-GROUPS = {
-    "masks": ((72, 8, 0.1, False, False), (40, 16, 0.3, False, True), (64, 32, 0.5, False, False)),
-    "ranks": ((72, 64, 0.1, False, False), (48, 72, 0.3, False, False), (64, 160, 0.2, False, False)),
-    "mixed": ((72, 16, 0.2, True, True), (40, 24, 0.0, True, True), (64, 8, 0.4, False, True)),
-    "odd": ((31, 5, 0.2, False, True), (17, 3, 0.0, False, False), (9, 7, 0.9, True, False)),
-    "no masks": ((72, 16, 0.0, True, False), (40, 40, 0.0, False, True), (64, 8, 0.0, False, False)),
-}
 LARGE_GROUPS = {
     "plain": ((1032, 8, 0.0, False, False), (1024, 32, 0.0, False, True), (1000, 64, 0.0, False, False)),
     "DoRA": ((1032, 16, 0.0, True, False), (1024, 32, 0.0, True, True), (1000, 24, 0.0, False, False)),
@@ -32,16 +27,6 @@ LARGE_GROUPS = {
     "ranks": ((72, 384, 0.1, False, False), (48, 672, 0.2, False, True), (64, 136, 0.3, False, False)),
 }
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16))
-FIELDS = ("weight", "bias", "lora_a", "lora_b", "lora_bias", "magnitude")
-SCALES = 4  # of a quantized weight, which none of these is
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """What the ops allocate is NaN on the CPU; `poison` does it on a GPU."""
-    torch.use_deterministic_algorithms(not torch.cuda.is_available())
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -51,37 +36,6 @@ def three_threads():
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(before)
-
-
-def draw(generator, *shape):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5
-
-
-def operands_of(generator, k, n, rank, dora, bias):
-    weight, a, b = draw(generator, n, k), draw(generator, rank, k), draw(generator, n, rank)
-    magnitude = (weight + 0.5 * b @ a).norm(dim=1) * (1 + 0.3 * torch.rand(n, generator=generator)) if dora else None
-    return [weight, draw(generator, n) if bias else None, a, b, None, magnitude]
-
-
-def poison(device):
-    """What is freed here is what the ops are given next."""
-    if device == "cuda":
-        torch.full((64 * 2**20,), float("nan"), device=device)
-
-
-def flat_on(operands, device, dtype, adapter):
-    flat = []
-    for each in operands:
-        for name, tensor in zip(FIELDS, each):
-            wanted = dtype if name in ("weight", "bias") else adapter
-            flat.append(None if tensor is None else tensor.detach().to(device, wanted).requires_grad_(name != "weight"))
-        flat += [None] * SCALES
-    return flat
-
-
-def projections_of(lora_fused, flat, scalings, specs):
-    operands = lora_fused.specs.unflatten(flat)
-    return [lora_fused.Projection(*each) for each in zip(operands, scalings, specs)]
 
 
 def backward(ys, dys, x, flat):

@@ -7,12 +7,12 @@ import accelerate
 import pytest
 import torch
 from helpers.cases import DEVICE, LINEARS, peft_llama, tiny_llama
-from helpers.heads import assert_same, functions, heads, inner, learned, step, take_out
+from helpers.heads import assert_same, heads, inner, learned, step, take_out
+from helpers.kernelizing import explain, fused_functions, kernelize_in_place
+from helpers.llamas import tokens
+from helpers.mlps import assert_same as assert_same_mlp, glu, mlp_of, step as mlp_step
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
-from test_adapters import tokens
-from test_fallbacks import explain, kernelized
-from test_gated import assert_same as assert_same_mlp, glu, mlp_of, step as mlp_step
 from torch import nn
 from torch.nn.utils import prune
 
@@ -28,7 +28,7 @@ def test_kernelizing_again(lora_fused):
         assert all(row.fused for row in explain(lora_fused, ours))
         result = step(ours, x)
         assert_same(result, step(model, x))
-        assert functions(result[0]) == 1
+        assert fused_functions(result[0]) == 1
 
 
 class Tripled(accelerate.hooks.ModelHook):
@@ -99,7 +99,7 @@ def test_hooks_of_accelerate_on_a_base(lora_fused, hook):
         assert_same(result, step(model, x))
     reason = reason_of_k(lora_fused, ours)
     if hook in WITHOUT_EFFECT.values():
-        assert functions(result[0]) == 1 and reason is None
+        assert fused_functions(result[0]) == 1 and reason is None
     else:
         assert "base_layer has a forward of its own" in reason
 
@@ -193,7 +193,7 @@ def test_tensors_in_place_of_parameters(lora_fused, dora):
             put()
         result = step(ours, x)
         assert_same(result, step(model, x))
-        assert functions(result[0]) == 1
+        assert fused_functions(result[0]) == 1
     assert reason_of_k(lora_fused, ours) is None
 
 
@@ -278,7 +278,7 @@ def test_a_hook_on_a_gated_mlp_stays(lora_fused):
     ours = copy.deepcopy(model)
     for each in (model, ours):
         accelerate.hooks.add_hook_to_module(mlp_of(each), Tripled())
-    ours = kernelized(lora_fused, ours)
+    ours = kernelize_in_place(lora_fused, ours)
     for _ in range(2):
         assert_same_mlp(mlp_step(ours, x), mlp_step(model, x))
     rows = explain(lora_fused, ours)
@@ -292,7 +292,7 @@ def test_a_hook_on_an_embedding_stays(lora_fused):
     ours, ids = copy.deepcopy(model), torch.arange(5)
     for each in (model, ours):
         accelerate.hooks.add_hook_to_module(inner(each).table, Tripled())
-    ours = kernelized(lora_fused, ours)
+    ours = kernelize_in_place(lora_fused, ours)
     assert torch.equal(ours(ids), model(ids))
     assert explain(lora_fused, ours)[0].reason.startswith("another tool set its forward: accelerate.hooks.")
 
@@ -303,7 +303,7 @@ def test_gradients_of_a_function_of_an_embedding(lora_fused, dora):
     base.add_module("table", nn.Embedding(20, 8))
     config = LoraConfig(r=2, target_modules=["table"], init_lora_weights=False, use_dora=dora)
     model = get_peft_model(base, config)
-    ours, ids = kernelized(lora_fused, copy.deepcopy(model)), torch.arange(5)
+    ours, ids = kernelize_in_place(lora_fused, copy.deepcopy(model)), torch.arange(5)
     assert explain(lora_fused, ours)[0].fused
     parameters = {name: p.detach() for name, p in inner(model).named_parameters()}
     torch.testing.assert_close(gradients(inner(ours), ids, parameters), gradients(inner(model), ids, parameters))
@@ -312,7 +312,7 @@ def test_gradients_of_a_function_of_an_embedding(lora_fused, dora):
 @pytest.mark.parametrize("first", (True, False), ids=("offloaded first", "kernelized first"))
 def test_weights_on_meta_until_a_hook_fires(lora_fused, first):
     model = peft_llama().eval()
-    ours = copy.deepcopy(model) if first else kernelized(lora_fused, copy.deepcopy(model))
+    ours = copy.deepcopy(model) if first else kernelize_in_place(lora_fused, copy.deepcopy(model))
     accelerate.cpu_offload(ours, execution_device=torch.device(DEVICE))
     if first:  # `kernelize(ours)` would take the hooks off the norms
         kernelize_adapted = importlib.import_module(f"{lora_fused.__name__}.binding").kernelize_adapted
@@ -328,7 +328,7 @@ def test_weights_on_meta_until_a_hook_fires(lora_fused, first):
 def test_a_compiled_model_runs_peft_s_forward(lora_fused, backend):
     """Compiled in one graph, and trained; outside of the compiler the model is fused."""
     model = peft_llama()
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(model))
     torch.compiler.reset()
     compiled = torch.compile(ours, backend=backend, fullgraph=True)
     grads = []

@@ -4,7 +4,6 @@ parallelism, and x that is sharded along its tokens. Where weights or x are shar
 import os
 import pathlib
 import socket
-import warnings
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 import transformers
 from helpers.cases import tiny_llama
+from helpers.kernelizing import explain
 from kernels import Mode, get_local_kernel, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -28,12 +28,6 @@ PLAN |= {"model.embed_tokens": "embedding_rowwise"}
 
 def local(value):
     return value.to_local() if isinstance(value, DTensor) else value
-
-
-def rows_of(lora_fused, model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return lora_fused.explain(model)
 
 
 def randomise(model):
@@ -101,7 +95,7 @@ def tensor_parallel(lora_fused, folder):
     """transformers' plan, and PEFT's hooks on the adapters of its layers, whose outputs are sharded."""
     lora = dict(target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens"])
     make = language_model(f"{folder}/llama", load=dict(tp_plan=PLAN), lora=lora)
-    assert_tensor_parallel(rows_of(lora_fused, assert_as_peft(lora_fused, make, loss)), 11, "lora_B")
+    assert_tensor_parallel(explain(lora_fused, assert_as_peft(lora_fused, make, loss)), 11, "lora_B")
 
 
 def tensor_parallel_of_inputs(lora_fused, folder):
@@ -112,7 +106,7 @@ def tensor_parallel_of_inputs(lora_fused, folder):
         randomise(model)
     with lora_fused.use_peft_layers():
         kernelize(ours, mode=Mode.TRAINING, device="cpu")
-    assert_tensor_parallel(rows_of(lora_fused, ours), 4, "lora_A")
+    assert_tensor_parallel(explain(lora_fused, ours), 4, "lora_A")
     outcomes = []
     for model in (ours, theirs):
         try:
@@ -128,7 +122,7 @@ def expert_parallel(lora_fused, folder):
     lora = dict(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     load = dict(distributed_config=config, experts_implementation="batched_mm")
     model = assert_as_peft(lora_fused, language_model(f"{folder}/mixtral", load=load, lora=lora), loss)
-    rows = rows_of(lora_fused, model)
+    rows = explain(lora_fused, model)
     assert len(rows) == 8 and all(row.fused for row in rows), str(rows)
 
 
@@ -167,7 +161,7 @@ def torchs_tensor_parallel(lora_fused, folder):
         parallelize_module(model.base_model.model.mlp, mesh, plan)
         return model
 
-    rows = rows_of(lora_fused, assert_as_peft(lora_fused, make, lambda model: model(tokens())))
+    rows = explain(lora_fused, assert_as_peft(lora_fused, make, lambda model: model(tokens())))
     assert len(rows) == 3 and not any(row.fused for row in rows), str(rows)
     assert all("has hooks" in row.reason and "DTensors" in row.reason for row in rows), str(rows)
 
@@ -177,7 +171,7 @@ def sharded_tokens(lora_fused, folder):
     mesh = init_device_mesh("cpu", (WORLD,))
     x = distribute_tensor(tokens(), mesh, [Shard(0)])
     model = assert_as_peft(lora_fused, lambda: distribute_module(mlp(), mesh), lambda model: model(x))
-    rows = rows_of(lora_fused, model)
+    rows = explain(lora_fused, model)
     assert len(rows) == 3 and all("is a DTensor" in row.reason for row in rows), str(rows)
     assert isinstance(model(x), DTensor)
 

@@ -6,9 +6,7 @@ Examples are the same in every run, so a failure can be repeated. A longer searc
     LORA_FUSED_EXAMPLES=5000 python -m pytest tests/test_properties.py
 """
 
-import copy
 import os
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 
@@ -16,8 +14,8 @@ import pytest
 import torch
 from helpers import networks
 from helpers.cases import DEVICE
+from helpers.kernelizing import explain, kernelized
 from hypothesis import HealthCheck, given, settings, strategies as st
-from kernels import Mode, kernelize
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
@@ -209,12 +207,6 @@ def attempt(action):
         return None, type(error)
 
 
-def explain(lora_fused, model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return lora_fused.explain(model)
-
-
 def assert_close(ours, theirs, exact):
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
@@ -229,11 +221,6 @@ def assert_close(ours, theirs, exact):
             torch.testing.assert_close(
                 value, expected, rtol=0, atol=TOLERANCE * max(scale, 1.0), msg=lambda m: f"{name}: {m}"
             )
-
-
-def kernelized(lora_fused, model):
-    lora_fused.register_peft_layers()
-    return kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device=DEVICE)
 
 
 def compare(lora_fused, plan, counts):

@@ -8,7 +8,9 @@ import pytest
 import torch
 from helpers import formula
 from helpers.cases import UNIT, relative
-from test_native import draw, flat_on, operands_of, poison, poisoned_memory, projections_of  # noqa: F401
+from helpers.native_ops import draw, flat_on, operands_of, poison, projections_of
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 RANKS = (1, 3, 4, 8, 12, 16, 40)
 

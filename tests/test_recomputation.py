@@ -4,7 +4,8 @@ import random
 
 import pytest
 import torch
-from helpers.heads import NAMES, heads, inner, kernelized, take_out
+from helpers.heads import NAMES, heads, inner, take_out
+from helpers.kernelizing import kernelized
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

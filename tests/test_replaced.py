@@ -14,70 +14,23 @@ import pytest
 import torch
 import transformers
 from helpers.cases import DEVICE, randomise_adapters
+from helpers.kernelizing import explain, kernelize_in_place
+from helpers.replaceable import (
+    MLP,
+    EmbeddingOperands,
+    FunctionalMLP,
+    Linear,
+    Transposed,
+    adapted,
+    assert_close,
+    linear,
+    values,
+)
 from peft import LoraConfig, get_peft_model
-from test_fallbacks import explain, kernelized
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 pytestmark = pytest.mark.usefixtures("on_device")
-
-
-class Linear(nn.Module):
-    layer = nn.Linear
-
-    def __init__(self):
-        super().__init__()
-        self.proj = self.layer(16, 16)
-
-    def forward(self, x):
-        return self.proj(x)
-
-
-class Transposed(Linear):
-    layer = transformers.pytorch_utils.Conv1D
-
-
-class EmbeddingOperands(nn.Module):
-    def __init__(self, scaled=False):
-        super().__init__()
-        make = transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding if scaled else nn.Embedding
-        self.table = make(16, 16, **(dict(padding_idx=0, embed_scale=4.0) if scaled else {}))
-
-    def forward(self, x):
-        return self.table((x.abs() * 5).long() % 16)
-
-
-class MLP(nn.Module):
-    """A gated MLP; nobody else's, so that its class can be replaced."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
-        self.act_fn = nn.SiLU()
-
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class FunctionalMLP(MLP):
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def adapted(base, **options):
-    torch.manual_seed(0)
-    names = [name for name, module in base.named_modules() if not list(module.children()) and "act" not in name]
-    config = LoraConfig(r=4, target_modules=names, init_lora_weights=True, **options)
-    model = get_peft_model(base.double(), config, autocast_adapter_dtype=False)
-    randomise_adapters(model, torch.float64)
-    return model
-
-
-def linear(**options):
-    return adapted(Linear(), **options)
 
 
 def scaled(own):
@@ -177,22 +130,6 @@ REPLACEMENTS = (
 OF_MLPS = ("MLP.", "SiLU.", ".silu")  # the projections are still fused, each alone
 
 
-def values(model, evaluate):
-    model.train(not evaluate)
-    x = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator(DEVICE).manual_seed(2), requires_grad=True)
-    model.zero_grad()
-    torch.manual_seed(5)  # PEFT's masks
-    y = model(x)
-    y.square().sum().backward()
-    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
-
-
-def assert_close(ours, theirs):
-    assert len(ours) == len(theirs) > 2
-    for mine, expected in zip(ours, theirs):
-        torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("late", (False, True), ids=("before", "after"))
 @pytest.mark.parametrize("replacement", REPLACEMENTS, ids=str)
 def test_a_replaced_function_is_called(lora_fused, replacement, late):
@@ -200,11 +137,11 @@ def test_a_replaced_function_is_called(lora_fused, replacement, late):
     evaluate = theirs.peft_config["default"].lora_dropout > 0  # whose masks are others than PEFT's where it is fused
     ours = copy.deepcopy(theirs)
     if late:
-        kernelized(lora_fused, ours)
+        kernelize_in_place(lora_fused, ours)
         for _ in range(2):
             plain = values(ours, evaluate)
     with replacement.active():
-        kernelized(lora_fused, ours)
+        kernelize_in_place(lora_fused, ours)
         expected = values(theirs, evaluate)
         for _ in range(2):
             assert_close(values(ours, evaluate), expected)
@@ -218,7 +155,7 @@ def test_a_replaced_function_is_called(lora_fused, replacement, late):
                 assert replacement.name in row.reason and row.reason.partition(" by ")[2].startswith(
                     (__name__, "torch.nn")
                 )
-    kernelized(lora_fused, ours)  # what was no gated MLP may be one
+    kernelize_in_place(lora_fused, ours)  # what was no gated MLP may be one
     assert_close(values(ours, evaluate), values(theirs, evaluate))
     rows = explain(lora_fused, ours)
     assert all(row.fused and row.last == "fused" and row.mlp is None for row in rows), rows
@@ -237,7 +174,7 @@ def test_replaced_under_four_bit_weights(lora_fused, which, dora):
     base.proj, base.is_loaded_in_4bit = four_bit(nn.Linear(64, 64), torch.float32, DEVICE), True
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["proj"], use_dora=dora))
     randomise_adapters(model, torch.float32)
-    ours = kernelized(lora_fused, copy.deepcopy(model))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(model))
     x = torch.randn(9, 64)
     assert explain(lora_fused, ours)[0].fused
     owner = {"class": bnb.nn.Linear4bit, "function": bnb, "PEFT's class": peft_bnb.Linear4bit}[which]
@@ -254,7 +191,7 @@ def test_replaced_under_four_bit_weights(lora_fused, which, dora):
 def test_code_that_is_exchanged_in_place(lora_fused, owner):
     """As tools do that reload sources: the function stays the same object."""
     theirs = linear()
-    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(theirs))
     values(ours, False)
 
     def forward(self, x, *args, **kwargs):
@@ -270,58 +207,6 @@ def test_code_that_is_exchanged_in_place(lora_fused, owner):
     assert explain(lora_fused, ours)[0].fused
 
 
-class Doubling(TorchFunctionMode):
-    def __torch_function__(self, func, kinds, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        return 2 * result if func is F.linear else result
-
-
-class Counting(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("mode", (Doubling, Counting, lambda: FlopCounterMode(display=False)), ids=lambda m: m.__name__)
-@pytest.mark.parametrize(
-    "base", (linear, lambda: adapted(EmbeddingOperands()), lambda: adapted(MLP())), ids=("linear", "table", "mlp")
-)
-def test_an_active_mode_sees_peft_s_operations(lora_fused, base, mode):
-    theirs = base()
-    ours = kernelized(lora_fused, copy.deepcopy(theirs))
-    values(ours, False)
-    results, seen = [], []
-    for model in (ours, theirs):
-        with mode() as active:
-            results.append(values(model, False))
-        seen.append(active.get_total_flops() if isinstance(active, FlopCounterMode) else getattr(active, "seen", None))
-    assert_close(*results)
-    assert seen[0] == seen[1]
-    with mode():
-        rows = explain(lora_fused, ours)
-    assert all(not row.fused and "sees every operation" in row.reason for row in rows)
-    values(ours, False)
-    assert all(row.fused and row.last == "fused" for row in explain(lora_fused, ours))
-
-
-def test_a_default_device_and_selective_checkpoints_keep_the_model_fused(lora_fused):
-    theirs = adapted(MLP())
-    ours = kernelized(lora_fused, copy.deepcopy(theirs))
-    with torch.device(DEVICE):
-        assert_close(values(ours, False), values(theirs, False))
-        assert all(row.fused and row.last == "fused" for row in explain(lora_fused, ours))
-    from torch.utils import checkpoint
-
-    save = functools.partial(checkpoint.create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
-    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
-    checkpoint.checkpoint(ours, x, use_reentrant=False, context_fn=save).sum().backward()
-    assert all(row.last == "fused" for row in explain(lora_fused, ours))
-
-
 def test_the_linear_of_deepspeed_is_the_same_mathematics(lora_fused, tmp_path, monkeypatch):
     """ZeRO-3 leaves its own function in the place of F.linear for good. Anybody else's of that name is a replacement."""
     source = tmp_path / "linear.py"
@@ -334,7 +219,7 @@ def test_the_linear_of_deepspeed_is_the_same_mathematics(lora_fused, tmp_path, m
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     theirs = linear()
-    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(theirs))
     monkeypatch.setattr(F, "linear", module.zero3_linear_wrap)
     assert_close(values(ours, False), values(theirs, False))
     assert explain(lora_fused, ours)[0].last == "fused"
@@ -351,7 +236,7 @@ def test_the_linear_of_deepspeed_is_the_same_mathematics(lora_fused, tmp_path, m
 def test_an_activation_that_is_exchanged(lora_fused):
     """A module, a function on the module, a forward on the activation itself."""
     theirs = adapted(MLP())
-    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(theirs))
     values(ours, False)
     for change in (
         lambda mlp: setattr(mlp, "act_fn", nn.Tanh()),
@@ -372,7 +257,7 @@ class WithFunction(MLP):
 
 def test_a_function_on_the_module_that_is_exchanged(lora_fused):
     theirs = adapted(WithFunction())
-    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(theirs))
     values(ours, False)
     assert {row.layer for row in explain(lora_fused, ours)} == {"LoraGatedMLP"}
     for function in (torch.tanh, F.gelu, lambda x: F.silu(2 * x)):
@@ -401,7 +286,7 @@ def test_between_siblings(lora_fused):
     torch.manual_seed(0)
     theirs = get_peft_model(base.double(), LoraConfig(r=4, target_modules=["q", "k"]), autocast_adapter_dtype=False)
     randomise_adapters(theirs, torch.float64)
-    ours = kernelized(lora_fused, copy.deepcopy(theirs))
+    ours = kernelize_in_place(lora_fused, copy.deepcopy(theirs))
     for _ in range(3):
         values(ours, False)
     assert [row.group for row in explain(lora_fused, ours)] == ["q+k", "q+k"]

@@ -3,12 +3,13 @@ a GPU would have to be waited for."""
 
 import copy
 import importlib
-import warnings
 
 import pytest
 import torch
 from helpers.cases import assert_as_good, peft_llama, randomise_adapters
 from helpers.heads import NAMES, assert_same, heads, inner, step
+from helpers.kernelizing import explain, kernelized
+from helpers.llamas import gradients, tied_llama
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
@@ -27,17 +28,6 @@ def way(lora_fused, request, monkeypatch):
     return request.param
 
 
-def kernelized(lora_fused, model):
-    lora_fused.register_peft_layers()
-    return kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device="cpu")
-
-
-def explained(lora_fused, model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return lora_fused.explain(model)
-
-
 def scalings(model):
     return [module.scaling for module in model.modules() if hasattr(module, "lora_A")]
 
@@ -53,20 +43,20 @@ def tensors(model, dtype=torch.float32):
 @pytest.mark.parametrize("config", VARIANTS, ids=str)
 def test_groups(lora_fused, way, config):
     plain = tensors(heads(**config))
-    ours, x = kernelized(lora_fused, plain), torch.randn(6, 32, dtype=torch.float64)
+    ours, x = kernelized(lora_fused, plain, "cpu"), torch.randn(6, 32, dtype=torch.float64)
     for factor in (1.0, 0.5, -2.0):
         for model in (plain, ours):
             for scaling in scalings(model):
                 scaling["default"].mul_(factor)
         for _ in range(2):  # in the second there is a group
             assert_same(step(ours, x), step(plain, x))
-        rows = explained(lora_fused, ours)
+        rows = explain(lora_fused, ours)
         assert len(rows) == 3 and all(row.fused and row.group == "q+k+v" for row in rows), str(rows)
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 def test_a_group_computes_once(lora_fused, way, monkeypatch):
-    ours, x = kernelized(lora_fused, tensors(heads())), torch.randn(6, 32, dtype=torch.float64)
+    ours, x = kernelized(lora_fused, tensors(heads()), "cpu"), torch.randn(6, 32, dtype=torch.float64)
     step(ours, x)
     calls, own = [], lora_fused.functional.dispatch.compute_group
     monkeypatch.setattr(
@@ -95,7 +85,7 @@ def made_a_number(scaling):
 def test_changes_between_siblings(lora_fused, way, change):
     """What was computed ahead is not given out."""
     plain = tensors(heads())
-    ours, x = kernelized(lora_fused, plain), torch.randn(6, 32, dtype=torch.float64)
+    ours, x = kernelized(lora_fused, plain, "cpu"), torch.randn(6, 32, dtype=torch.float64)
     step(ours, x)
 
     def between(root, name, x):
@@ -115,7 +105,7 @@ def test_hot_swap(lora_fused, way, config):
     plain = peft_llama(torch.float64, target_modules=targets, **config)
     prepare_model_for_compiled_hotswap(plain, target_rank=6)
     randomise_adapters(plain, torch.float64)
-    ours = kernelized(lora_fused, plain)
+    ours = kernelized(lora_fused, plain, "cpu")
     assert all(type(scaling["default"]) is torch.Tensor for scaling in scalings(ours))
     for value in (2.0, 0.75):
         for model in (plain, ours):
@@ -131,18 +121,16 @@ def test_hot_swap(lora_fused, way, config):
                 found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
             assert len(found[0]) > 28
             torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
-    rows = explained(lora_fused, ours)
+    rows = explain(lora_fused, ours)
     assert len(rows) == 15 and all(row.fused for row in rows), str(rows)
     assert sum(row.layer == "LoraGatedMLP" for row in rows) == 6
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 def test_a_base_that_is_called(lora_fused, way):
-    from test_known_bases import gradients, tied_llama
-
     plain = tensors(tied_llama(lora_bias=True, bias="all"))
-    ours = kernelized(lora_fused, plain)
-    assert [row.backend for row in explained(lora_fused, ours)][-1] == "fused delta"
+    ours = kernelized(lora_fused, plain, "cpu")
+    assert [row.backend for row in explain(lora_fused, ours)][-1] == "fused delta"
     ids = torch.randint(0, 64, (2, 7))
     y, expected = ours(ids).logits, plain(ids).logits
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
@@ -156,7 +144,7 @@ def test_a_base_that_is_called(lora_fused, way):
 def test_nothing_waits_for_a_value(lora_fused, way):
     """Neither a group, nor a gated MLP, nor an embedding reads what is on a GPU."""
     model = tensors(peft_llama(target_modules=["embed_tokens", "q_proj", "k_proj", "gate_proj", "down_proj"]))
-    ours = kernelized(lora_fused, model).base_model.model.model
+    ours = kernelized(lora_fused, model, "cpu").base_model.model.model
     ids, x = torch.arange(6).view(1, 6), torch.randn(2, 3, 64)
     layer = ours.layers[0]
 
@@ -178,8 +166,8 @@ def test_nothing_waits_for_a_value(lora_fused, way):
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.int64), ids=str)
 def test_other_dtypes_of_scalings(lora_fused, way, dtype):
     plain = tensors(heads(), dtype)
-    ours, x = kernelized(lora_fused, plain), torch.randn(6, 32, dtype=torch.float64)
-    assert all(row.fused for row in explained(lora_fused, ours))
+    ours, x = kernelized(lora_fused, plain, "cpu"), torch.randn(6, 32, dtype=torch.float64)
+    assert all(row.fused for row in explain(lora_fused, ours))
     assert_same(step(ours, x), step(plain, x))
 
 
@@ -202,8 +190,8 @@ def test_scalings_that_are_pefts(lora_fused, name):
     plain = heads()
     for scaling in scalings(plain):
         scaling["default"] = make()
-    ours, x = kernelized(lora_fused, plain), torch.randn(6, 32, dtype=torch.float64)
-    rows = explained(lora_fused, ours)
+    ours, x = kernelized(lora_fused, plain, "cpu"), torch.randn(6, 32, dtype=torch.float64)
+    rows = explain(lora_fused, ours)
     assert len(rows) == 3 and all(not row.fused and reason in row.reason for row in rows), str(rows)
     results = [inner(model)(x) for model in (ours, plain)]
     assert torch.equal(*results)
@@ -218,8 +206,8 @@ def test_scalings_that_are_pefts(lora_fused, name):
 def test_float16_has_not_the_range(lora_fused, way):
     """s·B may overflow where B t and s·(B t) do not."""
     plain = tensors(heads(torch.float16))
-    ours, x = kernelized(lora_fused, plain), torch.randn(6, 32, dtype=torch.float16)
-    rows = explained(lora_fused, ours)
+    ours, x = kernelized(lora_fused, plain, "cpu"), torch.randn(6, 32, dtype=torch.float16)
+    rows = explain(lora_fused, ours)
     assert all(not row.fused and "float16's range" in row.reason for row in rows), str(rows)
     assert torch.equal(inner(ours)(x), inner(plain)(x))
 
@@ -232,8 +220,8 @@ def test_embedding_alone(lora_fused):
         plain = get_peft_model(model.double(), config, autocast_adapter_dtype=False)
         randomise_adapters(plain, torch.float64)
         plain.base_model.model.embed.scaling["default"] = scaling
-        ours = kernelized(lora_fused, plain)
-        assert explained(lora_fused, ours)[0].fused == (scaling.dim() == 0)
+        ours = kernelized(lora_fused, plain, "cpu")
+        assert explain(lora_fused, ours)[0].fused == (scaling.dim() == 0)
         ids, gradients = torch.randint(0, 12, (3, 5)), []
         for each in (ours, plain):
             y = each(ids)
@@ -293,7 +281,7 @@ def test_half_precision(lora_fused, way, config, dtypes):
                 scaling["default"].fill_(value)
         found = [passes(model, x, dy, dtypes[2]) for model in (ours, plain)]
         assert_all_as_good(*found, passes(truth, x.double(), dy.double()), BF16)
-    assert all(row.fused for row in explained(lora_fused, ours))
+    assert all(row.fused for row in explain(lora_fused, ours))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -317,5 +305,5 @@ def test_on_a_gpu(lora_fused, config, dtypes):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert_all_as_good(mine, passes(plain, *on_gpu, dtypes[2]), passes(truth, x.double(), dy.double()), BF16)
-    rows = explained(lora_fused, ours)
+    rows = explain(lora_fused, ours)
     assert len(rows) == 3 and all(row.fused and row.group == "q+k+v" for row in rows), str(rows)

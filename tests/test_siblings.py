@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 from helpers.cases import DEVICE, DrawnDropout, peft_llama, randomise_adapters
-from helpers.heads import NAMES, assert_same, functions, heads, inner, kernelized, learned, step
+from helpers.heads import NAMES, assert_same, heads, inner, learned, masked_heads, step
+from helpers.kernelizing import fused_functions, kernelized
 from peft import LoraConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -26,7 +27,7 @@ def test_members_that_differ_run_as_one(lora_fused, config):
     for _ in range(3):
         result = step(ours, x)
         assert_same(result, expected)
-        counts.append(functions(result[0]))
+        counts.append(fused_functions(result[0]))
     assert counts == [3, 1, 1]
     assert {row.group for row in lora_fused.explain(ours)} == {"q+k+v"}
 
@@ -44,7 +45,7 @@ def test_deterministic_algorithms_know_no_groups(lora_fused):
         finally:
             torch.use_deterministic_algorithms(False)
         assert_same(result, expected)
-        counts.append(functions(result[0]))
+        counts.append(fused_functions(result[0]))
         assert groups == ({"q+k+v"} if counts[-1] == 1 else {"single"})
     assert counts == [3, 3, 3, 3, 1, 3, 1]
 
@@ -56,7 +57,7 @@ def test_a_group_changes_no_bit_of_an_output(lora_fused, dtype):
     model = heads(dtype, rank_pattern={}, alpha_pattern={})
     ours, x = kernelized(lora_fused, model), torch.randn(6, 32, dtype=dtype)
     first, *later = (step(ours, x)[0] for _ in range(3))
-    assert functions(later[-1]) == 1
+    assert fused_functions(later[-1]) == 1
     assert all(torch.equal(first, other) for other in later)
 
 
@@ -78,7 +79,7 @@ def test_members_of_several_kinds(lora_fused):
                 layer.lora_dropout[adapter] = DrawnDropout(lora_fused, drop.p, x.shape, DEVICE, i, 3)
     torch.manual_seed(5)
     y, grads = step(ours, x)
-    assert functions(y) == 1
+    assert fused_functions(y) == 1
     y_peft, grads_peft = step(model, x)
     torch.testing.assert_close(y, y_peft)
     for name, grad in grads.items():
@@ -120,7 +121,7 @@ def test_a_sibling_that_is_skipped_leaves_the_group(lora_fused):
     for names in (("q", "v"), ("q", "v"), ("q", "v"), NAMES, NAMES, NAMES):
         result = step(ours, x, names=names)
         assert_same(result, step(model, x, names=names))
-    assert functions(result[0]) == 1
+    assert fused_functions(result[0]) == 1
 
 
 def test_order_of_calls_may_change(lora_fused):
@@ -167,7 +168,7 @@ def test_a_group_waits_for_graphs_of_its_past(lora_fused):
         second.backward()
         third.backward()
         first, second = forward(ours), forward(ours)
-    assert functions(inner(ours)(leaf * 1)) == 1
+    assert fused_functions(inner(ours)(leaf * 1)) == 1
     model.zero_grad(), ours.zero_grad()
     forward(model).backward(), (first + second).backward()
     for name, p in ours.named_parameters():
@@ -177,21 +178,8 @@ def test_a_group_waits_for_graphs_of_its_past(lora_fused):
 
 @pytest.mark.parametrize("masked", (("q", "k", "v"), ("k",)), ids="+".join)
 def test_a_group_waits_for_reentrant_checkpoints(lora_fused, monkeypatch, masked):
-    """Two forwards before their backwards, each with its own masks: y = J x + b and dx = Jᵀ dy with one mask in J. A draw
-    of three seeds is not three draws of one, as on a GPU."""
-    own = lora_fused.functional.dispatch.draw_seeds
-
-    def draw_seeds(*args):
-        seeds = own(*args)
-        return None if seeds is None else seeds ^ len(seeds)
-
-    monkeypatch.setattr(lora_fused.functional.dispatch, "draw_seeds", draw_seeds)
-    model = heads(lora_dropout=0.5)
-    for name in {*NAMES} - {*masked}:
-        getattr(inner(model), name).lora_dropout["default"] = nn.Identity()
-    ours = kernelized(lora_fused, model)
-    biases = [getattr(inner(ours), name).base_layer for name in NAMES]
-    b = torch.cat([torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in biases])
+    """Two forwards before their backwards, each with its own masks: y = J x + b and dx = Jᵀ dy with one mask in J."""
+    ours, b = masked_heads(lora_fused, monkeypatch, masked)
     for _ in range(3):
         xs = [torch.randn(5, 32, dtype=torch.float64, requires_grad=True) for _ in range(2)]
         dys = [torch.randn(5, 36, dtype=torch.float64) for _ in range(2)]
@@ -199,7 +187,7 @@ def test_a_group_waits_for_reentrant_checkpoints(lora_fused, monkeypatch, masked
         torch.autograd.backward(ys, dys)
         for x, y, dy in zip(xs, ys, dys):
             torch.testing.assert_close(((y - b) * dy).sum(), (x * x.grad).sum())
-    assert functions(inner(ours)(torch.randn(5, 32, dtype=torch.float64, requires_grad=True))) == 1
+    assert fused_functions(inner(ours)(torch.randn(5, 32, dtype=torch.float64, requires_grad=True))) == 1
 
 
 def test_a_step_ends_the_wait_for_reentrant_checkpoints(lora_fused):
@@ -215,7 +203,7 @@ def test_a_step_ends_the_wait_for_reentrant_checkpoints(lora_fused):
 
     for expected in (3, 1, 1):
         y = forwards()
-        assert functions(y) == expected
+        assert fused_functions(y) == expected
         y.square().sum().backward()
         del y
         optimizer.step()
@@ -252,7 +240,7 @@ def test_a_graph_that_is_dropped_holds_nothing_up(lora_fused):
     ours = kernelized(lora_fused, model)
     y = inner(ours)(x.clone())
     del y
-    assert functions(inner(ours)(x.clone())) == 1
+    assert fused_functions(inner(ours)(x.clone())) == 1
 
 
 def test_the_same_input_in_every_pass(lora_fused):
@@ -261,7 +249,7 @@ def test_the_same_input_in_every_pass(lora_fused):
     ours = kernelized(lora_fused, model)
     for _ in range(2):
         inner(ours)(x).sum().backward()
-    assert functions(inner(ours)(x)) == 1
+    assert fused_functions(inner(ours)(x)) == 1
 
 
 def test_threads_do_not_mix(lora_fused):
@@ -282,7 +270,7 @@ def test_threads_do_not_mix(lora_fused):
                 with torch.set_grad_enabled(turn % 2 == 0):
                     y = inner(ours)(x * 1)
                 torch.testing.assert_close(y.detach(), expected, rtol=1e-12, atol=1e-12)
-                assert turn % 2 or functions(y) == 1
+                assert turn % 2 or fused_functions(y) == 1
                 passed.append(seed)
         except BaseException as error:
             errors.append(error)
@@ -308,4 +296,4 @@ def test_a_group_that_never_settles_stays_single(lora_fused):
     for turn in range(30):
         names = NAMES if turn % 2 else ("q", "v")
         assert_same(step(ours, x, names=names), step(model, x, names=names))
-    assert functions(step(ours, x)[0]) == 3
+    assert fused_functions(step(ours, x)[0]) == 3

@@ -4,7 +4,7 @@ where it was saved."""
 import pytest
 import torch
 from helpers.cases import DEVICE, OwnForwards, peft_llama
-from test_fallbacks import explain, kernelized
+from helpers.kernelizing import explain, kernelize_in_place
 from transformers import Trainer, TrainingArguments
 
 STEPS = 6
@@ -66,7 +66,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_losses_and_adapters_are_those_of_peft(lora_fused, tmp_path, dora, options):
     theirs = trained(peft_llama(use_dora=dora), tmp_path, **options)
-    model = kernelized(lora_fused, peft_llama(use_dora=dora))
+    model = kernelize_in_place(lora_fused, peft_llama(use_dora=dora))
     assert all(row.fused for row in explain(lora_fused, model))
     before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     ours = trained_fused(model, tmp_path, **options)
@@ -78,7 +78,7 @@ def test_losses_and_adapters_are_those_of_peft(lora_fused, tmp_path, dora, optio
 def test_mixed_precision_is_as_near_to_float32_as_peft(lora_fused, tmp_path, dora):
     _, truth = trained(peft_llama(use_dora=dora), tmp_path)
     _, theirs = trained(peft_llama(use_dora=dora), tmp_path, bf16=True)
-    model = kernelized(lora_fused, peft_llama(use_dora=dora))
+    model = kernelize_in_place(lora_fused, peft_llama(use_dora=dora))
     _, ours = trained_fused(model, tmp_path, bf16=True)
 
     def distance(found):
@@ -89,6 +89,6 @@ def test_mixed_precision_is_as_near_to_float32_as_peft(lora_fused, tmp_path, dor
 
 def test_training_is_taken_up_again(lora_fused, tmp_path):
     save = dict(save_strategy="steps", save_steps=STEPS // 2)
-    whole = trained(kernelized(lora_fused, peft_llama()), tmp_path, **save)
-    again = kernelized(lora_fused, peft_llama())
+    whole = trained(kernelize_in_place(lora_fused, peft_llama()), tmp_path, **save)
+    again = kernelize_in_place(lora_fused, peft_llama())
     assert_same(trained_fused(again, tmp_path, tmp_path / f"checkpoint-{STEPS // 2}", **save), whole, 1e-6)

@@ -4,8 +4,8 @@ import accelerate
 import pytest
 import torch
 from helpers.cases import LINEARS, peft_llama, tiny_llama
+from helpers.kernelizing import explain, kernelize_in_place
 from peft import LoraConfig, get_peft_model
-from test_fallbacks import explain, kernelized
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 SHAPE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=1, attn_implementation="eager")
@@ -38,7 +38,7 @@ def test_the_second_gpu_computes_as_the_first(lora_fused, variant, autocast, tok
     found = []
     for device in ("cuda:0", "cuda:1"):
         torch.manual_seed(0)
-        model = kernelized(lora_fused, peft_llama(torch.bfloat16, SHAPE, r=8, **variant).to(device))
+        model = kernelize_in_place(lora_fused, peft_llama(torch.bfloat16, SHAPE, r=8, **variant).to(device))
         assert torch.cuda.current_device() == 0
         found.append(two_passes(model, device, tokens, autocast))
     assert len(found[0]) == len(found[1]) > 14
@@ -63,7 +63,7 @@ def test_a_model_spread_over_two_gpus(lora_fused, dora):
     options = dict(r=4, target_modules=LINEARS, task_type="CAUSAL_LM", init_lora_weights=False, use_dora=dora)
     model = get_peft_model(base, LoraConfig(**options))
     theirs = two_passes(model, "cuda:0", 9)
-    model = kernelized(lora_fused, model)
+    model = kernelize_in_place(lora_fused, model)
     ours = two_passes(model, "cuda:0", 9)
     rows = explain(lora_fused, model)
     assert all(row.fused for row in rows) and {row.group for row in rows} > {

@@ -11,12 +11,13 @@ import types
 import pytest
 import torch
 from helpers.cases import LINEARS, peft_llama, tiny_llama
+from helpers.kernelizing import Loaded, explain
+from helpers.llamas import passed, tokens
 from kernels import Mode, kernelize, register_kernel_mapping, use_kernel_mapping
 from kernels.layer.globals import _KERNEL_MAPPING
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner
-from test_kernelized import Loaded, explain, kernelize_adapted, passed, tokens  # noqa: F401  one is a fixture
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -114,7 +115,7 @@ def test_ours_first(lora_fused, kernelized):
 
 
 @pytest.mark.parametrize("first", (True, False), ids=("theirs first", "ours first"))
-def test_our_modules_alone(lora_fused, kernelize_adapted, first):  # noqa: F811
+def test_our_modules_alone(lora_fused, kernelize_adapted, first):
     peft, ours = adapted(tiny_llama()), adapted(tiny_llama())
     for each in (peft, ours) if first else (peft,):
         each.get_base_model().set_use_kernels(True)
@@ -124,7 +125,7 @@ def test_our_modules_alone(lora_fused, kernelize_adapted, first):  # noqa: F811
     assert_both(lora_fused, ours, peft)
 
 
-def test_a_mapping_of_theirs_that_leaves_ours_out(lora_fused, kernelize_adapted):  # noqa: F811
+def test_a_mapping_of_theirs_that_leaves_ours_out(lora_fused, kernelize_adapted):
     """As `KernelConfig(use_local_kernel=True)` gives the model: at train() and eval() nothing else is mapped, so what
     is registered goes back to PEFT's forward, which `explain` says; what was kernelized in a scope or alone stays."""
     config = types.SimpleNamespace(kernel_mapping={"RMSNorm": {"cpu": Loaded(TheirRMSNorm)}}, use_local_kernel=True)

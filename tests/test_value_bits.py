@@ -7,8 +7,9 @@ import pytest
 import torch
 from helpers.cases import DEVICE, peft_llama
 from helpers.embeddings import Case as EmbeddingCase, draw_ids, peft_embedding
-from helpers.heads import assert_same, functions, heads, inner, kernelized, learned, step
-from test_gated import glu
+from helpers.heads import assert_same, heads, inner, learned, step
+from helpers.kernelizing import fused_functions, kernelized
+from helpers.mlps import glu
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -112,12 +113,12 @@ def test_gain_and_dropout(lora_fused):
 @pytest.mark.parametrize("kernel", ("native", "triton"))
 def test_the_scales_of_four_bits(lora_fused, name, kernel):
     pytest.importorskip("bitsandbytes")
-    from test_dequantize import make
+    from helpers.quantized import random_four_bit
 
     if kernel == "triton":
         pytest.importorskip("triton")
     nested = name != "absmax"
-    operands, spec, *_ = make(lora_fused, (16, 64), 64, "nf4", nested, torch.float32, DEVICE)
+    operands, spec, *_ = random_four_bit(lora_fused, (16, 64), 64, "nf4", nested, torch.float32, DEVICE)
     changed = operands._replace(**{name: negated(getattr(operands, name))})
     dequantize = (
         lora_fused.backends.select if kernel == "native" else lora_fused.backends.select.get("triton")
@@ -153,7 +154,7 @@ def test_layers_of_a_group(lora_fused, config):
     model, x = heads(**config), torch.randn(5, 32, dtype=torch.float64)
     ours = learned(lora_fused, with_negative_parameters(copy.deepcopy(model)), x)
     result = step(ours, x)
-    assert functions(result[0]) == 1
+    assert fused_functions(result[0]) == 1
     assert_same(result, step(model, x))
 
 

@@ -8,10 +8,10 @@ import kernels
 import peft
 import pytest
 import torch
+from helpers.published import BUILD
 from kernels.layer.globals import _KERNEL_MAPPING
 from peft import PeftModel
 from peft.tuners import lora
-from test_download import BUILD
 from transformers.utils.import_utils import is_kernels_available
 
 MARKED = (PeftModel, lora.Linear, lora.Embedding)

@@ -65,7 +65,7 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "float number, int padding, bool need_a, bool need_b, bool need_m) -> Tensor[]");
 }
 
-bool gemm_pays_cpu(const torch::stable::Tensor&, int64_t, int64_t) { return false; }
+bool gemm_is_faster_cpu(const torch::stable::Tensor&, int64_t, int64_t) { return false; }
 
 std::string names(std::string kind) { return lora_fused::names_of(kind); }
 
@@ -73,11 +73,11 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) { ops.imp
 
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("row_norm", TORCH_BOX(&row_norm_cpu));
-  ops.impl("gain", TORCH_BOX(&gain_cpu));
+  ops.impl("gain", TORCH_BOX(&mag_norm_scale_cpu));
   ops.impl("dropout", TORCH_BOX(&dropout_cpu));
-  ops.impl("dora_gains", TORCH_BOX(&dora_gains));
+  ops.impl("dora_gains", TORCH_BOX(&dora_scales));
   ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_cpu));
-  ops.impl("gemm_pays", TORCH_BOX(&gemm_pays_cpu));
+  ops.impl("gemm_pays", TORCH_BOX(&gemm_is_faster_cpu));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
   ops.impl("gated_forward", TORCH_BOX(&gated_forward));
@@ -87,14 +87,14 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
 #if defined(CUDA_KERNEL)
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("row_norm", TORCH_BOX(&row_norm_cuda));
-  ops.impl("gain", TORCH_BOX(&gain_cuda));
+  ops.impl("gain", TORCH_BOX(&mag_norm_scale_cuda));
   ops.impl("dropout", TORCH_BOX(&dropout_cuda));
-  ops.impl("dora_gains", TORCH_BOX(&dora_gains));
+  ops.impl("dora_gains", TORCH_BOX(&dora_scales));
   ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_cuda));
   ops.impl("gemm", TORCH_BOX(&gemm_cuda));
-  ops.impl("gemm_pays", TORCH_BOX(&gemm_pays_cuda));
+  ops.impl("gemm_pays", TORCH_BOX(&gemm_is_faster_cuda));
   ops.impl("skinny", TORCH_BOX(&skinny_cuda));
-  ops.impl("dy_products", TORCH_BOX(&dy_products_cuda));
+  ops.impl("dy_products", TORCH_BOX(&dt_db_cuda));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
   ops.impl("gated_forward", TORCH_BOX(&gated_forward));

@@ -18,9 +18,9 @@ torch::stable::Tensor row_norm_cuda(const torch::stable::Tensor& weight,
                                     const torch::stable::Tensor& lora_a,
                                     const torch::stable::Tensor& lora_b, double scaling);
 
-torch::stable::Tensor gain_cpu(const torch::stable::Tensor& magnitude,
+torch::stable::Tensor mag_norm_scale_cpu(const torch::stable::Tensor& magnitude,
                                const torch::stable::Tensor& norm);
-torch::stable::Tensor gain_cuda(const torch::stable::Tensor& magnitude,
+torch::stable::Tensor mag_norm_scale_cuda(const torch::stable::Tensor& magnitude,
                                 const torch::stable::Tensor& norm);
 
 void dropout_cpu(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p,
@@ -42,26 +42,26 @@ void dequantize_4bit_cuda(const torch::stable::Tensor& packed,
                           int64_t nested_blocksize, bool fp4, int64_t first,
                           torch::stable::Tensor out);
 
-// Lists of projections: kernel-src/common/lora_group.cpp and gated_mlp.cpp say what they hold.
+// GroupArgs of projections: kernel-src/common/lora_group.cpp and gated_mlp.cpp say what they hold.
 namespace lora_fused {
 using Tensors = std::vector<torch::stable::Tensor>;
 using Optionals = std::vector<std::optional<torch::stable::Tensor>>;
 }  // namespace lora_fused
 
-std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_gains(
+std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_scales(
     lora_fused::Tensors weights, lora_fused::Tensors lora_a, lora_fused::Tensors lora_b,
     lora_fused::Tensors magnitudes, std::vector<double> scalings, lora_fused::Tensors scales,
     std::vector<int64_t> quantized);
 std::tuple<lora_fused::Tensors, lora_fused::Tensors, torch::stable::Tensor, lora_fused::Tensors, lora_fused::Tensors>
 lora_forward(
     const torch::stable::Tensor& x, lora_fused::Tensors weights, lora_fused::Optionals biases,
-    lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals gains,
+    lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals mag_norm_scales,
     lora_fused::Optionals magnitudes, std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
     std::vector<double> dropouts, lora_fused::Tensors scales, std::vector<int64_t> quantized, bool exact);
 std::tuple<lora_fused::Tensors, lora_fused::Tensors> lora_backward(
     lora_fused::Optionals dys, const torch::stable::Tensor& x, const torch::stable::Tensor& t,
-    lora_fused::Tensors us, lora_fused::Tensors weights, lora_fused::Optionals biases,
-    lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals gains,
+    lora_fused::Tensors unscaled, lora_fused::Tensors weights, lora_fused::Optionals biases,
+    lora_fused::Optionals lora_a, lora_fused::Optionals lora_b, lora_fused::Optionals mag_norm_scales,
     lora_fused::Optionals norms, std::vector<double> scalings,
     std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts,
     lora_fused::Tensors scales, std::vector<int64_t> quantized, bool exact, bool need_dx,
@@ -70,24 +70,24 @@ std::tuple<torch::stable::Tensor, lora_fused::Tensors, lora_fused::Tensors, lora
            lora_fused::Tensors>
 gated_forward(const torch::stable::Tensor& x, lora_fused::Tensors weights,
               lora_fused::Optionals biases, lora_fused::Optionals lora_a,
-              lora_fused::Optionals lora_b, lora_fused::Optionals gains,
+              lora_fused::Optionals lora_b, lora_fused::Optionals mag_norm_scales,
               lora_fused::Optionals magnitudes, std::vector<double> scalings, std::optional<torch::stable::Tensor> seeds,
               std::vector<double> dropouts, lora_fused::Tensors scales,
               std::vector<int64_t> quantized, bool exact, int64_t activation, int64_t gate_half,
               bool up_to_h);
 std::tuple<lora_fused::Tensors, lora_fused::Tensors> gated_backward(
     const torch::stable::Tensor& dy, const torch::stable::Tensor& x, lora_fused::Tensors outputs,
-    lora_fused::Tensors us, lora_fused::Tensors ts, lora_fused::Tensors weights,
+    lora_fused::Tensors unscaled, lora_fused::Tensors ts, lora_fused::Tensors weights,
     lora_fused::Optionals biases, lora_fused::Optionals lora_a, lora_fused::Optionals lora_b,
-    lora_fused::Optionals gains, lora_fused::Optionals norms, std::vector<double> scalings,
+    lora_fused::Optionals mag_norm_scales, lora_fused::Optionals norms, std::vector<double> scalings,
     std::optional<torch::stable::Tensor> seeds, std::vector<double> dropouts,
     lora_fused::Tensors scales, std::vector<int64_t> quantized, bool exact, int64_t activation,
     int64_t gate_half, bool need_dx, std::vector<int64_t> needs);
 
 // Whether a sum of products [rows, cols] in like's dtype, on its device, is one launch of gemm_sm90: for `explain`.
-bool gemm_pays_cuda(const torch::stable::Tensor& like, int64_t rows, int64_t cols);
+bool gemm_is_faster_cuda(const torch::stable::Tensor& like, int64_t rows, int64_t cols);
 
-// kernel-src/common/gemm.h says what it computes; an error where gemm_sm90_serves refuses.
+// kernel-src/common/gemm.h says what it computes; an error where gemm_sm90_supports refuses.
 void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n,
                torch::stable::Tensor out, std::optional<torch::stable::Tensor> bias,
                std::optional<torch::stable::Tensor> gain, std::optional<torch::stable::Tensor> z,
@@ -100,9 +100,9 @@ void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n,
 void skinny_cuda(lora_fused::Tensors x, lora_fused::Tensors other, lora_fused::Tensors out, double scaling, bool across,
                  bool hopper, std::optional<torch::stable::Tensor> seed, double p, int64_t exact);
 
-// dt = scaling · dy b and db = db_scaling · dyᵀ t of each of a list, from one read of dy; an error where dy_products_sm90_serves
+// dt = scaling · dy b and db = db_scaling · dyᵀ t of each of a list, from one read of dy; an error where dt_db_sm90_supports
 // refuses. `exact`: b is [N, 2R] and t [M, 2R], with their rests beside them, and of dt the parts [M, 3R] are written.
-void dy_products_cuda(lora_fused::Tensors dy, lora_fused::Tensors b, lora_fused::Tensors t, lora_fused::Tensors dt,
+void dt_db_cuda(lora_fused::Tensors dy, lora_fused::Tensors b, lora_fused::Tensors t, lora_fused::Tensors dt,
                       lora_fused::Tensors db, double scaling, bool exact, double db_scaling);
 
 // On CUDA alone: the CPU computes an embedding with the library's products.

@@ -5,13 +5,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "lora_group.h"
-
-#if defined(__CUDACC__)
-#define LORA_FUSED_HD __host__ __device__ __forceinline__
-#else
-#define LORA_FUSED_HD inline
-#endif
+#include "host_device.h"
+#include "names.h"
 
 namespace lora_fused {
 

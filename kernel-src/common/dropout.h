@@ -14,11 +14,7 @@
 #include <cstdint>
 #include <optional>
 
-#if defined(__CUDACC__)
-#define LORA_FUSED_HD __host__ __device__ __forceinline__
-#else
-#define LORA_FUSED_HD inline
-#endif
+#include "host_device.h"
 
 namespace lora_fused {
 

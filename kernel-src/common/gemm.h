@@ -6,31 +6,31 @@
 #include <optional>
 #include <vector>
 
-#include "lora_group.h"
-#include "view.h"
+#include "kernels.h"
+#include "matrix_view.h"
 
 namespace lora_fused {
 
 // a [M, k] with contiguous rows; b [N, k] or [k, N] with contiguous rows, as Gemm says.
 struct GemmSegment {
-  View a, b;
+  MatrixView a, b;
 };
 
 // acc = Σ aᵢ bᵢ over the segments, summed in float32, of which the sum of the `leading` ones is masked or multiplied by
 // `leading_scale` first, where there is one: D(Σ aᵢ bᵢ) + Σ aᵢ bᵢ. Then one of
 //   out = acc + bias      bias [N] in out's dtype, or none
 //   out += acc            accumulate: acc is rounded to out's dtype before it is added
-//   z = acc, out = gain∘acc + bias     gain [N] in float32, z as out
+//   unscaled = acc, out = scale∘acc + bias     scale (mag_norm_scale) [N] in float32, unscaled as out
 // or, of leading segments without either and for b [N, k] alone,
-//   z = Σ aᵢ bᵢ of these, out = (gain - 1)∘z + Σ aᵢ bᵢ of the others + bias
+//   unscaled = Σ aᵢ bᵢ of these, out = (scale - 1)∘unscaled + Σ aᵢ bᵢ of the others + bias
 // out [M, N] with contiguous rows; every matrix bfloat16, or every one float16.
 struct Gemm {
   std::vector<GemmSegment> segments;
   bool b_rows_are_n;  // b is [N, k] in every segment; else [k, N] in every one
-  View out;
+  MatrixView out;
   bool accumulate = false;
-  std::optional<torch::stable::Tensor> bias, gain;
-  MaybeView z = std::nullopt;
+  std::optional<torch::stable::Tensor> bias, mag_norm_scale;
+  MaybeMatrixView unscaled = std::nullopt;
   std::optional<Dropped> mask = std::nullopt;
   size_t leading = 0;  // fewer than there are segments
   double leading_scale = 1.0;  // in float16 alone
@@ -39,14 +39,14 @@ struct Gemm {
 #if defined(CUDA_KERNEL)
 constexpr int kGemmSegments = 8;
 
-// Whether gemm_sm90 takes it: compute capability 9.0, one half dtype, up to 8 segments, base
+// Whether gemm_sm90 can compute it: compute capability 9.0, one half dtype, up to 8 segments, base
 // addresses and row strides that are multiples of 16 bytes, N a multiple of 8, nothing empty.
-bool gemm_sm90_serves(const Gemm& gemm);
+bool gemm_sm90_supports(const Gemm& gemm);
 // Whether it is faster than the library's products one after another, for at least two segments:
 // out is large enough that its tiles fill the multiprocessors. docs/performance.md says from where.
-bool gemm_sm90_pays(const View& out);
+bool gemm_sm90_is_faster(const MatrixView& out);
 // One launch on the current stream of out's device, which has to be the current device. Neither
-// allocates nor waits. For what gemm_sm90_serves alone.
+// allocates nor waits. For what gemm_sm90_supports alone.
 void gemm_sm90(const Gemm& gemm);
 #endif
 

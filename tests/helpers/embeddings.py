@@ -7,11 +7,11 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from helpers.cases import OwnForwards, assert_as_good, randomise_adapters
+from helpers.kernelizing import kernelize_in_place
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,8 @@ def draw_ids(case, device="cpu", dtype=torch.int64):
     return ids
 
 
-def kernelized(lora_fused, model, device="cpu"):
-    lora_fused.register_peft_layers()
-    return kernelize(model, mode=Mode.TRAINING, device=device)
-
-
 def fused(lora_fused, model, device="cpu"):
-    model = kernelized(lora_fused, model, device)
+    model = kernelize_in_place(lora_fused, model, device)
     rows = lora_fused.explain(model)
     assert len(rows) > 0 and all(row.fused for row in rows), str(rows)
     return model

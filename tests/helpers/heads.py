@@ -1,13 +1,11 @@
 """Three projections of one input, adapted and kernelized, and what a pass through them gives."""
 
-import copy
-
 import torch
-from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from helpers.cases import DEVICE, randomise_adapters
+from helpers.cases import randomise_adapters
+from helpers.kernelizing import kernelized
 
 NAMES = ("q", "k", "v")
 
@@ -38,24 +36,8 @@ def heads(dtype=torch.float64, second=None, **config):
     return model.train()
 
 
-def kernelized(lora_fused, model):
-    lora_fused.register_peft_layers()
-    return kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device=DEVICE)
-
-
 def inner(model):
     return model.base_model.model
-
-
-def functions(result):
-    """Nodes of the fused Function behind a result."""
-    seen, queue = set(), [result.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            queue.extend(parent for parent, _ in node.next_functions)
-    return sum("LoraLinearFunction" in node.name() or "NativeGroupFunction" in node.name() for node in seen)
 
 
 def step(model, x, **call):
@@ -101,3 +83,21 @@ def learned(lora_fused, model, x):
     ours = kernelized(lora_fused, model)
     step(ours, x)
     return ours
+
+
+def masked_heads(lora_fused, monkeypatch, masked):
+    """(kernelized heads with dropout in those of `masked`, their base biases joined). The masks of three projections drawn
+    at once differ from three drawn one by one, as they do on a GPU."""
+    own = lora_fused.functional.dispatch.draw_seeds
+
+    def draw_seeds(*args):
+        seeds = own(*args)
+        return None if seeds is None else seeds ^ len(seeds)
+
+    monkeypatch.setattr(lora_fused.functional.dispatch, "draw_seeds", draw_seeds)
+    model = heads(lora_dropout=0.5)
+    for name in {*NAMES} - {*masked}:
+        getattr(inner(model), name).lora_dropout["default"] = nn.Identity()
+    biases = [getattr(inner(model), name).base_layer for name in NAMES]
+    b = torch.cat([torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in biases])
+    return kernelized(lora_fused, model), b

@@ -4,11 +4,11 @@
     GET  /api/kernels/<repo>/tree/<revision>[/<path>] one level, or ?recursive=true
     GET  /api/kernels/<repo>[/revision/<revision>]    revision info
     HEAD, GET /kernels/<repo>/resolve/<revision>/<path>
-    GET  /api/organizations/<name>/overview           an organisation without special trust
+    GET  /api/organizations/<name>/overview           an organisation, trusted or not
 
-The repository holds a directory's build variants and nothing else. Faults:
-`rename` serves a variant under another name, `truncate` cuts a file short. A
-closed server refuses connections.
+At first the branches `main` and `v1` hold a directory's build variants and nothing else; `upload` commits as
+kernel-builder does. Faults: `rename` serves a variant under another name, `truncate` cuts a file short. A closed server
+refuses connections.
 """
 
 import hashlib
@@ -30,21 +30,15 @@ class HubServer:
     `requests` lists what was asked: (method, path, status).
     """
 
-    def __init__(self, repo_id, build_dir, *, rename=None, truncate=None):
+    def __init__(self, repo_id, build_dir=None, *, rename=None, truncate=None, trusted=False):
         self.repo_id = repo_id
         self.truncate = truncate
+        self.trusted = trusted
         self.requests = []
-        self.files = {}
-        for path in sorted(Path(build_dir).rglob("*")):
-            variant, *rest = path.relative_to(build_dir).parts
-            if path.is_file() and "__pycache__" not in rest:
-                name = (rename or {}).get(variant, variant)
-                self.files["/".join(["build", name, *rest])] = path.read_bytes()
-        digest = hashlib.sha1()
-        for name, data in self.files.items():
-            digest.update(name.encode() + b"\0" + data)
-        self.commit = digest.hexdigest()
-        self.revisions = {"main", "v1", "refs/heads/main", "refs/heads/v1", self.commit}
+        self.branches = {}
+        if build_dir is not None:
+            files = _variants(build_dir, rename or {})
+            self.branches = {"main": files, "v1": files}
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._http.hub = self
         self.endpoint = f"http://127.0.0.1:{self._http.server_port}"
@@ -62,6 +56,44 @@ class HubServer:
         self._http.shutdown()
         self._http.server_close()
 
+    def upload(self, kernel_dir, build_dir, version):
+        """What `kernel-builder upload` commits: the filled card to `main` as README.md; to the version's branch the
+        variants, each in place of the one of its name, and the `benchmark*.py` of `benchmarks/`."""
+        card = Path(build_dir) / "CARD.md"
+        self.branches.setdefault("main", {})
+        if card.is_file():
+            self.branches["main"]["README.md"] = card.read_bytes()
+        variants = _variants(build_dir, {})
+        replaced = tuple({"/".join(name.split("/")[:2]) + "/" for name in variants})
+        benchmarks = {
+            f"benchmarks/{p.name}": p.read_bytes() for p in (Path(kernel_dir) / "benchmarks").glob("benchmark*.py")
+        }
+        kept = self.branches.get(f"v{version}", {}).items()
+        kept = {name: data for name, data in kept if not name.startswith((*replaced, "benchmarks/benchmark"))}
+        self.branches[f"v{version}"] = kept | variants | benchmarks
+
+    def commit_of(self, branch):
+        digest = hashlib.sha1(branch.encode())
+        for name, data in sorted(self.branches[branch].items()):
+            digest.update(name.encode() + b"\0" + data)
+        return digest.hexdigest()
+
+    def branch_of(self, revision):
+        """The branch that a name, a ref or a commit stands for; None where there is none."""
+        for branch in self.branches:
+            if revision in (branch, f"refs/heads/{branch}", self.commit_of(branch)):
+                return branch
+        return None
+
+    @property
+    def files(self):
+        """What version 1 consists of."""
+        return self.branches["v1"]
+
+    @property
+    def commit(self):
+        return self.commit_of("v1")
+
     def downloaded(self):
         """Repository paths of the files whose content was sent."""
         prefix = f"/kernels/{self.repo_id}/resolve/"
@@ -71,11 +103,11 @@ class HubServer:
             if method == "GET" and path.startswith(prefix) and status == 200
         }
 
-    def tree(self, folder, recursive):
+    def tree(self, branch, folder, recursive):
         """Entries of `folder` as the Hub lists them, or ``None`` if there is no such folder."""
         prefix = f"{folder}/" if folder else ""
         entries = {}
-        for path, data in self.files.items():
+        for path, data in self.branches[branch].items():
             if not path.startswith(prefix):
                 continue
             parts = path[len(prefix) :].split("/")
@@ -85,6 +117,16 @@ class HubServer:
             if recursive or len(parts) == 1:
                 entries[path] = {"type": "file", "path": path, "oid": _oid(data), "size": len(data)}
         return list(entries.values()) or None
+
+
+def _variants(build_dir, rename):
+    """Repository path and content of every file of every variant, without bytecode."""
+    files = {}
+    for path in sorted(Path(build_dir).rglob("*")):
+        variant, *rest = path.relative_to(build_dir).parts
+        if rest and path.is_file() and "__pycache__" not in rest:
+            files["/".join(["build", rename.get(variant, variant), *rest])] = path.read_bytes()
+    return files
 
 
 def _oid(data):
@@ -101,44 +143,51 @@ class _Handler(BaseHTTPRequestHandler):
         api, files = f"/api/kernels/{hub.repo_id}", f"/kernels/{hub.repo_id}/resolve/"
         if path.startswith("/api/organizations/"):
             name = path.split("/")[3]
-            return self._json({"name": name, "fullname": name, "avatarUrl": "", "type": "org"})
+            org = {"name": name, "fullname": name, "avatarUrl": "", "type": "org"}
+            return self._json(org | {"trustedKernelPublisher": True} if hub.trusted else org)
         if path == f"{api}/refs":
-            refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": hub.commit} for name in ("main", "v1")]
+            refs = [
+                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": hub.commit_of(name)}
+                for name in hub.branches
+            ]
             return self._json({"branches": refs, "converts": [], "tags": []})
         if path == api:
-            return self._json({"id": hub.repo_id, "sha": hub.commit, "private": False})
+            return self._info("main", "", {})
         for prefix, answer in (
             (f"{api}/revision/", self._info),
             (f"{api}/tree/", self._tree),
             (files, self._file),
         ):
             if path.startswith(prefix):
-                rest = path[len(prefix) :]
-                for revision in hub.revisions:
-                    if rest == revision or rest.startswith(f"{revision}/"):
-                        return answer(rest[len(revision) + 1 :], parse_qs(url.query))
+                rest = path[len(prefix) :].split("/")
+                for parts in (1, 3):  # a branch or commit, refs/heads/<branch>
+                    branch = hub.branch_of("/".join(rest[:parts]))
+                    if branch is not None:
+                        return answer(branch, "/".join(rest[parts:]), parse_qs(url.query))
                 return self._missing("RevisionNotFound")
         return self._missing("RepoNotFound")
 
     do_HEAD = do_GET
 
-    def _info(self, _rest, _query):
-        self._json({"id": self.server.hub.repo_id, "sha": self.server.hub.commit, "private": False})
+    def _info(self, branch, _rest, _query):
+        hub = self.server.hub
+        files = [{"rfilename": name} for name in hub.branches[branch]]
+        self._json({"id": hub.repo_id, "sha": hub.commit_of(branch), "private": False, "siblings": files})
 
-    def _tree(self, folder, query):
-        entries = self.server.hub.tree(folder, query.get("recursive", ["false"])[0].lower() == "true")
+    def _tree(self, branch, folder, query):
+        entries = self.server.hub.tree(branch, folder, query.get("recursive", ["false"])[0].lower() == "true")
         if entries is None:
             return self._missing("EntryNotFound")
         self._json(entries)
 
-    def _file(self, path, _query):
+    def _file(self, branch, path, _query):
         hub = self.server.hub
-        data = hub.files.get(path)
+        data = hub.branches[branch].get(path)
         if data is None:
             return self._missing("EntryNotFound")
         headers = {
             "ETag": f'"{_oid(data)}"',
-            "X-Repo-Commit": hub.commit,
+            "X-Repo-Commit": hub.commit_of(branch),
             "Content-Type": "application/octet-stream",
         }
         body = data
@@ -152,8 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
     def _missing(self, code):
-        headers = {"X-Error-Code": code, "X-Repo-Commit": self.server.hub.commit}
-        self._send(404, headers, b"")
+        self._send(404, {"X-Error-Code": code}, b"")
 
     def _send(self, status, headers, body):
         self.server.hub.requests.append((self.command, unquote(urlsplit(self.path).path), status))

@@ -8,6 +8,7 @@ import copy
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import quantize_4bit
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -145,3 +146,19 @@ def exact(model):
                     plain.bias = child.bias
                 setattr(parent, name, plain)
     return model.double()
+
+
+def random_four_bit(lora_fused, shape, blocksize, quant_type, nested, dtype, device, storage=torch.uint8):
+    """(operands, description, bitsandbytes' tensor and state): random bytes, so that every code occurs."""
+    weight = torch.randn(shape, device=device).to(dtype) * 0.3
+    packed, state = quantize_4bit(
+        weight, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type, quant_storage=storage
+    )
+    packed.view(torch.uint8).random_(0, 256)
+    inner = state.state2
+    more = (inner.absmax, inner.code, state.offset) if nested else (None,) * 3
+    operands = lora_fused.Operands(
+        packed, absmax=state.absmax, nested_absmax=more[0], nested_code=more[1], offset=more[2]
+    )
+    spec = lora_fused.specs.FourBit(shape, blocksize, inner.blocksize if nested else 0, quant_type == "fp4", dtype)
+    return operands, spec, packed, state

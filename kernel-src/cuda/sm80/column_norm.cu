@@ -1,0 +1,112 @@
+// column_norm on CUDA: norm[h] = sqrt(sum_v (W[v,h] + s * sum_r B[h,r] A[r,v])^2), fp32 [H], and magnitude / norm.
+//
+// W [V,H] in bf16 or fp16, H a multiple of 8; A [R,V], B [H,R] of one dtype, fp32 or W's, R up to 64; all
+// contiguous. The vocabulary is dealt out to as many blocks as the GPU holds; a last kernel adds each
+// column's partial sums in a fixed order, so results are deterministic on a given GPU. column_norm.cuh
+// has the kernel and what it rounds; an A of float32 beside a float16 W must lie in that type's range.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "../../../torch-ext/torch_binding.h"
+#include "../../common/tensors.h"
+#include "column_norm.cuh"
+#include "../common/device.h"
+#include "../common/stream.h"
+
+namespace {
+
+using namespace lora_fused::column_norm;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Rows up to which a float32 A enters as hi and lo: beyond, its rounding to bfloat16 changes a norm
+// by 1e-5 (RMS; 4e-4 at 9 rows). One block a multiprocessor, for the registers that takes.
+constexpr int64_t kSplitRows = 8192;
+
+template <typename W, typename P, int kSteps, int kBlocks, bool kSplitA>
+void run(Args p, const Tensor& norm, const lora_fused::MagNormScaleOut& scale_out) {
+  using S = Shape<W, P, kSteps, kSplitA>;
+  const auto kernel = column_norm_fwd_kernel<W, P, S, kBlocks>;
+  const int device = norm.get_device_index();
+  const cudaStream_t stream = lora_fused::stream_of(norm);
+  static lora_fused::SharedMemory shared_memory;
+  shared_memory.allow(kernel, S::kBytes, device);
+  p.tiles = static_cast<int>((p.v + S::kRows - 1) / S::kRows);
+  const int columns = (p.h + S::kCols - 1) / S::kCols;
+  const int splits = std::clamp(kBlocks * lora_fused::multiprocessors(device) / columns, 1, std::max(p.tiles, 1));
+  const int64_t grams = int64_t{splits} * S::kGramSize, sums = int64_t{splits} * p.h;
+  const Tensor buffer = lora_fused::empty(norm, {grams + sums}, ScalarType::Float);
+  p.grams = static_cast<float*>(buffer.mutable_data_ptr());
+  p.partial = p.grams + grams;
+  kernel<<<dim3(columns, splits), kThreads, S::kBytes, stream>>>(p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  lora_fused::norm_finish_kernel<P, S::A::kRanks>
+      <<<(p.h + lora_fused::kFinishThreads - 1) / lora_fused::kFinishThreads, lora_fused::kFinishThreads, 0, stream>>>(
+          static_cast<float*>(norm.mutable_data_ptr()), p.partial, p.grams, static_cast<const P*>(p.b), p.scaling, p.h,
+          p.r, splits, scale_out);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename W, typename P, int kBlocks, bool kSplitA>
+void run_rank(const Args& p, const Tensor& norm, const lora_fused::MagNormScaleOut& scale_out) {
+  (p.r <= 32 ? run<W, P, 2, kBlocks, kSplitA> : run<W, P, 4, kBlocks, kSplitA>)(p, norm, scale_out);
+}
+
+template <typename W>
+void run_adapter(const Args& p, ScalarType dtype, const Tensor& norm, const lora_fused::MagNormScaleOut& scale_out) {
+  const bool small = p.v <= kSplitRows;
+  (dtype != ScalarType::Float ? run_rank<W, W, 2, false>
+   : small                    ? run_rank<W, float, 1, true>
+                              : run_rank<W, float, 2, false>)(p, norm, scale_out);
+}
+
+}  // namespace
+
+lora_fused::Tensors column_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, double scaling,
+                                     std::optional<Tensor> magnitude) {
+  STD_TORCH_CHECK(weight.dim() == 2 && lora_a.dim() == 2 && lora_b.dim() == 2 &&
+                      lora_a.size(1) == weight.size(0) && lora_b.size(0) == weight.size(1) &&
+                      lora_a.size(0) == lora_b.size(1),
+                  "column_norm: expected weight [V, H], lora_a [R, V], lora_b [H, R]");
+  STD_TORCH_CHECK(lora_a.size(0) >= 1 && lora_a.size(0) <= 64,
+                  "lora_a: expected a rank of 1 to 64, got ", lora_a.size(0));
+  const auto dtype = lora_a.scalar_type(), table = weight.scalar_type();
+  STD_TORCH_CHECK(table == ScalarType::BFloat16 || table == ScalarType::Half,
+                  "weight: expected bfloat16 or float16");
+  STD_TORCH_CHECK((dtype == table || dtype == ScalarType::Float) && lora_b.scalar_type() == dtype,
+                  "lora_a, lora_b: expected one dtype, float32 or that of weight");
+  for (const Tensor* t : {&weight, &lora_a, &lora_b})
+    STD_TORCH_CHECK(t->is_cuda() && t->get_device_index() == weight.get_device_index() &&
+                        t->is_contiguous(),
+                    "column_norm: expected contiguous tensors on one GPU");
+  STD_TORCH_CHECK(weight.size(1) % 8 == 0 &&
+                      reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0,
+                  "weight: expected rows of a multiple of 8 elements, 16-byte aligned");
+  if (magnitude)
+    STD_TORCH_CHECK(magnitude->is_cuda() && magnitude->get_device_index() == weight.get_device_index() &&
+                        magnitude->is_contiguous() && magnitude->dim() == 1 && magnitude->numel() == weight.size(1),
+                    "magnitude: expected contiguous [H] on weight's GPU");
+  const lora_fused::OnDevice device(weight);
+  Args p{};
+  p.w = weight.const_data_ptr(), p.a = lora_a.const_data_ptr(), p.b = lora_b.const_data_ptr();
+  p.scaling = static_cast<float>(scaling);
+  p.v = weight.size(0), p.h = static_cast<int>(weight.size(1));
+  p.r = static_cast<int>(lora_a.size(0));
+  p.a_vector = reinterpret_cast<uintptr_t>(p.a) % 16 == 0 &&
+               p.v * (dtype == ScalarType::Float ? 4 : 2) % 16 == 0;
+  lora_fused::Tensors out{lora_fused::empty(weight, {p.h}, ScalarType::Float)};
+  lora_fused::MagNormScaleOut scale_out{};
+  if (magnitude) {
+    out.push_back(lora_fused::empty(weight, {p.h}, ScalarType::Float));
+    scale_out = {lora_fused::embedding::array_of(*magnitude, "magnitude"), static_cast<float*>(out[1].mutable_data_ptr()),
+              static_cast<float>(lora_fused::kScaleUnits) * std::numeric_limits<float>::epsilon()};
+  }
+  if (p.h > 0)
+    (table == ScalarType::BFloat16 ? run_adapter<__nv_bfloat16> : run_adapter<__half>)(p, dtype, out[0], scale_out);
+  return out;
+}

@@ -1,0 +1,336 @@
+// The kernel of gemm.cu: a matrix product for Hopper with the LoRA terms inside.
+//
+// Fused: every segment's product runs as further K steps of one accumulator, so a rank-R term costs
+// R/K of the base product and out is written once; a dropout mask or DoRA's excess over the sum of the leading segments,
+// in registers; bias or DoRA's scale, the unscaled sum and y in the epilogue.
+//
+// A block makes tiles of 128 x kBlockN of out until none is left. One warp of it loads 64 columns of
+// a and of b a step into a ring of shared memory stages; two warpgroups multiply them, 64 rows each,
+// and know nothing of segments. Two blocks with neighbouring rows form a cluster, and each loads
+// half of the b that both need. The stores of a tile overlap the products of the next. Everything is
+// 128-byte swizzled; ragged edges and ranks are what the copy engine fills with zeros or leaves out.
+#pragma once
+
+#include "../../common/gemm.h"
+#include "../common/dropout_mask.cuh"
+#include "ptx.cuh"
+
+namespace lora_fused::sm90 {
+
+constexpr int kBlockM = 128, kBlockK = 64;  // 64 elements of 2 bytes: one row of a swizzle
+constexpr int kWgmmaK = 16;                   // K of one wgmma
+constexpr int kCluster = 2;                 // blocks of neighbouring rows that share b
+constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
+constexpr int kConsumerWarps = 4 * kConsumers;
+// What becomes of the leading segments' sum: D of it, a multiple of it, or unscaled = it and then (mag_norm_scale - 1)∘it.
+enum class LeadingOp { kNone, kMask, kScale, kExcess };
+constexpr int kStagingSlabs = 2, kSlabBytes = 16 * 128;  // a warp's staging: 16 rows x 64 columns each
+
+template <int kBlockN>
+struct Layout {
+  static constexpr int a_bytes = kBlockM * kBlockK * 2, b_bytes = kBlockN * kBlockK * 2;
+  static constexpr int stage_bytes = a_bytes + b_bytes;
+  static constexpr int stages = 192 * 1024 / stage_bytes;
+  static constexpr int staging = stages * stage_bytes;
+  static constexpr int barriers = staging + kConsumerWarps * kStagingSlabs * kSlabBytes;
+  static constexpr int bytes = barriers + 2 * stages * 8 + 1024;  // to align the base
+};
+static_assert(Layout<256>::bytes <= 227 * 1024 && Layout<128>::bytes <= 227 * 1024);
+
+struct Arguments {
+  CUtensorMap a[kGemmSegments], b[kGemmSegments], out, unscaled;
+  int steps_of[kGemmSegments];  // K steps of each segment
+  int segments, steps;          // the sum of theirs
+  int tiles_m, tiles_n;         // in clusters along M
+  int n;
+  bool accumulate;
+  const void* bias;
+  const float* mag_norm_scale;  // with unscaled
+  Mask mask;
+  float kept;         // what is kept of the leading segments' sum is multiplied by it
+  int leading_steps;  // of the leading segments, fewer than all
+};
+
+// First row and column of a block's tile. Neighbours in time share a and b in L2: bands of rows.
+template <int kBlockN>
+__device__ __forceinline__ int2 place_of(const Arguments& args, int tile, int rank) {
+  constexpr int kBand = 8;
+  const int band = tile / (kBand * args.tiles_n), within = tile - band * kBand * args.tiles_n;
+  const int high = min(args.tiles_m - band * kBand, kBand);
+  const int cluster_m = band * kBand + within % high;
+  return make_int2((cluster_m * kCluster + rank) * kBlockM, within / high * kBlockN);
+}
+
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// One thread: all loads of the block's tiles.
+template <int kBlockN, bool kRowsAreN>
+__device__ __forceinline__ void produce(const Arguments& args, uint32_t base, int rank) {
+  using L = Layout<kBlockN>;
+  constexpr int kShare = kBlockN / kCluster;  // columns of b that this block loads
+  constexpr uint16_t kAll = (1 << kCluster) - 1;
+  Ring<L::stages> ring;
+  for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n;
+       tile += gridDim.x / kCluster) {
+    const int2 place = place_of<kBlockN>(args, tile, rank);
+    for (int s = 0; s < args.segments; ++s) {
+      for (int step = 0; step < args.steps_of[s]; ++step, ring.advance()) {
+        const uint32_t full = base + L::barriers + 8 * ring.stage, empty = full + 8 * L::stages;
+        const uint32_t a = base + ring.stage * L::stage_bytes;
+        const uint32_t b = a + L::a_bytes + rank * (L::b_bytes / kCluster);
+        const int k = step * kBlockK, n = place.y + rank * kShare;
+        barrier_wait(empty, ring.phase ^ 1);
+        barrier_arrive_expect(full, L::stage_bytes);
+        tensor_load(a, &args.a[s], k, place.x, full);
+        if constexpr (kRowsAreN) {
+          tensor_load_multicast(b, &args.b[s], k, n, full, kAll);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kShare / 64; ++i)
+            tensor_load_multicast(b + i * 64 * kBlockK * 2, &args.b[s], n + 64 * i, k, full, kAll);
+        }
+      }
+    }
+  }
+}
+
+// 64 columns of a tile as pairs of T, from how wgmma holds them.
+template <typename T>
+__device__ __forceinline__ void pack_slab(uint32_t* pairs, const float* acc) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) pairs[i] = pack<T>(acc[2 * i], acc[2 * i + 1]);
+}
+
+// A warp's staging and what it stores from there.
+struct Staging {
+  uint32_t slabs;
+  int turn = 0;
+
+  // 16 rows of 64 columns to the matrix behind `map`.
+  __device__ __forceinline__ void store(const CUtensorMap* map, bool add, const uint32_t* pairs,
+                                        int row, int col) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t slab = slabs + turn * kSlabBytes;
+    if (lane == 0) store_wait_read<kStagingSlabs - 1>();
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t chunk = (2 * i + lane / 16) ^ (lane % 8);
+      matrix_store(slab + lane % 16 * 128 + chunk * 16, pairs[4 * i], pairs[4 * i + 1],
+                   pairs[4 * i + 2], pairs[4 * i + 3]);
+    }
+    async_proxy_fence();
+    __syncwarp();
+    if (lane == 0) {
+      add ? tensor_add(map, slab, col, row) : tensor_store(map, slab, col, row);
+      store_commit();
+    }
+    turn = turn + 1 == kStagingSlabs ? 0 : turn + 1;
+  }
+};
+
+// The columns of 64 from `col` on of which a lane holds this one and the next. Past the last column, which is not stored,
+// the last one's values serve.
+__device__ __forceinline__ int column_of(const Arguments& args, int col, int j) {
+  return min(col + 8 * j + 2 * int(threadIdx.x % 4), args.n - 2);
+}
+
+// acc = (mag_norm_scale - less)∘acc in 64 columns; all loads before the first use.
+__device__ __forceinline__ void scale(const Arguments& args, float* acc, int col, float less) {
+  float2 g[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) g[j] = *reinterpret_cast<const float2*>(args.mag_norm_scale + column_of(args, col, j));
+#pragma unroll
+  for (int i = 0; i < 32; ++i) acc[i] *= (i % 2 ? g[i / 4].y : g[i / 4].x) - less;
+}
+
+// acc += bias in the same way.
+template <typename T>
+__device__ __forceinline__ void shift(const Arguments& args, float* acc, int col) {
+  const T* bias = static_cast<const T*>(args.bias);
+  uint32_t b[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) b[j] = *reinterpret_cast<const uint32_t*>(bias + column_of(args, col, j));
+#pragma unroll
+  for (int i = 0; i < 32; ++i) acc[i] += i % 2 ? unpack<T>(b[i / 4]).y : unpack<T>(b[i / 4]).x;
+}
+
+// Four words of each lane of four neighbouring ones: word j of lane i becomes word i of lane j.
+__device__ __forceinline__ void transpose_words(uint32_t (&w)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? w[i] : w[i + 1], 1);
+    (odd ? w[i] : w[i + 1]) = got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, high ? w[i] : w[i + 2], 2);
+    (high ? w[i] : w[i + 2]) = got;
+  }
+}
+
+// acc = D(acc) in 64 columns of the tile, from `col` on, for the rows `row` and `row` + 8 of this lane. Of four blocks
+// of eight columns a lane draws one, and has two columns of each.
+__device__ __forceinline__ void drop(const Arguments& args, uint64_t key, float* acc, int row, int col) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int block = 0; block < 8; block += 4) {
+      Words words = philox(key, row + 8 * half, col / kMaskColumns + block + threadIdx.x % 4);
+      transpose_words(words.word);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float* const pair = acc + 4 * (block + i) + 2 * half;
+        pair[0] = args.mask.keeps_low(words.word[i]) ? pair[0] * args.kept : 0.0f;
+        pair[1] = args.mask.keeps_high(words.word[i]) ? pair[1] * args.kept : 0.0f;
+      }
+    }
+}
+
+// Lines of bias and mag_norm_scale that the end of a tile will read.
+template <typename T, int kBlockN>
+__device__ __forceinline__ void prefetch_vectors(const Arguments& args, int col) {
+  const int line = threadIdx.x % 128, n = col + line * (128 / sizeof(float));
+  if (args.mag_norm_scale && line < kBlockN / 32 && n < args.n) prefetch_l1(args.mag_norm_scale + n);
+  if (args.bias && line < kBlockN / 32 && n < args.n)
+    prefetch_l1(static_cast<const T*>(args.bias) + n);  // each line of it twice
+}
+
+// One warpgroup: the products and the stores of its rows of the block's tiles.
+template <typename T, int kBlockN, bool kRowsAreN, LeadingOp kLeading>
+__device__ __forceinline__ void consume(const Arguments& args, uint32_t base, int rank) {
+  using L = Layout<kBlockN>;
+  const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
+  const uint32_t full = base + L::barriers;
+  // One lane of every warp tells one block of the cluster that a stage has been read.
+  const uint32_t empty = cluster_address(full + 8 * L::stages, lane % kCluster);
+  const auto release = [&](int stage) {
+    if (lane < kCluster) barrier_arrive_cluster(empty + 8 * stage);
+  };
+  Ring<L::stages> ring;
+  float acc[kBlockN / 2];
+  // The tile before, rounded: its stores go out behind the first products of this one.
+  constexpr int kSlabs = kBlockN / 64;
+  uint32_t held[kBlockN / 4];
+  int held_row = -1, held_col = 0;
+  Staging staging{base + L::staging + warp * kStagingSlabs * kSlabBytes};
+  const auto store_held = [&](int part) {
+    staging.store(&args.out, args.accumulate, held + 16 * part, held_row, held_col + 64 * part);
+  };
+
+  for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n;
+       tile += gridDim.x / kCluster) {
+    const int2 place = place_of<kBlockN>(args, tile, rank);
+    prefetch_vectors<T, kBlockN>(args, place.y);
+    const auto store_unscaled = [&](int part) {
+      uint32_t pairs[16];
+      pack_slab<T>(pairs, acc + 32 * part);
+      staging.store(&args.unscaled, false, pairs, place.x + warp * 16, place.y + 64 * part);
+    };
+    int before = 0;  // the stage of the step before, whose product may still run
+    for (int step = 0; step < args.steps; ++step) {
+      barrier_wait(full + 8 * ring.stage, ring.phase);
+      const uint32_t stage = base + ring.stage * L::stage_bytes;
+      const uint64_t a = matrix_descriptor(stage + group * 64 * 128, 0, 1024);
+      const uint64_t b = matrix_descriptor(stage + L::a_bytes, kBlockK * 128, 1024);
+      constexpr uint64_t kNextA = kWgmmaK * 2 >> 4;
+      constexpr uint64_t kNextB = (kRowsAreN ? kWgmmaK * 2 : kWgmmaK * 128) >> 4;
+      if constexpr (kLeading != LeadingOp::kNone) {
+        if (step == args.leading_steps) {
+          wgmma_wait<0>();
+          keep_below(acc);
+          const uint64_t key = kLeading == LeadingOp::kMask ? args.mask.key() : 0;
+#pragma unroll
+          for (int part = 0; part < kSlabs; ++part) {
+            if constexpr (kLeading == LeadingOp::kMask) {
+              drop(args, key, acc + 32 * part, place.x + warp * 16 + lane / 4, place.y + 64 * part);
+            } else if constexpr (kLeading == LeadingOp::kScale) {
+#pragma unroll
+              for (int i = 0; i < 32; ++i) acc[32 * part + i] *= args.kept;
+            } else {
+              store_unscaled(part);
+              scale(args, acc + 32 * part, place.y + 64 * part, 1.0f);
+            }
+          }
+        }
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int part = 0; part < kBlockK / kWgmmaK; ++part)
+        wgmma<T, 0, !kRowsAreN>(acc, a + part * kNextA, b + part * kNextB, step + part > 0);
+      wgmma_commit();
+      if (step < kSlabs && held_row >= 0) {
+#pragma unroll
+        for (int part = 0; part < kSlabs; ++part)
+          if (part == step) store_held(part);
+      }
+      wgmma_wait<1>();
+      if (step > 0) release(before);
+      before = ring.stage;
+      ring.advance();
+    }
+    wgmma_wait<0>();
+    release(before);
+    keep_below(acc);
+
+#pragma unroll
+    for (int part = 0; part < kSlabs; ++part) {
+      if (part >= args.steps && held_row >= 0) store_held(part);
+      const int col = place.y + 64 * part;
+      if (kLeading != LeadingOp::kExcess && args.mag_norm_scale) {
+        store_unscaled(part);
+        scale(args, acc + 32 * part, col, 0.0f);
+      }
+      if (args.bias) shift<T>(args, acc + 32 * part, col);
+      pack_slab<T>(held + 16 * part, acc + 32 * part);
+    }
+    held_row = place.x + warp * 16;
+    held_col = place.y;
+  }
+#pragma unroll
+  for (int part = 0; part < kSlabs; ++part) store_held(part);
+  if (lane == 0) store_wait_all();
+}
+
+template <typename T, int kBlockN, bool kRowsAreN, LeadingOp kLeading>
+__global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant__ Arguments args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using L = Layout<kBlockN>;
+  extern __shared__ uint8_t shared[];
+  const uint32_t base =
+      (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023) / 1024 * 1024;
+  const int rank = static_cast<int>(cluster_rank());
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < L::stages; ++stage) {
+      barrier_init(base + L::barriers + 8 * stage, 1);
+      barrier_init(base + L::barriers + 8 * (L::stages + stage), kConsumerWarps * kCluster);
+    }
+    barrier_init_fence();
+  } else if (threadIdx.x >= 32 && threadIdx.x < 32 + args.segments) {
+    tensor_map_prefetch(&args.a[threadIdx.x - 32]);
+    tensor_map_prefetch(&args.b[threadIdx.x - 32]);
+  }
+  cluster_sync();
+  if (threadIdx.x < 128) {
+    registers_lower<40>();
+    if (threadIdx.x == 0) produce<kBlockN, kRowsAreN>(args, base, rank);
+  } else {
+    registers_raise<232>();
+    consume<T, kBlockN, kRowsAreN, kLeading>(args, base, rank);
+  }
+  cluster_sync();  // the other block of the cluster still arrives at this one's barriers
+#endif
+}
+
+}  // namespace lora_fused::sm90

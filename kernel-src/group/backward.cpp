@@ -1,0 +1,288 @@
+// The backward of projections that share an input, see backward.h.
+#include "backward.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include "passes.h"
+#include "skinny.h"
+
+namespace lora_fused {
+
+namespace {
+
+void zero(const MatrixView& m) {
+  Tensor whole = m.tensor();
+  torch::stable::zero_(whole);
+}
+
+}  // namespace
+
+// The products tᵀ D(input) of a group's adapters, those that own kernels make in one launch. Results are there after
+// `run`.
+class AdapterGrads {
+ public:
+  explicit AdapterGrads(const MatrixView& x) : x_(x) {}
+
+  // scaling·tᵀ D(input) or, transposed, its transpose, in `dtype`: with all others of its kind, by the library into what
+  // is wanted, or by a conversion of its product in x's dtype.
+  Tensor product(const MatrixView& t, const MatrixView& input, ScalarType dtype, bool transposed,
+                 const std::optional<Dropped>& mask, double scaling = 1.0) {
+    const int64_t rank = t.size(1), cols = input.size(1);
+    const std::vector<int64_t> sizes{transposed ? cols : rank, transposed ? rank : cols};
+    const Tensor wanted = empty(x_.base(), sizes, dtype);
+    const bool direct = dtype == x_.scalar_type() || (dtype == ScalarType::Float && supports_float_output(x_));
+    if (direct && batch_.add({t, input, wanted, transposed, mask, std::nullopt, scaling})) return wanted;
+    const Tensor own = direct ? wanted : empty(x_.base(), sizes, x_.scalar_type());
+    const MatrixView from = mask ? dropped(input, *mask) : input;
+    transposed ? multiply(own, from.transposed(), t, scaling, /*add=*/false)
+               : multiply(own, t.transposed(), from, scaling, /*add=*/false);
+    if (!direct) casts_.push_back({own, wanted});
+    return wanted;
+  }
+
+  // (hi + lo)ᵀ D(input) or, transposed, its transpose, in float32; hi and lo are next to each other.
+  Tensor product_bf16x3(const MatrixView& both, const MatrixView& input, bool transposed, const std::optional<Dropped>& mask) {
+    const int64_t rank = both.size(1) / 2, cols = input.size(1);
+    const auto shaped = [&](int64_t ranks) {
+      return empty(x_.base(), {transposed ? cols : ranks, transposed ? ranks : cols}, ScalarType::Float);
+    };
+    const Tensor out = shaped(rank);
+    const MatrixView hi = both.columns(0, rank), lo = both.columns(rank, rank);
+    if (batch_.add({hi, input, out, transposed, mask, lo}, /*hopper_alone=*/true)) return out;
+    const MatrixView wide = shaped(2 * rank), from = kept(input, mask);
+    if (transposed) {
+      multiply(wide, from.transposed(), both, 1.0, /*add=*/false);
+      sums_.push_back({wide.columns(0, rank), wide.columns(rank, rank), out, scale_of(mask)});
+    } else {
+      multiply(wide, both.transposed(), from, 1.0, /*add=*/false);
+      sums_.push_back({wide.rows(0, rank), wide.rows(rank, rank), out, scale_of(mask)});
+    }
+    return out;
+  }
+
+  // A float32 result of product_bf16x3, or some rows of it, in `dtype`.
+  Tensor converted(const MatrixView& sum, ScalarType dtype) {
+    if (dtype == ScalarType::Float) return sum.tensor();
+    const Tensor wanted = empty(x_.base(), {sum.size(0), sum.size(1)}, dtype);
+    casts_.push_back({sum, wanted});
+    return wanted;
+  }
+
+  void run() const {
+    batch_.run();
+    sum_hi_lo(sums_);
+    cast_all(casts_);
+  }
+
+ private:
+  const MatrixView& x_;
+  SkinnyBatch<AdapterGrad> batch_;
+  std::vector<HiLoSum> sums_;
+  std::vector<Cast> casts_;
+};
+
+Backward::Backward(const Members& members, const MatrixView& x, const Given& given)
+    : members_(members),
+      needs_(given.needs),
+      need_dx_(given.need_dx),
+      x_(x),
+      t_(given.t),
+      dunscaled_(members.count()),
+      dmagnitudes_(members.count()),
+      dbiases_(members.count()),
+      dbs_(members.count()),
+      adapters_(x, members, given.need_dx, /*need_b=*/true, layout_of_b(x)) {
+  size_t next_unscaled = 0;
+  bool any_dt = need_dx_;
+  std::vector<ScaleOutputBackward> passes;
+  for (size_t i = 0; i < members.count(); ++i) {
+    dys_.push_back(given.dys[i] ? MaybeMatrixView(matrix(*given.dys[i])) : std::nullopt);
+    const MaybeMatrixView unscaled =
+        members.mag_norm_scale(i) ? MaybeMatrixView(given.unscaled[next_unscaled++]) : std::nullopt;
+    if (dys_[i]) {
+      const ScaleOutputBackward pass = pass_over_dy(i, unscaled, members.of(given.norms, i), given.own_dys);
+      if (pass.dbias || pass.dunscaled) passes.push_back(pass);
+    }
+    any_dt = any_dt || needs(i, kNeedA);
+  }
+  scale_outputs_backward(passes);
+  if (adapters_.ranks() > 0 && any_dt) members.bf16x3() ? shrink_dy_bf16x3() : shrink_dy();
+}
+
+// DoRA's scale times dy, and what else of dy is wanted, in one pass; plain LoRA needs none, one without dbias or
+// dunscaled.
+ScaleOutputBackward Backward::pass_over_dy(size_t i, const MaybeMatrixView& unscaled, const MaybeTensor& norm, bool own_dy) {
+  const MatrixView& dy = *dys_[i];
+  const auto vector = [&] {
+    return empty(dy.base(), {dy.size(1)},
+                 dy.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  };
+  ScaleOutputBackward work{dy};
+  work.scale = members_.scale_around_bias(i);
+  if (needs(i, kNeedBias)) work.dbias = dbiases_[i] = vector();
+  if (unscaled) {
+    work.dunscaled = dunscaled_[i] = own_dy && members_.scales_output(i) ? dy : MatrixView(fresh_like(dy));
+    if (needs(i, kNeedMagnitude)) {
+      work.unscaled = unscaled;
+      work.norm = norm;
+      work.dmagnitude = dmagnitudes_[i] = vector();
+    }
+  } else {
+    dunscaled_[i] = dy;
+  }
+  return work;
+}
+
+// dt = s·dy' B of all members, dy' the gradient of the unscaled output.
+void Backward::shrink_dy() {
+  const Tensor whole = empty(x_.base(), {x_.size(0), adapters_.ranks()}, x_.scalar_type());
+  dt_ = whole;
+  SkinnyBatch<Shrink> batch;
+  FusedDtDb fused(dunscaled_);
+  for (size_t i = 0; i < members_.count(); ++i) {
+    if (!members_.a(i)) continue;
+    const MatrixView dt = adapters_.columns_of(*dt_, i);
+    if (!dys_[i]) {
+      zero(dt);
+      continue;
+    }
+    const MatrixView &dy = *dunscaled_[i], &b = *adapters_.b[i];
+    if (needs(i, kNeedB))
+      dbs_[i] = fused.add(dy, b, adapters_.columns_of(t_, i), dt, members_.scaling(i), members_.b(i)->scalar_type(),
+                          std::nullopt, members_.expand_scaling(i, x_.scalar_type()));
+    if (!dbs_[i] && !batch.add({dy, b.transposed(), dt, members_.scaling(i), std::nullopt}))
+      multiply(dt, dy, b, members_.scaling(i), /*add=*/false);
+  }
+  fused.run();
+  batch.run();
+  for (size_t i = 0; i < members_.count(); ++i)
+    if (dbs_[i] && members_.mag_norm_scale(i) && members_.masked(i)) dunscaled_[i].reset();  // has served
+}
+
+// The same, each member's dt as hi, hi, lo.
+void Backward::shrink_dy_bf16x3() {
+  dt_ = empty(x_.base(), {x_.size(0), adapters_.columns()}, x_.scalar_type());
+  std::vector<HiLoSum> sums;
+  SkinnyBatch<Shrink> batch;
+  FusedDtDb fused(dunscaled_);
+  for (size_t i = 0; i < members_.count(); ++i) {
+    if (!members_.a(i)) continue;
+    const int64_t rank = adapters_.rank(i), first = adapters_.first_column(i), stride = adapters_.split_stride(i);
+    if (!dys_[i]) {
+      for (int64_t at = 0; at < adapters_.splits; ++at) zero(dt_->columns(first + at * stride, rank));
+      continue;
+    }
+    const MatrixView &dy = *dunscaled_[i], out = dt_->columns(first, rank);
+    const MatrixView b = adapters_.b[i]->columns(0, 2 * rank), t = adapters_.columns_of(t_, i).columns(rank, 2 * rank);
+    const double scaling = members_.scaling(i);
+    const SplitLayout split{rank, stride};
+    if (needs(i, kNeedB)) dbs_[i] = fused.add(dy, b, t, out, scaling, members_.b(i)->scalar_type(), split);
+    const MatrixView hi = b.columns(0, rank).transposed(), lo = b.columns(rank, rank).transposed();
+    if (dbs_[i] || batch.add({dy, hi, out, scaling, std::nullopt, lo, split}, /*hopper_alone=*/true)) continue;
+    const MatrixView wide = empty(x_.base(), {x_.size(0), 2 * rank}, ScalarType::Float);
+    multiply(wide, dy, b, 1.0, /*add=*/false);
+    sums.push_back({wide.columns(0, rank), wide.columns(rank, rank), out, scaling, split});
+  }
+  fused.run();
+  batch.run();
+  sum_hi_lo(sums);
+}
+
+void Backward::input(const MatrixView& dx) const {
+  std::vector<Term> terms;
+  std::vector<size_t> masked;
+  const bool share = !members_.any_masked();
+  for (size_t i = 0; i < members_.count(); ++i) {
+    if (!dys_[i]) continue;
+    terms.push_back({members_.scales_output(i) ? *dunscaled_[i] : *dys_[i], members_.weight(i, x_.scalar_type())});
+    if (!members_.a(i) || share) continue;
+    if (members_.masked(i))
+      masked.push_back(i);
+    else
+      terms.push_back({adapters_.columns_of(*dt_, i), adapters_.a_of(i)});
+  }
+  if (dt_ && share) terms.push_back({*dt_, *adapters_.a});
+  // The mask of one member goes into the product.
+  if (!masked.empty() && multiply_dropped(dx, dropped_terms(masked[0]), *members_.mask(masked[0]), terms))
+    masked.erase(masked.begin());
+  else
+    multiply(dx, terms, std::nullopt);
+  if (!masked.empty()) add_dropped(dx, masked);
+}
+
+// Of dx, what member i's mask is over.
+std::vector<Term> Backward::dropped_terms(size_t i) const {
+  std::vector<Term> terms;
+  if (members_.mag_norm_scale(i)) {
+    const MatrixView excess = fresh_like(*dys_[i]);
+    scale_output({*dys_[i], excess, {members_.mag_norm_scale(i), std::nullopt}, ScaleOutput::kExcess});
+    terms.push_back({excess, members_.weight(i, x_.scalar_type())});
+  }
+  terms.push_back({adapters_.columns_of(*dt_, i), adapters_.a_of(i)});
+  return terms;
+}
+
+void Backward::add_dropped(const MatrixView& dx, const std::vector<size_t>& which) const {
+  std::vector<DroppedExpand> fused;
+  for (const size_t i : which) {
+    const MatrixView dt = adapters_.columns_of(*dt_, i), a = adapters_.a_of(i);
+    const Dropped mask = *members_.mask(i);
+    if (!members_.mag_norm_scale(i) && is_skinny({&dx, &dt, &a})) {
+      fused.push_back({dt, a, mask});
+      continue;
+    }
+    const MatrixView delta = fresh_like(dx);
+    multiply(delta, dropped_terms(i), std::nullopt);
+    drop(delta, mask, dx, /*accumulate=*/true);
+  }
+#if defined(CUDA_KERNEL)
+  if (!fused.empty()) dropped_expand_add_cuda(dx, fused);
+#endif
+}
+
+// dA of member i; `all` is that of all members where one product gives it.
+Tensor Backward::grad_a(size_t i, const MatrixView& x, AdapterGrads& products, MaybeTensor& all) const {
+  const ScalarType dtype = members_.a(i)->scalar_type();
+  const int64_t rank = adapters_.rank(i), ranks = adapters_.ranks(), first = adapters_.first[i];
+  if (!members_.bf16x3()) {
+    if (members_.any_masked())
+      return products.product(adapters_.columns_of(*dt_, i), x, dtype, /*transposed=*/false, members_.mask(i));
+    if (!all || all->scalar_type() != dtype) all = products.product(*dt_, x, dtype, /*transposed=*/false, std::nullopt);
+    return MatrixView(*all).rows(first, rank).tensor();
+  }
+  if (!adapters_.merged) {
+    const MatrixView both = adapters_.columns_of(*dt_, i).columns(rank, 2 * rank);
+    return products.converted(products.product_bf16x3(both, x, /*transposed=*/false, members_.mask(i)), dtype);
+  }
+  if (!all) all = products.product_bf16x3(dt_->columns(ranks, 2 * ranks), x, /*transposed=*/false, std::nullopt);
+  return products.converted(MatrixView(*all).rows(first, rank), dtype);
+}
+
+// dB of member i, where the constructor has not made it.
+Tensor Backward::grad_b(size_t i, AdapterGrads& products) const {
+  const MatrixView t = adapters_.columns_of(t_, i);
+  const ScalarType dtype = members_.b(i)->scalar_type();
+  if (!members_.bf16x3())
+    return products.product(t, *dunscaled_[i], dtype, /*transposed=*/true, std::nullopt,
+                            members_.expand_scaling(i, x_.scalar_type()));
+  const int64_t rank = adapters_.rank(i);
+  const MatrixView both = t.columns(rank, 2 * rank);
+  return products.converted(products.product_bf16x3(both, *dunscaled_[i], /*transposed=*/true, std::nullopt), dtype);
+}
+
+void Backward::parameters(const MatrixView& x, Tensors& grads) const {
+  AdapterGrads products(x);
+  MaybeTensor all;
+  for (size_t i = 0; i < members_.count(); ++i) {
+    if (needs(i, kNeedA)) grads.push_back(grad_a(i, x, products, all));
+    if (dbs_[i])
+      grads.push_back(*dbs_[i]);
+    else if (needs(i, kNeedB))
+      grads.push_back(grad_b(i, products));
+    if (needs(i, kNeedBias)) grads.push_back(*dbiases_[i]);
+    if (needs(i, kNeedMagnitude)) grads.push_back(*dmagnitudes_[i]);
+  }
+  products.run();
+}
+
+}  // namespace lora_fused

@@ -1,0 +1,60 @@
+// The backward of projections that share an input. ops/lora_group.cpp has the formulas.
+#pragma once
+
+#include <vector>
+
+#include "adapters.h"
+#include "members.h"
+#include "products.h"
+
+namespace lora_fused {
+
+class AdapterGrads;  // backward.cpp
+
+// The backward of `project`, in the steps that a gated MLP needs apart: dt, dB and the sums over tokens are made by the
+// constructor, dx by `input`, what else is wanted by `parameters`.
+class Backward {
+ public:
+  struct Given {
+    Optionals dys;     // [..., N], none where an output was not used
+    Tensors unscaled;  // of Outputs
+    const Optionals& norms;  // the op's list, for DoRA
+    const std::vector<int64_t>& needs;
+    bool need_dx;
+    const Tensor& t;  // of Outputs
+    bool own_dys = false;  // whether they may be written over
+  };
+
+  // `x` gives dtype and shape alone: it need not be filled before `parameters`.
+  Backward(const Members& members, const MatrixView& x, const Given& given);
+
+  // dx [M, K] of all members.
+  void input(const MatrixView& dx) const;
+
+  // Appends the gradients that are wanted: of each member in turn A, B, bias, magnitude. A and B in their own dtype, the
+  // sums over tokens in float32 (float64 for float64).
+  void parameters(const MatrixView& x, Tensors& grads) const;
+
+ private:
+  bool needs(size_t i, Need need) const { return dys_[i] && (needs_[members_.index(i)] & need) != 0; }
+  ScaleOutputBackward pass_over_dy(size_t i, const MaybeMatrixView& unscaled, const MaybeTensor& norm, bool own_dy);
+  void shrink_dy();
+  void shrink_dy_bf16x3();
+  std::vector<Term> dropped_terms(size_t i) const;
+  void add_dropped(const MatrixView& dx, const std::vector<size_t>& which) const;
+  Tensor grad_a(size_t i, const MatrixView& x, AdapterGrads& products, MaybeTensor& all) const;
+  Tensor grad_b(size_t i, AdapterGrads& products) const;
+
+  const Members& members_;
+  const std::vector<int64_t>& needs_;
+  bool need_dx_;
+  MatrixView x_, t_;
+  std::vector<MaybeMatrixView> dys_;  // by member, [M, N]
+  // dy times DoRA's scale, by member, or dy: the gradient of the sum that the LoRA term is in.
+  std::vector<MaybeMatrixView> dunscaled_;
+  Optionals dmagnitudes_, dbiases_, dbs_;  // [N], [N], and where made with dt [N, R]
+  Adapters adapters_;
+  MaybeMatrixView dt_;
+};
+
+}  // namespace lora_fused

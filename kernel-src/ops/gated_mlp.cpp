@@ -1,0 +1,135 @@
+// A gated MLP y = down(f(gate(x))·up(x)) as one op a direction: the groups of lora_group.cpp with the
+// activation between them.
+//
+//   h = f(gate)·up     (dgate, dup) = dh·(up·f'(gate), f(gate))     dh = down's dx
+//
+// Gate and up may be the halves of one projection. The activation and h are computed again in
+// backward. DoRA's scale of gate and up is part of the activation's pass where they have no dropout: their y
+// is never written, `outputs` is unscaled. With dropout both are there, and the backward makes the unscaled output of the
+// first one again where its `unscaled` come without. `up_to_h` leaves out down's product and gives h [M, I] for y: all that
+// the backward needs, for LoRA, is there before it.
+#include <tuple>
+
+#include "../../torch-ext/torch_binding.h"
+#include "../group/backward.h"
+#include "../group/forward.h"
+#include "../group/passes.h"
+
+using namespace lora_fused;
+
+namespace {
+
+MatrixView half_of(const MatrixView& both, int64_t half) {
+  const int64_t width = both.size(1) / 2;
+  return both.columns(half * width, width);
+}
+
+MaybeTensor half_of_vector(const MaybeTensor& vector, int64_t half) {
+  if (!vector) return std::nullopt;
+  const int64_t width = vector->numel() / 2, one = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(vector->get(), 1, &width, &one, half * width, &handle));
+  return Tensor(handle);
+}
+
+// Gate and up among the outputs [M, I] or [M, 2I] of the first group.
+struct Halves {
+  bool fused;
+  int64_t gate_half;
+
+  std::tuple<MatrixView, MatrixView> of(const Tensors& outputs) const {
+    if (!fused) return {outputs[0], outputs[1]};
+    return {half_of(outputs[0], gate_half), half_of(outputs[0], 1 - gate_half)};
+  }
+
+  ScaleAroundBias scale(const Members& in, int64_t which) const {
+    const size_t member = fused ? 0 : static_cast<size_t>(which);
+    if (!in.scales_output(member)) return {};
+    const ScaleAroundBias whole = in.scale_around_bias(member);
+    if (!fused) return whole;
+    const int64_t half = which == 0 ? gate_half : 1 - gate_half;
+    return {half_of_vector(whole.scale, half), half_of_vector(whole.bias, half)};
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> gated_forward(
+    const Tensor& x, Tensors weights, Optionals biases, Optionals lora_a, Optionals lora_b, Optionals mag_norm_scales,
+    Optionals magnitudes, std::vector<double> scalings, std::optional<Tensor> seeds, std::vector<double> dropouts,
+    Tensors scales, std::vector<int64_t> quantized, bool bf16x3, int64_t activation, int64_t gate_half, bool up_to_h) {
+  const OnDevice device(x);
+  const GroupArgs args{weights, biases, lora_a, lora_b, mag_norm_scales, scalings, seeds, dropouts, scales, quantized, bf16x3};
+  args.check();
+  check_activation(activation);
+  const size_t inputs = weights.size() - 1;
+  const Norms norms(args, magnitudes, mag_norm_scales, x.scalar_type());
+  const Members in(args, 0, inputs), out(args, inputs, 1);
+  STD_TORCH_CHECK(!up_to_h || !out.mag_norm_scale(0), "gated_forward: DoRA's backward needs the last product");
+  const Halves halves{inputs == 1, gate_half};
+  const MatrixView rows = matrix(x);
+  Outputs first = project(rows, rows.tensor(), in, norms, /*with_scaled=*/false);
+  const auto [gate, up] = halves.of(first.ys);
+  const MatrixView h = fresh_like(gate);
+  run_activation({gate, up, h, {}, {}, {}, activation, halves.scale(in, 0), halves.scale(in, 1)});
+  Outputs last = up_to_h ? Outputs{{h.tensor()}, {}, shrink(h, out)} : project(h, x, out, norms, /*with_scaled=*/true);
+  Tensors unscaled;  // of members whose outputs are scaled, and of down
+  size_t next_unscaled = 0;
+  for (size_t i = 0; i < inputs; ++i) {
+    if (!in.mag_norm_scale(i)) continue;
+    if (in.masked(i)) unscaled.push_back(first.unscaled[next_unscaled]);
+    ++next_unscaled;
+  }
+  unscaled.insert(unscaled.end(), last.unscaled.begin(), last.unscaled.end());
+  return {last.ys[0], first.ys, unscaled, Tensors{first.t, last.t}, norms.norms(), norms.mag_norm_scales()};
+}
+
+std::tuple<Tensors, Tensors> gated_backward(const Tensor& dy, const Tensor& x, Tensors outputs, Tensors unscaled,
+                                            Tensors ts, Tensors weights, Optionals biases, Optionals lora_a,
+                                            Optionals lora_b, Optionals mag_norm_scales, Optionals norms,
+                                            std::vector<double> scalings, std::optional<Tensor> seeds,
+                                            std::vector<double> dropouts, Tensors scales,
+                                            std::vector<int64_t> quantized, bool bf16x3, int64_t activation, int64_t gate_half,
+                                            bool need_dx, std::vector<int64_t> needs) {
+  const OnDevice device(x);
+  const GroupArgs args{weights, biases, lora_a, lora_b, mag_norm_scales, scalings, seeds, dropouts, scales, quantized, bf16x3};
+  args.check();
+  check_activation(activation);
+  const size_t inputs = weights.size() - 1;
+  const Members in(args, 0, inputs), out(args, inputs, 1);
+  const Halves halves{inputs == 1, gate_half};
+  const auto [gate, up] = halves.of(outputs);
+  Tensors dx, grads, last_grads, d_outputs;
+  for (const Tensor& output : outputs) d_outputs.push_back(fresh_like(output));
+  const auto [dgate, dup] = halves.of(d_outputs);
+  {
+    const MatrixView h = fresh_like(gate), dh = halves.fused ? MatrixView(fresh_like(gate)) : dgate;
+    const Tensors last_unscaled = out.mag_norm_scale(0) ? Tensors{unscaled.back()} : Tensors{};
+    const Backward last(out, h, {Optionals{dy}, last_unscaled, norms, needs, /*need_dx=*/true, ts[1]});
+    last.input(dh);
+    run_activation({gate, up, h, dh, dgate, dup, activation, halves.scale(in, 0), halves.scale(in, 1)});
+    last.parameters(h, last_grads);
+  }
+  const MatrixView rows = matrix(x);
+  // What is made again lives as long as the pass over dy that reads it.
+  const auto first_unscaled = [&] {
+    Tensors found;
+    auto kept = unscaled.end() - (out.mag_norm_scale(0) ? 1 : 0);
+    for (size_t i = inputs; i-- > 0;) {
+      if (!in.mag_norm_scale(i)) continue;
+      const auto masked_one = [&] { return kept == unscaled.begin() ? project_dropped(rows, in, i, ts[0]) : *--kept; };
+      found.insert(found.begin(), in.masked(i) ? masked_one() : outputs[i]);
+    }
+    return found;
+  };
+  const Optionals first_dys(d_outputs.begin(), d_outputs.end());
+  const Backward first(in, rows, {first_dys, first_unscaled(), norms, needs, need_dx, ts[0], /*own_dys=*/true});
+  if (need_dx) {
+    dx.push_back(empty_as(x, rows.size(1)));
+    first.input(matrix(dx[0]));
+  }
+  first.parameters(rows, grads);
+  grads.insert(grads.end(), last_grads.begin(), last_grads.end());
+  return {dx, grads};
+}

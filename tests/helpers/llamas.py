@@ -1,0 +1,37 @@
+"""Passes through small Llamas: their input, their loss and gradients."""
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from helpers.cases import DEVICE, randomise_adapters, tiny_llama
+
+
+def tokens():
+    return torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(3), device="cpu").to(DEVICE)
+
+
+def passed(model, ids):
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def gradients(model, y, *leaves):
+    """Of a sum that weighs every output differently."""
+    model.zero_grad()
+    weights = torch.linspace(0.5, 2.0, y.numel(), dtype=torch.float64).view(y.shape)
+    (y.double() * weights).sum().backward()
+    return [*(leaf.grad for leaf in leaves), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def tied_llama(**config):
+    """A head that is tied to the embedding, of which some tokens are trained: LoRA's base is the tokens' wrapper."""
+    options = dict(r=4, lora_alpha=8, target_modules=["lm_head", "q_proj", "k_proj"], trainable_token_indices=[1, 2, 7])
+    model = tiny_llama(torch.float64, tie_word_embeddings=True)
+    model = get_peft_model(model, LoraConfig(**{**options, "task_type": "CAUSAL_LM", **config}))
+    randomise_adapters(model, torch.float64)
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens" in name:
+            parameter.data += torch.randn_like(parameter)
+    return model.train()
