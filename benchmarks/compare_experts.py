@@ -328,6 +328,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--frozen", nargs="+", default=["grouped_mm"], help="implementations of the frozen layer, "
                         "such as deepgemm and sonicmoe, where they can be loaded")  # fmt: skip
     parser.add_argument("--adapters", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--backends", nargs="+", default=["default"], choices=("default", "grouped_mm", "triton", "reference"),
+                        help="of lora-fused, one row each")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile of PEFT's, too: minutes")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--small", action="store_true", help="small shapes on a CPU")

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ..backends import select
-from ..backends.reference import gates
 from ..backends.reference.grouped import Products, Rows
 from ..call_context import without_autocast
 from ..specs import TENSORS_PER_PRODUCT, ExpertsSpec, ExpertWeights
@@ -45,7 +44,7 @@ def forward_experts(
     """out [T, H'] in x's dtype, and what is kept."""
     narrow = x.to(up.weight.dtype)
     z, t1 = products.project(products.take(narrow), up)
-    y, t2 = products.project(gates.value(z, spec.gate), down)
+    y, t2 = products.project(products.gate(z, spec.gate), down)
     weights = routing.reshape(-1, 1)[products.rows.order]
     return products.combine(y, weights).to(x.dtype), Kept(narrow, z, t1, t2)
 
@@ -96,8 +95,8 @@ class _Backward:
         """(dz or None where nobody asks, drouting, gradients of `down`)."""
         products, weights = self.products, self.routing.reshape(-1, 1)[self.products.rows.order]
         dy = products.take(dout)
-        h, pull = gates.with_pullback(self.kept.z, self.spec.gate)
         dh, dt = products.project_back(dy, down)
+        h, dz, dots = products.gate_back(self.kept.z, dh, weights, self.spec.gate)
         grads = [None] * TENSORS_PER_PRODUCT
         if self.needs_down[1]:
             grads[1] = products.sums(_weighted(dout[products.rows.token()], weights)).to(down.bias.dtype)
@@ -105,18 +104,16 @@ class _Backward:
             grads[2] = _cut(products.outer(_weighted(dt, weights), h), down.lora_a)
         if self.needs_down[3]:
             grads[3] = _cut(products.outer(dy, _weighted(self.kept.t2, weights)), down.lora_b, down.scaling)
-        drouting = self._routing_gradient(dout, dh, h, down) if self.needs_routing else None
-        wanted = self.needs_x or any(self.needs_up)
-        return pull(dh.mul_(weights)) if wanted else None, drouting, grads
+        drouting = self._routing_gradient(dout, dots, down) if self.needs_routing else None
+        return dz if self.needs_x or any(self.needs_up) else None, drouting, grads
 
-    def _routing_gradient(self, dout: Tensor, dh: Tensor, h: Tensor, down: ExpertWeights) -> Tensor:
-        """<dout, y> of every choice, as <dout, h W2ᵀ + t2 (s2·B2)ᵀ> = <dh', h>, and <dout, b2>."""
-        rows, wide = self.products.rows, torch.promote_types(dh.dtype, torch.float32)
-        values = (dh.to(wide) * h).sum(1)
+    def _routing_gradient(self, dout: Tensor, dots: Tensor, down: ExpertWeights) -> Tensor:
+        """<dout, y> of every choice: <dh', h>, which is <dout, h W2ᵀ + t2 (s2·B2)ᵀ>, and <dout, b2>."""
+        rows = self.products.rows
         if down.bias is not None:
-            by_expert = dout.to(wide) @ down.bias.to(wide).t()
-            values += by_expert[rows.token(), rows.expert()]
-        return rows.by_choice(values).to(self.routing.dtype)
+            by_expert = dout.to(dots.dtype) @ down.bias.to(dots.dtype).t()
+            dots = dots + by_expert[rows.token(), rows.expert()]
+        return rows.by_choice(dots).to(self.routing.dtype)
 
     def first(self, dz: Tensor, up: ExpertWeights):
         """(dx or None, gradients of `up`)."""

@@ -216,11 +216,11 @@ def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bo
     if rows.order.numel() == 0 or chosen == REFERENCE:
         return LoopedProducts(rows)
     few = not trains and rows.order.numel() < rows.ends.numel()
-    if chosen == GROUPED:
+    if chosen == GROUPED and not (rows.ends.is_cuda and triton_is_there()):
         return grouped_mm.GroupedProducts(rows, few)
-    from .triton.experts import TritonProducts
+    from .triton import experts
 
-    return TritonProducts(rows, few)
+    return (experts.GroupedProductsWithPasses if chosen == GROUPED else experts.TritonProducts)(rows, few)
 
 
 @functools.cache

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...specs import ExpertWeights
+from ...specs import AnyGate, ExpertWeights
+from . import gates
 
 
 class Rows(NamedTuple):
@@ -108,6 +109,17 @@ class Products:
         if weights.lora_a is None:
             return None
         return self.times(dy, self.factor(weights.lora_b, weights.weight.dtype, weights.scaling))
+
+    def gate(self, z: Tensor, gate: AnyGate) -> Tensor:
+        """h [S, I] of z."""
+        return gates.value(z, gate)
+
+    def gate_back(self, z: Tensor, dh: Tensor, weights: Tensor, gate: AnyGate) -> tuple[Tensor, Tensor, Tensor]:
+        """(h, dz, dots) of dh [S, I] before the routing weights [S, 1]: dz = gate'(w·dh), dots [S] = <dh, h>. dh is
+        overwritten."""
+        h, pull = gates.with_pullback(z, gate)
+        dots = (dh.to(torch.promote_types(dh.dtype, torch.float32)) * h).sum(1)
+        return h, pull(dh.mul_(weights)), dots
 
     def combine(self, y: Tensor, weights: Tensor | None = None) -> Tensor:
         """[T, N]: the sum of each token's rows of y [S, N], times their `weights` [S, 1]; in the wider dtype of the two."""

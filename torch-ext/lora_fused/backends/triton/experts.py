@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...specs import ExpertWeights
+from ...specs import AnyGate, ExpertWeights, Gate
+from ..grouped_mm import GroupedProducts
 from ..reference.grouped import Products, Rows
 from .combine_rows import combine_rows
+from .expert_gate import expert_gate, expert_gate_backward
 from .grouped_linear import grouped_linear
 from .grouped_outer import grouped_outer
 
@@ -23,7 +25,31 @@ class ByToken(NamedTuple):
     x: Tensor
 
 
-class TritonProducts(Products):
+class TritonPasses(Products):
+    """The passes over the rows that multiply no matrices."""
+
+    def gate(self, z: Tensor, gate: AnyGate) -> Tensor:
+        return expert_gate(z, gate) if isinstance(gate, Gate) else super().gate(z, gate)
+
+    def gate_back(self, z: Tensor, dh: Tensor, weights: Tensor, gate: AnyGate) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(gate, Gate):
+            return expert_gate_backward(z, dh, weights, gate)
+        return super().gate_back(z, dh, weights, gate)
+
+    def combine(self, y: Tensor, weights: Tensor | None = None) -> Tensor:
+        rows = self.rows
+        place = torch.empty_like(rows.order)
+        place[rows.order] = torch.arange(rows.order.numel(), device=y.device)
+        by_choice = None if weights is None else weights.reshape(-1)[place]
+        dtype = y.dtype if weights is None else torch.promote_types(y.dtype, weights.dtype)
+        return combine_rows(y, by_choice, place, rows.ends, rows.per_token, dtype)
+
+
+class GroupedProductsWithPasses(TritonPasses, GroupedProducts):
+    """torch's grouped products, and everything between them in Triton."""
+
+
+class TritonProducts(TritonPasses):
     """`few`: without a backward, of fewer rows than experts. Then factors are read as they are, strided, by the experts that
     are used; otherwise they are laid out once."""
 
@@ -63,16 +89,6 @@ class TritonProducts(Products):
     def sums(self, y: Tensor) -> Tensor:
         """[E, N]: the sum of each expert's rows of y [S, N]."""
         return self.outer(y.new_ones((y.shape[0], 1)), y)[:, 0]
-
-    def combine(self, y: Tensor, weights: Tensor | None = None) -> Tensor:
-        rows = self.rows
-        place = torch.empty_like(rows.order)
-        place[rows.order] = torch.arange(rows.order.numel(), device=y.device)
-        by_choice = None
-        if weights is not None:
-            by_choice = weights.reshape(-1)[place]
-        dtype = y.dtype if weights is None else torch.promote_types(y.dtype, weights.dtype)
-        return combine_rows(y, by_choice, place, rows.ends, rows.per_token, dtype)
 
     def _linear(self, x, w: Tensor, adapter=None, bias: Tensor | None = None, scaling: float = 1.0) -> Tensor:
         x, order = self._source(x)
