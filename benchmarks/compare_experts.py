@@ -14,6 +14,7 @@ backward besides parameters, "peak" what a step needs on top of what is there be
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
@@ -238,12 +239,13 @@ def training_rows(lora_fused, shape: Shape, tokens: int, args) -> list[dict]:
         model = None
         free()
         model = kernelized(lora_fused, adapt(copy.deepcopy(layer), adapter_dtype), args.device)
-        found = differences(results_of(model, x, dy), theirs)
-        theirs = None
-        assert_fused(lora_fused, model)
-        row = attempt(f"lora-fused, {kind}", lambda: train(model, x, dy, clock, args.repeats))
-        rows.append({**row, "differs": max(error for error, _ in found.values()), "differences": found})
-        model = None
+        for backend in args.backends:
+            with backend_of(lora_fused, backend):
+                found = differences(results_of(model, x, dy), theirs)
+                assert_fused(lora_fused, model)
+                row = attempt(variant(kind, backend), lambda: train(model, x, dy, clock, args.repeats))
+            rows.append({**row, "differs": max(error for error, _ in found.values()), "differences": found})
+        model = theirs = None
         free()
     return [dict(row, shape=shape.title, tokens=tokens, kind="training") for row in rows]
 
@@ -266,10 +268,29 @@ def decoding_rows(lora_fused, shape: Shape, tokens: int, args) -> list[dict]:
         rows.append(row(f"PEFT, batched_mm, {kind}", model))
         model = kernelized(lora_fused, model, args.device)
         assert_fused(lora_fused, model)
-        rows.append(row(f"lora-fused, {kind}", model))
+        for backend in args.backends:
+            with backend_of(lora_fused, backend):
+                rows.append(row(variant(kind, backend), model))
         model = None
         free()
     return [dict(each, shape=shape.title, tokens=tokens, kind="decoding") for each in rows]
+
+
+def variant(kind: str, backend: str) -> str:
+    return f"lora-fused, {kind}" + ("" if backend == "default" else f", {backend}")
+
+
+@contextlib.contextmanager
+def backend_of(lora_fused, name: str):
+    """Products of one backend, whatever would be chosen."""
+    select = lora_fused.backends.select
+    chosen = select.choose_experts
+    if name != "default":
+        select.choose_experts = lambda up, down: name
+    try:
+        yield
+    finally:
+        select.choose_experts = chosen
 
 
 def assert_fused(lora_fused, model: nn.Module) -> None:
@@ -306,11 +327,11 @@ def with_ratios(rows: list[dict]) -> list[dict]:
 
 
 def show(rows: list[dict]) -> None:
-    header = f"{'shape':14s} {'tokens':>6s}  {'variant':28s} {'ms':>9s} {'x':>6s} {'saved':>7s} {'peak':>7s}  differs"
+    header = f"{'shape':14s} {'tokens':>6s}  {'variant':32s} {'ms':>9s} {'x':>6s} {'saved':>7s} {'peak':>7s}  differs"
     for kind in ("training", "decoding"):
         print(f"\n{kind}, GB\n{header}")
         for row in (each for each in rows if each["kind"] == kind):
-            head = f"{row['shape']:14s} {row['tokens']:6d}  {row['variant']:28s}"
+            head = f"{row['shape']:14s} {row['tokens']:6d}  {row['variant']:32s}"
             if "ms" not in row:
                 print(f"{head} {row['note']}")
                 continue
