@@ -1,7 +1,8 @@
 # Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
-.PHONY: help venv build check-build demo test families conformance matrix clean gpu-check bench tune build-cuda reproduce variants
+.PHONY: help venv build check-build demo lint format types test test-all families conformance matrix clean gpu-check bench tune \
+  build-cuda reproduce variants public-api release-dry-run
 
 ifdef PYTHON
 READY :=
@@ -17,9 +18,11 @@ help:  ## list the targets
 
 venv: $(READY)  ## make .venv with the pinned dependencies
 
-.venv/stamp: requirements.txt requirements-test.txt
+REQUIREMENTS ?= requirements-test.txt
+
+.venv/stamp: $(wildcard requirements*.txt)
 	$(BASE_PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet -r requirements-test.txt
+	.venv/bin/python -m pip install --quiet -r $(REQUIREMENTS)
 	@touch $@
 
 build: $(READY)  ## build this machine's variant into build/
@@ -31,10 +34,24 @@ check-build: build  ## hold every variant in build/ against what the Hub asks: A
 demo: build  ## fine-tune with PEFT alone and kernelized, and compare
 	$(PYTHON) examples/finetune.py
 
+lint: $(READY)  ## check style and formatting of the Python files
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: $(READY)  ## format the Python files, and mend what ruff can
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+types: $(READY)  ## check the package's types
+	$(PYTHON) -m mypy
+
 # Two workers, as CI has cores, where pytest-xdist is installed. More threads than cores wait for each other.
-test: build  ## run the tests
+test: SELECTED := -m "not slow"
+test: build  ## run the tests but those marked as slow
+test-all: build  ## run all tests
+test test-all:
 	@parallel=$$($(PYTHON) -c 'import xdist; print("-n 2 --dist loadgroup")' 2>/dev/null); \
-	set -x; OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$parallel tests
+	set -x; OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$parallel $(SELECTED) tests
 
 families: build  ## hold every model family against PEFT and write the README's table of them
 	OMP_NUM_THREADS=1 $(PYTHON) scripts/families_table.py --measure
@@ -66,8 +83,21 @@ reproduce: $(READY)  ## build the last commit twice, under nothing but the same 
 	@$(PYTHON) scripts/reproduce.py $(if $(BACKEND),--backend $(BACKEND)) $(if $(ARCHS),--archs "$(ARCHS)") \
 	  $(if $(TORCH),--torch $(TORCH)) $(if $(AGAINST),--against $(AGAINST))
 
+public-api: build  ## compare the public interface with what docs/api.json keeps (WRITE=1: keep it)
+	@$(PYTHON) scripts/public_api.py $(if $(WRITE),--write)
+
 variants: $(READY)  ## print the names of the variants that the flake builds, evaluated where Nix is installed
 	@$(PYTHON) scripts/variants.py
+
+# Each line is a step of .github/workflows/release.yml that needs neither Nix nor a token.
+release-dry-run: $(READY)  ## all of a release but the Nix build and the upload (TAG=v1.0, RELEASE=1: nothing uncommitted)
+	@if $(PYTHON) -c 'import ruff' 2>/dev/null; then $(MAKE) lint; else echo "release: ruff is not installed, no lint"; fi
+	@$(MAKE) check-build
+	@$(MAKE) public-api
+	@$(MAKE) variants
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/test_build.py tests/test_check_build.py tests/test_publish.py tests/test_release.py
+	@$(MAKE) reproduce BACKEND=
+	@$(PYTHON) scripts/release.py $(if $(TAG),--tag $(TAG))
 
 clean:  ## remove what was built, not the venv
 	rm -rf build _build

@@ -1,9 +1,10 @@
 """Embeddings: frozen table, PEFT and lora-fused in one process, LoRA and DoRA, forward + backward.
 
 Every trainable parameter is changed in place before each step, as training does, and steps are queued one
-after another without a wait between them; a step's time is between two events on the GPU. Each case is checked first, output and every gradient, against PEFT's; a case that fails has no speed to report.
-Beside the times stand those of the same step in a CUDA graph, which the host takes no part in, and the floor of
-DoRA's norm: one read of the table, measured in the same run. A GPU is required.
+after another without a wait between them; a step's time is between two events on the GPU. Each case is checked first,
+output and every gradient, against PEFT's; a case that fails has no speed to report. Beside the times stand those of the
+same step in a CUDA graph, which the host takes no part in, and the floor of DoRA's norm: one read of the table,
+measured in the same run. A GPU is required.
 
     python benchmarks/compare_embedding.py --out results.json
 """

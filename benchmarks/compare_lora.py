@@ -210,7 +210,8 @@ def bytes_of(model) -> int:
 
 def measure_in_turns(base, model, lora_fused, inputs, case, rounds: int = 5) -> dict:
     """Frozen, ours and PEFT round after round in changing order: a GPU that has just rested runs faster than one at its
-    power limit, so that the first to be measured would win. Medians of the rounds; each peak without the other model."""
+    power limit, so that the first to be measured would win. Medians of the rounds; each peak without the other
+    model."""
     ways = {
         "frozen": (base, model, contextlib.nullcontext),
         "ours": (model, base, lambda: fused(model, lora_fused)),

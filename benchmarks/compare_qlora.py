@@ -195,7 +195,8 @@ def describe(r: dict) -> str:
         head = f"dequantize {r['n']}x{r['k']} {r['dtype']}"
         return f"{head:36} " + (
             r.get("failed")
-            or f"ours {r['ours_us']:7.1f} us ({r['of_copy_bandwidth']:.2f} of a copy's rate), Triton {r['triton_us']:7.1f}, "
+            or f"ours {r['ours_us']:7.1f} us ({r['of_copy_bandwidth']:.2f} of a copy's rate), "
+            f"Triton {r['triton_us']:7.1f}, "
             f"bitsandbytes {r['bitsandbytes_us']:7.1f} ({r['bitsandbytes_us'] / r['ours_us']:.2f}x)"
         )
     if r["kind"] == "few rows":

@@ -5,8 +5,8 @@
 
 Sizes are so small that the host is what takes the time: a group of three siblings and a linear alone, a gated MLP, an
 embedding, as LoRA and as DoRA, float32 on a CPU, bfloat16 on a GPU. The builds take turns call by call; the trainable
-parameters change before every step. Prints for each build the 10th percentile and the median in µs, and the ratio of each.
-Besides, on a GPU, the time of steps of 4096 tokens, which the GPU takes: the same kernels have to run.
+parameters change before every step. Prints for each build the 10th percentile and the median in µs, and the ratio of
+each. Besides, on a GPU, the time of steps of 4096 tokens, which the GPU takes: the same kernels have to run.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def main() -> None:
                     print(
                         f"{kind.__name__:9}{'DoRA' if dora else 'LoRA':5}{tokens:5} tokens {what:8}"
                         f"p10 {lows['old']:8.1f} -> {lows['new']:8.1f} µs ({lows['new'] / lows['old']:.3f}x)   "
-                        f"median {medians['old']:8.1f} -> {medians['new']:8.1f} µs ({medians['new'] / medians['old']:.3f}x)",
+                        f"median {medians['old']:8.1f} -> {medians['new']:8.1f} µs "
+                        f"({medians['new'] / medians['old']:.3f}x)",
                         flush=True,
                     )
     if args.out:

@@ -72,8 +72,8 @@ def embedding_table() -> str:
         ours, theirs = r["ours"], r["peft"]
         cells = [f"{m['ms']:.2f} ms, {m['peak_gb']:.2f} GB" for m in (ours, theirs)]
         lines.append(
-            f"| {r['hidden']} | {'DoRA' if r['dora'] else 'LoRA'} | {r['adapter']} | {r['tokens']} | {cells[0]} | {cells[1]} "
-            f"| {theirs['ms'] / ours['ms']:.2f}x | {in_a_graph(r)} |"
+            f"| {r['hidden']} | {'DoRA' if r['dora'] else 'LoRA'} | {r['adapter']} | {r['tokens']} "
+            f"| {cells[0]} | {cells[1]} | {theirs['ms'] / ours['ms']:.2f}x | {in_a_graph(r)} |"
         )
     lines += ["", "| H | Adapter | DoRA's norm | One read of the table | Ratio |", "|---|---|---|---|---|"]
     for n in results["norm"]:

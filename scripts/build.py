@@ -99,17 +99,36 @@ def build_id(name: str, backend: str, status: dict | None) -> str:
     return f"_{name.replace('-', '_')}_{backend}_{tail}"
 
 
-def find_nvcc() -> str | None:
+def find_nvcc(torch: Torch) -> str | None:
+    """In PATH, in CUDA_HOME, or from the wheels beside torch (requirements-cuda.txt)."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    wheels = sorted(torch.folder.parent.glob("nvidia/cu*/bin"))
+    return next((p for folder in (None, f"{home}/bin", *wheels) if (p := shutil.which("nvcc", path=folder))), None)
+
+
+def with_libraries_of_wheel(nvcc: str, work: Path) -> dict[str, str]:
+    """Environment in which the nvcc of a wheel finds its libraries: they lie in lib, not lib64, and no link without a
+    version leads to the runtime."""
+    libraries = Path(nvcc).parent.parent / "lib"
+    if "nvidia" not in libraries.parts:
+        return {}
+    links = work / "lib"
+    links.mkdir(parents=True, exist_ok=True)
+    for runtime in libraries.glob("libcudart.so.*"):
+        (links / "libcudart.so").unlink(missing_ok=True)
+        (links / "libcudart.so").symlink_to(runtime)
+    return {"NVCC_APPEND_FLAGS": f"-L{libraries} -L{links} {os.environ.get('NVCC_APPEND_FLAGS', '')}".strip()}
 
 
 def choose_backend(torch: Torch) -> tuple[str, str]:
     """(backend, what is left out and why)."""
     if torch.cuda is None:
         return "cpu", f"left out cuda: torch {torch.full_version} is a build without CUDA"
-    if find_nvcc() is None:
-        return "cpu", "left out cuda: nvcc not found; a CUDA torch cannot load this variant"
+    if find_nvcc(torch) is None:
+        return "cpu", (
+            "left out cuda: nvcc not found (pip install -r requirements-cuda.txt); "
+            "a CUDA torch cannot load this variant"
+        )
     return "cuda", "left out nothing: the cuda variant holds the CPU op too"
 
 
@@ -159,10 +178,12 @@ def compile_library(config: dict, backend: str, torch: Torch, ops_name: str, arc
         "CXX_STD": 20 if torch.version >= (2, 12) else 17,
     }
     if backend == "cuda":
-        options["CMAKE_CUDA_COMPILER"] = find_nvcc()
+        options["CMAKE_CUDA_COMPILER"] = find_nvcc(torch)
         options["CMAKE_CUDA_ARCHITECTURES"] = ";".join(a.replace(".", "") + "-real" for a in archs)
     # CMake and ninja of the running interpreter's environment come first.
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    if backend == "cuda":
+        env |= with_libraries_of_wheel(options["CMAKE_CUDA_COMPILER"], work)
     cmake = shutil.which("cmake", path=env["PATH"])
     if cmake is None:
         sys.exit("build: cmake not found (pip install cmake)")

@@ -3,9 +3,9 @@
 
     python scripts/check_build.py [--build DIR] [--release] [--torch DIR]
 
-Each problem is one line: the variant, what is wrong, what to do. The exit status is 1 where there is one. What cannot be
-looked at on this machine, as the import of a CUDA variant without a CUDA torch, is said and is no problem. `--release` asks a
-CUDA variant for all of build.toml's architectures, and for sources that are committed.
+Each problem is one line: the variant, what is wrong, what to do. The exit status is 1 where there is one. What cannot
+be looked at on this machine, as the import of a CUDA variant without a CUDA torch, is said and is no problem.
+`--release` asks a CUDA variant for all of build.toml's architectures, and for sources that are committed.
 """
 
 import argparse
@@ -165,7 +165,8 @@ def check_library(path: Path, backend: str, torch_abi: tuple[int, int]) -> list[
 
 
 def _is_of_libstdcxx(name: str) -> bool:
-    """Whether a mangled name is of namespace std or __gnu_cxx, whose headers make it visible: all libraries share it."""
+    """Whether a mangled name is of namespace std or __gnu_cxx, whose headers make it visible: all libraries share
+    it."""
     return re.match(r"_Z(T[ISVT]|GV|Z)*N?K?(St|S[absiod]|9__gnu_cxx)", name) is not None
 
 

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HOPPER = "sm_90a"
 # Hopper's kernels are those of namespace sm90; these of them only add up what others multiplied.
 ONLY_ADD = re.compile(r"::finish\w*$")
-# Bytes of stack that a kernel may use by architecture, any other kernel none: registers that did not fit, and arrays with
-# an index that is not known. As nvcc 13.0 compiles them.
+# Bytes of stack that a kernel may use by architecture, any other kernel none: registers that did not fit, and arrays
+# with an index that is not known. As nvcc 13.0 compiles them.
 STACK_BYTES = {
     "dropped_up_add_bwd_kernel": {"sm_80": 16, "sm_86": 16, "sm_89": 16, "sm_90a": 16, "sm_120": 8},
     "gated_kernel": {"sm_90a": 80, "sm_120": 24},

@@ -121,7 +121,8 @@ def check_all(ops, shapes) -> int:
 
 
 def medians(contenders: dict, inputs: list, rounds: int = 15) -> dict[str, float]:
-    """Microseconds of a call of each, from graphs over all inputs, replayed in random order: the clock follows the load."""
+    """Microseconds of a call of each, from graphs over all inputs, replayed in random order: the clock follows the
+    load."""
     graphs = {}
     for name, function in contenders.items():
         for x in inputs:

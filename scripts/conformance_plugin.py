@@ -50,8 +50,8 @@ datasets.load_dataset = conformance_hub.load_dataset
 
 
 def count_calls(layer: type, name: str, last_call) -> None:
-    """Counts each call of a layer as fused or as the module's own forward, as `last_call` of the kernel has it. Not what
-    torch.compile traces: a count would be a graph break."""
+    """Counts each call of a layer as fused or as the module's own forward, as `last_call` of the kernel has it. Not
+    what torch.compile traces: a count would be a graph break."""
     ours = layer.forward
 
     @functools.wraps(ours)

@@ -1,5 +1,5 @@
-"""Writes the README's table of model families from tests/helpers/families.json; with --measure that file first, from the models
-themselves, each held against PEFT."""
+"""Writes the README's table of model families from tests/helpers/families.json; with --measure that file first, from
+the models themselves, each held against PEFT."""
 
 from __future__ import annotations
 

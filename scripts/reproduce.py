@@ -4,9 +4,9 @@
     python scripts/reproduce.py [--backend cpu|cuda] [--archs "9.0a"] [--torch DIR] [--against VARIANT]
 
 The clones lie at paths of different length and are built under another umask, time zone, locale, home and temporary
-folder. Files and modes must be equal. `--against` compares with a variant that somebody else has built, a downloaded one
-for example, whose metadata.json names the commit and the tools to have. Where `kernel-builder` is installed, the CPU
-library is built twice by its own CMake, too.
+folder. Files and modes must be equal. `--against` compares with a variant that somebody else has built, a downloaded
+one for example, whose metadata.json names the commit and the tools to have. Where `kernel-builder` is installed, the
+CPU library is built twice by its own CMake, too.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 
     python scripts/variants.py [--write]
 
-With Nix they are what kernel-builder evaluates, for each system; `--write` keeps them in docs/variants.json. Without Nix
-the kept ones are printed, which are of the builder that flake.lock names.
+With Nix they are what kernel-builder evaluates, for each system; `--write` keeps them in docs/variants.json. Without
+Nix the kept ones are printed, which are of the builder that flake.lock names.
 """
 
 import argparse

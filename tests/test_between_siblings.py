@@ -86,7 +86,8 @@ def test_an_input_whose_memory_is_replaced_between_siblings(lora_fused):
 @pytest.mark.parametrize("skipped", (False, True), ids=("", "skipped"))
 @pytest.mark.parametrize("gradient", (False, True), ids=("no_grad", ""))
 def test_writes_through_data_between_passes(lora_fused, gradient, skipped):
-    """They move no version, as an 8-bit optimizer's; x is the same tensor in every pass, in one of which siblings are skipped."""
+    """They move no version, as an 8-bit optimizer's; x is the same tensor in every pass, in one of which siblings are
+    skipped."""
     model, x = heads(use_dora=True), torch.randn(5, 32, dtype=torch.float64)
     ours = learned(lora_fused, model, x)
     inner(ours)(x.clone())

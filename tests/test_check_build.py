@@ -48,8 +48,11 @@ def asking_for(folder, symbol, version, soname):
     offering = compiled(
         folder, f"void {symbol}(void) {{}}", f"-Wl,--version-script={folder}/versions,-soname={soname}", name=soname
     )
-    return compiled(folder, f"void {symbol}(void); static void *p = {symbol}; static void *get(void) "
-                            f"{{ return p; }} __attribute__((used)) static void *(*q)(void) = get;", offering)  # fmt: skip
+    source = (
+        f"void {symbol}(void); static void *p = {symbol}; static void *get(void) "
+        f"{{ return p; }} __attribute__((used)) static void *(*q)(void) = get;"
+    )
+    return compiled(folder, source, offering)
 
 
 def problems_of(library, backend="cpu"):
@@ -218,7 +221,9 @@ EFFECTS = {
     "import torch; torch.set_default_dtype(torch.float64)": ("changed torch's default dtype",),
     "import warnings; warnings.filterwarnings('ignore')": ("changed the warning filters",),
     "import torch; torch.library.Library('somebody', 'DEF').define('op() -> ()'); "
-    "torch._keep = torch.library.Library('elsewhere', 'DEF'); torch._keep.define('op() -> ()')": ("registers elsewhere::op",),
+    "torch._keep = torch.library.Library('elsewhere', 'DEF'); torch._keep.define('op() -> ()')": (
+        "registers elsewhere::op",
+    ),
 }  # fmt: skip
 
 

@@ -36,7 +36,8 @@ FLAT = "fsdp1, flat parameters"  # as PEFT's documentation sets it up: each matr
 
 
 class Case(NamedTuple):
-    """before: kernelized before it is wrapped; bf16: parameters in bfloat16; four_bit: an NF4 base, stored as float32."""
+    """before: kernelized before it is wrapped; bf16: parameters in bfloat16; four_bit: an NF4 base, stored as
+    float32."""
 
     wrapper: str
     before: bool = False
@@ -153,7 +154,8 @@ def count_computations(lora_fused) -> dict:
 
 
 def compare(lora_fused, counts: dict, case: Case, rank: int):
-    """The same losses as with PEFT alone, what was computed, and what `explain` says before the first call and after."""
+    """The same losses as with PEFT alone, what was computed, and what `explain` says before the first call and
+    after."""
     expected = trained(llama(case), case, rank, lambda model: None)
     counts.clear()
     model, said, own_calls = llama(case), [], []
@@ -198,7 +200,8 @@ def serve(rank: int, build: pathlib.Path, port: int, cases):
 
 
 class Pair:
-    """Two processes that train together; after a failure the next case has new ones, since one may wait for the other."""
+    """Two processes that train together; after a failure the next case has new ones, since one may wait for the
+    other."""
 
     def __init__(self, build: pathlib.Path):
         self.build, self.running = build, []

@@ -53,8 +53,8 @@ def under_autocast(model):
 
 
 def holds(lora_fused, model, own_calls, run=train, *, fused, again=True, rows=TOKENS, root=None):
-    """What `explain` says of the next call and of the last one is what PEFT's forward has been entered for; `fused` is how
-    many LoRA modules are. Asked of `root`, where the model that runs is another one's copy or wrapper."""
+    """What `explain` says of the next call and of the last one is what PEFT's forward has been entered for; `fused` is
+    how many LoRA modules are. Asked of `root`, where the model that runs is another one's copy or wrapper."""
     root = model if root is None else root
     for _ in range(2 if again else 1):
         before = explain(lora_fused, root, rows)
@@ -197,7 +197,7 @@ def compile_the_forward(model):
     ids=lambda f: f.__name__,
 )
 def test_compiled(lora_fused, own_calls, compiled):
-    """What runs is asked of the model that was kernelize_in_place, which may not know who compiles it."""
+    """What runs is asked of the model that was kernelized, which may not know who compiles it."""
     torch.compiler.reset()
     model = kernelize_in_place(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
     evaluate(model)
@@ -257,8 +257,8 @@ def test_trainer_that_compiles(lora_fused, own_calls, tmp_path, monkeypatch):
     model = kernelize_in_place(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
     data = [{"input_ids": ids, "labels": ids} for ids in tokens().cpu()]
     arguments = transformers.TrainingArguments(
-        output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=DEVICE == "cpu",
-        torch_compile=True, torch_compile_backend="eager", disable_tqdm=True,
+        output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no",
+        use_cpu=DEVICE == "cpu", torch_compile=True, torch_compile_backend="eager", disable_tqdm=True,
     )  # fmt: skip
     try:
         with torch.device("cpu"):
@@ -270,7 +270,7 @@ def test_trainer_that_compiles(lora_fused, own_calls, tmp_path, monkeypatch):
     assert {row.reason for row in rows} == {lora_fused.explanation.COMPILED}
 
 
-# ---- what is not kernelize_in_place, and why ----
+# ---- what is not kernelized, and why ----
 
 
 def test_a_mode_without_layers(lora_fused, own_calls):

@@ -1,4 +1,5 @@
-"""The shape functions of the native ops, which torch.compile and torch.export trace through, against the ops themselves."""
+"""The shape functions of the native ops, which torch.compile and torch.export trace through, against the ops
+themselves."""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
-"""float16: whatever PEFT's order of operations keeps in range is finite here, and as good, on every path: t = dropout(x) Aᵀ
-near the limit under a large scaling, B zero, sums before DoRA's mag_norm_scale beyond the limit, gradients."""
+"""float16: whatever PEFT's order of operations keeps in range is finite here, and as good, on every path: t =
+dropout(x) Aᵀ near the limit under a large scaling, B zero, sums before DoRA's mag_norm_scale beyond the limit,
+gradients."""
 
 import contextlib
 import copy
@@ -56,8 +57,8 @@ def set_magnitude(layer, scaling, size=1.0):
 
 
 def large_down(model, scaling, t, delta=100.0):
-    """x that makes t = x Aᵀ about as large as given, the delta and the base product about `delta`, and a dy whose gradients
-    are in range."""
+    """x that makes t = x Aᵀ about as large as given, the delta and the base product about `delta`, and a dy whose
+    gradients are in range."""
     k, r = CASE.k, CASE.r
     x = (t / k**0.5) * torch.randn(*CASE.lead, k)
     with torch.no_grad():
@@ -163,8 +164,8 @@ def test_at_initialisation(lora_fused, monkeypatch, variant, backend):
 @pytest.mark.parametrize("scaling", (1.0, 1024.0))
 @pytest.mark.parametrize("variant", ("dora", "dora-dropout"))
 def test_before_the_gain(lora_fused, monkeypatch, variant, scaling, backend):
-    """x Wᵀ + s·t Bᵀ is beyond the limit, and the mag_norm_scale brings it back: of two terms below the limit, or of a delta whose
-    scaling takes it there."""
+    """x Wᵀ + s·t Bᵀ is beyond the limit, and the mag_norm_scale brings it back: of two terms below the limit, or of a
+    delta whose scaling takes it there."""
     choose(lora_fused, monkeypatch, backend)
     model = adapted(variant, scaling)
     layer, k, r = model.base_model.model.proj, CASE.k, CASE.r

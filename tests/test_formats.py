@@ -1,5 +1,5 @@
-"""Numbers that Python and the library have to mean the same by, and formats that an op does not know: refused by name, or
-right, never taken for something else."""
+"""Numbers that Python and the library have to mean the same by, and formats that an op does not know: refused by name,
+or right, never taken for something else."""
 
 import dataclasses
 

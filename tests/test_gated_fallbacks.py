@@ -1,4 +1,5 @@
-"""What keeps a gated MLP from being one Function, then or later: its projections are fused alone, the rest is PEFT's."""
+"""What keeps a gated MLP from being one Function, then or later: its projections are fused alone, the rest is
+PEFT's."""
 
 import contextlib
 

@@ -218,8 +218,8 @@ def allocations(run):
 ALLOCATIONS = {
     # adapters 1, t 1, y 3; adapters 1, dt 1, dx 1, dA's below each other 1, dB 3
     Group: (5, 7),
-    # gate and up: adapters, t 2, y 2; h 1; down: adapters, t, y 3. h and dh 2; down: adapters, dt, dA, dB 4; dgate and dup
-    # 2; gate and up: adapters, dt, dx, dA 4, dB 2
+    # gate and up: adapters, t 2, y 2; h 1; down: adapters, t, y 3. h and dh 2; down: adapters, dt, dA, dB 4; dgate and
+    # dup 2; gate and up: adapters, dt, dx, dA 4, dB 2
     MLP: (8, 14),
     # adapters, t, y; adapters, dt, dx, dA, dB
     Single: (3, 5),

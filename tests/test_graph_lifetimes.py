@@ -124,7 +124,8 @@ def test_a_gated_mlp_has_one_graph(lora_fused):
 
 @pytest.mark.parametrize("reached", (("q",), ("q", "v")), ids="+".join)
 def test_a_leader_waits_for_what_a_checkpoint_may_recompute(pair_of, reached):
-    """Whatever else runs in between, another group among it: torch refuses a recomputation that saves something else."""
+    """Whatever else runs in between, another group among it: torch refuses a recomputation that saves something
+    else."""
     _, ours = pair_of("dropout")
     ys = checkpoint(lambda x: tuple(y.square() for y in outputs(ours, x)), features(), use_reentrant=False)
     ys = dict(zip(NAMES, ys))

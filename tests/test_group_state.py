@@ -1,5 +1,5 @@
-"""What a sibling's call depends on besides values, changed between two siblings; and a group that changes while a reentrant
-checkpoint waits."""
+"""What a sibling's call depends on besides values, changed between two siblings; and a group that changes while a
+reentrant checkpoint waits."""
 
 import pytest
 import torch
@@ -88,8 +88,8 @@ def test_a_dropout_that_changes_between_siblings(lora_fused, change):
 @pytest.mark.parametrize("masked", (NAMES, ("v",)), ids="+".join)
 @pytest.mark.parametrize("later", (("q",), ("q", "k")), ids="+".join)
 def test_no_member_leaves_while_a_reentrant_checkpoint_waits(lora_fused, monkeypatch, masked, later):
-    """Its forward drew one seed a member at once, which its recomputation must do as well: y = J x + b and dx = Jᵀ dy with
-    the same masks in J."""
+    """Its forward drew one seed a member at once, which its recomputation must do as well: y = J x + b and dx = Jᵀ dy
+    with the same masks in J."""
     ours, b = masked_heads(lora_fused, monkeypatch, masked)
 
     def run(names):

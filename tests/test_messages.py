@@ -180,7 +180,8 @@ def test_bad_input_of_the_others(lora_fused):
         ("padding_idx", lambda: lora_fused.lora_embedding(
             torch.tensor([1]), torch.ones(33, 24), torch.ones(5, 33), torch.ones(24, 5), scaling, padding_idx=1.5)),
         ("magnitude", lambda: lora_fused.lora_embedding(
-            torch.tensor([1]), torch.ones(33, 24), torch.ones(5, 33), torch.ones(24, 5), scaling, magnitude=torch.ones(3))),
+            torch.tensor([1]), torch.ones(33, 24), torch.ones(5, 33), torch.ones(24, 5), scaling,
+            magnitude=torch.ones(3))),
     )  # fmt: skip
     for name, call in calls:
         with pytest.raises((TypeError, ValueError), match=f"^{name}: ") as raised:
@@ -246,7 +247,8 @@ def test_no_memory_on_a_gpu(lora_fused):
 FAILURES = {
     "check": ("check_dropout, kernel-src/cpu/../common/dropout.h:92, dropout: p is 1.5, expected 0 to 1",
               "dropout: p is 1.5, expected 0 to 1"),
-    "allocation": ("aoti_torch_empty_strided(n, sizes.data(), &handle) API call failed at kernel-src/common/tensors.cpp, line 97",
+    "allocation": ("aoti_torch_empty_strided(n, sizes.data(), &handle) API call failed at "
+                   "kernel-src/common/tensors.cpp, line 97",
                    "lora_fused: DefaultCPUAllocator: can't allocate memory"),
     "product": ("aoti_torch_cpu_addmm_out(out.get(), alpha) API call failed at kernel-src/group/products.cpp, line 27",
                 "lora_fused: operands do not fit"),
@@ -285,7 +287,8 @@ def test_a_check_of_an_op_reaches_nobody_with_its_path(lora_fused):
         lambda: lora_fused.backends.native.dequantize_4bit(ones, ones, None, None, None, 3, 0, False, 0, ones),
         lambda: lora_fused.backends.native.lora_forward(
             ones, [ones], [torch.ones(3)], [ones], [ones], [], [], [1.0], None, [], [], [], False),
-        lambda: lora_fused.backends.native.lora_forward(ones, [ones], [], [ones], [ones], [], [], [1.0], None, [], [], [9] * 7, False),
+        lambda: lora_fused.backends.native.lora_forward(
+            ones, [ones], [], [ones], [ones], [], [], [1.0], None, [], [], [9] * 7, False),
     )  # fmt: skip
     for call in calls:
         with pytest.raises(RuntimeError) as raised:

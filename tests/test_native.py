@@ -281,7 +281,8 @@ def test_gated(lora_fused, device, three_threads, p, dora, gate_half, dtype, ada
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 @pytest.mark.parametrize("activation", range(5))
 def test_gates_of_zero_and_far_from_it(lora_fused, device, activation, dtype):
-    """Values and slopes are those of autograd, which has 0 where ReLU has none, and nothing overflows on the way: y = f(x)."""
+    """Values and slopes are those of autograd, which has 0 where ReLU has none, and nothing overflows on the way: y =
+    f(x)."""
     maths, eye = lora_fused.backends.reference.activations, torch.eye(6, device=device, dtype=dtype)
     up = lora_fused.Operands(torch.zeros_like(eye), torch.ones(6, device=device, dtype=dtype))
     far = 1e3 if maths.ACTIVATIONS[activation] == "relu2" else 1e25

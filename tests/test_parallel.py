@@ -1,5 +1,5 @@
-"""Two processes that share a model's layers: tensor parallelism as transformers and PEFT do it and as torch does, expert
-parallelism, and x that is sharded along its tokens. Where weights or x are sharded PEFT's own forward runs."""
+"""Two processes that share a model's layers: tensor parallelism as transformers and PEFT do it and as torch does,
+expert parallelism, and x that is sharded along its tokens. Where weights or x are sharded PEFT's own forward runs."""
 
 import os
 import pathlib
@@ -211,8 +211,8 @@ def local_tokens(lora_fused, folder):
 
 
 CASES = (
-    tensor_parallel, tensor_parallel_of_inputs, expert_parallel, torchs_tensor_parallel, sharded_tokens, sharded_x_alone,
-    local_tokens,
+    tensor_parallel, tensor_parallel_of_inputs, expert_parallel, torchs_tensor_parallel, sharded_tokens,
+    sharded_x_alone, local_tokens,
 )  # fmt: skip
 
 

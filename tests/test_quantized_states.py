@@ -86,7 +86,8 @@ def test_x_on_another_device(lora_fused):
 
 
 def test_states_that_are_bitsandbytes_own(lora_fused):
-    """One that its layer alone holds, as under FSDP; where it does not fit, and packed for inference: PEFT's own forward."""
+    """One that its layer alone holds, as under FSDP; where it does not fit, and packed for inference: PEFT's own
+    forward."""
     case = QUANTIZED_CASES[5]
     model = quantized.replace(quantized.One(case, F32, "cpu"), lambda m: quantized.four_bit(m, F32))
     model, layer = quantized.adapted(model, case)

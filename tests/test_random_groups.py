@@ -1,6 +1,7 @@
-"""Random groups against autograd through the formula itself, in float64: ranks, widths and token numbers of any alignment,
-masks, members without an adapter, DoRA, adapters of other dtypes, outputs without a gradient, frozen matrices, x without a
-gradient. By the native op, and by the chain of operations that serves what the op does not take."""
+"""Random groups against autograd through the formula itself, in float64: ranks, widths and token numbers of any
+alignment, masks, members without an adapter, DoRA, adapters of other dtypes, outputs without a gradient, frozen
+matrices, x without a gradient. By the native op, and by the chain of operations that serves what the op does not
+take."""
 
 import random
 

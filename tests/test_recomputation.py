@@ -34,7 +34,8 @@ def model_of(lora_fused, drawn):
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("out", (False, True), ids=("parameters", "taken out"))
 def test_random_passes(lora_fused, monkeypatch, seed, out):
-    """y = J x + b and dx = Jᵀ dy with the same masks in J. A draw of three seeds is not three draws of one, as on a GPU."""
+    """y = J x + b and dx = Jᵀ dy with the same masks in J. A draw of three seeds is not three draws of one, as on a
+    GPU."""
     own = lora_fused.functional.dispatch.draw_seeds
 
     def draw_seeds(*args):

@@ -1,5 +1,6 @@
-"""What PEFT's forward would call may be replaced by another tool, on its class or in its module, before or after `kernelize`:
-then PEFT's forward runs, and `explain` says what is replaced and by whom. Put back, the model is fused again."""
+"""What PEFT's forward would call may be replaced by another tool, on its class or in its module, before or after
+`kernelize`: then PEFT's forward runs, and `explain` says what is replaced and by whom. Put back, the model is fused
+again."""
 
 import contextlib
 import copy
@@ -208,10 +209,13 @@ def test_code_that_is_exchanged_in_place(lora_fused, owner):
 
 
 def test_the_linear_of_deepspeed_is_the_same_mathematics(lora_fused, tmp_path, monkeypatch):
-    """ZeRO-3 leaves its own function in the place of F.linear for good. Anybody else's of that name is a replacement."""
+    """ZeRO-3 leaves its own function in the place of F.linear for good. Anybody else's of that name is a
+    replacement."""
     source = tmp_path / "linear.py"
     source.write_text(
-        "import torch\n\ndef zero3_linear_wrap(x, weight, bias=None):\n    return torch._C._nn.linear(x, weight, bias)\n"
+        "import torch\n\n"
+        "def zero3_linear_wrap(x, weight, bias=None):\n"
+        "    return torch._C._nn.linear(x, weight, bias)\n"
     )
     name = "deepspeed.runtime.zero.linear"
     spec = importlib.util.spec_from_file_location(name, source)

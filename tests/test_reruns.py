@@ -34,8 +34,8 @@ def deterministic():
 
 
 class Run:
-    """Training of a fresh model that can be saved and taken up by another one: another adapter every eleven steps, another
-    kind of checkpointing every seven, one step in thirteen breaks off."""
+    """Training of a fresh model that can be saved and taken up by another one: another adapter every eleven steps,
+    another kind of checkpointing every seven, one step in thirteen breaks off."""
 
     def __init__(self, lora_fused):
         self.model = kernelized(lora_fused, adapted_llama())

@@ -1,5 +1,5 @@
-"""Scalings that are tensors, as PEFT's compiled hot swap makes them and fills them anew: read on a CPU, multiplied into B where
-a GPU would have to be waited for."""
+"""Scalings that are tensors, as PEFT's compiled hot swap makes them and fills them anew: read on a CPU, multiplied into
+B where a GPU would have to be waited for."""
 
 import copy
 import importlib
@@ -99,8 +99,8 @@ def test_changes_between_siblings(lora_fused, way, change):
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 @pytest.mark.parametrize("config", ({}, dict(use_dora=True)), ids=str)
 def test_hot_swap(lora_fused, way, config):
-    """PEFT's own preparation, with ranks padded, and another adapter's scaling filled in; an embedding and gated MLPs among
-    the layers."""
+    """PEFT's own preparation, with ranks padded, and another adapter's scaling filled in; an embedding and gated MLPs
+    among the layers."""
     targets = ["embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     plain = peft_llama(torch.float64, target_modules=targets, **config)
     prepare_model_for_compiled_hotswap(plain, target_rank=6)

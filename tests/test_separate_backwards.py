@@ -1,5 +1,5 @@
-"""Siblings differentiated by backward calls of their own: PEFT has a graph each, a group has one node. Whatever PEFT does,
-the group does: the same gradients, or the same kind of error."""
+"""Siblings differentiated by backward calls of their own: PEFT has a graph each, a group has one node. Whatever PEFT
+does, the group does: the same gradients, or the same kind of error."""
 
 import copy
 import functools

@@ -1,4 +1,5 @@
-"""Two GPUs in one process: work on the second while the first is current, and a model spread over both by `device_map`."""
+"""Two GPUs in one process: work on the second while the first is current, and a model spread over both by
+`device_map`."""
 
 import accelerate
 import pytest

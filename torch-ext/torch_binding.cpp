@@ -12,6 +12,11 @@
 
 OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   ops.def("names(str kind) -> str");
+  // Whose kernels run on like's device: "cpu", "sm80" for every GPU but Hopper, "sm90" (kernel-src/dispatch/).
+  ops.def("architecture(Tensor like) -> str");
+  // From now on all GPUs of the process run this architecture's kernels, "" for their own: for tests and benchmarks, so
+  // that a Hopper runs what another GPU does. An error names what is possible.
+  ops.def("set_architecture(str name) -> ()");
   ops.def("row_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
   ops.def("gain(Tensor magnitude, Tensor norm) -> Tensor");
   ops.def("dropout(Tensor x, Tensor seed, float p, Tensor(a!) out, bool accumulate=False, bool scaled=True) -> ()");
@@ -69,7 +74,11 @@ bool gemm_is_faster_cpu(const torch::stable::Tensor&, int64_t, int64_t) { return
 
 std::string names(std::string kind) { return lora_fused::names_of(kind); }
 
-OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) { ops.impl("names", TORCH_BOX(&names)); }
+OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
+  ops.impl("names", TORCH_BOX(&names));
+  ops.impl("architecture", TORCH_BOX(&architecture));
+  ops.impl("set_architecture", TORCH_BOX(&set_architecture));
+}
 
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("row_norm", TORCH_BOX(&row_norm_cpu));

@@ -10,6 +10,10 @@
 // The names of what the ops take as numbers, see kernel-src/common/names.h.
 std::string names(std::string kind);
 
+// Whose kernels run on like's device, and those of which architecture all GPUs run from now on: kernel-src/dispatch/architecture.h.
+std::string architecture(const torch::stable::Tensor& like);
+void set_architecture(std::string name);
+
 // Each op: one declaration per device; kernel-src/ says what it computes.
 torch::stable::Tensor row_norm_cpu(const torch::stable::Tensor& weight,
                                    const torch::stable::Tensor& lora_a,

@@ -39,12 +39,9 @@ struct Gemm {
 #if defined(CUDA_KERNEL)
 constexpr int kGemmSegments = 8;
 
-// Whether gemm_sm90 can compute it: compute capability 9.0, one half dtype, up to 8 segments, base
+// Whether gemm_sm90 can compute it, on sm90: one half dtype, up to 8 segments, base
 // addresses and row strides that are multiples of 16 bytes, N a multiple of 8, nothing empty.
 bool gemm_sm90_supports(const Gemm& gemm);
-// Whether it is faster than the library's products one after another, for at least two segments:
-// out is large enough that its tiles fill the multiprocessors. docs/performance.md says from where.
-bool gemm_sm90_is_faster(const MatrixView& out);
 // One launch on the current stream of out's device, which has to be the current device. Neither
 // allocates nor waits. For what gemm_sm90_supports alone.
 void gemm_sm90(const Gemm& gemm);

@@ -127,6 +127,8 @@ void lo_cpu(const Cast& cast);  // of one with `lo`, to bfloat16
 void hi_lo_sums_cpu(const std::vector<HiLoSum>& sums);
 
 #if defined(CUDA_KERNEL)
+// `supports`: what a launcher can compute, on an architecture that has it. Whether it is faster is dispatch/table.h's.
+
 // out = alpha·a b + beta·out by cuBLAS itself, on the current stream of torch's handle. False where it can't be: another
 // dtype than half precision, sizes beyond 32 bits, cuBLAS not found in the process.
 bool cublas_gemm(const MatrixView& out, const MatrixView& a, const MatrixView& b, float alpha, float beta);
@@ -139,9 +141,9 @@ void scale_output_cuda(const ScaleOutput& work);
 // All in one launch, and what they sum in another; they share M and dtype.
 void scale_output_backward_cuda(const std::vector<ScaleOutputBackward>& works);
 
-// A launch for each norm, and one before and one after for all; by row_norms_sm90 where that is supported and faster.
-void row_norms_cuda(const std::vector<RowNorm>& norms);
-// On Hopper a bfloat16 weight and a float32 a, up to rank 32: three launches for every four. `fill` is not called.
+// A launch for each norm, and one before and one after for all.
+void row_norms_sm80(const std::vector<RowNorm>& norms);
+// Of a bfloat16 weight and a float32 a, up to rank 32: three launches for every four. `fill` is not called.
 bool row_norm_sm90_supports(const RowNorm& norm);
 void row_norms_sm90(const std::vector<RowNorm>& norms);
 
@@ -153,7 +155,7 @@ void adapter_grad_cuda(const std::vector<AdapterGrad>& entries);
 // dx += the sum of all terms.
 void dropped_expand_add_cuda(const MatrixView& dx, const std::vector<DroppedExpand>& terms);
 
-// The same two products on Hopper, up to rank 128; a of either layout. Each list is one launch for every eight entries,
+// The same two products on sm90, up to rank 128; a of either layout. Each list is one launch for every eight entries,
 // which share the dtype, and are all bf16x3 or none.
 bool skinny_sm90_supports(const MatrixView& matrix);  // as x, a or t of one
 bool skinny_sm90_supports(const Shrink& product);
@@ -161,7 +163,7 @@ bool skinny_sm90_supports(const AdapterGrad& product);
 void skinny_sm90(const std::vector<Shrink>& products);
 void skinny_sm90(const std::vector<AdapterGrad>& products);
 
-// On Hopper, up to rank 64, bf16x3 up to 32. Two launches for every four entries, which share M and dtype.
+// On sm90, up to rank 64, bf16x3 up to 32. Two launches for every four entries, which share M and dtype.
 bool dt_db_sm90_supports(const DtDb& products);
 void dt_db_sm90(const std::vector<DtDb>& products);
 #endif

@@ -48,7 +48,7 @@ class AdapterGrads {
     };
     const Tensor out = shaped(rank);
     const MatrixView hi = both.columns(0, rank), lo = both.columns(rank, rank);
-    if (batch_.add({hi, input, out, transposed, mask, lo}, /*hopper_alone=*/true)) return out;
+    if (batch_.add({hi, input, out, transposed, mask, lo})) return out;
     const MatrixView wide = shaped(2 * rank), from = kept(input, mask);
     if (transposed) {
       multiply(wide, from.transposed(), both, 1.0, /*add=*/false);
@@ -178,7 +178,7 @@ void Backward::shrink_dy_bf16x3() {
     const SplitLayout split{rank, stride};
     if (needs(i, kNeedB)) dbs_[i] = fused.add(dy, b, t, out, scaling, members_.b(i)->scalar_type(), split);
     const MatrixView hi = b.columns(0, rank).transposed(), lo = b.columns(rank, rank).transposed();
-    if (dbs_[i] || batch.add({dy, hi, out, scaling, std::nullopt, lo, split}, /*hopper_alone=*/true)) continue;
+    if (dbs_[i] || batch.add({dy, hi, out, scaling, std::nullopt, lo, split})) continue;
     const MatrixView wide = empty(x_.base(), {x_.size(0), 2 * rank}, ScalarType::Float);
     multiply(wide, dy, b, 1.0, /*add=*/false);
     sums.push_back({wide.columns(0, rank), wide.columns(rank, rank), out, scaling, split});

@@ -1,23 +1,42 @@
-// DoRA's norms and scales, see dora_norms.h, and the op that makes nothing else.
+// DoRA's norms and scales, see dora_norms.h.
 #include "dora_norms.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <tuple>
 
 #include "../../torch-ext/torch_binding.h"
+#include "../common/mag_norm_scale.h"
+#include "../common/row_norm_check.h"
+#include "../dispatch/table.h"
 
 namespace lora_fused {
 
 namespace {
 
-// Elements of a weight in four bits that its norm has in floating point at a time: 32 MB of bfloat16, which stay
-// in the cache of a large GPU between the two kernels.
-constexpr int64_t kNormElements = int64_t(1) << 24, kNormRows = 128;
-
 // `count` elements of a contiguous vector or rows of a matrix, from `first` on.
 Tensor slice(Tensor t, int64_t first, int64_t count) { return torch::stable::narrow(t, 0, first, count); }
+
+}  // namespace
+
+#if defined(CUDA_KERNEL)
+void row_norms_cuda(const std::vector<RowNorm>& norms) {
+  std::vector<RowNorm> sm90, sm80;
+  int64_t elements = 0;
+  for (const RowNorm& of : norms) {
+    check_row_norm(of.weight, of.a, of.b, /*cuda=*/true);
+    if (of.magnitude) check_mag_norm_scale(*of.magnitude, of.norm, /*cuda=*/true);
+    const bool fits = dispatch::row_norm_fits_sm90(of);
+    if (fits) elements += of.weight.numel();
+    (fits ? sm90 : sm80).push_back(of);
+  }
+  if (!dispatch::row_norm_sm90_is_faster(elements)) return row_norms_sm80(norms);
+  row_norms_sm90(sm90);
+  row_norms_sm80(sm80);
+}
+#endif
+
+namespace {
 
 void row_norms(const std::vector<RowNorm>& norms) {
 #if defined(CUDA_KERNEL)
@@ -33,8 +52,8 @@ void row_norms(const std::vector<RowNorm>& norms) {
 
 // The norm of a weight in four bits as those of some of its rows after another, which have `made` in turn.
 void append_pieces(const FourBitWeight& weight, const RowNorm& whole, MaybeTensor& made, std::vector<RowNorm>& pieces) {
-  const int64_t n = weight.rows(), k = weight.cols(), blocks = kNormElements / std::max<int64_t>(k, 1) / kNormRows;
-  const int64_t rows = std::min(n, std::max<int64_t>(blocks, 1) * kNormRows);
+  const int64_t n = weight.rows(), k = weight.cols(), blocks = dispatch::kNormPieceElements / std::max<int64_t>(k, 1) / dispatch::kNormPieceRows;
+  const int64_t rows = std::min(n, std::max<int64_t>(blocks, 1) * dispatch::kNormPieceRows);
   if (!made || made->numel() < rows * k || made->scalar_type() != weight.dtype())
     made = empty(whole.weight, {rows * k}, weight.dtype());
   const Tensor a = in_rows(whole.a), b = in_rows(whole.b);

@@ -26,4 +26,9 @@ class Norms {
   std::vector<std::optional<RowNorm>> waiting_;  // one a member, or empty
 };
 
+#if defined(CUDA_KERNEL)
+// All of them, each by the kernel that is faster.
+void row_norms_cuda(const std::vector<RowNorm>& norms);
+#endif
+
 }  // namespace lora_fused

@@ -21,7 +21,7 @@ void shrink_bf16x3(const MatrixView& t, const MatrixView& x, const Members& memb
     const std::optional<Dropped> mask = members.mask(i);
     const double scaling = members.scaling(i);
     const SplitLayout split{rank, rank};  // t keeps those of each member together
-    if (batch.add({x, a.rows(0, ranks), out, scaling, mask, a.rows(ranks, ranks), split}, /*hopper_alone=*/true)) continue;
+    if (batch.add({x, a.rows(0, ranks), out, scaling, mask, a.rows(ranks, ranks), split})) continue;
     const MatrixView wide = empty(x.base(), {x.size(0), 2 * ranks}, ScalarType::Float);
     multiply(wide, kept(x, mask), a.transposed(), 1.0, /*add=*/false);
     sums.push_back({wide.columns(0, ranks), wide.columns(ranks, ranks), out, scaling * scale_of(mask), split});

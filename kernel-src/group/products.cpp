@@ -2,6 +2,7 @@
 #include "products.h"
 
 #include "../common/gemm.h"
+#include "../dispatch/table.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
@@ -41,7 +42,8 @@ bool is_scaled(const Term& term) { return term.alpha != 1.0; }
 // The sum of terms as one launch of our own, what it does beside still to be filled in. A single term is the
 // library's: it needs no second pass over out.
 std::optional<Gemm> gemm_of(const MatrixView& out, const std::vector<Term>& terms, const std::vector<Term>& leading) {
-  if (!out.is_cuda() || leading.size() + terms.size() < 2 || !gemm_sm90_is_faster(out)) return std::nullopt;
+  if (!out.is_cuda() || leading.size() + terms.size() < 2 || !dispatch::gemm_is_faster(out, out.size(0), out.size(1)))
+    return std::nullopt;
   if (std::any_of(terms.begin(), terms.end(), is_scaled)) return std::nullopt;
   const bool rows_are_n = terms[0].b.stride(0) == 1;
   Gemm gemm{{}, rows_are_n, out};

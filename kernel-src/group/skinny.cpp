@@ -1,28 +1,14 @@
 // Products with an adapter's rank, see skinny.h.
 #include "skinny.h"
 
+#include "../dispatch/table.h"
 #include "products.h"
 
 namespace lora_fused {
 
 namespace {
 
-// Up to so many tokens a step waits for the host, and one launch for all skinny products of a group is
-// worth more than the library's best product for each.
-constexpr int64_t kOneLaunchTokens = 1024, kOneLaunchTokensOnHopper = 2048, kOneLaunchRank = 64;
-// From so many tokens and elements of a group's dy on, one read of it for dt and dB is worth a launch more.
-constexpr int64_t kOneReadTokens = 2048, kOneReadElements = int64_t(1) << 24;
-
-bool is_launch_bound(const MatrixView& x) {
-  const auto dtype = x.scalar_type();
-  return x.is_cuda() && (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) && x.size(0) <= kOneLaunchTokens;
-}
-
 #if defined(CUDA_KERNEL)
-const MatrixView& other_of(const Shrink& product) { return product.a; }
-const MatrixView& other_of(const AdapterGrad& product) { return product.t; }
-int64_t rank_of(const Shrink& product) { return product.t.size(1); }
-int64_t rank_of(const AdapterGrad& product) { return product.t.size(1); }
 void run_sm80(const std::vector<Shrink>& products) { shrink_cuda(products); }
 void run_sm80(const std::vector<AdapterGrad>& products) { adapter_grad_cuda(products); }
 #endif
@@ -30,10 +16,7 @@ void run_sm80(const std::vector<AdapterGrad>& products) { adapter_grad_cuda(prod
 }  // namespace
 
 Adapters::Layout layout_of_b(const MatrixView& x) {
-#if defined(CUDA_KERNEL)
-  if (skinny_sm90_supports(x)) return Adapters::kAsStored;
-#endif
-  return is_launch_bound(x) ? Adapters::kTransposed : Adapters::kAsStored;
+  return dispatch::wants_b_transposed(x) ? Adapters::kTransposed : Adapters::kAsStored;
 }
 
 bool is_skinny(std::initializer_list<const MatrixView*> operands) {
@@ -47,22 +30,19 @@ bool is_skinny(std::initializer_list<const MatrixView*> operands) {
 }
 
 void multiply_shrink(const MatrixView& out, const MatrixView& x, const MatrixView& a, double scaling) {
-  SkinnyBatch<Shrink> batch;
-  if (batch.add({x, a, out, scaling, std::nullopt}, /*hopper_alone=*/true)) return batch.run();
+#if defined(CUDA_KERNEL)
+  const Shrink product{x, a, out, scaling, std::nullopt};
+  if (dispatch::skinny_kernel(product, /*alone=*/true) == dispatch::SkinnyKernel::kSm90) return skinny_sm90({product});
+#endif
   multiply(out, x, a.transposed(), scaling, /*add=*/false);
 }
 
 template <typename Product>
-bool SkinnyBatch<Product>::add(const Product& product, bool hopper_alone) {
+bool SkinnyBatch<Product>::add(const Product& product) {
 #if defined(CUDA_KERNEL)
-  if (!product.x.is_cuda()) return false;
-  if ((product.mask || product.x.size(0) <= kOneLaunchTokensOnHopper) && skinny_sm90_supports(product)) {
-    sm90_.push_back(product);
-    return true;
-  }
-  const bool is_faster = product.mask || (is_launch_bound(product.x) && rank_of(product) <= kOneLaunchRank);
-  if (hopper_alone || !is_faster || !is_skinny({&product.x, &other_of(product)})) return false;
-  sm80_.push_back(product);
+  const dispatch::SkinnyKernel kernel = dispatch::skinny_kernel(product);
+  if (kernel == dispatch::SkinnyKernel::kLibrary) return false;
+  (kernel == dispatch::SkinnyKernel::kSm90 ? sm90_ : sm80_).push_back(product);
   return true;
 #else
   return false;
@@ -81,10 +61,13 @@ template class SkinnyBatch<Shrink>;
 template class SkinnyBatch<AdapterGrad>;
 
 FusedDtDb::FusedDtDb(const std::vector<MaybeMatrixView>& dys) {
-  int64_t tokens = 0, elements = 0;
+#if defined(CUDA_KERNEL)
+  const MatrixView* any = nullptr;
+  int64_t elements = 0;
   for (const MaybeMatrixView& dy : dys)
-    if (dy) tokens = dy->size(0), elements += dy->numel();
-  is_faster_ = tokens >= kOneReadTokens && elements >= kOneReadElements;
+    if (dy) any = &*dy, elements += dy->numel();
+  is_faster_ = any != nullptr && dispatch::dt_db_is_faster(*any, elements);
+#endif
 }
 
 MaybeTensor FusedDtDb::add(const MatrixView& dy, const MatrixView& b, const MatrixView& t, const MatrixView& dt,

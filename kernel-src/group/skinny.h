@@ -10,7 +10,7 @@
 
 namespace lora_fused {
 
-// How the backward wants B: the generic skinny kernels read its columns, those for Hopper either way.
+// How the backward wants B.
 Adapters::Layout layout_of_b(const MatrixView& x);
 
 // Whether the generic skinny kernels support these operands.
@@ -23,8 +23,8 @@ void multiply_shrink(const MatrixView& out, const MatrixView& x, const MatrixVie
 template <typename Product>
 class SkinnyBatch {
  public:
-  // False where the library's product is to be taken instead; so it is by `hopper_alone` on any other GPU.
-  bool add(const Product& product, bool hopper_alone = false);
+  // False where the library's product is to be taken instead.
+  bool add(const Product& product);
   void run() const;
 
  private:
@@ -42,7 +42,7 @@ class FusedDtDb {
   void run() const;
 
  private:
-  bool is_faster_;
+  bool is_faster_ = false;
   std::vector<DtDb> products_;
 };
 

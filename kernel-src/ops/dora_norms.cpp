@@ -1,4 +1,4 @@
-// DoRA's norms and mag_norm_scales of several projections, as an op of their own.
+// DoRA's norms, of one projection or with the scales of several, as ops of their own.
 #include <tuple>
 
 #include "../../torch-ext/torch_binding.h"
@@ -19,3 +19,13 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_scales(
   const lora_fused::Norms norms(args, of, mag_norm_scales, /*product=*/std::nullopt);
   return {norms.norms(), norms.mag_norm_scales()};
 }
+
+#if defined(CUDA_KERNEL)
+torch::stable::Tensor row_norm_cuda(const torch::stable::Tensor& weight, const torch::stable::Tensor& lora_a,
+                                    const torch::stable::Tensor& lora_b, double scaling) {
+  const lora_fused::OnDevice device(weight);
+  const auto norm = lora_fused::empty(weight, {weight.size(0)}, lora_fused::ScalarType::Float);
+  lora_fused::row_norms_cuda({{weight, lora_a, lora_b, norm, scaling}});
+  return norm;
+}
+#endif

@@ -6,8 +6,15 @@
 #include "../common/gemm.h"
 #include "../common/kernels.h"
 #include "../common/tensors.h"
+#include "../dispatch/table.h"
 
 using namespace lora_fused;
+
+bool gemm_is_faster_cuda(const Tensor& like, int64_t rows, int64_t cols) {
+  const ScalarType dtype = like.scalar_type();
+  if ((dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) || rows <= 0 || cols <= 0 || cols % 8 != 0) return false;
+  return dispatch::gemm_is_faster(like, rows, cols);
+}
 
 void gemm_cuda(Tensors a, Tensors b, bool b_rows_are_n, Tensor out,
                std::optional<Tensor> bias, std::optional<Tensor> mag_norm_scale, std::optional<Tensor> unscaled,
@@ -20,7 +27,7 @@ void gemm_cuda(Tensors a, Tensors b, bool b_rows_are_n, Tensor out,
   for (size_t i = 0; i < a.size(); ++i) gemm.segments.push_back({a[i], b[i]});
   if (seed) gemm.mask = {*seed, p};
   gemm.leading = static_cast<size_t>(leading), gemm.leading_scale = leading_scale;
-  STD_TORCH_CHECK(gemm_sm90_supports(gemm),
+  STD_TORCH_CHECK(dispatch::is_sm90(out) && gemm_sm90_supports(gemm),
                   "gemm: not for this device, these dtypes, shapes or strides");
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   gemm_sm90(gemm);
@@ -37,6 +44,7 @@ void skinny_cuda(Tensors x, Tensors other, Tensors out, double scaling, bool by_
   STD_TORCH_CHECK(bf16x3 >= 0 && (hopper || bf16x3 == 0), "skinny: bf16x3 for Hopper alone");
   const int64_t operands = bf16x3 > 0 ? 2 : 1, splits = bf16x3 > 0 && !by_columns ? 3 : 1;
   const std::optional<Dropped> mask = seed ? std::optional<Dropped>({*seed, p}) : std::nullopt;
+  const bool has_sm90 = dispatch::is_sm90(x[0]);
   std::vector<Shrink> shrinks;
   std::vector<AdapterGrad> grads;
   for (size_t i = 0; i < x.size(); ++i) {
@@ -58,12 +66,12 @@ void skinny_cuda(Tensors x, Tensors other, Tensors out, double scaling, bool by_
       const bool turned = out[i].stride(1) == 1;
       grads.push_back({half(0), x[i], turned ? MatrixView(out[i]) : MatrixView(out[i]).transposed(), turned, mask, lo, scaling});
       const bool contiguous = turned ? out[i].stride(0) == ranks : out[i].stride(0) == 1 && out[i].stride(1) == cols;
-      supports = hopper ? skinny_sm90_supports(grads.back())
+      supports = hopper ? has_sm90 && skinny_sm90_supports(grads.back())
                       : skinny_supports(x[i]) && skinny_supports(other[i]) && contiguous;
     } else {
       const auto split = bf16x3 > 0 ? std::optional<SplitLayout>({bf16x3, bf16x3}) : std::nullopt;
       shrinks.push_back({x[i], half(0), MatrixView(out[i]).columns(0, ranks), scaling, mask, lo, split});
-      supports = hopper ? skinny_sm90_supports(shrinks.back()) : skinny_supports(x[i]) && skinny_supports(other[i]);
+      supports = hopper ? has_sm90 && skinny_sm90_supports(shrinks.back()) : skinny_supports(x[i]) && skinny_supports(other[i]);
     }
     STD_TORCH_CHECK(supports, "skinny: not for this device, these dtypes, shapes or strides");
   }
@@ -91,7 +99,7 @@ void dt_db_cuda(Tensors dy, Tensors b, Tensors t, Tensors dt, Tensors db, double
                     "dy_products: shapes or dtypes of entry ", i);
     const auto split = bf16x3 ? std::optional<SplitLayout>({ranks, ranks}) : std::nullopt;
     products.push_back({dy[i], b[i], t[i], MatrixView(dt[i]).columns(0, ranks), db[i], scaling, split, db_scaling});
-    STD_TORCH_CHECK(dt_db_sm90_supports(products.back()),
+    STD_TORCH_CHECK(dispatch::is_sm90(dy[i]) && dt_db_sm90_supports(products.back()),
                     "dy_products: not for this device, these dtypes, ranks or strides");
   }
   dt_db_sm90(products);

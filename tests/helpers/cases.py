@@ -212,8 +212,8 @@ class SeededDropout(torch.nn.Module):
 
 
 class OwnForwards:
-    """Counts the calls of PEFT's own LoRA forwards in a with-block, by class, and touches none of them: a forward that is
-    replaced is a reason to run it. Sees this thread alone."""
+    """Counts the calls of PEFT's own LoRA forwards in a with-block, by class, and touches none of them: a forward that
+    is replaced is a reason to run it. Sees this thread alone."""
 
     def __init__(self):
         from peft.tuners.lora import LoraLayer

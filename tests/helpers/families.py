@@ -1,4 +1,5 @@
-"""Model families in their smallest sizes: what the README's table of families is made of, and what it is held against."""
+"""Model families in their smallest sizes: what the README's table of families is made of, and what it is held
+against."""
 
 from __future__ import annotations
 
@@ -36,9 +37,9 @@ STATE_SPACE = dict(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layer
 
 @dataclass(frozen=True)
 class Family:
-    """config: the configuration's class in transformers. model: the class that builds from it. inputs: of one call, with
-    labels where the model gives a loss. targets: of LoRA. parts: configurations inside the configuration. dora: whether
-    PEFT has DoRA for all of the targets."""
+    """config: the configuration's class in transformers. model: the class that builds from it. inputs: of one call,
+    with labels where the model gives a loss. targets: of LoRA. parts: configurations inside the configuration. dora:
+    whether PEFT has DoRA for all of the targets."""
 
     config: str
     sizes: dict
@@ -137,7 +138,9 @@ FAMILIES = {
         max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )),
     "bloom": Family("BloomConfig", dict(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0)),
-    "mpt": Family("MptConfig", dict(vocab_size=64, d_model=32, n_layers=2, n_heads=4, expansion_ratio=2, max_seq_len=64)),
+    "mpt": Family("MptConfig", dict(
+        vocab_size=64, d_model=32, n_layers=2, n_heads=4, expansion_ratio=2, max_seq_len=64,
+    )),
     "starcoder2": Family("Starcoder2Config", TEXT),
     "olmo": Family("OlmoConfig", TEXT),
     "olmo2": Family("Olmo2Config", TEXT),
@@ -168,7 +171,9 @@ FAMILIES = {
     ), dora=False),
     # Encoders.
     "bert": Family("BertConfig", TEXT, "AutoModelForMaskedLM", generates=False),
-    "modernbert": Family("ModernBertConfig", dict(TEXT, global_attn_every_n_layers=2), "AutoModelForMaskedLM", generates=False),
+    "modernbert": Family(
+        "ModernBertConfig", dict(TEXT, global_attn_every_n_layers=2), "AutoModelForMaskedLM", generates=False,
+    ),
     "eurobert": Family("EuroBertConfig", TEXT, "AutoModelForMaskedLM", generates=False),
     "deberta_v2": Family("DebertaV2Config", TEXT, "AutoModelForMaskedLM", generates=False),
     "distilbert": Family("DistilBertConfig", dict(
@@ -189,7 +194,9 @@ FAMILIES = {
     "pegasus": Family("PegasusConfig", PAIR, "AutoModelForSeq2SeqLM", pair),
     # Vision.
     "vit": Family("ViTConfig", VISION, "AutoModel", image, generates=False),
-    "dinov2 (SwiGLU)": Family("Dinov2Config", dict(VISION, use_swiglu_ffn=True, mlp_ratio=2), "AutoModel", image, False),
+    "dinov2 (SwiGLU)": Family(
+        "Dinov2Config", dict(VISION, use_swiglu_ffn=True, mlp_ratio=2), "AutoModel", image, False,
+    ),
     "dinov3_vit": Family("DINOv3ViTConfig", dict(VISION, use_gated_mlp=True), "AutoModel", image, False),
     "siglip": Family("SiglipVisionConfig", VISION, "SiglipVisionModel", image, False),
     "clip": Family("CLIPVisionConfig", VISION, "CLIPVisionModel", image, False),
@@ -210,7 +217,8 @@ FAMILIES = {
         num_conv_pos_embedding_groups=2, apply_spec_augment=False, layerdrop=0.0,
     ), "AutoModel", waves, False),
     # Several media.
-    "llava": Family("LlavaConfig", dict(image_token_index=61), "AutoModelForImageTextToText", image_tokens, parts=lambda: dict(
+    "llava": Family("LlavaConfig", dict(image_token_index=61), "AutoModelForImageTextToText",
+                    image_tokens, parts=lambda: dict(
         text_config=transformers.LlamaConfig(**TEXT), vision_config=transformers.CLIPVisionConfig(**VISION),
     )),
     "qwen2_5_vl": Family("Qwen2_5_VLConfig", dict(
@@ -218,8 +226,8 @@ FAMILIES = {
     ), "AutoModelForImageTextToText", patches_and_text, parts=lambda: dict(
         text_config=dict(TEXT, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])),
         vision_config=dict(
-            depth=2, hidden_size=32, intermediate_size=48, num_heads=4, out_hidden_size=32, patch_size=4, window_size=16,
-            fullatt_block_indexes=[1], spatial_merge_size=2, temporal_patch_size=2,
+            depth=2, hidden_size=32, intermediate_size=48, num_heads=4, out_hidden_size=32, patch_size=4,
+            window_size=16, fullatt_block_indexes=[1], spatial_merge_size=2, temporal_patch_size=2,
         ),
     )),
     "paligemma": Family("PaliGemmaConfig", dict(image_token_index=61, projection_dim=32), "AutoModelForImageTextToText",
@@ -264,7 +272,8 @@ FAMILIES = {
     )),
     "recurrent_gemma": Family("RecurrentGemmaConfig", dict(TEXT, num_hidden_layers=3, lru_width=32)),
     "bamba": Family("BambaConfig", dict(
-        TEXT, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=2, mamba_chunk_size=4,
+        TEXT, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=2,
+        mamba_chunk_size=4,
     ), targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj"]),
     "falcon_h1": Family("FalconH1Config", dict(
         TEXT, mamba_n_heads=8, mamba_d_head=8, mamba_d_ssm=64, mamba_d_state=4, mamba_n_groups=2, mamba_chunk_size=4,

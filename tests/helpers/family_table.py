@@ -71,8 +71,8 @@ def counted(lora_fused):
 
     layers, one = lora_fused.layers, lambda *_: dict(projections=1)
     calls = (
-        (layers.functional, "compute_group", lambda x, projections: dict(projections=len(projections))),
-        (layers.functional, "compute_gated", lambda x, inputs, *_: dict(projections=len(inputs) + 1, gated=1)),
+        (layers.dispatch, "compute_group", lambda x, projections: dict(projections=len(projections))),
+        (layers.dispatch, "compute_gated", lambda x, inputs, *_: dict(projections=len(inputs) + 1, gated=1)),
         (layers.functional_delta, "add_delta", one),
         (layers.functional_embedding, "compute_embedding", one),
     )
@@ -135,7 +135,8 @@ def measure(lora_fused, family: Family, **config) -> dict:
 
 
 def without_version(row: dict) -> dict:
-    """What every version of transformers has in common: one may fuse projections in its model that another calls apart."""
+    """What every version of transformers has in common: one may fuse projections in its model that another calls
+    apart."""
     return dict(
         unfused=row["modules"] - row["fused"], **{key: row[key] for key in ("gated", "gated_in_evaluation", "reasons")}
     )

@@ -1,4 +1,5 @@
-"""The formulas in plain PyTorch, which autograd differentiates: the truth of tests, with nothing of ours but the masks."""
+"""The formulas in plain PyTorch, which autograd differentiates: the truth of tests, with nothing of ours but the
+masks."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def assert_same(ours, theirs):
 
 
 def take_out(layers):
-    """Takes their parameters out of layers, as FSDP1 does; the result puts tensors made of them in their place, as FSDP1
-    does before every pass."""
+    """Takes their parameters out of layers, as FSDP1 does; the result puts tensors made of them in their place, as
+    FSDP1 does before every pass."""
     taken = []
     for layer in layers:
         for name, parameter in [*layer.named_parameters(recurse=False)]:
@@ -86,8 +86,8 @@ def learned(lora_fused, model, x):
 
 
 def masked_heads(lora_fused, monkeypatch, masked):
-    """(kernelized heads with dropout in those of `masked`, their base biases joined). The masks of three projections drawn
-    at once differ from three drawn one by one, as they do on a GPU."""
+    """(kernelized heads with dropout in those of `masked`, their base biases joined). The masks of three projections
+    drawn at once differ from three drawn one by one, as they do on a GPU."""
     own = lora_fused.functional.dispatch.draw_seeds
 
     def draw_seeds(*args):

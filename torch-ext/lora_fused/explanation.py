@@ -32,8 +32,8 @@ _GATED = ({"gate", "down"}, {"w1", "w2", "w3"}, {"wi_0", "wi_1", "wo"})  # how g
 class Row:
     """One LoRA module: `fused` with its `backend` and `group`, or PEFT's forward and the `reason`. Where
     the backend is "fused delta" the delta is fused and the base module's own forward runs, for the
-    `reason`. `mlp`: why the gated MLP that it is a projection of is not one Function. `last`: what its last call ran, "fused"
-    or the reason why PEFT's own forward did; None where it was not called yet."""
+    `reason`. `mlp`: why the gated MLP that it is a projection of is not one Function. `last`: what its last call ran,
+    "fused" or the reason why PEFT's own forward did; None where it was not called yet."""
 
     module: str
     layer: str
@@ -82,8 +82,8 @@ def explain(model: nn.Module, rows: int = 8192) -> Explanation:
     """What every LoRA module of `model` does at its next call, by its state now, and what its last call ran.
 
     The backend is that of a call with `rows` rows (tokens of all sequences together), in the base
-    weight's dtype, or autocast's inside an autocast block. What torch.compile has traced, and weights that FSDP shards between
-    calls, are known by what the last call ran. Warns where nothing is fused. Raises TypeError if `model` is no
+    weight's dtype, or autocast's inside an autocast block. What torch.compile has traced, and weights that FSDP shards
+    between calls, are known by what the last call ran. Warns where nothing is fused. Raises TypeError if `model` is no
     module or `rows` no number of rows, ValueError if that is negative.
     """
     if not isinstance(model, nn.Module):
@@ -231,7 +231,7 @@ class _Model:
         if not isinstance(structure, str) and last_call.is_of_kernel(module):
             self.parents.update((part, module) for part in peft_gated_mlp.projections_of(module, structure))
         reason = self._mlp_reason(module, structure)
-        if reason is None:
+        if reason is None and not isinstance(structure, str):
             self.mlps.update((part, module) for part in peft_gated_mlp.projections_of(module, structure))
         elif not isinstance(structure, str) or _looks_gated(module):
             self.mlp_reasons.update((part, reason) for part in adapted)
@@ -248,9 +248,10 @@ class _Model:
         whole = self._at_call(module)
         part = next(filter(peft_linear.is_lora_linear, peft_gated_mlp.projections_of(whole, structure)), None)
         state = "no projection is adapted" if part is None else peft_linear.read_linear(part)
-        if not isinstance(state, str):
-            state = peft_gated_mlp.read_mlp(whole, _example(state), layers.LoraLinear, check_features=False)
-        return state if isinstance(state, str) else None
+        if isinstance(state, str):
+            return state
+        whole_state = peft_gated_mlp.read_mlp(whole, _example(state), layers.LoraLinear, check_features=False)
+        return whole_state if isinstance(whole_state, str) else None
 
 
 def _replaced_in(module: nn.Module) -> str | None:
@@ -285,8 +286,8 @@ def _is_fsdp2(module: nn.Module) -> bool:
 
 
 def _gathered(module: nn.Module) -> nn.Module:
-    """A shallow copy of a module in which every parameter that `fully_shard` has sharded is whole: a tensor of its global
-    shape, most of them without memory."""
+    """A shallow copy of a module in which every parameter that `fully_shard` has sharded is whole: a tensor of its
+    global shape, most of them without memory."""
     copy = object.__new__(type(module))
     copy.__dict__.update(module.__dict__)
     copy.__dict__["_parameters"] = {name: _whole(parameter) for name, parameter in module._parameters.items()}
@@ -341,9 +342,9 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> str | None:
         return "not kernelized: call register_peft_layers(), then kernelize(model)"
     if replaced.is_own(bound, module):
         return (
-            "not kernelized: its class's own forward is bound to it, since it was pickled, or kernelized without a layer of "
-            "this kernel: there is none for modes with TORCH_COMPILE, for devices other than cpu and cuda, or before "
-            "register_peft_layers()"
+            "not kernelized: its class's own forward is bound to it, since it was pickled, or kernelized without a "
+            "layer of this kernel: there is none for modes with TORCH_COMPILE, for devices other than cpu and cuda, or "
+            "before register_peft_layers()"
         )
     if getattr(forward, "__qualname__", None) == layer.forward.__qualname__:
         return f"kernelized by another build of this kernel, {forward.__module__.rpartition('.')[0]}"

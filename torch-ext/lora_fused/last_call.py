@@ -1,5 +1,5 @@
-"""What the last call of each module ran, so that `explain` need not guess what it cannot see: torch.compile may have traced a
-module from outside of the model, and sharded weights are whole in calls alone.
+"""What the last call of each module ran, so that `explain` need not guess what it cannot see: torch.compile may have
+traced a module from outside of the model, and sharded weights are whole in calls alone.
 
 A note is None where our forward computed the call, else the reason why the module's own did.
 """
@@ -56,9 +56,10 @@ def ran_since_trace(module: nn.Module) -> bool:
 
 
 def note_trace() -> bool:
-    """Called while torch.compile traces a forward of this kernel, without a break of its graph. It takes no argument, since
-    Dynamo would compile again for every other one: one graph may serve all layers of a model. So all that is below the
-    outermost module that is running is noted; each notes itself again when it is called outside of a graph."""
+    """Called while torch.compile traces a forward of this kernel, without a break of its graph. It takes no argument,
+    since Dynamo would compile again for every other one: one graph may serve all layers of a model. So all that is
+    below the outermost module that is running is noted; each notes itself again when it is called outside of a
+    graph."""
     for module in {module for root in _running() for module in root.modules()}:
         if is_of_kernel(module):
             note(module, TRACED)
@@ -66,8 +67,9 @@ def note_trace() -> bool:
     return True
 
 
-# What torch.compiler.assume_constant_result does, which would import Dynamo here: its graph takes the result and no call.
-note_trace._dynamo_marked_constant = True
+# What torch.compiler.assume_constant_result does, which would import Dynamo here: its graph takes the result and no
+# call.
+note_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _running() -> list[nn.Module]:

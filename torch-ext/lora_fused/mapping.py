@@ -84,6 +84,8 @@ class Marks:
     def mark_gated_mlp(self, module: nn.Module) -> None:
         """Marks the class of an adapted gated MLP, if its input is called as one of our layers calls it."""
         cls, structure = type(module), peft_gated_mlp.structure_of(module)
+        if isinstance(structure, str):
+            return
         layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
         if layer is not None and not structure.optional:
             adapted = functools.partial(_is_adapted_instance, cls)

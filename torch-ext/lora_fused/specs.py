@@ -169,8 +169,8 @@ def split_scaling(scaling: float, *dtypes: torch.dtype) -> tuple[float, float]:
     factor up. `dtypes`: those that t may be stored in.
 
     float16 may not have the range for s·dropout(x) Aᵀ where it has it for dropout(x) Aᵀ, which PEFT multiplies by B
-    first. So there |down| is at most 1, and up a power of two, 1 elsewhere. kernel-src/common/projections.h, `beyond_t`,
-    has the same rule."""
+    first. So there |down| is at most 1, and up a power of two, 1 elsewhere. kernel-src/common/projections.h,
+    `beyond_t`, has the same rule."""
     if torch.float16 not in dtypes or not abs(scaling) > 1.0:
         return scaling, 1.0
     mantissa, exponent = math.frexp(abs(scaling))

@@ -8,6 +8,7 @@
 
 #include "../../common/kernels.h"
 #include "../../common/tensors.h"
+#include "../../dispatch/table.h"
 #include "scale_output.cuh"
 #include "stream.h"
 
@@ -68,9 +69,7 @@ void launch(const ScaleOutputBackward* first, size_t count) {
     most = std::max(most, pass.cols);
   }
   if (blocks == 0) return;
-  // About 512 blocks, of at least 32 tokens each.
-  const int64_t wanted = std::max<int64_t>(1, 512 / blocks);
-  a.share_rows = std::max<int64_t>(32, (a.rows + wanted - 1) / wanted);
+  a.share_rows = dispatch::scale_backward_rows(blocks, a.rows);
   a.shares = std::max<int64_t>(1, (a.rows + a.share_rows - 1) / a.share_rows);
   const auto dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
   const Tensor shares = empty(first->dy.base(), {summed ? 2 : 0, a.shares, a.columns}, dtype);

@@ -14,8 +14,9 @@
 
 #include "../../../torch-ext/torch_binding.h"
 #include "../../common/tensors.h"
+#include "../../dispatch/table.h"
 #include "column_norm.cuh"
-#include "../common/device.h"
+#include "../common/shared_memory.h"
 #include "../common/stream.h"
 
 namespace {
@@ -23,10 +24,6 @@ namespace {
 using namespace lora_fused::column_norm;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Rows up to which a float32 A enters as hi and lo: beyond, its rounding to bfloat16 changes a norm
-// by 1e-5 (RMS; 4e-4 at 9 rows). One block a multiprocessor, for the registers that takes.
-constexpr int64_t kSplitRows = 8192;
 
 template <typename W, typename P, int kSteps, int kBlocks, bool kSplitA>
 void run(Args p, const Tensor& norm, const lora_fused::MagNormScaleOut& scale_out) {
@@ -59,7 +56,8 @@ void run_rank(const Args& p, const Tensor& norm, const lora_fused::MagNormScaleO
 
 template <typename W>
 void run_adapter(const Args& p, ScalarType dtype, const Tensor& norm, const lora_fused::MagNormScaleOut& scale_out) {
-  const bool small = p.v <= kSplitRows;
+  // With hi and lo one block a multiprocessor, for the registers that takes.
+  const bool small = p.v <= lora_fused::dispatch::kColumnNormSplitRows;
   (dtype != ScalarType::Float ? run_rank<W, W, 2, false>
    : small                    ? run_rank<W, float, 1, true>
                               : run_rank<W, float, 2, false>)(p, norm, scale_out);

@@ -12,7 +12,8 @@
 
 #include "../../../torch-ext/torch_binding.h"
 #include "../../common/tensors.h"
-#include "../common/device.h"
+#include "../../dispatch/table.h"
+#include "../common/shared_memory.h"
 #include "embedding_backward.cuh"
 #include "embedding_forward.cuh"
 #include "../common/stream.h"
@@ -94,7 +95,7 @@ void launch_forward(const Tensor& y, float* rows, int64_t steps, const Args& p, 
 template <typename T, typename P>
 void run_forward(const Tensor& y, float* rows, const Args& p, cudaStream_t stream) {
   const int64_t steps = ceil_div(p.m, kForwardTokens), all = lora_fused::multiprocessors(y.get_device_index());
-  if (p.r <= kRanks && steps * ceil_div(p.h, FewTokens::kThreads) <= 3 * all)
+  if (p.r <= kRanks && steps * ceil_div(p.h, FewTokens::kThreads) <= lora_fused::dispatch::kEmbeddingSmallBlocks * all)
     return launch_forward<T, P, FewTokens>(y, rows, 1, p, stream);
   // As many blocks as there are multiprocessors, or a multiple of that.
   const int64_t at_once = std::max<int64_t>(all / ceil_div(p.h, ManyTokens::kThreads), 1);
@@ -107,12 +108,6 @@ void run_forward_adapter(const Tensor& y, float* rows, const Args& p, cudaStream
   (p.b.dtype == kFloat      ? run_forward<T, float>
    : p.b.dtype == kBFloat16 ? run_forward<T, __nv_bfloat16>
                             : run_forward<T, __half>)(y, rows, p, stream);
-}
-
-// Splits that a sum is cut into, so that few blocks fill the GPU too.
-int splits_of(int64_t blocks, int64_t pieces, int64_t at_most) {
-  return static_cast<int>(
-      std::clamp<int64_t>(320 / std::max<int64_t>(blocks, 1), 1, std::min(pieces, at_most)));
 }
 
 struct Wanted {
@@ -133,7 +128,7 @@ void run_backward(const Wanted& wanted, const Tensor& dy, const float* kept, int
   if (wanted.da != nullptr) {
     const int64_t pieces = ceil_div(p.h, kWarpCols);
     rows.blocks = static_cast<int>(ceil_div(p.m, kRowsTokens));
-    const int splits = splits_of(rows.blocks, pieces, 8);
+    const int splits = lora_fused::dispatch::embedding_splits(rows.blocks, pieces, 8);
     rows.cols = static_cast<int>(ceil_div(pieces, splits)) * kWarpCols;
     rows.splits = static_cast<int>(ceil_div(p.h, rows.cols));
     drows = empty(dy, {rows.splits, p.m, int64_t{p.r}}, ScalarType::Float);
@@ -145,7 +140,7 @@ void run_backward(const Wanted& wanted, const Tensor& dy, const float* kept, int
   if (wanted.db != nullptr || wanted.dm != nullptr) {
     const int64_t pieces = std::max<int64_t>(ceil_div(p.m, kColumnsTokens), 1);
     columns.blocks = static_cast<int>(ceil_div(p.h, kColumns));
-    const int splits = splits_of(columns.blocks * ranks, pieces, 16);
+    const int splits = lora_fused::dispatch::embedding_splits(columns.blocks * ranks, pieces, 16);
     columns.tokens = static_cast<int>(ceil_div(pieces, splits)) * kColumnsTokens;
     columns.splits = static_cast<int>(ceil_div(pieces * kColumnsTokens, columns.tokens));
     partial = empty(dy, {columns.splits, int64_t{p.h} * (p.r + 1)}, ScalarType::Float);

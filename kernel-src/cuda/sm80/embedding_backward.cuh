@@ -98,13 +98,62 @@ constexpr int kColumns = 64, kColumnsTokens = 64;
 constexpr int kTileBytes = 2 * kColumnsTokens * kColumns * 2;
 constexpr int kBackwardBytes = kTileBytes + 2 * kColumnsTokens / 16 * kRankTiles * 32 * 16;
 
+constexpr int kColumnChunks = kColumns / 8, kColumnRowStep = kBackwardThreads / kColumnChunks;
+
+// Where chunk `chunk` of 8 columns of a row of dy is in a tile.
+__device__ __forceinline__ int swizzled(int row, int chunk) { return row * kColumnChunks + (chunk ^ (row & 7)); }
+
+// sum += a∘b in float32, eight values of T each.
+template <typename T>
+__device__ __forceinline__ void add_products(float (&sum)[8], const uint4& a, const uint4& b) {
+  const uint32_t as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float2 left = pair(as[j], T()), right = pair(bs[j], T());
+    sum[2 * j] = fmaf(left.x, right.x, sum[2 * j]);
+    sum[2 * j + 1] = fmaf(left.y, right.y, sum[2 * j + 1]);
+  }
+}
+
+// A block's 64 columns by 32 ranks of sums: those of the two halves of its tokens meet in `halves`, shared memory that
+// nothing reads any more.
+__device__ __forceinline__ void store_sums(const float (&c)[kRankTiles][4], float* halves, const ColumnsArgs& q,
+                                           const Args& p, int split_index, int rank0, int col0) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int tile_row = warp % 4, in_half = warp / 4;
+#pragma unroll
+  for (int k = 0; k < kRankTiles * 4; ++k)
+    if (in_half == 1) halves[(k * 4 + tile_row) * 32 + lane] = c[k / 4][k % 4];
+  __syncthreads();
+  if (in_half == 1) return;
+#pragma unroll
+  for (int k = 0; k < kRankTiles * 4; ++k) {
+    const int at = col0 + tile_row * 16 + k % 4 / 2 * 8 + g;
+    const int rank = rank0 + k / 4 * 8 + t * 2 + k % 2;
+    if (at < p.h && rank < p.r)
+      q.sums[(int64_t{split_index} * p.h + at) * p.r + rank] = c[k / 4][k % 4] + halves[(k * 4 + tile_row) * 32 + lane];
+  }
+}
+
+// A block's 64 columns of Σ dy∘W: the rows of each chunk meet in `columns`, shared memory that nothing reads any more.
+__device__ __forceinline__ void store_bases(const float (&base)[8], float* columns, float* bases, int col0, int h) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    columns[threadIdx.x / kColumnChunks * kColumns + threadIdx.x % kColumnChunks * 8 + i] = base[i];
+  __syncthreads();
+  if (threadIdx.x >= kColumns || col0 + threadIdx.x >= h) return;
+  float total = 0.0f;
+  for (int i = 0; i < kColumnRowStep; ++i) total += columns[i * kColumns + threadIdx.x];
+  bases[col0 + threadIdx.x] = total;
+}
+
 // Partial dyᵀ rows and, where `bases` is not null, Σ dy∘W[i]: 64 columns, one split of the tokens, 32
 // ranks. 64 tokens at a time: dy by cp.async, rows as fragments, both in two buffers.
 template <typename T>
 __device__ __forceinline__ void columns_grad(char* smem, int block, const ColumnsArgs& q,
                                              const T* __restrict__ dy, const Args& p) {
-  constexpr int kChunks = kColumns / 8, kEach = kColumnsTokens * kChunks / kBackwardThreads;
-  constexpr int kRowStep = kBackwardThreads / kChunks, kSteps64 = kColumnsTokens / 16;
+  constexpr int kChunks = kColumnChunks, kEach = kColumnsTokens * kChunks / kBackwardThreads;
+  constexpr int kRowStep = kColumnRowStep, kSteps64 = kColumnsTokens / 16;
   using Fragments = uint4[kSteps64][kRankTiles][32];
   auto* const tiles = reinterpret_cast<uint4(*)[kColumnsTokens * kChunks]>(smem);  // [2]
   auto* const fragments = reinterpret_cast<Fragments*>(smem + kTileBytes);                 // [2]
@@ -123,7 +172,7 @@ __device__ __forceinline__ void columns_grad(char* smem, int block, const Column
     for (int i = 0; i < kEach; ++i) {
       const int row = threadIdx.x / kChunks + i * kRowStep;
       const bool valid = start + row < end && col < p.h;
-      copy_async(shared_address(&tiles[buffer][row * kChunks + (chunk ^ (row & 7))]),
+      copy_async(shared_address(&tiles[buffer][swizzled(row, chunk)]),
                  valid ? dy + (start + row) * p.h + col : dy, valid);
       if (with_base)
         w_ahead[i] = load_row(p.w, valid ? load_id(p, start + row) * p.h + col : 0, valid);
@@ -163,54 +212,21 @@ __device__ __forceinline__ void columns_grad(char* smem, int block, const Column
     for (int step = in_half * 2; step < in_half * 2 + 2; ++step) {
       const int row = step * 16 + lane / 16 * 8 + lane % 8, at = tile_row * 2 + lane / 8 % 2;
       uint32_t a[4];
-      load_matrices<true>(a, shared_address(&tiles[buffer][row * kChunks + (at ^ (row & 7))]));
+      load_matrices<true>(a, shared_address(&tiles[buffer][swizzled(row, at)]));
 #pragma unroll
       for (int tile = 0; tile < kRankTiles; ++tile)
         multiply_bf16x3<T>(c[tile], a, fragments[buffer][step][tile][lane]);
     }
     if (with_base) {
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const int row = threadIdx.x / kChunks + i * kRowStep;
-        const uint4 d = tiles[buffer][row * kChunks + (chunk ^ (row & 7))];
-        const uint32_t ds[4] = {d.x, d.y, d.z, d.w}, ws[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float2 left = pair(ds[j], T()), right = pair(ws[j], T());
-          base[2 * j] = fmaf(left.x, right.x, base[2 * j]);
-          base[2 * j + 1] = fmaf(left.y, right.y, base[2 * j + 1]);
-        }
-      }
+      for (int i = 0; i < kEach; ++i)
+        add_products<T>(base, tiles[buffer][swizzled(threadIdx.x / kChunks + i * kRowStep, chunk)], w[i]);
     }
     if (more) stage(buffer ^ 1);
   }
-  // The two halves of the tokens meet in shared memory, so do the rows of each chunk.
-  float* halves = reinterpret_cast<float*>(fragments);
-  float* columns = reinterpret_cast<float*>(tiles);
   __syncthreads();
-#pragma unroll
-  for (int k = 0; k < kRankTiles * 4; ++k)
-    if (in_half == 1) halves[(k * 4 + tile_row) * 32 + lane] = c[k / 4][k % 4];
-  if (with_base) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) columns[threadIdx.x / kChunks * kColumns + chunk * 8 + i] = base[i];
-  }
-  __syncthreads();
-  if (in_half == 0) {
-#pragma unroll
-    for (int k = 0; k < kRankTiles * 4; ++k) {
-      const int at = col0 + tile_row * 16 + k % 4 / 2 * 8 + g;
-      const int rank = rank0 + k / 4 * 8 + t * 2 + k % 2;
-      if (at < p.h && rank < p.r)
-        q.sums[(int64_t{split_index} * p.h + at) * p.r + rank] =
-            c[k / 4][k % 4] + halves[(k * 4 + tile_row) * 32 + lane];
-    }
-  }
-  if (with_base && threadIdx.x < kColumns && col0 + threadIdx.x < p.h) {
-    float total = 0.0f;
-    for (int i = 0; i < kRowStep; ++i) total += columns[i * kColumns + threadIdx.x];
-    q.bases[int64_t{split_index} * p.h + col0 + threadIdx.x] = total;
-  }
+  store_sums(c, reinterpret_cast<float*>(fragments), q, p, split_index, rank0, col0);
+  if (with_base) store_bases(base, reinterpret_cast<float*>(tiles), q.bases + int64_t{split_index} * p.h, col0, p.h);
 }
 
 // Grid: rows_blocks of `rows_grad`, then columns_blocks of `columns_grad`, the rest zeroes `bytes` of da.

@@ -5,8 +5,7 @@
 // split into hi and lo of fp16 first (22 bits; a power of two per column of A and row of B keeps
 // them in range) and multiplied in three terms. The tiles are dealt out evenly to as many
 // blocks as the GPU holds; a last kernel adds each row's partial sums in a fixed order, so
-// results are deterministic on a given GPU. Large bfloat16 weights beside a float32 A go to sm90/row_norm.cu on Hopper.
-#include <torch/csrc/stable/accelerator.h>
+// results are deterministic on a given GPU.
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,12 +13,10 @@
 #include <algorithm>
 #include <limits>
 
-#include "../../../torch-ext/torch_binding.h"
 #include "../../common/mag_norm_scale.h"
 #include "../../common/kernels.h"
 #include "../../common/tensors.h"
-#include "../../common/row_norm_check.h"
-#include "../common/device.h"
+#include "../common/shared_memory.h"
 #include "row_norm.cuh"
 #include "row_norm_split.cuh"
 #include "../common/stream.h"
@@ -182,34 +179,7 @@ void launch_finish(const std::vector<Work>& works, cudaStream_t stream) {
 
 }  // namespace
 
-namespace {
-
-// From so many elements in all, larger than a 4096×4096, on, a launch more is worth it on Hopper.
-constexpr int64_t kOnHopper = int64_t(5) << 22;
-
-// Takes out of `norms` those that row_norms_sm90 is to make.
-std::vector<RowNorm> take_for_hopper(std::vector<RowNorm>& norms) {
-  std::vector<RowNorm> taken, left;
-  int64_t elements = 0;
-  for (const RowNorm& of : norms) {
-    const bool supports = !of.fill && row_norm_sm90_supports(of);
-    if (supports) elements += of.weight.numel();
-    (supports ? taken : left).push_back(of);
-  }
-  if (elements < kOnHopper) return {};
-  norms = left;
-  return taken;
-}
-
-}  // namespace
-
-void lora_fused::row_norms_cuda(const std::vector<RowNorm>& all) {
-  for (const RowNorm& of : all) {
-    check_row_norm(of.weight, of.a, of.b, /*cuda=*/true);
-    if (of.magnitude) check_mag_norm_scale(*of.magnitude, of.norm, /*cuda=*/true);
-  }
-  std::vector<RowNorm> norms = all;
-  row_norms_sm90(take_for_hopper(norms));
+void lora_fused::row_norms_sm80(const std::vector<RowNorm>& norms) {
   for (size_t first = 0; first < norms.size(); first += kNorms) {
     std::vector<Work> works;
     int64_t floats = 0;
@@ -228,11 +198,4 @@ void lora_fused::row_norms_cuda(const std::vector<RowNorm>& all) {
     }
     launch_finish(works, stream);
   }
-}
-
-Tensor row_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, double scaling) {
-  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
-  const Tensor norm = torch::stable::new_empty(weight, {weight.size(0)}, ScalarType::Float);
-  row_norms_cuda({{weight, lora_a, lora_b, norm, scaling}});
-  return norm;
 }

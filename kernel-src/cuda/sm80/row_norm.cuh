@@ -177,24 +177,143 @@ __device__ __forceinline__ void add_squares(float (&sums)[4][2], float (&acc)[4]
     add_squares<W, true>(sums, acc, scale, w, col_scale, warp_row, warp_col);
 }
 
-// partial[block + row block, 128]: the pairs a block visits are distinct in their sum, since
-// from one to the next either the block or the row block grows by one.
+// The W tiles, the ring of A and B in a block's shared memory.
+struct Buffers {
+  char* w_tiles;
+  uint32_t a_ring, b_steps;  // addresses of the shared window
+  int w_bytes;               // of a tile
+
+  __device__ __forceinline__ Buffers(const RowNormArgs& p, char* smem)
+      : w_tiles(smem),
+        a_ring(shared_address(smem + p.w_buffers * kRows * kCols * (p.w_dtype == kFloat ? 4 : 2))),
+        b_steps(a_ring + p.stages * kAStep),
+        w_bytes(kRows * kCols * (p.w_dtype == kFloat ? 4 : 2)) {}
+};
+
+// What a thread loads next of `count` tiles beside each other, as running pointers. A: row `a_row` of a step, 8 columns;
+// W likewise. `next` asks for one step of A, for B beside it where B is not resident, and for a tile of W when it is due.
+struct Loader {
+  const RowNormArgs& p;
+  const Buffers& to;
+  int64_t row0;
+  int count, a_row;
+  uint32_t a_place;
+  int64_t a_step;
+  const uint16_t *a_tile_from, *a_from;
+  int64_t a_cols;
+  int a_ranks;
+  const char* w_from;
+  int64_t w_cols;
+  int w_rows;
+  int tile = 0, step = 0, slot = 0;         // of A
+  int w_tile = 0, w_slot = 0, w_in;         // of W; w_in: steps until the next is due
+
+  __device__ __forceinline__ Loader(const RowNormArgs& p, const Buffers& to, int64_t row0, int64_t col0, int count)
+      : p(p), to(to), row0(row0), count(count) {
+    const int a_col = threadIdx.x % kAChunks;
+    a_row = threadIdx.x / kAChunks;
+    a_place = to.a_ring + (a_row * kAChunks + (a_col ^ a_row % 8)) * 16;
+    a_step = kRanks * p.lda;
+    a_from = a_tile_from = p.a + a_row * p.lda + col0 + a_col * 8;
+    a_cols = p.lda - col0 - a_col * 8;
+    a_ranks = a_cols > 0 ? static_cast<int>(p.a_rows) - a_row : 0;
+    const int w_chunks = to.w_bytes / kRows / 16, w_row = threadIdx.x / w_chunks;
+    const int w_col = threadIdx.x % w_chunks * kCols / w_chunks;
+    w_from = static_cast<const char*>(p.w) + ((row0 + w_row) * p.k + col0 + w_col) * (to.w_bytes / kRows / kCols);
+    w_cols = p.k - col0 - w_col;
+    w_rows = static_cast<int>(min(p.n - row0, int64_t{kRows})) - w_row;
+    w_in = p.stages - 1 - p.w_lead;
+  }
+
+  __device__ __forceinline__ void next() {
+    if (tile < count) next_a();
+    if (w_in == 0 && w_tile < count) next_w();
+    --w_in;
+    asm volatile("cp.async.commit_group;\n" ::: "memory");
+  }
+
+ private:
+  __device__ __forceinline__ void next_a() {
+    load_a(a_place + slot * kAStep, a_from, p.lda, a_ranks);
+    if (!p.b_resident) load_b(to.b_steps + slot * kBStep, p, b_step(p, step), row0);
+    slot = slot + 1 == p.stages ? 0 : slot + 1;
+    ++step;
+    a_from += a_step, a_ranks -= kRanks;
+    if (step == 2 * p.period) a_from -= p.period * a_step, a_ranks += p.period * kRanks;
+    if (step == p.steps) {
+      step = 0, ++tile;
+      a_from = a_tile_from += kCols;
+      a_cols -= kCols;
+      a_ranks = a_cols > 0 ? static_cast<int>(p.a_rows) - a_row : 0;
+    }
+  }
+
+  __device__ __forceinline__ void next_w() {
+    char* const place = to.w_tiles + w_slot * to.w_bytes;
+    if (p.w_dtype == kFloat)
+      load_w<4>(place, w_from, p.k * 4, w_rows, w_cols, p.w_vector);
+    else
+      load_w<2>(place, w_from, p.k * 2, w_rows, w_cols, p.w_vector);
+    w_from += to.w_bytes / kRows, w_cols -= kCols;
+    w_slot = w_slot + 1 == p.w_buffers ? 0 : w_slot + 1;
+    ++w_tile;
+    w_in = p.steps;
+  }
+};
+
+// acc [64, 64] of a warp += 32 ranks of B, a row's 64 bytes, times 32 ranks of A; both at this lane's rows.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2)
-    row_norm_fwd_kernel(const RowNormArgs p) {
+__device__ __forceinline__ void multiply_step(float (&acc)[4][8][4], uint32_t b_tile, uint32_t a_tile, uint32_t b_chunk,
+                                              uint32_t a_chunk) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t b[4][4], a[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) load_matrices<false>(b[i], b_tile + i * 16 * 64 + (b_chunk ^ 2 * half) * 16);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) load_matrices<true>(a[j], a_tile + half * 16 * kCols * 2 + (a_chunk ^ 2 * j) * 16);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        multiply<T>(acc[i][2 * j], b[i], a[j][0], a[j][1]);
+        multiply<T>(acc[i][2 * j + 1], b[i], a[j][2], a[j][3]);
+      }
+  }
+}
+
+// The block's sums of 128 rows, those of the two warps beside each other added, to partial [128].
+__device__ __forceinline__ void store_row_sums(float* partial, float (&row_sums)[2][kRows], const float (&sums)[4][2],
+                                               int warp_row, int warp_col) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float sum = sums[i / 2][i % 2];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    if (lane % 4 == 0) row_sums[warp_col / 64][warp_row + 8 * i + lane / 4] = sum;
+  }
+  __syncthreads();  // also: nothing is read from the ring any more
+  for (int row = threadIdx.x; row < kRows; row += kThreads) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) sum += row_sums[c][row];
+    partial[row] = sum;
+  }
+}
+
+// partial[block + row block, 128]: the pairs a block visits are distinct in their sum, since from one to the next either
+// the block or the row block grows by one.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) row_norm_fwd_kernel(const RowNormArgs p) {
   extern __shared__ __align__(128) char smem[];
   __shared__ float row_sums[2][kRows];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = warp % 2 * 64, warp_col = warp / 2 * 64;
-  const int w_bytes = kRows * kCols * (p.w_dtype == kFloat ? 4 : 2);
-  char* const w_tiles = smem;
-  const uint32_t a_ring = shared_address(smem + p.w_buffers * w_bytes);
-  const uint32_t b_steps = a_ring + p.stages * kAStep;
+  const Buffers buffers(p, smem);
   const uint32_t a_lane = lane % 16 * kCols * 2, a_chunk = (warp_col / 8 + lane / 16) ^ lane % 8;
   const uint32_t b_lane = (warp_row + lane % 16) * 64, b_chunk = lane / 16 ^ (lane / 2 & 3);
 
-  const int a_rows = static_cast<int>(p.a_rows);
-  const int64_t a_step = kRanks * p.lda;
   const int64_t tiles = p.row_blocks * p.col_tiles;
   const int64_t end = (blockIdx.x + 1) * tiles / gridDim.x;
   for (int64_t tile = blockIdx.x * tiles / gridDim.x; tile < end;) {
@@ -211,88 +330,27 @@ __global__ void __launch_bounds__(kThreads, 2)
       scale[i / 2][i % 2] = scaled ? p.scaling * p.row_scale[row] : p.scaling;
     }
     if (p.b_resident)
-      for (int s = 0; s < min(p.steps, 2 * p.period); ++s)
-        load_b(b_steps + s * kBStep, p, s, row0);
+      for (int s = 0; s < min(p.steps, 2 * p.period); ++s) load_b(buffers.b_steps + s * kBStep, p, s, row0);
 
-    // What this thread loads next. A: row `a_row` of a step, 8 columns; W: likewise.
-    const int a_row = threadIdx.x / kAChunks, a_col = threadIdx.x % kAChunks;
-    const uint32_t a_place = a_ring + (a_row * kAChunks + (a_col ^ a_row % 8)) * 16;
-    const uint16_t* a_tile_from = p.a + a_row * p.lda + col0 + a_col * 8;
-    const uint16_t* a_from = a_tile_from;
-    int64_t a_cols = p.lda - col0 - a_col * 8;
-    int a_ranks = a_cols > 0 ? a_rows - a_row : 0;
-    const int w_chunks = w_bytes / kRows / 16, w_row = threadIdx.x / w_chunks;
-    const int w_col = threadIdx.x % w_chunks * kCols / w_chunks;
-    const char* w_from = static_cast<const char*>(p.w) +
-                         ((row0 + w_row) * p.k + col0 + w_col) * (w_bytes / kRows / kCols);
-    int64_t w_cols = p.k - col0 - w_col;
-    const int w_rows = static_cast<int>(min(p.n - row0, int64_t{kRows})) - w_row;
-
-    int load_tile = 0, load_step = 0, load_slot = 0;
-    int w_load = 0, w_slot = 0, w_in = p.stages - 1 - p.w_lead;
+    Loader loader(p, buffers, row0, col0, count);
     int step = 0, slot = 0, w_at = 0, done = 0;  // what is computed
     for (int at = 1 - p.stages; at < count * p.steps; ++at) {
       if (at >= 0) {
         wait_for_all_but(p.stages - 2);
         __syncthreads();
       }
-      if (load_tile < count) {
-        load_a(a_place + load_slot * kAStep, a_from, p.lda, a_ranks);
-        if (!p.b_resident) load_b(b_steps + load_slot * kBStep, p, b_step(p, load_step), row0);
-        load_slot = load_slot + 1 == p.stages ? 0 : load_slot + 1;
-        ++load_step;
-        a_from += a_step, a_ranks -= kRanks;
-        if (load_step == 2 * p.period) a_from -= p.period * a_step, a_ranks += p.period * kRanks;
-        if (load_step == p.steps) {
-          load_step = 0, ++load_tile;
-          a_from = a_tile_from += kCols;
-          a_cols -= kCols;
-          a_ranks = a_cols > 0 ? a_rows - a_row : 0;
-        }
-      }
-      if (w_in == 0 && w_load < count) {
-        char* to = w_tiles + w_slot * w_bytes;
-        if (p.w_dtype == kFloat)
-          load_w<4>(to, w_from, p.k * 4, w_rows, w_cols, p.w_vector);
-        else
-          load_w<2>(to, w_from, p.k * 2, w_rows, w_cols, p.w_vector);
-        w_from += w_bytes / kRows, w_cols -= kCols;
-        w_slot = w_slot + 1 == p.w_buffers ? 0 : w_slot + 1;
-        ++w_load;
-        w_in = p.steps;
-      }
-      --w_in;
-      asm volatile("cp.async.commit_group;\n" ::: "memory");
+      loader.next();
       if (at < 0) continue;
 
-      const uint32_t a_tile = a_ring + slot * kAStep + a_lane;
-      const uint32_t b_tile =
-          b_steps + (p.b_resident ? b_step(p, step) : slot) * kBStep + b_lane;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t b[4][4], a[4][4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          load_matrices<false>(b[i], b_tile + i * 16 * 64 + (b_chunk ^ 2 * half) * 16);
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          load_matrices<true>(a[j], a_tile + half * 16 * kCols * 2 + (a_chunk ^ 2 * j) * 16);
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            multiply<T>(acc[i][2 * j], b[i], a[j][0], a[j][1]);
-            multiply<T>(acc[i][2 * j + 1], b[i], a[j][2], a[j][3]);
-          }
-      }
+      multiply_step<T>(acc, buffers.b_steps + (p.b_resident ? b_step(p, step) : slot) * kBStep + b_lane,
+                       buffers.a_ring + slot * kAStep + a_lane, b_chunk, a_chunk);
       slot = slot + 1 == p.stages ? 0 : slot + 1;
       if (++step < p.steps) continue;
 
       step = 0;
-      const char* w = w_tiles + w_at * w_bytes;
+      const char* w = buffers.w_tiles + w_at * buffers.w_bytes;
       w_at = w_at + 1 == p.w_buffers ? 0 : w_at + 1;
-      const float* by =
-          p.col_scale == nullptr ? nullptr : p.col_scale + col0 + int64_t{done} * kCols;
+      const float* by = p.col_scale == nullptr ? nullptr : p.col_scale + col0 + int64_t{done} * kCols;
       ++done;
       if (p.w_dtype == kFloat)
         add_squares<float>(sums, acc, scale, w, by, warp_row, warp_col);
@@ -301,21 +359,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       else
         add_squares<__half>(sums, acc, scale, w, by, warp_row, warp_col);
     }
-
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float sum = sums[i / 2][i % 2];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (lane % 4 == 0) row_sums[warp_col / 64][warp_row + 8 * i + lane / 4] = sum;
-    }
-    __syncthreads();  // also: nothing is read from the ring any more
-    for (int row = threadIdx.x; row < kRows; row += kThreads) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int c = 0; c < 2; ++c) sum += row_sums[c][row];
-      p.partial[(blockIdx.x + row_block) * kRows + row] = sum;
-    }
+    store_row_sums(p.partial + (blockIdx.x + row_block) * kRows, row_sums, sums, warp_row, warp_col);
   }
 }
 

@@ -16,7 +16,8 @@
 #include <algorithm>
 
 #include "../../common/kernels.h"
-#include "../common/device.h"
+#include "../../dispatch/table.h"
+#include "../common/shared_memory.h"
 #include "skinny.cuh"
 #include "../common/stream.h"
 
@@ -77,11 +78,9 @@ struct Extent {
   int ranks = 1;
 };
 
-// Sixteen warps where blocks of eight would leave a GPU of 132 multiprocessors with less than two each.
 template <typename T, int kTiles>
 void launch_shrink(const Arguments<T>& args, dim3 grid, cudaStream_t stream) {
-  const bool few = static_cast<int64_t>(grid.x) * grid.y * grid.z < 2 * 132;
-  if (few)
+  if (dispatch::shrink_takes_many_warps(static_cast<int64_t>(grid.x) * grid.y * grid.z))
     shrink_fwd_kernel<T, kTiles, 16><<<grid, 32 * 16, 0, stream>>>(args);
   else
     shrink_fwd_kernel<T, kTiles, 8><<<grid, 32 * 8, 0, stream>>>(args);
@@ -113,7 +112,7 @@ void launch(const Arguments<T>& args, const DroppedExpand*, Extent most, const M
   int ranks = 0;
   for (int i = 0; i < args.entries; ++i) ranks += padded_ranks(args.entry[i].ranks);
   dim3 grid(blocks(most.cols, kExpandCols), blocks(args.rows, kExpandRows * kExpandTiles));
-  if (grid.x * grid.y < 2 * 132) grid.y = blocks(args.rows, kExpandRows);  // few tokens: a tile a block fills a GPU better
+  if (dispatch::expand_takes_one_tile(grid.x * grid.y)) grid.y = blocks(args.rows, kExpandRows);
   static SharedMemory shared_memory;
   shared_memory.allow(dropped_expand_add_bwd_kernel<T>, kExpandRanks * kExpandPitch * sizeof(T), like.get_device_index());
   dropped_expand_add_bwd_kernel<T><<<grid, kThreads, ranks * kExpandPitch * sizeof(T), stream>>>(args);

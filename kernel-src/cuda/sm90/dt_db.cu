@@ -81,8 +81,7 @@ bool lora_fused::dt_db_sm90_supports(const DtDb& p) {
   const auto given = [&](const MatrixView& m) { return m.scalar_type() == dtype && supports_tma(m); };
   const auto found = [&](const MatrixView& m) { return m.scalar_type() == dtype || m.scalar_type() == ScalarType::Float; };
   const bool splits = !p.split || (is_bfloat16(p.dy) && is_bfloat16(p.dt) && p.dt.size(1) % 4 == 0);
-  return given(p.dy) && given(p.b) && given(p.t) && found(p.dt) && found(p.db) && p.t.size(1) <= kMostRanks && splits &&
-         is_hopper(p.dy.get_device_index());
+  return given(p.dy) && given(p.b) && given(p.t) && found(p.dt) && found(p.db) && p.t.size(1) <= kMostRanks && splits;
 }
 
 void lora_fused::dt_db_sm90(const std::vector<DtDb>& products) {

@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "../../../torch-ext/torch_binding.h"
 #include "../../common/gemm.h"
+#include "../../dispatch/table.h"
 #include "gemm.cuh"
 #include "tma_host.h"
 #include "../common/stream.h"
@@ -20,7 +20,6 @@ using namespace lora_fused::sm90;
 using lora_fused::Gemm;
 using lora_fused::GemmSegment;
 using lora_fused::kGemmSegments;
-using lora_fused::is_hopper;
 using lora_fused::mask_of;
 using lora_fused::multiprocessors;
 using lora_fused::scale_of;
@@ -61,27 +60,10 @@ void launch(const Gemm& gemm, int count) {
   launch_clusters(kernel, blocks, kCluster, kThreads, kBytes, stream_of(gemm.out), args);
 }
 
-// How out is cut into tiles. Narrow ones take half the time of wide ones and a fifth more, which
-// is faster where they fill multiprocessors that wide ones leave idle.
-struct Tiling {
-  int width;
-  double efficiency;  // wide tiles without remainder on all multiprocessors would be 1
-
-  Tiling(int64_t m, int64_t n, int multiprocessors) {
-    const int clusters = multiprocessors / kCluster;
-    const auto rounds = [&](int columns) {
-      return tiles(int64_t(tiles(m, kBlockM * kCluster)) * tiles(n, columns), clusters);
-    };
-    const double wide = rounds(256), narrow = 0.6 * rounds(128);
-    width = narrow < wide ? 128 : 256;
-    efficiency = double(m) * double(n) / (double(kBlockM * kCluster) * 256 * clusters) / std::min(narrow, wide);
-  }
-};
-
 template <typename T, bool kRowsAreN, LeadingOp kLeading>
 void launch(const Gemm& gemm) {
   const int count = multiprocessors(gemm.out.get_device_index());
-  if (Tiling(gemm.out.size(0), gemm.out.size(1), count).width == 128)
+  if (lora_fused::dispatch::GemmTiling(gemm.out.size(0), gemm.out.size(1), count).width == 128)
     launch<T, 128, kRowsAreN, kLeading>(gemm, count);
   else
     launch<T, 256, kRowsAreN, kLeading>(gemm, count);
@@ -116,12 +98,6 @@ bool fits(const Tensor& v, ScalarType dtype, int64_t count) {
          v.is_contiguous() && reinterpret_cast<uintptr_t>(v.const_data_ptr()) % 8 == 0;
 }
 
-// Whether the tiles of out [m, n] keep the multiprocessors busy.
-bool fills(int64_t m, int64_t n, int32_t device) {
-  constexpr double kEnough = 0.75;
-  return Tiling(m, n, multiprocessors(device)).efficiency >= kEnough;
-}
-
 }  // namespace
 
 namespace lora_fused {
@@ -147,19 +123,11 @@ bool gemm_sm90_supports(const Gemm& gemm) {
   const bool scaled = gemm.leading_scale != 1.0;
   if (scaled && (gemm.leading == 0 || gemm.mask || dtype != ScalarType::Half)) return false;
   if (gemm.leading > 0 && !gemm.mask && !scaled && !(gemm.mag_norm_scale && gemm.b_rows_are_n)) return false;
-  return is_hopper(out.get_device_index());
+  return true;
 }
-
-bool gemm_sm90_is_faster(const MatrixView& out) { return fills(out.size(0), out.size(1), out.get_device_index()); }
 
 void gemm_sm90(const Gemm& gemm) {
   is_bfloat16(gemm.out) ? launch<__nv_bfloat16>(gemm) : launch<__half>(gemm);
 }
 
 }  // namespace lora_fused
-
-bool gemm_is_faster_cuda(const Tensor& like, int64_t rows, int64_t cols) {
-  const ScalarType dtype = like.scalar_type();
-  if ((dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) || rows <= 0 || cols <= 0 || cols % 8 != 0) return false;
-  return lora_fused::is_hopper(like.get_device_index()) && fills(rows, cols, like.get_device_index());
-}

@@ -8,6 +8,7 @@
 
 #include "../../common/kernels.h"
 #include "../../common/tensors.h"
+#include "../../dispatch/table.h"
 #include "tma_host.h"
 #include "row_norm.cuh"
 #include "../common/stream.h"
@@ -20,8 +21,6 @@ using namespace lora_fused::sm90::row_norm;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kLeastColumns = 512;  // fewer would not average out what hi and lo of A leave out
-constexpr int kLeastSteps = 4;          // of a block
 constexpr size_t kNorms = kEntries / 2;
 
 int64_t padded(int64_t count) { return (count + 63) / 64 * 64; }  // so that all in a buffer starts on 128 bytes
@@ -93,7 +92,7 @@ void launch(const RowNorm* norms, size_t count) {
     push(args, all_tiles, splits[i], splits[i], kWidth);
     most_rows = std::max(most_rows, e.rows);
   }
-  args.blocks = std::max(1, std::min(multiprocessors(device), args.steps / kLeastSteps));
+  args.blocks = std::max(1, std::min(multiprocessors(device), args.steps / dispatch::kRowNormSm90Steps));
   const int64_t sums = int64_t{args.blocks + all_tiles} * kRows;
   int64_t floats = 2 * sums;
   for (int i = 1; i < args.entries; i += 2) floats += int64_t{runs_of(args.entry[i], args)} * kWidth * kWidth;
@@ -123,7 +122,7 @@ bool lora_fused::row_norm_sm90_supports(const RowNorm& of) {
   const MatrixView w = of.weight;
   const int64_t ranks = of.a.size(0);
   return of.a.scalar_type() == ScalarType::Float && w.scalar_type() == ScalarType::BFloat16 && ranks >= 1 &&
-         ranks <= kMostRanks && w.size(1) >= kLeastColumns && supports_tma(w) && is_hopper(w.get_device_index());
+         ranks <= kMostRanks && supports_tma(w);
 }
 
 void lora_fused::row_norms_sm90(const std::vector<RowNorm>& norms) {

@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "../../common/kernels.h"
+#include "../../dispatch/table.h"
 #include "tma_host.h"
 #include "skinny.cuh"
 #include "../common/stream.h"
@@ -88,17 +89,6 @@ Entry entry_of(const Work& work, int first_tile) {
   return e;
 }
 
-// Blocks that share a tile: about as many in all as there are multiprocessors, of four steps each or more. Two on each
-// were slower, their reads further apart.
-unsigned cluster_of(int all_tiles, int most_steps, int multiprocessors) {
-  const int most = multiprocessors * 7 / 4;
-  unsigned cluster = 1;
-  while (cluster < kMostBlocks && static_cast<int>(2 * cluster) * all_tiles <= most &&
-         8 * static_cast<int>(cluster) <= most_steps)
-    cluster *= 2;
-  return cluster;
-}
-
 // Clusters that run at once with one block on a multiprocessor, asked once a device.
 template <typename T, int kSplits>
 int clusters_alone(unsigned cluster, int device) {
@@ -123,7 +113,7 @@ void launch(const std::vector<Work>& works, size_t first) {
   const int device = like.get_device_index();
   static SharedMemory shared_memory;
   shared_memory.allow(skinny_kernel<T, kSplits>, kBytesAlone<kSplits>, device);
-  unsigned cluster = cluster_of(all_tiles, most_steps, multiprocessors(device));
+  unsigned cluster = dispatch::skinny_cluster(all_tiles, most_steps, multiprocessors(device), kMostBlocks);
   // Blocks of a cluster meet on one multiprocessor, and leave others idle, unless each asks for one of its own.
   const bool alone = all_tiles * static_cast<int>(cluster) <= multiprocessors(device);
   while (alone && cluster > 1 && all_tiles > clusters_alone<T, kSplits>(cluster, device)) --cluster;
@@ -146,7 +136,7 @@ void run(const std::vector<Product>& products) {
 }  // namespace
 
 bool lora_fused::skinny_sm90_supports(const MatrixView& matrix) {
-  return matrix.is_cuda() && supports_tma(matrix) && is_hopper(matrix.get_device_index());
+  return supports_tma(matrix);
 }
 bool lora_fused::skinny_sm90_supports(const Shrink& product) { return supports(work_of(product)); }
 bool lora_fused::skinny_sm90_supports(const AdapterGrad& product) { return supports(work_of(product)); }

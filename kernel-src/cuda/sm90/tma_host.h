@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "../../common/matrix_view.h"
-#include "../common/device.h"
+#include "../common/shared_memory.h"
 
 namespace lora_fused::sm90 {
 

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,13 +29,14 @@ class MeasuredTile(NamedTuple):
 class DeviceConfig(NamedTuple):
     """Limits of one device; the defaults are those of a device that nobody measured."""
 
-    # Multiply-adds of one base product from which its GPU time hides Triton's launches: below, a step waits for the host.
+    # Multiply-adds of one base product from which its GPU time hides Triton's launches: below, a step waits for the
+    # host.
     linear_expand_from: float = math.inf
     # DoRA's norm goes to Triton from this rank and from this many multiply-adds (N·K·R) on.
     row_norm_from_rank: float = math.inf
     row_norm_from: float = math.inf
-    # Tokens, and multiply-adds of an embedding's delta (M·H·R), up to which the native ops compute it. Beyond 8192 tokens
-    # their dA would go to torch's sorted scatter.
+    # Tokens, and multiply-adds of an embedding's delta (M·H·R), up to which the native ops compute it. Beyond 8192
+    # tokens their dA would go to torch's sorted scatter.
     embedding_tokens: float = 8192
     embedding_up_to: float = math.inf
     linear_expand_tiles: tuple[MeasuredTile, ...] = ()  # none measured: the rule in `triton.linear_expand`
@@ -83,7 +84,7 @@ def read(path: Path) -> DeviceConfig:
 def _tile(path: Path, entry) -> MeasuredTile:
     """One of 'linear_expand_tiles'."""
 
-    def sizes(key: str, count: int) -> tuple[int, ...]:
+    def sizes(key: str, count: int) -> tuple[Any, ...]:
         values = entry.get(key) if isinstance(entry, dict) else None
         if not isinstance(values, list) or len(values) != count or any(type(v) is not int or v < 1 for v in values):
             raise ValueError(

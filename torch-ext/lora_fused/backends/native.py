@@ -64,7 +64,8 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
 
 
 def gemm_pays(like: Tensor, rows: int, cols: int) -> bool:
-    """Whether a sum of products [rows, cols] in like's dtype, on its device, is one launch (kernel-src/common/gemm.h)."""
+    """Whether a sum of products [rows, cols] in like's dtype, on its device, is one launch
+    (kernel-src/common/gemm.h)."""
     return ops.gemm_pays(like, rows, cols)
 
 
@@ -101,8 +102,8 @@ def _dora_scales_fake(weights, lora_a, lora_b, magnitudes, scalings, scales, qua
 def dora_scales(
     weights, lora_a, lora_b, magnitudes, scalings, scales=(), quantized=()
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(`row_norm`, `mag_norm_scale`) of each member, in float32. Weights in four bits, described by `scales` and `quantized` as
-    `PackedWeight` has them, become floating point some rows at a time."""
+    """(`row_norm`, `mag_norm_scale`) of each member, in float32. Weights in four bits, described by `scales` and
+    `quantized` as `PackedWeight` has them, become floating point some rows at a time."""
     ready = [as_magnitude(magnitude) for magnitude in magnitudes]
     return _dora_scales(weights, lora_a, lora_b, ready, scalings, scales, quantized)
 
@@ -190,8 +191,8 @@ def _down_gradients(lora_a, dropouts, bf16x3) -> list[Tensor | None]:
 
 @torch.library.register_fake(add_op_namespace_prefix("lora_backward"))
 def _lora_backward_fake(
-    dys, x, t, unscaled, weights, biases, lora_a, lora_b, mag_norm_scales, norms, scalings, seeds, dropouts, scales, quantized,
-    bf16x3, need_dx, needs,
+    dys, x, t, unscaled, weights, biases, lora_a, lora_b, mag_norm_scales, norms, scalings, seeds, dropouts, scales,
+    quantized, bf16x3, need_dx, needs,
 ):  # fmt: skip
     used, downs = [dy is not None for dy in dys], _down_gradients(lora_a, dropouts, bf16x3)
     return _gradients(x, used, _widths(weights, quantized), downs, lora_b, need_dx, needs)
@@ -199,8 +200,8 @@ def _lora_backward_fake(
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_forward"))
 def _gated_forward_fake(
-    x, weights, biases, lora_a, lora_b, mag_norm_scales, magnitudes, scalings, seeds, dropouts, scales, quantized, bf16x3,
-    activation, gate_half, up_to_h,
+    x, weights, biases, lora_a, lora_b, mag_norm_scales, magnitudes, scalings, seeds, dropouts, scales, quantized,
+    bf16x3, activation, gate_half, up_to_h,
 ):  # fmt: skip
     rows = x[..., 0].numel()
     ranks = [0 if a is None else (3 if bf16x3 else 1) * a.shape[0] for a in lora_a]
@@ -219,8 +220,8 @@ def _gated_forward_fake(
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_backward"))
 def _gated_backward_fake(
-    dy, x, outputs, unscaled, ts, weights, biases, lora_a, lora_b, mag_norm_scales, norms, scalings, seeds, dropouts, scales,
-    quantized, bf16x3, activation, gate_half, need_dx, needs,
+    dy, x, outputs, unscaled, ts, weights, biases, lora_a, lora_b, mag_norm_scales, norms, scalings, seeds, dropouts,
+    scales, quantized, bf16x3, activation, gate_half, need_dx, needs,
 ):  # fmt: skip
     groups = slice(None, -1), slice(-1, None)
     downs = [down for part in groups for down in _down_gradients(lora_a[part], dropouts[part], bf16x3)]
@@ -259,8 +260,8 @@ for _name in (
 
 
 def with_values(arg):
-    """An argument whose tensors hold their values in memory as they are: not negated by a bit, as z.conj().imag is, and no
-    zeros without memory. Lists and named tuples of them too."""
+    """An argument whose tensors hold their values in memory as they are: not negated by a bit, as z.conj().imag is, and
+    no zeros without memory. Lists and named tuples of them too."""
     if isinstance(arg, Tensor):
         return arg.clone() if arg._is_zerotensor() else arg.resolve_neg() if arg.is_neg() else arg
     if isinstance(arg, (list, tuple)):
@@ -270,8 +271,8 @@ def with_values(arg):
 
 
 def _on_values(op):
-    """The kernel of an op for operands whose memory does not hold their values. The dispatcher asks for it where any tensor
-    is such a one, those in lists included, which torch's own fallback passes over where a list may hold None."""
+    """The kernel of an op for operands whose memory does not hold their values. The dispatcher asks for it where any
+    tensor is such a one, those in lists included, which torch's own fallback passes over where a list may hold None."""
 
     def call(*args, **kwargs):
         with torch._C.DisableTorchFunctionSubclass():
@@ -290,8 +291,8 @@ for _name in (
 
 
 def _op(name: str, past_subclasses: bool = False):
-    """An op as it is called here, with the cause of a failure in place of C++'s words. `past_subclasses`: its operands may
-    be bitsandbytes' parameters, a subclass of a tensor that would be asked first."""
+    """An op as it is called here, with the cause of a failure in place of C++'s words. `past_subclasses`: its operands
+    may be bitsandbytes' parameters, a subclass of a tensor that would be asked first."""
     op = getattr(ops, name).default
 
     def call(*args):

@@ -1,9 +1,9 @@
 """The one place that chooses who computes.
 
-NATIVE is one op a direction for a whole group (`autograd.group_native`), or for an embedding; a group that the op does not
-take is chained from the operations of `reference`. TRITON and REFERENCE are modules of operations, which
-`autograd.eager_products` chains. Memory-bound passes are chosen apart from matrix products: one Triton kernel beats several
-of torch's at any size. The sizes from which one is chosen are those of `device_config`.
+NATIVE is one op a direction for a whole group (`autograd.group_native`), or for an embedding; a group that the op does
+not take is chained from the operations of `reference`. TRITON and REFERENCE are modules of operations, which
+`autograd.eager_products` chains. Memory-bound passes are chosen apart from matrix products: one Triton kernel beats
+several of torch's at any size. The sizes from which one is chosen are those of `device_config`.
 """
 
 from __future__ import annotations
@@ -123,9 +123,11 @@ def dora_scales(
             norms[i] = row_norm(weights[i], lora_a[i], lora_b[i], scalings[i])
             mag_norm_scales[i] = native.mag_norm_scale(magnitude, norms[i])
     if batch:
-        fields = ([field[i] for i in batch] for field in (weights, lora_a, lora_b, magnitudes, scalings))
+        each = ([field[i] for i in batch] for field in (weights, lora_a, lora_b, magnitudes, scalings))
+        of_weights, of_a, of_b, of_magnitudes, of_scalings = each
         numbers = [number for i in batch for number in native.PackedWeight.of(quantized, i)] if quantized else ()
-        for i, norm, mag_norm_scale in zip(batch, *native.dora_scales(*fields, scales, numbers)):
+        made = native.dora_scales(of_weights, of_a, of_b, of_magnitudes, of_scalings, scales, numbers)
+        for i, norm, mag_norm_scale in zip(batch, *made):
             norms[i], mag_norm_scales[i] = norm, mag_norm_scale
     return norms, mag_norm_scales
 

@@ -1,5 +1,5 @@
-"""Operands that are known to be right, to the Function of the backend that computes them: the one place where a call goes
-to the native ops, or to the chain of operations (Triton, torch)."""
+"""Operands that are known to be right, to the Function of the backend that computes them: the one place where a call
+goes to the native ops, or to the chain of operations (Triton, torch)."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def compute_gated(
     seeds = draw_seeds(x.device, projections)
     if path.native and names == [select.NATIVE, select.NATIVE]:
         return gated_mlp(x, projections, (INDEX[activation], gate_half), seeds, path.bf16x3)
-    groups = (
+    of_inputs, of_output = (
         GroupSpec(tuple(projection.spec for projection in part), name, lora_dtype)
         for part, name in zip((inputs, (output,)), names)
     )
-    spec = GatedSpec(*groups, activation, gate_half)
+    spec = GatedSpec(of_inputs, of_output, activation, gate_half)
     scalings = tuple(projection.scaling for projection in projections)
     flat = flatten([projection.operands for projection in projections])
     if torch.is_grad_enabled():

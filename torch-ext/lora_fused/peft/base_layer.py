@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,8 @@ def tensor_of(layer: nn.Module, name: str) -> Tensor | None:
 
 
 def unread_reason(error: Exception) -> str:
-    """Of a module that cannot be read: PEFT's own forward finds what another tool put elsewhere, or says what is wrong."""
+    """Of a module that cannot be read: PEFT's own forward finds what another tool put elsewhere, or says what is
+    wrong."""
     if isinstance(error, KeyError):
         return f"{error} is not where it belongs: another tool has taken it out"
     return f"a parameter cannot be read: {error}"
@@ -83,7 +84,7 @@ def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Base | str:
 
 
 def _read(base: nn.Module, transposed: bool, opaque: bool) -> Base | str:
-    cls = type(base)
+    cls: type = type(base)
     linear = cls is nn.Linear or is_listed(cls, LINEARS)
     if linear or (transposed and is_listed(cls, TRANSPOSED)):
         weight = tensor_of(base, "weight")
@@ -120,7 +121,7 @@ def _with_own_forward(kind: str) -> Base:
     return Base(Operands(None), None, own_forward=f"base layer's own forward: {kind}")
 
 
-def _bitsandbytes(name: str) -> type | tuple:
+def _bitsandbytes(name: str) -> Any:
     """A layer class of bitsandbytes; nothing is one where bitsandbytes is not loaded."""
     modules = sys.modules.get("bitsandbytes.nn.modules")
     return () if modules is None else getattr(modules, name)

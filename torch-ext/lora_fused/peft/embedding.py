@@ -46,8 +46,8 @@ def is_plain_embedding(module: nn.Module) -> bool:
 
 
 def read_embedding(module: nn.Module) -> AdaptedTable | str:
-    """The embedding that a `peft.tuners.lora.Embedding` computes now, or why it is PEFT's to compute. What all embeddings
-    have in common `replaced.embedding_reason` looks at."""
+    """The embedding that a `peft.tuners.lora.Embedding` computes now, or why it is PEFT's to compute. What all
+    embeddings have in common `replaced.embedding_reason` looks at."""
     cls = type(module)
     if replaced.FORWARDS.get(cls) is not cls.forward or replaced.CODES[cls] is not cls.forward.__code__:
         reason = replaced.forward_reason(cls)
@@ -122,7 +122,7 @@ def _dora_variant() -> type:
 
 
 def _base_reason(base: nn.Module) -> str | None:
-    cls = type(base)
+    cls: type = type(base)
     if cls is nn.Embedding:
         # PEFT multiplies its delta by any attribute of this name, also where the base ignores it.
         if "embed_scale" in base.__dict__ or "embed_scale" in base._buffers:
@@ -146,7 +146,7 @@ def _is_scaled(cls: type) -> bool:
 
 
 def _tensor_reason(table: EmbeddingOperands, shape: tuple[int, int]) -> str | None:
-    device = table.weight.device
+    device, (rows, columns) = table.weight.device, shape
     for name, tensor in zip(EmbeddingOperands._fields, table):
         if tensor is None:
             continue
@@ -162,9 +162,9 @@ def _tensor_reason(table: EmbeddingOperands, shape: tuple[int, int]) -> str | No
             return f"{name} is on {tensor.device}, the base weight on {device}"
     if table.weight.shape != shape:
         return f"weight has shape {tuple(table.weight.shape)} (sharded or replaced)"
-    if table.lora_a.shape[1] != shape[0] or table.lora_b.shape != (shape[1], table.lora_a.shape[0]):
+    if table.lora_a.shape[1] != rows or table.lora_b.shape != (columns, table.lora_a.shape[0]):
         return f"adapter of shapes {tuple(table.lora_a.shape)} and {tuple(table.lora_b.shape)} on a table of {shape}"
-    if table.magnitude is not None and table.magnitude.shape != (shape[1],):
+    if table.magnitude is not None and table.magnitude.shape != (columns,):
         return f"magnitude has shape {tuple(table.magnitude.shape)}, which does not fit"
     return None
 

@@ -60,12 +60,14 @@ def structure_of(module: nn.Module) -> GatedMLP | str:
     functions = _current_functions()
     if known is None or known.functions is not functions or not _is_as_it_was(module, known):
         structure, forward = mlp_tracer.recognise(module), type(module).forward
-        refused = isinstance(structure, str)  # for what any of its children does
-        names = [name for name, part in module.named_children()] if refused else structure.activation_modules
+        if isinstance(structure, str):  # for what any of its children does
+            names, by_dtype = [name for name, _ in module.named_children()], True
+        else:
+            names, by_dtype = list(structure.activation_modules), structure.dtype is not None
         parts = ((name, module._modules[name]) for name in names)
         activations = tuple((name, weakref.ref(part), type(part).forward, type(part).__call__) for name, part in parts)
         attributes = tuple((name, weakref.ref(each)) for name, each in vars(module).items() if isinstance(each, _PLAIN))
-        dtype = mlp_tracer.weights_dtype(module) if refused or structure.dtype is not None else None
+        dtype = mlp_tracer.weights_dtype(module) if by_dtype else None
         code = getattr(forward, "__code__", None)
         known = _Recognised(structure, forward, code, functions, activations, attributes, dtype)
         _recognised[module] = known
@@ -183,7 +185,7 @@ def _dropping_reason(name: str, dropout: nn.Module) -> str | None:
     return replaced.bypass_reason((name,), (dropout,))
 
 
-def _read_part(part: nn.Module, linear_layer: type) -> peft_linear.AdaptedLinear | str:
+def _read_part(part: nn.Module, linear_layer: type[nn.Module]) -> peft_linear.AdaptedLinear | str:
     if not peft_linear.is_lora_linear(part):
         return peft_linear.read_plain(part)
     if getattr(part.__dict__.get("forward"), "__func__", None) is not linear_layer.forward:

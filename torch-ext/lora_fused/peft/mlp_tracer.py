@@ -17,7 +17,7 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from ..backends.reference import activations as formulas
 # What an activation may be written with besides child modules: called on one tensor and constants.
 _POINTWISE = frozenset(("silu", "gelu", "relu", "square", "pow", "__pow__"))
 _PRODUCT = frozenset(("mul", "__mul__", "__rmul__"))
-_HALVES = (((2, -1), {}), ((2,), {"dim": -1}), ((), {"chunks": 2, "dim": -1}))
+_HALVES: tuple[tuple[tuple, dict], ...] = (((2, -1), {}), ((2,), {"dim": -1}), ((), {"chunks": 2, "dim": -1}))
 # Questions to x that no symbol answers: its shape, dtype and device are properties read by __get__.
 _QUESTIONS = frozenset(("__get__", "__bool__", "__len__", "__iter__", "size", "dim", "item"))
 _CONTAINERS = (dict, list, set, OrderedDict)
@@ -75,13 +75,13 @@ class _Refusal(Exception):
 class _Call:
     """One recorded call: of a child (its name) or of a function, on other calls and constants."""
 
-    target: str | Callable
+    target: Any  # str or Callable
     args: tuple
     kwargs: dict
 
     @property
     def name(self) -> str:
-        return self.target if self.is_child else getattr(self.target, "__name__", str(self.target))
+        return self.target if isinstance(self.target, str) else getattr(self.target, "__name__", str(self.target))
 
     @property
     def is_child(self) -> bool:
@@ -132,7 +132,8 @@ def _recognise(module: nn.Module, training: bool) -> GatedMLP:
     forward = type(module).forward
     name, optional = _parameters(forward)
     x, recorder, result = _record(module, forward, training)
-    calls, dropouts = recorder.calls, []
+    calls = recorder.calls
+    dropouts: list[str] = []
     down, product = _projection(_before_dropouts(result, module, dropouts), "the result")
     product = _before_dropouts(product, module, dropouts)
     if not _is_product(product):
@@ -181,7 +182,7 @@ def _projection(value: object, what: str) -> tuple[str, object]:
     return value.name, value.args[0]
 
 
-def _before_dropouts(value: object, module: nn.Module, passed: list[str]) -> object:
+def _before_dropouts(value: Any, module: nn.Module, passed: list[str]) -> Any:
     """What goes into the dropouts that give `value`; their names are added to `passed`."""
     while isinstance(value, _Call) and value.is_child and type(module._modules.get(value.target)) is nn.Dropout:
         name, value = _projection(value, "a dropout's result")
@@ -189,7 +190,7 @@ def _before_dropouts(value: object, module: nn.Module, passed: list[str]) -> obj
     return value
 
 
-def _is_product(value: object) -> bool:
+def _is_product(value: Any) -> bool:
     named = isinstance(value, _Call) and not value.is_child and value.name in _PRODUCT
     return named and len(value.args) == 2 and not value.kwargs
 
@@ -223,8 +224,8 @@ class _Symbol(Tensor):
 
 
 class _Recorder(TorchFunctionMode):
-    """Records calls on symbols; refuses every other torch function, so nothing is computed or drawn. Symbols and weights
-    of children have `dtype`; `asked_dtype` where that was asked."""
+    """Records calls on symbols; refuses every other torch function, so nothing is computed or drawn. Symbols and
+    weights of children have `dtype`; `asked_dtype` where that was asked."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -286,7 +287,7 @@ def _parameters(forward: Callable) -> tuple[str, tuple[str, ...]]:
     if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         raise _Refusal("forward takes no positional input")
     others = parameters[1:]
-    variadic = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    variadic: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     required = [p.name for p in others if p.default is p.empty and p.kind not in variadic]
     if required:
         raise _Refusal(f"forward needs more than one input: {', '.join(required)}")

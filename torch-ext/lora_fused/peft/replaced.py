@@ -1,12 +1,12 @@
 """Whether what PEFT's forward would call is what its library defines.
 
-Tools replace a forward on its class or a function in its module, for all instances, at any time: PEFT's forward would run the
-replacement, so a fused forward must not. Watched are the forwards of classes, `nn.Module.__call__`, the functions that
-multiply, embed, drop and activate, and modes that see every operation. Argument checks are not.
+Tools replace a forward on its class or a function in its module, for all instances, at any time: PEFT's forward would
+run the replacement, so a fused forward must not. Watched are the forwards of classes, `nn.Module.__call__`, the
+functions that multiply, embed, drop and activate, and modes that see every operation. Argument checks are not.
 
 A Python function is genuine if its code lies in the file of the module that should define it, under the name it should
-have: wrappers cannot imitate that, and it does not matter who was imported first. A builtin cannot be imitated. What was
-found genuine is remembered, so that a call compares identities alone, one by one: a loop would take twice the time.
+have: wrappers cannot imitate that, and it does not matter who was imported first. A builtin cannot be imitated. What
+was found genuine is remembered, so that a call compares identities alone, one by one: a loop would take twice the time.
 
 Hooks and forwards on one instance are the same matter: `bypass_reason`.
 """
@@ -17,7 +17,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -109,7 +109,7 @@ def _first_reason(attributes) -> str | None:
     return None
 
 
-def forward_reason(cls: type) -> str | None:
+def forward_reason(cls: type[nn.Module]) -> str | None:
     """Who has replaced the forward of a class; None where it is genuine."""
     found = cls.forward
     if FORWARDS.get(cls) is found and CODES[cls] is found.__code__:
@@ -195,7 +195,7 @@ def _is_equivalent(found: object, home: _Home) -> bool:
     return known is not None and found is vars(known).get(other[1]) and _is_defined_at(found, _Home(*other))
 
 
-def name_of(found: object) -> str:
+def name_of(found: Any) -> str:
     """Where a function is from: of a wrapper, its own code, not what it says it wraps."""
     found = found.func if isinstance(found, functools.partial) else found
     found = getattr(found, "__func__", found)
@@ -235,14 +235,14 @@ def bypass_reason(names: Sequence[str], parts: Sequence[nn.Module | None]) -> st
     return None
 
 
-def is_own(bound: object, part: nn.Module) -> bool:
+def is_own(bound: Any, part: nn.Module) -> bool:
     """Whether a forward on an instance is that of its class, as `kernelize` leaves it where there is no kernel."""
     return getattr(bound, "__func__", None) is type(part).forward and bound.__self__ is part
 
 
 def _moves_inputs_alone(part: nn.Module) -> bool:
-    """Whether all that comes before the class's own forward is accelerate's hook of a `device_map` that offloads nothing:
-    it moves inputs to the weights' device, and where they are not there PEFT's forward runs."""
+    """Whether all that comes before the class's own forward is accelerate's hook of a `device_map` that offloads
+    nothing: it moves inputs to the weights' device, and where they are not there PEFT's forward runs."""
     hooks = sys.modules.get("accelerate.hooks")
     hook, own = part.__dict__.get("_hf_hook"), part.__dict__.get("_old_forward")
     if hooks is None or type(hook) is not hooks.AlignDevicesHook or hook.offload or hook.no_grad:
@@ -259,7 +259,8 @@ def hooks_reason(name: str, part: nn.Module) -> str | None:
 
 
 def _sharded_note(part: nn.Module) -> str:
-    """Said beside the reason that a module's calls are changed: tensor and expert parallelism do so where they shard it."""
+    """Said beside the reason that a module's calls are changed: tensor and expert parallelism do so where they shard
+    it."""
     distributed = sys.modules.get("torch.distributed.tensor")
     tensors = () if distributed is None else part._parameters.values()
     return " (its weights are sharded, DTensors)" if any([isinstance(t, distributed.DTensor) for t in tensors]) else ""

@@ -1,6 +1,9 @@
-"""The scaling of an adapter: a number, or the tensor that PEFT's compiled hot swap makes of it and fills anew at every swap."""
+"""The scaling of an adapter: a number, or the tensor that PEFT's compiled hot swap makes of it and fills anew at every
+swap."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +11,10 @@ from torch import Tensor, nn
 from ..call_context import autocast_dtype
 
 
-def read_scaling(scaling: object, lora_b: Tensor) -> float | Tensor | str:
-    """The scaling of an adapter with this B, or why PEFT's own forward has to use it. A tensor's value is read where that
-    costs nothing; on a GPU it would have to be waited for, so it stays a tensor, which `specs.fold` multiplies B with."""
+def read_scaling(scaling: Any, lora_b: Tensor) -> float | Tensor | str:
+    """The scaling of an adapter with this B, or why PEFT's own forward has to use it. A tensor's value is read where
+    that costs nothing; on a GPU it would have to be waited for, so it stays a tensor, which `specs.fold` multiplies B
+    with."""
     if isinstance(scaling, (int, float)):
         return float(scaling)
     if type(scaling) not in (Tensor, nn.Parameter):

@@ -1,5 +1,5 @@
-"""Which calls PEFT's own forward serves the fastest: small ones, which wait for the host, of an adapter of which PEFT asks
-little. Its result is right in any case, so a glance at the module is enough, and `peft.linear` reads nothing.
+"""Which calls PEFT's own forward serves the fastest: small ones, which wait for the host, of an adapter of which PEFT
+asks little. Its result is right in any case, so a glance at the module is enough, and `peft.linear` reads nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from .linear import FEW_ROWS, has_dropout, linear_kinds
 
 # On a GPU so few rows without a gradient wait for the host, and of an adapter in x's dtype PEFT's own forward asks
 # least of it (H200, 1B shape: ours takes 1.07 to 1.15 times as long; with float32 adapters 1.09 times for one row and
-# 1.00 for 64, under autocast 0.82 to 0.91, with DoRA 0.47 to 0.78; with four-bit weights PEFT's takes 181 µs for one row,
-# ours with all weights in floating point 173, and with PEFT's own after a reading of the state 244).
+# 1.00 for 64, under autocast 0.82 to 0.91, with DoRA 0.47 to 0.78; with four-bit weights PEFT's takes 181 µs for one
+# row, ours with all weights in floating point 173, and with PEFT's own after a reading of the state 244).
 SMALL_ROWS = 512
 SMALL = f"evaluation of up to {SMALL_ROWS} rows without a gradient, the adapter in x's dtype, or up to {FEW_ROWS} rows"
 # So does training where no sibling's products come with a linear's own (64 rows: ours took 1.20 to 1.50 times as long).
@@ -33,7 +33,7 @@ def small_reason(module: nn.Module, x: object, rows: int | None = None) -> str |
     few = SMALL if size <= FEW_ROWS * features else None
     if modules["lora_magnitude_vector"]._modules:
         return None
-    base = type(modules["base_layer"])
+    base: type = type(modules["base_layer"])
     if base is not nn.Linear and not is_listed(base, LINEARS):
         return few if linear_kinds()[type(module)].name == "Linear4bit" else None
     if not _waits_for_host(x, size, features):
@@ -50,7 +50,7 @@ def small_alone_reason(module: nn.Module, x: object, rows: int | None = None) ->
         return None
     if modules["lora_magnitude_vector"]._modules:
         return None
-    base = type(modules["base_layer"])
+    base: type = type(modules["base_layer"])
     return SMALL_ALONE if (base is nn.Linear or is_listed(base, LINEARS)) and _is_adapted_in(x.dtype, modules) else None
 
 

@@ -51,7 +51,8 @@ def row_norm(operands: Operands, quantized: Quantized, scaling: float) -> Tensor
 
 def packed(formats: Sequence[Quantized | None], operands: Sequence[Operands]) -> tuple[list[int], list[Tensor]]:
     """The native ops' `quantized` and `scales` of weights of which some are in four bits (`native.PackedWeight`)."""
-    numbers, scales = [], []
+    numbers: list[int] = []
+    scales: list[Tensor] = []
     for form, p in zip(formats, operands):
         if form is None:
             numbers += _FLOATING

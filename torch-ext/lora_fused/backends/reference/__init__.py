@@ -1,4 +1,5 @@
-"""The formulas in plain PyTorch: the oracle, and the path of CPU tensors. A backend is a module with these operations."""
+"""The formulas in plain PyTorch: the oracle, and the path of CPU tensors. A backend is a module with these
+operations."""
 
 from .activations import gated, gated_backward
 from .linear import (

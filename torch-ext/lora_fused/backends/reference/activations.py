@@ -18,6 +18,8 @@ Sources: Shazeer 2020, arXiv:2002.05202; Hendrycks & Gimpel 2016, arXiv:1606.084
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,27 +57,29 @@ def _gelu_tanh_slope(g: Tensor) -> Tensor:
     return exponent_slope.mul_(torch.sigmoid(-exponent)).mul_(g).add_(1.0).mul_(exponent.sigmoid_())
 
 
-_VALUE = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda g: F.relu(g).square_(),
+class Activation(NamedTuple):
+    """f and its derivative f', of a tensor in float32 or float64 that neither writes to."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+
+
+# The one list in Python: the native ops' (kernel-src/common/names.h) and Triton's are compared with it, and a gated MLP
+# is recognised by these values.
+TABLE = {
+    "silu": Activation(F.silu, _silu_slope),
+    "gelu": Activation(F.gelu, _gelu_slope),
+    "gelu_tanh": Activation(lambda g: F.gelu(g, approximate="tanh"), _gelu_tanh_slope),
+    "relu": Activation(F.relu, lambda g: (g <= 0).logical_not_().to(g.dtype)),
+    "relu2": Activation(lambda g: F.relu(g).square_(), lambda g: F.relu(g).mul_(2.0)),
 }
-_SLOPE = {
-    "silu": _silu_slope,
-    "gelu": _gelu_slope,
-    "gelu_tanh": _gelu_tanh_slope,
-    "relu": lambda g: (g <= 0).logical_not_().to(g.dtype),
-    "relu2": lambda g: F.relu(g).mul_(2.0),
-}
-ACTIVATIONS = tuple(_VALUE)
+ACTIVATIONS = tuple(TABLE)
 INDEX = {name: native.ACTIVATIONS.index(name) for name in ACTIVATIONS}  # of each in the native ops
 
 
 def activate(gate: Tensor, activation: str) -> Tensor:
     """f(gate) for one of ACTIVATIONS, in float32 for half precision and in gate's dtype otherwise."""
-    return _VALUE[activation](_wide(gate))
+    return TABLE[activation].value(_wide(gate))
 
 
 def _give(value: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
@@ -103,7 +107,7 @@ def gated_backward(
     themselves included. The results are in gate's dtype.
     """
     wide = _wide(gate)
-    value, slope = _VALUE[activation](wide), _SLOPE[activation](wide)
+    value, slope = TABLE[activation].value(wide), TABLE[activation].slope(wide)
     del wide
     h = (value * up).to(gate.dtype) if need_h else None
     slope.mul_(up).mul_(dh)

@@ -102,8 +102,8 @@ def _scaled(value: Tensor, table: EmbeddingOperands, spec: EmbeddingSpec, dtype:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left right in the wider of their dtypes, and for float16 in float32: what it is multiplied by or added to may bring
-    it back into float16's range."""
+    """left right in the wider of their dtypes, and for float16 in float32: what it is multiplied by or added to may
+    bring it back into float16's range."""
     wide = torch.promote_types(left.dtype, right.dtype)
     wide = torch.float32 if wide == torch.float16 else wide
     return left.to(wide) @ right.to(wide)

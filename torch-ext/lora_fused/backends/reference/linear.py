@@ -55,7 +55,8 @@ def linear_expand(
 
 
 def _wide(x: Tensor, weight: Tensor, t: Tensor | None, up: Tensor | None, bias: Tensor | None, scaling: float):
-    """`linear_expand` of half-precision products that are summed in float32: a sum may be beyond float16 where they are not."""
+    """`linear_expand` of half-precision products that are summed in float32: a sum may be beyond float16 where they are
+    not."""
     rounded = bias is None or bias.dtype == x.dtype
     y = torch.nn.functional.linear(x, weight, bias if rounded else None).float()
     if not rounded:

@@ -35,7 +35,7 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use; the interpreter is given a small GPU's."""
     if device.type != "cuda":
         return SMALL_SHARED_MEMORY
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def on_device(x: Tensor):

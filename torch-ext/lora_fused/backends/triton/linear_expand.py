@@ -3,9 +3,9 @@
 The rank-R product runs as extra K-steps of the tile's own loop, so it costs R/K of the base
 product and no second pass over y. The backward is the same kernel: dx = dy W + dropout(dt A), with W
 and A read transposed, added to the dx of other projections where there is one. For DoRA the kernel
-writes z = x Wᵀ + t Uᵀ and y = g∘z + b from one accumulator. x and W come through tensor descriptors (bulk tensor copies on Hopper and
-later, plain loads below) where base address and row stride are multiples of 16 bytes, and
-through pointers elsewhere.
+writes z = x Wᵀ + t Uᵀ and y = g∘z + b from one accumulator. x and W come through tensor descriptors (bulk tensor copies
+on Hopper and later, plain loads below) where base address and row stride are multiples of 16 bytes, and through
+pointers elsewhere.
 """
 
 from __future__ import annotations
@@ -250,8 +250,8 @@ def linear_expand_scaled(
     x: Tensor, weight: Tensor, t: Tensor | None, up: Tensor | None, mag_norm_scale: Tensor, bias: Tensor | None = None,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, z) with z = x weightᵀ + scaling · t upᵀ and y = mag_norm_scale∘z + bias, mag_norm_scale [N] in float32; z of an x in float16 in
-    float32, as in `reference.linear_expand_scaled`; else as `linear_expand`."""
+    """(y, z) with z = x weightᵀ + scaling · t upᵀ and y = mag_norm_scale∘z + bias, mag_norm_scale [N] in float32; z of
+    an x in float16 in float32, as in `reference.linear_expand_scaled`; else as `linear_expand`."""
     wide = torch.float32 if x.dtype == torch.float16 else x.dtype
     y, z = (torch.empty((x.shape[0], weight.shape[0]), dtype=dtype, device=x.device) for dtype in (x.dtype, wide))
     _launch(x, weight, (t, up, scaling), bias, y, scaled=(mag_norm_scale, z))
@@ -263,8 +263,9 @@ def linear_expand_dropped(
     x: Tensor, d: Tensor, weight: Tensor, t: Tensor, up: Tensor, mag_norm_scale: Tensor, bias: Tensor | None = None,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, z) with z = d weightᵀ + s·t upᵀ and y = x weightᵀ + s·t upᵀ + bias + (mag_norm_scale - 1)∘z for the scaling s, nothing
-    of y rounded before the mag_norm_scale, as in `reference.linear_expand_dropped`; else as `linear_expand_scaled`."""
+    """(y, z) with z = d weightᵀ + s·t upᵀ and y = x weightᵀ + s·t upᵀ + bias + (mag_norm_scale - 1)∘z for the scaling
+    s, nothing of y rounded before the mag_norm_scale, as in `reference.linear_expand_dropped`; else as
+    `linear_expand_scaled`."""
     if x.dtype == torch.float16:  # which may not hold g∘U
         return reference.linear_expand_dropped(x, d, weight, t, up, mag_norm_scale, bias, scaling)
     y, z = linear_expand_scaled(d, weight, None, None, mag_norm_scale - 1, bias)

@@ -1,0 +1,16 @@
+// What the host asks of a GPU, once a process. In CUDA builds alone.
+#pragma once
+
+namespace lora_fused {
+
+struct Device {
+  int multiprocessors;
+  int shared_memory, shared_memory_of_block;  // bytes of a multiprocessor, and the most that a block may ask for
+  bool is_hopper;                             // compute capability 9.0, whose instructions sm_90a code has
+};
+
+int device_count();
+const Device& device_of(int index);
+inline int multiprocessors(int device) { return device_of(device).multiprocessors; }
+
+}  // namespace lora_fused
