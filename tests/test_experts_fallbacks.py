@@ -110,6 +110,19 @@ def test_a_forward_that_is_replaced_in_the_class(lora_fused, monkeypatch):
     assert_fused(lora_fused, ours, theirs)
 
 
+def test_what_makes_the_parameter_is_replaced(lora_fused, monkeypatch):
+    import peft.tuners.lora.layer as peft_layer
+
+    if not hasattr(peft_layer, "_LoraFactorsProxy"):
+        pytest.skip("this PEFT adds deltas")
+    ours, theirs = pair(lora_fused)
+    own = peft_layer._LoraFactorsProxy.forward
+    monkeypatch.setattr(peft_layer._LoraFactorsProxy, "forward", lambda self, weight: 2 * own(self, weight))
+    assert_peft_runs(lora_fused, ours, theirs, "_LoraFactorsProxy.forward is replaced by")
+    monkeypatch.undo()
+    assert_fused(lora_fused, ours, theirs)
+
+
 def test_an_implementation_that_is_replaced_or_unknown(lora_fused, monkeypatch):
     ours, theirs = pair(lora_fused, implementation="batched_mm")
     interface = transformers_moe.ALL_EXPERTS_FUNCTIONS

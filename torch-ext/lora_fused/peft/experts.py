@@ -78,9 +78,10 @@ def chain_of(module: nn.Module) -> tuple[list[nn.Module], nn.Module]:
 def read_experts(module: nn.Module) -> AdaptedExperts | str:
     """What the wrappers from `module` inwards compute now, or why that is PEFT's to compute. What all of PEFT's linears have
     in common `replaced.linear_reason` looks at."""
-    replaced = replacements.forward_reason(type(module))
-    if replaced:
-        return replaced
+    for cls in (type(module), *_proxy_classes()):
+        replaced = replacements.forward_reason(cls)
+        if replaced:
+            return replaced
     wrappers, base = chain_of(module)
     try:
         return _parametrised_reason(wrappers, base) or _read(wrappers, base)
@@ -163,6 +164,14 @@ def _storage_reason(wrapper: nn.Module, base: nn.Module) -> str | None:
         return f"{name} has dtype {weight.dtype}"
     return WrongInPeft(f"{name} has dtype {weight.dtype}, quantized with scales, and PEFT adds the delta to the codes, not to what "
                        "they stand for: the adapter has next to no effect. Do not adapt quantized experts")  # fmt: skip
+
+
+@functools.cache
+def _proxy_classes() -> tuple[type[nn.Module], ...]:
+    """Whose forwards make the adapted parameter in PEFT's own forward."""
+    layer = importlib.import_module(wrapper_class().__module__)
+    names = "_LoraParameterProxy", "_LoraFactorsProxy"
+    return tuple(getattr(layer, name) for name in names if hasattr(layer, name))
 
 
 @functools.cache
