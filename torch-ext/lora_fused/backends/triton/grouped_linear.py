@@ -67,7 +67,7 @@ def grouped_linear_kernel(
 ):
     expert, first, end = find_tile(ends_ptr, tl.program_id(1), E, BLOCK_M, BLOCK_E)
     if expert < E:
-        expert = expert.to(tl.int64)
+        own = expert.to(tl.int64)
         rows = first + tl.arange(0, BLOCK_M)
         row_mask = rows < end
         if order_ptr is not None:
@@ -78,7 +78,7 @@ def grouped_linear_kernel(
         column_mask = columns < N
         ks = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + sources[:, None].to(tl.int64) * stride_xm + ks[None, :]
-        w_ptrs = w_ptr + expert * stride_we + ks[:, None] * stride_wk + columns[None, :] * stride_wn
+        w_ptrs = w_ptr + own * stride_we + ks[:, None] * stride_wk + columns[None, :] * stride_wn
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for start in range(0, K, BLOCK_K):
             k_mask = ks < K - start
@@ -97,7 +97,7 @@ def grouped_linear_kernel(
                     other=0.0,
                 )
                 b = tl.load(
-                    b_ptr + expert * stride_be + (start + ranks)[:, None] * stride_br + columns[None, :] * stride_bn,
+                    b_ptr + own * stride_be + (start + ranks)[:, None] * stride_br + columns[None, :] * stride_bn,
                     mask=rank_mask[:, None] & column_mask[None, :],
                     other=0.0,
                 )
@@ -105,7 +105,7 @@ def grouped_linear_kernel(
         else:
             total *= scaling
         if bias_ptr is not None:
-            total += tl.load(bias_ptr + expert * N + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+            total += tl.load(bias_ptr + own * N + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
         tl.store(
             y_ptr + rows[:, None].to(tl.int64) * stride_ym + columns[None, :],
             total.to(y_ptr.dtype.element_ty),
