@@ -199,6 +199,5 @@ class LoraExperts(nn.Module):
             raise ValueError(f"{peft_linear.name_of(self)}: {reason}")
         if isinstance(reason, peft_experts.WrongInPeft) and last_call.of(self) != reason:
             warnings.warn(f"lora_fused: {peft_linear.name_of(self)}: {reason}", stacklevel=2)
-        if reason is not peft_experts.INSIDE:
-            last_call.note(self, reason)
+        last_call.note(self, reason)
         return type(self).forward(self, x, *args, **kwargs)
