@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-E, T, K, H, I, R1, R2 = 5, 24, 2, 32, 16, 3, 6
+E, T, K, H, I, R1, R2 = 5, 10, 2, 32, 16, 3, 6
 GATES = {
     "swiglu": dict(),
     "geglu": dict(activation="gelu_tanh"),
@@ -102,8 +102,15 @@ def test_as_the_oracle(lora_fused, gate, bias, transposed):
 # --- products of a GPU ---
 
 
-@pytest.mark.parametrize("path", ("grouped", "in_triton"))
-@pytest.mark.parametrize("gate,transposed", (("swiglu", False), ("gpt-oss", True), ("none", False)))
+@pytest.mark.parametrize(
+    "path,gate,transposed",
+    (
+        ("grouped", "swiglu", False),
+        ("grouped", "gpt-oss", True),
+        ("grouped", "none", False),
+        ("in_triton", "gpt-oss", True),
+    ),
+)
 def test_products_of_a_gpu(lora_fused, request, poisoned, gate, transposed, path):
     """Ranks that are padded; rows outside, whose products are left unwritten; experts without rows."""
     request.getfixturevalue(path)
@@ -153,7 +160,7 @@ def test_triton_gates(lora_fused, poisoned, gate):
         assert (seen.double() - truth).abs().max() <= 2e-3 * truth.abs().max()
 
 
-@pytest.mark.parametrize("rows", (1, 40, 700))
+@pytest.mark.parametrize("rows", (1, 300))
 @pytest.mark.parametrize("n,k,rank", ((17, 33, 3), (130, 72, 70), (16, 200, 16)))
 def test_triton_kernels(lora_fused, poisoned, n, k, rank, rows):
     """Odd sizes, strides and ranks, gathered and not, in half precision: against float64."""
@@ -266,8 +273,8 @@ def bad(lora_fused, **changes):
 @pytest.mark.parametrize(
     "change,message",
     (
-        (dict(x=torch.randn(T, H + 1).double()), r"x: shape \(24, 33\), expected \[T, 32\]"),
-        (dict(index=torch.zeros(T, 3).long()), r"routing: shape \(24, 2\)"),
+        (dict(x=torch.randn(T, H + 1).double()), r"x: shape \(10, 33\), expected \[T, 32\]"),
+        (dict(index=torch.zeros(T, 3).long()), r"routing: shape \(10, 2\)"),
         (dict(index=torch.full((T, K), -1)), "index: -1"),
         (dict(routing=torch.rand(T - 1, K).double()), "routing: shape"),
         (dict(up_weight=torch.randn(E, I, H).double()), "up.bias: shape"),
