@@ -1,7 +1,7 @@
 # Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
-.PHONY: help venv build check-build demo lint format types test test-all families conformance matrix clean gpu-check bench tune \
+.PHONY: help venv build check-build demo lint format types test test-all docs compare families conformance matrix clean gpu-check bench tune \
   build-cuda reproduce variants public-api release-dry-run
 
 ifdef PYTHON
@@ -34,6 +34,9 @@ check-build: build  ## hold every variant in build/ against what the Hub asks: A
 demo: build  ## fine-tune with PEFT alone and kernelized, and compare
 	$(PYTHON) examples/finetune.py
 
+compare: build  ## the same with a checkpoint and a text file of yours: MODEL=folder DATA=file
+	$(PYTHON) examples/finetune.py --model "$(MODEL)" --data "$(DATA)"
+
 lint: $(READY)  ## check style and formatting of the Python files
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -53,13 +56,17 @@ test test-all:
 	@parallel=$$($(PYTHON) -c 'import xdist; print("-n 2 --dist loadgroup")' 2>/dev/null); \
 	set -x; OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$parallel $(SELECTED) tests
 
-families: build  ## hold every model family against PEFT and write the README's table of them
+families: build  ## hold every model family against PEFT and write the table of them in docs/support.md
 	OMP_NUM_THREADS=1 $(PYTHON) scripts/families_table.py --measure
+
+docs: $(READY)  ## write the parts of README.md, CARD.md and docs/ that are made from results, tests and docstrings
+	$(PYTHON) benchmarks/charts.py
+	$(PYTHON) scripts/pages.py
 
 conformance: build  ## run PEFT's own LoRA tests with and without the kernel (SDIST=file: no download)
 	$(PYTHON) scripts/conformance.py $(if $(SDIST),--sdist $(SDIST))
 
-matrix: build  ## run some tests with other versions of PEFT, kernels, transformers, and write README's table (ROWS=0,3: those)
+matrix: build  ## run some tests with other versions of PEFT, kernels, transformers, and write the table of them (ROWS=0,3: those)
 	$(PYTHON) scripts/version_matrix.py $(if $(ROWS),--rows $(ROWS))
 
 gpu-check: build  ## check parity and gradients on this machine's GPU

@@ -2,7 +2,7 @@
 
     python benchmarks/run.py [lora peers qlora embedding first_call]
 
-On an H200 README's tables are made anew from them.
+On an H200 the tables and pictures of the docs are made anew from them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def main() -> None:
         out = results / f"benchmark_{name}.json"
         subprocess.run([sys.executable, BENCHMARKS / script, *options, "--out", out], check=True)
     if gpu == "h200":
-        subprocess.run([sys.executable, BENCHMARKS / "tables.py"], check=True)
+        for script in (BENCHMARKS / "charts.py", BENCHMARKS.parent / "scripts" / "pages.py"):
+            subprocess.run([sys.executable, script], check=True)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Writes README's benchmark tables from the results in benchmarks/results.
+"""The tables of figures in README.md, CARD.md and docs/benchmarks.md, from the results in benchmarks/results.
 
-python benchmarks/tables.py
-"""
+`python scripts/pages.py` puts them there."""
 
 from __future__ import annotations
 
 import json
 import pathlib
+import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 H200 = ROOT / "benchmarks" / "results" / "h200"
-README = ROOT / "README.md"
+PLAIN = ("LoRA", "DoRA")
 KINDS = ("llama-8b", "high-rank", "linear", "small")
 
 
@@ -71,10 +71,17 @@ def embedding_table() -> str:
     for r in results["results"]:
         ours, theirs = r["ours"], r["peft"]
         cells = [f"{m['ms']:.2f} ms, {m['peak_gb']:.2f} GB" for m in (ours, theirs)]
-        lines.append(
-            f"| {r['hidden']} | {'DoRA' if r['dora'] else 'LoRA'} | {r['adapter']} | {r['tokens']} "
-            f"| {cells[0]} | {cells[1]} | {theirs['ms'] / ours['ms']:.2f}x | {in_a_graph(r)} |"
-        )
+        variant = "DoRA" if r["dora"] else "LoRA"
+        cells = [
+            r["hidden"],
+            variant,
+            r["adapter"],
+            r["tokens"],
+            *cells,
+            f"{theirs['ms'] / ours['ms']:.2f}x",
+            in_a_graph(r),
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += ["", "| H | Adapter | DoRA's norm | One read of the table | Ratio |", "|---|---|---|---|---|"]
     for n in results["norm"]:
         ratio = n["norm_ms"] / n["floor_ms"]
@@ -84,14 +91,54 @@ def embedding_table() -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str) -> str:
-    """README's text with the tables between their markers made anew."""
-    for name, made in (("benchmark", table), ("embedding", embedding_table)):
-        begin, end = f"<!-- {name} table: begin -->", f"<!-- {name} table: end -->"
-        head, rest = readme.split(begin)
-        readme = f"{head}{begin}\n{made()}\n{end}{rest.split(end)[1]}"
-    return readme
+def headline() -> str:
+    """What a user gains in three cases of an 8B model, and where torch.compile of PEFT stands."""
+    lines = ["| Training step, one H200, r=32 | lora-fused | PEFT | lora-fused / PEFT |", "|---|---|---|---|"]
+    results = {(shape_of(r), r["variant"], r["autocast"]): r for r in read("benchmark_lora.json")["results"]}
+    for variant in PLAIN:
+        r = results["Llama-8B shape, 32 layers, 4×2048", variant, True]
+        lines.append(_headline_row(f"8B, {variant}, 4×2048 tokens", r["ours"], r["peft"]))
+    qlora = next(r for r in read("benchmark_qlora.json")["results"] if r["kind"] == "llama-8b")
+    lines.append(_headline_row("8B in NF4 (QLoRA), LoRA, 1×2048 tokens", qlora["ours"], qlora["peft"]))
+    peers = next(r for r in read("benchmark_peers.json")["results"] if r["kind"] == "llama-8b")
+    ms = [peers["peers"][who]["ms"] for who in ("lora-fused", "PEFT", "PEFT, torch.compile")]
+    note = (
+        f"`torch.compile` of plain PEFT also fuses what is not LoRA. {peers['layers']} layers of that shape, LoRA, "
+        f"{peers['batch']}×{peers['seq']}: {ms[0]:.1f} ms with lora-fused, {ms[1]:.1f} with PEFT, "
+        f"{ms[2]:.1f} with PEFT compiled."
+    )
+    lines += ["", *textwrap.wrap(note, 120, break_on_hyphens=False)]
+    return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+def _headline_row(case: str, ours: dict, theirs: dict) -> str:
+    cells = [f"{m['ms']:.0f} ms, {m['peak_gb']:.1f} GB" for m in (ours, theirs)]
+    time, memory = (ours[key] / theirs[key] for key in ("ms", "peak_gb"))
+    return f"| {case} | {cells[0]} | {cells[1]} | {time:.2f}x time, {memory:.2f}x memory |"
+
+
+def peers_table() -> str:
+    """Each way to run the same adapter, times the frozen base; ways that are not installed have no row."""
+    lines = ["| Case | Adapter | Frozen base | Way | Time | Peak memory |", "|---|---|---|---|---|---|"]
+    for r in read("benchmark_peers.json")["results"]:
+        case, adapter = f"{shape_of(r)}, {r['variant']}", r["adapter"] + (", autocast" if r["autocast"] else "")
+        frozen = f"{r['frozen']['ms']:.3g} ms, {r['frozen']['peak_gb']:.1f} GB"
+        for who, measured in r["peers"].items():
+            if "failed" not in measured:
+                time, memory = measured["ms"] / r["frozen"]["ms"], measured["peak_gb"]
+                lines.append(f"| {case} | {adapter} | {frozen} | {who} | {time:.2f}x | {memory:.1f} GB |")
+    return "\n".join(lines)
+
+
+def qlora_table() -> str:
+    """Medians and in brackets the fastest step."""
+    lines = ["| | Frozen, bitsandbytes | lora-fused | PEFT |", "|---|---|---|---|"]
+    for r in read("benchmark_qlora.json")["results"]:
+        if r["kind"] == "llama-8b" and not r["graph"]:
+            adapter = f"{r['adapter']} adapters" + (", autocast" if r["autocast"] else "")
+            cells = [
+                f"{m['ms']:.0f} ms ({m['min_ms']:.0f}), {m['peak_gb']:.1f} GB"
+                for m in (r["frozen"], r["ours"], r["peft"])
+            ]
+            lines.append(f"| {r['variant']}, {adapter} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -117,7 +117,9 @@ def with_libraries_of_wheel(nvcc: str, work: Path) -> dict[str, str]:
     for runtime in libraries.glob("libcudart.so.*"):
         (links / "libcudart.so").unlink(missing_ok=True)
         (links / "libcudart.so").symlink_to(runtime)
-    return {"NVCC_APPEND_FLAGS": f"-L{libraries} -L{links} {os.environ.get('NVCC_APPEND_FLAGS', '')}".strip()}
+    return {
+        "LIBRARY_PATH": os.pathsep.join([str(libraries), str(links), os.environ.get("LIBRARY_PATH", "")]).rstrip(":")
+    }
 
 
 def choose_backend(torch: Torch) -> tuple[str, str]:

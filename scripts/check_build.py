@@ -11,6 +11,7 @@ be looked at on this machine, as the import of a CUDA variant without a CUDA tor
 import argparse
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -210,6 +211,8 @@ def check_import(variant: Path, other_torch: Path | None = None) -> tuple[list[s
     """(problems, what could not be looked at) of importing the variant and nothing else, with the installed torch or,
     for a CUDA variant, with the torch folder `other_torch`."""
     cuda = "-cpu-" not in variant.name
+    if not variant.name.endswith(f"-{platform.machine()}-linux"):
+        return [], f"not imported: this is a {platform.machine()} machine"
     if cuda and torch.version.cuda is None and other_torch is None:
         return [], f"not imported: torch {torch.__version__} is a build without CUDA"
     keep = {key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH") if key in os.environ}
@@ -227,9 +230,9 @@ def check_import(variant: Path, other_torch: Path | None = None) -> tuple[list[s
     told = json.loads(done.stdout.splitlines()[-1])
     if "no_torch" in told:
         return [], f"not imported: no torch ({told['no_torch']})"
-    if told["error"]:
-        return [f"cannot be imported and used without peft, triton and numpy: {told['error']}"], ""
     problems = [f"its import {effect}: move that to where it is used" for effect in told["effects"]]
+    if told["error"]:
+        problems.insert(0, f"cannot be imported and used without peft, triton and numpy: {told['error']}")
     problems += [f"its import left {name} in the home folder: move that to where it is used" for name in left]
     namespace = json.loads((variant / "metadata.json").read_text())["id"]
     for op, devices in told["ops"].items():
@@ -237,7 +240,7 @@ def check_import(variant: Path, other_torch: Path | None = None) -> tuple[list[s
             problems.append(f"registers {op}, outside of its own namespace {namespace}: use TORCH_EXTENSION_NAME")
         elif cuda and not devices:
             problems.append(f"registers {op} without a kernel: add one to torch_binding.cpp")
-    if not any("CPU" in devices for devices in told["ops"].values()):
+    if not told["error"] and not any("CPU" in devices for devices in told["ops"].values()):
         problems.append("registers no op with a CPU kernel: see torch_binding.cpp")
     return problems, ""
 
@@ -260,7 +263,10 @@ def main() -> None:
     parser.add_argument("--release", action="store_true", help="all architectures, and nothing that is not committed")
     parser.add_argument("--torch", type=Path, help="the folder of a CUDA torch to import a CUDA variant with")
     args = parser.parse_args()
-    variants = sorted(p for p in args.build.glob("*") if p.is_dir() and not p.name.startswith("."))
+    # kernel-builder's result has a folder of benchmarks, too.
+    variants = sorted(
+        {path.parent for name in ("metadata.json", "__init__.py") for path in args.build.glob(f"*/{name}")}
+    )
     if not variants:
         sys.exit(f"check-build: no variant in {args.build}: make build")
     failed = False

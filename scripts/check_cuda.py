@@ -26,15 +26,13 @@ ONLY_ADD = re.compile(r"::finish\w*$")
 # Bytes of stack that a kernel may use by architecture, any other kernel none: registers that did not fit, and arrays
 # with an index that is not known. As nvcc 13.0 compiles them.
 STACK_BYTES = {
-    "dropped_up_add_bwd_kernel": {"sm_80": 16, "sm_86": 16, "sm_89": 16, "sm_90a": 16, "sm_120": 8},
-    "gated_kernel": {"sm_90a": 80, "sm_120": 24},
-    "gather_add_fwd_kernel": {"sm_80": 24, "sm_86": 8, "sm_89": 8},
+    "adapter_grad_bwd_kernel": {"sm_80": 8, "sm_86": 8, "sm_89": 8, "sm_90a": 24, "sm_100": 216, "sm_120": 320},
+    "dropped_expand_add_bwd_kernel": {"sm_80": 16, "sm_86": 16, "sm_89": 16, "sm_90a": 16, "sm_120": 8},
+    "gated_activation_kernel": {"sm_90a": 80, "sm_120": 24},
     "gemm_kernel": {"sm_90a": 16},
-    "products_bwd_kernel": {"sm_120": 16},
-    "skinny_down_fwd_kernel": {"sm_80": 16, "sm_86": 8, "sm_89": 8, "sm_90a": 8, "sm_100": 24, "sm_120": 32},
+    "scale_output_bwd_kernel": {"sm_80": 32, "sm_86": 24, "sm_89": 24, "sm_90a": 48, "sm_120": 8},
+    "shrink_fwd_kernel": {"sm_80": 16, "sm_86": 8, "sm_89": 8, "sm_90a": 8, "sm_100": 24, "sm_120": 32},
     "skinny_kernel": {"sm_90a": 56},
-    "skinny_outer_bwd_kernel": {"sm_80": 8, "sm_86": 8, "sm_89": 8, "sm_90a": 24, "sm_100": 216, "sm_120": 320},
-    "token_sums_fwd_kernel": {"sm_80": 32, "sm_86": 24, "sm_89": 24, "sm_90a": 48, "sm_120": 8},
 }
 
 

@@ -130,7 +130,7 @@ def check_exact(ops, shapes, form: str, p: float = 0.0) -> None:
     of_member = min(r for _, _, r in shapes)  # divides every rank of this list
     scaling = 0.75
     seed = torch.randint(2**62, (1,), device="cuda") if p else None
-    ops.skinny(*map(list, zip(*entries)), scaling, across, True, seed, p, exact=of_member)
+    ops.skinny(*map(list, zip(*entries)), scaling, across, True, seed, p, bf16x3=of_member)
     for (m, c, r), (x, _, out), value in zip(shapes, entries, truths):
         x = dropped(ops, x, seed, p)
         name = f"skinny, exact {form} M={m} C={c} R={r} in members of {of_member}, {len(shapes)} entries, p={p}"
@@ -140,7 +140,7 @@ def check_exact(ops, shapes, form: str, p: float = 0.0) -> None:
             assert_parts(name, out, of_member, x, value, scaling)
 
 
-def check_exact_of_dy(dy_products, m: int, widths, r: int, db_dtype) -> None:
+def check_exact_of_dy(dt_db, m: int, widths, r: int, db_dtype) -> None:
     entries, values = [], []
     for n in widths:
         (b, b_value), (t, t_value) = with_rest(n, r, True), with_rest(m, r, True)
@@ -148,14 +148,14 @@ def check_exact_of_dy(dy_products, m: int, widths, r: int, db_dtype) -> None:
                       padded(n, r, db_dtype, float("nan")))  # fmt: skip
         entries.append((dy, b, t, dt, db))
         values.append((b_value, t_value))
-    dy_products(*map(list, zip(*entries)), 0.75, exact=True, db_scaling=4.0)
+    dt_db(*map(list, zip(*entries)), 0.75, bf16x3=True, db_scaling=4.0)
     for n, (dy, _, _, dt, db), (b, t) in zip(widths, entries, values):
         name = f"products of dy, exact M={m} N={n} R={r} to {db_dtype}, {len(widths)} entries"
         assert_parts(f"{name}: dt", dt, r, dy, b, 0.75)
         assert_product(f"{name}: dB", db, dy.t(), t, 4.0, db.shape)
 
 
-def check_of_dy(dy_products, m: int, widths, r: int, dtype, dt_dtype, db_dtype) -> None:
+def check_of_dy(dt_db, m: int, widths, r: int, dtype, dt_dtype, db_dtype) -> None:
     """dt and dB from one read of dy, an entry for each width."""
     nan = float("nan")
     draws = [
@@ -168,7 +168,7 @@ def check_of_dy(dy_products, m: int, widths, r: int, dtype, dt_dtype, db_dtype) 
         )
         for n in widths
     ]
-    dy_products(*map(list, zip(*draws)), 0.75, db_scaling=4.0)
+    dt_db(*map(list, zip(*draws)), 0.75, db_scaling=4.0)
     for n, (dy, b, t, dt, db) in zip(widths, draws):
         name = f"products of dy M={m} N={n} R={r} {dtype} to {dt_dtype} and {db_dtype}, {len(widths)} entries"
         assert_product(f"{name}: dt", dt, dy, b, 0.75, dt.shape)
@@ -192,11 +192,11 @@ def check_all(ops, shapes, counts=ENTRIES) -> int:
     return count
 
 
-def check_all_of_dy(dy_products, tokens, widths, ranks) -> int:
+def check_all_of_dy(dt_db, tokens, widths, ranks) -> int:
     count = 0
     for m, n, r, dtype in itertools.product(tokens, widths, ranks, ROUNDING):
         for outs in ((dtype, dtype), (dtype, torch.float32), (torch.float32, torch.float32)):
-            check_of_dy(dy_products, m, n, r, dtype, *outs)
+            check_of_dy(dt_db, m, n, r, dtype, *outs)
             count += 1
     torch.cuda.synchronize()
     return count
@@ -219,7 +219,7 @@ def check_all_exact(ops, shapes, of_dy) -> int:
         count += 1
     for m, n, r, db_dtype in itertools.product(*of_dy, (torch.bfloat16, torch.float32)):
         if r <= 32:
-            check_exact_of_dy(ops.dy_products, m, n, r, db_dtype)
+            check_exact_of_dy(ops.dt_db, m, n, r, db_dtype)
             count += 1
     torch.cuda.synchronize()
     return count
@@ -245,7 +245,7 @@ def report_of_dy(ops, tokens, groups, ranks) -> None:
             ops.skinny(dys, [b.t() for b in bs], dts, 1.0, False, True)
             ops.skinny(dys, ts, dbs, 1.0, True, True)
 
-        one = lambda *lists: ops.dy_products(*lists, 1.0)  # noqa: E731
+        one = lambda *lists: ops.dt_db(*lists, 1.0)  # noqa: E731
         times = medians({"native": library, "hopper": hopper, "one read": one}, inputs)
         cells = "  ".join(f"{name} {time:6.1f}" for name, time in times.items())
         print(f"M={m:5} N={'+'.join(map(str, widths)):14} R={r:3}  {cells}", flush=True)
@@ -296,12 +296,12 @@ def main() -> None:
     ops = get_local_kernel(ROOT / "build")._ops.ops
     skinny = ops.skinny
     print(f"skinny: {check_all(ops, SMALL)} small cases right", flush=True)
-    print(f"products of dy: {check_all_of_dy(ops.dy_products, *SMALL_OF_DY)} small cases right", flush=True)
+    print(f"products of dy: {check_all_of_dy(ops.dt_db, *SMALL_OF_DY)} small cases right", flush=True)
     print(f"exact: {check_all_exact(ops, SMALL, SMALL_OF_DY)} small cases right", flush=True)
     if sanitize:
         return
     print(f"exact: {check_all_exact(ops, LARGER, LARGER_OF_DY)} larger cases right", flush=True)
-    print(f"products of dy: {check_all_of_dy(ops.dy_products, *LARGER_OF_DY)} larger cases right", flush=True)
+    print(f"products of dy: {check_all_of_dy(ops.dt_db, *LARGER_OF_DY)} larger cases right", flush=True)
     report_of_dy(ops, (2048, 4096, 8192), ((4096,), (4096, 1024, 1024), (14336, 14336)), (16, 32, 64))
     print(f"skinny: {check_all(ops, LARGER)} larger cases right", flush=True)
     x, a, t = draw(128, 256, 32, "down", torch.bfloat16, torch.bfloat16)

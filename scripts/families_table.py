@@ -1,10 +1,11 @@
-"""Writes the README's table of model families from tests/helpers/families.json; with --measure that file first, from
-the models themselves, each held against PEFT."""
+"""Writes the table of model families in docs/support.md from tests/helpers/families.json; with --measure that file
+first, from the models themselves, each held against PEFT."""
 
 from __future__ import annotations
 
 import argparse
 import pathlib
+import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -12,7 +13,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from helpers import family_table
 from helpers.families import FAMILIES
-from helpers.family_table import BEGIN, END, README
 
 
 def measured() -> dict:
@@ -34,10 +34,7 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="run every family and write tests/helpers/families.json")
     if parser.parse_args().measure:
         family_table.write_table(measured())
-    text = README.read_text()
-    head, _, rest = text.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    README.write_text(f"{head}{BEGIN}\n{family_table.readme_section(family_table.read_table()[1])}\n{END}{tail}")
+    subprocess.run([sys.executable, ROOT / "scripts" / "pages.py"], check=True)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ BEGIN, END = "<!-- layers: written by scripts/layers.py -->\n", "<!-- end of lay
 # From the top down. A room is a module or a folder of the package; it imports rooms of lower layers alone.
 LAYERS = (
     {"__init__": "the public names"},
-    {
-        "explanation": "what runs and why: explain()",
-        "binding": "binds our forwards on a model's adapted modules alone",
-    },
+    {"binding": "binds our forwards on a model's adapted modules alone, and takes them away: apply(), restore()"},
+    {"explanation": "what runs and why, and what ran: explain(), record()"},
     {"mapping": "which class gets which layer, for kernelize"},
     {"layers": "the forwards that kernelize binds"},
     {"shared_input": "modules that are called with one input run as one group"},

@@ -3,8 +3,13 @@
 
     python scripts/public_api.py [--write]
 
-Without --write the differences to what is kept are printed, with what they mean for the version, and the exit status is 1
-where there are some. CHANGELOG.md has the rules.
+<<<<<<< HEAD
+Without --write the differences to what is kept are printed, and the exit status is 1 where there are some. CHANGELOG.md
+says what they mean for the version.
+=======
+Without --write the differences to what is kept are printed, with what they mean for the version, and the exit status is
+1 where there are some. CHANGELOG.md has the rules.
+>>>>>>> main
 """
 
 import argparse

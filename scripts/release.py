@@ -3,8 +3,8 @@
 
     python scripts/release.py [--tag v1.0]
 
-build/CARD.md is filled as kernel-builder fills it. Each file is listed with the branch and the path that kernel-builder's
-upload gives it. Nothing is uploaded.
+build/CARD.md is filled as kernel-builder fills it. Each file is listed with the branch and the path that
+kernel-builder's upload gives it. Nothing is uploaded.
 """
 
 import argparse

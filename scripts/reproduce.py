@@ -84,7 +84,8 @@ def build_by_kernel_builder(temp: Path, commit: str) -> list[Path]:
     for name, umask, environment in SURROUNDINGS:
         folder = temp / "by kernel-builder" / name / "lora-fused"
         clone(folder, umask, commit)
-        env = os.environ | environment
+        # CMake and ninja of the running interpreter's environment come first.
+        env = os.environ | environment | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         run(["kernel-builder", "create-pyproject", "--unique-id", commit[:7], "--force", folder], umask, env=env)
         work = folder / "_build"
         run(["cmake", "-S", folder, "-B", work, "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_SKIP_RPATH=ON",

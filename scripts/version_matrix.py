@@ -4,7 +4,7 @@
 Every row is this environment with some packages in other versions, which pip puts, without their dependencies, into a
 folder that comes first on PYTHONPATH. The kernel is the one in `build/` for every row. What is found is merged into
 `docs/versions.json` by the versions that ran, so that another torch's rows are added from an environment that has it,
-and README's table is made from that.
+and the table in docs/support.md is made from that (scripts/pages.py).
 """
 
 import argparse
@@ -19,8 +19,6 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "versions.json"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- versions table: begin -->", "<!-- versions table: end -->"
 PACKAGES = ("torch", "kernels", "peft", "transformers")
 
 # Next to what requirements.txt pins. transformers 5.18 is the first line that takes kernels 0.17, 5.20 wants 0.17.2.
@@ -122,12 +120,6 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str) -> str:
-    """README's text with the table between its markers made anew."""
-    head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n{table(json.loads(RESULTS.read_text()))}\n{END}{rest.split(END)[1]}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", help="their numbers, e.g. 0,3 (default: all)")
@@ -140,7 +132,7 @@ def main() -> None:
         rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
         results = {"tests": list(TESTS), "rows": merged(rows, [row])}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        README.write_text(with_table(README.read_text()))
+    subprocess.run([sys.executable, ROOT / "scripts" / "pages.py"], check=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Every test gets the package as a user does: the built variant, loaded through `kernels`."""
 
-import importlib
+import importlib.util
 import os
 import pathlib
+import sys
 
 # Read by Triton when it is first imported: without a GPU its kernels run in the interpreter.
 import torch
@@ -24,13 +25,38 @@ def pytest_collection_modifyitems(items):
         raise pytest.UsageError(f"no case to run: {', '.join(empty)}")
 
 
-@pytest.fixture(scope="session")
-def lora_fused():
-    from kernels import get_local_kernel
+def pytest_ignore_collect(collection_path, config):
+    """Where `kernels_ci` is asked for, files without it are not imported: what they need is not there."""
+    chosen = config.option.markexpr == "kernels_ci" and collection_path.suffix == ".py"
+    return True if chosen and "pytest.mark.kernels_ci" not in collection_path.read_text() else None
 
-    package = get_local_kernel(ROOT / "build")
+
+def variant_on_path():
+    """The built variant that PYTHONPATH names, as kernel-builder's `ci-test` has it, without `kernels`."""
+    (variant,) = [path for path in map(pathlib.Path, sys.path) if (path / "metadata.json").is_file()]
+    spec = importlib.util.spec_from_file_location("lora_fused_on_path", variant / "__init__.py")
+    package = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return package
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--architecture", default="", help="run another GPU architecture's kernels: sm80, those of every GPU but Hopper"
+    )
+
+
+@pytest.fixture(scope="session")
+def lora_fused(pytestconfig):
+    try:
+        from kernels import get_local_kernel
+    except ImportError:
+        package = variant_on_path()
+    else:
+        package = get_local_kernel(ROOT / "build")
     # Tests are of our forward, however small; `test_fallbacks.py` has those of when PEFT's is preferred.
     package.peft.small_batch.SMALL_ROWS = -1
+    package.backends.native.set_architecture(pytestconfig.getoption("architecture"))
     return package
 
 

@@ -7,16 +7,9 @@ interpreter.
 import pytest
 import torch
 from helpers.cases import UNIT, assert_as_good, relative
-from torch.nn import functional as F
+from helpers.mlps import ACTIVATIONS
 
 ON_GPU = torch.cuda.is_available()
-EAGER = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda g: F.relu(g).square(),
-}
 HALF = (torch.float16, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if ON_GPU else ())
 # No rows, one element, odd widths below and above one block of columns.
@@ -50,7 +43,7 @@ def draw(shape, dtype, device):
 def eager(dh, gate, up, name):
     """(h, dgate, dup) as autograd gives them for the model's own two operations."""
     gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
-    h = EAGER[name](gate) * up
+    h = ACTIVATIONS[name](gate) * up
     return (h.detach(), *torch.autograd.grad(h, (gate, up), dh))
 
 
@@ -60,7 +53,7 @@ def wide_rows(count, shape, dtype, device):
     return whole.chunk(count, dim=-1)
 
 
-@pytest.mark.parametrize("activation", EAGER)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend,dtype", BACKENDS, ids=str)
 def test_as_good_as_eager(activations, poisoned, device, backend, dtype, shape, activation):
@@ -81,7 +74,7 @@ def test_as_good_as_eager(activations, poisoned, device, backend, dtype, shape, 
     assert torch.equal(without[1], ours[1]) and torch.equal(without[2], ours[2])
 
 
-@pytest.mark.parametrize("activation", EAGER)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision_is_rounded_once(activations, dtype, activation):
     """The float64 result, rounded: no more than half a unit in the last place, where eager has more."""
@@ -95,7 +88,7 @@ def test_half_precision_is_rounded_once(activations, dtype, activation):
         assert (off <= allowed).double().mean() > 0.999, name
 
 
-@pytest.mark.parametrize("activation", EAGER)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(activations, activation):
     maths = activations.backends.reference.activations
 
@@ -115,7 +108,7 @@ def test_gradcheck(activations, activation):
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # the interpreter's; inf is then the right step
-@pytest.mark.parametrize("activation", EAGER)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend,dtype", BACKENDS, ids=str)
 def test_saturated_gates(activations, device, backend, dtype, activation):
     """Far from zero f is 0 or g (g² for relu2) and f' 0 or 1 (2g), without overflow on the way."""
@@ -133,7 +126,7 @@ def test_saturated_gates(activations, device, backend, dtype, activation):
     assert torch.equal(maths.gated(far, one, activation), h)
 
 
-@pytest.mark.parametrize("activation", EAGER)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", ("reference", "triton"))
 def test_slope_at_zero(activations, device, backend, activation):
     """The derivative where ReLU has none is autograd's: zero."""
@@ -144,7 +137,7 @@ def test_slope_at_zero(activations, device, backend, activation):
         assert torch.equal(mine, peer)
 
 
-@pytest.mark.parametrize("activation", EAGER)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", ("reference", "triton"))
 def test_not_a_number_stays(activations, device, backend, activation):
     maths = backend_of(activations, backend)
@@ -173,7 +166,7 @@ def test_strided_rows_and_given_outputs(activations, poisoned, device, backend, 
     assert torch.equal(first, gate) and torch.equal(second, up)
 
 
-@pytest.mark.parametrize("activation", EAGER)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend,dtype", BACKENDS, ids=str)
 def test_results_take_the_place_of_operands(activations, device, backend, dtype, activation):
     maths = backend_of(activations, backend)

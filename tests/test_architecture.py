@@ -4,7 +4,13 @@ import re
 
 import pytest
 import torch
-from test_native import GROUPS, check_group
+from helpers.native_ops import GROUPS, check_group
+
+
+@pytest.fixture(autouse=True)
+def _own_architecture(pytestconfig):
+    if pytestconfig.getoption("architecture"):
+        pytest.skip("the suite runs as on another GPU")
 
 
 @pytest.fixture
@@ -47,6 +53,20 @@ def test_what_no_gpu_of_the_process_can_run_is_an_error(ops, name):
     else:
         with pytest.raises(RuntimeError, match=f'"{name}" is not what this process can run'):
             ops.set_architecture(name)
+
+
+def test_python_asks_the_library(lora_fused, device):
+    """And asks again after it was set."""
+    native, select = lora_fused.backends.native, lora_fused.backends.select
+    own = native.architecture(torch.device(device))
+    try:
+        for name in possible():
+            native.set_architecture(name)
+            assert native.architecture(torch.device(device)) == name
+            assert select.is_hopper(torch.device(device)) == (name == "sm90")
+    finally:
+        native.set_architecture("")
+    assert native.architecture(torch.device(device)) == own == (possible() or ["cpu"])[-1]
 
 
 @pytest.mark.parametrize("name", ["", *possible()])

@@ -132,4 +132,4 @@ def test_requirements_are_pinned(path):
 
 def test_ci_runs_the_test_command():
     commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]
-    assert commands == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make test"]
+    assert commands == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make lint", "make types", "make test"]

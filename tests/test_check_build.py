@@ -1,6 +1,9 @@
-"""What `make check-build` lets pass and what it refuses, on copies of the built variant with a fault each."""
+"""What `make check-build` lets pass and what it refuses, on copies of the built variant with a fault each; and what a
+build says of itself."""
 
 import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,6 +16,8 @@ from kernels.resolver import resolve_local_kernel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import check_build
+
+import build
 
 BUILT = resolve_local_kernel(ROOT / "build", backend=None).variant_path  # this environment's
 
@@ -72,6 +77,11 @@ def test_the_build_passes(variant):
     assert not_seen == "" or "without CUDA" in not_seen
 
 
+def test_variant_of_another_machine_is_not_imported(variant):
+    other = variant.rename(variant.with_name("torch-stable-abi211-cpu-riscv64-linux"))
+    assert check_build.check_import(other) == ([], f"not imported: this is a {platform.machine()} machine")
+
+
 def test_command_says_what_is_wrong_and_fails(variant, monkeypatch, capsys):
     (variant / "explain.txt").write_text("notes")
     monkeypatch.setattr(sys, "argv", ["check_build.py", "--build", str(variant.parent)])
@@ -81,6 +91,7 @@ def test_command_says_what_is_wrong_and_fails(variant, monkeypatch, capsys):
     assert end.value.code == 1
     assert f"{variant.name}: explain.txt is none of" in told and "2 problems" in told
     shutil.rmtree(variant)
+    (variant.parent / "benchmarks").mkdir()
     with pytest.raises(SystemExit, match="no variant in .*: make build"):
         check_build.main()
 
@@ -94,8 +105,10 @@ def test_symbol_of_a_newer_glibc(tmp_path):
 
 @pytest.mark.parametrize("version, fine", [("GLIBC_2.28", True), ("GLIBC_2.29", False), ("GLIBC_PRIVATE", False)])
 def test_newest_allowed_glibc(version, fine, tmp_path):
-    problems = problems_of(asking_for(tmp_path, "made_up", version, "libc.so.6"))
-    assert bool(problems) != fine, problems
+    library = asking_for(tmp_path, "made_up", version, "libc.so.6")
+    assert bool(problems_of(library)) != fine
+    subprocess.run(["strip", library], check=True)
+    assert bool(problems_of(library)) != fine
 
 
 def test_symbol_of_unstable_torch(tmp_path):
@@ -228,25 +241,58 @@ EFFECTS = {
 
 
 @pytest.mark.skipif("cuda" in BUILT.name, reason="the import of the CPU variant is looked at in CI")
-def test_side_effects_at_import(variant):
+def test_import_that_does_more_and_needs_more(variant):
+    needed = ("peft", "numpy", "triton")
+    tries = "".join(f"try:\n    import {n}\nexcept ImportError as e:\n    missing.append(str(e))\n" for n in needed)
     with (variant / "__init__.py").open("a") as file:
-        file.write("\n" + "\n".join(EFFECTS))
+        file.write("\n".join(["", *EFFECTS, "missing = []", f"{tries}raise ImportError(', '.join(missing))", ""]))
     seal(variant)
     problems, _ = check_build.check_import(variant)
+    assert "cannot be imported and used" in problems[0]
     text = "\n".join(problems)
-    for words in EFFECTS.values():
+    for words in [*EFFECTS.values(), [f"No module named '{name}'" for name in needed]]:
         for word in words:
             assert word in text, text
 
 
-def test_import_that_needs_more_than_torch(variant):
-    names = ("peft", "numpy", "triton")
-    tries = "".join(
-        f"try:\n    import {name}\nexcept ImportError as e:\n    missing.append(str(e))\n" for name in names
-    )
-    with (variant / "__init__.py").open("a") as file:
-        file.write(f"\nmissing = []\n{tries}raise ImportError(', '.join(missing))\n")
-    seal(variant)
-    refused(
-        check_build.check_import(variant)[0], "cannot be imported", *(f"No module named '{name}'" for name in names)
-    )
+def test_a_build_for_this_machine_only_says_so(tmp_path):
+    library = asking_for(tmp_path, "made_up", "GLIBC_2.34", "libc.so.6")
+    told = build.portability(library)
+    assert told.startswith("FOR THIS MACHINE ONLY") and "made_up@GLIBC_2.34" in told and "cmake/glibc_2_28.cpp" in told
+    assert build.portability(next(BUILT.glob("*.so"))) == ""
+
+
+def test_commands_of_a_build_show_progress_and_end_in_time(capsys):
+    shell = ["sh", "-c"]
+    build.run([*shell, "echo '[1/2] one -o x'; echo noise"], dict(os.environ), 60, show=True)
+    assert capsys.readouterr().out == "[1/2] one\n"
+    with pytest.raises(SystemExit, match="(?s)reason.*failed: sh"):
+        build.run([*shell, "echo reason; exit 3"], dict(os.environ), 60, show=False)
+    with pytest.raises(SystemExit, match=r"stopped after 0.2 s \(--time-limit\)"):
+        build.run([*shell, "sleep 60"], dict(os.environ), 0.2, show=False)
+
+
+def test_torch_to_compile_against_and_its_compiler(tmp_path, monkeypatch):
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    (folder / "version.py").write_text("__version__ = '2.11.0+cu130'\ncuda = '13.0'\n")
+    torch = build.Torch.at(folder)
+    assert (torch.version, torch.full_version, torch.cuda) == ((2, 11), "2.11.0+cu130", "13.0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert build.choose_backend(torch)[0] == "cpu" and "requirements-cuda.txt" in build.choose_backend(torch)[1]
+    nvcc = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"  # of a wheel
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("")
+    nvcc.chmod(0o755)
+    (tmp_path / "nvidia" / "cu13" / "lib").mkdir()
+    (tmp_path / "nvidia" / "cu13" / "lib" / "libcudart.so.13").write_text("")
+    assert build.choose_backend(torch)[0] == "cuda" and build.find_nvcc(torch) == str(nvcc)
+    paths = build.with_libraries_of_wheel(str(nvcc), tmp_path / "work")["LIBRARY_PATH"].split(":")
+    assert [sorted(p.name for p in Path(path).iterdir()) for path in paths[:2]] == [
+        ["libcudart.so.13"],
+        ["libcudart.so"],
+    ]
+    assert build.variant_name("cuda", torch, "2.11").startswith("torch-stable-abi211-cu130-")
+    with pytest.raises(SystemExit, match="is no torch package"):
+        build.Torch.at(tmp_path / "work")

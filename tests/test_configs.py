@@ -35,9 +35,9 @@ def config(lora_fused, tmp_path, monkeypatch):
     module = lora_fused.backends.device_config
     monkeypatch.setattr(module, "DIRECTORY", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test-9 80GB")
-    module.of.cache_clear()
+    module._read_once.cache_clear()
     yield module
-    module.of.cache_clear()
+    module._read_once.cache_clear()
 
 
 def write(config, **changes):
@@ -78,7 +78,7 @@ def test_a_device_that_was_not_measured_takes_no_product_to_triton(lora_fused, m
 def test_a_known_device_and_an_unknown_one(config):
     assert config.of(GPU) == config.of(torch.device("cpu")) == config.DeviceConfig()
     write(config, linear_expand_from=7, row_norm_from=None, linear_expand_tiles=TILED)
-    config.of.cache_clear()
+    config._read_once.cache_clear()
     found = config.of(GPU)
     assert (found.linear_expand_from, found.row_norm_from, found.embedding_tokens) == (7, math.inf, 8192)
     assert [tuple(each) for each in found.linear_expand_tiles] == [(tuple(t["shape"]), tuple(t["tile"])) for t in TILED]
@@ -173,7 +173,7 @@ def test_the_tile_of_the_nearest_shape(lora_fused, config, monkeypatch):
     write(
         config, linear_expand_tiles=[{"shape": t["shape"], "tile": o["tile"]} for t, o in zip(TILED, reversed(TILED))]
     )
-    config.of.cache_clear()
+    config._read_once.cache_clear()
     linear_expand._half_tile.cache_clear()
     chosen = [linear_expand._half_tile(GPU, linear_expand._bucket(m), 8192, 2048, False) for m in (1, 600, 4000, 9000)]
     assert chosen == [LARGE, LARGE, NARROW, NARROW]

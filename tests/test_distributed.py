@@ -139,6 +139,15 @@ def entered(calls):
         LoraLayer._check_forward_args = check
 
 
+def assert_restored(lora_fused, model):
+    """PEFT's own forward is all that runs, sharded or not."""
+    own_calls = []
+    lora_fused.restore(model)
+    with entered(own_calls):
+        model(input_ids=torch.arange(14).view(2, 7)).logits.sum().backward()
+    assert len({id(module) for module in own_calls}) == 14
+
+
 def count_computations(lora_fused) -> dict:
     """How often each of the fused computations runs, from now on."""
     dispatch, counts = lora_fused.functional.dispatch, {}
@@ -161,8 +170,11 @@ def compare(lora_fused, counts: dict, case: Case, rank: int):
     model, said, own_calls = llama(case), [], []
 
     def fuse_and_ask(model):
-        with lora_fused.use_peft_layers():
-            kernelize(model, mode=Mode.TRAINING, device="cpu")
+        if case.before:
+            with lora_fused.use_peft_layers():
+                kernelize(model, mode=Mode.TRAINING, device="cpu")
+        else:
+            lora_fused.apply(model)
         said.extend(explain(lora_fused, model))
 
     with entered(own_calls):
@@ -179,6 +191,8 @@ def compare(lora_fused, counts: dict, case: Case, rank: int):
     # q, k and v, o; the MLP. Two layers a step.
     assert counts.get("compute_group", 0) >= 2 * 2 * STEPS, counts
     assert counts.get("compute_gated", 0) >= 2 * STEPS, counts
+    if case.wrapper in ("ddp", "fsdp2"):
+        assert_restored(lora_fused, model)
 
 
 def serve(rank: int, build: pathlib.Path, port: int, cases):

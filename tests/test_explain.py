@@ -8,6 +8,7 @@ import torch
 import transformers
 from helpers.cases import DEVICE, LINEARS, peft_llama, tiny_llama
 from helpers.kernelizing import explain, kernelize_in_place
+from helpers.mlps import LigerSwiGLUMLP
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
@@ -325,30 +326,6 @@ def test_a_pickled_model(lora_fused, own_calls):
     rows = holds(lora_fused, loaded, own_calls, lambda each: each(torch.randn(3, 16)), fused=0)
     assert all("pickled" in row.reason for row in rows)
     assert all(row.fused for row in explain(lora_fused, kernelize_in_place(lora_fused, loaded)))
-
-
-class LigerSwiGLUMLP(nn.Module):
-    """A gated MLP by one of Liger's functions, which hides what it computes."""
-
-    def __init__(self, own):
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = own.gate_proj, own.up_proj, own.down_proj
-
-    def forward(self, x):
-        return self.down_proj(SiluMul.apply(self.gate_proj(x), self.up_proj(x)))
-
-
-class SiluMul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return nn.functional.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx, dh):
-        with torch.enable_grad():
-            gate, up = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
-            return torch.autograd.grad(nn.functional.silu(gate) * up, (gate, up), dh)
 
 
 def test_gated_mlps_that_are_not_one_function(lora_fused, own_calls):

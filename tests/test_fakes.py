@@ -11,8 +11,8 @@ OPS = {
     "lora_backward",
     "gated_forward",
     "gated_backward",
-    "dora_gains",
-    "gain",
+    "dora_scales",
+    "mag_norm_scale",
     "row_norm",
     "dropout",
 }
@@ -92,4 +92,4 @@ def test_norms_alone(lora_fused, device):
     def run():
         lora_fused.backends.select.dora_scales(weights, a, b, magnitudes, [0.5, 2.0])
 
-    assert check(calls(lora_fused, run)) == {"dora_gains"}
+    assert check(calls(lora_fused, run)) == {"dora_scales"}

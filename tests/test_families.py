@@ -1,10 +1,10 @@
-"""Whole model families, kernelized, against PEFT, and the README's table of them."""
+"""Whole model families, kernelized, against PEFT, and the table of them in docs/support.md."""
 
 import pytest
 import torch
 import transformers
 from helpers.families import FAMILIES
-from helpers.family_table import BEGIN, END, README, measure, read_table, readme_section, without_version
+from helpers.family_table import measure, read_table, without_version
 
 VARIANTS = {"lora": {}, "dora": dict(use_dora=True)}
 
@@ -39,9 +39,3 @@ def test_enough_of_them_run():
     _, rows = read_table()
     assert rows.keys() == FAMILIES.keys()
     assert all(0 < row["fused"] <= row["modules"] and row["computed"] > 0 for row in rows.values())
-
-
-def test_readme_has_the_table():
-    text = README.read_text()
-    assert text.count(BEGIN) == text.count(END) == 1
-    assert text.partition(BEGIN)[2].partition(END)[0].strip() == readme_section(read_table()[1])

@@ -357,7 +357,6 @@ def test_the_rule_is_one(lora_fused):
         )
         assert up == 1.0 if scaling <= 1.0 else 0.5 < abs(down) <= 1.0
         assert split(sign * scaling, torch.bfloat16, torch.float32) == (sign * scaling, 1.0)
-        *_, t, _, _ = lora_fused.backends.native.lora_forward(
-            x, [w], [], [a], [b], [], [], [sign * scaling], None, [], [], [], False
-        )
+        operands = [w, None, a, b, None, None]
+        _, t = lora_fused.backends.native.lora_forward(x, operands, [sign * scaling], None, None, None, False)
         torch.testing.assert_close(t, lora_fused.backends.reference.shrink(x, a, down), rtol=2e-3, atol=1e-7)

@@ -83,20 +83,23 @@ def test_only_what_the_ops_know_becomes_numbers(lora_fused):
 
 def forward(lora_fused, quantized, activation=None, scales=()):
     w, x = torch.zeros(N * K // 2, 1, dtype=torch.uint8), torch.randn(5, K)
-    none, start = [None], (x, [w], [], [None], [None], [], [])
-    rest = ([1.0], None, [], list(scales), list(quantized), False)
+
+    def base(weight):
+        return [weight, None, None, None, None, None]
+
     if activation is None:
-        return lora_fused.backends.native.lora_forward(*start, *rest)
-    dense = torch.randn(K, K)
+        operands = [*base(w), *scales]
+        return lora_fused.backends.native.lora_forward(x, operands, [1.0], None, None, list(quantized), False)
+    operands = base(torch.randn(K, K)) * 3
     return lora_fused.backends.native.gated_forward(
-        x, [dense] * 3, [], none * 3, none * 3, [], [], [1.0] * 3, None, [], [], [], False, activation, 0, False
+        x, operands, [1.0] * 3, None, None, None, False, activation, 0, False
     )
 
 
 def test_the_op_refuses_unknown_numbers(lora_fused):
     packed, scale = lora_fused.backends.native.PackedWeight, [torch.ones(N * K // 64)]
     known = packed(lora_fused.backends.native.FORMATS.index("nf4"), N, K, 64)
-    assert forward(lora_fused, known, scales=scale)[0][0].shape == (5, N)
+    assert forward(lora_fused, known, scales=scale)[0].shape == (5, N)
     for change, message in (
         (
             dict(format=len(lora_fused.backends.native.FORMATS)),

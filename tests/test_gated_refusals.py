@@ -26,10 +26,10 @@ def test_a_child_that_defines_how_it_is_called(mlp_tracer):
     module = mlp_with(GATED["module"][0])
     assert mlp_tracer.recognise(module).gate == "w1"
     module.w3 = CalledTwice(4, 6)
-    assert mlp_tracer.recognise(module) == "w3 is a CalledTwice, which defines how it is called"
+    assert mlp_tracer.recognise(module).reason == "w3 is a CalledTwice, which defines how it is called"
 
 
 def test_an_activation_with_a_buffer(mlp_tracer):
     module = mlp_with(GATED["module"][0])
     module.act = SiluTimesBuffer()
-    assert mlp_tracer.recognise(module) == "act (SiluTimesBuffer) has parameters, buffers or parts of its own"
+    assert mlp_tracer.recognise(module).reason == "act (SiluTimesBuffer) has parameters, buffers or parts of its own"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.cases import DEVICE, LINEARS, peft_llama, tiny_llama
 from helpers.heads import assert_same, heads, inner, step
-from helpers.kernelizing import Loaded, explain
+from helpers.kernelizing import Loaded, explain, forwards
 from helpers.llamas import passed, tokens
 from kernels import Mode, kernelize as kernelize_all, use_kernel_forward_from_hub, use_kernel_mapping
 from kernels.layer.globals import _KERNEL_MAPPING
@@ -23,13 +23,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 pytestmark = pytest.mark.usefixtures("on_device")
 TARGETS = [*LINEARS, "embed_tokens"]
 MARKED = (BaseTuner, PreTrainedModel, lora.Linear, lora.Embedding, LlamaMLP, LlamaRMSNorm)
-
-
-def forwards(model):
-    """The functions that stand in the instances, by module."""
-    return {
-        name: vars(module)["forward"].__func__ for name, module in model.named_modules() if "forward" in vars(module)
-    }
 
 
 def test_fused_as_by_kernelize(lora_fused, kernelize_adapted):

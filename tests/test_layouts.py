@@ -80,7 +80,7 @@ def test_a_linear(lora_fused, layout, training, config):
     works = assert_like_peft(of(ours), of(model), layout)
     assert works or layout not in TAKEN or ("lora_dropout" in config and training) or "use_dora" in config
     state = lora_fused.peft.linear.read_linear(inner(ours).proj)
-    reason = lora_fused.peft.linear.call_reason(state, x, (), {})
+    reason = lora_fused.peft.linear_call.call_fallback(state, x, lora_fused.call_context.CallContext.of(x)).reason
     assert reason in (f"x has the layout {x.layout}", "x is nested", "x is a NestedTensor")
 
 

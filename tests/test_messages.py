@@ -286,9 +286,12 @@ def test_a_check_of_an_op_reaches_nobody_with_its_path(lora_fused):
         lambda: lora_fused.backends.native.row_norm(ones, ones[:, :2], ones, 1.0),
         lambda: lora_fused.backends.native.dequantize_4bit(ones, ones, None, None, None, 3, 0, False, 0, ones),
         lambda: lora_fused.backends.native.lora_forward(
-            ones, [ones], [torch.ones(3)], [ones], [ones], [], [], [1.0], None, [], [], [], False),
+            ones, [ones, torch.ones(3), ones, ones, None, None], [1.0], None, None, None, False),
         lambda: lora_fused.backends.native.lora_forward(
-            ones, [ones], [], [ones], [ones], [], [], [1.0], None, [], [], [9] * 7, False),
+            ones, [ones, None, ones, ones, None, None], [1.0], None, None, [9] * 7, False),
+        lambda: lora_fused.backends.native.lora_forward(ones, [ones, None], [1.0], None, None, None, False),
+        lambda: lora_fused.backends.native.lora_forward(ones, [None] * 6, [1.0], None, None, None, False),
+        lambda: lora_fused.backends.native.lora_forward(ones, [ones, *[None] * 5], [1.0], None, [], None, False),
     )  # fmt: skip
     for call in calls:
         with pytest.raises(RuntimeError) as raised:

@@ -7,7 +7,17 @@ import pytest
 import torch
 from helpers import formula
 from helpers.cases import UNIT, relative
-from helpers.native_ops import GROUPS, draw, flat_on, operands_of, poison, projections_of
+from helpers.native_ops import (
+    GROUPS,
+    backward,
+    check_group,
+    compare,
+    draw,
+    flat_on,
+    operands_of,
+    poison,
+    projections_of,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -38,22 +48,6 @@ def three_threads():
     torch.set_num_threads(before)
 
 
-def backward(ys, dys, x, flat):
-    torch.autograd.backward(ys, dys)
-    grads = [x.grad, *(tensor.grad for tensor in flat if tensor is not None and tensor.requires_grad)]
-    return [*ys, *grads]
-
-
-def compare(ours, truth, dtype, stored):
-    assert len(ours) == len(truth)
-    for i, (value, exact) in enumerate(zip(ours, truth)):
-        error, peak = relative(value, exact)
-        bound = stored * UNIT[dtype] + (0.0 if dtype == torch.float64 else exact.numel() ** 0.5 * 2.0**-24)
-        assert error <= bound and peak <= 8 * bound, (
-            f"result {i} of shape {tuple(exact.shape)}: {error:.3g}, {peak:.3g}"
-        )
-
-
 @pytest.mark.parametrize("dtype,adapter", DTYPES, ids=str)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("m,k", SHAPES)
@@ -72,35 +66,6 @@ def test_group_on_several_threads(lora_fused, three_threads, group):
 @pytest.mark.parametrize("m,k", (LARGE, MANY))
 def test_large_group(lora_fused, device, m, k, group, dtype, adapter):
     check_group(lora_fused, device, m, k, LARGE_GROUPS[group], dtype, adapter)
-
-
-def check_group(lora_fused, device, m, k, group, dtype, adapter):
-    generator = torch.Generator().manual_seed(m)
-    specs = [lora_fused.ProjectionSpec(p) for _, _, p, _, _ in group]
-    operands = [operands_of(generator, k, n, r, dora, bias) for n, r, _, dora, bias in group]
-    operands = [[None if t is None else t.to(dtype).double() for t in each] for each in operands]
-    x, seeds = draw(generator, m, k).to(dtype).double(), torch.tensor([5, 2**40 + 1, 77])
-    dys = [draw(generator, m, n).to(dtype).double() for n, *_ in group]
-    scalings = (0.5, 0.7, 0.5)
-
-    def run(compute, device, dtype, adapter):
-        flat, own = flat_on(operands, device, dtype, adapter), x.detach().to(device, dtype).requires_grad_()
-        given = [dy.to(device, dtype) for dy in dys]
-        poison(device)
-        return backward(compute(own, flat), given, own, flat)
-
-    def native(x, flat):
-        projections = projections_of(lora_fused, flat, scalings, specs)
-        return lora_fused.autograd.group_native.lora_group(x, projections, seeds.to(x.device))
-
-    def truth(x, flat):
-        dropouts = [spec.dropout for spec in specs]
-        return formula.group(lora_fused, x, lora_fused.specs.unflatten(flat), scalings, dropouts, seeds)
-
-    exact = run(truth, "cpu", torch.float64, torch.float64)
-    compare(run(native, device, dtype, adapter), exact, dtype, stored=4)
-    if dtype == torch.float32:
-        compare(run(native, "cpu", torch.float64, torch.float64), exact, torch.float64, stored=64)
 
 
 # Float32 adapters beside bfloat16 without autocast, of which the ops multiply two parts each.

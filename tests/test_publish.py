@@ -55,6 +55,7 @@ class Small(Benchmark):
     def benchmark_nothing(self):
         self.kernel.explain
 """
+pytestmark = pytest.mark.xdist_group("publish")  # one process fills the Hub and the homes, for all tests
 pytest.importorskip("sigstore", reason="the command line of kernels needs it; a bare GPU machine has none")
 
 

@@ -1,6 +1,7 @@
 """What a release promises and how it is made: versions, names, hashes, the public interface."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import public_api
 import release
 import reproduce
 import variants
-from test_build import CONFIG
+from helpers.published import CONFIG
 
 LOCKED = json.loads((ROOT / "flake.lock").read_text())["nodes"]
 
@@ -39,6 +40,27 @@ def test_kept_variants_are_of_the_locked_builder(monkeypatch, capsys):
     variants.main()
     told = capsys.readouterr().out
     assert "Nix is not installed" in told and all(name in told for name in names)
+
+
+def test_variants_are_asked_of_nix_where_it_is(monkeypatch, capsys, tmp_path):
+    nix = tmp_path / "nix"
+    nix.write_text('#!/bin/sh\ncase "$*" in *#packages.x86_64-linux.variants) echo \'["b", "a"]\';; '
+                   "eval*#packages.*) echo '[]';; *) exit 3;; esac\n")  # fmt: skip
+    nix.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(variants, "KEPT", tmp_path / "kept.json")
+    (tmp_path / "kept.json").write_text((ROOT / "docs" / "variants.json").read_text())
+    monkeypatch.setattr(sys, "argv", ["variants.py"])
+    variants.main()
+    told = capsys.readouterr()
+    assert [line.split()[0] for line in told.out.splitlines()] == ["a", "b"] and "not as kept" in told.err
+    monkeypatch.setattr(sys, "argv", ["variants.py", "--write"])
+    variants.main()
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert (
+        kept["variants"]["x86_64-linux"] == ["a", "b"]
+        and kept["kernel-builder"] == LOCKED["kernel-builder"]["locked"]["rev"]
+    )
 
 
 def test_hash_of_a_tree_is_nixs(tmp_path):
@@ -160,7 +182,7 @@ def test_workflows_run_what_the_makefile_has():
         for _, step in steps_of(path)
         for target in re.findall(r"\bmake ([a-z-]+)", step.get("run", ""))
     }
-    assert {"check-build", "build-cuda", "lint", "release-dry-run", "variants"} <= asked <= targets
+    assert {"check-build", "build-cuda", "release-dry-run", "variants"} <= asked <= targets
     assert all(
         (ROOT / name).exists() for name in re.findall(r"requirements-\w+\.txt", str([p.read_text() for p in WORKFLOWS]))
     )

@@ -59,7 +59,7 @@ def test_entries_of_many_shapes(ops, form, hopper, p):
 ])  # fmt: skip
 def test_both_products_of_dy_as_in_float64(ops, m, widths, r, dtype, dt_float, db_float):
     outs = (torch.float32 if is_float else dtype for is_float in (dt_float, db_float))
-    check_skinny.check_of_dy(ops.dy_products, m, widths, r, dtype, *outs)
+    check_skinny.check_of_dy(ops.dt_db, m, widths, r, dtype, *outs)
 
 
 @pytest.mark.parametrize("form", check_skinny.FORMS)
@@ -78,7 +78,7 @@ def test_exact_products_as_in_float64(ops, form, shapes, p):
     for m, widths, r in itertools.product(tokens, groups, ranks) if r <= 32
 ])  # fmt: skip
 def test_both_exact_products_of_dy_as_in_float64(ops, m, widths, r, db_dtype):
-    check_skinny.check_exact_of_dy(ops.dy_products, m, widths, r, db_dtype)
+    check_skinny.check_exact_of_dy(ops.dt_db, m, widths, r, db_dtype)
 
 
 def test_products_of_dy_are_the_same_every_time(ops):
@@ -87,7 +87,7 @@ def test_products_of_dy_are_the_same_every_time(ops):
     runs = []
     for _ in range(3):
         dt, db = torch.empty_like(t), torch.empty_like(b, dtype=torch.float32)
-        ops.dy_products([dy], [b], [t], [dt], [db], 1.0)
+        ops.dt_db([dy], [b], [t], [dt], [db], 1.0)
         runs.append((dt, db))
     for dt, db in runs[1:]:
         assert torch.equal(dt, runs[0][0]) and torch.equal(db, runs[0][1])
@@ -135,8 +135,8 @@ def test_refuses_a_rest_where_no_load_begins(skinny, across):
     (beside, _), (below, value) = check_skinny.with_rest(64, 4, True), check_skinny.with_rest(4, 256, False)
     refused = (beside, torch.zeros(256, 4, device="cuda")) if across else (below.t().contiguous().t(), out)
     with pytest.raises(RuntimeError, match="skinny: not for"):
-        skinny([x], [refused[0]], [refused[1]], 1.0, across, True, exact=4)
-    skinny([x], [below], [out], 1.0, False, True, exact=4)
+        skinny([x], [refused[0]], [refused[1]], 1.0, across, True, bf16x3=4)
+    skinny([x], [below], [out], 1.0, False, True, bf16x3=4)
     check_skinny.assert_parts("four ranks", out, 4, x, value.t(), 1.0)
 
 
@@ -144,13 +144,13 @@ def test_refuses_a_rest_where_no_load_begins(skinny, across):
 def test_products_of_dy_refuse_what_they_do_not_serve(ops, case):
     (dy,), (b,), (dt,), *_ = refused(**case)
     t, db = torch.zeros_like(dt), torch.zeros_like(b).t().contiguous()
-    with pytest.raises(RuntimeError, match="dy_products: not for"):
-        ops.dy_products([dy], [db.clone()], [t], [dt], [db], 1.0)
+    with pytest.raises(RuntimeError, match="dt_db: not for"):
+        ops.dt_db([dy], [db.clone()], [t], [dt], [db], 1.0)
 
 
 def test_products_of_dy_name_the_entry_of_other_shapes(ops):
     dy, b, t = (torch.zeros(*shape, device="cuda").bfloat16() for shape in ((64, 128), (128, 16), (64, 16)))
     with pytest.raises(RuntimeError, match="shapes or dtypes of entry 1"):
-        ops.dy_products([dy, dy], [b, b], [t, t[:32]], [t, t], [b, b], 1.0)
+        ops.dt_db([dy, dy], [b, b], [t, t[:32]], [t, t], [b, b], 1.0)
     with pytest.raises(RuntimeError, match="lists of 1, 2"):
-        ops.dy_products([dy], [b, b], [t], [t], [b], 1.0)
+        ops.dt_db([dy], [b, b], [t], [t], [b], 1.0)

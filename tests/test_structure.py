@@ -77,3 +77,14 @@ def test_loading_imports_neither_triton_nor_peft():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("[] "), result.stdout
+
+
+def test_no_test_module_imports_another():
+    """What several need is in tests/helpers."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert len(files) > 80
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.startswith("test_")], f"{path.name} imports {names}"

@@ -3,47 +3,14 @@ where it was saved."""
 
 import pytest
 import torch
-from helpers.cases import DEVICE, OwnForwards, peft_llama
+from helpers.cases import OwnForwards, peft_llama
 from helpers.kernelizing import explain, kernelize_in_place
-from transformers import Trainer, TrainingArguments
-
-STEPS = 6
-
-
-def rows():
-    """Token ids, each row counting on from where it starts."""
-    ids = [torch.arange(start, start + 12) % 64 for start in range(0, 64, 3)]
-    return [dict(input_ids=row, labels=row) for row in ids]
+from helpers.trainers import STEPS, assert_same, losses_and_adapter, trainer_of
 
 
 def trained(model, folder, resume=None, **options):
     """Each step's loss, and the trained parameters at the end."""
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=2,
-        logging_steps=1,
-        optim="sgd",  # Adam makes much of the smallest difference
-        learning_rate=0.1,
-        report_to=[],
-        use_cpu=DEVICE == "cpu",
-        disable_tqdm=True,
-        **{"save_strategy": "no", **options},
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else it takes nn.DataParallel
-    trainer = Trainer(model, arguments, train_dataset=rows())
-    trainer.train(resume_from_checkpoint=resume)
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return losses, {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(ours, theirs, rtol):
-    assert len(ours[0]) == len(theirs[0]) == STEPS
-    torch.testing.assert_close(ours[0], theirs[0], rtol=rtol, atol=0.0)
-    assert ours[1].keys() == theirs[1].keys()
-    for name, value in ours[1].items():
-        assert (value - theirs[1][name]).norm() <= rtol * theirs[1][name].norm(), name
+    return losses_and_adapter(trainer_of(model, folder, **options), resume)
 
 
 def trained_fused(model, folder, *args, **options):

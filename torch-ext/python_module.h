@@ -1,6 +1,8 @@
 // PyInit_<name> of an empty abi3 module, so that `import <name>` loads the library and
 // runs its op registrations. Where Python.h is not installed, the few declarations that
 // are needed are taken from the stable ABI (PEP 384), whose layout is frozen.
+// kernel-builder's own registration.h has a REGISTER_EXTENSION for this, but needs Python.h and is there in its builds
+// alone; scripts/build.py builds without both.
 #pragma once
 
 #if __has_include(<Python.h>)
@@ -40,10 +42,9 @@ PyObject* PyModule_Create2(PyModuleDef*, int);
 #define LORA_FUSED_STRINGIFY_(a) #a
 #define LORA_FUSED_STRINGIFY(a) LORA_FUSED_STRINGIFY_(a)
 
-#define LORA_FUSED_PYTHON_MODULE(name)                                            \
-  PyMODINIT_FUNC LORA_FUSED_CONCAT(PyInit_, name)() {                             \
-    static PyModuleDef def = {PyModuleDef_HEAD_INIT, LORA_FUSED_STRINGIFY(name), \
-                              nullptr, 0, nullptr, nullptr, nullptr, nullptr,     \
-                              nullptr};                                           \
-    return PyModule_Create(&def);                                                 \
+#define LORA_FUSED_PYTHON_MODULE(name)                                                                               \
+  PyMODINIT_FUNC LORA_FUSED_CONCAT(PyInit_, name)() {                                                                \
+    static PyModuleDef def = {                                                                                       \
+        PyModuleDef_HEAD_INIT, LORA_FUSED_STRINGIFY(name), nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr}; \
+    return PyModule_Create(&def);                                                                                    \
   }

@@ -3,10 +3,10 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../kernel-src/common/names.h"
 #include "python_module.h"
 
-// One more macro level, so that TORCH_EXTENSION_NAME is expanded before it is stringified.
+// One more macro level (kernel-builder's registration.h has one for the libraries that are not stable-ABI), so that
+// TORCH_EXTENSION_NAME is expanded before it is stringified.
 #define OPS_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
 #define OPS_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 
@@ -18,10 +18,10 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   // that a Hopper runs what another GPU does. An error names what is possible.
   ops.def("set_architecture(str name) -> ()");
   ops.def("row_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
-  ops.def("gain(Tensor magnitude, Tensor norm) -> Tensor");
+  ops.def("mag_norm_scale(Tensor magnitude, Tensor norm) -> Tensor");
   ops.def("dropout(Tensor x, Tensor seed, float p, Tensor(a!) out, bool accumulate=False, bool scaled=True) -> ()");
   ops.def(
-      "dora_gains(Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[] magnitudes, "
+      "dora_scales(Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[] magnitudes, "
       "float[] scalings, Tensor[] scales, int[] quantized) -> (Tensor[], Tensor[])");
   ops.def(
       "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, "
@@ -29,50 +29,44 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "-> ()");
   ops.def(
       "gemm(Tensor[] a, Tensor[] b, bool b_rows_are_n, Tensor(a!) out, Tensor? bias=None, "
-      "Tensor? gain=None, Tensor(b!)? z=None, bool accumulate=False, Tensor? seed=None, float p=0.0, int leading=0, "
+      "Tensor? mag_norm_scale=None, Tensor(b!)? unscaled=None, bool accumulate=False, Tensor? seed=None, float p=0.0, "
+      "int leading=0, "
       "float leading_scale=1.0) -> ()");
-  ops.def("gemm_pays(Tensor like, int rows, int cols) -> bool");
+  ops.def("gemm_is_faster(Tensor like, int rows, int cols) -> bool");
   ops.def(
-      "skinny(Tensor[] x, Tensor[] other, Tensor(a!)[] out, float scaling, bool across, bool hopper, "
-      "Tensor? seed=None, float p=0.0, int exact=0) -> ()");
+      "skinny(Tensor[] x, Tensor[] other, Tensor(a!)[] out, float scaling, bool by_columns, bool sm90, "
+      "Tensor? seed=None, float p=0.0, int bf16x3=0) -> ()");
   ops.def(
-      "dy_products(Tensor[] dy, Tensor[] b, Tensor[] t, Tensor(a!)[] dt, Tensor(b!)[] db, float scaling, "
-      "bool exact=False, float db_scaling=1.0) -> ()");
+      "dt_db(Tensor[] dy, Tensor[] b, Tensor[] t, Tensor(a!)[] dt, Tensor(b!)[] db, float scaling, "
+      "bool bf16x3=False, float db_scaling=1.0) -> ()");
+  // `operands` are those of GroupArgs (kernel-src/group/members.h).
   ops.def(
-      "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
-      "Tensor?[] lora_b, Tensor?[] gains, Tensor?[] magnitudes, float[] scalings, Tensor? seeds, float[] dropouts, "
-      "Tensor[] scales, int[] quantized, bool exact) "
-      "-> (Tensor[], Tensor[], Tensor, Tensor[], Tensor[])");
+      "lora_forward(Tensor x, Tensor?[] operands, float[] scalings, Tensor? seeds, float[]? dropouts, int[]? "
+      "quantized, "
+      "bool bf16x3) -> Tensor[]");
   ops.def(
-      "lora_backward(Tensor?[] dys, Tensor x, Tensor t, Tensor[] us, Tensor[] weights, "
-      "Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, Tensor?[] norms, "
-      "float[] scalings, Tensor? seeds, float[] dropouts, Tensor[] scales, int[] quantized, bool exact, "
-      "bool need_dx, int[] needs) "
-      "-> (Tensor[], Tensor[])");
+      "lora_backward(Tensor?[] dys, Tensor x, Tensor t, Tensor[]? unscaled, Tensor?[] operands, float[] scalings, "
+      "Tensor? seeds, float[]? dropouts, int[]? quantized, bool bf16x3, bool need_dx, int[] needs) -> Tensor[]");
   ops.def(
-      "gated_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, "
-      "Tensor?[] lora_b, Tensor?[] gains, Tensor?[] magnitudes, float[] scalings, Tensor? seeds, float[] dropouts, "
-      "Tensor[] scales, int[] quantized, bool exact, int activation, int gate_half, "
-      "bool up_to_h) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])");
+      "gated_forward(Tensor x, Tensor?[] operands, float[] scalings, Tensor? seeds, float[]? dropouts, int[]? "
+      "quantized, "
+      "bool bf16x3, int activation, int gate_half, bool up_to_h) -> Tensor[]");
   ops.def(
-      "gated_backward(Tensor dy, Tensor x, Tensor[] outputs, Tensor[] us, Tensor[] ts, "
-      "Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, Tensor?[] gains, "
-      "Tensor?[] norms, float[] scalings, Tensor? seeds, float[] dropouts, Tensor[] scales, "
-      "int[] quantized, bool exact, int activation, int gate_half, bool need_dx, int[] needs) -> (Tensor[], Tensor[])");
+      "gated_backward(Tensor dy, Tensor x, Tensor[] kept, Tensor?[] operands, float[] scalings, Tensor? seeds, "
+      "float[]? dropouts, int[]? quantized, bool bf16x3, int activation, int gate_half, bool need_dx, int[] needs) "
+      "-> Tensor[]");
   ops.def(
       "column_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? magnitude=None) -> Tensor[]");
   ops.def(
-      "embedding_forward(Tensor ids, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? gain, "
+      "embedding_forward(Tensor ids, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? mag_norm_scale, "
       "Tensor? scale, float scaling, float number, bool keep) -> (Tensor, Tensor)");
   ops.def(
       "embedding_backward(Tensor dy, Tensor ids, Tensor? rows, Tensor weight, Tensor lora_a, "
-      "Tensor lora_b, Tensor? magnitude, Tensor? gain, Tensor? norm, Tensor? scale, float scaling, "
+      "Tensor lora_b, Tensor? magnitude, Tensor? mag_norm_scale, Tensor? norm, Tensor? scale, float scaling, "
       "float number, int padding, bool need_a, bool need_b, bool need_m) -> Tensor[]");
 }
 
 bool gemm_is_faster_cpu(const torch::stable::Tensor&, int64_t, int64_t) { return false; }
-
-std::string names(std::string kind) { return lora_fused::names_of(kind); }
 
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
   ops.impl("names", TORCH_BOX(&names));
@@ -81,12 +75,12 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
 }
 
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
-  ops.impl("row_norm", TORCH_BOX(&row_norm_cpu));
-  ops.impl("gain", TORCH_BOX(&mag_norm_scale_cpu));
-  ops.impl("dropout", TORCH_BOX(&dropout_cpu));
-  ops.impl("dora_gains", TORCH_BOX(&dora_scales));
-  ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_cpu));
-  ops.impl("gemm_pays", TORCH_BOX(&gemm_is_faster_cpu));
+  ops.impl("row_norm", TORCH_BOX(&row_norm));
+  ops.impl("mag_norm_scale", TORCH_BOX(&mag_norm_scale));
+  ops.impl("dropout", TORCH_BOX(&dropout));
+  ops.impl("dora_scales", TORCH_BOX(&dora_scales));
+  ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit));
+  ops.impl("gemm_is_faster", TORCH_BOX(&gemm_is_faster_cpu));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
   ops.impl("gated_forward", TORCH_BOX(&gated_forward));
@@ -95,15 +89,15 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
 
 #if defined(CUDA_KERNEL)
 OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
-  ops.impl("row_norm", TORCH_BOX(&row_norm_cuda));
-  ops.impl("gain", TORCH_BOX(&mag_norm_scale_cuda));
-  ops.impl("dropout", TORCH_BOX(&dropout_cuda));
-  ops.impl("dora_gains", TORCH_BOX(&dora_scales));
-  ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_cuda));
+  ops.impl("row_norm", TORCH_BOX(&row_norm));
+  ops.impl("mag_norm_scale", TORCH_BOX(&mag_norm_scale));
+  ops.impl("dropout", TORCH_BOX(&dropout));
+  ops.impl("dora_scales", TORCH_BOX(&dora_scales));
+  ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit));
   ops.impl("gemm", TORCH_BOX(&gemm_cuda));
-  ops.impl("gemm_pays", TORCH_BOX(&gemm_is_faster_cuda));
+  ops.impl("gemm_is_faster", TORCH_BOX(&gemm_is_faster_cuda));
   ops.impl("skinny", TORCH_BOX(&skinny_cuda));
-  ops.impl("dy_products", TORCH_BOX(&dt_db_cuda));
+  ops.impl("dt_db", TORCH_BOX(&dt_db_cuda));
   ops.impl("lora_forward", TORCH_BOX(&lora_forward));
   ops.impl("lora_backward", TORCH_BOX(&lora_backward));
   ops.impl("gated_forward", TORCH_BOX(&gated_forward));

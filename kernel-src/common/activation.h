@@ -1,5 +1,5 @@
 // Value and slope of the activations of a gated MLP, for the CPU and the CUDA op: formulas as in
-// torch-ext/lora_fused/activation.py.
+// torch-ext/lora_fused/backends/reference.
 #pragma once
 
 #include <cmath>

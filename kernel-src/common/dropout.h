@@ -55,7 +55,9 @@ struct Keep {
   double scale;
   explicit Keep(double p, bool scaled = true)
       : threshold(static_cast<uint32_t>(std::nearbyint(p * 65536.0))),
-        scale(!scaled ? 1.0 : p < 1.0 ? 1.0 / (1.0 - p) : 0.0) {}
+        scale(!scaled   ? 1.0
+              : p < 1.0 ? 1.0 / (1.0 - p)
+                        : 0.0) {}
 };
 
 // A projection's mask over its input [M, K].
@@ -69,17 +71,16 @@ inline double scale_of(const std::optional<Dropped>& dropped) { return dropped ?
 
 inline bool is_dropout_dtype(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
-  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
-         dtype == ScalarType::Half || dtype == ScalarType::Double;
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+         dtype == ScalarType::Double;
 }
 
 // x and out [M, K], contiguous, seed int64 [1], all on one device.
-inline void check_dropout(const torch::stable::Tensor& x, const torch::stable::Tensor& seed,
-                          double p, const torch::stable::Tensor& out, bool cuda) {
+inline void check_dropout(const torch::stable::Tensor& x, const torch::stable::Tensor& seed, double p,
+                          const torch::stable::Tensor& out, bool cuda) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "dropout: x must be contiguous and 2-D");
-  STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.size(0) == x.size(0) &&
-                      out.size(1) == x.size(1),
+  STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.size(0) == x.size(0) && out.size(1) == x.size(1),
                   "dropout: out must be contiguous and shaped as x is");
   STD_TORCH_CHECK(is_dropout_dtype(x.scalar_type()) && is_dropout_dtype(out.scalar_type()),
                   "dropout: x and out must be float32, bfloat16, float16 or float64");
@@ -87,8 +88,7 @@ inline void check_dropout(const torch::stable::Tensor& x, const torch::stable::T
                   "dropout: seed must be int64 with one element");
   STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout: p is ", p, ", expected 0 to 1");
   for (const auto* tensor : {&x, &seed, &out})
-    STD_TORCH_CHECK(cuda ? tensor->is_cuda() && tensor->get_device_index() == x.get_device_index()
-                         : tensor->is_cpu(),
+    STD_TORCH_CHECK(cuda ? tensor->is_cuda() && tensor->get_device_index() == x.get_device_index() : tensor->is_cpu(),
                     "dropout: x, seed and out must be on one device");
 }
 

@@ -32,7 +32,7 @@ struct Gemm {
   std::optional<torch::stable::Tensor> bias, mag_norm_scale;
   MaybeMatrixView unscaled = std::nullopt;
   std::optional<Dropped> mask = std::nullopt;
-  size_t leading = 0;  // fewer than there are segments
+  size_t leading = 0;          // fewer than there are segments
   double leading_scale = 1.0;  // in float16 alone
 };
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "dropout.h"
+#include "four_bit.h"
 #include "matrix_view.h"
 #include "names.h"
 
@@ -55,7 +56,8 @@ struct GatedActivation {
   ScaleAroundBias gate_scale, up_scale;
 };
 
-// With u the unscaled output: y = scale∘(u - b) + b, y = (scale - 1)∘u or y += (scale - 1)∘u; u and y [M, N] contiguous.
+// With u the unscaled output: y = scale∘(u - b) + b, y = (scale - 1)∘u or y += (scale - 1)∘u; u and y [M, N]
+// contiguous.
 struct ScaleOutput {
   enum Form { kScale, kExcess, kAddExcess };
   MatrixView unscaled, y;
@@ -120,6 +122,15 @@ struct RowNorm {
   std::function<void()> fill = nullptr;
 };
 
+// out = D(x), or += it, without the factor 1 / (1 - p) where not `scaled`; x and out contiguous, of any floating
+// dtypes.
+void dropout_cpu(const MatrixView& x, const Dropped& mask, const MatrixView& out, bool accumulate, bool scaled);
+// To `weight.out`, in `dtype`.
+void dequantize_4bit_cpu(const FourBit& weight, torch::headeronly::ScalarType dtype);
+torch::stable::Tensor row_norm_cpu(const torch::stable::Tensor& weight, const torch::stable::Tensor& lora_a,
+                                   const torch::stable::Tensor& lora_b, double scaling);
+// magnitude / norm, in norm's dtype.
+torch::stable::Tensor mag_norm_scale_cpu(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm);
 void gated_activation_cpu(const GatedActivation& work);
 void scale_output_cpu(const ScaleOutput& work);
 void scale_output_backward_cpu(const ScaleOutputBackward& work);
@@ -129,10 +140,15 @@ void hi_lo_sums_cpu(const std::vector<HiLoSum>& sums);
 #if defined(CUDA_KERNEL)
 // `supports`: what a launcher can compute, on an architecture that has it. Whether it is faster is dispatch/table.h's.
 
-// out = alpha·a b + beta·out by cuBLAS itself, on the current stream of torch's handle. False where it can't be: another
-// dtype than half precision, sizes beyond 32 bits, cuBLAS not found in the process.
+// out = alpha·a b + beta·out by cuBLAS itself, on the current stream of torch's handle. False where it can't be:
+// another dtype than half precision, sizes beyond 32 bits, cuBLAS not found in the process.
 bool cublas_gemm(const MatrixView& out, const MatrixView& a, const MatrixView& b, float alpha, float beta);
 
+void dropout_cuda(const MatrixView& x, const Dropped& mask, const MatrixView& out, bool accumulate, bool scaled);
+// On the device of `like`.
+void dequantize_4bit_cuda(const FourBit& weight, torch::headeronly::ScalarType dtype,
+                          const torch::stable::Tensor& like);
+torch::stable::Tensor mag_norm_scale_cuda(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm);
 // All conversions in as few launches as their number allows.
 void cast_all_cuda(const std::vector<Cast>& casts);
 void hi_lo_sums_cuda(const std::vector<HiLoSum>& sums);

@@ -20,20 +20,19 @@ LORA_FUSED_HD T mag_norm_scale_of(T magnitude, T norm, T unit) {
   return off <= unit && off >= -unit ? T(1) : scale;
 }
 
-inline void check_mag_norm_scale(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm,
-                       bool cuda) {
+inline void check_mag_norm_scale(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm, bool cuda) {
   using torch::headeronly::ScalarType;
   const auto dtype = norm.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                  "gain: norm must be float32 or float64");
-  STD_TORCH_CHECK(magnitude.scalar_type() == dtype, "gain: magnitude must have norm's dtype");
+                  "mag_norm_scale: norm must be float32 or float64");
+  STD_TORCH_CHECK(magnitude.scalar_type() == dtype, "mag_norm_scale: magnitude must have norm's dtype");
   STD_TORCH_CHECK(magnitude.dim() == 1 && norm.dim() == 1 && magnitude.numel() == norm.numel() &&
                       magnitude.is_contiguous() && norm.is_contiguous(),
-                  "gain: magnitude and norm must be contiguous vectors of one length");
-  STD_TORCH_CHECK(cuda ? magnitude.is_cuda() && norm.is_cuda() &&
-                             magnitude.get_device_index() == norm.get_device_index()
-                       : magnitude.is_cpu() && norm.is_cpu(),
-                  "gain: magnitude and norm must be on one device");
+                  "mag_norm_scale: magnitude and norm must be contiguous vectors of one length");
+  STD_TORCH_CHECK(cuda
+                      ? magnitude.is_cuda() && norm.is_cuda() && magnitude.get_device_index() == norm.get_device_index()
+                      : magnitude.is_cpu() && norm.is_cpu(),
+                  "mag_norm_scale: magnitude and norm must be on one device");
 }
 
 }  // namespace lora_fused

@@ -15,10 +15,12 @@ class MatrixView {
   // All of a tensor of one or two dimensions.
   MatrixView(const torch::stable::Tensor& whole)  // NOLINT: a tensor is a view of itself
       : MatrixView(whole, whole.size(0), whole.dim() > 1 ? whole.size(1) : 1, whole.stride(0),
-             whole.dim() > 1 ? whole.stride(1) : 1) {}
+                    whole.dim() > 1 ? whole.stride(1) : 1) {
+    is_base_ = whole.dim() == 2;
+  }
   // From element `offset` of it on.
   MatrixView(const torch::stable::Tensor& base, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
-       int64_t offset = 0)
+             int64_t offset = 0)
       : base_(base),
         dtype_(base.scalar_type()),
         data_(static_cast<char*>(base.mutable_data_ptr())),
@@ -44,11 +46,11 @@ class MatrixView {
     return part(sizes_[0], count, strides_[0], strides_[1], first * strides_[1]);
   }
 
-  // As a tensor of two dimensions, for the library.
+  // As a tensor of two dimensions, for the library: a handle costs as much as half of a small product.
   torch::stable::Tensor tensor() const {
+    if (is_base_) return base_;
     AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch__reinterpret_tensor(base_.get(), 2, sizes_, strides_, offset_, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(base_.get(), 2, sizes_, strides_, offset_, &handle));
     return torch::stable::Tensor(handle);
   }
 
@@ -58,6 +60,7 @@ class MatrixView {
     view.sizes_[0] = rows, view.sizes_[1] = cols;
     view.strides_[0] = row_stride, view.strides_[1] = col_stride;
     view.offset_ += offset;
+    view.is_base_ = false;
     return view;
   }
 
@@ -65,6 +68,7 @@ class MatrixView {
   torch::headeronly::ScalarType dtype_;
   char* data_;
   int64_t sizes_[2], strides_[2], offset_;
+  bool is_base_ = false;  // all of a matrix
 };
 
 using MaybeMatrixView = std::optional<MatrixView>;

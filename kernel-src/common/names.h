@@ -9,18 +9,21 @@
 
 namespace lora_fused {
 
+// clang-format off
 #define LORA_FUSED_ACTIVATIONS(X) X(kSilu, silu) X(kGelu, gelu) X(kGeluTanh, gelu_tanh) X(kRelu, relu) X(kRelu2, relu2)
 
 // How a base weight is stored.
 #define LORA_FUSED_FORMATS(X) X(kFloating, floating) X(kNf4, nf4) X(kFp4, fp4)
 
-// The dtype of a quantised weight before it was quantised.
+// The dtype of a quantized weight before it was quantized.
 #define LORA_FUSED_DTYPES(X) X(kFromFloat32, float32) X(kFromBFloat16, bfloat16) X(kFromFloat16, float16)
 
-// The numbers that describe one weight: ops.py, `PackedWeight`, says what they are.
+// The numbers that describe one weight: `PackedWeight` in backends/native.py, says what they are.
 #define LORA_FUSED_PACKED_WEIGHT(X)                                                                           \
   X(kFormat, format) X(kRows, rows) X(kCols, cols) X(kBlocksize, blocksize) X(kNestedBlocksize, nested_blocksize) \
   X(kFirstScale, first_scale) X(kDtype, dtype)
+
+// clang-format on
 
 #define LORA_FUSED_ENUMERATOR(enumerator, name) enumerator,
 #define LORA_FUSED_NAME(enumerator, name) "," #name
@@ -44,8 +47,8 @@ inline std::string names_of(const std::string& kind) {
 }
 
 inline void check_activation(int64_t activation) {
-  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "activation: ", activation, " is unknown, expected one of ",
-                  names_of("activations"));
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "activation: ", activation,
+                  " is unknown, expected one of ", names_of("activations"));
 }
 
 }  // namespace lora_fused

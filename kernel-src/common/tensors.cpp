@@ -18,21 +18,20 @@ Tensor in_rows(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::
 MatrixView matrix(const Tensor& y) {
   const Tensor whole = in_rows(y);
   const int64_t cols = y.size(y.dim() - 1);
+  if (whole.dim() == 2 && whole.stride(0) == cols && whole.stride(1) == 1) return whole;  // else of one row or column
   return MatrixView(whole, rows_in(y), cols, cols, 1);
 }
 
 Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size() - 1; i > 0; --i)
-    strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   int32_t device_type = 0, device_index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                  sizes.data(), strides.data(), code,
-                                                  device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  code, device_type, device_index, &handle));
   return Tensor(handle);
 }
 

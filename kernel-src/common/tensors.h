@@ -20,6 +20,8 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Optionals = std::vector<std::optional<Tensor>>;
 
+inline void append(Tensors& to, const Tensors& more) { to.insert(to.end(), more.begin(), more.end()); }
+
 // Tokens of [..., K].
 int64_t rows_in(const Tensor& x);
 
@@ -44,7 +46,8 @@ class OnDevice {
  public:
   explicit OnDevice(const Tensor& x) {
     namespace accelerator = torch::stable::accelerator;
-    if (x.is_cuda() && x.get_device_index() != accelerator::getCurrentDeviceIndex()) guard_.emplace(x.get_device_index());
+    if (x.is_cuda() && x.get_device_index() != accelerator::getCurrentDeviceIndex())
+      guard_.emplace(x.get_device_index());
   }
 
  private:

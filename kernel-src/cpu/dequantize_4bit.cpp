@@ -1,29 +1,24 @@
 // Four-bit weights to floating point on the CPU, see common/four_bit.h.
 //
 // A block has 16 possible values: they are computed once and looked up.
-#include "../common/four_bit.h"
-
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 
-#include "../../torch-ext/torch_binding.h"
+#include "../common/dtypes.h"
+#include "../common/kernels.h"
 
 namespace {
 
 using lora_fused::FourBit;
-using torch::headeronly::ScalarType;
 
 constexpr float kNf4[16] = LORA_FUSED_NF4_CODE, kFp4[16] = LORA_FUSED_FP4_CODE;
 
 float absmax_of(const FourBit& p, int64_t block) {
   if (p.absmax) return p.absmax[block];
   // Rounded in between: volatile keeps the compiler from fusing product and sum.
-  const volatile float product =
-      p.nested_code[p.absmax_codes[block]] * p.nested_absmax[block >> p.nested_shift];
+  const volatile float product = p.nested_code[p.absmax_codes[block]] * p.nested_absmax[block >> p.nested_shift];
   return product + *p.offset;
 }
 
@@ -45,30 +40,14 @@ template <typename T>
 void run(const FourBit& p) {
   const int64_t first = p.first >> p.shift, last = p.first + p.count;
   const int64_t grain = std::max<int64_t>(1, int64_t{1 << 15} >> p.shift);
-  torch::stable::parallel_for(
-      first, lora_fused::blocks_of(last, p.shift), grain, [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; ++block)
-          dequantize_block<T>(p, std::max(p.first, block << p.shift),
-                              std::min(last, (block + 1) << p.shift));
-      });
+  torch::stable::parallel_for(first, lora_fused::blocks_of(last, p.shift), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block)
+      dequantize_block<T>(p, std::max(p.first, block << p.shift), std::min(last, (block + 1) << p.shift));
+  });
 }
 
 }  // namespace
 
-void dequantize_4bit_cpu(const torch::stable::Tensor& packed, const torch::stable::Tensor& absmax,
-                         std::optional<torch::stable::Tensor> nested_absmax,
-                         std::optional<torch::stable::Tensor> nested_code,
-                         std::optional<torch::stable::Tensor> offset, int64_t blocksize,
-                         int64_t nested_blocksize, bool fp4, int64_t first,
-                         torch::stable::Tensor out) {
-  STD_TORCH_CHECK(out.is_cpu(), "dequantize_4bit: out must be on the CPU like the other tensors");
-  const FourBit p = lora_fused::four_bit_of(packed, absmax, nested_absmax, nested_code, offset,
-                                            blocksize, nested_blocksize, fp4, first, out);
-  if (p.count == 0) return;
-  if (out.scalar_type() == ScalarType::Float)
-    run<float>(p);
-  else if (out.scalar_type() == ScalarType::BFloat16)
-    run<torch::headeronly::BFloat16>(p);
-  else
-    run<torch::headeronly::Half>(p);
+void lora_fused::dequantize_4bit_cpu(const FourBit& weight, torch::headeronly::ScalarType dtype) {
+  LORA_FUSED_UP_TO_FLOAT32(dtype, "dequantize_4bit", [&] { run<scalar_t>(weight); });
 }

@@ -1,34 +1,29 @@
 // DoRA's scale magnitude / norm on the CPU, see common/mag_norm_scale.h.
-#include "../common/mag_norm_scale.h"
-
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <limits>
 
-#include "../../torch-ext/torch_binding.h"
+#include "../common/dtypes.h"
+#include "../common/kernels.h"
+#include "../common/mag_norm_scale.h"
 
 namespace {
 
 template <typename T>
-void run(const torch::stable::Tensor& out, const torch::stable::Tensor& magnitude,
-         const torch::stable::Tensor& norm) {
+void run(const torch::stable::Tensor& out, const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm) {
   const T unit = T(lora_fused::kScaleUnits) * std::numeric_limits<T>::epsilon();
-  const T *m = static_cast<const T*>(magnitude.const_data_ptr()),
-          *n = static_cast<const T*>(norm.const_data_ptr());
+  const T *m = static_cast<const T*>(magnitude.const_data_ptr()), *n = static_cast<const T*>(norm.const_data_ptr());
   T* g = static_cast<T*>(out.mutable_data_ptr());
   for (int64_t i = 0; i < norm.numel(); ++i) g[i] = lora_fused::mag_norm_scale_of<T>(m[i], n[i], unit);
 }
 
 }  // namespace
 
-torch::stable::Tensor mag_norm_scale_cpu(const torch::stable::Tensor& magnitude,
-                               const torch::stable::Tensor& norm) {
+torch::stable::Tensor lora_fused::mag_norm_scale_cpu(const torch::stable::Tensor& magnitude,
+                                                     const torch::stable::Tensor& norm) {
   lora_fused::check_mag_norm_scale(magnitude, norm, /*cuda=*/false);
   const torch::stable::Tensor out = torch::stable::empty_like(norm);
-  if (norm.scalar_type() == torch::headeronly::ScalarType::Double)
-    run<double>(out, magnitude, norm);
-  else
-    run<float>(out, magnitude, norm);
+  LORA_FUSED_WIDE(norm.scalar_type(), "mag_norm_scale", [&] { run<scalar_t>(out, magnitude, norm); });
   return out;
 }

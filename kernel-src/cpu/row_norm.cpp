@@ -7,15 +7,14 @@
 // on the shape alone, so that the result does not change with the number of threads.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
-#include "../../torch-ext/torch_binding.h"
+#include "../common/dtypes.h"
+#include "../common/kernels.h"
 #include "../common/row_norm_check.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
@@ -38,8 +37,7 @@ typedef float Vec __attribute__((vector_size(32)));
 inline void load(Vec& v, const float* p) { std::memcpy(&v, p, sizeof v); }
 
 // sums[4][8] += squares of (tile + B·A_panel), tile [4][16], b [R][4], a [R][16].
-MULTI_ARCH void add_squares(float* sums, const float* tile, const float* b, const float* a,
-                            int64_t rank) {
+MULTI_ARCH void add_squares(float* sums, const float* tile, const float* b, const float* a, int64_t rank) {
   Vec acc[kRows][2];
   for (int i = 0; i < kRows; ++i)
     for (int h = 0; h < 2; ++h) load(acc[i][h], tile + i * kPanel + 8 * h);
@@ -72,12 +70,8 @@ struct Reader {
   ScalarType dtype;
   explicit Reader(const Tensor& t) : data(t.const_data_ptr()), dtype(t.scalar_type()) {}
   void read(float* out, int64_t offset, int64_t count) const {
-    if (dtype == ScalarType::Float)
-      to_float(out, static_cast<const float*>(data) + offset, count);
-    else if (dtype == ScalarType::BFloat16)
-      to_float(out, static_cast<const torch::headeronly::BFloat16*>(data) + offset, count);
-    else
-      to_float(out, static_cast<const torch::headeronly::Half*>(data) + offset, count);
+    LORA_FUSED_UP_TO_FLOAT32(dtype, "row_norm",
+                             [&] { to_float(out, static_cast<const scalar_t*>(data) + offset, count); });
   }
 };
 
@@ -93,8 +87,7 @@ void pack_b(float* packed, float* scratch, const Problem& p, int64_t first) {
   for (int i = 0; i < kRows; ++i) {
     const bool inside = first + i < p.n;
     if (inside) p.lora_b.read(scratch, (first + i) * p.rank, p.rank);
-    for (int64_t r = 0; r < p.rank; ++r)
-      packed[r * kRows + i] = inside ? p.scaling * scratch[r] : 0.0f;
+    for (int64_t r = 0; r < p.rank; ++r) packed[r * kRows + i] = inside ? p.scaling * scratch[r] : 0.0f;
   }
 }
 
@@ -110,10 +103,8 @@ void norm_block(float* out, const Problem& p, int64_t first, std::vector<float>&
     for (int64_t g = 0; g < groups; ++g) {
       float tile[kRows * kPanel] = {};
       const int64_t row = first + g * kRows;
-      for (int i = 0; i < kRows && row + i < p.n; ++i)
-        p.weight.read(tile + i * kPanel, (row + i) * p.k + col, cols);
-      add_squares(sums[g * kRows], tile, packed_b.data() + g * p.rank * kRows,
-                  p.panels + col * p.rank, p.rank);
+      for (int i = 0; i < kRows && row + i < p.n; ++i) p.weight.read(tile + i * kPanel, (row + i) * p.k + col, cols);
+      add_squares(sums[g * kRows], tile, packed_b.data() + g * p.rank * kRows, p.panels + col * p.rank, p.rank);
     }
   }
   for (int64_t i = 0; i < rows; ++i) {
@@ -125,8 +116,7 @@ void norm_block(float* out, const Problem& p, int64_t first, std::vector<float>&
 
 }  // namespace
 
-Tensor row_norm_cpu(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
-                    double scaling) {
+Tensor lora_fused::row_norm_cpu(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, double scaling) {
   lora_fused::check_row_norm(weight, lora_a, lora_b, /*cuda=*/false);
   const Tensor w = torch::stable::contiguous(weight), a = torch::stable::contiguous(lora_a),
                b = torch::stable::contiguous(lora_b);
@@ -144,15 +134,13 @@ Tensor row_norm_cpu(const Tensor& weight, const Tensor& lora_a, const Tensor& lo
                     std::min<int64_t>(kPanel, k - p * kPanel));
   });
 
-  const Problem problem{Reader(w), Reader(b), panels.data(), n, k, rank,
-                        static_cast<float>(scaling)};
+  const Problem problem{Reader(w), Reader(b), panels.data(), n, k, rank, static_cast<float>(scaling)};
   float* result = static_cast<float*>(out.mutable_data_ptr());
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   const int64_t grain = std::max<int64_t>(1, 65536 / (kBlock * (k + 1) * (rank + 1)));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> packed_b(kBlock * rank), scratch(rank);
-    for (int64_t i = begin; i < end; ++i)
-      norm_block(result, problem, i * kBlock, packed_b, scratch);
+    for (int64_t i = begin; i < end; ++i) norm_block(result, problem, i * kBlock, packed_b, scratch);
   });
   return out;
 }

@@ -3,22 +3,16 @@
 // inside (float64 for float64). Threads own columns, so every sum has a fixed order.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
+#include "../common/dtypes.h"
 #include "../common/kernels.h"
 
 namespace {
 
 using namespace lora_fused;
-using torch::headeronly::ScalarType;
-
-template <typename T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 constexpr int64_t kBlock = 256;  // columns of a thread's turn: rows of a block are short runs
 
@@ -77,17 +71,12 @@ void run(const ScaleOutputBackward& s) {
   });
 }
 
-template <typename Work>
-void run_as(const Work& work, ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return run<float>(work);
-    case ScalarType::Double: return run<double>(work);
-    case ScalarType::BFloat16: return run<torch::headeronly::BFloat16>(work);
-    default: return run<torch::headeronly::Half>(work);
-  }
-}
-
 }  // namespace
 
-void lora_fused::scale_output_cpu(const ScaleOutput& s) { run_as(s, s.y.scalar_type()); }
-void lora_fused::scale_output_backward_cpu(const ScaleOutputBackward& s) { run_as(s, s.dy.scalar_type()); }
+void lora_fused::scale_output_cpu(const ScaleOutput& work) {
+  LORA_FUSED_FLOATING(work.y.scalar_type(), "scale_output", [&] { run<scalar_t>(work); });
+}
+
+void lora_fused::scale_output_backward_cpu(const ScaleOutputBackward& work) {
+  LORA_FUSED_FLOATING(work.dy.scalar_type(), "scale_output_backward", [&] { run<scalar_t>(work); });
+}

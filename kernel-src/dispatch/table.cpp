@@ -67,7 +67,8 @@ bool gemm_is_faster(const MatrixView& like, int64_t m, int64_t n) {
 }
 
 bool row_norm_fits_sm90(const RowNorm& norm) {
-  return !norm.fill && norm.weight.size(1) >= kRowNormSm90Columns && is_sm90(norm.weight) && row_norm_sm90_supports(norm);
+  return !norm.fill && norm.weight.size(1) >= kRowNormSm90Columns && is_sm90(norm.weight) &&
+         row_norm_sm90_supports(norm);
 }
 #else
 bool wants_b_transposed(const MatrixView&) { return false; }

@@ -1,8 +1,8 @@
 // The dispatch table: which kernel computes what from which size on, by architecture, and how work is cut.
 //
 // Every entry is what was measured to be faster, and names the measurement; what a kernel can compute at all is its
-// launcher's `supports`. Unless an entry says otherwise it was measured on one H200 (132 multiprocessors), with the sizes
-// of Llama-8B, and other GPUs keep it unmeasured. docs/performance.md has the tables that are quoted.
+// launcher's `supports`. Unless an entry says otherwise it was measured on one H200 (132 multiprocessors), with the
+// sizes of Llama-8B, and other GPUs keep it unmeasured. docs/performance.md has the tables that are quoted.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@ enum class SkinnyKernel { kLibrary, kSm80, kSm90 };
 
 // Up to so many tokens a step waits for the host, and one launch for all skinny products of a group is worth more than
 // the library's best product for each. scripts/check_skinny.py and profile_step.py: at 2048 tokens and C=14336 the sm80
-// kernels take 33.6 µs for t, the library 20.7 and sm90's 21.5, and 8 launches a layer replace 22 calls of 8 to 25 µs of
-// host time. At 8192 tokens sm90's kernels cost 2 % of the GPU's time. 1024 and ranks up to 64: the same script.
+// kernels take 33.6 µs for t, the library 20.7 and sm90's 21.5, and 8 launches a layer replace 22 calls of 8 to 25 µs
+// of host time. At 8192 tokens sm90's kernels cost 2 % of the GPU's time. 1024 and ranks up to 64: the same script.
 constexpr int64_t kSkinnySm80Tokens = 1024, kSkinnySm80Ranks = 64, kSkinnySm90Tokens = 2048;
 
 // With a mask own kernels are faster at every size: they draw it in registers or in shared memory instead of writing
@@ -51,8 +51,8 @@ unsigned skinny_cluster(int all_tiles, int most_steps, int multiprocessors, unsi
 
 // ---- sums of products: y and dx
 
-// The tiles of 256 rows that sm90's GEMM cuts out [m, n] into. A column of tiles is 128 or 256 wide: a narrow tile takes
-// 0.6 of a wide one's time, which is faster where narrow ones fill multiprocessors that wide ones leave idle.
+// The tiles of 256 rows that sm90's GEMM cuts out [m, n] into. A column of tiles is 128 or 256 wide: a narrow tile
+// takes 0.6 of a wide one's time, which is faster where narrow ones fill multiprocessors that wide ones leave idle.
 // `efficiency`: of wide tiles without remainder on all multiprocessors 1.
 struct GemmTiling {
   int width;
@@ -60,16 +60,17 @@ struct GemmTiling {
   GemmTiling(int64_t m, int64_t n, int multiprocessors);
 };
 
-// Whether a sum of products [m, n] like `like` is faster as one launch of sm90's GEMM than as the library's products one
-// after another, for at least two segments. scripts/check_gemm.py: at an efficiency of 0.81 and above in all 75 cases,
-// at 0.42 and below in 3 of 53; between them nothing was measured.
+// Whether a sum of products [m, n] like `like` is faster as one launch of sm90's GEMM than as the library's products
+// one after another, for at least two segments. scripts/check_gemm.py: at an efficiency of 0.81 and above in all 75
+// cases, at 0.42 and below in 3 of 53; between them nothing was measured.
 constexpr double kGemmEfficiency = 0.75;
 bool gemm_is_faster(const MatrixView& like, int64_t m, int64_t n);
 
 // ---- DoRA's norms
 
 // The norms of a group from one read of each weight (sm90/row_norm.cu) are a launch more: from so many elements in all
-// on. scripts/check_row_norm.py, r=32: gate, up and down 192 -> 124 µs, 14336x4096 66 -> 54, 4096x4096 alone 27.7 -> 33.
+// on. scripts/check_row_norm.py, r=32: gate, up and down 192 -> 124 µs, 14336x4096 66 -> 54, 4096x4096 alone 27.7 ->
+// 33.
 constexpr int64_t kRowNormSm90Elements = int64_t(5) << 22;
 // Fewer columns would not average out what hi and lo of A leave out. Not measured apart.
 constexpr int64_t kRowNormSm90Columns = 512;

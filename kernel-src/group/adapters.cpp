@@ -51,7 +51,8 @@ void Adapters::split(const MatrixView& x, const Members& members, bool need_a) {
       continue;
     }
     b.push_back(MatrixView(empty(x.base(), {members.outputs(i), splits * rank(i)}, dtype)));
-    STD_TORCH_CHECK(!members.masked(i) || !members.mag_norm_scale(i), "bf16x3: expected DoRA without dropout, member ", i);
+    STD_TORCH_CHECK(!members.masked(i) || !members.mag_norm_scale(i), "bf16x3: expected DoRA without dropout, member ",
+                    i);
     const Tensor of_a = in_rows(*members.a(i)), of_b = in_rows(*members.b(i));
     for (int64_t at = 0; at < splits; ++at) {
       const bool lo = at == 1;

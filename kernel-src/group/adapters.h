@@ -10,11 +10,11 @@ namespace lora_fused {
 // The members' adapters in x's dtype: all A's below each other [Σ R, K], and every B [N, R], as [R, N] in memory where
 // asked for.
 //
-// bf16x3 (XLA's and cuBLAS's name for it): a float32 matrix is the sum of hi, its values rounded to bfloat16, and of lo,
-// what the rounding leaves out; both together hold 16 bits of float32's 24. A product is then hi·hi + hi·lo + lo·hi, all
-// but the smallest term, which is one product of rank 3R: adapters as (hi, lo, hi) and t and dt as (hi, hi, lo), next to
-// each other along the ranks. B and t keep the three of each member together. A and dt do too, or hold all members' hi,
-// all lo, all hi where `merged`, for one product of x with all members.
+// bf16x3 (XLA's and cuBLAS's name for it): a float32 matrix is the sum of hi, its values rounded to bfloat16, and of
+// lo, what the rounding leaves out; both together hold 16 bits of float32's 24. A product is then hi·hi + hi·lo +
+// lo·hi, all but the smallest term, which is one product of rank 3R: adapters as (hi, lo, hi) and t and dt as (hi, hi,
+// lo), next to each other along the ranks. B and t keep the three of each member together. A and dt do too, or hold all
+// members' hi, all lo, all hi where `merged`, for one product of x with all members.
 struct Adapters {
   enum Layout { kAsStored, kTransposed };
   Adapters(const MatrixView& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b = kAsStored);

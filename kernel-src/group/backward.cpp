@@ -23,8 +23,8 @@ class AdapterGrads {
  public:
   explicit AdapterGrads(const MatrixView& x) : x_(x) {}
 
-  // scaling·tᵀ D(input) or, transposed, its transpose, in `dtype`: with all others of its kind, by the library into what
-  // is wanted, or by a conversion of its product in x's dtype.
+  // scaling·tᵀ D(input) or, transposed, its transpose, in `dtype`: with all others of its kind, by the library into
+  // what is wanted, or by a conversion of its product in x's dtype.
   Tensor product(const MatrixView& t, const MatrixView& input, ScalarType dtype, bool transposed,
                  const std::optional<Dropped>& mask, double scaling = 1.0) {
     const int64_t rank = t.size(1), cols = input.size(1);
@@ -41,7 +41,8 @@ class AdapterGrads {
   }
 
   // (hi + lo)ᵀ D(input) or, transposed, its transpose, in float32; hi and lo are next to each other.
-  Tensor product_bf16x3(const MatrixView& both, const MatrixView& input, bool transposed, const std::optional<Dropped>& mask) {
+  Tensor product_bf16x3(const MatrixView& both, const MatrixView& input, bool transposed,
+                        const std::optional<Dropped>& mask) {
     const int64_t rank = both.size(1) / 2, cols = input.size(1);
     const auto shaped = [&](int64_t ranks) {
       return empty(x_.base(), {transposed ? cols : ranks, transposed ? ranks : cols}, ScalarType::Float);
@@ -100,7 +101,7 @@ Backward::Backward(const Members& members, const MatrixView& x, const Given& giv
     const MaybeMatrixView unscaled =
         members.mag_norm_scale(i) ? MaybeMatrixView(given.unscaled[next_unscaled++]) : std::nullopt;
     if (dys_[i]) {
-      const ScaleOutputBackward pass = pass_over_dy(i, unscaled, members.of(given.norms, i), given.own_dys);
+      const ScaleOutputBackward pass = pass_over_dy(i, unscaled, members.norm(i), given.own_dys);
       if (pass.dbias || pass.dunscaled) passes.push_back(pass);
     }
     any_dt = any_dt || needs(i, kNeedA);
@@ -111,7 +112,8 @@ Backward::Backward(const Members& members, const MatrixView& x, const Given& giv
 
 // DoRA's scale times dy, and what else of dy is wanted, in one pass; plain LoRA needs none, one without dbias or
 // dunscaled.
-ScaleOutputBackward Backward::pass_over_dy(size_t i, const MaybeMatrixView& unscaled, const MaybeTensor& norm, bool own_dy) {
+ScaleOutputBackward Backward::pass_over_dy(size_t i, const MaybeMatrixView& unscaled, const MaybeTensor& norm,
+                                           bool own_dy) {
   const MatrixView& dy = *dys_[i];
   const auto vector = [&] {
     return empty(dy.base(), {dy.size(1)},
@@ -248,7 +250,7 @@ Tensor Backward::grad_a(size_t i, const MatrixView& x, AdapterGrads& products, M
     if (members_.any_masked())
       return products.product(adapters_.columns_of(*dt_, i), x, dtype, /*transposed=*/false, members_.mask(i));
     if (!all || all->scalar_type() != dtype) all = products.product(*dt_, x, dtype, /*transposed=*/false, std::nullopt);
-    return MatrixView(*all).rows(first, rank).tensor();
+    return rank == all->size(0) ? *all : MatrixView(*all).rows(first, rank).tensor();
   }
   if (!adapters_.merged) {
     const MatrixView both = adapters_.columns_of(*dt_, i).columns(rank, 2 * rank);

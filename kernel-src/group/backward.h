@@ -18,10 +18,9 @@ class Backward {
   struct Given {
     Optionals dys;     // [..., N], none where an output was not used
     Tensors unscaled;  // of Outputs
-    const Optionals& norms;  // the op's list, for DoRA
     const std::vector<int64_t>& needs;
     bool need_dx;
-    const Tensor& t;  // of Outputs
+    const Tensor& t;       // of Outputs
     bool own_dys = false;  // whether they may be written over
   };
 
@@ -31,8 +30,8 @@ class Backward {
   // dx [M, K] of all members.
   void input(const MatrixView& dx) const;
 
-  // Appends the gradients that are wanted: of each member in turn A, B, bias, magnitude. A and B in their own dtype, the
-  // sums over tokens in float32 (float64 for float64).
+  // Appends the gradients that are wanted: of each member in turn A, B, bias, magnitude. A and B in their own dtype,
+  // the sums over tokens in float32 (float64 for float64).
   void parameters(const MatrixView& x, Tensors& grads) const;
 
  private:

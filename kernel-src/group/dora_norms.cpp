@@ -5,7 +5,6 @@
 
 #include <algorithm>
 
-#include "../../torch-ext/torch_binding.h"
 #include "../common/mag_norm_scale.h"
 #include "../common/row_norm_check.h"
 #include "../dispatch/table.h"
@@ -38,21 +37,24 @@ void row_norms_cuda(const std::vector<RowNorm>& norms) {
 
 namespace {
 
+void copy(const Tensor& to, const Tensor& from) { TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0)); }
+
 void row_norms(const std::vector<RowNorm>& norms) {
 #if defined(CUDA_KERNEL)
   if (!norms.empty() && norms[0].norm.is_cuda()) return row_norms_cuda(norms);
 #endif
   for (const RowNorm& of : norms) {
     if (of.fill) of.fill();
-    Tensor norm = of.norm, scale = *of.mag_norm_scale;
-    torch::stable::copy_(norm, row_norm_cpu(of.weight, of.a, of.b, of.scaling));
-    torch::stable::copy_(scale, mag_norm_scale_cpu(*of.magnitude, norm));
+    const Tensor norm = of.norm, scale = *of.mag_norm_scale;
+    copy(norm, row_norm_cpu(of.weight, of.a, of.b, of.scaling));
+    copy(scale, mag_norm_scale_cpu(*of.magnitude, norm));
   }
 }
 
 // The norm of a weight in four bits as those of some of its rows after another, which have `made` in turn.
 void append_pieces(const FourBitWeight& weight, const RowNorm& whole, MaybeTensor& made, std::vector<RowNorm>& pieces) {
-  const int64_t n = weight.rows(), k = weight.cols(), blocks = dispatch::kNormPieceElements / std::max<int64_t>(k, 1) / dispatch::kNormPieceRows;
+  const int64_t n = weight.rows(), k = weight.cols(),
+                blocks = dispatch::kNormPieceElements / std::max<int64_t>(k, 1) / dispatch::kNormPieceRows;
   const int64_t rows = std::min(n, std::max<int64_t>(blocks, 1) * dispatch::kNormPieceRows);
   if (!made || made->numel() < rows * k || made->scalar_type() != weight.dtype())
     made = empty(whole.weight, {rows * k}, weight.dtype());
@@ -68,21 +70,20 @@ void append_pieces(const FourBitWeight& weight, const RowNorm& whole, MaybeTenso
 
 }  // namespace
 
-Norms::Norms(const GroupArgs& args, const Optionals& magnitudes, Optionals& mag_norm_scales, std::optional<ScalarType> product) {
-  if (magnitudes.empty()) return;
-  const Members members(args, 0, args.weights.size());
-  mag_norm_scales.resize(members.count());
-  waiting_.resize(members.count());
+Norms::Norms(GroupArgs& args, std::optional<ScalarType> product) {
+  const Members members(args, 0, args.count());
   std::vector<RowNorm> now;
   MaybeTensor made;
   for (size_t i = 0; i < members.count(); ++i) {
-    if (!magnitudes[i]) continue;
+    const std::optional<Tensor>& magnitude = args.operand(i, kMagnitudeOrNorm);
+    if (!magnitude) continue;
     STD_TORCH_CHECK(members.a(i) && members.b(i), "magnitudes: given without lora_a and lora_b");
     for (Tensors* vectors : {&norms_, &mag_norm_scales_})
-      vectors->push_back(empty(args.weights[i], {members.outputs(i)}, ScalarType::Float));
-    mag_norm_scales[i] = mag_norm_scales_.back();
-    const RowNorm of{args.weights[i],    *members.a(i), *members.b(i), norms_.back(),
-                     members.scaling(i), magnitudes[i], mag_norm_scales_.back()};
+      vectors->push_back(empty(args.weight(i), {members.outputs(i)}, ScalarType::Float));
+    args.operands[kOperands * i + kMagNormScale] = mag_norm_scales_.back();
+    const RowNorm of{args.weight(i),     *members.a(i), *members.b(i),          norms_.back(),
+                     members.scaling(i), magnitude,     mag_norm_scales_.back()};
+    waiting_.resize(members.count());
     const std::optional<FourBitWeight> packed = members.packed(i);
     if (!packed)
       now.push_back(of);

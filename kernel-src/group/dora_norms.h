@@ -5,14 +5,14 @@
 
 namespace lora_fused {
 
-// Norms and mag_norm_scales [N] in float32 of the members that have a magnitude [N] in float32, contiguous. That of a weight in four
-// bits is made from what its product needs in floating point anyway, or some rows at a time where there is no
-// product in its dtype.
+// Norms and mag_norm_scales [N] in float32 of the members that have a magnitude [N] in float32, contiguous. That of a
+// weight in four bits is made from what its product needs in floating point anyway, or some rows at a time where there
+// is no product in its dtype.
 class Norms {
  public:
-  // `mag_norm_scales`, which `args` refers to, gets those that are made here. `product`: the dtype that weights have in
-  // `from_weight`, none where it is not called.
-  Norms(const GroupArgs& args, const Optionals& magnitudes, Optionals& mag_norm_scales, std::optional<ScalarType> product);
+  // `args` gets the mag_norm_scales that are made here. `product`: the dtype that weights have in `from_weight`, none
+  // where it is not called.
+  Norms(GroupArgs& args, std::optional<ScalarType> product);
 
   // Makes what waits for this weight, member `index` of the lists, in floating point.
   void from_weight(size_t index, const Tensor& weight) const;

@@ -17,7 +17,8 @@ void shrink_bf16x3(const MatrixView& t, const MatrixView& x, const Members& memb
   for (size_t i = 0; i < members.count(); ++i) {
     if (!members.a(i) || (adapters.merged && adapters.first[i] > 0)) continue;
     const int64_t rank = adapters.rank(i), ranks = adapters.merged ? adapters.ranks() : rank;
-    const MatrixView a = adapters.a->rows(adapters.first_column(i), 2 * ranks), out = t.columns(adapters.first_column(i), ranks);
+    const MatrixView a = adapters.a->rows(adapters.first_column(i), 2 * ranks),
+                     out = t.columns(adapters.first_column(i), ranks);
     const std::optional<Dropped> mask = members.mask(i);
     const double scaling = members.scaling(i);
     const SplitLayout split{rank, rank};  // t keeps those of each member together
@@ -31,7 +32,8 @@ void shrink_bf16x3(const MatrixView& t, const MatrixView& x, const Members& memb
 }
 
 // t of all members, and D(x) of those whose base product takes it as well.
-Tensor shrink(const MatrixView& x, const Members& members, const Adapters& adapters, std::vector<MaybeMatrixView>& drops) {
+Tensor shrink(const MatrixView& x, const Members& members, const Adapters& adapters,
+              std::vector<MaybeMatrixView>& drops) {
   const Tensor whole = empty(x.base(), {x.size(0), adapters.columns()}, x.scalar_type());
   const MatrixView t = whole;
   if (adapters.ranks() == 0) return whole;
@@ -78,24 +80,27 @@ Outputs project(const MatrixView& x, const Tensor& like, const Members& members,
     const auto terms = [&](const MatrixView& input) {
       std::vector<Term> sum{{input, MatrixView(weight).transposed()}};
       if (members.b(i))
-        sum.push_back({adapters.columns_of(out.t, i), adapters.b[i]->transposed(), members.expand_scaling(i, x.scalar_type())});
+        sum.push_back(
+            {adapters.columns_of(out.t, i), adapters.b[i]->transposed(), members.expand_scaling(i, x.scalar_type())});
       return sum;
     };
     out.ys.push_back(empty_as(like, n));
-    const MatrixView y(out.ys.back(), x.size(0), n, n, 1);
+    const MatrixView y = matrix(out.ys.back());
     if (!members.mag_norm_scale(i)) {
       multiply(y, terms(x), members.bias(i));
     } else if (members.masked(i)) {
       const Tensor unscaled = fresh_like(y);
       out.unscaled.push_back(unscaled);
-      if (multiply_excess(y, unscaled, terms(*drops[i]), terms(x), *members.mag_norm_scale(i), members.bias(i))) continue;
+      if (multiply_excess(y, unscaled, terms(*drops[i]), terms(x), *members.mag_norm_scale(i), members.bias(i)))
+        continue;
       multiply(y, terms(x), members.bias(i));
       multiply(unscaled, terms(*drops[i]), std::nullopt);
       scale_output({unscaled, y, members.scale_around_bias(i), ScaleOutput::kAddExcess});
     } else {
       const Tensor unscaled = with_scaled ? fresh_like(y) : y.tensor();
       out.unscaled.push_back(unscaled);
-      if (with_scaled && !members.bias(i) && multiply_scaled(y, unscaled, terms(x), *members.mag_norm_scale(i))) continue;
+      if (with_scaled && !members.bias(i) && multiply_scaled(y, unscaled, terms(x), *members.mag_norm_scale(i)))
+        continue;
       multiply(unscaled, terms(x), members.bias(i));
       if (with_scaled) scale_output({unscaled, y, members.scale_around_bias(i), ScaleOutput::kScale});
     }

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "../../torch-ext/torch_binding.h"
+#include "passes.h"
 
 namespace lora_fused {
 
@@ -16,16 +16,22 @@ double expand_scaling_of(double scaling, ScalarType dtype) {
 
 void GroupArgs::check() const {
   using P = PackedWeight;
-  STD_TORCH_CHECK(quantized.empty() || quantized.size() == P::kFields * weights.size(), "quantized: ", quantized.size(),
-                  " numbers for ", weights.size(), " weights, expected ", int64_t{P::kFields}, " each");
-  for (size_t at = 0; at < quantized.size(); at += P::kFields) {
-    const int64_t* const q = quantized.data() + at;
-    STD_TORCH_CHECK(q[P::kFormat] >= 0 && q[P::kFormat] < kFormats, "weight ", at / P::kFields, ": format ", q[P::kFormat],
-                    " is unknown, expected one of ", names_of("formats"));
-    STD_TORCH_CHECK(q[P::kDtype] >= 0 && q[P::kDtype] < kQuantizedDtypes, "weight ", at / P::kFields, ": dtype ", q[P::kDtype],
-                    " is unknown, expected one of ", names_of("dtypes"));
+  STD_TORCH_CHECK(operands.size() >= kOperands * count(), "operands: ", operands.size(), " for ", count(),
+                  " scalings, expected ", size_t{kOperands}, " each");
+  for (size_t i = 0; i < count(); ++i) STD_TORCH_CHECK(operand(i, kWeight), "weight ", i, ": none, expected a tensor");
+  STD_TORCH_CHECK(!dropouts || dropouts->size() == count(), "dropouts: expected ", count());
+  if (!quantized) return;
+  const size_t scales = operands.size() - kOperands * count();
+  STD_TORCH_CHECK(quantized->size() == P::kFields * count(), "quantized: ", quantized->size(), " numbers for ", count(),
+                  " weights, expected ", int64_t{P::kFields}, " each");
+  for (size_t at = 0; at < quantized->size(); at += P::kFields) {
+    const int64_t* const q = quantized->data() + at;
+    STD_TORCH_CHECK(q[P::kFormat] >= 0 && q[P::kFormat] < kFormats, "weight ", at / P::kFields, ": format ",
+                    q[P::kFormat], " is unknown, expected one of ", names_of("formats"));
+    STD_TORCH_CHECK(q[P::kDtype] >= 0 && q[P::kDtype] < kQuantizedDtypes, "weight ", at / P::kFields, ": dtype ",
+                    q[P::kDtype], " is unknown, expected one of ", names_of("dtypes"));
     const size_t last = q[P::kFirstScale] + (q[P::kFormat] == kFloating ? 0 : q[P::kNestedBlocksize] > 0 ? 4 : 1);
-    STD_TORCH_CHECK(q[P::kFirstScale] >= 0 && last <= scales.size(), "weight ", at / P::kFields, ": ", scales.size(),
+    STD_TORCH_CHECK(q[P::kFirstScale] >= 0 && last <= scales, "weight ", at / P::kFields, ": ", scales,
                     " scales, expected at least ", last);
   }
 }
@@ -35,26 +41,23 @@ void FourBitWeight::dequantize(int64_t first, const Tensor& out) const {
   static_assert(kFormats == 3, "FourBitWeight: NF4 or FP4");
   const int64_t *q = numbers_, blocksize = q[P::kBlocksize], nested_blocksize = q[P::kNestedBlocksize];
   const bool fp4 = q[P::kFormat] == kFp4;
-  const auto nested = [&](int which) { return nested_blocksize > 0 ? MaybeTensor(scales_[which]) : std::nullopt; };
-#if defined(CUDA_KERNEL)
-  if (out.is_cuda())
-    return dequantize_4bit_cuda(packed_, scales_[0], nested(1), nested(2), nested(3), blocksize, nested_blocksize, fp4,
-                                first, out);
-#endif
-  dequantize_4bit_cpu(packed_, scales_[0], nested(1), nested(2), nested(3), blocksize, nested_blocksize, fp4, first, out);
+  const auto nested = [&](int which) { return nested_blocksize > 0 ? scales_[which] : std::nullopt; };
+  dequantize_4bit(
+      four_bit_of(packed_, *scales_[0], nested(1), nested(2), nested(3), blocksize, nested_blocksize, fp4, first, out),
+      out);
 }
 
 std::optional<Dropped> Members::mask(size_t i) const {
   if (!masked(i)) return std::nullopt;
   const int64_t one = 1;
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(args_.seeds->get(), 1, &one, &one,
-                                                        static_cast<int64_t>(first_ + i), &handle));
-  return Dropped{Tensor(handle), args_.dropouts[first_ + i]};
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(args_.seeds->get(), 1, &one, &one, static_cast<int64_t>(first_ + i), &handle));
+  return Dropped{Tensor(handle), (*args_.dropouts)[first_ + i]};
 }
 
 Tensor Members::weight(size_t i, ScalarType dtype) const {
-  const Tensor& stored = args_.weights[first_ + i];
+  const Tensor& stored = args_.weight(first_ + i);
   const std::optional<FourBitWeight> packed = this->packed(i);
   if (!packed) return stored;
   const Tensor weight = empty(stored, {packed->rows(), packed->cols()}, dtype);
@@ -64,7 +67,7 @@ Tensor Members::weight(size_t i, ScalarType dtype) const {
 
 std::optional<FourBitWeight> Members::packed(size_t i) const {
   if (!is_packed(i)) return std::nullopt;
-  return FourBitWeight(args_.weights[first_ + i], args_.scales, quantized(i));
+  return FourBitWeight(args_.weight(first_ + i), args_.scales(), quantized(i));
 }
 
 bool Members::any_masked() const {

@@ -16,30 +16,41 @@ namespace lora_fused {
 // What a gradient is wanted of, by member: bits of the ops' `needs`.
 enum Need : int64_t { kNeedA = 1, kNeedB = 2, kNeedBias = 4, kNeedMagnitude = 8 };
 
-// The lists that every op takes, one element a projection. Biases, mag_norm_scales and dropouts are empty where none has
-// one: each element costs the dispatcher's boxing.
+// What the ops are given of one projection, in this order: W, b + s·b_B, A, B, the magnitude in a forward that makes
+// the norm or the norm in a backward, and the mag_norm_scale. Any but the weight may be none.
+enum Operand : size_t { kWeight, kBias, kLoraA, kLoraB, kMagnitudeOrNorm, kMagNormScale, kOperands };
+
+using Numbers = std::optional<std::vector<double>>;
+using Integers = std::optional<std::vector<int64_t>>;
+
+// What every op takes. One list for the tensors of all projections, and none for numbers that are not there: each list
+// and each element costs the dispatcher's boxing.
 struct GroupArgs {
-  const Tensors& weights;
-  const Optionals &biases, &lora_a, &lora_b, &mag_norm_scales;
-  const std::vector<double>& scalings;
+  // kOperands a projection, then the scales of quantized weights.
+  Optionals operands;
+  const std::vector<double>& scalings;  // one a projection
   const std::optional<Tensor>& seeds;
-  const std::vector<double>& dropouts;
-  // Of weights in four bits: a PackedWeight a projection and the scales they point to; both are empty where no weight is
-  // quantized.
-  const Tensors& scales;
-  const std::vector<int64_t>& quantized;
+  const Numbers& dropouts;  // one a projection
+  // Of weights in four bits: a PackedWeight a projection; its kFirstScale counts the scales.
+  const Integers& quantized;
   // Adapters of float32 beside x in bfloat16, of DoRA without dropout: multiplied as hi and lo (adapters.h).
   bool bf16x3;
 
-  // An error where `quantized` says what this library does not know, which would be taken for something else.
+  size_t count() const { return scalings.size(); }
+  const std::optional<Tensor>& operand(size_t i, Operand which) const { return operands[kOperands * i + which]; }
+  const Tensor& weight(size_t i) const { return *operand(i, kWeight); }
+  const std::optional<Tensor>* scales() const { return operands.data() + kOperands * count(); }
+
+  // An error where something is missing, or `quantized` says what this library does not know, which would be taken for
+  // something else.
   void check() const;
 };
 
 // A weight of four bits a value, of the lists above: `numbers` are its own of `quantized`.
 class FourBitWeight {
  public:
-  FourBitWeight(const Tensor& packed, const Tensors& scales, const int64_t* numbers)
-      : packed_(packed), scales_(scales.data() + numbers[PackedWeight::kFirstScale]), numbers_(numbers) {}
+  FourBitWeight(const Tensor& packed, const std::optional<Tensor>* scales, const int64_t* numbers)
+      : packed_(packed), scales_(scales + numbers[PackedWeight::kFirstScale]), numbers_(numbers) {}
 
   int64_t rows() const { return numbers_[PackedWeight::kRows]; }
   int64_t cols() const { return numbers_[PackedWeight::kCols]; }
@@ -52,7 +63,8 @@ class FourBitWeight {
   void dequantize(int64_t first, const Tensor& out) const;
 
  private:
-  const Tensor &packed_, *scales_;
+  const Tensor& packed_;
+  const std::optional<Tensor>* scales_;
   const int64_t* numbers_;
 };
 
@@ -73,17 +85,18 @@ class Members {
   // None of a weight in floating point.
   std::optional<FourBitWeight> packed(size_t i) const;
   int64_t outputs(size_t i) const {
-    return is_packed(i) ? quantized(i)[PackedWeight::kRows] : args_.weights[first_ + i].size(0);
+    return is_packed(i) ? quantized(i)[PackedWeight::kRows] : args_.weight(first_ + i).size(0);
   }
-  const std::optional<Tensor>& bias(size_t i) const { return of(args_.biases, i); }
-  const std::optional<Tensor>& a(size_t i) const { return args_.lora_a[first_ + i]; }
-  const std::optional<Tensor>& b(size_t i) const { return args_.lora_b[first_ + i]; }
-  const std::optional<Tensor>& mag_norm_scale(size_t i) const { return of(args_.mag_norm_scales, i); }
+  const std::optional<Tensor>& bias(size_t i) const { return args_.operand(first_ + i, kBias); }
+  const std::optional<Tensor>& a(size_t i) const { return args_.operand(first_ + i, kLoraA); }
+  const std::optional<Tensor>& b(size_t i) const { return args_.operand(first_ + i, kLoraB); }
+  const std::optional<Tensor>& norm(size_t i) const { return args_.operand(first_ + i, kMagnitudeOrNorm); }
+  const std::optional<Tensor>& mag_norm_scale(size_t i) const { return args_.operand(first_ + i, kMagNormScale); }
   double scaling(size_t i) const { return args_.scalings[first_ + i]; }
   // The two factors of it where x is in `dtype`: t's own, and that of the products which read t.
   double shrink_scaling(size_t i, ScalarType dtype) const { return scaling(i) / expand_scaling(i, dtype); }
   double expand_scaling(size_t i, ScalarType dtype) const { return expand_scaling_of(scaling(i), dtype); }
-  bool masked(size_t i) const { return !args_.dropouts.empty() && args_.dropouts[first_ + i] != 0.0; }
+  bool masked(size_t i) const { return args_.dropouts && (*args_.dropouts)[first_ + i] != 0.0; }
   int64_t rank(size_t i) const { return a(i) ? a(i)->size(0) : 0; }
   std::optional<Dropped> mask(size_t i) const;
 
@@ -93,11 +106,6 @@ class Members {
   bool scales_output(size_t i) const { return mag_norm_scale(i) && !masked(i); }
   bool any_masked() const;
   bool bf16x3() const { return args_.bf16x3; }
-  // Of a list that may be empty.
-  const std::optional<Tensor>& of(const Optionals& list, size_t i) const {
-    static const std::optional<Tensor> none;
-    return list.empty() ? none : list[first_ + i];
-  }
 
   // What members with an adapter have in common, `value_of` each, if all have the same.
   template <typename ValueOf>
@@ -115,8 +123,8 @@ class Members {
   }
 
  private:
-  const int64_t* quantized(size_t i) const { return args_.quantized.data() + PackedWeight::kFields * (first_ + i); }
-  bool is_packed(size_t i) const { return !args_.quantized.empty() && quantized(i)[PackedWeight::kFormat] != kFloating; }
+  const int64_t* quantized(size_t i) const { return args_.quantized->data() + PackedWeight::kFields * (first_ + i); }
+  bool is_packed(size_t i) const { return args_.quantized && quantized(i)[PackedWeight::kFormat] != kFloating; }
 
   const GroupArgs& args_;
   size_t first_, count_;

@@ -1,8 +1,6 @@
 // What a group runs besides products, see passes.h.
 #include "passes.h"
 
-#include "../../torch-ext/torch_binding.h"
-
 namespace lora_fused {
 
 // float64 has no conversion kernel of ours: it is there to check results.
@@ -10,7 +8,8 @@ void cast_all(const std::vector<Cast>& casts) {
   if (casts.empty()) return;
   std::vector<Cast> fused;
   for (const auto& cast : casts) {
-    const bool is_float64 = cast.from.scalar_type() == ScalarType::Double || cast.to.scalar_type() == ScalarType::Double;
+    const bool is_float64 =
+        cast.from.scalar_type() == ScalarType::Double || cast.to.scalar_type() == ScalarType::Double;
     if (cast.to.is_cuda() && !is_float64)
       fused.push_back(cast);
     else if (cast.lo)
@@ -53,11 +52,19 @@ void run_activation(const GatedActivation& work) {
   gated_activation_cpu(work);
 }
 
+void dequantize_4bit(const FourBit& weight, const Tensor& out) {
+  if (weight.count == 0) return;
+#if defined(CUDA_KERNEL)
+  if (out.is_cuda()) return dequantize_4bit_cuda(weight, out.scalar_type(), out);
+#endif
+  dequantize_4bit_cpu(weight, out.scalar_type());
+}
+
 void drop(const MatrixView& x, const Dropped& mask, const MatrixView& out, bool accumulate, bool scaled) {
 #if defined(CUDA_KERNEL)
-  if (x.is_cuda()) return dropout_cuda(x.tensor(), mask.seed, mask.p, out.tensor(), accumulate, scaled);
+  if (x.is_cuda()) return dropout_cuda(x, mask, out, accumulate, scaled);
 #endif
-  dropout_cpu(x.tensor(), mask.seed, mask.p, out.tensor(), accumulate, scaled);
+  dropout_cpu(x, mask, out, accumulate, scaled);
 }
 
 MatrixView dropped(const MatrixView& x, const Dropped& mask) {

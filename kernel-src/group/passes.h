@@ -15,6 +15,9 @@ void scale_output(const ScaleOutput& work);
 void scale_outputs_backward(const std::vector<ScaleOutputBackward>& works);
 void run_activation(const GatedActivation& work);
 
+// `weight`, whose out `out` is.
+void dequantize_4bit(const FourBit& weight, const Tensor& out);
+
 // out = D(x), or += it, without the factor 1 / (1 - p) where not `scaled`.
 void drop(const MatrixView& x, const Dropped& mask, const MatrixView& out, bool accumulate, bool scaled = true);
 

@@ -83,8 +83,7 @@ void multiply(const MatrixView& out, const MatrixView& a, const MatrixView& b, d
   if (out.is_cuda() && cublas_gemm(out, a, b, static_cast<float>(alpha), add ? 1.0f : 0.0f)) return;
   if (out.is_cuda() && out.scalar_type() != a.scalar_type()) {  // a fresh product, unscaled
     const Tensor to = out.tensor(), left = a.tensor(), right = b.tensor();
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cuda_mm_dtype_out(to.get(), left.get(), right.get(), aoti_torch_dtype_float32()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_dtype_out(to.get(), left.get(), right.get(), aoti_torch_dtype_float32()));
     return;
   }
 #endif
@@ -109,7 +108,8 @@ void multiply(const MatrixView& out, const std::vector<Term>& terms, const std::
   }
 }
 
-bool multiply_dropped(const MatrixView& out, const std::vector<Term>& dropped, const Dropped& mask, const std::vector<Term>& terms) {
+bool multiply_dropped(const MatrixView& out, const std::vector<Term>& dropped, const Dropped& mask,
+                      const std::vector<Term>& terms) {
 #if defined(CUDA_KERNEL)
   if (std::any_of(dropped.begin(), dropped.end(), is_scaled)) return false;
   if (std::optional<Gemm> gemm = gemm_of(out, terms, dropped)) {

@@ -21,12 +21,13 @@ struct Term {
   double alpha = 1.0;
 };
 
-// out [M, N] = the sum of all terms + bias [N], of which the first has an alpha of 1: one launch of our own GEMM where that is
-// supported and faster than the library's products one after another.
+// out [M, N] = the sum of all terms + bias [N], of which the first has an alpha of 1: one launch of our own GEMM where
+// that is supported and faster than the library's products one after another.
 void multiply(const MatrixView& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias);
 
 // out [M, N] = D(the sum of the terms `dropped`) + the sum of `terms`, where one launch does it.
-bool multiply_dropped(const MatrixView& out, const std::vector<Term>& dropped, const Dropped& mask, const std::vector<Term>& terms);
+bool multiply_dropped(const MatrixView& out, const std::vector<Term>& dropped, const Dropped& mask,
+                      const std::vector<Term>& terms);
 
 // unscaled [M, N] = the sum of the terms `leading` and out = (scale - 1)∘unscaled + the sum of `terms` + bias, with
 // mag_norm_scale [N] in float32, where one launch does both.

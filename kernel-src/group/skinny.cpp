@@ -71,7 +71,8 @@ FusedDtDb::FusedDtDb(const std::vector<MaybeMatrixView>& dys) {
 }
 
 MaybeTensor FusedDtDb::add(const MatrixView& dy, const MatrixView& b, const MatrixView& t, const MatrixView& dt,
-                           double scaling, ScalarType dtype, const std::optional<SplitLayout>& split, double db_scaling) {
+                           double scaling, ScalarType dtype, const std::optional<SplitLayout>& split,
+                           double db_scaling) {
 #if defined(CUDA_KERNEL)
   if (!is_faster_ || !skinny_sm90_supports(dy)) return std::nullopt;
   const Tensor db = empty(dy.base(), {b.size(0), dt.size(1)}, dtype);

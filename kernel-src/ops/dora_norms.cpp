@@ -1,4 +1,4 @@
-// DoRA's norms, of one projection or with the scales of several, as ops of their own.
+// DoRA's norms and scales, of one projection or of several, as ops of their own.
 #include <tuple>
 
 #include "../../torch-ext/torch_binding.h"
@@ -7,25 +7,39 @@
 std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_scales(
     lora_fused::Tensors weights, lora_fused::Tensors lora_a, lora_fused::Tensors lora_b, lora_fused::Tensors magnitudes,
     std::vector<double> scalings, lora_fused::Tensors scales, std::vector<int64_t> quantized) {
-  using lora_fused::Optionals;
   const lora_fused::OnDevice device(weights[0]);
-  const Optionals a(lora_a.begin(), lora_a.end()), b(lora_b.begin(), lora_b.end());
-  const Optionals biases, of(magnitudes.begin(), magnitudes.end());
+  lora_fused::Optionals operands;
+  for (size_t i = 0; i < weights.size(); ++i)
+    operands.insert(operands.end(), {weights[i], std::nullopt, lora_a[i], lora_b[i], magnitudes[i], std::nullopt});
+  operands.insert(operands.end(), scales.begin(), scales.end());
   const std::optional<torch::stable::Tensor> seeds;
-  const std::vector<double> dropouts;
-  Optionals mag_norm_scales;
-  const lora_fused::GroupArgs args{weights, biases, a, b, mag_norm_scales, scalings, seeds, dropouts, scales, quantized, /*bf16x3=*/false};
+  const lora_fused::Numbers dropouts;
+  const lora_fused::Integers numbers = quantized.empty() ? std::nullopt : lora_fused::Integers(quantized);
+  lora_fused::GroupArgs args{operands, scalings, seeds, dropouts, numbers, /*bf16x3=*/false};
   args.check();
-  const lora_fused::Norms norms(args, of, mag_norm_scales, /*product=*/std::nullopt);
+  const lora_fused::Norms norms(args, /*product=*/std::nullopt);
   return {norms.norms(), norms.mag_norm_scales()};
 }
 
+torch::stable::Tensor row_norm(const torch::stable::Tensor& weight, const torch::stable::Tensor& lora_a,
+                               const torch::stable::Tensor& lora_b, double scaling) {
 #if defined(CUDA_KERNEL)
-torch::stable::Tensor row_norm_cuda(const torch::stable::Tensor& weight, const torch::stable::Tensor& lora_a,
-                                    const torch::stable::Tensor& lora_b, double scaling) {
-  const lora_fused::OnDevice device(weight);
-  const auto norm = lora_fused::empty(weight, {weight.size(0)}, lora_fused::ScalarType::Float);
-  lora_fused::row_norms_cuda({{weight, lora_a, lora_b, norm, scaling}});
-  return norm;
-}
+  if (weight.is_cuda() || lora_a.is_cuda() || lora_b.is_cuda()) {
+    const lora_fused::OnDevice device(weight);
+    const auto norm = lora_fused::empty(weight, {weight.dim() > 0 ? weight.size(0) : 1}, lora_fused::ScalarType::Float);
+    lora_fused::row_norms_cuda({{weight, lora_a, lora_b, norm, scaling}});
+    return norm;
+  }
 #endif
+  return lora_fused::row_norm_cpu(weight, lora_a, lora_b, scaling);
+}
+
+torch::stable::Tensor mag_norm_scale(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm) {
+#if defined(CUDA_KERNEL)
+  if (magnitude.is_cuda() || norm.is_cuda()) {
+    const lora_fused::OnDevice device(norm);
+    return lora_fused::mag_norm_scale_cuda(magnitude, norm);
+  }
+#endif
+  return lora_fused::mag_norm_scale_cpu(magnitude, norm);
+}

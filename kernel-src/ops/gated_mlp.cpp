@@ -5,10 +5,11 @@
 //
 // Gate and up may be the halves of one projection. The activation and h are computed again in
 // backward. DoRA's scale of gate and up is part of the activation's pass where they have no dropout: their y
-// is never written, `outputs` is unscaled. With dropout both are there, and the backward makes the unscaled output of the
-// first one again where its `unscaled` come without. `up_to_h` leaves out down's product and gives h [M, I] for y: all that
-// the backward needs, for LoRA, is there before it.
+// is never written, `outputs` is unscaled. With dropout both are there, and the backward makes the unscaled output of
+// the first one again where its `unscaled` come without. `up_to_h` leaves out down's product and gives h [M, I] for y:
+// all that the backward needs, for LoRA, is there before it.
 #include <tuple>
+#include <utility>
 
 #include "../../torch-ext/torch_binding.h"
 #include "../group/backward.h"
@@ -28,8 +29,7 @@ MaybeTensor half_of_vector(const MaybeTensor& vector, int64_t half) {
   if (!vector) return std::nullopt;
   const int64_t width = vector->numel() / 2, one = 1;
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(vector->get(), 1, &width, &one, half * width, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(vector->get(), 1, &width, &one, half * width, &handle));
   return Tensor(handle);
 }
 
@@ -55,16 +55,18 @@ struct Halves {
 
 }  // namespace
 
-std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> gated_forward(
-    const Tensor& x, Tensors weights, Optionals biases, Optionals lora_a, Optionals lora_b, Optionals mag_norm_scales,
-    Optionals magnitudes, std::vector<double> scalings, std::optional<Tensor> seeds, std::vector<double> dropouts,
-    Tensors scales, std::vector<int64_t> quantized, bool bf16x3, int64_t activation, int64_t gate_half, bool up_to_h) {
+// Operands as GroupArgs has them, those of down last. Gives y; the outputs of the first group; its t and down's; the
+// unscaled outputs of members of the first group whose outputs are scaled, and of down; the norms and mag_norm_scales
+// that were made.
+Tensors gated_forward(const Tensor& x, Optionals operands, std::vector<double> scalings, std::optional<Tensor> seeds,
+                      Numbers dropouts, Integers quantized, bool bf16x3, int64_t activation, int64_t gate_half,
+                      bool up_to_h) {
   const OnDevice device(x);
-  const GroupArgs args{weights, biases, lora_a, lora_b, mag_norm_scales, scalings, seeds, dropouts, scales, quantized, bf16x3};
+  GroupArgs args{std::move(operands), scalings, seeds, dropouts, quantized, bf16x3};
   args.check();
   check_activation(activation);
-  const size_t inputs = weights.size() - 1;
-  const Norms norms(args, magnitudes, mag_norm_scales, x.scalar_type());
+  const size_t inputs = args.count() - 1;
+  const Norms norms(args, x.scalar_type());
   const Members in(args, 0, inputs), out(args, inputs, 1);
   STD_TORCH_CHECK(!up_to_h || !out.mag_norm_scale(0), "gated_forward: DoRA's backward needs the last product");
   const Halves halves{inputs == 1, gate_half};
@@ -74,39 +76,44 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> gated_forward(
   const MatrixView h = fresh_like(gate);
   run_activation({gate, up, h, {}, {}, {}, activation, halves.scale(in, 0), halves.scale(in, 1)});
   Outputs last = up_to_h ? Outputs{{h.tensor()}, {}, shrink(h, out)} : project(h, x, out, norms, /*with_scaled=*/true);
-  Tensors unscaled;  // of members whose outputs are scaled, and of down
+  Tensors found{last.ys[0]};
+  append(found, first.ys);
+  append(found, {first.t, last.t});
   size_t next_unscaled = 0;
   for (size_t i = 0; i < inputs; ++i) {
     if (!in.mag_norm_scale(i)) continue;
-    if (in.masked(i)) unscaled.push_back(first.unscaled[next_unscaled]);
+    if (in.masked(i)) found.push_back(first.unscaled[next_unscaled]);
     ++next_unscaled;
   }
-  unscaled.insert(unscaled.end(), last.unscaled.begin(), last.unscaled.end());
-  return {last.ys[0], first.ys, unscaled, Tensors{first.t, last.t}, norms.norms(), norms.mag_norm_scales()};
+  append(found, last.unscaled);
+  append(found, norms.norms());
+  append(found, norms.mag_norm_scales());
+  return found;
 }
 
-std::tuple<Tensors, Tensors> gated_backward(const Tensor& dy, const Tensor& x, Tensors outputs, Tensors unscaled,
-                                            Tensors ts, Tensors weights, Optionals biases, Optionals lora_a,
-                                            Optionals lora_b, Optionals mag_norm_scales, Optionals norms,
-                                            std::vector<double> scalings, std::optional<Tensor> seeds,
-                                            std::vector<double> dropouts, Tensors scales,
-                                            std::vector<int64_t> quantized, bool bf16x3, int64_t activation, int64_t gate_half,
-                                            bool need_dx, std::vector<int64_t> needs) {
+// `kept`: the outputs of the first group, its t and down's, and the unscaled outputs, as the forward gives them. Gives
+// dx, where it is needed, and the gradients in turn.
+Tensors gated_backward(const Tensor& dy, const Tensor& x, Tensors kept, Optionals operands,
+                       std::vector<double> scalings, std::optional<Tensor> seeds, Numbers dropouts, Integers quantized,
+                       bool bf16x3, int64_t activation, int64_t gate_half, bool need_dx, std::vector<int64_t> needs) {
   const OnDevice device(x);
-  const GroupArgs args{weights, biases, lora_a, lora_b, mag_norm_scales, scalings, seeds, dropouts, scales, quantized, bf16x3};
+  const GroupArgs args{std::move(operands), scalings, seeds, dropouts, quantized, bf16x3};
   args.check();
   check_activation(activation);
-  const size_t inputs = weights.size() - 1;
+  const size_t inputs = args.count() - 1;
   const Members in(args, 0, inputs), out(args, inputs, 1);
+  STD_TORCH_CHECK(kept.size() >= inputs + 2, "kept: ", kept.size(), " tensors, expected at least ", inputs + 2);
+  const Tensors outputs(kept.begin(), kept.begin() + inputs), unscaled(kept.begin() + inputs + 2, kept.end());
+  const Tensor &t = kept[inputs], &last_t = kept[inputs + 1];
   const Halves halves{inputs == 1, gate_half};
   const auto [gate, up] = halves.of(outputs);
-  Tensors dx, grads, last_grads, d_outputs;
+  Tensors grads, last_grads, d_outputs;
   for (const Tensor& output : outputs) d_outputs.push_back(fresh_like(output));
   const auto [dgate, dup] = halves.of(d_outputs);
   {
     const MatrixView h = fresh_like(gate), dh = halves.fused ? MatrixView(fresh_like(gate)) : dgate;
     const Tensors last_unscaled = out.mag_norm_scale(0) ? Tensors{unscaled.back()} : Tensors{};
-    const Backward last(out, h, {Optionals{dy}, last_unscaled, norms, needs, /*need_dx=*/true, ts[1]});
+    const Backward last(out, h, {Optionals{dy}, last_unscaled, needs, /*need_dx=*/true, last_t});
     last.input(dh);
     run_activation({gate, up, h, dh, dgate, dup, activation, halves.scale(in, 0), halves.scale(in, 1)});
     last.parameters(h, last_grads);
@@ -115,21 +122,21 @@ std::tuple<Tensors, Tensors> gated_backward(const Tensor& dy, const Tensor& x, T
   // What is made again lives as long as the pass over dy that reads it.
   const auto first_unscaled = [&] {
     Tensors found;
-    auto kept = unscaled.end() - (out.mag_norm_scale(0) ? 1 : 0);
+    auto next = unscaled.end() - (out.mag_norm_scale(0) ? 1 : 0);
     for (size_t i = inputs; i-- > 0;) {
       if (!in.mag_norm_scale(i)) continue;
-      const auto masked_one = [&] { return kept == unscaled.begin() ? project_dropped(rows, in, i, ts[0]) : *--kept; };
+      const auto masked_one = [&] { return next == unscaled.begin() ? project_dropped(rows, in, i, t) : *--next; };
       found.insert(found.begin(), in.masked(i) ? masked_one() : outputs[i]);
     }
     return found;
   };
   const Optionals first_dys(d_outputs.begin(), d_outputs.end());
-  const Backward first(in, rows, {first_dys, first_unscaled(), norms, needs, need_dx, ts[0], /*own_dys=*/true});
+  const Backward first(in, rows, {first_dys, first_unscaled(), needs, need_dx, t, /*own_dys=*/true});
   if (need_dx) {
-    dx.push_back(empty_as(x, rows.size(1)));
-    first.input(matrix(dx[0]));
+    grads.push_back(empty_as(x, rows.size(1)));
+    first.input(matrix(grads[0]));
   }
   first.parameters(rows, grads);
-  grads.insert(grads.end(), last_grads.begin(), last_grads.end());
-  return {dx, grads};
+  append(grads, last_grads);
+  return grads;
 }

@@ -3,7 +3,8 @@
 //   t = s·D(x) Aᵀ     y = x Wᵀ + t Bᵀ + b
 //   dt = s·dy' B      dx = dy' W + D(dt A)     dA = dtᵀ D(x)     dB = dy'ᵀ t     db = Σ dy
 //
-// D is dropout, dy' = dy for LoRA. DoRA keeps the unscaled output u and has dy' = c∘dy, with c = m / ‖W + s·B A‖, PEFT's mag_norm_scale:
+// D is dropout, dy' = dy for LoRA. DoRA keeps the unscaled output u and has dy' = c∘dy, with c = m / ‖W + s·B A‖,
+// PEFT's mag_norm_scale:
 //
 //   without dropout   u = x Wᵀ + t Bᵀ + b    y = c∘(u - b) + b            dm = Σ dy∘(u - b) / norm
 //   with dropout      u = D(x) Wᵀ + t Bᵀ     y = x Wᵀ + t Bᵀ + b + (c - 1)∘u    dm = Σ dy∘u / norm
@@ -11,11 +12,11 @@
 //
 // Without dropout the members' A's stand below each other, so that x is read once for all t and
 // once for all dA. What Python and the dispatcher would cost between products is saved; the
-// arithmetic is that of reference.py. x [..., K], weight [N, K] of any strides, A [R, K], B [N, R]; A
-// and B of any dtype are converted to x's, all in one launch; mag_norm_scales [N] are given, or made from
-// magnitudes [N] (group/dora_norms.h) and given back with their norms. A weight in four bits is made floating point for its
-// own product (group/members.h), in backward all of a group for theirs, which may be one launch.
-#include <tuple>
+// arithmetic is that of torch-ext/lora_fused/backends/reference. x [..., K], weight [N, K] of any strides, A [R, K], B
+// [N, R]; A and B of any dtype are converted to x's, all in one launch; mag_norm_scales [N] are given, or made from
+// magnitudes [N] (group/dora_norms.h) and given back with their norms. A weight in four bits is made floating point for
+// its own product (group/members.h), in backward all of a group for theirs, which may be one launch.
+#include <utility>
 
 #include "../../torch-ext/torch_binding.h"
 #include "../group/backward.h"
@@ -23,36 +24,38 @@
 
 using namespace lora_fused;
 
-std::tuple<Tensors, Tensors, Tensor, Tensors, Tensors> lora_forward(
-    const Tensor& x, Tensors weights, Optionals biases, Optionals lora_a, Optionals lora_b, Optionals mag_norm_scales,
-    Optionals magnitudes, std::vector<double> scalings, std::optional<Tensor> seeds, std::vector<double> dropouts,
-    Tensors scales, std::vector<int64_t> quantized, bool bf16x3) {
+// Operands as GroupArgs has them. Gives y of each projection; t; the unscaled output of each that DoRA scales; the
+// norms and the mag_norm_scales that were made.
+Tensors lora_forward(const Tensor& x, Optionals operands, std::vector<double> scalings, std::optional<Tensor> seeds,
+                     Numbers dropouts, Integers quantized, bool bf16x3) {
   const OnDevice device(x);
-  const GroupArgs args{weights, biases, lora_a, lora_b, mag_norm_scales, scalings, seeds, dropouts, scales, quantized, bf16x3};
+  GroupArgs args{std::move(operands), scalings, seeds, dropouts, quantized, bf16x3};
   args.check();
-  const Norms norms(args, magnitudes, mag_norm_scales, x.scalar_type());
-  Outputs out = project(matrix(x), x, Members(args, 0, weights.size()), norms, /*with_scaled=*/true);
-  return {out.ys, out.unscaled, out.t, norms.norms(), norms.mag_norm_scales()};
+  const Norms norms(args, x.scalar_type());
+  Outputs out = project(matrix(x), x, Members(args, 0, args.count()), norms, /*with_scaled=*/true);
+  Tensors found = std::move(out.ys);
+  found.push_back(out.t);
+  append(found, out.unscaled);
+  append(found, norms.norms());
+  append(found, norms.mag_norm_scales());
+  return found;
 }
 
-std::tuple<Tensors, Tensors> lora_backward(Optionals dys, const Tensor& x, const Tensor& t, Tensors unscaled,
-                                           Tensors weights, Optionals biases, Optionals lora_a,
-                                           Optionals lora_b, Optionals mag_norm_scales, Optionals norms,
-                                           std::vector<double> scalings, std::optional<Tensor> seeds,
-                                           std::vector<double> dropouts, Tensors scales,
-                                           std::vector<int64_t> quantized, bool bf16x3, bool need_dx,
-                                           std::vector<int64_t> needs) {
+// Gives dx, where it is needed, and the gradients in turn.
+Tensors lora_backward(Optionals dys, const Tensor& x, const Tensor& t, std::optional<Tensors> unscaled,
+                      Optionals operands, std::vector<double> scalings, std::optional<Tensor> seeds, Numbers dropouts,
+                      Integers quantized, bool bf16x3, bool need_dx, std::vector<int64_t> needs) {
   const OnDevice device(x);
-  const GroupArgs args{weights, biases, lora_a, lora_b, mag_norm_scales, scalings, seeds, dropouts, scales, quantized, bf16x3};
+  const GroupArgs args{std::move(operands), scalings, seeds, dropouts, quantized, bf16x3};
   args.check();
-  const Members members(args, 0, weights.size());
+  const Members members(args, 0, args.count());
   const MatrixView rows = matrix(x);
-  const Backward backward(members, rows, {dys, unscaled, norms, needs, need_dx, t});
-  Tensors dx, grads;
+  const Backward backward(members, rows, {dys, unscaled.value_or(Tensors{}), needs, need_dx, t});
+  Tensors grads;
   if (need_dx) {
-    dx.push_back(empty_as(x, rows.size(1)));
-    backward.input(matrix(dx[0]));
+    grads.push_back(empty_as(x, rows.size(1)));
+    backward.input(matrix(grads[0]));
   }
   backward.parameters(rows, grads);
-  return {dx, grads};
+  return grads;
 }

@@ -1,4 +1,4 @@
-"""Model families in their smallest sizes: what the README's table of families is made of, and what it is held
+"""Model families in their smallest sizes: what the table of families in docs/support.md is made of, and what it is held
 against."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The README's table of model families: what is measured of each, and held against PEFT."""
+"""The table of model families in docs/support.md: what is measured of each, and held against PEFT."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from helpers.families import Family
 from helpers.kernelizing import explain
 
 TABLE = pathlib.Path(__file__).resolve().parent / "families.json"
-README = pathlib.Path(__file__).resolve().parent.parent.parent / "README.md"
-BEGIN, END = "<!-- families table: begin -->", "<!-- families table: end -->"
 TOLERANCE = 1e-10  # of the largest element
 
 
@@ -71,7 +69,7 @@ def counted(lora_fused):
 
     layers, one = lora_fused.layers, lambda *_: dict(projections=1)
     calls = (
-        (layers.dispatch, "compute_group", lambda x, projections: dict(projections=len(projections))),
+        (layers.dispatch, "compute_group", lambda x, projections, *_: dict(projections=len(projections))),
         (layers.dispatch, "compute_gated", lambda x, inputs, *_: dict(projections=len(inputs) + 1, gated=1)),
         (layers.functional_delta, "add_delta", one),
         (layers.functional_embedding, "compute_embedding", one),
@@ -159,8 +157,8 @@ def write_table(rows: dict) -> None:
     TABLE.write_text(f'{{\n  "transformers": {version},\n  "families": {{\n{lines}\n  }}\n}}\n')
 
 
-def readme_section(rows: dict) -> str:
-    """The table as the README has it: families of which the same is to be said share a line."""
+def section(rows: dict) -> str:
+    """The table as docs/support.md has it: families of which the same is to be said share a line."""
     lines = {}
     for name, row in rows.items():
         share = "all" if row["fused"] == row["modules"] else f"{row['fused']} of {row['modules']}"

@@ -60,3 +60,20 @@ class Loaded:
 
     def load(self):
         return self.layer
+
+
+def forwards(model):
+    """The functions that stand in the instances, by module."""
+    return {
+        name: vars(module)["forward"].__func__ for name, module in model.named_modules() if "forward" in vars(module)
+    }
+
+
+def ours_in(lora_fused, model):
+    """Every attribute of a module that is a forward of this package."""
+    return [
+        (name, attribute)
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if getattr(getattr(value, "__func__", None), "__module__", "").startswith(lora_fused.__name__)
+    ]

@@ -17,6 +17,18 @@ def passed(model, ids):
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
+def evaluated(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=tokens()).logits
+
+
+def same_bits(ours, theirs):
+    """Whether loss and gradients are equal to the last bit, as where both run PEFT's operations alone."""
+    found, expected = passed(ours, tokens()), passed(theirs, tokens())
+    return len(found) == len(expected) > 1 and all(map(torch.equal, found, expected))
+
+
 def gradients(model, y, *leaves):
     """Of a sum that weighs every output differently."""
     model.zero_grad()

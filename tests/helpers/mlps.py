@@ -90,3 +90,37 @@ def assert_same(ours, theirs):
             assert value is None, name
         else:
             torch.testing.assert_close(value, theirs[name], rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}")
+
+
+class LigerSwiGLUMLP(nn.Module):
+    """A gated MLP by one of Liger's functions, which hides what it computes."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = own.gate_proj, own.up_proj, own.down_proj
+
+    def forward(self, x):
+        return self.down_proj(SiluMul.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, dh):
+        with torch.enable_grad():
+            gate, up = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+            return torch.autograd.grad(nn.functional.silu(gate) * up, (gate, up), dh)
+
+
+# Those that a gated MLP may have, as torch has them.
+ACTIVATIONS = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda g: nn.functional.gelu(g, approximate="tanh"),
+    "relu": nn.functional.relu,
+    "relu2": lambda g: nn.functional.relu(g).square(),
+}

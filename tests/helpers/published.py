@@ -6,6 +6,7 @@ from kernels.compat import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build"
-GENERAL = tomllib.loads((ROOT / "build.toml").read_text())["general"]
+CONFIG = tomllib.loads((ROOT / "build.toml").read_text())
+GENERAL = CONFIG["general"]
 REPO_ID, VERSION = GENERAL["hub"]["repo-id"], GENERAL["version"]
 FROM_HUB = f"get_kernel({REPO_ID!r}, version={VERSION}, trust_remote_code=True)"

@@ -15,23 +15,31 @@ from . import layers
 from .functional.linear import lora_linear, lora_linear_group, row_norm
 from .functional.embedding import lora_embedding
 from .functional.experts import lora_experts
-from .explanation import explain
-from .mapping import register_peft_layers, use_peft_layers
+from .explanation import Explanation, Row, explain, record
+from .mapping import register_peft_layers, unregister_peft_layers, use_peft_layers
+from .binding import LoraFusedCallback, apply, restore
 from .specs import ExpertWeights, Gate, Operands, Projection, ProjectionSpec
 
 __all__ = [
     "ExpertWeights",
+    "Explanation",
     "Gate",
+    "LoraFusedCallback",
     "Operands",
     "Projection",
     "ProjectionSpec",
+    "Row",
+    "apply",
     "explain",
     "layers",
     "lora_embedding",
     "lora_experts",
     "lora_linear",
     "lora_linear_group",
+    "record",
     "register_peft_layers",
+    "restore",
     "row_norm",
+    "unregister_peft_layers",
     "use_peft_layers",
 ]

@@ -1,11 +1,19 @@
-"""Autocast's state for a tensor, asked for several times in a layer."""
+"""What a call depends on besides its module and its operands, and autocast's state for a tensor."""
 
 from __future__ import annotations
 
 import contextlib
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+FORWARD = -1  # in place of a backward pass
+# Bound once: attributes of modules cost as much as the answers.
+_is_grad_enabled, _current_backward = torch.is_grad_enabled, torch._C._current_graph_task_id
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_UNCHANGED = contextlib.nullcontext()
 
 
 def device_type(x: Tensor) -> str:
@@ -15,12 +23,29 @@ def device_type(x: Tensor) -> str:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Autocast's dtype on x's device; None where it is off."""
-    if x.is_cuda and not torch.is_autocast_enabled():  # a name as its argument would cost as much again
+    if not _is_any_autocast_enabled():  # nearly always, and a name as an argument would cost three times as much
         return None
     kind = device_type(x)
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+class CallContext(NamedTuple):
+    """Of one call with x, asked for once and handed down.
+
+    grad: whether a graph is recorded. x_requires_grad: whether that reaches x. autocast: its dtype on x's device, None
+    where it is off. backward_pass: the one that runs the call again, as a checkpoint does, else FORWARD.
+    """
+
+    grad: bool
+    x_requires_grad: bool
+    autocast: torch.dtype | None
+    backward_pass: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> CallContext:
+        return cls(_is_grad_enabled(), x.requires_grad, autocast_dtype(x), _current_backward())
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
     """Dtypes are settled by the caller; entering the context costs host time, so only where it acts."""
-    return contextlib.nullcontext() if autocast_dtype(x) is None else torch.autocast(device_type(x), enabled=False)
+    return _UNCHANGED if autocast_dtype(x) is None else torch.autocast(device_type(x), enabled=False)

@@ -6,6 +6,7 @@ A note is None where our forward computed the call, else the reason why the modu
 
 from __future__ import annotations
 
+import re
 import sys
 import weakref
 
@@ -48,6 +49,12 @@ def is_of_kernel(module: nn.Module) -> bool:
     """Whether a module runs a forward of this kernel, which notes its calls."""
     forward = getattr(module.__dict__.get("forward"), "__func__", None)
     return forward is not None and forward.__module__.startswith(_PACKAGE)
+
+
+def is_of_any_build(bound: object) -> bool:
+    """Whether a bound method is a forward of this kernel, or of another build of it, which has its own package."""
+    module = getattr(getattr(bound, "__func__", None), "__module__", None) or ""
+    return module.startswith(f"{_PACKAGE}.") or re.fullmatch(r"_?lora_fused\w*\.layers", module) is not None
 
 
 def ran_since_trace(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from . import last_call, shared_input
+from .call_context import CallContext
 from .functional import (
     delta as functional_delta,
     dispatch,
@@ -27,8 +28,10 @@ from .peft import (
     experts as peft_experts,
     gated_mlp as peft_gated_mlp,
     linear as peft_linear,
+    linear_call,
     replaced,
 )
+from .specs import Fallback
 
 # Bound once: attributes of modules cost as much as the answers.
 _is_compiling = torch.compiler.is_compiling
@@ -60,40 +63,65 @@ class LoraLinearOfX(nn.Module):
         return _linear(self, x, (), {})
 
 
-def _transform_reason() -> str | None:
-    """Who differentiates or records a call in a way for which there are no rules here."""
+def _unusual_reason(x: object) -> str | None:
+    """Who differentiates or records a call in a way for which there are no rules here, or what x is instead of a tensor."""
     if _is_traced():
         return "torch.jit traces the call"
     if _is_transformed():
         return "torch.func transforms the call"
-    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return None if isinstance(x, torch.Tensor) else f"x is a {type(x).__name__}"
 
 
 def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
     if _is_compiling():
         last_call.note_trace()
         return type(module).forward(module, x, *args, **kwargs)
-    reason = _transform_reason() or shared_input.small_reason(module, x) or replaced.linear_reason()
+    reason = _unusual_reason(x)
     if reason is None:
-        state = peft_linear.read_linear(module)
-        reason = state if isinstance(state, str) else peft_linear.call_reason(state, x, args, kwargs)
+        call = CallContext.of(x)
+        reason = shared_input.small_reason(module, x, call) or replaced.linear_reason()
     if reason is None:
-        called = peft_linear.own_forward_reason(state, x)
-        if called is None:
-            if _notes.get(id(module), _NEVER) is not None:
-                last_call.note(module, None)
-            y = shared_input.compute(module, x, state.projection, LoraLinear)
-            return y if state.base.quantized is None else y.to(peft_linear.result_dtype(state, x))
-        reason = peft_linear.delta_reason(state.projection)
-        if reason is None:
-            last_call.note(module, None)
-            base = peft_linear.call_base(module, x)
-            promotes = state.promotes and torch.is_autocast_enabled()
-            return functional_delta.add_delta(base, x, state.projection, promotes)
-    if isinstance(reason, peft_linear.InvalidState):
-        raise ValueError(f"{peft_linear.name_of(module)}: {reason}")
+        y = _fused_linear(module, x, call, args, kwargs)
+        if type(y) is not Fallback:
+            return y
+        if y.raises:
+            raise ValueError(f"{peft_linear.name_of(module)}: {y.reason}")
+        reason = y.reason
     last_call.note(module, reason)
     return type(module).forward(module, x, *args, **kwargs)
+
+
+def _note_fused(module: nn.Module) -> None:
+    """Before the computation, which a checkpoint that recomputes it may stop."""
+    if _notes.get(id(module), _NEVER) is not None:
+        last_call.note(module, None)
+
+
+def _fused_linear(
+    module: nn.Module, x: torch.Tensor, call: CallContext, args: tuple, kwargs: dict
+) -> torch.Tensor | Fallback:
+    if not args and not kwargs:
+        y = shared_input.take_precomputed(module, x, call)
+        if y is not None:
+            _note_fused(module)
+            return y
+    state = peft_linear.read_linear(module)
+    if isinstance(state, Fallback):
+        return state
+    fallback = linear_call.call_fallback(state, x, call, args, kwargs)
+    if fallback is not None:
+        return fallback
+    if linear_call.own_forward_reason(state, x, call) is None:
+        _note_fused(module)
+        return shared_input.compute(module, x, call, state, LoraLinear)
+    reason = peft_linear.delta_reason(state.projection)
+    if reason is not None:
+        return Fallback(reason)
+    _note_fused(module)
+    base = peft_linear.call_base(module, x)
+    return functional_delta.add_delta(base, x, state.projection, state.promotes and torch.is_autocast_enabled())
 
 
 class LoraGatedMLP(nn.Module):
@@ -139,14 +167,17 @@ def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if _is_compiling():
         last_call.note_trace()
         return type(module).forward(module, x)
-    reason = _transform_reason() or peft_gated_mlp.small_reason(module, x) or replaced.linear_reason()
-    state = reason or peft_gated_mlp.read_mlp(module, x, LoraLinear)
-    if isinstance(state, str):
-        last_call.note(module, state)
+    reason = _unusual_reason(x)
+    if reason is None:
+        call = CallContext.of(x)
+        reason = peft_gated_mlp.small_reason(module, x, call) or replaced.linear_reason()
+    state = Fallback(reason) if reason else peft_gated_mlp.read_mlp(module, x, call, LoraLinear)
+    if isinstance(state, Fallback):
+        last_call.note(module, state.reason)
         return type(module).forward(module, x)
     if _notes.get(id(module), _NEVER) is not None:
         last_call.note(module, None)
-    y = dispatch.compute_gated(x, state.inputs, state.output, state.activation, state.gate_half)
+    y = dispatch.compute_gated(x, state.inputs, state.output, state.activation, state.gate_half, call)
     return y if state.result_dtype is None else y.to(state.result_dtype)
 
 
@@ -161,10 +192,14 @@ class LoraEmbedding(nn.Module):
         if _is_compiling():
             last_call.note_trace()
             return type(self).forward(self, x, *args, **kwargs)
-        reason = _transform_reason() or replaced.embedding_reason()
+        reason = _unusual_reason(x) or replaced.embedding_reason()
         if reason is None:
             state = peft_embedding.read_embedding(self)
-            reason = state if isinstance(state, str) else peft_embedding.embedding_call_reason(state, x, args, kwargs)
+            reason = (
+                state.reason
+                if isinstance(state, Fallback)
+                else peft_embedding.embedding_call_reason(state, x, args, kwargs)
+            )
         if _notes.get(id(self), _NEVER) is not reason:
             last_call.note(self, reason)
         if reason is not None:
@@ -185,18 +220,18 @@ class LoraExperts(nn.Module):
         if _is_compiling():
             last_call.note_trace()
             return type(self).forward(self, x, *args, **kwargs)
-        reason = _transform_reason() or replaced.linear_reason()
+        reason = _unusual_reason(x) or replaced.linear_reason()
         if reason is None:
             state = peft_experts.read_experts(self)
-            call = state if isinstance(state, str) else peft_experts.read_call(state, x, args, kwargs)
-            if not isinstance(call, str):
-                last_call.note(self, None)
+            call = state if isinstance(state, Fallback) else peft_experts.read_call(state, x, args, kwargs)
+            if not isinstance(call, Fallback):
+                _note_fused(self)
                 return functional_experts.compute_experts(
                     x, *call, state.up, state.down, state.gate, state.form.leaves_out
                 )
-            reason = call
-        if isinstance(reason, peft_linear.InvalidState):
-            raise ValueError(f"{peft_linear.name_of(self)}: {reason}")
+            if call.raises:
+                raise ValueError(f"{peft_linear.name_of(self)}: {call.reason}")
+            reason = call.reason
         if isinstance(reason, peft_experts.WrongInPeft) and last_call.of(self) != reason:
             warnings.warn(f"lora_fused: {peft_linear.name_of(self)}: {reason}", stacklevel=2)
         last_call.note(self, reason)

@@ -18,6 +18,7 @@ from .peft import (
     linear as peft_linear,
     replaced,
 )
+from .specs import Fallback
 
 _DEVICES = ("cpu", "cuda")
 _CLASS_ATTRIBUTES = ("kernel_layer_name", "kernel_condition")
@@ -84,7 +85,7 @@ class Marks:
     def mark_gated_mlp(self, module: nn.Module) -> None:
         """Marks the class of an adapted gated MLP, if its input is called as one of our layers calls it."""
         cls, structure = type(module), peft_gated_mlp.structure_of(module)
-        if isinstance(structure, str):
+        if isinstance(structure, Fallback):
             return
         layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
         if layer is not None and not structure.optional:
@@ -94,9 +95,11 @@ class Marks:
     def restore(self) -> None:
         for cls, attributes in self.before.items():
             for name in _CLASS_ATTRIBUTES:
-                delattr(cls, name)
-            for name, value in attributes.items():
-                setattr(cls, name, value)
+                if name in attributes:
+                    setattr(cls, name, attributes[name])
+                elif name in cls.__dict__:
+                    delattr(cls, name)
+        self.before.clear()
 
 
 def _is_free(layer: type[nn.Module], serves: Callable[[nn.Module], bool], module: nn.Module) -> bool:
@@ -113,9 +116,12 @@ def _is_adapted_instance(cls: type, module: nn.Module) -> bool:
     return type(module) is cls and peft_gated_mlp.is_adapted(module)
 
 
+_registered = Marks()
+
+
 def register_peft_layers() -> None:
     """Map PEFT's LoRA classes, and MLPs made of them, to this kernel's layers for every later
-    `kernelize`, globally.
+    `kernelize`, globally; `unregister_peft_layers` undoes it.
 
     Global, because `kernelize` run again without a mapping gives layers their old forward back.
     Raises ImportError, and maps nothing, where peft, kernels or torch is missing or too old.
@@ -123,8 +129,16 @@ def register_peft_layers() -> None:
     versions.check()
     from kernels import register_kernel_mapping
 
-    Marks().mark_all()
+    _registered.mark_all()
     register_kernel_mapping(layer_mapping())
+
+
+def unregister_peft_layers() -> None:
+    """Undo `register_peft_layers`: a later `kernelize` passes PEFT's classes and the MLPs made of them over, as before.
+
+    Models that were kernelized keep our forwards until `restore(model)`. Does nothing where nothing was registered.
+    """
+    _registered.restore()
 
 
 @contextlib.contextmanager

@@ -29,7 +29,6 @@ a run that is taken up again in a new process would add dx in another order than
 from __future__ import annotations
 
 import gc
-import operator
 import threading
 import weakref
 from collections.abc import Sequence
@@ -38,10 +37,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .call_context import autocast_dtype
+from .call_context import FORWARD, CallContext
 from .functional import dispatch
-from .peft import linear as peft_linear, small_batch
-from .specs import Projection
+from .peft import linear as peft_linear, linear_call, small_batch
+from .peft.linear import AdaptedLinear
+from .specs import Fallback, Projection
 
 # A group that keeps changing, as with alternating inputs, is not worth following.
 MAX_CHANGES = 8
@@ -66,12 +66,6 @@ class _GraphToken:
         given = self.given.copy()
         self.given.clear()
         return given
-
-
-# What a call depends on besides its operands: grad mode, whether x needs a gradient, autocast's dtype, and the backward
-# pass that it is in, since what a forward computed has the forward's graph.
-_Mode = tuple[bool, bool, torch.dtype | None, int]
-_FORWARD = -1  # in place of a backward pass
 
 
 class _Leader:
@@ -101,7 +95,7 @@ class _Leader:
 
     def is_alone(self) -> bool:
         """Asked before a call: one that goes one way has to go the same way when a checkpoint computes it again."""
-        if self.was_alone and not self.waiting and torch._C._current_graph_task_id() == _FORWARD:
+        if self.was_alone and not self.waiting and torch._C._current_graph_task_id() == FORWARD:
             self.stays_alone = True
         return self.stays_alone
 
@@ -113,30 +107,25 @@ class _Leader:
             self.not_recomputed = 0
         return self.not_recomputed > 0
 
-    def count(self, mode: _Mode, projection: Projection) -> None:
+    def count(self, call: CallContext, projection: Projection) -> None:
         """Of a call in training. Where a graph waits, what a backward pass computes again may be of that one."""
-        gradient, backward_pass = mode[0], mode[-1]
-        if backward_pass == _FORWARD and not gradient:
+        if call.backward_pass == FORWARD and not call.grad:
             self.not_recomputed += 1
             matrices = (projection.operands.lora_a, projection.operands.lora_b)
             self.adapter = [(weakref.ref(m), m._version) for m in matrices if m is not None and not m.is_inference()]
-        elif backward_pass != _FORWARD and self.not_recomputed and not self.waiting:
+        elif call.backward_pass != FORWARD and self.not_recomputed and not self.waiting:
             self.not_recomputed -= 1
 
 
-def _mode(x: Tensor) -> _Mode:
-    return _is_grad_enabled(), x.requires_grad, autocast_dtype(x), _current_backward()
-
-
-_State = tuple[int, bool, int]
+_Version = tuple[int, bool, int]
 
 
 class _Result(NamedTuple):
     """Of one sibling: what its call has to be like, y, and where its graph's token notes that it was given, None without a
     graph."""
 
-    projection: Projection
-    states: list[_State]
+    state: AdaptedLinear
+    versions: list[_Version]
     y: Tensor
     given: list[bool] | None
     output: int
@@ -164,16 +153,16 @@ class _Precomputed:
     """Results computed precomputed for calls with one x, by module. They go with x, which no graph of theirs holds, and with
     the module that led. A checkpoint's graph may hold both: `_let_go_of_checkpoints`."""
 
-    __slots__ = ("in_checkpoint", "leaders", "mode", "pointer", "results", "version", "x")
+    __slots__ = ("call", "in_checkpoint", "leaders", "pointer", "results", "version", "x")
 
-    def __init__(self, x: Tensor, mode: _Mode):
+    def __init__(self, x: Tensor, call: CallContext):
         self.results: dict[int, _Result] = {}
         self.x, self.leaders = _owned_by(self.results, x), []
-        self.version, self.pointer, self.mode, self.in_checkpoint = x._version, x.data_ptr(), mode, False
+        self.version, self.pointer, self.call, self.in_checkpoint = x._version, x.data_ptr(), call, False
 
-    def is_for(self, x: Tensor, mode: _Mode) -> bool:
+    def is_for(self, x: Tensor, call: CallContext) -> bool:
         """`.data` may replace x's memory under the same version."""
-        return self.x() is x and self.version == x._version and self.pointer == x.data_ptr() and self.mode == mode
+        return self.x() is x and self.version == x._version and self.pointer == x.data_ptr() and self.call == call
 
 
 class _Calls:
@@ -194,7 +183,6 @@ class _Threads(threading.local):
 
 
 _is_deterministic = torch._C._get_deterministic_algorithms
-_is_grad_enabled, _current_backward = torch.is_grad_enabled, torch._C._current_graph_task_id
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _leaders: weakref.WeakKeyDictionary[nn.Module, _Leader] = weakref.WeakKeyDictionary()
 _threads = _Threads()
@@ -216,31 +204,56 @@ def _let_go_of_checkpoints(phase: str, _: dict, threads: _Threads = _threads) ->
 gc.callbacks.append(_let_go_of_checkpoints)
 
 
-def compute(module: nn.Module, x: Tensor, projection: Projection, layer: type) -> Tensor:
-    """y of `module`, which `layer` serves, from the group's computation where there is one."""
+def take_precomputed(module: nn.Module, x: Tensor, call: CallContext) -> Tensor | None:
+    """y of `module` where a sibling's call has computed it, and nothing that this call depends on has changed since."""
+    calls = _threads.calls
+    precomputed = calls.precomputed
+    if precomputed is None or precomputed.x() is not x or _is_deterministic():
+        return None
+    result = precomputed.results.pop(id(module), None)
+    if result is None or not precomputed.is_for(x, call):
+        return None
+    state = peft_linear.read_linear(module, result.state)
+    if state is not result.state or result.versions != _versions(state.projection):
+        return None
+    if result.given is not None:
+        if not result.given:  # its graph is freed
+            return None
+        result.given[result.output] = True
+    if call.backward_pass == FORWARD:
+        _observe(calls, module, x)
+    if not precomputed.results:
+        calls.precomputed = None
+    return _in_result_dtype(result.y, state, x)
+
+
+def compute(module: nn.Module, x: Tensor, call: CallContext, state: AdaptedLinear, layer: type) -> Tensor:
+    """y of `module`, which `layer` serves, and with it what its siblings' calls are expected to ask for."""
     if x.is_inference() or _is_deterministic():  # the first keeps no version, so a change of x would go unseen
-        return dispatch.compute_group(x, (projection,))[0]
-    calls, mode = _threads.calls, _mode(x)
-    forward = mode[-1] == _FORWARD
+        y = dispatch.compute_group(x, (state.projection,), call)[0]
+        return _in_result_dtype(y, state, x)
+    calls = _threads.calls
+    forward = call.backward_pass == FORWARD
     if forward:
         _observe(calls, module, x)
-    result = _take_result(calls, module, x, projection, mode)
-    if result is not None:
-        return result
     leader = _leaders.get(module)
     if leader is None:
         leader = _leaders[module] = _Leader()
     if forward:
         leader.update_group()
-    return _compute_group(calls, module, leader, x, projection, mode, layer)
+    return _in_result_dtype(_compute_group(calls, module, leader, x, call, state, layer), state, x)
 
 
-def small_reason(module: nn.Module, x: object, rows: int | None = None) -> str | None:
+def _in_result_dtype(y: Tensor, state: AdaptedLinear, x: Tensor) -> Tensor:
+    return y if state.base.quantized is None else y.to(linear_call.result_dtype(state, x))
+
+
+def small_reason(module: nn.Module, x: Tensor, call: CallContext, rows: int | None = None) -> str | None:
     """Why PEFT's own forward is the fastest for a call of `module`, as far as a glance tells."""
-    reason = small_batch.small_reason(module, x, rows)
+    reason = small_batch.small_reason(module, x, call, rows)
     if reason is not None:
         return reason
-    reason = small_batch.small_alone_reason(module, x, rows)
+    reason = small_batch.small_alone_reason(module, x, call, rows)
     if reason is None or _is_deterministic():
         return None
     leader = _leaders.get(module)
@@ -262,82 +275,63 @@ def _alive(group: Sequence[weakref.ref]) -> tuple[nn.Module, ...]:
 
 
 def _compute_group(
-    calls, module, leader: _Leader, x: Tensor, projection: Projection, mode: _Mode, layer: type
+    calls, module, leader: _Leader, x: Tensor, call: CallContext, state: AdaptedLinear, layer: type
 ) -> Tensor:
-    members, projections = [module], [projection]
-    for sibling in _alive(leader.group):
-        if sibling is not module:
-            state = _sibling_projection(sibling, x, layer)
-            if state is not None:
+    members, states = [module], [state]
+    for ref in leader.group:
+        sibling = ref()
+        if sibling is not None and sibling is not module:
+            known = _sibling_state(sibling, x, call, layer)
+            if known is not None:
                 members.append(sibling)
-                projections.append(state)
-    if calls.precomputed is not None and not calls.precomputed.is_for(x, mode):
+                states.append(known)
+    if calls.precomputed is not None and not calls.precomputed.is_for(x, call):
         calls.precomputed = None  # results that nobody came for
     if module.training:
-        leader.count(mode, projection)
+        leader.count(call, state.projection)
     by_hooks = _saves_by_hooks()
-    token = _GraphToken(leader.waiting, len(members), by_hooks) if torch.is_grad_enabled() else None
-    outputs = dispatch.compute_group(x, projections, token=token)
+    token = _GraphToken(leader.waiting, len(members), by_hooks) if call.grad else None
+    outputs = dispatch.compute_group(x, [each.projection for each in states], call, token=token)
     if len(members) > 1:
-        precomputed = _Precomputed(x, mode) if calls.precomputed is None else calls.precomputed
+        precomputed = _Precomputed(x, call) if calls.precomputed is None else calls.precomputed
         precomputed.in_checkpoint |= by_hooks
         precomputed.leaders.append(_owned_by(precomputed.results, module))
         given = None if token is None else token.given
         for i in range(1, len(members)):
-            state = projections[i]
-            precomputed.results[id(members[i])] = _Result(state, _states(state), outputs[i], given, i)
+            result = _Result(states[i], _versions(states[i].projection), outputs[i], given, i)
+            precomputed.results[id(members[i])] = result
         calls.precomputed = precomputed
     return outputs[0]
 
 
-def _sibling_projection(sibling: nn.Module, x: Tensor, layer: type) -> Projection | None:
-    """The sibling's projection if its call can be computed precomputed. Its own pre-hooks may change what
+def _sibling_state(sibling: nn.Module, x: Tensor, call: CallContext, layer: type) -> AdaptedLinear | None:
+    """What the sibling computes, if that can be computed before its call. Its own pre-hooks may change what
     it computes, so it must have none."""
     bound = sibling.__dict__.get("forward")
     if getattr(bound, "__func__", None) is not layer.forward or sibling._forward_pre_hooks:
         return None
-    if small_reason(sibling, x):
+    if small_reason(sibling, x, call):
         return None
     state = peft_linear.read_linear(sibling)
-    if isinstance(state, str) or peft_linear.call_reason(state, x, (), {}) or peft_linear.own_forward_reason(state, x):
+    if (
+        isinstance(state, Fallback)
+        or linear_call.call_fallback(state, x, call)
+        or linear_call.own_forward_reason(state, x, call)
+    ):
         return None
-    return state.projection
+    return state
 
 
-def _take_result(calls, module: nn.Module, x: Tensor, projection: Projection, mode: _Mode) -> Tensor | None:
-    precomputed = calls.precomputed
-    if precomputed is None or precomputed.x() is not x:
-        return None
-    result = precomputed.results.pop(id(module), None)
-    if result is None or not precomputed.is_for(x, mode):
-        return None
-    if not _same(result.projection, projection) or result.states != _states(projection):
-        return None
-    if not precomputed.results:
-        calls.precomputed = None
-    if result.given is not None:
-        if not result.given:  # its graph is freed
-            return None
-        result.given[result.output] = True
-    return result.y
-
-
-def _same(before: Projection, now: Projection) -> bool:
-    same_tensors = all(map(operator.is_, before.operands, now.operands))
-    same_scaling = before.scaling is now.scaling or before.scaling == now.scaling  # a tensor's value is not waited for
-    return same_tensors and same_scaling and before.spec == now.spec
-
-
-def _states(projection: Projection) -> list[_State]:
+def _versions(projection: Projection) -> list[_Version]:
     """Of every operand its version, whether it is trained, and where its memory is, which `.data` may replace under the
     same version."""
     if projection.spec.quantized is None:
-        return _states_of(projection)
+        return _versions_of(projection)
     with torch._C.DisableTorchFunctionSubclass():  # a quantized weight is a subclass
-        return _states_of(projection)
+        return _versions_of(projection)
 
 
-def _states_of(projection: Projection) -> list[_State]:
+def _versions_of(projection: Projection) -> list[_Version]:
     tensors = projection.operands
     if type(projection.scaling) is not float:
         tensors = (*tensors, projection.scaling)

@@ -9,10 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Fallback(NamedTuple):
+    """In place of what reading a module gives: its own forward computes the call. reason: why, for a reader. raises:
+    whether that cannot compute it either, so that the call raises."""
+
+    reason: str
+    raises: bool = False
 
 
 class Operands(NamedTuple):
@@ -46,7 +54,7 @@ class FourBit:
 
     shape: [N, K]. blocksize: values that share one absmax. nested_blocksize: blocks that share one
     nested_absmax, 0 where absmax is float32 itself. fp4: FP4, else NF4. dtype: of the weight before
-    it was quantized.
+    it was quantized. native_format: its name in `native.FORMATS`.
     """
 
     shape: tuple[int, int]
@@ -55,16 +63,21 @@ class FourBit:
     fp4: bool
     dtype: torch.dtype
 
+    @property
+    def native_format(self) -> str:
+        return "fp4" if self.fp4 else "nf4"
+
 
 @dataclass(frozen=True)
 class EightBit:
-    """A frozen weight [N, K] in int8, w = q · absmax / 127 with absmax [N] in float32."""
+    """A frozen weight [N, K] in int8, w = q · absmax / 127 with absmax [N] in float32. No native op reads it."""
 
     shape: tuple[int, int]
     dtype: torch.dtype = torch.float32
+    native_format: ClassVar[None] = None
 
 
-Quantized = FourBit | EightBit
+Quantized = FourBit | EightBit  # the rows of `quantization.FORMATS`
 
 
 @dataclass(frozen=True)
@@ -151,7 +164,7 @@ class GatedSpec:
 
 class NativePath(NamedTuple):
     """Whether the ops compute a group, and whether exactly: adapters of float32 beside bfloat16 without autocast,
-    of which they multiply two parts (kernel-src/common/projections.h)."""
+    of which they multiply two parts (kernel-src/group/adapters.h)."""
 
     native: bool
     bf16x3: bool = False
@@ -169,8 +182,8 @@ def split_scaling(scaling: float, *dtypes: torch.dtype) -> tuple[float, float]:
     factor up. `dtypes`: those that t may be stored in.
 
     float16 may not have the range for s·dropout(x) Aᵀ where it has it for dropout(x) Aᵀ, which PEFT multiplies by B
-    first. So there |down| is at most 1, and up a power of two, 1 elsewhere. kernel-src/common/projections.h,
-    `beyond_t`, has the same rule."""
+    first. So there |down| is at most 1, and up a power of two, 1 elsewhere. kernel-src/group/members.h,
+    `expand_scaling_of`, has the same rule."""
     if torch.float16 not in dtypes or not abs(scaling) > 1.0:
         return scaling, 1.0
     mantissa, exponent = math.frexp(abs(scaling))

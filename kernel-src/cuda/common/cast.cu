@@ -16,14 +16,6 @@ namespace {
 using namespace lora_fused::cast;
 using torch::headeronly::ScalarType;
 
-int code(const lora_fused::MatrixView& t) {
-  const auto dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
-                      dtype == ScalarType::Half,
-                  "cast: expected float32, bfloat16 or float16");
-  return dtype == ScalarType::Float ? kFloat : dtype == ScalarType::BFloat16 ? kBFloat16 : kHalf;
-}
-
 Piece piece_of(const lora_fused::Cast& cast) {
   Piece p{};
   p.from = cast.from.const_data_ptr();
@@ -33,8 +25,8 @@ Piece piece_of(const lora_fused::Cast& cast) {
   p.stride = cast.to.stride(0);
   p.transposed = cast.transposed;
   p.lo = cast.lo;
-  p.from_dtype = code(cast.from);
-  p.to_dtype = code(cast.to);
+  p.from_dtype = lora_fused::dtype_code(cast.from.scalar_type(), "cast");
+  p.to_dtype = lora_fused::dtype_code(cast.to.scalar_type(), "cast");
   const bool whole_rows = p.transposed || p.stride == p.cols || (p.cols % kElements == 0 && p.stride % kElements == 0);
   p.vector = whole_rows && (reinterpret_cast<uintptr_t>(p.from) | reinterpret_cast<uintptr_t>(p.to)) % 16 == 0;
   return p;
@@ -66,7 +58,8 @@ void lora_fused::hi_lo_sums_cuda(const std::vector<HiLoSum>& sums) {
       arguments.sum[i] = sum_of(sums[first + i]);
       most = std::max(most, arguments.sum[i].rows * arguments.sum[i].cols);
     }
-    const dim3 grid(static_cast<unsigned>(std::min((most + kThreads - 1) / kThreads, kPieces)), static_cast<unsigned>(count));
+    const dim3 grid(static_cast<unsigned>(std::min((most + kThreads - 1) / kThreads, kPieces)),
+                    static_cast<unsigned>(count));
     hi_lo_sum_fwd_kernel<<<grid, kThreads, 0, stream>>>(arguments);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

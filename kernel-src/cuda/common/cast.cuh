@@ -14,14 +14,13 @@
 #include <cstdint>
 
 #include "bf16x3.cuh"
+#include "dtype.cuh"
 
 namespace lora_fused::cast {
 
 constexpr int kThreads = 256, kElements = 4;
-constexpr int kTensors = 32;        // of one launch
-constexpr int64_t kPieces = 1024;   // blocks a tensor; more work is looped over
-
-enum Dtype : int { kFloat, kBFloat16, kHalf };
+constexpr int kTensors = 32;       // of one launch
+constexpr int64_t kPieces = 1024;  // blocks a tensor; more work is looped over
 
 struct Piece {
   const void* from;
@@ -37,10 +36,10 @@ struct Pieces {
   Piece piece[kTensors];
 };
 
+// As load_as_float and store_float, which would read the piece's arguments into more registers.
 __device__ __forceinline__ float load(const Piece& p, int64_t i) {
   if (p.from_dtype == kFloat) return static_cast<const float*>(p.from)[i];
-  if (p.from_dtype == kBFloat16)
-    return __bfloat162float(static_cast<const __nv_bfloat16*>(p.from)[i]);
+  if (p.from_dtype == kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(p.from)[i]);
   return __half2float(static_cast<const __half*>(p.from)[i]);
 }
 
@@ -56,7 +55,8 @@ __device__ __forceinline__ void store(const Piece& p, int64_t i, float value) {
 // What is stored of a value: itself, or what its rounding to the target's dtype leaves out.
 __device__ __forceinline__ float wanted(const Piece& p, float value) {
   if (!p.lo || p.to_dtype == kFloat) return p.lo ? 0.0f : value;
-  return value - (p.to_dtype == kBFloat16 ? __bfloat162float(__float2bfloat16(value)) : __half2float(__float2half(value)));
+  return value -
+         (p.to_dtype == kBFloat16 ? __bfloat162float(__float2bfloat16(value)) : __half2float(__float2half(value)));
 }
 
 // Where element i of `from`, counted row by row, goes in a target that is not transposed.
@@ -67,8 +67,7 @@ __device__ __forceinline__ int64_t target(const Piece& p, int64_t i) {
 template <typename Pair>
 __device__ __forceinline__ float4 widened(uint2 bits) {
   const Pair low = *reinterpret_cast<const Pair*>(&bits.x), high = *reinterpret_cast<const Pair*>(&bits.y);
-  return {static_cast<float>(low.x), static_cast<float>(low.y), static_cast<float>(high.x),
-          static_cast<float>(high.y)};
+  return {static_cast<float>(low.x), static_cast<float>(low.y), static_cast<float>(high.x), static_cast<float>(high.y)};
 }
 
 // Four elements from `i`, a multiple of four, of tensors that start on 16 bytes.

@@ -21,8 +21,8 @@ using torch::headeronly::ScalarType;
 // As in cublas_api.h, whose headers a build need not have.
 constexpr int kOpN = 0, kOpT = 1, kCompute32F = 68, kDefaultAlgorithm = -1;
 using GemmEx = int (*)(void* handle, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a,
-                       cudaDataType a_type, int lda, const void* b, cudaDataType b_type, int ldb,
-                       const void* beta, void* c, cudaDataType c_type, int ldc, int compute, int algorithm);
+                       cudaDataType a_type, int lda, const void* b, cudaDataType b_type, int ldb, const void* beta,
+                       void* c, cudaDataType c_type, int ldc, int compute, int algorithm);
 
 GemmEx find_gemm() {
   if (void* function = dlsym(RTLD_DEFAULT, "cublasGemmEx")) return reinterpret_cast<GemmEx>(function);

@@ -25,9 +25,7 @@ constexpr int kGroup = 16 / sizeof(T);
 __device__ const float kCodes[2][16] = {LORA_FUSED_NF4_CODE, LORA_FUSED_FP4_CODE};
 
 __device__ __forceinline__ void convert(float* out, float value) { *out = value; }
-__device__ __forceinline__ void convert(__nv_bfloat16* out, float value) {
-  *out = __float2bfloat16_rn(value);
-}
+__device__ __forceinline__ void convert(__nv_bfloat16* out, float value) { *out = __float2bfloat16_rn(value); }
 __device__ __forceinline__ void convert(__half* out, float value) { *out = __float2half_rn(value); }
 
 // What absmax of a block is made of, as read: two loads that do not wait for each other.
@@ -53,8 +51,7 @@ struct alignas(16) Group {
 };
 
 template <typename T, bool kNested, bool kVector>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_4bit_fwd_kernel(const __grid_constant__ FourBit p) {
+__global__ void __launch_bounds__(kThreads) dequantize_4bit_fwd_kernel(const __grid_constant__ FourBit p) {
   constexpr int kValues = kGroup<T>, kUnroll = kPerThread / kValues;
   using Bytes = std::conditional_t<kValues == 8, uint32_t, uint16_t>;  // of a group
   __shared__ float code[16], nested_code[kNested ? kThreads : 1];

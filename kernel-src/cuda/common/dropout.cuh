@@ -1,14 +1,13 @@
-// dropout on CUDA: out[m, k] = mask(seed, m, k) · x[m, k] / (1 - p), in out's dtype, or += that; without the scale where
-// not `scaled`.
+// dropout on CUDA: out[m, k] = mask(seed, m, k) · x[m, k] / (1 - p), in out's dtype, or += that; without the scale
+// where not `scaled`.
 //
 // Fused: the mask (Philox, see common/dropout.h), the scale, the sum and the conversion. A thread takes
 // eight neighbouring columns, one Philox block. The seed stays on the GPU: no synchronisation, and a CUDA
 // graph that draws a new seed replays a new mask.
 #pragma once
 
-#include <type_traits>
-
 #include "../../common/dropout.h"
+#include "dtype.cuh"
 #include "vector_access.cuh"
 
 namespace lora_fused::dropout {
@@ -29,9 +28,9 @@ struct Arguments {
 // kAligned: rows of whole accesses.
 template <typename In, typename Out, bool kAligned>
 __global__ void __launch_bounds__(kThreads) dropout_fwd_kernel(const __grid_constant__ Arguments<In, Out> a) {
-  using Wide = std::conditional_t<std::is_same_v<In, double>, double, float>;
+  using W = Wide<In>;
   const uint64_t key = static_cast<uint64_t>(*a.seed);
-  const Wide scale = static_cast<Wide>(a.keep.scale);
+  const W scale = static_cast<W>(a.keep.scale);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < a.total; i += step) {
     const int64_t row = i / a.blocks, col = kColumns * (i - row * a.blocks);
@@ -43,9 +42,8 @@ __global__ void __launch_bounds__(kThreads) dropout_fwd_kernel(const __grid_cons
     const auto words = philox(key, row, static_cast<uint32_t>(col / kMaskColumns));
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      const Wide value = words.number(j) >= a.keep.threshold ? widen(x.value[j]) * scale : Wide(0);
-      out.value[j] =
-          narrow<Out, Wide>(a.accumulate ? static_cast<Wide>(widen(out.value[j])) + value : value);
+      const W value = words.number(j) >= a.keep.threshold ? widen(x.value[j]) * scale : W(0);
+      out.value[j] = narrow<Out, W>(a.accumulate ? static_cast<W>(widen(out.value[j])) + value : value);
     }
     store(a.out, out, row, col, count, kAligned);
   }

@@ -29,14 +29,15 @@ __device__ __forceinline__ uint4 masked(uint4 x, uint64_t key, const Mask& mask,
   uint32_t pairs[] = {x.x, x.y, x.z, x.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    pairs[i] &= (mask.keeps_low(words.word[i]) ? 0x0000ffffu : 0u) | (mask.keeps_high(words.word[i]) ? 0xffff0000u : 0u);
+    pairs[i] &=
+        (mask.keeps_low(words.word[i]) ? 0x0000ffffu : 0u) | (mask.keeps_high(words.word[i]) ? 0xffff0000u : 0u);
   return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
 inline Mask mask_of(const std::optional<Dropped>& dropped) {
   if (!dropped) return {};
-  return {static_cast<const int64_t*>(dropped->seed.const_data_ptr()),
-          std::min(Keep(dropped->p).threshold, 0xffffu) << 16};
+  return {static_cast<const int64_t*>(dropped->seed.const_data_ptr()), std::min(Keep(dropped->p).threshold, 0xffffu)
+                                                                           << 16};
 }
 
 }  // namespace lora_fused

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <type_traits>
 
 #include "../../common/kernels.h"
 #include "gated_activation.cuh"
@@ -29,11 +28,10 @@ void launch(const Arguments<T>& a, cudaStream_t stream) {
 template <typename T>
 void run(const lora_fused::GatedActivation& g, cudaStream_t stream) {
   bool aligned = true;
-  Arguments<T> a{matrix<T>(g.gate, aligned),  matrix<T>(g.up, aligned),
-                 matrix<T>(g.h, aligned),     matrix<T>(g.dh, aligned),
-                 matrix<T>(g.dgate, aligned), matrix<T>(g.dup, aligned)};
-  a.gate_scale = vector<typename Arguments<T>::Wide>(g.gate_scale.scale);
-  a.up_scale = vector<typename Arguments<T>::Wide>(g.up_scale.scale);
+  Arguments<T> a{matrix<T>(g.gate, aligned), matrix<T>(g.up, aligned),    matrix<T>(g.h, aligned),
+                 matrix<T>(g.dh, aligned),   matrix<T>(g.dgate, aligned), matrix<T>(g.dup, aligned)};
+  a.gate_scale = vector<Wide<T>>(g.gate_scale.scale);
+  a.up_scale = vector<Wide<T>>(g.up_scale.scale);
   const auto on_boundary = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   a.cols = g.h.size(1);
   aligned = aligned && on_boundary(a.gate_scale) && on_boundary(a.up_scale) && a.cols % kColumns == 0;
@@ -58,10 +56,5 @@ void run(const lora_fused::GatedActivation& g, cudaStream_t stream) {
 
 void lora_fused::gated_activation_cuda(const GatedActivation& g) {
   const cudaStream_t stream = stream_of(g.h);
-  switch (g.h.scalar_type()) {
-    case ScalarType::Float: return run<float>(g, stream);
-    case ScalarType::Double: return run<double>(g, stream);
-    case ScalarType::BFloat16: return run<__nv_bfloat16>(g, stream);
-    default: return run<__half>(g, stream);
-  }
+  LORA_FUSED_FLOATING(g.h.scalar_type(), "gated_activation", [&] { run<CudaType<scalar_t>>(g, stream); });
 }

@@ -13,7 +13,7 @@ constexpr int kThreads = 256;
 
 template <typename T>
 __global__ void mag_norm_scale_fwd_kernel(T* __restrict__ scale, const T* __restrict__ magnitude,
-                                const T* __restrict__ norm, int64_t count, T unit) {
+                                          const T* __restrict__ norm, int64_t count, T unit) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < count) scale[i] = mag_norm_scale_of<T>(magnitude[i], norm[i], unit);
 }

@@ -76,12 +76,14 @@ void launch(const ScaleOutputBackward* first, size_t count) {
   a.dot_shares = static_cast<Wide<T>*>(shares.mutable_data_ptr());
   a.sum_shares = a.dot_shares + a.shares * a.columns;
   const cudaStream_t stream = stream_of(first->dy);
-  const dim3 grid(static_cast<unsigned>(blocks_of(most)), static_cast<unsigned>(a.shares), static_cast<unsigned>(count));
+  const dim3 grid(static_cast<unsigned>(blocks_of(most)), static_cast<unsigned>(a.shares),
+                  static_cast<unsigned>(count));
   const auto kernel = aligned ? scale_output_bwd_kernel<T, true> : scale_output_bwd_kernel<T, false>;
   kernel<<<grid, kThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (!summed) return;
-  const dim3 reducers(static_cast<unsigned>((most + kReduceColumns - 1) / kReduceColumns), static_cast<unsigned>(count));
+  const dim3 reducers(static_cast<unsigned>((most + kReduceColumns - 1) / kReduceColumns),
+                      static_cast<unsigned>(count));
   scale_output_bwd_reduce_kernel<T><<<reducers, kThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -92,17 +94,12 @@ void run(const std::vector<ScaleOutputBackward>& all) {
     launch<T>(all.data() + first, std::min<size_t>(kPasses, all.size() - first));
 }
 
-template <typename Work>
-void run_as(const Work& work, ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return run<float>(work);
-    case ScalarType::Double: return run<double>(work);
-    case ScalarType::BFloat16: return run<__nv_bfloat16>(work);
-    default: return run<__half>(work);
-  }
-}
-
 }  // namespace
 
-void lora_fused::scale_output_cuda(const ScaleOutput& s) { run_as(s, s.y.scalar_type()); }
-void lora_fused::scale_output_backward_cuda(const std::vector<ScaleOutputBackward>& all) { run_as(all, all[0].dy.scalar_type()); }
+void lora_fused::scale_output_cuda(const ScaleOutput& work) {
+  LORA_FUSED_FLOATING(work.y.scalar_type(), "scale_output", [&] { run<CudaType<scalar_t>>(work); });
+}
+
+void lora_fused::scale_output_backward_cuda(const std::vector<ScaleOutputBackward>& works) {
+  LORA_FUSED_FLOATING(works[0].dy.scalar_type(), "scale_output_backward", [&] { run<CudaType<scalar_t>>(works); });
+}

@@ -8,18 +8,15 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "../../common/kernels.h"
+#include "dtype.cuh"
 #include "vector_access.cuh"
 
 namespace lora_fused::scale_output {
 
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 16;  // more work is looped over
-
-template <typename T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename T>
 struct ScaleArguments {
@@ -131,7 +128,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 1)
 constexpr int kReduceColumns = 32, kReduceParts = kThreads / kReduceColumns;
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) scale_output_bwd_reduce_kernel(const __grid_constant__ SumArguments<T> all) {
+__global__ void __launch_bounds__(kThreads)
+    scale_output_bwd_reduce_kernel(const __grid_constant__ SumArguments<T> all) {
   __shared__ Wide<T> shared[2][kReduceParts][kReduceColumns];
   const Pass<T>& a = all.pass[blockIdx.y];
   const int lane = threadIdx.x % kReduceColumns, part = threadIdx.x / kReduceColumns;

@@ -12,8 +12,8 @@
 
 namespace lora_fused {
 
-// Asks when the need grows, since every question costs host time. One object for each kernel, which lives as long as the
-// process.
+// Asks when the need grows, since every question costs host time. One object for each kernel, which lives as long as
+// the process.
 class SharedMemory {
  public:
   // On `device`, which is current.

@@ -58,8 +58,8 @@ struct Matrix {
 };
 
 template <typename T>
-__device__ __forceinline__ void load(Columns<T>& to, const Matrix<T>& m, int64_t row, int64_t col,
-                                     int64_t count, bool aligned) {
+__device__ __forceinline__ void load(Columns<T>& to, const Matrix<T>& m, int64_t row, int64_t col, int64_t count,
+                                     bool aligned) {
   const T* from = m.data + row * m.stride + col;
   if (aligned) {
     to = *reinterpret_cast<const Columns<T>*>(from);
@@ -70,8 +70,8 @@ __device__ __forceinline__ void load(Columns<T>& to, const Matrix<T>& m, int64_t
 }
 
 template <typename T>
-__device__ __forceinline__ void store(const Matrix<T>& m, const Columns<T>& from, int64_t row,
-                                      int64_t col, int64_t count, bool aligned) {
+__device__ __forceinline__ void store(const Matrix<T>& m, const Columns<T>& from, int64_t row, int64_t col,
+                                      int64_t count, bool aligned) {
   T* to = m.data + row * m.stride + col;
   if (aligned) {
     store(to, from);

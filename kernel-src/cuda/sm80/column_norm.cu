@@ -4,7 +4,6 @@
 // contiguous. The vocabulary is dealt out to as many blocks as the GPU holds; a last kernel adds each
 // column's partial sums in a fixed order, so results are deterministic on a given GPU. column_norm.cuh
 // has the kernel and what it rounds; an A of float32 beside a float16 W must lie in that type's range.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,7 +11,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "../../../torch-ext/torch_binding.h"
+#include "../../common/embedding.h"
 #include "../../common/tensors.h"
 #include "../../dispatch/table.h"
 #include "column_norm.cuh"
@@ -65,46 +64,20 @@ void run_adapter(const Args& p, ScalarType dtype, const Tensor& norm, const lora
 
 }  // namespace
 
-lora_fused::Tensors column_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, double scaling,
-                                     std::optional<Tensor> magnitude) {
-  STD_TORCH_CHECK(weight.dim() == 2 && lora_a.dim() == 2 && lora_b.dim() == 2 &&
-                      lora_a.size(1) == weight.size(0) && lora_b.size(0) == weight.size(1) &&
-                      lora_a.size(0) == lora_b.size(1),
-                  "column_norm: expected weight [V, H], lora_a [R, V], lora_b [H, R]");
-  STD_TORCH_CHECK(lora_a.size(0) >= 1 && lora_a.size(0) <= 64,
-                  "lora_a: expected a rank of 1 to 64, got ", lora_a.size(0));
-  const auto dtype = lora_a.scalar_type(), table = weight.scalar_type();
-  STD_TORCH_CHECK(table == ScalarType::BFloat16 || table == ScalarType::Half,
-                  "weight: expected bfloat16 or float16");
-  STD_TORCH_CHECK((dtype == table || dtype == ScalarType::Float) && lora_b.scalar_type() == dtype,
-                  "lora_a, lora_b: expected one dtype, float32 or that of weight");
-  for (const Tensor* t : {&weight, &lora_a, &lora_b})
-    STD_TORCH_CHECK(t->is_cuda() && t->get_device_index() == weight.get_device_index() &&
-                        t->is_contiguous(),
-                    "column_norm: expected contiguous tensors on one GPU");
-  STD_TORCH_CHECK(weight.size(1) % 8 == 0 &&
-                      reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0,
-                  "weight: expected rows of a multiple of 8 elements, 16-byte aligned");
-  if (magnitude)
-    STD_TORCH_CHECK(magnitude->is_cuda() && magnitude->get_device_index() == weight.get_device_index() &&
-                        magnitude->is_contiguous() && magnitude->dim() == 1 && magnitude->numel() == weight.size(1),
-                    "magnitude: expected contiguous [H] on weight's GPU");
-  const lora_fused::OnDevice device(weight);
+void lora_fused::column_norm_sm80(const ColumnNorm& work) {
+  const Tensor &weight = work.weight, &lora_a = work.lora_a;
+  const auto dtype = lora_a.scalar_type();
   Args p{};
-  p.w = weight.const_data_ptr(), p.a = lora_a.const_data_ptr(), p.b = lora_b.const_data_ptr();
-  p.scaling = static_cast<float>(scaling);
+  p.w = weight.const_data_ptr(), p.a = lora_a.const_data_ptr(), p.b = work.lora_b.const_data_ptr();
+  p.scaling = static_cast<float>(work.scaling);
   p.v = weight.size(0), p.h = static_cast<int>(weight.size(1));
   p.r = static_cast<int>(lora_a.size(0));
-  p.a_vector = reinterpret_cast<uintptr_t>(p.a) % 16 == 0 &&
-               p.v * (dtype == ScalarType::Float ? 4 : 2) % 16 == 0;
-  lora_fused::Tensors out{lora_fused::empty(weight, {p.h}, ScalarType::Float)};
-  lora_fused::MagNormScaleOut scale_out{};
-  if (magnitude) {
-    out.push_back(lora_fused::empty(weight, {p.h}, ScalarType::Float));
-    scale_out = {lora_fused::embedding::array_of(*magnitude, "magnitude"), static_cast<float*>(out[1].mutable_data_ptr()),
-              static_cast<float>(lora_fused::kScaleUnits) * std::numeric_limits<float>::epsilon()};
-  }
-  if (p.h > 0)
-    (table == ScalarType::BFloat16 ? run_adapter<__nv_bfloat16> : run_adapter<__half>)(p, dtype, out[0], scale_out);
-  return out;
+  p.a_vector = reinterpret_cast<uintptr_t>(p.a) % 16 == 0 && p.v * (dtype == ScalarType::Float ? 4 : 2) % 16 == 0;
+  MagNormScaleOut scale_out{};
+  if (work.magnitude)
+    scale_out = {embedding::array_of(*work.magnitude, "magnitude"),
+                 static_cast<float*>(work.mag_norm_scale->mutable_data_ptr()),
+                 static_cast<float>(kScaleUnits) * std::numeric_limits<float>::epsilon()};
+  (weight.scalar_type() == ScalarType::BFloat16 ? run_adapter<__nv_bfloat16> : run_adapter<__half>)(p, dtype, work.norm,
+                                                                                                    scale_out);
 }

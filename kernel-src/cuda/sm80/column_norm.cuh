@@ -27,7 +27,7 @@ struct Shape {
 
 struct Args {
   float *partial, *grams;  // [gridDim.y, h] and [gridDim.y, r, r], r in whole blocks of 16
-  const void *w, *a, *b;  // [v, h], [r, v], [h, r]
+  const void *w, *a, *b;   // [v, h], [r, v], [h, r]
   float scaling;
   int64_t v;
   int h, r, tiles;
@@ -62,8 +62,8 @@ struct Sums {
 
 // Adds 16 rows of a tile. `fragments` and `lo_fragments` hold A's fragments at those rows.
 template <typename W, typename S>
-__device__ __forceinline__ void add_slab(Sums<S>& sums, uint32_t w_tile, int slab,
-                                         const uint4 (*fragments)[32], const uint4 (*lo_fragments)[32]) {
+__device__ __forceinline__ void add_slab(Sums<S>& sums, uint32_t w_tile, int slab, const uint4 (*fragments)[32],
+                                         const uint4 (*lo_fragments)[32]) {
   using Share = typename S::Share;
   constexpr int kSteps = Sums<S>::kSteps;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -139,8 +139,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(cons
   for (int tile = 0; tile < S::kTiles; ++tile) {
     const int tile_col = (warp * S::kTiles + tile) * 8;
     float square = sums.squares[tile];
-    for (int offset = 1; offset < 4; offset *= 2)
-      square += __shfl_xor_sync(0xffffffffu, square, offset);
+    for (int offset = 1; offset < 4; offset *= 2) square += __shfl_xor_sync(0xffffffffu, square, offset);
     if (lane % 4 == 0) squares_of[tile_col + lane / 4] = square;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -152,11 +151,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(cons
         for (int half = 0; half < 2; ++half) {
           const int rank = step * 16 + half * 8 + lane / 4;
           if (col < p.h && rank < p.r)
-            cross = fmaf(static_cast<float>(b[int64_t{col} * p.r + rank]),
-                         sums.cross[tile][step][2 * half + i], cross);
+            cross = fmaf(static_cast<float>(b[int64_t{col} * p.r + rank]), sums.cross[tile][step][2 * half + i], cross);
         }
-      for (int offset = 4; offset < 32; offset *= 2)
-        cross += __shfl_xor_sync(0xffffffffu, cross, offset);
+      for (int offset = 4; offset < 32; offset *= 2) cross += __shfl_xor_sync(0xffffffffu, cross, offset);
       if (lane < 4) cross_of[at] = cross;
     }
   }

@@ -12,13 +12,13 @@ namespace embedding {
 constexpr int kBackwardThreads = 256;
 
 struct RowsArgs {
-  float* drows;  // [splits, m, r]
+  float* drows;              // [splits, m, r]
   int blocks, splits, cols;  // of tokens; of H, `cols` columns each
 };
 
 struct ColumnsArgs {
-  float *sums, *bases;  // [splits, h, r], [splits, h] or null
-  const float* rows;    // [m, r]
+  float *sums, *bases;         // [splits, h, r], [splits, h] or null
+  const float* rows;           // [m, r]
   int blocks, splits, tokens;  // of columns; of the tokens, `tokens` each
 };
 
@@ -28,8 +28,8 @@ constexpr int kSlots = kWarpCols / 16 * kRankTiles * 32 / kBackwardThreads;  // 
 // Partial drows: 128 tokens, one split of H, 32 ranks. 64 columns at a time: g∘B in shared memory as
 // fragments, dy straight from global memory.
 template <typename T>
-__device__ __forceinline__ void rows_grad(char* smem, int block, const RowsArgs& q,
-                                          const T* __restrict__ dy, const Args& p) {
+__device__ __forceinline__ void rows_grad(char* smem, int block, const RowsArgs& q, const T* __restrict__ dy,
+                                          const Args& p) {
   auto* const b_fragments = reinterpret_cast<uint4(*)[kRankTiles][32]>(smem);  // [kWarpCols / 16]
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int split_index = block / q.blocks % q.splits, rank0 = block / q.blocks / q.splits * kRanks;
@@ -75,11 +75,9 @@ __device__ __forceinline__ void rows_grad(char* smem, int block, const RowsArgs&
     __syncthreads();
 #pragma unroll
     for (int step = 0; step < kWarpCols / 16; ++step) {
-      const uint32_t of_step[4] = {a[0][2 * step], a[1][2 * step], a[0][2 * step + 1],
-                                   a[1][2 * step + 1]};
+      const uint32_t of_step[4] = {a[0][2 * step], a[1][2 * step], a[0][2 * step + 1], a[1][2 * step + 1]};
 #pragma unroll
-      for (int tile = 0; tile < kRankTiles; ++tile)
-        multiply_bf16x3<T>(c[tile], of_step, b_fragments[step][tile][lane]);
+      for (int tile = 0; tile < kRankTiles; ++tile) multiply_bf16x3<T>(c[tile], of_step, b_fragments[step][tile][lane]);
     }
   }
   const float on_delta = own_scale(p, p.b.dtype) * p.scaling;
@@ -89,8 +87,7 @@ __device__ __forceinline__ void rows_grad(char* smem, int block, const RowsArgs&
     for (int k = 0; k < 4; ++k) {
       const int rank = rank0 + tile * 8 + t * 2 + k % 2;
       const int64_t at = token + k / 2 * 8;
-      if (at < p.m && rank < p.r)
-        q.drows[(split_index * p.m + at) * p.r + rank] = c[tile][k] * on_delta;
+      if (at < p.m && rank < p.r) q.drows[(split_index * p.m + at) * p.r + rank] = c[tile][k] * on_delta;
     }
 }
 
@@ -150,13 +147,13 @@ __device__ __forceinline__ void store_bases(const float (&base)[8], float* colum
 // Partial dyᵀ rows and, where `bases` is not null, Σ dy∘W[i]: 64 columns, one split of the tokens, 32
 // ranks. 64 tokens at a time: dy by cp.async, rows as fragments, both in two buffers.
 template <typename T>
-__device__ __forceinline__ void columns_grad(char* smem, int block, const ColumnsArgs& q,
-                                             const T* __restrict__ dy, const Args& p) {
+__device__ __forceinline__ void columns_grad(char* smem, int block, const ColumnsArgs& q, const T* __restrict__ dy,
+                                             const Args& p) {
   constexpr int kChunks = kColumnChunks, kEach = kColumnsTokens * kChunks / kBackwardThreads;
   constexpr int kRowStep = kColumnRowStep, kSteps64 = kColumnsTokens / 16;
   using Fragments = uint4[kSteps64][kRankTiles][32];
   auto* const tiles = reinterpret_cast<uint4(*)[kColumnsTokens * kChunks]>(smem);  // [2]
-  auto* const fragments = reinterpret_cast<Fragments*>(smem + kTileBytes);                 // [2]
+  auto* const fragments = reinterpret_cast<Fragments*>(smem + kTileBytes);         // [2]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int tile_row = warp % 4, in_half = warp / 4;  // 16 columns and 32 tokens of 64
   const int split_index = block / q.blocks % q.splits, rank0 = block / q.blocks / q.splits * kRanks;
@@ -172,10 +169,9 @@ __device__ __forceinline__ void columns_grad(char* smem, int block, const Column
     for (int i = 0; i < kEach; ++i) {
       const int row = threadIdx.x / kChunks + i * kRowStep;
       const bool valid = start + row < end && col < p.h;
-      copy_async(shared_address(&tiles[buffer][swizzled(row, chunk)]),
-                 valid ? dy + (start + row) * p.h + col : dy, valid);
-      if (with_base)
-        w_ahead[i] = load_row(p.w, valid ? load_id(p, start + row) * p.h + col : 0, valid);
+      copy_async(shared_address(&tiles[buffer][swizzled(row, chunk)]), valid ? dy + (start + row) * p.h + col : dy,
+                 valid);
+      if (with_base) w_ahead[i] = load_row(p.w, valid ? load_id(p, start + row) * p.h + col : 0, valid);
     }
     asm volatile("cp.async.commit_group;\n" ::: "memory");
 #pragma unroll
@@ -214,8 +210,7 @@ __device__ __forceinline__ void columns_grad(char* smem, int block, const Column
       uint32_t a[4];
       load_matrices<true>(a, shared_address(&tiles[buffer][swizzled(row, at)]));
 #pragma unroll
-      for (int tile = 0; tile < kRankTiles; ++tile)
-        multiply_bf16x3<T>(c[tile], a, fragments[buffer][step][tile][lane]);
+      for (int tile = 0; tile < kRankTiles; ++tile) multiply_bf16x3<T>(c[tile], a, fragments[buffer][step][tile][lane]);
     }
     if (with_base) {
 #pragma unroll
@@ -232,9 +227,8 @@ __device__ __forceinline__ void columns_grad(char* smem, int block, const Column
 // Grid: rows_blocks of `rows_grad`, then columns_blocks of `columns_grad`, the rest zeroes `bytes` of da.
 template <typename T>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
-    products_bwd_kernel(const T* __restrict__ dy, const RowsArgs rows, int rows_blocks,
-                        const ColumnsArgs columns, int columns_blocks, char* __restrict__ da,
-                        int64_t bytes, const Args p) {
+    products_bwd_kernel(const T* __restrict__ dy, const RowsArgs rows, int rows_blocks, const ColumnsArgs columns,
+                        int columns_blocks, char* __restrict__ da, int64_t bytes, const Args p) {
   __shared__ __align__(128) char smem[kBackwardBytes];
   int block = blockIdx.x;
   if (block < rows_blocks) return rows_grad(smem, block, rows, dy, p);
@@ -253,8 +247,7 @@ struct FinishArgs {
 };
 
 // dB and dm from the splits of `columns_grad`: a warp a column.
-__device__ __forceinline__ void finish_columns(int col, const FinishArgs& f, const ColumnsArgs& q,
-                                               const Args& p) {
+__device__ __forceinline__ void finish_columns(int col, const FinishArgs& f, const ColumnsArgs& q, const Args& p) {
   const int lane = threadIdx.x % 32;
   if (col >= p.h) return;
   const float on_delta = own_scale(p, p.b.dtype) * p.scaling;
@@ -263,23 +256,22 @@ __device__ __forceinline__ void finish_columns(int col, const FinishArgs& f, con
   for (int rank = lane; rank < p.r; rank += 32) {
     const int64_t at = int64_t{col} * p.r + rank;
     float total = 0.0f;
-    for (int split_index = 0; split_index < q.splits; ++split_index) total += q.sums[int64_t{split_index} * p.h * p.r + at];
-    if (f.db != nullptr) store(f.db, p.b.dtype, at, total * on_delta * mag_norm_scale);
+    for (int split_index = 0; split_index < q.splits; ++split_index)
+      total += q.sums[int64_t{split_index} * p.h * p.r + at];
+    if (f.db != nullptr) store_float(f.db, p.b.dtype, at, total * on_delta * mag_norm_scale);
     if (f.dm != nullptr) through_rows = fmaf(total, load(p.b, at), through_rows);
   }
   if (f.dm == nullptr) return;
-  for (int offset = 16; offset > 0; offset /= 2)
-    through_rows += __shfl_xor_sync(0xffffffffu, through_rows, offset);
+  for (int offset = 16; offset > 0; offset /= 2) through_rows += __shfl_xor_sync(0xffffffffu, through_rows, offset);
   float base = 0.0f;
   for (int split_index = 0; split_index < q.splits; ++split_index) base += q.bases[int64_t{split_index} * p.h + col];
   if (lane == 0)
-    store(f.dm, f.dm_dtype, col,
-          (own_scale(p, f.base_dtype) * base + on_delta * through_rows) / p.norm[col]);
+    store_float(f.dm, f.dm_dtype, col, (own_scale(p, f.base_dtype) * base + on_delta * through_rows) / p.norm[col]);
 }
 
 // dA [r, v], zero on entry: a warp a token; the first token of an id sums the rows of all, in order.
-__device__ __forceinline__ void scatter_rows(int64_t token, void* __restrict__ da,
-                                             const RowsArgs& q, int64_t padding, const Args& p) {
+__device__ __forceinline__ void scatter_rows(int64_t token, void* __restrict__ da, const RowsArgs& q, int64_t padding,
+                                             const Args& p) {
   constexpr int kAtOnce = 8;
   const int lane = threadIdx.x % 32;
   if (token >= p.m) return;
@@ -323,14 +315,14 @@ __device__ __forceinline__ void scatter_rows(int64_t token, void* __restrict__ d
         }
       }
     }
-    if (rank < p.r) store(da, p.a.dtype, rank * p.v + own, total);
+    if (rank < p.r) store_float(da, p.a.dtype, rank * p.v + own, total);
   }
 }
 
 // Grid: a warp for each of m tokens where da is not null, then a warp for each of h columns.
 static __global__ void __launch_bounds__(kBackwardThreads)
-    finish_bwd_kernel(void* __restrict__ da, const RowsArgs rows, int64_t padding,
-                      const FinishArgs finish, const ColumnsArgs columns, const Args p) {
+    finish_bwd_kernel(void* __restrict__ da, const RowsArgs rows, int64_t padding, const FinishArgs finish,
+                      const ColumnsArgs columns, const Args p) {
   int64_t item = (int64_t{blockIdx.x} * kBackwardThreads + threadIdx.x) / 32;
   if (da != nullptr) {
     if (item < p.m) return scatter_rows(item, da, rows, padding, p);

@@ -4,6 +4,9 @@
 //   drows = s·e·(c∘dy) B    dB = s·e·(c∘dy)ᵀ rows    dm = Σ dy∘(e·W[i] + s·e·rows Bᵀ) / norm
 //   dA[:, v] = Σ drows over the tokens of v
 //
+// ids [M] in int64 or int32; W [V, H], y and dy [M, H] in bfloat16 or float16; A [R, V] and B [H, R] in those or
+// float32; rows and drows [M, R], c (mag_norm_scale, or 1) and norm [H] in float32; e is the embedding's own scale.
+//
 // Bound by W[i], y and dy. Products run on tensor cores with float32 sums; what is not exact in the
 // half type of a product enters as hi and lo of bfloat16 (16 bits, three products), so a float32 adapter
 // keeps its precision. Every sum has one owner and a fixed order: deterministic. A lane owns 16
@@ -14,57 +17,34 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/macros/Macros.h>
 
+#include "../common/dtype.cuh"
 #include "mma.cuh"
 
 namespace lora_fused {
 namespace embedding {
-
-enum Dtype : int { kFloat, kBFloat16, kHalf };
 
 struct Array {
   const void* data;
   int dtype;
 };
 
-inline int dtype_of(const torch::stable::Tensor& t, const char* name) {
-  using torch::headeronly::ScalarType;
-  const auto dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
-                  ": expected float32, bfloat16 or float16");
-  return dtype == ScalarType::Float ? kFloat : dtype == ScalarType::BFloat16 ? kBFloat16 : kHalf;
-}
-
 inline Array array_of(const torch::stable::Tensor& t, const char* name) {
-  return {t.const_data_ptr(), dtype_of(t, name)};
+  return {t.const_data_ptr(), dtype_code(t.scalar_type(), name)};
 }
 
 struct Args {
   const void* ids;  // [m], int64 where wide, int32 else
   bool wide;
-  const void* w;  // [v, h]
-  Array a, b;     // [r, v], [h, r]
+  const void* w;                       // [v, h]
+  Array a, b;                          // [r, v], [h, r]
   const float *mag_norm_scale, *norm;  // [h], or null for LoRA
-  Array scale;    // one element, or null and `number`
+  Array scale;                         // one element, or null and `number`
   float scaling, number;
   int64_t m, v;
   int h, r;
 };
 
-__device__ __forceinline__ float load(const Array& from, int64_t i) {
-  if (from.dtype == kFloat) return static_cast<const float*>(from.data)[i];
-  if (from.dtype == kBFloat16)
-    return __bfloat162float(static_cast<const __nv_bfloat16*>(from.data)[i]);
-  return __half2float(static_cast<const __half*>(from.data)[i]);
-}
-
-__device__ __forceinline__ void store(void* data, int dtype, int64_t i, float value) {
-  if (dtype == kFloat)
-    static_cast<float*>(data)[i] = value;
-  else if (dtype == kBFloat16)
-    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16(value);
-  else
-    static_cast<__half*>(data)[i] = __float2half(value);
-}
+__device__ __forceinline__ float load(const Array& from, int64_t i) { return load_as_float(from.data, from.dtype, i); }
 
 __device__ __forceinline__ int64_t load_id(const Args& p, int64_t m) {
   return p.wide ? static_cast<const int64_t*>(p.ids)[m] : static_cast<const int32_t*>(p.ids)[m];
@@ -92,14 +72,12 @@ __device__ __forceinline__ float own_scale(const Args& p, int dtype) {
 }
 
 __device__ __forceinline__ uint4 load_row(const void* data, int64_t at, bool valid) {
-  return valid ? *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + at)
-               : uint4{0, 0, 0, 0};
+  return valid ? *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + at) : uint4{0, 0, 0, 0};
 }
 
 // c += a b with a in the half type T, b as hi and lo of bfloat16 {b0, b1 hi, b0, b1 lo}.
 template <typename T>
-__device__ __forceinline__ void multiply_bf16x3(float (&c)[4], const uint32_t (&a)[4],
-                                               const uint4& b) {
+__device__ __forceinline__ void multiply_bf16x3(float (&c)[4], const uint32_t (&a)[4], const uint4& b) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     multiply<__nv_bfloat16>(c, a, b.z, b.w);
     multiply<__nv_bfloat16>(c, a, b.x, b.y);

@@ -24,8 +24,8 @@ struct ForwardBlock {
 using FewTokens = ForwardBlock<128, 1, 1>;
 using ManyTokens = ForwardBlock<512, 16, 2>;
 
-// How a warp holds B, an adapter of P, for its 32 columns and 32 ranks: right operands in the half type H, hi and lo of a
-// float32 B.
+// How a warp holds B, an adapter of P, for its 32 columns and 32 ranks: right operands in the half type H, hi and lo of
+// a float32 B.
 template <typename P>
 struct ForwardB {
   static constexpr bool kSplit = std::is_same_v<P, float>;
@@ -74,7 +74,7 @@ struct ForwardB {
       }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const uint32_t(&of)[2][kSplits] = b[tile][step];
+        const uint32_t (&of)[2][kSplits] = b[tile][step];
         if constexpr (kSplit) {
           multiply<H>(c[tile], left[1], of[0][0], of[1][0]);
           multiply<H>(c[tile], left[0], of[0][1], of[1][1]);
@@ -106,8 +106,8 @@ __device__ __forceinline__ void fetch_w(typename Block::Shared& shared, const Ar
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
 
-// All ranks of A at the block's tokens to shared memory, a warp a token, 32 ranks a pass below each other; and to `rows`
-// [m, r] where it is not null.
+// All ranks of A at the block's tokens to shared memory, a warp a token, 32 ranks a pass below each other; and to
+// `rows` [m, r] where it is not null.
 template <typename Block>
 __device__ __forceinline__ void gather_a(typename Block::Shared& shared, float* __restrict__ rows, const Args& p,
                                          const ForwardTokens& at, int passes) {

@@ -43,7 +43,8 @@ struct AdapterTile {
   }
 
   template <int kWarps>
-  static __device__ __forceinline__ void make_fragments(uint4 (*fragments)[32], uint4 (*lo_fragments)[32], const P* tile) {
+  static __device__ __forceinline__ void make_fragments(uint4 (*fragments)[32], uint4 (*lo_fragments)[32],
+                                                        const P* tile) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = threadIdx.x / 32; i < kFragments; i += kWarps) {
@@ -87,8 +88,8 @@ __device__ __forceinline__ void add_gram(float (&sum)[2][4], const uint4& left, 
 
 // What is left and what is right of a block of A Aᵀ, hi alone or hi and lo.
 template <typename W, bool kSplitA>
-__device__ __forceinline__ void add_gram(float (&sum)[2][4], const uint4 (*fragments)[32], const uint4 (*lo_fragments)[32],
-                                         int left, int right) {
+__device__ __forceinline__ void add_gram(float (&sum)[2][4], const uint4 (*fragments)[32],
+                                         const uint4 (*lo_fragments)[32], int left, int right) {
   const int lane = threadIdx.x % 32;
   add_gram<W>(sum, fragments[left][lane], fragments[right][lane]);
   if constexpr (kSplitA) {
@@ -117,7 +118,8 @@ __device__ __forceinline__ void write_gram(float* gram, float* scratch, const fl
   const int warp = threadIdx.x / 32;
 #pragma unroll
   for (int i = 0; i < Share::kGrams; ++i)
-    store_gram<kRanks>(scratch + Share::copy(warp) * kSize, sums[i], Share::row_step(warp, i), Share::col_step(warp, i));
+    store_gram<kRanks>(scratch + Share::copy(warp) * kSize, sums[i], Share::row_step(warp, i),
+                       Share::col_step(warp, i));
   __syncthreads();
   for (int i = threadIdx.x; i < kSize; i += kThreads) {
     float total = 0.0f;
@@ -137,12 +139,13 @@ struct MagNormScaleOut {
 };
 
 // norm[i] = √(Σ over splits of partial[split, i] + s² b·G b), G the sum of `grams` [splits, kRanks, kRanks], b row i
-// of B [n, r]. Everything is added in a fixed order. Rounding may leave a sum below zero; NaN stays. And mag_norm_scale = magnitude / norm,
-// see common/mag_norm_scale.h.
+// of B [n, r]. Everything is added in a fixed order. Rounding may leave a sum below zero; NaN stays. And mag_norm_scale
+// = magnitude / norm, see common/mag_norm_scale.h.
 template <typename P, int kRanks>
 __global__ void __launch_bounds__(kFinishThreads)
     norm_finish_kernel(float* __restrict__ norm, const float* __restrict__ partial, const float* __restrict__ grams,
-                       const P* __restrict__ b, float scaling, int64_t n, int r, int splits, MagNormScaleOut scale_out) {
+                       const P* __restrict__ b, float scaling, int64_t n, int r, int splits,
+                       MagNormScaleOut scale_out) {
   __shared__ float4 gram[kRanks][kRanks / 4];
   constexpr int kPieces = kRanks * kRanks / 4;
   for (int i = threadIdx.x; i < kPieces; i += kFinishThreads) {
@@ -175,7 +178,9 @@ __global__ void __launch_bounds__(kFinishThreads)
   for (int split = 0; split < splits; ++split) total += partial[split * n + at];
   total = fmaf(scaling * scaling, form, total);
   norm[at] = sqrtf(total < 0.0f ? 0.0f : total);
-  if (scale_out.mag_norm_scale != nullptr) scale_out.mag_norm_scale[at] = mag_norm_scale_of(embedding::load(scale_out.magnitude, at), norm[at], scale_out.unit);
+  if (scale_out.mag_norm_scale != nullptr)
+    scale_out.mag_norm_scale[at] =
+        mag_norm_scale_of(embedding::load(scale_out.magnitude, at), norm[at], scale_out.unit);
 }
 
 __device__ __forceinline__ float add_square(float sum, float2 x) { return fmaf(x.x, x.x, fmaf(x.y, x.y, sum)); }

@@ -30,11 +30,7 @@ using torch::stable::Tensor;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Matrix matrix(const Tensor& t) {
-  const auto dtype = t.scalar_type();
-  return {t.const_data_ptr(),
-          dtype == ScalarType::Float ? kFloat
-                                     : (dtype == ScalarType::BFloat16 ? kBFloat16 : kHalf),
-          t.size(0), t.size(1)};
+  return {t.const_data_ptr(), dtype_code(t.scalar_type(), "row_norm"), t.size(0), t.size(1)};
 }
 
 bool aligned(const Matrix& m) {
@@ -50,8 +46,7 @@ int64_t plan(RowNormArgs& p, int64_t limit) {
   for (const bool resident : {true, false})
     for (const int w_buffers : {2, 1})
       for (const int stages : {4, 3, 2}) {
-        const int64_t bytes = w_buffers * w_bytes + stages * kRanks * kCols * 2 +
-                              (resident ? b_all : stages) * kBStep;
+        const int64_t bytes = w_buffers * w_bytes + stages * kRanks * kCols * 2 + (resident ? b_all : stages) * kBStep;
         if (bytes > limit || w_buffers * p.steps < stages) continue;
         p.b_resident = resident;
         p.w_buffers = w_buffers;
@@ -75,7 +70,8 @@ struct Work {
 };
 
 Work work_of(const RowNorm& of) {
-  Work work{in_rows(of.weight), in_rows(of.a), in_rows(of.b), of.norm, of.magnitude, of.mag_norm_scale, of.scaling, of.fill};
+  Work work{in_rows(of.weight), in_rows(of.a),     in_rows(of.b), of.norm,
+            of.magnitude,       of.mag_norm_scale, of.scaling,    of.fill};
   const Device& device = device_of(of.weight.get_device_index());
   const Matrix w = matrix(work.w), a = matrix(work.a), b = matrix(work.b);
   work.a_matrix = a, work.b_matrix = b;
@@ -98,8 +94,7 @@ Work work_of(const RowNorm& of) {
   STD_TORCH_CHECK(work.bytes > 0, "row_norm: needs 98 KiB of shared memory a block");
   p.row_blocks = ceil_div(n, kRows);
   p.col_tiles = ceil_div(k, kCols);
-  p.blocks = std::min(p.row_blocks * p.col_tiles,
-                      int64_t{per_sm} * device.multiprocessors);
+  p.blocks = std::min(p.row_blocks * p.col_tiles, int64_t{per_sm} * device.multiprocessors);
   // Partial sums, scales, split operands; every piece a multiple of 16 bytes.
   work.ranks = int64_t{period} * kRanks, work.lda = p.col_tiles * kCols;
   work.floats = (p.blocks + p.row_blocks) * kRows;
@@ -127,16 +122,29 @@ void place(Work& work, float* scratch) {
 Split split_of(const Work& work) {
   const RowNormArgs& p = work.args;
   const auto halves = [](const uint16_t* of) { return reinterpret_cast<__half*>(const_cast<uint16_t*>(of)); };
-  return {halves(p.a), halves(p.b), const_cast<float*>(p.col_scale), const_cast<float*>(p.row_scale),
-          work.a_matrix, work.b_matrix, work.ranks, work.lda};
+  return {halves(p.a),
+          halves(p.b),
+          const_cast<float*>(p.col_scale),
+          const_cast<float*>(p.row_scale),
+          work.a_matrix,
+          work.b_matrix,
+          work.ranks,
+          work.lda};
 }
 
 Finish finish_of(const Work& work) {
   const auto floats = [](const MaybeTensor& t) { return t ? static_cast<float*>(t->mutable_data_ptr()) : nullptr; };
   const RowNormArgs& p = work.args;
   constexpr float kUnit = static_cast<float>(kScaleUnits) * std::numeric_limits<float>::epsilon();
-  return {floats(work.norm), floats(work.mag_norm_scale), floats(work.magnitude), p.partial, p.n,
-          p.row_blocks,      p.col_tiles,       p.blocks,               kUnit};
+  return {floats(work.norm),
+          floats(work.mag_norm_scale),
+          floats(work.magnitude),
+          p.partial,
+          p.n,
+          p.row_blocks,
+          p.col_tiles,
+          p.blocks,
+          kUnit};
 }
 
 // One launch a norm: with several in one, their arguments read by an index, it took 8 % longer.

@@ -12,20 +12,19 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../common/dtype.cuh"
 #include "mma.cuh"
 
 namespace lora_fused {
 
 constexpr int kRows = 128, kCols = 128;  // a tile: 2×2 warps of 64×64
 constexpr int kThreads = 128;
-constexpr int kRanks = 32;  // ranks of one step
-constexpr int kAChunks = kCols / 8;  // of 16 bytes in a row of A
+constexpr int kRanks = 32;                  // ranks of one step
+constexpr int kAChunks = kCols / 8;         // of 16 bytes in a row of A
 constexpr int kAStep = kRanks * kCols * 2;  // bytes of A in one step
 constexpr int kBStep = kRows * kRanks * 2;  // bytes of B in one step
 
-constexpr int kNorms = 8;    // of one launch
-
-enum Dtype : int { kFloat, kBFloat16, kHalf };
+constexpr int kNorms = 8;  // of one launch
 
 struct RowNormArgs {
   float* partial;  // [blocks + row_blocks, 128]
@@ -65,8 +64,8 @@ __device__ __forceinline__ int w_swizzle(int row) {
 // exists from there on. A thread keeps its column and, since rows come a multiple of the
 // swizzle's period apart, its swizzled chunk.
 template <int kBytes>
-__device__ __forceinline__ void load_w(char* to, const char* from, int64_t row_bytes, int rows,
-                                       int64_t valid_cols, bool vector) {
+__device__ __forceinline__ void load_w(char* to, const char* from, int64_t row_bytes, int rows, int64_t valid_cols,
+                                       bool vector) {
   constexpr int kPerChunk = 16 / kBytes, kChunks = kCols / kPerChunk;
   constexpr int kRowStep = kThreads / kChunks;
   const int chunk = threadIdx.x % kChunks, row0 = threadIdx.x / kChunks;
@@ -92,8 +91,7 @@ __device__ __forceinline__ void load_w(char* to, const char* from, int64_t row_b
 }
 
 // 32 ranks × 128 columns of A, `ranks` of them there from this thread's first on.
-__device__ __forceinline__ void load_a(uint32_t to, const uint16_t* from, int64_t lda,
-                                       int ranks) {
+__device__ __forceinline__ void load_a(uint32_t to, const uint16_t* from, int64_t lda, int ranks) {
 #pragma unroll
   for (int row = 0; row < kRanks; row += kThreads / kAChunks) {
     copy_async(to + row * kAChunks * 16, from, row < ranks);
@@ -106,24 +104,20 @@ __device__ __forceinline__ int b_step(const RowNormArgs& p, int step) {
 }
 
 // 32 ranks of B: 128 rows of 64 bytes.
-__device__ __forceinline__ void load_b(uint32_t to, const RowNormArgs& p, int step,
-                                       int64_t row0) {
+__device__ __forceinline__ void load_b(uint32_t to, const RowNormArgs& p, int step, int64_t row0) {
   const int chunk = threadIdx.x % 4;
   const int64_t rank = step * int64_t{kRanks} + chunk * 8;
 #pragma unroll
   for (int row = threadIdx.x / 4; row < kRows; row += kThreads / 4) {
     const bool valid = row0 + row < p.n && rank < p.ldb;
-    copy_async(to + (row * 4 + (chunk ^ (row >> 1 & 3))) * 16,
-               valid ? p.b + (row0 + row) * p.ldb + rank : p.b, valid);
+    copy_async(to + (row * 4 + (chunk ^ (row >> 1 & 3))) * 16, valid ? p.b + (row0 + row) * p.ldb + rank : p.b, valid);
   }
 }
 
 // sums[row] += (w + scale[row] · acc)² over the warp's 64×64 part of the tile; acc to zero.
 template <typename W, bool kScaled>
-__device__ __forceinline__ void add_squares(float (&sums)[4][2], float (&acc)[4][8][4],
-                                            const float (&scale)[4][2], const char* w,
-                                            const float* col_scale, int warp_row,
-                                            int warp_col) {
+__device__ __forceinline__ void add_squares(float (&sums)[4][2], float (&acc)[4][8][4], const float (&scale)[4][2],
+                                            const char* w, const float* col_scale, int warp_row, int warp_col) {
   constexpr int kRowBytes = kCols * sizeof(W);
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -131,8 +125,7 @@ __device__ __forceinline__ void add_squares(float (&sums)[4][2], float (&acc)[4]
     float2 by[2] = {{1.0f, 1.0f}, {1.0f, 1.0f}};
     if constexpr (kScaled)
       for (int h = 0; h < 2; ++h)
-        by[h] = *reinterpret_cast<const float2*>(col_scale + warp_col + 16 * j + 8 * h +
-                                                 2 * (lane % 4));
+        by[h] = *reinterpret_cast<const float2*>(col_scale + warp_col + 16 * j + 8 * h + 2 * (lane % 4));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float2 v[4];  // rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
@@ -140,8 +133,7 @@ __device__ __forceinline__ void add_squares(float (&sums)[4][2], float (&acc)[4]
         const int row = warp_row + 16 * i + lane % 16;
         const int chunk = warp_col / 8 + 2 * j + lane / 16;
         uint32_t bits[4];
-        load_matrices<false>(bits, shared_address(w) + row * kRowBytes +
-                                       (chunk ^ w_swizzle<2>(row)) * 16);
+        load_matrices<false>(bits, shared_address(w) + row * kRowBytes + (chunk ^ w_swizzle<2>(row)) * 16);
 #pragma unroll
         for (int q = 0; q < 4; ++q) v[q] = pair(bits[q], W());
       } else {
@@ -150,8 +142,7 @@ __device__ __forceinline__ void add_squares(float (&sums)[4][2], float (&acc)[4]
           const int row = warp_row + 16 * i + 8 * (q % 2) + lane / 4;
           const int col = warp_col + 16 * j + 8 * (q / 2) + 2 * (lane % 4);
           const int chunk = (col / 4) ^ w_swizzle<4>(row);
-          v[q] = *reinterpret_cast<const float2*>(w + row * kRowBytes + chunk * 16 +
-                                                  col % 4 * 4);
+          v[q] = *reinterpret_cast<const float2*>(w + row * kRowBytes + chunk * 16 + col % 4 * 4);
         }
       }
 #pragma unroll
@@ -167,10 +158,8 @@ __device__ __forceinline__ void add_squares(float (&sums)[4][2], float (&acc)[4]
 }
 
 template <typename W>
-__device__ __forceinline__ void add_squares(float (&sums)[4][2], float (&acc)[4][8][4],
-                                            const float (&scale)[4][2], const char* w,
-                                            const float* col_scale, int warp_row,
-                                            int warp_col) {
+__device__ __forceinline__ void add_squares(float (&sums)[4][2], float (&acc)[4][8][4], const float (&scale)[4][2],
+                                            const char* w, const float* col_scale, int warp_row, int warp_col) {
   if (col_scale == nullptr)
     add_squares<W, false>(sums, acc, scale, w, col_scale, warp_row, warp_col);
   else
@@ -190,8 +179,9 @@ struct Buffers {
         w_bytes(kRows * kCols * (p.w_dtype == kFloat ? 4 : 2)) {}
 };
 
-// What a thread loads next of `count` tiles beside each other, as running pointers. A: row `a_row` of a step, 8 columns;
-// W likewise. `next` asks for one step of A, for B beside it where B is not resident, and for a tile of W when it is due.
+// What a thread loads next of `count` tiles beside each other, as running pointers. A: row `a_row` of a step, 8
+// columns; W likewise. `next` asks for one step of A, for B beside it where B is not resident, and for a tile of W when
+// it is due.
 struct Loader {
   const RowNormArgs& p;
   const Buffers& to;
@@ -205,8 +195,8 @@ struct Loader {
   const char* w_from;
   int64_t w_cols;
   int w_rows;
-  int tile = 0, step = 0, slot = 0;         // of A
-  int w_tile = 0, w_slot = 0, w_in;         // of W; w_in: steps until the next is due
+  int tile = 0, step = 0, slot = 0;  // of A
+  int w_tile = 0, w_slot = 0, w_in;  // of W; w_in: steps until the next is due
 
   __device__ __forceinline__ Loader(const RowNormArgs& p, const Buffers& to, int64_t row0, int64_t col0, int count)
       : p(p), to(to), row0(row0), count(count) {
@@ -302,8 +292,8 @@ __device__ __forceinline__ void store_row_sums(float* partial, float (&row_sums)
   }
 }
 
-// partial[block + row block, 128]: the pairs a block visits are distinct in their sum, since from one to the next either
-// the block or the row block grows by one.
+// partial[block + row block, 128]: the pairs a block visits are distinct in their sum, since from one to the next
+// either the block or the row block grows by one.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) row_norm_fwd_kernel(const RowNormArgs p) {
   extern __shared__ __align__(128) char smem[];

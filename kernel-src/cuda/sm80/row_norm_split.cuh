@@ -1,4 +1,8 @@
-// What row_norm.cu runs before and after the product of row_norm.cuh: the split of A and B, and the sums' roots.
+// What row_norm.cu runs before and after the product of row_norm.cuh, all norms of a group in one launch each.
+//
+//   split    A [R, K] and B [N, R] of any of the three dtypes as hi and lo of fp16, each times a power of two of its
+//            column or row that keeps both in range; ranks and columns are padded with zeros to whole steps and tiles
+//   finish   norm [N] = the root of a row's partial sums, and magnitude / norm where there is a magnitude
 #pragma once
 
 #include <cstdint>
@@ -16,11 +20,7 @@ struct Matrix {  // row-major
 
 __device__ __forceinline__ float load(const Matrix& m, int64_t row, int64_t col) {
   if (row >= m.rows || col >= m.cols) return 0.0f;
-  const int64_t i = row * m.cols + col;
-  if (m.dtype == kFloat) return static_cast<const float*>(m.data)[i];
-  if (m.dtype == kBFloat16)
-    return __bfloat162float(static_cast<const __nv_bfloat16*>(m.data)[i]);
-  return __half2float(static_cast<const __half*>(m.data)[i]);
+  return load_as_float(m.data, m.dtype, row * m.cols + col);
 }
 
 // Exponent that brings `largest` to [2^14, 2^15), near the top of fp16.
@@ -70,8 +70,7 @@ static __global__ void __launch_bounds__(256) row_norm_split_kernel(const __grid
     if (row >= s.b.rows) return;
     float top = 0.0f;
     for (int64_t r = x; r < s.b.cols; r += 32) top = fmaxf(top, fabsf(load(s.b, row, r)));
-    for (int offset = 16; offset > 0; offset /= 2)
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+    for (int offset = 16; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
     const int exponent = exponent_for(top);
     if (x == 0) s.row_scale[row] = ldexpf(1.0f, -exponent);
     for (int64_t r = x; r < s.ranks; r += 32) {

@@ -1,12 +1,4 @@
-// Products of activations with an adapter's rank on CUDA, those of a whole group in one launch each:
-//
-//   shrink   t = s·D(x) Aᵀ      adapter_grad   dA = dtᵀ D(x), dB = dy'ᵀ t      dropped_expand_add   dx += Σ D(dt A)
-//
-// with D(x) = mask ∘ x / (1 - p), the scale applied to the sum, or x. Fused: the mask is drawn in
-// registers (Philox, see common/dropout.h), D(x) is never written, gradients are written in their own
-// dtype and layout. Bound by one read of x and, with a mask, by its integer arithmetic, some ten
-// operations an element. Tensor cores (mma.sync), float32 sums; every sum has one owner, so results
-// are deterministic.
+// Launches of skinny.cuh, which says what they compute: the products of a whole group in one each.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
@@ -114,7 +106,8 @@ void launch(const Arguments<T>& args, const DroppedExpand*, Extent most, const M
   dim3 grid(blocks(most.cols, kExpandCols), blocks(args.rows, kExpandRows * kExpandTiles));
   if (dispatch::expand_takes_one_tile(grid.x * grid.y)) grid.y = blocks(args.rows, kExpandRows);
   static SharedMemory shared_memory;
-  shared_memory.allow(dropped_expand_add_bwd_kernel<T>, kExpandRanks * kExpandPitch * sizeof(T), like.get_device_index());
+  shared_memory.allow(dropped_expand_add_bwd_kernel<T>, kExpandRanks * kExpandPitch * sizeof(T),
+                      like.get_device_index());
   dropped_expand_add_bwd_kernel<T><<<grid, kThreads, ranks * kExpandPitch * sizeof(T), stream>>>(args);
 }
 
@@ -152,13 +145,9 @@ bool lora_fused::skinny_supports(const MatrixView& matrix) {
          reinterpret_cast<uintptr_t>(matrix.const_data_ptr()) % 16 == 0;
 }
 
-void lora_fused::shrink_cuda(const std::vector<Shrink>& entries) {
-  run_as(entries, entries[0].x, nullptr);
-}
+void lora_fused::shrink_cuda(const std::vector<Shrink>& entries) { run_as(entries, entries[0].x, nullptr); }
 
-void lora_fused::adapter_grad_cuda(const std::vector<AdapterGrad>& entries) {
-  run_as(entries, entries[0].x, nullptr);
-}
+void lora_fused::adapter_grad_cuda(const std::vector<AdapterGrad>& entries) { run_as(entries, entries[0].x, nullptr); }
 
 void lora_fused::dropped_expand_add_cuda(const MatrixView& dx, const std::vector<DroppedExpand>& terms) {
   // What a launch has shared memory for; ranks beyond that are a term of their own.

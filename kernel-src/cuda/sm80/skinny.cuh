@@ -1,4 +1,16 @@
-// The kernels of skinny.cu, which says what they compute.
+// Products of activations with an adapter's rank on CUDA, those of a whole group in one launch each:
+//
+//   shrink   t = s·D(x) Aᵀ      adapter_grad   dA = dtᵀ D(x), dB = dy'ᵀ t      dropped_expand_add   dx += Σ D(dt A)
+//
+// with D(x) = mask ∘ x / (1 - p), the scale applied to the sum, or x. Fused: the mask is drawn in
+// registers (Philox, see common/dropout.h), D(x) is never written, gradients are written in their own
+// dtype and layout. Bound by one read of x and, with a mask, by its integer arithmetic, some ten
+// operations an element. Tensor cores (mma.sync), float32 sums; every sum has one owner, so results
+// are deterministic.
+//
+// x [M, C], A [R, C], t and dt [M, R], dA [R, C], dB [C, R]; one half-precision dtype, gradients in it or in float32.
+// Rows are contiguous, of a multiple of eight elements, and start on 16 bytes, so that every access is whole. A group's
+// entries share M, and each has a row of the grid.
 #pragma once
 
 #include <cstdint>
@@ -33,8 +45,7 @@ struct Arguments {
 
 // Eight columns of a row, or zeros where the mask drops them.
 template <typename T>
-__device__ __forceinline__ Columns<T> masked(Columns<T> x, uint64_t key, const Mask& mask, int64_t row,
-                                             int64_t col) {
+__device__ __forceinline__ Columns<T> masked(Columns<T> x, uint64_t key, const Mask& mask, int64_t row, int64_t col) {
   if (mask.seed == nullptr) return x;
   const uint4 kept = lora_fused::masked(*reinterpret_cast<const uint4*>(&x), key, mask, row,
                                         static_cast<uint32_t>(col / kMaskColumns));
@@ -54,7 +65,9 @@ __device__ __forceinline__ const uint32_t* bits(const void* p) { return static_c
 // t for 16 tokens and up to 8·kTiles ranks of one entry. The warps take turns at blocks of 32 columns;
 // a lane loads eight neighbouring columns of x and of A, which only permutes the sum's order.
 template <typename T, int kTiles, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, kWarps > 8 ? 1 : kTiles > 4 ? 2 : 3)
+__global__ void __launch_bounds__(32 * kWarps, kWarps > 8   ? 1
+                                               : kTiles > 4 ? 2
+                                                            : 3)
     shrink_fwd_kernel(const __grid_constant__ Arguments<T> args) {
   __shared__ float shared[kWarps][16][8 * kTiles];
   const Entry<T>& e = args.entry[blockIdx.y];
@@ -83,8 +96,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps > 8 ? 1 : kTiles > 4 ? 2 :
       const uint32_t left[4] = {bits(&top)[2 * step], bits(&bottom)[2 * step], bits(&top)[2 * step + 1],
                                 bits(&bottom)[2 * step + 1]};
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i)
-        multiply<T>(acc[i], left, bits(&a[i])[2 * step], bits(&a[i])[2 * step + 1]);
+      for (int i = 0; i < kTiles; ++i) multiply<T>(acc[i], left, bits(&a[i])[2 * step], bits(&a[i])[2 * step + 1]);
     }
   }
 #pragma unroll
@@ -106,7 +118,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps > 8 ? 1 : kTiles > 4 ? 2 :
 }
 
 constexpr int kGradCols = 32, kGradRanks = 32, kGradRows = 32;  // of a block; of a warp's step
-constexpr int kGradPitch = kGradCols + 8;  // elements of a row in shared memory: no bank conflicts
+constexpr int kGradPitch = kGradCols + 8;                       // elements of a row in shared memory: no bank conflicts
 
 // 32 ranks by 32 columns of one entry. The warps take turns at 32 tokens, each with a stage of its own
 // in shared memory, from which ldmatrix transposes both operands.
@@ -187,8 +199,8 @@ __global__ void __launch_bounds__(kThreads, 3) adapter_grad_bwd_kernel(const __g
     for (int w = 0; w < kWarps; ++w) total += shared.sums[w][rank][at];
     total *= e.scaling;
     if (first_rank + rank >= e.ranks || first_col + at >= e.cols) continue;
-    const int64_t place = e.transposed ? (first_col + at) * e.ranks + first_rank + rank
-                                       : (first_rank + rank) * e.cols + first_col + at;
+    const int64_t place =
+        e.transposed ? (first_col + at) * e.ranks + first_rank + rank : (first_rank + rank) * e.cols + first_col + at;
     if (e.out_is_float)
       static_cast<float*>(e.out)[place] = total;
     else
@@ -196,7 +208,8 @@ __global__ void __launch_bounds__(kThreads, 3) adapter_grad_bwd_kernel(const __g
   }
 }
 
-constexpr int kExpandRows = 64, kExpandCols = 64, kExpandPitch = kExpandCols + 8, kExpandTiles = 4;  // rows and columns; tiles of a block
+constexpr int kExpandRows = 64, kExpandCols = 64, kExpandPitch = kExpandCols + 8,
+              kExpandTiles = 4;    // rows and columns; tiles of a block
 constexpr int kExpandRanks = 640;  // of all entries of a launch, each rounded up to 32: rows of A in shared memory
 
 __host__ __device__ constexpr int padded_ranks(int ranks) { return (ranks + 31) / 32 * 32; }
@@ -204,7 +217,8 @@ __host__ __device__ constexpr int padded_ranks(int ranks) { return (ranks + 31) 
 // dx [64, 64] += all entries' terms, for every gridDim.y-th 64 rows; a warp has 16 rows by 32 columns. A's columns
 // are stored so that the four tiles of eight give a lane eight neighbouring columns, one Philox block.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 3) dropped_expand_add_bwd_kernel(const __grid_constant__ Arguments<T> args) {
+__global__ void __launch_bounds__(kThreads, 3)
+    dropped_expand_add_bwd_kernel(const __grid_constant__ Arguments<T> args) {
   extern __shared__ __align__(16) uint8_t storage[];
   T(*const as)[kExpandPitch] = reinterpret_cast<T(*)[kExpandPitch]>(storage);
   __shared__ uint64_t keys[kEntries];
@@ -217,8 +231,8 @@ __global__ void __launch_bounds__(kThreads, 3) dropped_expand_add_bwd_kernel(con
     const Entry<T>& e = args.entry[n];
     for (int i = threadIdx.x; i < padded_ranks(e.ranks) * (kExpandCols / 8); i += kThreads) {
       const int rank = i / (kExpandCols / 8), piece = 8 * (i % (kExpandCols / 8));
-      const Columns<T> a = load_if(e.a, rank * e.a_stride + first_col + piece,
-                                   rank < e.ranks && first_col + piece < cols);
+      const Columns<T> a =
+          load_if(e.a, rank * e.a_stride + first_col + piece, rank < e.ranks && first_col + piece < cols);
       // Columns 8u + 2v + {0, 1} of 32 go to place 8v + 2u.
       const int base = piece / 32 * 32 + piece % 32 / 4;
 #pragma unroll

@@ -43,7 +43,8 @@ void launch(const std::vector<DtDb>& products, size_t begin) {
   for (size_t i = begin; i < end; ++i) slabs += tiles(products[i].dy.size(1), kSlab);
   args.shares = std::clamp(multiprocessors(device) / slabs, 1, args.steps);
   int64_t floats = 0;
-  for (size_t i = begin; i < end; ++i) floats += partials_of(products[i], tiles(products[i].dy.size(1), kSlab), args.shares);
+  for (size_t i = begin; i < end; ++i)
+    floats += partials_of(products[i], tiles(products[i].dy.size(1), kSlab), args.shares);
   const Tensor buffer = empty(like.base(), {floats}, ScalarType::Float);
   float* next = static_cast<float*>(buffer.mutable_data_ptr());
   Sums sums;
@@ -59,8 +60,10 @@ void launch(const std::vector<DtDb>& products, size_t begin) {
     e.slabs = tiles(p.dy.size(1), kSlab), e.first_slab = slabs;
     e.dt_partials = next, e.db_partials = next + int64_t{e.slabs} * args.rows * e.width;
     next += partials_of(p, e.slabs, args.shares);
-    Sum& dt = sums.sum[2 * args.entries] = sum_of(e.dt_partials, e.slabs, e.width, p.dt, p.split.has_value(), p.scaling);
-    sums.sum[2 * args.entries + 1] = sum_of(e.db_partials, args.shares, e.width, p.db, p.split.has_value(), p.db_scaling);
+    Sum& dt = sums.sum[2 * args.entries] =
+        sum_of(e.dt_partials, e.slabs, e.width, p.dt, p.split.has_value(), p.scaling);
+    sums.sum[2 * args.entries + 1] =
+        sum_of(e.db_partials, args.shares, e.width, p.db, p.split.has_value(), p.db_scaling);
     if (p.split) dt.split_ranks = static_cast<int>(p.split->ranks), dt.split_stride = static_cast<int>(p.split->stride);
     most_quads = std::max<int64_t>(most_quads, int64_t{std::max(args.rows, e.columns)} * e.width / 4);
     slabs += e.slabs, ++args.entries;
@@ -79,7 +82,9 @@ void launch(const std::vector<DtDb>& products, size_t begin) {
 bool lora_fused::dt_db_sm90_supports(const DtDb& p) {
   const auto dtype = p.dy.scalar_type();
   const auto given = [&](const MatrixView& m) { return m.scalar_type() == dtype && supports_tma(m); };
-  const auto found = [&](const MatrixView& m) { return m.scalar_type() == dtype || m.scalar_type() == ScalarType::Float; };
+  const auto found = [&](const MatrixView& m) {
+    return m.scalar_type() == dtype || m.scalar_type() == ScalarType::Float;
+  };
   const bool splits = !p.split || (is_bfloat16(p.dy) && is_bfloat16(p.dt) && p.dt.size(1) % 4 == 0);
   return given(p.dy) && given(p.b) && given(p.t) && found(p.dt) && found(p.db) && p.t.size(1) <= kMostRanks && splits;
 }

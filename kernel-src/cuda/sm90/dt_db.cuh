@@ -1,13 +1,13 @@
-// The kernels of dt_db_sm90.cu: both products of dy with an adapter's rank on Hopper, from one read of dy.
+// The kernels of dt_db.cu: both products of dy with an adapter's rank on Hopper, from one read of dy.
 //
 //   dt [M, R] = scaling · dy B      dB [N, R] = dyᵀ t
 //
-// A block has a slab of 512 columns of dy and a share of its rows, and steps down them 128 at a time. The slab's rows of
-// B stay in shared memory; one thread loads dy, 128 rows and 128 columns a stage, and t, 128 rows a step. Two warpgroups
-// multiply: each has half of the step's rows for dt, whose sum over the slab is done with the step, and half of the
-// slab's columns for dB, whose sums stay in registers to the end. Sums over slabs, of dt, and over shares, of dB, are
-// a second kernel's, in their order. Everything is 128-byte swizzled; ragged edges and ranks are what the copy engine
-// fills with zeros.
+// A block has a slab of 512 columns of dy and a share of its rows, and steps down them 128 at a time. The slab's rows
+// of B stay in shared memory; one thread loads dy, 128 rows and 128 columns a stage, and t, 128 rows a step. Two
+// warpgroups multiply: each has half of the step's rows for dt, whose sum over the slab is done with the step, and half
+// of the slab's columns for dB, whose sums stay in registers to the end. Sums over slabs, of dt, and over shares, of
+// dB, are a second kernel's, in their order. Everything is 128-byte swizzled; ragged edges and ranks are what the copy
+// engine fills with zeros.
 #pragma once
 
 #include "../common/bf16x3.cuh"
@@ -29,7 +29,7 @@ constexpr int kMostRanks = 64, kEntries = 4, kFinishThreads = 256;
 struct Entry {
   CUtensorMap dy, b, t;
   float *dt_partials, *db_partials;  // [slabs, M, width] and [shares, N, width]
-  int columns, width;          // N; ranks rounded up to what a wgmma takes
+  int columns, width;                // N; ranks rounded up to what a wgmma takes
   int slabs, first_slab;
 };
 
@@ -48,6 +48,7 @@ struct Barriers {
   __device__ __forceinline__ uint32_t b_full() const { return base + 8 * (2 * kStages + 2 * kSlots); }
 };
 
+// Where a thread is in a ring, and the parity of that slot's current phase.
 template <int kCount>
 struct Ring {
   int at = 0;
@@ -58,7 +59,8 @@ struct Ring {
 };
 
 // One thread: the slab's B, and all loads of steps [first, last).
-__device__ __forceinline__ void produce(const Entry& e, uint32_t base, Barriers barriers, int slab, int first, int last) {
+__device__ __forceinline__ void produce(const Entry& e, uint32_t base, Barriers barriers, int slab, int first,
+                                        int last) {
   const int column = slab * kSlab;
   barrier_arrive_expect(barriers.b_full(), kSlab / 64 * kBox);
   tensor_load(base + kB, &e.b, 0, column, barriers.b_full());
@@ -117,6 +119,7 @@ __device__ __forceinline__ void consume(const Entry& e, const Arguments& args, u
       const uint32_t stage = base + ring.at * kStageBytes;
       const uint64_t rows = matrix_descriptor(stage + group * kBox, kBox, 1024);
       const uint64_t columns = matrix_descriptor(stage + group * 2 * kBox, kBox, 1024);
+      // dy as [rows, 64] for dt, contiguous along what is summed, and the same bytes as [64, rows] for dB, transposed.
       wgmma_fence();
 #pragma unroll
       for (int part = 0; part < kCols / kWgmmaK; ++part) {
@@ -128,7 +131,7 @@ __device__ __forceinline__ void consume(const Entry& e, const Arguments& args, u
       for (int part = 0; part < kRows / kWgmmaK; ++part)
         wgmma<T, true, true>(db[i], columns + part * kAlongColumn, t + part * kAlongColumn, 1);
       wgmma_commit();
-      if (i > 0) {
+      if (i > 0) {  // the products of the stage before are done while these run
         wgmma_wait<1>();
         release(barriers.empty(before));
       }
@@ -144,7 +147,8 @@ __device__ __forceinline__ void consume(const Entry& e, const Arguments& args, u
 #pragma unroll
   for (int i = 0; i < kStagesOfSlab; ++i) {
     keep_below(db[i]);
-    store<kWidth>(e.db_partials + int64_t{share} * e.columns * kWidth, slab * kSlab + i * kCols + 64 * group, e.columns, db[i]);
+    store<kWidth>(e.db_partials + int64_t{share} * e.columns * kWidth, slab * kSlab + i * kCols + 64 * group, e.columns,
+                  db[i]);
   }
 }
 
@@ -187,8 +191,8 @@ __global__ __launch_bounds__(kThreads, 1) void dt_db_kernel(const __grid_constan
 #endif
 }
 
-// out [rows, ranks] = scaling · the sum of partials [count, rows, width]; bf16x3, of their columns below `ranks` and of as
-// many after these.
+// out [rows, ranks] = scaling · the sum of partials [count, rows, width]; bf16x3, of their columns below `ranks` and of
+// as many after these.
 struct Sum {
   const float* partials;
   void* out;

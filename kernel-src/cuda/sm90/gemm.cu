@@ -21,10 +21,10 @@ using lora_fused::Gemm;
 using lora_fused::GemmSegment;
 using lora_fused::kGemmSegments;
 using lora_fused::mask_of;
+using lora_fused::MatrixView;
 using lora_fused::multiprocessors;
 using lora_fused::scale_of;
 using lora_fused::SharedMemory;
-using lora_fused::MatrixView;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -49,7 +49,8 @@ void launch(const Gemm& gemm, int count) {
   args.n = static_cast<int>(gemm.out.size(1));
   args.accumulate = gemm.accumulate;
   args.bias = gemm.bias ? gemm.bias->const_data_ptr() : nullptr;
-  args.mag_norm_scale = gemm.mag_norm_scale ? static_cast<const float*>(gemm.mag_norm_scale->const_data_ptr()) : nullptr;
+  args.mag_norm_scale =
+      gemm.mag_norm_scale ? static_cast<const float*>(gemm.mag_norm_scale->const_data_ptr()) : nullptr;
 
   const int device = gemm.out.get_device_index();
   const auto kernel = gemm_kernel<T, kBlockN, kRowsAreN, kLeading>;
@@ -94,8 +95,8 @@ bool fits(const MatrixView& m, const MatrixView& like, int64_t rows, int64_t col
 }
 
 bool fits(const Tensor& v, ScalarType dtype, int64_t count) {
-  return v.dim() == 1 && v.size(0) == count && v.is_cuda() && v.scalar_type() == dtype &&
-         v.is_contiguous() && reinterpret_cast<uintptr_t>(v.const_data_ptr()) % 8 == 0;
+  return v.dim() == 1 && v.size(0) == count && v.is_cuda() && v.scalar_type() == dtype && v.is_contiguous() &&
+         reinterpret_cast<uintptr_t>(v.const_data_ptr()) % 8 == 0;
 }
 
 }  // namespace
@@ -111,8 +112,7 @@ bool gemm_sm90_supports(const Gemm& gemm) {
   for (const GemmSegment& segment : gemm.segments) {
     const int64_t k = segment.a.size(1);
     if (!fits(segment.a, out, m, k)) return false;
-    if (!(gemm.b_rows_are_n ? fits(segment.b, out, n, k) : fits(segment.b, out, k, n)))
-      return false;
+    if (!(gemm.b_rows_are_n ? fits(segment.b, out, n, k) : fits(segment.b, out, k, n))) return false;
   }
   if (gemm.bias && !fits(*gemm.bias, dtype, n)) return false;
   if (gemm.mag_norm_scale.has_value() != gemm.unscaled.has_value()) return false;
@@ -126,8 +126,6 @@ bool gemm_sm90_supports(const Gemm& gemm) {
   return true;
 }
 
-void gemm_sm90(const Gemm& gemm) {
-  is_bfloat16(gemm.out) ? launch<__nv_bfloat16>(gemm) : launch<__half>(gemm);
-}
+void gemm_sm90(const Gemm& gemm) { is_bfloat16(gemm.out) ? launch<__nv_bfloat16>(gemm) : launch<__half>(gemm); }
 
 }  // namespace lora_fused

@@ -1,14 +1,18 @@
 // The kernel of gemm.cu: a matrix product for Hopper with the LoRA terms inside.
 //
 // Fused: every segment's product runs as further K steps of one accumulator, so a rank-R term costs
-// R/K of the base product and out is written once; a dropout mask or DoRA's excess over the sum of the leading segments,
-// in registers; bias or DoRA's scale, the unscaled sum and y in the epilogue.
+// R/K of the base product and out is written once; a dropout mask or DoRA's excess over the sum of the leading
+// segments, in registers; bias or DoRA's scale, the unscaled sum and y in the epilogue.
 //
 // A block makes tiles of 128 x kBlockN of out until none is left. One warp of it loads 64 columns of
 // a and of b a step into a ring of shared memory stages; two warpgroups multiply them, 64 rows each,
 // and know nothing of segments. Two blocks with neighbouring rows form a cluster, and each loads
 // half of the b that both need. The stores of a tile overlap the products of the next. Everything is
 // 128-byte swizzled; ragged edges and ranks are what the copy engine fills with zeros or leaves out.
+//
+// a [M, k] of each segment, 128-byte swizzled boxes of 128 rows and 64 columns; b [N, k] in boxes of kBlockN / 2 rows
+// and 64 columns, or [k, N] in boxes of 64 rows and 64 columns (kRowsAreN says which); out and the unscaled sum [M, N]
+// leave by boxes of 16 rows and 64 columns, a warp's each. bias [N] in T, mag_norm_scale [N] in float32.
 #pragma once
 
 #include "../../common/gemm.h"
@@ -18,14 +22,17 @@
 namespace lora_fused::sm90 {
 
 constexpr int kBlockM = 128, kBlockK = 64;  // 64 elements of 2 bytes: one row of a swizzle
-constexpr int kWgmmaK = 16;                   // K of one wgmma
+constexpr int kWgmmaK = 16;                 // K of one wgmma
 constexpr int kCluster = 2;                 // blocks of neighbouring rows that share b
 constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
 constexpr int kConsumerWarps = 4 * kConsumers;
-// What becomes of the leading segments' sum: D of it, a multiple of it, or unscaled = it and then (mag_norm_scale - 1)∘it.
+// What becomes of the leading segments' sum: D of it, a multiple of it, or unscaled = it and then (mag_norm_scale -
+// 1)∘it.
 enum class LeadingOp { kNone, kMask, kScale, kExcess };
 constexpr int kStagingSlabs = 2, kSlabBytes = 16 * 128;  // a warp's staging: 16 rows x 64 columns each
 
+// A block's shared memory: the ring (a, then b, each stage), two staging slabs a warp, the ring's barriers (full, then
+// empty, of each stage).
 template <int kBlockN>
 struct Layout {
   static constexpr int a_bytes = kBlockM * kBlockK * 2, b_bytes = kBlockN * kBlockK * 2;
@@ -61,6 +68,7 @@ __device__ __forceinline__ int2 place_of(const Arguments& args, int tile, int ra
   return make_int2((cluster_m * kCluster + rank) * kBlockM, within / high * kBlockN);
 }
 
+// Where a thread is in the ring, and the parity of that stage's current phase.
 template <int kStages>
 struct Ring {
   int stage = 0;
@@ -80,8 +88,7 @@ __device__ __forceinline__ void produce(const Arguments& args, uint32_t base, in
   constexpr int kShare = kBlockN / kCluster;  // columns of b that this block loads
   constexpr uint16_t kAll = (1 << kCluster) - 1;
   Ring<L::stages> ring;
-  for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n;
-       tile += gridDim.x / kCluster) {
+  for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n; tile += gridDim.x / kCluster) {
     const int2 place = place_of<kBlockN>(args, tile, rank);
     for (int s = 0; s < args.segments; ++s) {
       for (int step = 0; step < args.steps_of[s]; ++step, ring.advance()) {
@@ -89,7 +96,8 @@ __device__ __forceinline__ void produce(const Arguments& args, uint32_t base, in
         const uint32_t a = base + ring.stage * L::stage_bytes;
         const uint32_t b = a + L::a_bytes + rank * (L::b_bytes / kCluster);
         const int k = step * kBlockK, n = place.y + rank * kShare;
-        barrier_wait(empty, ring.phase ^ 1);
+        barrier_wait(empty, ring.phase ^ 1);  // the consumers of both blocks are done with the stage
+        // All of a and of b arrive here, half of b by the other block's multicast.
         barrier_arrive_expect(full, L::stage_bytes);
         tensor_load(a, &args.a[s], k, place.x, full);
         if constexpr (kRowsAreN) {
@@ -117,19 +125,18 @@ struct Staging {
   int turn = 0;
 
   // 16 rows of 64 columns to the matrix behind `map`.
-  __device__ __forceinline__ void store(const CUtensorMap* map, bool add, const uint32_t* pairs,
-                                        int row, int col) {
+  __device__ __forceinline__ void store(const CUtensorMap* map, bool add, const uint32_t* pairs, int row, int col) {
     const int lane = threadIdx.x % 32;
     const uint32_t slab = slabs + turn * kSlabBytes;
-    if (lane == 0) store_wait_read<kStagingSlabs - 1>();
+    if (lane == 0) store_wait_read<kStagingSlabs - 1>();  // the slab's store before has read it
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t chunk = (2 * i + lane / 16) ^ (lane % 8);
-      matrix_store(slab + lane % 16 * 128 + chunk * 16, pairs[4 * i], pairs[4 * i + 1],
-                   pairs[4 * i + 2], pairs[4 * i + 3]);
+      matrix_store(slab + lane % 16 * 128 + chunk * 16, pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2],
+                   pairs[4 * i + 3]);
     }
-    async_proxy_fence();
+    async_proxy_fence();  // every lane's part of the slab, before TMA reads it
     __syncwarp();
     if (lane == 0) {
       add ? tensor_add(map, slab, col, row) : tensor_store(map, slab, col, row);
@@ -139,8 +146,8 @@ struct Staging {
   }
 };
 
-// The columns of 64 from `col` on of which a lane holds this one and the next. Past the last column, which is not stored,
-// the last one's values serve.
+// The columns of 64 from `col` on of which a lane holds this one and the next. Past the last column, which is not
+// stored, the last one's values serve.
 __device__ __forceinline__ int column_of(const Arguments& args, int col, int j) {
   return min(col + 8 * j + 2 * int(threadIdx.x % 4), args.n - 2);
 }
@@ -229,8 +236,7 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
     staging.store(&args.out, args.accumulate, held + 16 * part, held_row, held_col + 64 * part);
   };
 
-  for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n;
-       tile += gridDim.x / kCluster) {
+  for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n; tile += gridDim.x / kCluster) {
     const int2 place = place_of<kBlockN>(args, tile, rank);
     prefetch_vectors<T, kBlockN>(args, place.y);
     const auto store_unscaled = [&](int part) {
@@ -242,12 +248,14 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
     for (int step = 0; step < args.steps; ++step) {
       barrier_wait(full + 8 * ring.stage, ring.phase);
       const uint32_t stage = base + ring.stage * L::stage_bytes;
+      // Rows of 128 bytes, eight rows 1024 apart. A step of 16 along K moves 32 bytes within the swizzle where rows are
+      // contiguous along K, and 16 rows where they are contiguous along N. Descriptors count 16 bytes.
       const uint64_t a = matrix_descriptor(stage + group * 64 * 128, 0, 1024);
       const uint64_t b = matrix_descriptor(stage + L::a_bytes, kBlockK * 128, 1024);
       constexpr uint64_t kNextA = kWgmmaK * 2 >> 4;
       constexpr uint64_t kNextB = (kRowsAreN ? kWgmmaK * 2 : kWgmmaK * 128) >> 4;
       if constexpr (kLeading != LeadingOp::kNone) {
-        if (step == args.leading_steps) {
+        if (step == args.leading_steps) {  // the leading segments' sum is whole: once a tile, in registers
           wgmma_wait<0>();
           keep_below(acc);
           const uint64_t key = kLeading == LeadingOp::kMask ? args.mask.key() : 0;
@@ -275,6 +283,7 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
         for (int part = 0; part < kSlabs; ++part)
           if (part == step) store_held(part);
       }
+      // All but this step's products are done: the stage before may be loaded again, while these run.
       wgmma_wait<1>();
       if (step > 0) release(before);
       before = ring.stage;
@@ -308,8 +317,7 @@ __global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<kBlockN>;
   extern __shared__ uint8_t shared[];
-  const uint32_t base =
-      (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023) / 1024 * 1024;
+  const uint32_t base = (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023) / 1024 * 1024;
   const int rank = static_cast<int>(cluster_rank());
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < L::stages; ++stage) {

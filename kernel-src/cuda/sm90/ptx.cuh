@@ -1,6 +1,26 @@
-// Hopper's instructions that a matrix product needs, one function each: mbarriers, bulk tensor
-// copies, warpgroup products, matrix stores, clusters. Shared memory addresses are 32-bit, of the
-// shared window. PTX ISA 8.0, sections "mbarrier", "cp.async.bulk.tensor", "wgmma".
+// Hopper's instructions that a matrix product needs, one function each: mbarriers, bulk tensor copies (TMA), warpgroup
+// products (wgmma), matrix stores, clusters. Shared memory addresses are 32-bit, of the shared window. PTX ISA 8.0,
+// sections "mbarrier", "cp.async.bulk.tensor", "wgmma".
+//
+// How the kernels of this folder use them:
+//
+// Ring of stages. One thread, the producer, asks TMA for tiles; consumer warpgroups multiply them. Each stage has two
+// mbarriers: `full` completes when the tile's bytes have arrived (one arrival, by the producer, which announces the
+// bytes), `empty` when every consumer warp has read the stage. A barrier's phases alternate between parity 0 and 1, and
+// `barrier_wait` returns at once for the parity before the current phase: so the producer begins by waiting for parity
+// 1, which a new barrier has behind it, and both sides flip their parity each time around the ring.
+//
+// Swizzle. A row of 64 half-precision elements is 128 bytes, eight chunks of 16. TMA stores chunk c of row r at c ^ (r
+// % 8), and wgmma undoes it, so that neither meets bank conflicts. Eight rows, 1024 bytes, are one period: bases are
+// aligned to it. Code that touches a tile itself (masks, stores) applies the same exclusive or.
+//
+// wgmma. Four warps multiply asynchronously from shared memory into registers: `wgmma_fence` orders earlier writes of
+// the accumulator before it, `wgmma_commit` closes a group, `wgmma_wait<n>` waits until at most n groups run. A stage
+// is released only after the wait that covers its products. The compiler does not know that registers change meanwhile:
+// `keep_below` pins their uses below the wait.
+//
+// Proxies. TMA and wgmma see shared memory through the asynchronous proxy: what threads write there must be followed by
+// `async_proxy_fence` before either reads it.
 #pragma once
 
 #include <cuda.h>
@@ -14,6 +34,7 @@ namespace lora_fused::sm90 {
 
 // ---- mbarriers
 
+// A barrier whose phases complete after so many arrivals, and after the bytes that were announced in them.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
@@ -23,11 +44,12 @@ __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// An arrival that announces bytes: the phase completes when TMA has written as many.
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// An arrival at a barrier of this block. Orders this thread's reads before it: the stage may be written again.
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -55,6 +77,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 
 // ---- clusters
 
+// This block's place in its cluster.
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -84,18 +107,22 @@ __device__ __forceinline__ float4 cluster_load(uint32_t address) {
   return x;
 }
 
+// All threads of all blocks of the cluster, with their writes to shared memory. No block may end while others still
+// read its memory or arrive at its barriers.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // ---- bulk tensor copies; coordinates innermost first, out of bounds reads 0 and writes nothing
 
+// The map is a kernel parameter of 128 bytes, read by the first copy that uses it.
 __device__ __forceinline__ void tensor_map_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-__device__ __forceinline__ void tensor_load(uint32_t to, const CUtensorMap* map, int inner,
-                                            int outer, uint32_t barrier) {
+// One box of the map to shared memory; its bytes, outside of the matrix too, complete on `barrier`.
+__device__ __forceinline__ void tensor_load(uint32_t to, const CUtensorMap* map, int inner, int outer,
+                                            uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3}], [%4];" ::"r"(to),
@@ -104,9 +131,8 @@ __device__ __forceinline__ void tensor_load(uint32_t to, const CUtensorMap* map,
 }
 
 // To the same place in every block of `blocks`, completing on each one's own barrier.
-__device__ __forceinline__ void tensor_load_multicast(uint32_t to, const CUtensorMap* map,
-                                                      int inner, int outer, uint32_t barrier,
-                                                      uint16_t blocks) {
+__device__ __forceinline__ void tensor_load_multicast(uint32_t to, const CUtensorMap* map, int inner, int outer,
+                                                      uint32_t barrier, uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
@@ -114,26 +140,22 @@ __device__ __forceinline__ void tensor_load_multicast(uint32_t to, const CUtenso
       : "memory");
 }
 
-__device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t from, int inner,
-                                             int outer) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(
-                   map),
+// One box from shared memory, in this thread's open group of stores.
+__device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t from, int inner, int outer) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(inner),
+               "r"(outer), "r"(from)
+               : "memory");
+}
+
+// The same, added to what is there: in the matrix's dtype, one rounding an element.
+__device__ __forceinline__ void tensor_add(const CUtensorMap* map, uint32_t from, int inner, int outer) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
                "r"(inner), "r"(outer), "r"(from)
                : "memory");
 }
 
-__device__ __forceinline__ void tensor_add(const CUtensorMap* map, uint32_t from, int inner,
-                                           int outer) {
-  asm volatile(
-      "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%1, %2}], [%3];" ::
-          "l"(map),
-      "r"(inner), "r"(outer), "r"(from)
-      : "memory");
-}
-
-__device__ __forceinline__ void store_commit() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
+// Closes the group.
+__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Until at most kPending of this thread's groups of stores still read shared memory.
 template <int kPending>
@@ -141,21 +163,18 @@ __device__ __forceinline__ void store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-__device__ __forceinline__ void store_wait_all() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
+// Until all stores of this thread are done: before the block ends.
+__device__ __forceinline__ void store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // What this thread wrote to shared memory is seen by the copy engine.
-__device__ __forceinline__ void async_proxy_fence() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+__device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- registers, matrix stores, caches
 
-__device__ __forceinline__ void prefetch_l1(const void* line) {
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(line));
-}
+__device__ __forceinline__ void prefetch_l1(const void* line) { asm volatile("prefetch.global.L1 [%0];" ::"l"(line)); }
 
+// Registers move between warpgroups: all warps of one run this together. The producer gives its own to the consumers,
+// whose accumulators need more than an even share.
 template <int kRegisters>
 __device__ __forceinline__ void registers_raise() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -186,10 +205,9 @@ __device__ __forceinline__ float2 unpack(uint32_t both) {
 }
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void matrix_store(uint32_t row, uint32_t m0, uint32_t m1, uint32_t m2,
-                                             uint32_t m3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
-               "r"(m0), "r"(m1), "r"(m2), "r"(m3)
+__device__ __forceinline__ void matrix_store(uint32_t row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m0), "r"(m1), "r"(m2),
+               "r"(m3)
                : "memory");
 }
 
@@ -198,19 +216,14 @@ __device__ __forceinline__ void matrix_store(uint32_t row, uint32_t m0, uint32_t
 // Descriptor of a matrix in 128-byte swizzled shared memory, `stride` bytes between groups of 8
 // rows. `leading`: bytes between blocks of 64 elements along M or N, for matrices that are
 // contiguous along M or N; not read for those contiguous along K.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t leading,
-                                                      uint32_t stride) {
-  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 |
-         uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
+  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
+         uint64_t(1) << 62;
 }
 
-__device__ __forceinline__ void wgmma_fence() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-__device__ __forceinline__ void wgmma_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Until at most kPending groups are in flight.
 template <int kPending>
@@ -225,29 +238,33 @@ __device__ __forceinline__ void keep_below(float (&acc)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(acc[i])::"memory");
 }
 
-#define WGMMA_REGISTERS_8 \
-  "%0, %1, %2, %3, %4, %5, %6, %7"
+#define WGMMA_REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define WGMMA_REGISTERS_16 \
-  WGMMA_REGISTERS_8 ", " \
+  WGMMA_REGISTERS_8        \
+  ", "                     \
   "%8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_REGISTERS_32 \
-  WGMMA_REGISTERS_16 ", " \
+  WGMMA_REGISTERS_16       \
+  ", "                     \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_REGISTERS_48 \
-  WGMMA_REGISTERS_32 ", " \
+  WGMMA_REGISTERS_32       \
+  ", "                     \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_REGISTERS_64 \
-  WGMMA_REGISTERS_48 ", " \
+  WGMMA_REGISTERS_48       \
+  ", "                     \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_REGISTERS_128 \
-  WGMMA_REGISTERS_64 ", " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, " \
-  "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, " \
+#define WGMMA_REGISTERS_128                                                                          \
+  WGMMA_REGISTERS_64                                                                                 \
+  ", "                                                                                               \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, "  \
+  "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, "      \
   "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, " \
   "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define WGMMA_OUT_8(d, i)                                                                      \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
-      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define WGMMA_OUT_8(d, i)                                                                                     \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
 #define WGMMA_OUT_16(d, i) WGMMA_OUT_8(d, i), WGMMA_OUT_8(d, i + 8)
 #define WGMMA_OUT_32(d, i) WGMMA_OUT_16(d, i), WGMMA_OUT_16(d, i + 16)
 #define WGMMA_OUT_48(d, i) WGMMA_OUT_32(d, i), WGMMA_OUT_16(d, i + 32)
@@ -255,16 +272,17 @@ __device__ __forceinline__ void keep_below(float (&acc)[kCount]) {
 #define WGMMA_OUT_128(d, i) WGMMA_OUT_64(d, i), WGMMA_OUT_64(d, i + 64)
 
 // OPERANDS: "%a, %b, p, 1, 1, %s, %t;" with the numbers that follow those of the accumulator.
-#define WGMMA_OF(COLUMNS, TYPE, COUNT, KEEP, OPERANDS)                                         \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " KEEP ", 0;\n"                               \
-               "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "." TYPE            \
-               " {" WGMMA_REGISTERS_##COUNT "}, " OPERANDS "\n}\n"                             \
-               : WGMMA_OUT_##COUNT(acc, 0)                                                     \
+#define WGMMA_OF(COLUMNS, TYPE, COUNT, KEEP, OPERANDS)                                                           \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " KEEP                                                          \
+               ", 0;\n"                                                                                          \
+               "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "." TYPE " {" WGMMA_REGISTERS_##COUNT \
+               "}, " OPERANDS "\n}\n"                                                                            \
+               : WGMMA_OUT_##COUNT(acc, 0)                                                                       \
                : "l"(a), "l"(b), "r"(keep), "n"(kTransposeA), "n"(kTransposeB))
-#define WGMMA(COLUMNS, COUNT, KEEP, OPERANDS)                    \
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)                \
-    WGMMA_OF(COLUMNS, "bf16", COUNT, KEEP, OPERANDS);            \
-  else                                                           \
+#define WGMMA(COLUMNS, COUNT, KEEP, OPERANDS)         \
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)     \
+    WGMMA_OF(COLUMNS, "bf16", COUNT, KEEP, OPERANDS); \
+  else                                                \
     WGMMA_OF(COLUMNS, "f16", COUNT, KEEP, OPERANDS)
 
 // acc [64, N] (+)= a [64, 16] b [16, N], N = 2 kCount; keep = 0 overwrites acc. kTransposeA: a is

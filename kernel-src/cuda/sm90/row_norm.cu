@@ -1,5 +1,5 @@
-// DoRA's norms on Hopper, those of a group from one read of each weight: what is supported, how it is cut, and the launches
-// of row_norm.cuh, which says what they compute.
+// DoRA's norms on Hopper, those of a group from one read of each weight: what is supported, how it is cut, and the
+// launches of row_norm.cuh, which says what they compute.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/macros.h>
 
@@ -26,9 +26,7 @@ constexpr size_t kNorms = kEntries / 2;
 int64_t padded(int64_t count) { return (count + 63) / 64 * 64; }  // so that all in a buffer starts on 128 bytes
 
 MatrixB matrix_b(const Tensor& b) {
-  const auto dtype = b.scalar_type();
-  return {b.const_data_ptr(), dtype == ScalarType::Float ? kFloat : dtype == ScalarType::BFloat16 ? kBFloat16 : kHalf,
-          static_cast<int>(b.size(1))};
+  return {b.const_data_ptr(), dtype_code(b.scalar_type(), "row_norm"), static_cast<int>(b.size(1))};
 }
 
 // A of each norm as hi and lo below each other, [2R, K], all made by one launch.

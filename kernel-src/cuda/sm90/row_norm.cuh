@@ -7,13 +7,14 @@
 // evenly, a run to each block, so that a run begins and ends anywhere in a row. One thread loads; four warpgroups
 // multiply 64 rows each by A and square what they multiply. Where rows or run end they apply B, in float32, and leave
 // |w|² and 2s b·(A w) of the run as one number each a row. A second kernel adds these up in their order, and A Aᵀ.
-// A is hi and lo of bfloat16 below each other, 16 of its 24 bits, whose products are added up; B is of any dtype. A wgmma
-// truncates what it adds to: those of a step are a sum of their own, and steps are added up in registers. Terms cancel
-// where s·b A nearly takes w away: an error of 1e-7 of |w|², not of the result.
-// Everything is 128-byte swizzled; ragged edges and ranks are what the copy engine fills with zeros.
+// A is hi and lo of bfloat16 below each other, 16 of its 24 bits, whose products are added up; B is of any dtype. A
+// wgmma truncates what it adds to: those of a step are a sum of their own, and steps are added up in registers. Terms
+// cancel where s·b A nearly takes w away: an error of 1e-7 of |w|², not of the result. Everything is 128-byte swizzled;
+// ragged edges and ranks are what the copy engine fills with zeros.
 #pragma once
 
 #include "../../common/mag_norm_scale.h"
+#include "../common/dtype.cuh"
 #include "../common/vector_access.cuh"
 #include "ptx.cuh"
 
@@ -26,9 +27,7 @@ constexpr int kThreads = 128 * (kGroups + 1), kConsumerRegisters = 112, kProduce
 constexpr int kBox = 64 * 128;  // bytes of 64 rows of 64 elements
 constexpr int kStages = 5, kWBytes = kGroups * kBox, kStageBytes = kWBytes + kBox;
 constexpr int kBarriers = kStages * kStageBytes, kBytes = kBarriers + 2 * kStages * 8 + 1024;  // to align the base
-constexpr int kMostRanks = 32, kEntries = 8;  // of one launch
-
-enum Dtype : int { kFloat, kBFloat16, kHalf };
+constexpr int kMostRanks = 32, kEntries = 8;                                                   // of one launch
 
 struct MatrixB {  // [N, R]
   const void* data;
@@ -58,7 +57,7 @@ struct Entry {
 
 struct Arguments {
   Entry entry[kEntries];
-  float *products, *squares;  // [blocks + tiles, kRows]: of block + tile
+  float *products, *squares;   // [blocks + tiles, kRows]: of block + tile
   int entries, steps, blocks;  // of all
 };
 
@@ -97,6 +96,7 @@ struct Place {
   }
 };
 
+// Where a thread is in the ring, and the parity of that stage's current phase.
 struct Ring {
   int stage = 0;
   uint32_t phase = 0;
@@ -137,8 +137,8 @@ __device__ __forceinline__ void add_squares(float (&squares)[4], const uint8_t* 
 
 // One warpgroup: what a run has of a tile's rows. Thread l of warp w has rows 16 w + l / 4 (+ 8) of `sums`.
 template <int kWidth>
-__device__ __forceinline__ void store_run(const Arguments& args, const Entry& e, int tile, const float (&sums)[kWidth / 2],
-                                      float (&squares)[4]) {
+__device__ __forceinline__ void store_run(const Arguments& args, const Entry& e, int tile,
+                                          const float (&sums)[kWidth / 2], float (&squares)[4]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (e.gram != nullptr) {
     float* const gram = e.gram + (blockIdx.x - e.first_block) * kWidth * kWidth;
@@ -190,8 +190,11 @@ __device__ __forceinline__ void consume(const Arguments& args, const uint8_t* sh
     const uint64_t a = matrix_descriptor(base + ring.stage * kStageBytes + kWBytes, kBox, 1024);
     wgmma_fence();
 #pragma unroll
-    for (int part = 0; part < kStep / kWgmmaK; ++part) wgmma<__nv_bfloat16, 0, 0>(acc, w + part * kNext, a + part * kNext, part > 0);
+    for (int part = 0; part < kStep / kWgmmaK; ++part)
+      wgmma<__nv_bfloat16, 0, 0>(acc, w + part * kNext, a + part * kNext, part > 0);
     wgmma_commit();
+    // Squares while the products run; both only read the stage. The order within the box does not matter: a chunk keeps
+    // its row under the swizzle.
     add_squares(squares, shared + offset);
     wgmma_wait<0>();
     keep_below(acc);

@@ -64,7 +64,8 @@ bool reaches_lo(const Work& work) { return !work.lo || work.form == kByRows || l
 bool supports(const Work& work) {
   const auto dtype = work.x.scalar_type(), out = work.out.scalar_type();
   return skinny_sm90_supports(work.x) && supports_tma(whole_of(work)) && work.other.scalar_type() == dtype &&
-         (out == dtype || out == ScalarType::Float) && (!work.lo || is_bfloat16(work.x)) && reaches_lo(work) && ranks_of(work) <= kMostRanks;
+         (out == dtype || out == ScalarType::Float) && (!work.lo || is_bfloat16(work.x)) && reaches_lo(work) &&
+         ranks_of(work) <= kMostRanks;
 }
 
 int width_of(int64_t ranks) { return ranks <= 16 ? 16 : ranks <= 32 ? 32 : (static_cast<int>(ranks) + 31) / 32 * 32; }
@@ -85,7 +86,8 @@ Entry entry_of(const Work& work, int first_tile) {
   e.scaling = static_cast<float>(work.scaling * scale_of(work.mask));
   e.mask = mask_of(work.mask);
   if (work.lo) e.lo_offset = static_cast<int>(lo_offset(work));
-  if (work.split) e.split_ranks = static_cast<int>(work.split->ranks), e.split_stride = static_cast<int>(work.split->stride);
+  if (work.split)
+    e.split_ranks = static_cast<int>(work.split->ranks), e.split_stride = static_cast<int>(work.split->stride);
   return e;
 }
 
@@ -135,9 +137,7 @@ void run(const std::vector<Product>& products) {
 
 }  // namespace
 
-bool lora_fused::skinny_sm90_supports(const MatrixView& matrix) {
-  return supports_tma(matrix);
-}
+bool lora_fused::skinny_sm90_supports(const MatrixView& matrix) { return supports_tma(matrix); }
 bool lora_fused::skinny_sm90_supports(const Shrink& product) { return supports(work_of(product)); }
 bool lora_fused::skinny_sm90_supports(const AdapterGrad& product) { return supports(work_of(product)); }
 void lora_fused::skinny_sm90(const std::vector<Shrink>& products) { run(products); }

@@ -9,8 +9,8 @@
 // a tile's steps; their sums meet in shared memory, added in the order of the blocks. Everything is 128-byte
 // swizzled; ragged edges and ranks are what the copy engine fills with zeros, or columns that nobody reads.
 //
-// bf16x3: the other operand is the sum of hi and lo, and each has a sum of its own in registers: twice the products of one
-// read of x. These blocks have a multiprocessor of their own.
+// bf16x3: the other operand is the sum of hi and lo, and each has a sum of its own in registers: twice the products of
+// one read of x. These blocks have a multiprocessor of their own.
 #pragma once
 
 #include "../common/dropout_mask.cuh"
@@ -21,7 +21,7 @@ namespace lora_fused::sm90::skinny {
 
 constexpr int kTile = 128, kStep = 64, kWgmmaK = 16;  // rows of out; elements summed a step and a wgmma
 constexpr int kConsumers = 2, kConsumerWarps = 4 * kConsumers, kThreads = 32 * kConsumerWarps + 32;
-constexpr int kBox = 64 * 128;  // bytes of 64 rows of 64 elements
+constexpr int kBox = 64 * 128;                                  // bytes of 64 rows of 64 elements
 constexpr int kMostRanks = 128, kEntries = 8, kMostBlocks = 8;  // of a cluster
 constexpr int kXBytes = 2 * kBox, kMostStages = 4;
 // Of a kernel whose other operand is a sum of kSplits matrices: the ring, the barriers after it, and all of it with
@@ -36,7 +36,7 @@ constexpr int kBytesAlone = kSplits == 1 ? 120 * 1024 : kBytes<kSplits>;  // no 
 enum Form : int {
   kByRows,            // a [R, C]
   kByRowsTransposed,  // aᵀ [C, R]
-  kByColumns,          // t [M, R]
+  kByColumns,         // t [M, R]
 };
 
 struct Entry {
@@ -68,6 +68,7 @@ __device__ __forceinline__ int stage_bytes(const Entry& e) {
 }
 __device__ __forceinline__ int stages_of(const Entry& e) { return e.width > 64 ? 3 : 4; }
 
+// Where a thread is in the ring, and the parity of that stage's current phase.
 struct Ring {
   int stages, stage = 0;
   uint32_t phase = 0;
@@ -85,7 +86,7 @@ __device__ __forceinline__ void produce(const Entry& e, uint32_t base, int at, i
     const uint32_t full = base + kRing<kSplits> + 8 * ring.stage, empty = full + 8 * kMostStages;
     const uint32_t x = base + ring.stage * stage_bytes<kSplits>(e);
     const int k = step * kStep;
-    barrier_wait(empty, ring.phase ^ 1);
+    barrier_wait(empty, ring.phase ^ 1);  // all consumer warps are done with the stage
     barrier_arrive_expect(full, bytes);
     if (e.form == kByColumns) {
       tensor_load(x, &e.x, at, k, full);
@@ -116,6 +117,7 @@ __device__ __forceinline__ void drop(uint8_t* box, const Mask& mask, uint64_t ke
     uint4* const place = reinterpret_cast<uint4*>(box + 128 * at + 16 * (piece ^ (at % 8)));
     *place = masked(*place, key, mask, row + at, col / kMaskColumns + piece);
   }
+  // Every thread's part, before wgmma reads it: the fence is each thread's own, the barrier the warpgroup's (2 or 3).
   async_proxy_fence();
   asm volatile("bar.sync %0, 128;" ::"r"(2 + static_cast<int>(threadIdx.x) / 128) : "memory");
 }
@@ -149,6 +151,7 @@ __device__ __forceinline__ void consume(const Entry& e, uint32_t base, float* su
       drop(reinterpret_cast<uint8_t*>(sums) + offset + group * kBox, e.mask, key, e.form == kByColumns ? k : rows,
            e.form == kByColumns ? rows : k);
     }
+    // By rows a warpgroup has 64 rows of x, contiguous along what is summed; by columns 64 columns, contiguous along M.
     const uint64_t x = matrix_descriptor(stage + group * kBox, kBox, 1024);
     wgmma_fence();
 #pragma unroll
@@ -273,7 +276,7 @@ __global__ __launch_bounds__(kThreads, 3 - kSplits) void skinny_kernel(const __g
   else if (threadIdx.x == 32 * kConsumerWarps)
     produce<kSplits>(e, base, at, first, last);
   __syncwarp();
-  cluster_sync();
+  cluster_sync();  // the sums of all blocks are in shared memory
   reduce<T, kSplits>(e, base, at, rank, blocks);
   if (blocks > 1) cluster_sync();  // others still read this block's sums
 #endif

@@ -1,5 +1,5 @@
-// The host side of TMA (Hopper's copy engine): tensor maps, made for every call, what they ask of a matrix, and launches
-// of clusters.
+// The host side of TMA (Hopper's copy engine): tensor maps, made for every call, what they ask of a matrix, and
+// launches of clusters.
 #pragma once
 
 #include <cuda.h>
@@ -11,18 +11,17 @@
 
 namespace lora_fused::sm90 {
 
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                            const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
-                            CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
-                            CUtensorMapFloatOOBfill);
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 // From the driver that is loaded, so that the library needs no link to it.
 inline Encode encoder() {
   static const Encode encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
-    STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                    cudaEnableDefault, &found));
+    STD_CUDA_CHECK(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
     STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "the driver has no tensor maps");
     return reinterpret_cast<Encode>(function);
   }();
@@ -46,15 +45,13 @@ inline void bind_context() {
 // Boxes of `rows` rows and 64 columns of a half-precision matrix with contiguous rows, 128-byte swizzled.
 inline void encode_tensor_map(CUtensorMap& map, const MatrixView& m, int rows) {
   bind_context();
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(m.size(1)),
-                              static_cast<cuuint64_t>(m.size(0))};
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(m.size(1)), static_cast<cuuint64_t>(m.size(0))};
   const cuuint64_t stride = static_cast<cuuint64_t>(m.stride(0)) * 2;
   const cuuint32_t box[] = {64, static_cast<cuuint32_t>(rows)}, steps[] = {1, 1};
-  const CUresult result = encoder()(
-      &map, is_bfloat16(m) ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-      const_cast<void*>(m.const_data_ptr()), sizes, &stride, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encoder()(&map, is_bfloat16(m) ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+                const_cast<void*>(m.const_data_ptr()), sizes, &stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled failed with ", static_cast<int>(result));
 }
 

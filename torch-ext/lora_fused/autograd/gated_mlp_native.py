@@ -1,6 +1,6 @@
 """A gated MLP as one native op a direction.
 
-The formulas are those of `gated_mlp_eager`, the op is described in kernel-src/common/gated_mlp.cpp. Saved for backward is
+The formulas are those of `gated_mlp_eager`, the op is described in kernel-src/ops/gated_mlp.cpp. Saved for backward is
 what `gated_mlp_eager` saves.
 """
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..backends import native
 from ..specs import Projection
-from .group_native import Fields, by_trained, group_forward, read, trained, with_made
+from .direct_apply import apply_of
+from .group_native import by_trained, for_backward, group_forward, magnitudes_in, read, trained
 from .once_differentiable import once_differentiable
 
 
@@ -25,32 +26,31 @@ def _gated_forward(
     seeds: Tensor | None,
     up_to_h: bool = False,
 ):
-    fixed, fields, biases, own = read(projections, bf16x3)
-    weights, _, lora_a, lora_b, _, mag_norm_scales, scales = fields
-    scalings, dropouts, quantized, _ = fixed
-    *outputs, made_norms, made_scales = native.gated_forward(
-        x, weights, biases, lora_a, lora_b, mag_norm_scales, own, scalings, seeds, dropouts, scales, quantized, bf16x3, *options,
-        up_to_h,
-    )  # fmt: skip
-    return fixed, with_made(fields, own, made_norms, made_scales), outputs
+    """(arguments of the backward, y, what else the op gives and the backward takes)."""
+    arguments, norms = read(projections, bf16x3)
+    operands, scalings, dropouts, quantized, _ = arguments
+    outputs = native.gated_forward(x, operands, scalings, seeds, dropouts, quantized, bf16x3, *options, up_to_h)
+    made = len(outputs) - 2 * magnitudes_in(projections, norms)
+    operands = for_backward(projections, operands, norms, outputs[made:])
+    return arguments._replace(operands=operands), outputs[0], outputs[1:made]
 
 
 def gated_mlp(
     x: Tensor, projections: Sequence[Projection], options: tuple[int, int], seeds: Tensor | None, bf16x3: bool = False
 ) -> Tensor:
     """[..., N] of a gated MLP, down as the last projection; options: the activation as its index, and which half
-    of a projection that holds both is the gate. `exact` as `NativePath` has it."""
+    of a projection that holds both is the gate. `bf16x3` as `NativePath` has it."""
     if torch.is_grad_enabled():
         wanted, tensors = trained(projections)
         arguments = (projections, wanted, bf16x3, options, x, seeds, *tensors)
         if _is_recomputed() and projections[-1].operands.magnitude is None:
             return _recomputed(*arguments)
-        return NativeGatedFunction.apply(*arguments)
-    return _gated_forward(projections, bf16x3, options, x, seeds)[2][0]
+        return _apply(x, *arguments)
+    return _gated_forward(projections, bf16x3, options, x, seeds)[1]
 
 
 class NativeGatedFunction(torch.autograd.Function):
-    """Apply as `(projections, wanted, exact, options, x, seeds, *tensors)`, as `NativeGroupFunction`, see `gated_mlp`.
+    """Apply as `(projections, wanted, bf16x3, options, x, seeds, *tensors)`, as `NativeGroupFunction`, see `gated_mlp`.
     Double backward raises."""
 
     @staticmethod
@@ -59,32 +59,28 @@ class NativeGatedFunction(torch.autograd.Function):
 
     @staticmethod
     def _run(ctx, projections, wanted, bf16x3, options, x: Tensor, seeds: Tensor | None, up_to_h: bool) -> Tensor:
-        ctx.fixed, fields, (y, outputs, unscaled, ts) = _gated_forward(projections, bf16x3, options, x, seeds, up_to_h)
+        (operands, *ctx.numbers), y, kept = _gated_forward(projections, bf16x3, options, x, seeds, up_to_h)
         if _makes_u_again(projections):
-            unscaled = unscaled[1:]
-        ctx.wanted, ctx.options, ctx.unscaled, ctx.lengths = (
-            wanted,
-            options,
-            len(unscaled),
-            [len(field) for field in fields],
-        )
-        ctx.save_for_backward(x, seeds, *ts, *outputs, *unscaled, *[tensor for field in fields for tensor in field])
+            del kept[len(projections) + 1]  # the first of the unscaled outputs, after the outputs, t and down's t
+        ctx.wanted, ctx.options, ctx.kept = wanted, options, len(kept)
+        ctx.save_for_backward(x, seeds, *kept, *operands)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        fixed, count = ctx.fixed, len(ctx.wanted)
-        x, seeds, *rest = ctx.saved_tensors
-        ts, outputs, rest = rest[:2], rest[2 : 1 + count], rest[1 + count :]
-        unscaled, fields = rest[: ctx.unscaled], Fields.of(rest[ctx.unscaled :], ctx.lengths)
-        dx, grads = native.gated_backward(
-            dy, x, outputs, unscaled, ts, fields.weights, fields.biases, fields.lora_a, fields.lora_b, fields.mag_norm_scales,
-            fields.norms, fixed.scalings, seeds, fixed.dropouts, fields.scales, fixed.quantized, fixed.bf16x3,
-            *ctx.options, ctx.needs_input_grad[4], [wanted.needs for wanted in ctx.wanted],
+        saved, start = ctx.saved_tensors, 2 + ctx.kept
+        x, seeds = saved[:2]
+        need_dx, (scalings, dropouts, quantized, bf16x3) = ctx.needs_input_grad[4], ctx.numbers
+        grads = native.gated_backward(
+            dy, x, saved[2:start], saved[start:], scalings, seeds, dropouts, quantized, bf16x3, *ctx.options, need_dx,
+            [wanted.needs for wanted in ctx.wanted],
         )  # fmt: skip
-        found = by_trained(grads, ctx.wanted, fixed.scalings, [True] * count)
-        return None, None, None, None, dx[0] if dx else None, None, *found
+        dx = grads.pop(0) if need_dx else None
+        return None, None, None, None, dx, None, *by_trained(grads, ctx.wanted, scalings, [True] * len(ctx.wanted))
+
+
+_apply = apply_of(NativeGatedFunction)
 
 
 class _UpToH(NativeGatedFunction):
@@ -103,11 +99,11 @@ class _UpToH(NativeGatedFunction):
 
 
 class _Down(torch.autograd.Function):
-    """Apply as `(stand_in, h, down, exact, seeds)`, down a projection: y, whose gradient is that of what stands for it."""
+    """Apply as `(stand_in, h, down, bf16x3, seeds)`, down a projection: y, whose gradient is that of what stands for it."""
 
     @staticmethod
     def forward(ctx, stand_in: Tensor, h: Tensor, down: Projection, bf16x3: bool, seeds: Tensor | None):
-        y = group_forward((down,), bf16x3, h, seeds)[2][0][0]
+        y = group_forward((down,), bf16x3, h, seeds)[1][0]
         return y.view(stand_in.shape)
 
     @staticmethod

@@ -1,8 +1,8 @@
 """Groups and gated MLPs as one native op a direction, with as little Python as there can be: what waits
 for the host is most of the cost of small work.
 
-Formulas are those of `autograd.linear` and `autograd.gated`, the ops are described in
-kernel-src/common/lora_group.cpp and gated_mlp.cpp. Saved for backward is what those save; DoRA keeps
+Formulas are those of `group_eager` and `gated_mlp_eager`, the ops are described in
+kernel-src/ops/lora_group.cpp and gated_mlp.cpp. Saved for backward is what those save; DoRA keeps
 the value before the mag_norm_scale with the base bias in it where the input is not dropped. `native_path` says which
 projections the ops compute.
 """
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .. import quantization
 from ..backends import native, select
-from ..specs import FourBit, NativePath, Operands, Projection, Quantized
+from ..specs import FourBit, NativePath, Projection
 from . import separate_backward
+from .direct_apply import apply_of
 from .once_differentiable import once_differentiable
 
 _NEED_A, _NEED_B, _NEED_BIAS, _NEED_MAGNITUDE = 1, 2, 4, 8
@@ -65,36 +66,21 @@ class Wanted(NamedTuple):
     magnitude: torch.dtype | None
 
 
-class Fixed(NamedTuple):
-    """What is no tensor of a call; `quantized` as `ops.PackedWeight` has it."""
+class OpArguments(NamedTuple):
+    """What the native ops take besides x and seeds. Of each projection OPERANDS tensors: weight [N, K], b + s·b_B, A, B, the
+    magnitude where a forward makes the norm, and the mag_norm_scale where somebody else does; then the scales of all weights
+    in four bits. `quantized` as `native.PackedWeight` has it; None, as dropouts, where there are none: a list costs the
+    dispatcher more than its elements."""
 
-    scalings: tuple[float, ...]
-    dropouts: Sequence[float]  # empty without any
-    quantized: list[int]
+    operands: list[Tensor | None]
+    scalings: list[float]
+    dropouts: list[float] | None
+    quantized: list[int] | None
     bf16x3: bool
 
 
-class Fields(NamedTuple):
-    """Tensors of a call by field, one element a projection, but for `scales`, which are those of all. Biases, norms and
-    mag_norm_scales are empty where no projection has one: every element costs time on its way to the ops. Before a forward norms and
-    mag_norm_scales are those that others make."""
-
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor | None]
-    lora_a: Sequence[Tensor | None]
-    lora_b: Sequence[Tensor | None]
-    norms: Sequence[Tensor | None]
-    mag_norm_scales: Sequence[Tensor | None]
-    scales: Sequence[Tensor]
-
-    @classmethod
-    def of(cls, saved: Sequence[Tensor | None], lengths: Sequence[int]) -> Fields:
-        """From the fields one after another."""
-        fields, start = [], 0
-        for length in lengths:
-            fields.append(saved[start : start + length])
-            start += length
-        return cls(*fields)
+OPERANDS = 6
+_BIAS, _MAGNITUDE_OR_NORM, _MAG_NORM_SCALE = 1, 4, 5
 
 
 def trained(projections: Sequence[Projection]) -> tuple[list[Wanted], list[Tensor]]:
@@ -102,67 +88,96 @@ def trained(projections: Sequence[Projection]) -> tuple[list[Wanted], list[Tenso
     wanted, found = [], []
     for operands, _, _ in projections:
         _, bias, lora_a, lora_b, lora_bias, magnitude = operands[:6]
-        needs, dtypes = 0, [None, None, None]
+        needs = 0
+        of_bias = of_lora_bias = of_magnitude = None
         if lora_a is not None and lora_a.requires_grad:
             needs |= _NEED_A
             found.append(lora_a)
         if lora_b is not None and lora_b.requires_grad:
             needs |= _NEED_B
             found.append(lora_b)
-        for i, vector in enumerate((bias, lora_bias, magnitude)):
-            if vector is not None and vector.requires_grad:
-                needs |= _NEED_MAGNITUDE if vector is magnitude else _NEED_BIAS
-                dtypes[i] = vector.dtype
-                found.append(vector)
-        wanted.append(Wanted(needs, *dtypes))
+        if bias is not None and bias.requires_grad:
+            needs, of_bias = needs | _NEED_BIAS, bias.dtype
+            found.append(bias)
+        if lora_bias is not None and lora_bias.requires_grad:
+            needs, of_lora_bias = needs | _NEED_BIAS, lora_bias.dtype
+            found.append(lora_bias)
+        if magnitude is not None and magnitude.requires_grad:
+            needs, of_magnitude = needs | _NEED_MAGNITUDE, magnitude.dtype
+            found.append(magnitude)
+        wanted.append(Wanted(needs, of_bias, of_lora_bias, of_magnitude))
     return wanted, found
 
 
-def read(
-    projections: Sequence[Projection], bf16x3: bool
-) -> tuple[Fixed, Fields, Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """The numbers, the tensors, every b + s·b_B of a call, and the magnitudes of norms and mag_norm_scales that its forward makes."""
-    all_operands, scalings, specs = zip(*projections)
-    weights, biases, lora_a, lora_b, lora_biases, magnitudes, *_ = zip(*all_operands)
-    formats = [spec.quantized for spec in specs]
-    quantized, scales = quantization.packed(formats, all_operands) if any(formats) else ([], [])
-    if any([spec.transposed for spec in specs]):
-        weights = [w.t() if spec.transposed else w for spec, w in zip(specs, weights)]
-    norms = mag_norm_scales = own = ()
-    if any([magnitude is not None for magnitude in magnitudes]):
-        own = [_own_magnitude(*each) for each in zip(weights, all_operands, formats)]
-        if any([made is None and magnitude is not None for made, magnitude in zip(own, magnitudes)]):
-            others = [p if made is None else p._replace(magnitude=None) for p, made in zip(all_operands, own)]
-            norms, mag_norm_scales = quantization.dora_scales(weights, others, formats, scalings)
-    if not any([bias is not None for bias in biases]):
-        biases = ()
-    whole = biases
-    if any([bias is not None for bias in lora_biases]):
-        whole = [_whole_bias(projection) for projection in projections]
-    dropouts = [spec.dropout for spec in specs]
-    fixed = Fixed(scalings, dropouts if any(dropouts) else (), quantized, bf16x3)
-    return fixed, Fields(weights, biases, lora_a, lora_b, norms, mag_norm_scales, scales), whole, own
+def read(projections: Sequence[Projection], bf16x3: bool) -> tuple[OpArguments, dict[int, Tensor]]:
+    """What a forward takes, and norms that it does not make, by projection."""
+    operands: list[Tensor | None] = []
+    scalings, dropouts, others = [], [], []
+    drops = is_quantized = False
+    for i, projection in enumerate(projections):
+        (weight, bias, lora_a, lora_b, lora_bias, magnitude, *_), scaling, spec = projection
+        if spec.transposed:
+            weight = weight.t()
+        if lora_bias is not None:
+            bias = _whole_bias(projection)
+        if magnitude is not None:
+            if select.norm_is_native(weight, lora_a, lora_b, spec.quantized):
+                magnitude = native.as_magnitude(magnitude)
+            else:
+                magnitude = None
+                others.append(i)
+        operands += (weight, bias, lora_a, lora_b, magnitude, None)
+        scalings.append(scaling)
+        dropouts.append(spec.dropout)
+        drops = drops or spec.dropout > 0.0
+        is_quantized = is_quantized or spec.quantized is not None
+    numbers = None
+    if is_quantized:
+        numbers, scales = quantization.packed(
+            [p.spec.quantized for p in projections], [p.operands for p in projections]
+        )
+        operands += scales
+    norms = _other_norms(projections, operands, others) if others else {}
+    return OpArguments(operands, scalings, dropouts if drops else None, numbers, bf16x3), norms
 
 
-def _own_magnitude(weight: Tensor, operands: Operands, quantized: Quantized | None) -> Tensor | None:
-    """The magnitude as the ops take it where a forward makes the norm."""
-    if operands.magnitude is None or not select.norm_is_native(weight, operands.lora_a, operands.lora_b, quantized):
-        return None
-    return native.as_magnitude(operands.magnitude)
-
-
-def with_made(
-    fields: Fields, own: Sequence[Tensor | None], norms: list[Tensor], mag_norm_scales: list[Tensor]
-) -> Fields:
-    """`fields` with what a forward has made for the magnitudes `own`."""
-    if len(norms) == len(own):
-        return fields._replace(norms=norms, mag_norm_scales=mag_norm_scales) if own else fields
-    made = zip(norms, mag_norm_scales)
-    given = zip(fields.norms or (None,) * len(own), fields.mag_norm_scales or (None,) * len(own))
-    pairs = [pair if magnitude is None else next(made) for pair, magnitude in zip(given, own)]
-    return fields._replace(
-        norms=[norm for norm, _ in pairs], mag_norm_scales=[mag_norm_scale for _, mag_norm_scale in pairs]
+def _other_norms(
+    projections: Sequence[Projection], operands: list[Tensor | None], others: Sequence[int]
+) -> dict[int, Tensor]:
+    """Norms of projections whose norm a forward does not make, by projection; puts the mag_norm_scales in `operands`."""
+    chosen = [projections[i] for i in others]
+    norms, mag_norm_scales = quantization.dora_scales(
+        [operands[OPERANDS * i] for i in others],
+        [projection.operands for projection in chosen],
+        [projection.spec.quantized for projection in chosen],
+        [projection.scaling for projection in chosen],
     )
+    for i, mag_norm_scale in zip(others, mag_norm_scales):
+        operands[OPERANDS * i + _MAG_NORM_SCALE] = mag_norm_scale
+    return dict(zip(others, norms))
+
+
+def for_backward(
+    projections: Sequence[Projection], operands: list[Tensor | None], norms: dict[int, Tensor], made: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """A forward's operands as the backward takes them: norms in place of magnitudes, and no bias that it does not read.
+    `made`: the norms and then the mag_norm_scales that the forward has made."""
+    found, next_made, half = operands.copy(), 0, len(made) // 2
+    for i, projection in enumerate(projections):
+        at = OPERANDS * i
+        if projection.operands.magnitude is None:
+            found[at + _BIAS] = None
+        elif i in norms:
+            found[at + _MAGNITUDE_OR_NORM] = norms[i]
+        else:
+            found[at + _MAGNITUDE_OR_NORM], found[at + _MAG_NORM_SCALE] = made[next_made], made[half + next_made]
+            next_made += 1
+    return found
+
+
+def magnitudes_in(projections: Sequence[Projection], norms: dict[int, Tensor]) -> int:
+    """How many norms a forward makes, and how many mag_norm_scales."""
+    return len([None for projection in projections if projection.operands.magnitude is not None]) - len(norms)
 
 
 def _whole_bias(projection: Projection) -> Tensor | None:
@@ -197,44 +212,40 @@ def by_trained(
 
 
 def group_forward(projections: Sequence[Projection], bf16x3: bool, x: Tensor, seeds: Tensor | None):
-    fixed, fields, biases, own = read(projections, bf16x3)
-    weights, _, lora_a, lora_b, _, mag_norm_scales, scales = fields
-    scalings, dropouts, quantized, _ = fixed
-    *outputs, made_norms, made_scales = native.lora_forward(
-        x, weights, biases, lora_a, lora_b, mag_norm_scales, own, scalings, seeds, dropouts, scales, quantized, bf16x3
-    )  # fmt: skip
-    return fixed, with_made(fields, own, made_norms, made_scales), outputs
+    """(arguments of the backward, y of each projection, t, unscaled outputs)."""
+    arguments, norms = read(projections, bf16x3)
+    operands, scalings, dropouts, quantized, _ = arguments
+    outputs = native.lora_forward(x, operands, scalings, seeds, dropouts, quantized, bf16x3)
+    count = len(projections)
+    made = len(outputs) - 2 * magnitudes_in(projections, norms)
+    operands = for_backward(projections, operands, norms, outputs[made:])
+    return arguments._replace(operands=operands), outputs[:count], outputs[count], outputs[count + 1 : made]
 
 
 def lora_group(
     x: Tensor, projections: Sequence[Projection], seeds: Tensor | None, bf16x3: bool = False, token: object = None
 ) -> tuple[Tensor, ...]:
-    """[..., N] of each projection; `exact` as `NativePath` has it, `token` is kept as `LoraLinearFunction` keeps it."""
+    """[..., N] of each projection; `bf16x3` as `NativePath` has it, `token` is kept as `LoraLinearFunction` keeps it."""
     if torch.is_grad_enabled():
         wanted, tensors = trained(projections)
-        return NativeGroupFunction.apply(projections, wanted, bf16x3, token, x, seeds, *tensors)
-    return tuple(group_forward(projections, bf16x3, x, seeds)[2][0])
+        return _apply(x, projections, wanted, bf16x3, token, x, seeds, *tensors)
+    return tuple(group_forward(projections, bf16x3, x, seeds)[1])
 
 
 class NativeGroupFunction(torch.autograd.Function):
-    """Apply as `(projections, wanted, exact, token, x, seeds, *tensors)`, wanted and tensors as `trained` gives them;
-    gives a tuple of [..., N], one per projection, which separate backward calls may reach (`outputs`). Double backward
-    raises."""
+    """Apply as `(projections, wanted, bf16x3, token, x, seeds, *tensors)`, wanted and tensors as `trained` gives them;
+    gives a tuple of [..., N], one per projection, which separate backward calls may reach (`separate_backward`). Double
+    backward raises."""
 
     @staticmethod
     def forward(ctx, projections, wanted, bf16x3, token, x: Tensor, seeds: Tensor | None, *_):
-        ctx.fixed, fields, (ys, unscaled, t) = group_forward(projections, bf16x3, x, seeds)
-        ctx.wanted, ctx.token, ctx.unscaled, ctx.lengths = (
-            wanted,
-            token,
-            len(unscaled),
-            [len(field) for field in fields],
-        )
-        ctx.kept = None
+        (operands, *ctx.numbers), ys, t, unscaled = group_forward(projections, bf16x3, x, seeds)
+        ctx.wanted, ctx.token, ctx.kept = wanted, token, None
+        ctx.unscaled, ctx.operands = len(unscaled), len(operands)
         ctx.set_materialize_grads(False)
         if len(ys) > 1:
-            x = x.detach()  # a graph that holds no x: `siblings` keeps results as long as there is one
-        ctx.save_for_backward(x, seeds, t, *unscaled, *[tensor for field in fields for tensor in field])
+            x = x.detach()  # a graph that holds no x: `shared_input` keeps results as long as there is one
+        ctx.save_for_backward(x, seeds, t, *unscaled, *operands)
         return tuple(ys)
 
     @staticmethod
@@ -242,31 +253,29 @@ class NativeGroupFunction(torch.autograd.Function):
     def backward(ctx, *dys: Tensor | None):
         used = [dy is not None for dy in dys]
         saved = separate_backward.saved_tensors(ctx, used, _operands)
-        x, seeds, t, *rest = saved
-        unscaled, fields, fixed = rest[: ctx.unscaled], Fields.of(rest[ctx.unscaled :], ctx.lengths), ctx.fixed
-        dx, grads = native.lora_backward(
-            dys, x, t, unscaled, fields.weights, fields.biases, fields.lora_a, fields.lora_b, fields.mag_norm_scales, fields.norms,
-            fixed.scalings, seeds, fixed.dropouts, fields.scales, fixed.quantized,
-            fixed.bf16x3, ctx.needs_input_grad[4] and any(used), [wanted.needs for wanted in ctx.wanted],
+        x, seeds, t = saved[:3]
+        start = 3 + ctx.unscaled
+        scalings, dropouts, quantized, bf16x3 = ctx.numbers
+        need_dx = ctx.needs_input_grad[4] and any(used)
+        grads = native.lora_backward(
+            dys, x, t, saved[3:start] if ctx.unscaled else None, saved[start:], scalings, seeds, dropouts, quantized, bf16x3,
+            need_dx, [wanted.needs for wanted in ctx.wanted],
         )  # fmt: skip
-        found = by_trained(grads, ctx.wanted, fixed.scalings, used)
-        result = (None, None, None, None, dx[0] if dx else None, None, *found)
+        dx = grads.pop(0) if need_dx else None
+        result = (None, None, None, None, dx, None, *by_trained(grads, ctx.wanted, scalings, used))
         separate_backward.ran(ctx, used, saved, result)
         return result
 
 
+_apply = apply_of(NativeGroupFunction)
+
+
 def _operands(ctx) -> list[separate_backward.Operand | None]:
     """Of the tensors that `NativeGroupFunction` saves. Weights and A are read for dx alone, biases for dm."""
-    needs_x, dora = ctx.needs_input_grad[4], bool(ctx.lengths[5])
-    names = (
-        "weight" if needs_x else None,
-        "bias" if dora else None,
-        "lora_a" if needs_x else None,
-        "lora_b",
-        None,
-        None,
-    )
+    needs_x, count = ctx.needs_input_grad[4], len(ctx.wanted)
+    names = ("weight" if needs_x else None, "bias", "lora_a" if needs_x else None, "lora_b", None, None)
     found: list[separate_backward.Operand | None] = [("x", None), *[None] * (2 + ctx.unscaled)]
-    for name, length in zip(names, ctx.lengths):
-        found += [None if name is None else (name, i) for i in range(length)]
-    return found + [("the scale of a quantized weight", None) if needs_x else None] * ctx.lengths[6]
+    for i in range(count):
+        found += [None if name is None else (name, i) for name in names]
+    scales = ctx.operands - OPERANDS * count
+    return found + [("the scale of a quantized weight", None) if needs_x else None] * scales

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import native
+
 DIRECTORY = Path(__file__).parent / "configs"
 ABOUT = ("device", "source")  # keys for the reader alone
 
@@ -50,11 +52,13 @@ def path_of(device_name: str) -> Path:
     return DIRECTORY / (re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json")
 
 
-@functools.cache
 def of(device: torch.device) -> DeviceConfig:
-    """What holds on a device, read once."""
-    if device.type != "cuda":
-        return DeviceConfig()
+    """What holds on a device; on one that runs another architecture's kernels, what holds where nobody measured."""
+    return DeviceConfig() if device.type != "cuda" or native.is_architecture_forced else _read_once(device)
+
+
+@functools.cache
+def _read_once(device: torch.device) -> DeviceConfig:
     path = path_of(torch.cuda.get_device_name(device))
     return read(path) if path.exists() else DeviceConfig()
 

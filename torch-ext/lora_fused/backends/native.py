@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -63,13 +64,32 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
     return _row_norm(weight, lora_a, lora_b, scaling)
 
 
-def gemm_pays(like: Tensor, rows: int, cols: int) -> bool:
+is_architecture_forced = False  # by `set_architecture`
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Whose kernels run on `device`: "cpu", "sm80" for every GPU but Hopper, "sm90"
+    (kernel-src/dispatch/architecture.h)."""
+    return ops.architecture(torch.empty(0, device=device))
+
+
+def set_architecture(name: str) -> None:
+    """From now on all GPUs of the process run the kernels of this architecture, "" for their own: for tests and
+    benchmarks. An error says which are possible."""
+    global is_architecture_forced
+    ops.set_architecture(name)
+    is_architecture_forced = name != ""
+    architecture.cache_clear()
+
+
+def gemm_is_faster(like: Tensor, rows: int, cols: int) -> bool:
     """Whether a sum of products [rows, cols] in like's dtype, on its device, is one launch
-    (kernel-src/common/gemm.h)."""
-    return ops.gemm_pays(like, rows, cols)
+    (kernel-src/dispatch/table.h)."""
+    return ops.gemm_is_faster(like, rows, cols)
 
 
-@torch.library.register_fake(add_op_namespace_prefix("gain"))
+@torch.library.register_fake(add_op_namespace_prefix("mag_norm_scale"))
 def _mag_norm_scale_fake(magnitude: Tensor, norm: Tensor) -> Tensor:
     return torch.empty_like(norm)
 
@@ -93,7 +113,7 @@ def dropout(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@torch.library.register_fake(add_op_namespace_prefix("dora_gains"))
+@torch.library.register_fake(add_op_namespace_prefix("dora_scales"))
 def _dora_scales_fake(weights, lora_a, lora_b, magnitudes, scalings, scales, quantized):
     norms = [weight.new_empty(n, dtype=torch.float32) for weight, n in zip(weights, _widths(weights, quantized))]
     return norms, [torch.empty_like(norm) for norm in norms]
@@ -121,42 +141,41 @@ def _dequantize_4bit_fake(
     return None
 
 
+class _Group(NamedTuple):
+    """The operands of a group (kernel-src/group/members.h), by what they are; `made`: magnitudes or norms."""
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    lora_a: Sequence[Tensor | None]
+    lora_b: Sequence[Tensor | None]
+    magnitudes: Sequence[Tensor | None]
+    mag_norm_scales: Sequence[Tensor | None]
+
+    @classmethod
+    def of(cls, operands, scalings) -> _Group:
+        size = len(cls._fields)
+        return cls(*[operands[i : size * len(scalings) : size] for i in range(size)])
+
+    def scaled(self) -> list[bool]:
+        """Which members have a mag_norm_scale, given or made."""
+        return [m is not None or s is not None for m, s in zip(self.magnitudes, self.mag_norm_scales)]
+
+
 @torch.library.register_fake(add_op_namespace_prefix("lora_forward"))
-def _lora_forward_fake(
-    x,
-    weights,
-    biases,
-    lora_a,
-    lora_b,
-    mag_norm_scales,
-    magnitudes,
-    scalings,
-    seeds,
-    dropouts,
-    scales,
-    quantized,
-    bf16x3,
-):
+def _lora_forward_fake(x, operands, scalings, seeds, dropouts, quantized, bf16x3):
+    group = _Group.of(operands, scalings)
     rows = x[..., 0].numel()
-    ranks = sum(a.shape[0] for a in lora_a if a is not None)
-    widths = _widths(weights, quantized)
+    ranks = sum(a.shape[0] for a in group.lora_a if a is not None)
+    widths = _widths(group.weights, quantized)
     ys = [x.new_empty(*x.shape[:-1], n) for n in widths]
-    unscaled = [
-        x.new_empty(rows, n) for n, scaled in zip(widths, _scaled(mag_norm_scales, magnitudes, len(widths))) if scaled
-    ]
-    return ys, unscaled, x.new_empty(rows, 3 * ranks if bf16x3 else ranks), *_made(x, widths, magnitudes)
-
-
-def _scaled(mag_norm_scales, magnitudes, count) -> list[bool]:
-    """Which members have a mag_norm_scale, given or made; either list may be empty."""
-    given = zip(mag_norm_scales or [None] * count, magnitudes or [None] * count)
-    return [mag_norm_scale is not None or magnitude is not None for mag_norm_scale, magnitude in given]
+    unscaled = [x.new_empty(rows, n) for n, scaled in zip(widths, group.scaled()) if scaled]
+    return [*ys, x.new_empty(rows, 3 * ranks if bf16x3 else ranks), *unscaled, *_made(x, widths, group.magnitudes)]
 
 
 def _made(x, widths, magnitudes):
     """Fakes of the norms and of the mag_norm_scales that a forward makes."""
     norms = [x.new_empty(n, dtype=torch.float32) for n, m in zip(widths, magnitudes) if m is not None]
-    return norms, [torch.empty_like(norm) for norm in norms]
+    return *norms, *[torch.empty_like(norm) for norm in norms]
 
 
 def _widths(weights, quantized) -> list[int]:
@@ -168,7 +187,7 @@ def _widths(weights, quantized) -> list[int]:
 
 
 def _gradients(x, used, widths, downs, lora_b, need_dx, needs):
-    """Fakes of (dx) and of the gradients as the native ops give them; `downs` are those of every A."""
+    """Fakes of dx and of the gradients as the native ops give them; `downs` are those of every A."""
     wide = torch.promote_types(x.dtype, torch.float32)
     grads = []
     for use, n, down, b, need in zip(used, widths, downs, lora_b, needs):
@@ -177,7 +196,7 @@ def _gradients(x, used, widths, downs, lora_b, need_dx, needs):
         grads += [down] if need & 1 else []
         grads += [torch.empty_like(b)] if need & 2 else []
         grads += [x.new_empty(n, dtype=wide) for bit in (4, 8) if need & bit]
-    return [torch.empty_like(x)] if need_dx else [], grads
+    return [torch.empty_like(x), *grads] if need_dx else grads
 
 
 def _down_gradients(lora_a, dropouts, bf16x3) -> list[Tensor | None]:
@@ -191,41 +210,39 @@ def _down_gradients(lora_a, dropouts, bf16x3) -> list[Tensor | None]:
 
 @torch.library.register_fake(add_op_namespace_prefix("lora_backward"))
 def _lora_backward_fake(
-    dys, x, t, unscaled, weights, biases, lora_a, lora_b, mag_norm_scales, norms, scalings, seeds, dropouts, scales,
-    quantized, bf16x3, need_dx, needs,
+    dys, x, t, unscaled, operands, scalings, seeds, dropouts, quantized, bf16x3, need_dx, needs
 ):  # fmt: skip
-    used, downs = [dy is not None for dy in dys], _down_gradients(lora_a, dropouts, bf16x3)
-    return _gradients(x, used, _widths(weights, quantized), downs, lora_b, need_dx, needs)
+    group = _Group.of(operands, scalings)
+    used, downs = [dy is not None for dy in dys], _down_gradients(group.lora_a, dropouts or (), bf16x3)
+    return _gradients(x, used, _widths(group.weights, quantized), downs, group.lora_b, need_dx, needs)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_forward"))
 def _gated_forward_fake(
-    x, weights, biases, lora_a, lora_b, mag_norm_scales, magnitudes, scalings, seeds, dropouts, scales, quantized,
-    bf16x3, activation, gate_half, up_to_h,
+    x, operands, scalings, seeds, dropouts, quantized, bf16x3, activation, gate_half, up_to_h
 ):  # fmt: skip
+    group = _Group.of(operands, scalings)
     rows = x[..., 0].numel()
-    ranks = [0 if a is None else (3 if bf16x3 else 1) * a.shape[0] for a in lora_a]
-    widths = _widths(weights, quantized)
+    ranks = [0 if a is None else (3 if bf16x3 else 1) * a.shape[0] for a in group.lora_a]
+    widths, count = _widths(group.weights, quantized), len(scalings)
     outputs = [x.new_empty(rows, n) for n in widths[:-1]]
     ts = [x.new_empty(rows, sum(ranks[:-1])), x.new_empty(rows, ranks[-1])]
-    count = len(widths)
-    masked = [p > 0 for p in dropouts] or [False] * count
-    scaled = _scaled(mag_norm_scales, magnitudes, count)
-    kept = [has_gain and (p or i == count - 1) for i, (has_gain, p) in enumerate(zip(scaled, masked))]
+    masked = [p > 0 for p in dropouts or [0.0] * count]
+    kept = [scaled and (p or i == count - 1) for i, (scaled, p) in enumerate(zip(group.scaled(), masked))]
     unscaled = [x.new_empty(rows, n) for n, keep in zip(widths, kept) if keep]
     h = (rows, sum(widths[:-1]) // 2)
     y = x.new_empty(h if up_to_h else (*x.shape[:-1], widths[-1]))
-    return y, outputs, unscaled, ts, *_made(x, widths, magnitudes)
+    return [y, *outputs, *ts, *unscaled, *_made(x, widths, group.magnitudes)]
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gated_backward"))
 def _gated_backward_fake(
-    dy, x, outputs, unscaled, ts, weights, biases, lora_a, lora_b, mag_norm_scales, norms, scalings, seeds, dropouts,
-    scales, quantized, bf16x3, activation, gate_half, need_dx, needs,
+    dy, x, kept, operands, scalings, seeds, dropouts, quantized, bf16x3, activation, gate_half, need_dx, needs
 ):  # fmt: skip
+    group, masks = _Group.of(operands, scalings), dropouts or [0.0] * len(scalings)
     groups = slice(None, -1), slice(-1, None)
-    downs = [down for part in groups for down in _down_gradients(lora_a[part], dropouts[part], bf16x3)]
-    return _gradients(x, [True] * len(weights), _widths(weights, quantized), downs, lora_b, need_dx, needs)
+    downs = [down for part in groups for down in _down_gradients(group.lora_a[part], masks[part], bf16x3)]
+    return _gradients(x, [True] * len(scalings), _widths(group.weights, quantized), downs, group.lora_b, need_dx, needs)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("column_norm"))
@@ -252,7 +269,7 @@ def _embedding_backward_fake(
 # at every call, has no use there.
 _dispatch = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "IMPL")
 for _name in (
-    "dora_gains", "lora_forward", "lora_backward", "gated_forward", "gated_backward", "column_norm",
+    "dora_scales", "lora_forward", "lora_backward", "gated_forward", "gated_backward", "column_norm",
     "embedding_forward", "embedding_backward", "dequantize_4bit",
 ):  # fmt: skip
     for _key in ("Autograd", "ADInplaceOrView"):
@@ -283,8 +300,8 @@ def _on_values(op):
 
 # What an op writes is never such a tensor.
 for _name in (
-    "row_norm", "gain", "dropout", "dora_gains", "lora_forward", "lora_backward", "gated_forward", "gated_backward",
-    "column_norm", "embedding_forward", "embedding_backward", "dequantize_4bit",
+    "row_norm", "mag_norm_scale", "dropout", "dora_scales", "lora_forward", "lora_backward", "gated_forward",
+    "gated_backward", "column_norm", "embedding_forward", "embedding_backward", "dequantize_4bit",
 ):  # fmt: skip
     for _key in ("Negative", "ZeroTensor"):
         _dispatch.impl(_name, _on_values(getattr(ops, _name).default), _key)
@@ -319,4 +336,9 @@ gated_backward = _op("gated_backward", past_subclasses=True)
 column_norm = _op("column_norm")
 embedding_forward = _op("embedding_forward")
 embedding_backward = _op("embedding_backward")
-_row_norm, _mag_norm_scale, _dropout, _dora_scales = _op("row_norm"), _op("gain"), _op("dropout"), _op("dora_gains")
+_row_norm, _mag_norm_scale, _dropout, _dora_scales = (
+    _op("row_norm"),
+    _op("mag_norm_scale"),
+    _op("dropout"),
+    _op("dora_scales"),
+)

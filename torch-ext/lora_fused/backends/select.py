@@ -56,14 +56,14 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-@functools.cache
 def is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
+    """Whether the native ops run Hopper's kernels on `device`."""
+    return native.architecture(device) == "sm90"
 
 
-def gemm_pays(x: Tensor, rows: int, outputs: int) -> bool:
+def gemm_is_faster(x: Tensor, rows: int, outputs: int) -> bool:
     """Whether the native ops compute [rows, outputs] of x's dtype and device, the LoRA terms inside, by one launch."""
-    return native.gemm_pays(x, rows, outputs)
+    return native.gemm_is_faster(x, rows, outputs)
 
 
 def describe(name: str) -> str:
@@ -134,12 +134,12 @@ def dora_scales(
 
 def norm_is_native(weight: Tensor, lora_a: Tensor, lora_b: Tensor, quantized: Quantized | None) -> bool:
     """Whether the native ops make this norm, in a forward or together with others: of a weight in floating point that
-    Triton does not take, or in four bits."""
+    Triton does not take, or in a format that they read."""
     dtype = weight.dtype if quantized is None else quantized.dtype
     if dtype == torch.float64 or lora_a.dtype == torch.float64 or lora_b.dtype == torch.float64:
         return False
     if quantized is not None:
-        return type(quantized) is FourBit
+        return getattr(quantized, "native_format", None) is not None
     return not _row_norm_is_faster_in_triton(weight, lora_a.shape[0])
 
 

@@ -16,21 +16,22 @@ from ..autograd.group_native import lora_group, native_path
 from ..autograd.members import members_of
 from ..backends import select
 from ..backends.reference.activations import INDEX
-from ..call_context import autocast_dtype, without_autocast
+from ..call_context import CallContext, without_autocast
 from ..specs import GatedSpec, GroupSpec, NativePath, Projection, flatten, fold
 
 
 def compute_group(
     x: Tensor,
     projections: Sequence[Projection],
+    call: CallContext | None = None,
     *,
     share_mask: bool = False,
     backend: str | None = None,
     token: object = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear_group` on operands that are known to be right; `token` is kept as the graph is."""
-    projections = fold(projections)
-    lora_dtype, x = _autocast(x)
+    call = call or CallContext.of(x)
+    projections, lora_dtype, x = fold(projections), call.autocast, _cast(x, call)
     path = native_path(projections, x.dtype, lora_dtype, x.is_cuda)
     backend = backend or _choose(x, projections, path, lora_dtype)
     seeds = draw_seeds(x.device, projections, share_mask)
@@ -39,7 +40,7 @@ def compute_group(
     group = GroupSpec(tuple(projection.spec for projection in projections), backend, lora_dtype)
     scalings = tuple(projection.scaling for projection in projections)
     flat = flatten([projection.operands for projection in projections])
-    if torch.is_grad_enabled():
+    if call.grad:
         return LoraLinearFunction.apply(group, scalings, token, x, seeds, *flat)
     with without_autocast(x):
         rows = x.reshape(-1, x.shape[-1])
@@ -53,13 +54,15 @@ def compute_gated(
     output: Projection,
     activation: str,
     gate_half: int = 0,
+    call: CallContext | None = None,
     *,
     backend: str | None = None,
 ) -> Tensor:
     """down(f(gate(x))·up(x)) on operands that are known to be right: `inputs` are gate and up, or the one
     projection that holds both as halves, `output` is down, f one of `activations.ACTIVATIONS`."""
+    call = call or CallContext.of(x)
     *inputs, output = projections = fold((*inputs, output))
-    lora_dtype, x = _autocast(x)
+    lora_dtype, x = call.autocast, _cast(x, call)
     path = native_path(projections, x.dtype, lora_dtype, x.is_cuda)
     names = [backend or _choose(x, part, path, lora_dtype) for part in (inputs, (output,))]
     seeds = draw_seeds(x.device, projections)
@@ -72,7 +75,7 @@ def compute_gated(
     spec = GatedSpec(of_inputs, of_output, activation, gate_half)
     scalings = tuple(projection.scaling for projection in projections)
     flat = flatten([projection.operands for projection in projections])
-    if torch.is_grad_enabled():
+    if call.grad:
         return GatedMLPFunction.apply(spec, scalings, x, seeds, *flat)
     with without_autocast(x):
         rows = x.reshape(-1, x.shape[-1])
@@ -80,10 +83,9 @@ def compute_gated(
         return y
 
 
-def _autocast(x: Tensor) -> tuple[torch.dtype | None, Tensor]:
-    """Autocast's dtype where that is on, and x as the group takes it."""
-    dtype = autocast_dtype(x)
-    return dtype, x if dtype is None or x.dtype == dtype else x.to(dtype)
+def _cast(x: Tensor, call: CallContext) -> Tensor:
+    """x in autocast's dtype where that is on."""
+    return x if call.autocast is None or x.dtype == call.autocast else x.to(call.autocast)
 
 
 def _choose(
@@ -94,6 +96,8 @@ def _choose(
     rows: int | None = None,
 ) -> str:
     """Name of the backend; `path` is of all that is computed together. `rows` in place of x's own, where given."""
+    if not x.is_cuda:
+        return select.NATIVE
     if x.dtype == torch.float16 and lora_dtype is None and any([_is_wide(p.operands.lora_a) for p in projections]):
         return select.NATIVE  # Triton stores t and dt in x's dtype, which has not the range for an adapter in float32
 
@@ -110,13 +114,14 @@ def _is_wide(lora_a: Tensor | None) -> bool:
 
 def describe_backend(x: Tensor, projections: Sequence[Projection], rows: int) -> str:
     """What a reader calls the backend of a group of projections of `rows` rows like those of x."""
-    lora_dtype, x = _autocast(x)
+    call = CallContext.of(x)
+    lora_dtype, x = call.autocast, _cast(x, call)
     path = native_path(projections, x.dtype, lora_dtype, x.is_cuda)
     chosen = _choose(x, projections, path, lora_dtype, rows)
     if not path.native or chosen != select.NATIVE:
         return select.describe(chosen)
-    pays = any([select.gemm_pays(x, rows, projection.shape[0]) for projection in projections])
-    return select.HOPPER_GEMM if pays else select.NATIVE
+    is_fused = any([select.gemm_is_faster(x, rows, projection.shape[0]) for projection in projections])
+    return select.HOPPER_GEMM if is_fused else select.NATIVE
 
 
 def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..autograd.direct_apply import apply_of
 from ..autograd.embedding import LoraEmbeddingFunction, forward_embedding
 from ..backends import native_embedding, select
 from ..call_context import without_autocast
@@ -65,6 +66,9 @@ def lora_embedding(
     return compute_embedding(ids, table, float(scaling), padding_idx, float(number), backend)
 
 
+_apply = apply_of(LoraEmbeddingFunction)
+
+
 def compute_embedding(
     ids: Tensor,
     table: EmbeddingOperands,
@@ -80,7 +84,7 @@ def compute_embedding(
         backend = select.choose_embedding(table, ids.numel())
     spec = EmbeddingSpec(scaling, padding_idx, scale, backend)
     if torch.is_grad_enabled():
-        return LoraEmbeddingFunction.apply(spec, ids, *table)
+        return _apply(ids, spec, ids, *table)
     with without_autocast(table.weight):
         return forward_embedding(ids, table, spec, keep=False)[0]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..call_context import autocast_dtype, device_type
-from ..specs import EightBit, FourBit, Operands, Quantized
+from ..specs import EightBit, Fallback, FourBit, Operands, Quantized
 from . import replaced
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -39,22 +39,21 @@ _OWN_FORWARD = (
 )
 
 
-class InvalidState(str):
-    """Why nobody can compute a module, PEFT neither: calling it raises."""
-
-
 class Base(NamedTuple):
-    """The product of a base layer: operands without an adapter, the shape [N, K] of the weight.
+    """The product of a base layer: its weight and bias as `Operands` has them, the shape [N, K] of the weight.
 
     compute: dtype of the product where the layer has one of its own; its result is cast back to x's.
-    called: why the layer's own forward computes the product; the weight may then be None.
+    own_forward: why the layer's own forward computes the product; the weight may then be None.
+    scales: of a quantized weight, `Operands` from absmax on.
     """
 
-    operands: Operands
+    weight: Tensor | None
+    bias: Tensor | None
     shape: tuple[int, int] | None
     quantized: Quantized | None = None
     compute: torch.dtype | None = None
     own_forward: str | None = None
+    scales: tuple[Tensor | None, ...] = ()
 
 
 def tensor_of(layer: nn.Module, name: str) -> Tensor | None:
@@ -63,47 +62,48 @@ def tensor_of(layer: nn.Module, name: str) -> Tensor | None:
     return parameters[name] if name in parameters else layer.__dict__[name]
 
 
-def unread_reason(error: Exception) -> str:
+def unread(error: Exception) -> Fallback:
     """Of a module that cannot be read: PEFT's own forward finds what another tool put elsewhere, or says what is
     wrong."""
     if isinstance(error, KeyError):
-        return f"{error} is not where it belongs: another tool has taken it out"
-    return f"a parameter cannot be read: {error}"
+        return Fallback(f"{error} is not where it belongs: another tool has taken it out")
+    return Fallback(f"a parameter cannot be read: {error}")
 
 
-def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Base | str:
+def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Base | Fallback:
     """What a base layer computes now; `opaque` where the LoRA layer is one for bases of a kind of its own."""
     if type(base) is nn.Linear and not transposed:  # nearly all, past what others ask
         weight = tensor_of(base, "weight")
         if type(weight) in PLAIN_TENSORS:
-            return Base(Operands(weight, tensor_of(base, "bias")), (base.out_features, base.in_features))
+            return Base(weight, tensor_of(base, "bias"), (base.out_features, base.in_features))
     found = _read(base, transposed, opaque)
-    if type(base) is nn.Linear or isinstance(found, str) or found.own_forward:
+    if type(base) is nn.Linear or isinstance(found, Fallback) or found.own_forward:
         return found
-    return replaced.module_reason(type(base)) or found
+    reason = replaced.module_reason(type(base))
+    return Fallback(reason) if reason else found
 
 
-def _read(base: nn.Module, transposed: bool, opaque: bool) -> Base | str:
-    cls: type = type(base)
+def _read(base: nn.Module, transposed: bool, opaque: bool) -> Base | Fallback:
+    cls: Any = type(base)
     linear = cls is nn.Linear or is_listed(cls, LINEARS)
     if linear or (transposed and is_listed(cls, TRANSPOSED)):
         weight = tensor_of(base, "weight")
         if _is_torchao(weight):
             return _with_own_forward(f"{type(weight).__name__}")
         if transposed and linear:
-            return f"fan_in_fan_out on a {cls.__name__}"
+            return Fallback(f"fan_in_fan_out on a {cls.__name__}")
         bias = tensor_of(base, "bias")
         if cls is not nn.Linear and _adds_bias_in_its_dtype(cls, bias):
             return _with_own_forward(f"{cls.__name__} adds its bias of {bias.dtype} to what autocast gives")
         shape = (base.nf, base.nx) if transposed else (base.out_features, base.in_features)
-        return Base(Operands(weight, bias), shape)
-    if isinstance(base, _bitsandbytes("Linear4bit")) and _runs(base, "Linear4bit"):
-        return replaced.function_reason(sys.modules["bitsandbytes"], "matmul_4bit") or _read_4bit(base)
-    if isinstance(base, _bitsandbytes("Linear8bitLt")) and _runs(base, "Linear8bitLt"):
-        return _read_8bit(base)
+        return Base(weight, bias, shape)
+    for (module, name), read in READERS.items():
+        known = getattr(sys.modules.get(module), name, None)  # None where its library is not loaded
+        if known is not None and isinstance(base, known) and cls.forward is known.forward:  # as NF4's and FP4's are
+            return read(base)
     if opaque or is_listed(cls, _OWN_FORWARD):
         return _with_own_forward(f"{cls.__name__}")
-    return f"unknown base layer {cls.__name__}"
+    return Fallback(f"unknown base layer {cls.__name__}")
 
 
 @functools.cache
@@ -118,44 +118,36 @@ def _adds_bias_in_its_dtype(cls: type, bias: Tensor | None) -> bool:
 
 
 def _with_own_forward(kind: str) -> Base:
-    return Base(Operands(None), None, own_forward=f"base layer's own forward: {kind}")
-
-
-def _bitsandbytes(name: str) -> Any:
-    """A layer class of bitsandbytes; nothing is one where bitsandbytes is not loaded."""
-    modules = sys.modules.get("bitsandbytes.nn.modules")
-    return () if modules is None else getattr(modules, name)
-
-
-def _runs(base: nn.Module, name: str) -> bool:
-    """Whether a subclass (NF4, FP4) leaves the forward as it is."""
-    return type(base).forward is _bitsandbytes(name).forward
+    return Base(None, None, None, own_forward=f"base layer's own forward: {kind}")
 
 
 def _is_torchao(weight: Tensor) -> bool:
     return type(weight).__module__.startswith("torchao.")
 
 
-def _read_4bit(base: nn.Module) -> Base | str:
+def _read_4bit(base: nn.Module) -> Base | Fallback:
+    reason = replaced.function_reason(sys.modules["bitsandbytes"], "matmul_4bit")
+    if reason:
+        return Fallback(reason)
     with torch._C.DisableTorchFunctionSubclass():  # else every look at the weight costs a call
         weight = tensor_of(base, "weight")
         own = getattr(weight, "quant_state", None)
         state = base.quant_state if own is None else own  # FSDP's tensors have lost it; bitsandbytes looks there, too
         shape = (base.out_features, base.in_features)
         if state is None:
-            return InvalidState(f"base weight of {weight.dtype}, shape {tuple(weight.shape)}, is not quantized yet: "
-                          "move the layer to its device")  # fmt: skip
+            text = f"base weight of {weight.dtype}, shape {tuple(weight.shape)}, is not quantized yet"
+            return Fallback(f"{text}: move the layer to its device", raises=True)
         if weight.is_meta:
-            return "weight is on the meta device"
+            return Fallback("weight is on the meta device")
         if getattr(state, "packing_format_for_cpu", False):
-            return "the base weight is packed for inference on this CPU"
+            return Fallback("the base weight is packed for inference on this CPU")
         if state.shape is None or tuple(state.shape) != shape:
-            return f"quantized from shape {state.shape}, the layer is {shape}"
+            return Fallback(f"quantized from shape {state.shape}, the layer is {shape}")
         if state.quant_type not in ("nf4", "fp4") or state.dtype not in _FLOATS:
-            return f"quantization {state.quant_type} of {state.dtype}"
+            return Fallback(f"quantization {state.quant_type} of {state.dtype}")
         broken = _broken_4bit(weight, state, shape)
         if broken:
-            return broken if own is None else InvalidState(broken)
+            return Fallback(broken, raises=own is not None)
         device = device_type(weight)
     nested = state.state2
     quantized = FourBit(
@@ -166,7 +158,7 @@ def _read_4bit(base: nn.Module) -> Base | str:
         own_forward = (
             "base layer's own forward: rows of broken blocks, which bitsandbytes reads in its own way on the CPU"
         )
-        return Base(Operands(None, bias), shape, own_forward=own_forward)
+        return Base(None, bias, shape, own_forward=own_forward)
     own_forward = None
     if not base.compute_type_is_set:
         own_forward = "base layer's own forward: its first input decides what it computes in"
@@ -175,9 +167,7 @@ def _read_4bit(base: nn.Module) -> Base | str:
     elif bias is not None and compute is not None and bias.dtype != compute:
         own_forward = f"base layer's own forward: it casts its bias of {bias.dtype} to {compute} first"
     more = (None,) * 3 if nested is None else (nested.absmax, nested.code, state.offset)
-    return Base(
-        Operands(weight, bias, None, None, None, None, state.absmax, *more), shape, quantized, compute, own_forward
-    )
+    return Base(weight, bias, shape, quantized, compute, own_forward, (state.absmax, *more))
 
 
 def _broken_4bit(weight: Tensor, state, shape: tuple[int, int]) -> str | None:
@@ -209,7 +199,7 @@ def _broken_4bit(weight: Tensor, state, shape: tuple[int, int]) -> str | None:
     return None
 
 
-def _read_8bit(base: nn.Module) -> Base | str:
+def _read_8bit(base: nn.Module) -> Base | Fallback:
     """Activations are quantized too, so the product is the layer's own; DoRA's norm needs the weight."""
     with torch._C.DisableTorchFunctionSubclass():
         weight = tensor_of(base, "weight")
@@ -217,7 +207,7 @@ def _read_8bit(base: nn.Module) -> Base | str:
         absmax = getattr(weight, "SCB", None) if waiting else base.state.SCB
         shape = (base.out_features, base.in_features)
         if absmax is None and weight.dtype == torch.int8:
-            return InvalidState("the scales of the int8 weight are missing")
+            return Fallback("the scales of the int8 weight are missing", raises=True)
         known = (
             weight.dtype == torch.int8
             and absmax is not None
@@ -226,13 +216,18 @@ def _read_8bit(base: nn.Module) -> Base | str:
             and absmax.device == weight.device
         )
     bias = tensor_of(base, "bias")
-    operands = Operands(weight, bias, None, None, None, None, absmax) if known else Operands(None, bias)
-    return Base(
-        operands,
-        shape,
-        EightBit(shape) if known else None,
-        own_forward=f"base layer's own forward: {type(base).__name__}",
-    )
+    own_forward = f"base layer's own forward: {type(base).__name__}"
+    if not known:
+        return Base(None, bias, shape, own_forward=own_forward)
+    return Base(weight, bias, shape, EightBit(shape), own_forward=own_forward, scales=(absmax,))
+
+
+# Layers of quantized weights, as (module, name), and what reads one. Subclasses that leave the forward as it is are
+# read too.
+READERS = {
+    ("bitsandbytes.nn.modules", "Linear4bit"): _read_4bit,
+    ("bitsandbytes.nn.modules", "Linear8bitLt"): _read_8bit,
+}
 
 
 def device_of(operands: Operands) -> torch.device:

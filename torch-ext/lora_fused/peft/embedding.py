@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..call_context import autocast_dtype
-from ..specs import EmbeddingOperands
+from ..specs import EmbeddingOperands, Fallback
 from . import replaced
-from .base_layer import tensor_of, unread_reason
+from .base_layer import tensor_of, unread
 from .scaling import read_scaling
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -45,18 +45,18 @@ def is_plain_embedding(module: nn.Module) -> bool:
     return type(module) is embedding_class()
 
 
-def read_embedding(module: nn.Module) -> AdaptedTable | str:
+def read_embedding(module: nn.Module) -> AdaptedTable | Fallback:
     """The embedding that a `peft.tuners.lora.Embedding` computes now, or why it is PEFT's to compute. What all
     embeddings have in common `replaced.embedding_reason` looks at."""
     cls = type(module)
     if replaced.FORWARDS.get(cls) is not cls.forward or replaced.CODES[cls] is not cls.forward.__code__:
         reason = replaced.forward_reason(cls)
         if reason:
-            return reason
+            return Fallback(reason)
     if module.disable_adapters:
-        return "adapters are disabled"
+        return Fallback("adapters are disabled")
     if module.merged:
-        return "the adapter is merged into the base weight"
+        return Fallback("the adapter is merged into the base weight")
     # Straight from the registries: nn.Module.__getattr__ would cost more than the checks do.
     modules = module._modules
     adapters = modules["lora_embedding_A"]._parameters
@@ -66,50 +66,50 @@ def read_embedding(module: nn.Module) -> AdaptedTable | str:
     else:
         names = [name for name in active if name in adapters]
         if len(names) != 1:
-            return f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
+            return Fallback(
+                f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
+            )
         name = names[0]
     try:
         return _read_adapter(module, name)
     except (KeyError, RuntimeError) as error:
-        return unread_reason(error)
+        return unread(error)
 
 
-def _read_adapter(module: nn.Module, name: str) -> AdaptedTable | str:
+def _read_adapter(module: nn.Module, name: str) -> AdaptedTable | Fallback:
     modules = module._modules
     base = modules["base_layer"]
     magnitude = None
     if name in module.lora_variant:
         variant = module.lora_variant[name]
         if type(variant) is not _dora_variant():
-            return f"LoRA variant {type(variant).__name__}"
+            return Fallback(f"LoRA variant {type(variant).__name__}")
         dora = modules["lora_magnitude_vector"]._modules[name]
         reason = replaced.forward_reason(type(variant)) or replaced.forward_reason(type(dora))
+        reason = reason or replaced.bypass_reason(("lora_magnitude_vector",), (dora,))
         if reason:
-            return reason
-        reason = replaced.bypass_reason(("lora_magnitude_vector",), (dora,))
-        if reason:
-            return reason
+            return Fallback(reason)
         magnitude = tensor_of(dora, "weight")
     if name in getattr(module, "input_fns", ()) or name in getattr(module, "output_fns", ()):  # not before PEFT 0.19
-        return "the embedding is sharded by tensor parallelism"
+        return Fallback("the embedding is sharded by tensor parallelism")
     reason = _base_reason(base) or replaced.bypass_reason(("base_layer",), (base,))
     if reason is None and type(base) is not nn.Embedding:
         reason = replaced.module_reason(type(base))
     if reason:
-        return reason
+        return Fallback(reason)
     if _has_any_global_hook():
-        return "hooks on all modules"
+        return Fallback("hooks on all modules")
     own = 1.0 if type(base) is nn.Embedding else base.embed_scale
     scale, number = (own, 1.0) if isinstance(own, Tensor) else (None, float(own))
     a, b = modules["lora_embedding_A"]._parameters[name], modules["lora_embedding_B"]._parameters[name]
     table = EmbeddingOperands(tensor_of(base, "weight"), a, b, magnitude, scale)
     reason = _tensor_reason(table, (base.num_embeddings, base.embedding_dim))
     if reason:
-        return reason
+        return Fallback(reason)
     scaling = module.scaling[name]
     if type(scaling) is not float:
         scaling = read_scaling(scaling, b)
-        if isinstance(scaling, str):
+        if isinstance(scaling, Fallback):
             return scaling
     return AdaptedTable(table, scaling, base.padding_idx, number)
 

@@ -18,9 +18,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import last_call
 from ..call_context import autocast_dtype
-from ..specs import AnyGate, ExpertWeights
+from ..specs import AnyGate, ExpertWeights, Fallback
 from . import replaced as replacements
-from .base_layer import DTYPES, PLAIN_TENSORS, InvalidState, tensor_of, unread_reason
+from .base_layer import DTYPES, PLAIN_TENSORS, tensor_of, unread
 from .experts_forward import GROUPED_MM, Form, form_of, gate_function
 from .scaling import read_scaling
 
@@ -75,18 +75,19 @@ def chain_of(module: nn.Module) -> tuple[list[nn.Module], nn.Module]:
     return wrappers, module
 
 
-def read_experts(module: nn.Module) -> AdaptedExperts | str:
-    """What the wrappers from `module` inwards compute now, or why that is PEFT's to compute. What all of PEFT's linears have
-    in common `replaced.linear_reason` looks at."""
+def read_experts(module: nn.Module) -> AdaptedExperts | Fallback:
+    """What the wrappers from `module` inwards compute now, or why that is PEFT's to compute. What all of PEFT's linears
+    have in common `replaced.linear_reason` looks at."""
     for cls in (type(module), *_proxy_classes()):
         replaced = replacements.forward_reason(cls)
         if replaced:
-            return replaced
+            return Fallback(replaced)
     wrappers, base = chain_of(module)
     try:
-        return _parametrised_reason(wrappers, base) or _read(wrappers, base)
+        read = _parametrised_reason(wrappers, base) or _read(wrappers, base)
     except (KeyError, RuntimeError) as error:
-        return unread_reason(error)
+        return unread(error)
+    return Fallback(read) if isinstance(read, str) else read
 
 
 def _read(wrappers: list[nn.Module], base: nn.Module) -> AdaptedExperts | str:
@@ -229,8 +230,8 @@ def _read_adapter(wrapper: nn.Module, stored: Tensor) -> Adapter | str:
         if reason:
             return reason
     scaling = read_scaling(wrapper.scaling[name], b)
-    if isinstance(scaling, str):
-        return scaling
+    if isinstance(scaling, Fallback):
+        return scaling.reason
     if isinstance(scaling, Tensor):
         return "scaling is a tensor on a GPU"
     swapped = getattr(wrapper, "_did_swap_in_out_features", False)
@@ -280,22 +281,33 @@ def _fit_reason(up: ExpertWeights, down: ExpertWeights, base: nn.Module) -> str 
     return f"weights of several dtypes ({', '.join(sorted(map(str, dtypes)))})" if len(dtypes) > 1 else None
 
 
-def read_call(adapted: AdaptedExperts, x: object, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | str:
+def read_call(adapted: AdaptedExperts, x: object, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | Fallback:
     """(index, routing) of a call, or why it is PEFT's own to compute."""
     given = args
     if kwargs:
         named = next((names for names in _ARGUMENTS if set(names[len(args) :]) == kwargs.keys()), None)
         if named is None:
-            return f"the call passes {', '.join(kwargs)}"
+            return Fallback(f"the call passes {', '.join(kwargs)}")
         given = *args, *(kwargs[name] for name in named[len(args) :])
     if len(given) != 2:
-        return f"the call passes {len(given)} arguments besides x"
-    for what, tensor in (("x", x), ("the index", given[0]), ("the routing weights", given[1])):
+        return Fallback(f"the call passes {len(given)} arguments besides x")
+    reason = _tensors_reason(adapted, x, *given) or _values_reason(adapted, x, *given)
+    if reason:
+        return Fallback(reason)
+    index = given[0]
+    if index.is_cpu and index.numel() and int(index.min()) < 0:
+        return Fallback(f"the index has {int(index.min())}, expected numbers of experts, from 0 on", raises=True)
+    return given
+
+
+def _tensors_reason(adapted: AdaptedExperts, x: object, index: object, routing: object) -> str | None:
+    for what, tensor in (("x", x), ("the index", index), ("the routing weights", routing)):
         if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.dim() != 2:
-            return f"{what} is a {type(tensor).__name__} of shape {tuple(getattr(tensor, 'shape', ()))}, expected a dense matrix"
+            shape = tuple(getattr(tensor, "shape", ()))
+            return f"{what} is a {type(tensor).__name__} of shape {shape}, expected a dense matrix"
         if tensor.device != adapted.up.weight.device:
             return f"{what} is on {tensor.device}, the base weight on {adapted.up.weight.device}"
-    return _values_reason(adapted, x, *given) or given
+    return None
 
 
 def _values_reason(adapted: AdaptedExperts, x: Tensor, index: Tensor, routing: Tensor) -> str | None:
@@ -312,6 +324,4 @@ def _values_reason(adapted: AdaptedExperts, x: Tensor, index: Tensor, routing: T
         return f"x of {x.dtype} on experts of {weight.dtype}{under}"
     if auto is not None and adapted.form.gate is None:
         return "autocast around a gate that is not known"
-    if index.is_cpu and index.numel() and int(index.min()) < 0:
-        return InvalidState(f"the index has {int(index.min())}, expected numbers of experts, from 0 on")
     return None

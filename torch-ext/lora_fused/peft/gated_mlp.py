@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..call_context import autocast_dtype
-from ..specs import Projection
-from . import linear as peft_linear, mlp_tracer, replaced, small_batch
+from ..call_context import CallContext
+from ..specs import Fallback, Projection
+from . import linear as peft_linear, linear_call, mlp_tracer, replaced, small_batch
 from .mlp_tracer import GatedMLP
 
 
@@ -36,7 +36,7 @@ class AdaptedMLP(NamedTuple):
 class _Recognised(NamedTuple):
     """A structure and what it was found in. Weak, where something could hold the module itself."""
 
-    structure: GatedMLP | str
+    structure: GatedMLP | Fallback
     forward: Callable
     code: types.CodeType | None
     functions: tuple[Callable, ...]
@@ -53,14 +53,14 @@ _recognised: weakref.WeakKeyDictionary[nn.Module, _Recognised] = weakref.WeakKey
 _functions = (F.silu, F.gelu, F.relu, torch.sigmoid, torch.tanh, torch.relu)
 
 
-def structure_of(module: nn.Module) -> GatedMLP | str:
+def structure_of(module: nn.Module) -> GatedMLP | Fallback:
     """What `mlp_tracer.recognise` says of the module, asked once while all that it ran stays in its place,
     and the dtype of its weights where that may matter."""
     known = _recognised.get(module)
     functions = _current_functions()
     if known is None or known.functions is not functions or not _is_as_it_was(module, known):
         structure, forward = mlp_tracer.recognise(module), type(module).forward
-        if isinstance(structure, str):  # for what any of its children does
+        if isinstance(structure, Fallback):  # for what any of its children does
             names, by_dtype = [name for name, _ in module.named_children()], True
         else:
             names, by_dtype = list(structure.activation_modules), structure.dtype is not None
@@ -100,7 +100,7 @@ def _is_as_it_was(module: nn.Module, known: _Recognised) -> bool:
     for name, ref in known.attributes:
         if (attribute := ref()) is None or vars(module).get(name) is not attribute:
             return False
-    depends_on_dtype = isinstance(known.structure, str) or known.structure.dtype is not None
+    depends_on_dtype = isinstance(known.structure, Fallback) or known.structure.dtype is not None
     return not depends_on_dtype or known.dtype == mlp_tracer.weights_dtype(module)
 
 
@@ -115,64 +115,66 @@ def is_adapted(module: nn.Module) -> bool:
     if not any(peft_linear.is_lora_linear(child) for child in module.children()):
         return False
     structure = structure_of(module)
-    return not isinstance(structure, str) and any(map(peft_linear.is_lora_linear, projections_of(module, structure)))
+    return not isinstance(structure, Fallback) and any(
+        map(peft_linear.is_lora_linear, projections_of(module, structure))
+    )
 
 
-def small_reason(module: nn.Module, x: object) -> str | None:
+def small_reason(module: nn.Module, x: Tensor, call: CallContext) -> str | None:
     """Why its projections had better run alone, as PEFT runs them; as the first that has an adapter says."""
-    if not torch.is_grad_enabled():
+    if not call.grad:
         for part in module._modules.values():
             if peft_linear.is_lora_linear(part):
-                return small_batch.small_reason(part, x)
+                return small_batch.small_reason(part, x, call)
     return None
 
 
-def read_mlp(module: nn.Module, x: object, linear_layer: type, check_features: bool = True) -> AdaptedMLP | str:
+def read_mlp(
+    module: nn.Module, x: Tensor, call: CallContext, linear_layer: type, check_features: bool = True
+) -> AdaptedMLP | Fallback:
     """What a gated MLP computes for x, its LoRA linears being served by `linear_layer`; without
     `check_features` for any x of its dtype and device."""
     structure = structure_of(module)
-    if isinstance(structure, str):
+    if isinstance(structure, Fallback):
         return structure
-    if not isinstance(x, Tensor):
-        return f"x is a {type(x).__name__}"
     if x.is_nested:
-        return "x is nested"
+        return Fallback("x is nested")
     names = structure.activation_modules
     watched = replaced.bypass_reason(names, [module._modules[name] for name in names])
     if watched:
-        return watched
+        return Fallback(watched)
     for name in structure.dropouts:
         reason = _dropping_reason(name, module._modules[name])
         if reason:
-            return reason
-    if structure.dtype is not None and (x.dtype != structure.dtype or autocast_dtype(x) is not None):
-        return f"its forward asks for dtypes, and x has {x.dtype}, the weights {structure.dtype}, or autocast is on"
+            return Fallback(reason)
+    if structure.dtype is not None and (x.dtype != structure.dtype or call.autocast is not None):
+        return Fallback(
+            f"its forward asks for dtypes, and x has {x.dtype}, the weights {structure.dtype}, or autocast is on"
+        )
     parts = projections_of(module, structure)
-    states = []
+    states: list[peft_linear.AdaptedLinear] = []
     for part in parts:
-        adapted = _read_part(part, linear_layer)
-        if not isinstance(adapted, str):
-            adapted = adapted.base.own_forward or adapted
-        if not isinstance(adapted, str):
+        state = _read_part(part, linear_layer)
+        if not isinstance(state, Fallback):
             # The last takes the product of the first ones' outputs, in x's dtype and on its device.
             given = check_features and part is not parts[-1] and x.dim() > 0
-            features = x.shape[-1] if given else _features(adapted.projection)
-            adapted = peft_linear.input_reason(adapted, x, features) or _called(adapted, x, check_features) or adapted
-        if isinstance(adapted, str):
-            return f"{_name(module, part)}: {adapted}"
-        states.append(adapted)
+            features = x.shape[-1] if given else None
+            state = _fallback_for(state, x, call, features, check_features) or state
+        if isinstance(state, Fallback):
+            return Fallback(f"{_name(module, part)}: {state.reason}")
+        states.append(state)
     result_dtype = None
     quantized = [state.base.quantized is not None for state in states]
     if any(quantized):
         if all(quantized):
-            dtypes = (peft_linear.result_dtype(state, x) for state in states)
+            dtypes = (linear_call.result_dtype(state, x) for state in states)
             result_dtype = functools.reduce(torch.promote_types, dtypes, x.dtype)
-        elif autocast_dtype(x) is not None:
-            return "quantized and other projections under autocast, whose results differ in dtype"
+        elif call.autocast is not None:
+            return Fallback("quantized and other projections under autocast, whose results differ in dtype")
     *inputs, output = [state.projection for state in states]
-    width, down_width = _outputs(inputs[0]), _features(output)
-    if width != (2 * down_width if structure.fused else down_width) or any([_outputs(p) != width for p in inputs[1:]]):
-        return "gate, up and down do not fit together"
+    width, down_width = states[0].base.shape[0], states[-1].base.shape[1]
+    if width != (2 * down_width if structure.fused else down_width) or states[-2].base.shape[0] != width:
+        return Fallback("gate, up and down do not fit together")
     return AdaptedMLP(tuple(inputs), output, structure.activation, structure.gate_half, result_dtype)
 
 
@@ -185,25 +187,28 @@ def _dropping_reason(name: str, dropout: nn.Module) -> str | None:
     return replaced.bypass_reason((name,), (dropout,))
 
 
-def _read_part(part: nn.Module, linear_layer: type[nn.Module]) -> peft_linear.AdaptedLinear | str:
+def _read_part(part: nn.Module, linear_layer: type[nn.Module]) -> peft_linear.AdaptedLinear | Fallback:
     if not peft_linear.is_lora_linear(part):
         return peft_linear.read_plain(part)
     if getattr(part.__dict__.get("forward"), "__func__", None) is not linear_layer.forward:
-        return "not kernelized"
-    return replaced.hooks_reason("the layer", part) or peft_linear.read_linear(part)
+        return Fallback("not kernelized")
+    watched = replaced.hooks_reason("the layer", part)
+    return Fallback(watched) if watched else peft_linear.read_linear(part)
 
 
-def _called(adapted: peft_linear.AdaptedLinear, x: Tensor, check_features: bool) -> str | None:
-    return peft_linear.own_forward_reason(adapted, x, None if check_features else peft_linear.FEW_ROWS + 1)
+def _fallback_for(
+    adapted: peft_linear.AdaptedLinear, x: Tensor, call: CallContext, features: int | None, own_rows: bool
+) -> Fallback | None:
+    """Why a projection of an input like x with so many features, its own where there are none, is not
+    fused; `own_rows`: of as many rows as x has."""
+    if adapted.base.own_forward:
+        return Fallback(adapted.base.own_forward)
+    fallback = linear_call.input_fallback(adapted, x, call, adapted.base.shape[1] if features is None else features)
+    if fallback is not None:
+        return fallback
+    called = linear_call.own_forward_reason(adapted, x, call, None if own_rows else linear_call.FEW_ROWS + 1)
+    return Fallback(called) if called else None
 
 
 def _name(module: nn.Module, part: nn.Module) -> str:
     return next(name for name, child in module._modules.items() if child is part)
-
-
-def _features(projection: Projection) -> int:
-    return projection.shape[1]
-
-
-def _outputs(projection: Projection) -> int:
-    return projection.shape[0]

@@ -7,38 +7,21 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 import weakref
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..call_context import autocast_dtype
-from ..specs import Operands, Projection, ProjectionSpec, Quantized
+from ..specs import Fallback, Operands, Projection, ProjectionSpec, Quantized
 from . import replaced
-from .base_layer import (
-    PLAIN_TENSORS,
-    STRIDED,
-    Base,
-    InvalidState,
-    device_of,
-    fit_reason,
-    read_base,
-    tensor_of,
-    tensor_reason,
-    unread_reason,
-)  # fmt: skip
+from .base_layer import Base, fit_reason, read_base, tensor_of, tensor_reason, unread
 from .scaling import read_scaling
 
 _PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 _PLAIN_SPEC = ProjectionSpec()
 _FORWARDS, _CODES = replaced.FORWARDS, replaced.CODES
-
-
-# Up to so many rows bitsandbytes multiplies with four-bit weights as they are, on any GPU.
-FEW_ROWS = 4
-OWN_FORWARD_OF_FEW_ROWS = f"base layer's own forward: evaluation of up to {FEW_ROWS} rows without a gradient"
 
 
 class Kind(NamedTuple):
@@ -136,67 +119,61 @@ def root_classes() -> tuple[type[nn.Module], ...]:
     return BaseTuner, PreTrainedModel
 
 
-def read_linear(module: nn.Module) -> AdaptedLinear | str:
+def read_linear(module: nn.Module, known: AdaptedLinear | None = None) -> AdaptedLinear | Fallback:
     """The projection that one of PEFT's LoRA linears computes now, or why it is PEFT's to compute. What all linears have in
-    common `genuine.linear_reason` looks at."""
+    common `replaced.linear_reason` looks at. `known` was read of it before: where the module holds the very same tensors and
+    numbers it is given again, and its tensors are not looked at."""
     cls = type(module)
     if _FORWARDS.get(cls) is not cls.forward or _CODES[cls] is not cls.forward.__code__:
         reason = replaced.forward_reason(cls)
         if reason:
-            return reason
+            return Fallback(reason)
     if module.disable_adapters:
-        return "adapters are disabled"
+        return Fallback("adapters are disabled")
     if module.merged_adapters:
-        return "the adapter is merged into the base weight"
-    active, known = module.active_adapter, module._modules["lora_A"]._modules
-    if len(active) == 1 and active[0] in known:  # a list of one, nearly always
+        return Fallback("the adapter is merged into the base weight")
+    active, adapters = module.active_adapter, module._modules["lora_A"]._modules
+    if len(active) == 1 and active[0] in adapters:  # a list of one, nearly always
         name = active[0]
     else:
-        names = [name for name in ((active,) if isinstance(active, str) else active) if name in known]
+        names = [name for name in ((active,) if isinstance(active, str) else active) if name in adapters]
         if len(names) != 1:
-            return f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
+            return Fallback(
+                f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
+            )
         name = names[0]
     try:
-        return _read_adapter(module, name)
+        return _read_adapter(module, name, known)
     except (KeyError, RuntimeError) as error:
-        return unread_reason(error)
+        return unread(error)
 
 
-def _read_adapter(module: nn.Module, name: str) -> AdaptedLinear | str:
+def _read_adapter(module: nn.Module, name: str, known: AdaptedLinear | None) -> AdaptedLinear | Fallback:
     # Straight from the registries: nn.Module.__getattr__ would cost more than the checks do.
     modules = module._modules
     layer, kind = modules["base_layer"], (_kinds or linear_kinds())[type(module)]
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout, dora = modules["lora_dropout"]._modules[name], None
     if name in module.lora_variant:
-        variant = module.lora_variant[name]
-        if type(variant) is not _dora_variant():
-            return f"LoRA variant {type(variant).__name__}"
-        dora = modules["lora_magnitude_vector"]._modules[name]
-        kind_of_variant, kind_of_dora = type(variant), type(dora)
-        if (
-            _FORWARDS.get(kind_of_variant) is not kind_of_variant.forward
-            or _FORWARDS.get(kind_of_dora) is not kind_of_dora.forward
-        ):
-            reason = replaced.forward_reason(kind_of_variant) or replaced.forward_reason(kind_of_dora)
-            if reason:
-                return reason
+        dora = _read_dora(module, name)
+        if isinstance(dora, Fallback):
+            return dora
     # Before a weight is looked at, which may be a tool's to fetch from elsewhere.
     watched = replaced.bypass_reason(_PARTS, (lora_a, lora_b, dropout, dora))
     if watched:
-        return watched
+        return Fallback(watched)
     transposed = getattr(module, "fan_in_fan_out", False)
     base = read_base(layer, transposed, kind.opaque)
-    if isinstance(base, str):
+    if isinstance(base, Fallback):
         return base
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
-        return f"adapter layers are {type(lora_a).__name__} and {type(lora_b).__name__}, not Linear"
+        return Fallback(f"adapter layers are {type(lora_a).__name__} and {type(lora_b).__name__}, not Linear")
     if base.own_forward is None:  # what others do to the calls of a base that is called stays
         watched = replaced.bypass_reason(("base_layer",), (layer,))
         if watched:
-            return watched
+            return Fallback(watched)
     p = 0.0 if type(dropout) is nn.Identity else _dropout(module, dropout, dora is not None)
-    if isinstance(p, str):
+    if isinstance(p, Fallback):
         return p
     scaling = module.scaling[name]
     of_a, of_b = lora_a._parameters, lora_b._parameters
@@ -206,46 +183,90 @@ def _read_adapter(module: nn.Module, name: str) -> AdaptedLinear | str:
         a, b = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight")
         bias_of_a, lora_bias = tensor_of(lora_a, "bias"), tensor_of(lora_b, "bias")
     if bias_of_a is not None or (dora is not None and lora_bias is not None):
-        return "a bias where PEFT has none"
+        return Fallback("a bias where PEFT has none")
     if _has_any_global_hook():
-        return "hooks on all modules"
-    weight, bias = base.operands[:2]
-    if dora is not None and transposed and weight.requires_grad:
-        return "DoRA on a trained Conv1D weight, whose gradient PEFT detaches in part"
+        return Fallback("hooks on all modules")
     magnitude = None if dora is None else tensor_of(dora, "weight")
-    scales = () if base.quantized is None else base.operands[6:]
-    operands = Operands(weight, bias, a, b, lora_bias, magnitude, *scales)
-    reason = tensor_reason(operands, base, transposed)
-    if reason is None and base.shape is not None:
-        reason = fit_reason(operands, *base.shape)
-    if reason:
-        return reason
+    operands = Operands(base.weight, base.bias, a, b, lora_bias, magnitude, *base.scales)
     if type(scaling) is not float:
         scaling = read_scaling(scaling, b)
-        if isinstance(scaling, str):
+        if isinstance(scaling, Fallback):
             return scaling
     plain = p == 0.0 and not transposed and base.quantized is None
-    projection = Projection(operands, scaling, _PLAIN_SPEC if plain else _spec(p, transposed, base.quantized))
+    spec = _PLAIN_SPEC if plain else _spec(p, transposed, base.quantized)
+    casts_input = getattr(module, "cast_input_dtype_enabled", True)
+    if known is not None and _is_as_read(known, operands, scaling, spec, base, (casts_input, module.training)):
+        return known
+    reason = _reason_of(operands, base, transposed)
+    if reason:
+        return Fallback(reason)
+    projection = Projection(operands, scaling, spec)
     reason = delta_reason(projection) if base.own_forward else None
     if reason:
-        return f"{reason} ({base.own_forward})"
-    casts_input = getattr(module, "cast_input_dtype_enabled", True)
+        return Fallback(f"{reason} ({base.own_forward})")
     return AdaptedLinear(projection, casts_input, base, module.training, kind.promotes)
 
 
-def read_plain(module: nn.Module) -> AdaptedLinear | str:
+def _read_dora(module: nn.Module, name: str) -> nn.Module | Fallback:
+    """The module with the magnitude of an adapter that is of a variant of LoRA, which DoRA is and others are not."""
+    variant = module.lora_variant[name]
+    if type(variant) is not _dora_variant():
+        return Fallback(f"LoRA variant {type(variant).__name__}")
+    dora = module._modules["lora_magnitude_vector"]._modules[name]
+    kind_of_variant, kind_of_dora = type(variant), type(dora)
+    if (
+        _FORWARDS.get(kind_of_variant) is not kind_of_variant.forward
+        or _FORWARDS.get(kind_of_dora) is not kind_of_dora.forward
+    ):
+        reason = replaced.forward_reason(kind_of_variant) or replaced.forward_reason(kind_of_dora)
+        if reason:
+            return Fallback(reason)
+    return dora
+
+
+def _is_as_read(
+    known: AdaptedLinear, operands: Operands, scaling: float | Tensor, spec: ProjectionSpec, base: Base, flags: tuple
+) -> bool:
+    """Whether a module holds what was `known` of it. Tensors are compared as objects, a scaling that is one not by value,
+    which would have to be waited for."""
+    before = known.projection
+    return (
+        all(map(operator.is_, before.operands, operands))
+        and (
+            before.scaling is scaling or (type(before.scaling) is type(scaling) is float and before.scaling == scaling)
+        )
+        and before.spec is spec
+        and known.base[2:6] == base[2:6]
+        and (known.casts_input, known.training) == flags
+    )
+
+
+def _reason_of(operands: Operands, base: Base, transposed: bool) -> str | None:
+    """Why PEFT computes with these tensors."""
+    if operands.magnitude is not None and transposed and operands.weight.requires_grad:
+        return "DoRA on a trained Conv1D weight, whose gradient PEFT detaches in part"
+    reason = tensor_reason(operands, base, transposed)
+    if reason is None and base.shape is not None:
+        reason = fit_reason(operands, *base.shape)
+    return reason
+
+
+def read_plain(module: nn.Module) -> AdaptedLinear | Fallback:
     """The base product of a linear that has no adapter, or why it must be called itself."""
     watched = replaced.bypass_reason(("the linear",), (module,))
     if watched:
-        return watched
+        return Fallback(watched)
     try:
         base = read_base(module, False, False)
-        reason = base if isinstance(base, str) else base.own_forward or tensor_reason(base.operands, base)
+        if isinstance(base, Fallback):
+            return base
+        operands = Operands(base.weight, base.bias, None, None, None, None, *base.scales)
+        reason = base.own_forward or tensor_reason(operands, base)
     except (KeyError, RuntimeError) as error:
-        reason = unread_reason(error)
-    return reason or AdaptedLinear(
-        Projection(base.operands, 1.0, _spec(0.0, False, base.quantized)), True, base, module.training
-    )
+        return unread(error)
+    if reason:
+        return Fallback(reason)
+    return AdaptedLinear(Projection(operands, 1.0, _spec(0.0, False, base.quantized)), True, base, module.training)
 
 
 @functools.cache
@@ -265,67 +286,14 @@ def has_dropout(module: nn.Module) -> bool:
     return any([type(each) is not nn.Identity for each in module._modules["lora_dropout"]._modules.values()])
 
 
-def _dropout(module: nn.Module, dropout: nn.Module, dora: bool) -> float | str:
+def _dropout(module: nn.Module, dropout: nn.Module, dora: bool) -> float | Fallback:
     """The probability that this call drops with. PEFT's DoRA asks the layer's training flag as well."""
     if type(dropout) is not nn.Dropout:
-        return f"dropout layer {type(dropout).__name__}"
+        return Fallback(f"dropout layer {type(dropout).__name__}")
     p = dropout.p
     if not 0.0 <= p <= 1.0:
-        return f"dropout probability {p}"
+        return Fallback(f"dropout probability {p}")
     return float(p) if dropout.training and (module.training or not dora) else 0.0
-
-
-def call_reason(adapted: AdaptedLinear, x: object, args: tuple, kwargs: dict) -> str | None:
-    """Why this call, with this x, is PEFT's own to compute; None where it is fused, its base layer with it or not."""
-    if args or kwargs:
-        given = ", ".join(kwargs) or "positional arguments"
-        return f"the call passes {given}"
-    if not isinstance(x, Tensor):
-        return f"x is a {type(x).__name__}"
-    if x.dim() < 1:
-        return "x has no dimension"
-    try:
-        features = x.shape[-1]
-    except RuntimeError:
-        return "x is nested"
-    return input_reason(adapted, x, features)
-
-
-def input_reason(adapted: AdaptedLinear, x: Tensor, features: int) -> str | None:
-    """Why PEFT computes an input of x's dtype, device and dimensions but with this many features."""
-    operands, base = adapted.projection.operands, adapted.base
-    if type(x) not in PLAIN_TENSORS:
-        return f"x is a {type(x).__name__}"
-    if x.layout is not STRIDED:
-        return f"x has the layout {x.layout}"
-    width = base.shape[1] if base.shape is not None else operands.lora_a.shape[1]
-    if features != width:
-        return f"x has shape {tuple(x.shape)}"
-    if operands.magnitude is not None and x.dim() == 1:
-        return "DoRA of a vector, of which PEFT makes a matrix"
-    device = device_of(operands)
-    if x.device != device:
-        text = f"x is on {x.device}, the base weight on {device}"
-        return text if base.quantized is None else InvalidState(text)
-    if autocast_dtype(x) is not None:
-        for tensor in (x, *operands[:6]):
-            if tensor is not None and tensor.dtype == torch.float64:
-                return f"autocast with x of {x.dtype} and float64"
-        return None if x.is_floating_point() else f"autocast with x of {x.dtype}"
-    weight, bias, lora_a, lora_b, lora_bias = operands[:5]
-    dtype = x.dtype
-    if base.quantized is None and weight is not None:
-        if dtype is not weight.dtype or (bias is not None and dtype is not bias.dtype):
-            return f"x of {dtype} on a base of {weight.dtype} without autocast"
-    elif not x.is_floating_point():
-        return f"x of {dtype}"
-    if lora_a is None:
-        return None
-    adapter = lora_a.dtype
-    differ = lora_b.dtype is not adapter or (lora_bias is not None and lora_bias.dtype is not adapter)
-    if differ or (dtype is not adapter and not adapted.casts_input):
-        return "adapter dtypes differ and input casting does not reconcile them"
-    return None
 
 
 def delta_reason(projection: Projection) -> str | None:
@@ -340,30 +308,3 @@ def delta_reason(projection: Projection) -> str | None:
     if operands.bias is not None and operands.bias.requires_grad:
         return "DoRA with a trained bias on a base that is called"
     return None
-
-
-def own_forward_reason(adapted: AdaptedLinear, x: Tensor, rows: int | None = None) -> str | None:
-    """Why the base's own forward computes the product of a call that `call_reason` lets pass; None where
-    we do. `rows` in place of x's own, where given."""
-    base = adapted.base
-    if base.own_forward or base.quantized is None:
-        return base.own_forward
-    dtype = autocast_dtype(x) or x.dtype
-    if x.dtype not in (dtype, torch.float32):
-        return f"base layer's own forward: x of {x.dtype} under autocast to {dtype}"
-    if (base.compute or x.dtype) != dtype:
-        return f"base layer's own forward: it computes in {base.compute or x.dtype}, the adapter in {dtype}"
-    if rows is None:
-        rows = x.numel() // max(x.shape[-1], 1)
-    # A reentrant checkpoint's forward has no gradient; PEFT would draw other masks than its recomputation.
-    few = rows <= FEW_ROWS and not (torch.is_grad_enabled() or adapted.training)
-    return OWN_FORWARD_OF_FEW_ROWS if few and delta_reason(adapted.projection) is None else None
-
-
-def result_dtype(adapted: AdaptedLinear, x: Tensor) -> torch.dtype:
-    """The dtype of PEFT's result on a quantized base: bitsandbytes casts back to x's, and under autocast for
-    GPUs PEFT's layers on it let DoRA's magnitude widen that."""
-    magnitude = adapted.projection.operands.magnitude
-    if magnitude is None or not (adapted.promotes and torch.is_autocast_enabled()):
-        return x.dtype
-    return torch.promote_types(x.dtype, magnitude.dtype)

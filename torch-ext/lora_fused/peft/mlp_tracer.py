@@ -5,8 +5,7 @@ and its children; calls are recorded instead of computed. The record must hold t
 nothing else, in training and in evaluation, with and without gradients. The activation is then
 evaluated on a grid in float64 and compared with the formulas of `reference.activations`: neither names nor
 classes decide. The module, hooks, random state and torch's own classes stay untouched, so other
-threads may run models meanwhile. (torch.fx would patch nn.Module while it traces, and passes
-over autograd Functions whose forward is the identity.)
+threads may run models meanwhile. (torch.fx patches nn.Module while it traces, and misses some autograd Functions.)
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..backends.reference import activations as formulas
+from ..specs import Fallback
 
 # What an activation may be written with besides child modules: called on one tensor and constants.
 _POINTWISE = frozenset(("silu", "gelu", "relu", "square", "pow", "__pow__"))
@@ -96,7 +96,7 @@ class _Branch(NamedTuple):
     chain: tuple[_Call, ...]
 
 
-def recognise(module: nn.Module) -> GatedMLP | str:
+def recognise(module: nn.Module) -> GatedMLP | Fallback:
     """The gated MLP that `type(module).forward` computes, or the reason why it is none.
 
     The instance's own forward is not looked at. Branches on the module's attributes are taken as
@@ -105,12 +105,12 @@ def recognise(module: nn.Module) -> GatedMLP | str:
     try:
         found = _recognise(module, training=True)
         if found != _recognise(module, training=False):
-            return "computes otherwise in training than in evaluation"
+            return Fallback("computes otherwise in training than in evaluation")
         return found
     except _Refusal as refusal:
-        return str(refusal)
+        return Fallback(str(refusal))
     except Exception as error:  # whatever a forward may raise on a symbol
-        return f"cannot be traced: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return Fallback(f"cannot be traced: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
 
 
 def weights_dtype(module: nn.Module) -> torch.dtype | None:
@@ -362,7 +362,7 @@ def _activation(chain: tuple[_Call, ...], children: dict, training: bool) -> str
             value = _apply(call, value, children, training)
         if not isinstance(value, Tensor) or value.shape != grid.shape or value.dtype != grid.dtype:
             raise _Refusal(f"{shown} is no function by element")
-        for name in formulas.ACTIVATIONS:
+        for name in formulas.TABLE:
             expected = formulas.activate(grid, name)
             if bool(((value - expected).abs() <= TOLERANCE * (grid.abs() + expected.abs())).all()):
                 return name

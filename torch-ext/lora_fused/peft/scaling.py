@@ -9,26 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from ..call_context import autocast_dtype
+from ..specs import Fallback
 
 
-def read_scaling(scaling: Any, lora_b: Tensor) -> float | Tensor | str:
+def read_scaling(scaling: Any, lora_b: Tensor) -> float | Tensor | Fallback:
     """The scaling of an adapter with this B, or why PEFT's own forward has to use it. A tensor's value is read where
     that costs nothing; on a GPU it would have to be waited for, so it stays a tensor, which `specs.fold` multiplies B
     with."""
     if isinstance(scaling, (int, float)):
         return float(scaling)
     if type(scaling) not in (Tensor, nn.Parameter):
-        return f"scaling is a {type(scaling).__name__}, not a number"
+        return Fallback(f"scaling is a {type(scaling).__name__}, not a number")
     if scaling.dim() != 0 or scaling.dtype == torch.bool or scaling.is_complex():
-        return f"scaling is a tensor of shape {tuple(scaling.shape)} and {scaling.dtype}, not a number"
+        return Fallback(f"scaling is a tensor of shape {tuple(scaling.shape)} and {scaling.dtype}, not a number")
     if scaling.requires_grad:
-        return "scaling is trained"
+        return Fallback("scaling is trained")
     if _is_at_hand(scaling):
         return float(scaling)
     if scaling.device != lora_b.device:
-        return f"scaling is on {scaling.device}, lora_B on {lora_b.device}"
+        return Fallback(f"scaling is on {scaling.device}, lora_B on {lora_b.device}")
     if (autocast_dtype(lora_b) or lora_b.dtype) == torch.float16:
-        return "scaling is a tensor on a GPU, and its product with lora_B may leave float16's range"
+        return Fallback("scaling is a tensor on a GPU, and its product with lora_B may leave float16's range")
     return scaling
 
 

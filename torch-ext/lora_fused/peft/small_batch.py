@@ -7,9 +7,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..call_context import autocast_dtype
+from ..call_context import CallContext
 from .base_layer import LINEARS, is_listed
-from .linear import FEW_ROWS, has_dropout, linear_kinds
+from .linear import has_dropout, linear_kinds
+from .linear_call import FEW_ROWS
 
 # On a GPU so few rows without a gradient wait for the host, and of an adapter in x's dtype PEFT's own forward asks
 # least of it (H200, 1B shape: ours takes 1.07 to 1.15 times as long; with float32 adapters 1.09 times for one row and
@@ -22,11 +23,11 @@ SMALL_ALONE = f"up to {SMALL_ROWS} rows alone with their input, the adapter in x
 _SMALL_ANYWHERE = False  # not on GPUs alone, as tests have it
 
 
-def small_reason(module: nn.Module, x: object, rows: int | None = None) -> str | None:
+def small_reason(module: nn.Module, x: Tensor, call: CallContext, rows: int | None = None) -> str | None:
     """Why PEFT's own forward of a linear is the fastest, as far as a glance tells: it is right in any case but one. A
     reentrant checkpoint has no gradient in its forward and one when it computes that again, with the same masks: so not
     in training. `rows` in place of x's own, where given."""
-    if torch.is_grad_enabled() or module.training or not isinstance(x, Tensor):
+    if call.grad or module.training:
         return None
     features, modules = module.in_features, module._modules
     size = x.numel() if rows is None else rows * features
@@ -36,17 +37,16 @@ def small_reason(module: nn.Module, x: object, rows: int | None = None) -> str |
     base: type = type(modules["base_layer"])
     if base is not nn.Linear and not is_listed(base, LINEARS):
         return few if linear_kinds()[type(module)].name == "Linear4bit" else None
-    if not _waits_for_host(x, size, features):
+    if not _waits_for_host(x, call, size, features):
         return None
     return SMALL if _is_adapted_in(x.dtype, modules) else few
 
 
-def small_alone_reason(module: nn.Module, x: object, rows: int | None = None) -> str | None:
+def small_alone_reason(module: nn.Module, x: Tensor, call: CallContext, rows: int | None = None) -> str | None:
     """The same of a linear that no sibling runs with, in training or not; it has no masks to be drawn twice."""
-    if not isinstance(x, Tensor):
-        return None
     features, modules = module.in_features, module._modules
-    if not _waits_for_host(x, x.numel() if rows is None else rows * features, features) or has_dropout(module):
+    size = x.numel() if rows is None else rows * features
+    if not _waits_for_host(x, call, size, features) or has_dropout(module):
         return None
     if modules["lora_magnitude_vector"]._modules:
         return None
@@ -54,9 +54,9 @@ def small_alone_reason(module: nn.Module, x: object, rows: int | None = None) ->
     return SMALL_ALONE if (base is nn.Linear or is_listed(base, LINEARS)) and _is_adapted_in(x.dtype, modules) else None
 
 
-def _waits_for_host(x: Tensor, size: int, features: int) -> bool:
+def _waits_for_host(x: Tensor, call: CallContext, size: int, features: int) -> bool:
     """Whether PEFT casts nothing there but an adapter of another dtype, and the host is what a call waits for."""
-    return size <= SMALL_ROWS * features and (x.is_cuda or _SMALL_ANYWHERE) and autocast_dtype(x) is None
+    return size <= SMALL_ROWS * features and (x.is_cuda or _SMALL_ANYWHERE) and call.autocast is None
 
 
 def _is_adapted_in(dtype: torch.dtype, modules: dict[str, nn.Module]) -> bool:

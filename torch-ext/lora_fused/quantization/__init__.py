@@ -1,4 +1,4 @@
-"""Quantized base weights: one file per format, what all of them offer here.
+"""Quantized base weights: one file and one row of FORMATS a format, what all of them offer here.
 
 A weight in floating point lives for one product: nothing of it is kept for backward, which makes
 it again. The allocator hands the same memory to one weight after another, stream by stream.
@@ -6,7 +6,7 @@ it again. The allocator hands the same memory to one weight after another, strea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,16 +18,22 @@ from . import eight_bit, four_bit
 # Elements of W that `row_norm` has in floating point at a time: 32 MB of bfloat16, which stays in
 # the cache of a large GPU between the two kernels.
 NORM_ELEMENTS = 2**24
-_FORMATS = {FourBit: four_bit, EightBit: eight_bit}
-_FLOATING, _NF4, _FP4 = native.PackedWeight(), native.FORMATS.index("nf4"), native.FORMATS.index("fp4")
+# By the description that a spec holds, the file that has `rows`, which dequantizes some of them, and, where the native
+# ops read the format, `record`, the numbers that they take.
+FORMATS = {FourBit: four_bit, EightBit: eight_bit}
+_FLOATING = native.PackedWeight()
 _FIRST_SCALE = Operands._fields.index("absmax")  # from there on the scales of a quantized weight
 
 
 def _rows(operands: Operands, quantized: Quantized, dtype: torch.dtype, first: int, rows: int) -> Tensor:
-    form = _FORMATS.get(type(quantized))
+    form = FORMATS.get(type(quantized))
     if form is None:
-        raise TypeError(f"weight: format {type(quantized).__name__} is unknown, expected FourBit or EightBit")
+        raise TypeError(f"weight: format {type(quantized).__name__} is unknown, expected {_names(FORMATS)}")
     return form.rows(operands, quantized, dtype, first, rows)
+
+
+def _names(kinds: Iterable[type]) -> str:
+    return " or ".join(kind.__name__ for kind in kinds)
 
 
 def dequantize(operands: Operands, quantized: Quantized, dtype: torch.dtype) -> Tensor:
@@ -50,17 +56,18 @@ def row_norm(operands: Operands, quantized: Quantized, scaling: float) -> Tensor
 
 
 def packed(formats: Sequence[Quantized | None], operands: Sequence[Operands]) -> tuple[list[int], list[Tensor]]:
-    """The native ops' `quantized` and `scales` of weights of which some are in four bits (`native.PackedWeight`)."""
+    """The native ops' `quantized` and `scales` of weights of which some are quantized (`native.PackedWeight`)."""
     numbers: list[int] = []
     scales: list[Tensor] = []
     for form, p in zip(formats, operands):
         if form is None:
             numbers += _FLOATING
             continue
-        if type(form) is not FourBit:
-            raise TypeError(f"weight: format {type(form).__name__} is none of the native ops', expected FourBit")
-        name, dtype = _FP4 if form.fp4 else _NF4, native.QUANTIZED_DTYPES.index(form.dtype)
-        numbers += native.PackedWeight(name, *form.shape, form.blocksize, form.nested_blocksize, len(scales), dtype)
+        record = getattr(FORMATS.get(type(form)), "record", None)
+        if record is None:
+            known = _names(kind for kind, each in FORMATS.items() if hasattr(each, "record"))
+            raise TypeError(f"weight: format {type(form).__name__} is none of the native ops', expected {known}")
+        numbers += record(form, first_scale=len(scales))
         scales += [scale for scale in p[_FIRST_SCALE:] if scale is not None]
     return numbers, scales
 

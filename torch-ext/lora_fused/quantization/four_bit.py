@@ -16,3 +16,15 @@ def rows(operands: Operands, quantized: FourBit, dtype: torch.dtype, first: int,
     made = dtype if dtype in native.QUANTIZED_DTYPES else torch.float32
     out = torch.empty((count, k), dtype=made, device=operands.weight.device)
     return select.dequantize_4bit(operands, quantized, first * k, out).to(dtype)
+
+
+def record(quantized: FourBit, first_scale: int) -> native.PackedWeight:
+    """The numbers by which the native ops read the weight, its scales from the place `first_scale` on."""
+    return native.PackedWeight(
+        native.FORMATS.index(quantized.native_format),
+        *quantized.shape,
+        quantized.blocksize,
+        quantized.nested_blocksize,
+        first_scale,
+        native.QUANTIZED_DTYPES.index(quantized.dtype),
+    )

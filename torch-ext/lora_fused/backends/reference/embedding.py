@@ -104,6 +104,8 @@ def _scaled(value: Tensor, table: EmbeddingOperands, spec: EmbeddingSpec, dtype:
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left right in the wider of their dtypes, and for float16 in float32: what it is multiplied by or added to may
     bring it back into float16's range."""
+    if left.dtype == right.dtype != torch.float16:
+        return left @ right
     wide = torch.promote_types(left.dtype, right.dtype)
     wide = torch.float32 if wide == torch.float16 else wide
     return left.to(wide) @ right.to(wide)

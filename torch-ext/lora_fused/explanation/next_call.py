@@ -1,110 +1,38 @@
-"""What a kernelized model will run, and what it last ran."""
+"""What each LoRA module runs at its next call, by its state now, and what it last ran."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from . import last_call, layers, shared_input
-from .backends import select
-from .functional import dispatch
-from .peft import (
+from .. import last_call, layers, shared_input
+from ..backends import select
+from ..call_context import CallContext
+from ..functional import dispatch
+from ..peft import (
+    adapters,
     embedding as peft_embedding,
     experts as peft_experts,
     gated_mlp as peft_gated_mlp,
     linear as peft_linear,
+    linear_call,
     replaced,
 )
+from ..specs import Fallback
+from .recorder import Calls
+from .table import FUSED, Row
 
 FUSED_DELTA = "fused delta"  # in place of a backend
-FUSED = "fused"
+BETWEEN_CALLS = "between calls; FSDP gathers it for a call, whose own state decides"
+UNSEEN = "after the first pass"  # in place of a group
 COMPILED = "torch.compile: its graph has PEFT's own forward"
 _GATED = ({"gate", "down"}, {"w1", "w2", "w3"}, {"wi_0", "wi_1", "wo"})  # how gated MLPs name their projections
 
 
-@dataclass(frozen=True)
-class Row:
-    """One LoRA module: `fused` with its `backend` and `group`, or PEFT's forward and the `reason`. Where
-    the backend is "fused delta" the delta is fused and the base module's own forward runs, for the
-    `reason`. `mlp`: why the gated MLP that it is a projection of is not one Function. `last`: what its last call ran,
-    "fused" or the reason why PEFT's own forward did; None where it was not called yet."""
-
-    module: str
-    layer: str
-    fused: bool
-    backend: str | None = None
-    group: str | None = None
-    reason: str | None = None
-    mlp: str | None = None
-    last: str | None = None
-
-
-class Explanation(Sequence[Row]):
-    """The rows of `explain`, which print as a table."""
-
-    def __init__(self, rows: Sequence[Row]):
-        self._rows = tuple(rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index):
-        return self._rows[index]
-
-    def __str__(self) -> str:
-        cells = [("module", "runs", "backend", "group", "reason")]
-        for row in self._rows:
-            runs = f"{row.layer}, fused" if row.fused else "PEFT's own forward"
-            cells.append((row.module, runs, row.backend or "-", row.group or "-", _notes(row)))
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells]
-        fused = sum(row.fused for row in self._rows)
-        return "\n".join([f"{fused} of {len(self)} LoRA modules fused", *lines])
-
-
-def _notes(row: Row) -> str:
-    """The reason, and what else differs from what one would expect."""
-    notes = [row.reason] if row.reason else []
-    if row.mlp:
-        notes.append(f"its MLP is not one Function: {row.mlp}")
-    if row.last is not None and row.last != (FUSED if row.fused else row.reason):
-        notes.append(f"last call: {row.last}")
-    return "; ".join(notes)
-
-
-def explain(model: nn.Module, rows: int = 8192) -> Explanation:
-    """What every LoRA module of `model` does at its next call, by its state now, and what its last call ran.
-
-    The backend is that of a call with `rows` rows (tokens of all sequences together), in the base
-    weight's dtype, or autocast's inside an autocast block. What torch.compile has traced, and weights that FSDP shards
-    between calls, are known by what the last call ran. Warns where nothing is fused. Raises TypeError if `model` is no
-    module or `rows` no number of rows, ValueError if that is negative.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__}, expected a torch.nn.Module")
-    if not isinstance(rows, int) or isinstance(rows, bool):
-        raise TypeError(f"rows: {rows!r}, expected an int, the number of rows of a call")
-    if rows < 0:
-        raise ValueError(f"rows: {rows}, expected at least 0")
-    seen = _Model(model, rows)
-    table = [seen.row(module, name) for module, name in seen.names.items() if peft_linear.is_lora_module(module)]
-    if not table:
-        warnings.warn("lora_fused: the model has no PEFT LoRA modules, nothing is fused", stacklevel=2)
-    elif not any(row.fused for row in table):
-        warnings.warn(
-            f"lora_fused: none of the {len(table)} LoRA modules is fused; {table[0].module}: {table[0].reason}",
-            stacklevel=2,
-        )
-    return Explanation(table)
-
-
-class _Model:
+class Model:
     """A model as `explain` looks at it: names, who is compiled or sharded, and which projections gated MLPs compute."""
 
     def __init__(self, model: nn.Module, rows: int):
@@ -125,8 +53,22 @@ class _Model:
             if peft_experts.is_param_wrapper(module) and module not in self.outermost:
                 self.outermost.update((inner, module) for inner in peft_experts.chain_of(module)[0][1:])
 
-    def row(self, module: nn.Module, name: str) -> Row:
+    def row(self, module: nn.Module, name: str, calls: Calls | None = None) -> Row:
         """What is known of one LoRA module."""
+        return dataclasses.replace(
+            self._now(module, name),
+            parameters=adapters.parameters_of(module),
+            calls=None if calls is None else self._recorded(module, calls),
+        )
+
+    def _recorded(self, module: nn.Module, calls: Calls) -> tuple[tuple[str, int], ...]:
+        """A fused call of an MLP is one of each of its projections."""
+        counts, parent = calls.of(module), self.parents.get(module)
+        if parent is not None and (fused := calls.of(parent)[FUSED]):
+            counts[FUSED] += fused
+        return tuple(counts.most_common())
+
+    def _now(self, module: nn.Module, name: str) -> Row:
         row = self._next_call(module, name)
         if last_call.is_of_kernel(module):
             row = dataclasses.replace(row, last=self._last(module))
@@ -163,20 +105,17 @@ class _Model:
             return _unfused(row, f"no fused layer for {type(module).__module__}.{type(module).__name__}")
         kind = peft_linear.linear_kinds()[type(module)]
         layer = layers.LoraLinearOfX if kind.only_x else layers.LoraLinear
-        state = (
-            _unmapped_reason(module, layer)
-            or replaced.linear_reason()
-            or peft_linear.read_linear(self._at_call(module))
-        )
-        if isinstance(state, str):
-            return _unfused(row, self._when_gathered(module, state))
+        reason = _unmapped_reason(module, layer) or replaced.linear_reason()
+        state = Fallback(reason) if reason else peft_linear.read_linear(self._at_call(module))
+        if isinstance(state, Fallback):
+            return _unfused(row, self._when_gathered(module, state.reason))
         example = _example(state)
-        reason = peft_linear.call_reason(state, example, (), {}) or shared_input.small_reason(
-            module, example, self.rows
-        )
+        call = CallContext.of(example)
+        fallback = linear_call.call_fallback(state, example, call)
+        reason = fallback.reason if fallback else shared_input.small_reason(module, example, call, self.rows)
         if reason:
             return _unfused(row, reason)
-        called = peft_linear.own_forward_reason(state, example, self.rows)
+        called = linear_call.own_forward_reason(state, example, call, self.rows)
         if called:
             reason = peft_linear.delta_reason(state.projection)
             if reason:
@@ -192,25 +131,26 @@ class _Model:
     def _next_experts_call(self, outermost: nn.Module, row: Row) -> Row:
         """What is known of a wrapper of a parameter: the outermost one's forward computes the experts module."""
         layer = layers.LoraExperts
-        state: peft_experts.AdaptedExperts | str
-        state = _unmapped_reason(outermost, layer) or replaced.linear_reason()
-        state = state or peft_experts.read_experts(self._at_call(outermost))
-        if isinstance(state, str):
-            return _unfused(row, self._when_gathered(outermost, state))
+        reason = _unmapped_reason(outermost, layer) or replaced.linear_reason()
+        state = Fallback(reason) if reason else peft_experts.read_experts(self._at_call(outermost))
+        if isinstance(state, Fallback):
+            return _unfused(row, self._when_gathered(outermost, state.reason))
         weight = state.up.weight
         example = weight.new_empty((0, weight.shape[2]))
         index = torch.empty((0, 1), dtype=torch.int64, device=weight.device)
-        reason = peft_experts.read_call(state, example, (index, weight.new_empty((0, 1))), {})
-        if isinstance(reason, str):
-            return _unfused(row, reason)
+        call = peft_experts.read_call(state, example, (index, weight.new_empty((0, 1))), {})
+        if isinstance(call, Fallback):
+            return _unfused(row, call.reason)
         wrappers = reversed(peft_experts.chain_of(outermost)[0])
         group = "+".join(wrapper.parameter_name for wrapper in wrappers)
         backend = select.choose_experts(state.up, state.down)
         return Row(row.module, layer.__name__, fused=True, backend=backend, group=group)
 
     def _group(self, module: nn.Module) -> str:
-        """The last parts of the siblings' names; groups are seen at a model's second pass."""
+        """The last parts of the siblings' names; which modules share an input is seen when the model runs."""
         members = shared_input.group_of(module)
+        if not members and last_call.of(module) is last_call.NEVER and not torch.are_deterministic_algorithms_enabled():
+            return UNSEEN
         return "+".join(self.names.get(member, "?").rpartition(".")[2] for member in members) or "single"
 
     def _at_call(self, module: nn.Module) -> nn.Module:
@@ -219,7 +159,7 @@ class _Model:
 
     def _when_gathered(self, module: nn.Module, reason: str) -> str:
         if module in self.fsdp1:
-            return f"{reason} between calls; FSDP gathers it for a call, whose own state decides"
+            return f"{reason} {BETWEEN_CALLS}"
         return reason
 
     def _look_for_mlp(self, module: nn.Module) -> None:
@@ -228,17 +168,17 @@ class _Model:
         if not adapted:
             return
         structure = peft_gated_mlp.structure_of(module)
-        if not isinstance(structure, str) and last_call.is_of_kernel(module):
+        if not isinstance(structure, Fallback) and last_call.is_of_kernel(module):
             self.parents.update((part, module) for part in peft_gated_mlp.projections_of(module, structure))
         reason = self._mlp_reason(module, structure)
-        if reason is None and not isinstance(structure, str):
+        if reason is None and not isinstance(structure, Fallback):
             self.mlps.update((part, module) for part in peft_gated_mlp.projections_of(module, structure))
-        elif not isinstance(structure, str) or _looks_gated(module):
+        elif not isinstance(structure, Fallback) or _looks_gated(module):
             self.mlp_reasons.update((part, reason) for part in adapted)
 
-    def _mlp_reason(self, module: nn.Module, structure: peft_gated_mlp.GatedMLP | str) -> str | None:
-        if isinstance(structure, str):
-            return _replaced_in(module) or structure
+    def _mlp_reason(self, module: nn.Module, structure: peft_gated_mlp.GatedMLP | Fallback) -> str | None:
+        if isinstance(structure, Fallback):
+            return _replaced_in(module) or structure.reason
         layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
         if layer is None:
             return f"its input is called {structure.input}"
@@ -247,11 +187,15 @@ class _Model:
             return reason
         whole = self._at_call(module)
         part = next(filter(peft_linear.is_lora_linear, peft_gated_mlp.projections_of(whole, structure)), None)
-        state = "no projection is adapted" if part is None else peft_linear.read_linear(part)
-        if isinstance(state, str):
-            return state
-        whole_state = peft_gated_mlp.read_mlp(whole, _example(state), layers.LoraLinear, check_features=False)
-        return whole_state if isinstance(whole_state, str) else None
+        if part is None:
+            return "no projection is adapted"
+        state = peft_linear.read_linear(part)
+        if isinstance(state, Fallback):
+            return state.reason
+        example = _example(state)
+        call = CallContext.of(example)
+        whole_state = peft_gated_mlp.read_mlp(whole, example, call, layers.LoraLinear, check_features=False)
+        return whole_state.reason if isinstance(whole_state, Fallback) else None
 
 
 def _replaced_in(module: nn.Module) -> str | None:
@@ -353,10 +297,10 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> str | None:
 
 def _next_embedding_call(module: nn.Module, at_call: nn.Module, rows: int, row: Row) -> Row:
     layer = layers.LoraEmbedding
-    state: peft_embedding.AdaptedTable | str
-    state = _unmapped_reason(module, layer) or replaced.embedding_reason() or peft_embedding.read_embedding(at_call)
-    if isinstance(state, str):
-        return _unfused(row, state)
+    reason = _unmapped_reason(module, layer) or replaced.embedding_reason()
+    state = Fallback(reason) if reason else peft_embedding.read_embedding(at_call)
+    if isinstance(state, Fallback):
+        return _unfused(row, state.reason)
     example = torch.empty((0,), dtype=torch.int64, device=state.table.weight.device)
     reason = peft_embedding.embedding_call_reason(state, example, (), {})
     if reason:

@@ -7,14 +7,16 @@ had set one.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from .environment import versions
-from .mapping import Marks, layer_mapping
-from .peft import gated_mlp as peft_gated_mlp, linear as peft_linear
+from ..environment import versions
+from ..mapping import Marks, layer_mapping
+from ..peft import gated_mlp as peft_gated_mlp, linear as peft_linear
 
 
 class _Alone(nn.Module):
@@ -50,7 +52,7 @@ def kernelize_adapted(model: nn.Module, *, mode, device: str | torch.device | No
         marks.mark_all()
         for module in adapted_mlps:
             marks.mark_gated_mlp(module)
-        with use_kernel_mapping(layer_mapping(), inherit_mapping=False):
+        with use_kernel_mapping(layer_mapping(), inherit_mapping=False), _without_a_line_a_module():
             for module in modules:
                 if type(module) in marks.before:
                     alone = _Alone(module)
@@ -58,6 +60,21 @@ def kernelize_adapted(model: nn.Module, *, mode, device: str | torch.device | No
     finally:
         marks.restore()
     return model
+
+
+@contextlib.contextmanager
+def _without_a_line_a_module() -> Iterator[None]:
+    """`kernels` logs on the root logger which layer each module gets."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not (record.levelno <= logging.INFO and __package__.partition(".")[0] in record.getMessage())
+
+    root = logging.getLogger()
+    root.addFilter(other)
+    try:
+        yield
+    finally:
+        root.removeFilter(other)
 
 
 def _device(alone: _Alone) -> str | None:

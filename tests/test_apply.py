@@ -1,0 +1,292 @@
+"""`apply` and `restore`: one call that binds our forwards, one that leaves none; what is logged; bad input."""
+
+import copy
+import logging
+import types
+import warnings
+
+import accelerate
+import pytest
+import torch
+from helpers.cases import DEVICE, LINEARS, OwnForwards, peft_llama, tiny_llama
+from helpers.heads import heads, inner
+from helpers.kernelizing import explain, forwards, kernelize_in_place, ours_in
+from helpers.llamas import passed, same_bits, tokens
+from kernels import Mode, kernelize
+from kernels.layer.globals import _KERNEL_MAPPING
+from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+pytestmark = pytest.mark.usefixtures("on_device")
+TARGETS = [*LINEARS, "embed_tokens"]
+MARKED = (BaseTuner, PreTrainedModel, lora.Linear, lora.Embedding, LlamaMLP)
+
+
+@pytest.fixture
+def unregistered(monkeypatch):
+    """A process in which nothing is kernelize_in_place, before and after."""
+    for cls in MARKED:
+        for name in ("kernel_layer_name", "kernel_condition"):
+            monkeypatch.delattr(cls, name, raising=False)
+    token = _KERNEL_MAPPING.set({})
+    yield
+    _KERNEL_MAPPING.reset(token)
+
+
+def marks():
+    return [(vars(cls).get("kernel_layer_name"), vars(cls).get("kernel_condition")) for cls in MARKED]
+
+
+@pytest.mark.parametrize("mode", (None, Mode.TRAINING, Mode.INFERENCE))
+def test_applied(lora_fused, unregistered, mode):
+    model = peft_llama(torch.float64, target_modules=TARGETS)
+    ours, state = copy.deepcopy(model), list(model.state_dict())
+    before = marks()
+    assert lora_fused.apply(ours, *(() if mode is None else (mode,))) is ours
+    rows = explain(lora_fused, ours)
+    assert len(rows) == 15 and all(row.fused for row in rows)
+    for _ in range(2):
+        torch.testing.assert_close(passed(ours, tokens()), passed(model, tokens()), rtol=1e-11, atol=1e-11)
+    assert marks() == before and _KERNEL_MAPPING.get() == {}
+    assert list(ours.state_dict()) == state
+    assert len(ours_in(lora_fused, ours)) == len(forwards(ours)) == 17
+
+
+def test_one_line_is_logged_and_nothing_else(lora_fused, caplog):
+    with caplog.at_level(logging.DEBUG), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora_fused.apply(peft_llama())
+        rest = [r for r in caplog.records if r.name != "lora_fused" and r.levelno >= logging.INFO]
+    (record,) = [r for r in caplog.records if r.name == "lora_fused"]
+    assert record.levelno == logging.INFO and rest == []
+    assert record.getMessage() == (
+        "14 of 14 LoRA modules fused, 100.0% of the adapter parameters (native 14); 2 gated MLPs, one Function each"
+    )
+
+
+def test_a_warning_where_nothing_is_fused(lora_fused, caplog):
+    model = peft_llama()
+    model.base_model.disable_adapter_layers()
+    with caplog.at_level(logging.WARNING):
+        lora_fused.apply(model)
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("lora_fused", logging.WARNING)
+    assert record.getMessage().startswith("0 of 14 LoRA modules fused, 0.0%")
+    assert record.getMessage().endswith("PEFT's own forward: 14, adapters are disabled")
+
+
+def test_loading_sets_up_no_handler(lora_fused):
+    log = logging.getLogger("lora_fused")
+    assert log.handlers == [] and log.level == logging.NOTSET
+
+
+@pytest.mark.parametrize(
+    "bind", (lambda lora_fused, model: lora_fused.apply(model), kernelize_in_place), ids=("apply", "kernelize")
+)
+@pytest.mark.parametrize("dora", (False, True), ids=("LoRA", "DoRA"))
+def test_restored(lora_fused, bind, dora):
+    model = peft_llama(use_dora=dora, target_modules=TARGETS)
+    ours = bind(lora_fused, copy.deepcopy(model))
+    passed(ours, tokens())
+    assert len(ours_in(lora_fused, ours)) == 17 and not same_bits(ours, model)
+    assert lora_fused.restore(ours) is ours
+    assert ours_in(lora_fused, ours) == [] and same_bits(ours, model)
+    with OwnForwards() as calls:
+        passed(ours, tokens())
+    assert sum(calls.values()) == 15
+    assert not any(row.fused for row in explain(lora_fused, ours))
+    lora_fused.apply(ours)
+    assert all(row.fused for row in explain(lora_fused, ours)) and not same_bits(ours, model)
+
+
+@pytest.mark.parametrize("unload", ("unload", "merge_and_unload"))
+def test_restored_after_unloading(lora_fused, unload):
+    """Our forwards stay on the MLPs, which hold no adapter any more."""
+    model = peft_llama()
+    ours = lora_fused.apply(copy.deepcopy(model))
+    passed(ours, tokens())
+    ours, plain = getattr(ours, unload)(), getattr(model, unload)()
+    assert len(ours_in(lora_fused, ours)) == 2
+    lora_fused.restore(ours)
+    for each in (ours, plain):
+        each.requires_grad_(True)
+    assert ours_in(lora_fused, ours) == [] == list(forwards(ours)) and same_bits(ours, plain)
+
+
+def test_restored_while_merged(lora_fused):
+    model = peft_llama()
+    ours = lora_fused.apply(copy.deepcopy(model))
+    for each in (ours, model):
+        each.merge_adapter()
+    lora_fused.restore(ours)
+    for each in (ours, model):
+        each.unmerge_adapter()
+    assert ours_in(lora_fused, ours) == [] and same_bits(ours, model)
+
+
+def test_forwards_of_others_stay(lora_fused):
+    model = lora_fused.apply(peft_llama())
+    hooked = [module for module in model.modules() if isinstance(module, LlamaRMSNorm)]
+    for module in hooked:
+        accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
+    q_proj = model.base_model.model.model.layers[0].self_attn.q_proj
+    theirs = q_proj.forward = types.MethodType(type(q_proj).forward, q_proj)
+    before = [vars(module)["forward"] for module in hooked]
+    lora_fused.restore(model)
+    assert [vars(module)["forward"] for module in hooked] == before and len(before) == 5
+    assert vars(q_proj)["forward"] is theirs
+
+
+def test_what_a_hook_calls_is_the_modules_own(lora_fused):
+    """accelerate keeps the forward that it found, which was ours."""
+    model = heads()
+    ours = lora_fused.apply(copy.deepcopy(model))
+    accelerate.hooks.add_hook_to_module(inner(ours).q, accelerate.hooks.ModelHook())
+    lora_fused.restore(ours)
+    assert ours_in(lora_fused, ours) == []
+    x = torch.randn(40, 32, dtype=torch.float64)
+    assert torch.equal(ours(x), model(x))
+    accelerate.hooks.remove_hook_from_module(inner(ours).q)
+    assert ours_in(lora_fused, ours) == [] and torch.equal(ours(x), model(x))
+
+
+def test_another_builds_forwards_go_too(lora_fused):
+    names = {"__name__": "_lora_fused_cuda_1234567.layers"}
+    exec("def forward(self, x, *args, **kwargs):\n    raise AssertionError('another build')\n", names)
+    model = peft_llama()
+    ours = copy.deepcopy(model)
+    for module in ours.modules():
+        if type(module).__name__ == "Linear" and hasattr(module, "lora_A"):
+            module.forward = types.MethodType(names["forward"], module)
+    assert len(forwards(ours)) == 14
+    lora_fused.restore(ours)
+    assert forwards(ours) == {} and same_bits(ours, model)
+
+
+def test_unregistered(lora_fused, unregistered):
+    before = marks()
+    model = kernelize_in_place(lora_fused, peft_llama())
+    assert all(row.fused for row in explain(lora_fused, model)) and marks() != before
+    lora_fused.register_peft_layers()
+    lora_fused.unregister_peft_layers()
+    assert marks() == before
+    lora_fused.unregister_peft_layers()
+    assert all(
+        row.fused for row in explain(lora_fused, kernelize(model, mode=Mode.TRAINING, device=DEVICE))
+    )  # as it was
+    other = kernelize(peft_llama(), mode=Mode.TRAINING, device=DEVICE)
+    assert ours_in(lora_fused, other) == []
+    lora_fused.register_peft_layers()
+    assert len(ours_in(lora_fused, kernelize(other, mode=Mode.TRAINING, device=DEVICE))) == 16
+    lora_fused.unregister_peft_layers()
+
+
+def test_under_torch_compile(lora_fused):
+    torch.compiler.reset()
+    model = peft_llama(shape=dict(num_hidden_layers=1))
+    ours = lora_fused.apply(copy.deepcopy(model))
+    compiled = torch.compile(ours, backend="eager")
+    expected = passed(model, tokens())
+    for change in (lambda: None, lambda: lora_fused.restore(compiled), lambda: lora_fused.apply(compiled)):
+        change()
+        torch.testing.assert_close(passed(compiled, tokens()), expected, rtol=1e-5, atol=1e-6)
+    assert len(ours_in(lora_fused, ours)) == 8
+
+
+class Wrapper(nn.Module):
+    """As DistributedDataParallel holds a model."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def test_a_wrapped_model(lora_fused):
+    model = peft_llama()
+    wrapped = lora_fused.apply(Wrapper(copy.deepcopy(model)))
+    assert all(row.fused for row in explain(lora_fused, wrapped)) and len(ours_in(lora_fused, wrapped)) == 16
+    lora_fused.restore(wrapped)
+    assert ours_in(lora_fused, wrapped) == [] and same_bits(wrapped, model)
+
+
+BAD = {
+    "not a module": (lambda: ["model"], {}, TypeError, "model: list, expected a torch.nn.Module"),
+    "None": (lambda: None, {}, TypeError, "model: NoneType, expected"),
+    "no PEFT model": (
+        tiny_llama,
+        {},
+        ValueError,
+        "LlamaForCausalLM has no PEFT LoRA modules; adapt it first: get_peft",
+    ),
+    "empty": (nn.Sequential, {}, ValueError, "Sequential has no PEFT LoRA modules"),
+    "another adapter": (
+        lambda: get_peft_model(tiny_llama(), __import__("peft").IA3Config(task_type="CAUSAL_LM")),
+        {},
+        ValueError,
+        "PeftModelForCausalLM has no PEFT LoRA modules",
+    ),
+    "mode a word": (heads, dict(mode="training"), TypeError, "mode: 'training', expected a kernels.Mode"),
+    "mode a bool": (heads, dict(mode=True), TypeError, "mode: True, expected a kernels.Mode"),
+    "mode of mappings": (
+        heads,
+        dict(mode=Mode.FALLBACK),
+        ValueError,
+        "mode: Mode.FALLBACK, expected one that contains",
+    ),
+    "mode of neither": (heads, dict(mode=Mode.TORCH_COMPILE), ValueError, "expected one that contains Mode.TRAINING"),
+}
+
+
+@pytest.mark.parametrize("make,options,error,message", BAD.values(), ids=BAD)
+def test_bad_input(lora_fused, make, options, error, message):
+    model = make()
+    before = dict(forwards(model)) if isinstance(model, nn.Module) else None
+    with pytest.raises(error, match=message):
+        lora_fused.apply(model, **options)
+    if before is None:
+        with pytest.raises(TypeError, match="expected a torch.nn.Module"):
+            lora_fused.restore(model)
+    else:
+        assert forwards(model) == before
+
+
+def test_restore_of_what_has_none_of_ours(lora_fused):
+    for model in (nn.Sequential(), tiny_llama(), peft_llama()):
+        before = dict(forwards(model))
+        assert lora_fused.restore(model) is model and forwards(model) == before
+
+
+def test_an_error_on_the_way_leaves_forwards_as_they_were(lora_fused, monkeypatch):
+    import kernels
+
+    model = heads()
+    theirs = inner(model).v.forward = types.MethodType(type(inner(model).v).forward, inner(model).v)
+    own, seen = kernels.kernelize, []
+
+    def fails_third(*args, **kwargs):
+        seen.append(own(*args, **kwargs))
+        if len(seen) == 3:
+            raise MemoryError("third")
+
+    monkeypatch.setattr(kernels, "kernelize", fails_third)
+    with pytest.raises(MemoryError, match="third"):
+        lora_fused.apply(model)
+    assert len(seen) == 3 and vars(inner(model).v)["forward"] is theirs
+    assert list(forwards(model)) == [name for name, module in model.named_modules() if module is inner(model).v]
+
+
+def test_applied_before_and_after_an_adapter_is_added(lora_fused):
+    """A second adapter is served by the same modules, and new modules by applying again."""
+    ours = lora_fused.apply(peft_llama(target_modules=["q_proj", "v_proj"]))
+    ours.add_adapter("other", LoraConfig(r=2, target_modules=LINEARS, init_lora_weights=False))
+    ours.set_adapter("other")
+    assert sum(row.fused for row in explain(lora_fused, ours)) == 4
+    lora_fused.apply(ours)
+    assert sum(row.fused for row in explain(lora_fused, ours)) == 14

@@ -1,0 +1,169 @@
+"""`LoraFusedCallback` in transformers' Trainer: applies when training begins, reports, and goes with merging and
+restoring."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from helpers.cases import DEVICE, LINEARS, OwnForwards, peft_llama, tiny_llama
+from helpers.kernelizing import explain, ours_in
+from helpers.llamas import same_bits
+from helpers.trainers import STEPS, assert_same, losses_and_adapter as trained, rows, trainer_of
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+
+def reports(trainer):
+    return [row.get("lora_fused") for row in trainer.state.log_history]
+
+
+@pytest.mark.parametrize("options", ({}, dict(gradient_checkpointing=True)), ids=("plain", "checkpointing"))
+def test_trained_as_peft(lora_fused, tmp_path, options):
+    theirs = trained(trainer_of(peft_llama(), tmp_path, **options))
+    trainer = trainer_of(peft_llama(), tmp_path, lora_fused.LoraFusedCallback(), **options)
+    with OwnForwards() as own, lora_fused.record() as calls:
+        ours = trained(trainer)
+    assert_same(ours, theirs, 1e-5)
+    assert not own and calls.own == 0 and calls.fused == STEPS * 10 * (2 if options else 1)
+    assert reports(trainer)[:STEPS] == [1.0] + [None] * (STEPS - 1)
+    assert all(row.fused and row.last == "fused" for row in explain(lora_fused, trainer.model))
+
+
+def test_applied_when_training_begins_and_no_sooner(lora_fused, tmp_path, caplog):
+    trainer = trainer_of(peft_llama(), tmp_path, lora_fused.LoraFusedCallback())
+    assert ours_in(lora_fused, trainer.model) == []
+    with caplog.at_level(logging.INFO, logger="lora_fused"):
+        trainer.train()
+    assert len(ours_in(lora_fused, trainer.model)) == 16
+    (record,) = [record for record in caplog.records if record.name == "lora_fused"]
+    assert record.getMessage().startswith("14 of 14 LoRA modules fused")
+
+
+def test_the_class_is_taken_as_well(lora_fused, tmp_path):
+    """As transformers allows, and takes it out again by its class."""
+    trainer = trainer_of(peft_llama(), tmp_path, lora_fused.LoraFusedCallback)
+    (callback,) = [
+        each for each in trainer.callback_handler.callbacks if isinstance(each, lora_fused.LoraFusedCallback)
+    ]
+    assert isinstance(callback, TrainerCallback)
+    assert trainer.pop_callback(lora_fused.LoraFusedCallback) is callback
+    trainer.train()
+    assert ours_in(lora_fused, trainer.model) == []
+
+
+def test_what_is_not_fused_is_in_the_report(lora_fused, tmp_path):
+    model = peft_llama()
+    hooked = model.base_model.model.model.layers[0].self_attn
+    for part in (hooked.q_proj, hooked.o_proj):
+        part.lora_A.default.register_forward_hook(lambda *_: None)
+    trainer = trainer_of(model, tmp_path, lora_fused.LoraFusedCallback())
+    trainer.train()
+    assert reports(trainer)[0] == pytest.approx(12 / 14)
+
+
+def test_what_others_log_sees_the_report(lora_fused, tmp_path):
+    seen = []
+
+    class Sees(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(logs.get("lora_fused"))
+
+    trainer_of(peft_llama(), tmp_path, lora_fused.LoraFusedCallback(), Sees()).train()
+    assert seen[:2] == [1.0, None]
+
+
+def test_each_training_reports_once(lora_fused, tmp_path):
+    trainer = trainer_of(peft_llama(), tmp_path, lora_fused.LoraFusedCallback(), max_steps=2)
+    trainer.train()
+    lora_fused.restore(trainer.model)
+    trainer.train()
+    assert len(ours_in(lora_fused, trainer.model)) == 16
+    assert [report for report in reports(trainer) if report is not None] == [1.0]  # its history begins anew
+
+
+def test_a_mode(lora_fused, tmp_path):
+    trainer = trainer_of(peft_llama(), tmp_path, lora_fused.LoraFusedCallback(mode="training"))
+    with pytest.raises(TypeError, match="mode: 'training', expected a kernels.Mode"):
+        trainer.train()
+
+
+def test_a_model_without_adapters(lora_fused, tmp_path):
+    trainer = trainer_of(tiny_llama(), tmp_path, lora_fused.LoraFusedCallback())
+    with pytest.raises(ValueError, match="has no PEFT LoRA modules"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("merge", (False, True), ids=("unload", "merge_and_unload"))
+def test_unloaded_and_restored(lora_fused, tmp_path, merge):
+    trainer = trainer_of(peft_llama(), tmp_path, lora_fused.LoraFusedCallback())
+    trainer.train()
+    plain = lora_fused.restore(copy.deepcopy(trainer.model))
+    ours, plain = (each.merge_and_unload() if merge else each.unload() for each in (trainer.model, plain))
+    lora_fused.restore(ours)
+    for each in (ours, plain):
+        each.requires_grad_(True)
+    assert ours_in(lora_fused, ours) == [] and same_bits(ours, plain)
+
+
+def test_trained_on_after_restoring(lora_fused, tmp_path):
+    """A checkpoint of the one is the other's: half of the steps fused, half PEFT's."""
+    save = dict(save_strategy="steps", save_steps=STEPS // 2)
+    whole = trained(trainer_of(peft_llama(), tmp_path / "whole", **save))
+    trainer_of(peft_llama(), tmp_path / "first", lora_fused.LoraFusedCallback(), **save).train()
+    second = trainer_of(peft_llama(), tmp_path / "second", **save)
+    with OwnForwards() as own:
+        found = trained(second, str(tmp_path / "first" / f"checkpoint-{STEPS // 2}"))
+    assert sum(own.values()) == 14 * (STEPS - STEPS // 2)
+    assert_same(found, whole, 1e-5)
+
+
+def test_compiled_by_the_trainer(lora_fused, tmp_path, monkeypatch):
+    """PEFT's forward is in the graph, and the report says so."""
+    import transformers
+
+    torch.compiler.reset()
+    monkeypatch.setattr(transformers.training_args, "enable_tf32", lambda enable: None)  # for the tests after this one
+    model = peft_llama(shape=dict(num_hidden_layers=1))
+    trainer = trainer_of(
+        model, tmp_path, lora_fused.LoraFusedCallback(), max_steps=2, torch_compile=True, torch_compile_backend="eager"
+    )
+    try:
+        trainer.train()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False  # accelerate allows it where it compiles
+    assert reports(trainer)[0] == 0.0
+    assert {row.reason for row in explain(lora_fused, model)} == {lora_fused.explanation.COMPILED}
+
+
+def test_it_can_be_copied_and_has_every_event(lora_fused):
+    callback = lora_fused.LoraFusedCallback()
+    assert type(copy.deepcopy(callback)) is type(callback) and isinstance(callback, TrainerCallback)
+    assert {name for name in dir(TrainerCallback) if name.startswith("on_")} <= set(dir(callback))
+
+
+def test_sft_trainer(lora_fused, tmp_path):
+    """TRL adapts the model itself."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list([dict(input_ids=row["input_ids"].tolist()) for row in rows()])
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=2, logging_steps=1, report_to=[], save_strategy="no",
+        use_cpu=DEVICE == "cpu", max_length=16, bf16=False,
+    )  # fmt: skip
+    config = LoraConfig(r=4, target_modules=LINEARS, task_type="CAUSAL_LM", init_lora_weights=False)
+    trainer = trl.SFTTrainer(
+        tiny_llama(), arguments, train_dataset=data, peft_config=config, callbacks=[lora_fused.LoraFusedCallback()],
+        processing_class=_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    assert reports(trainer)[0] == 1.0
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {str(i): i for i in range(64)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0")), eos_token="1", pad_token="2"
+    )

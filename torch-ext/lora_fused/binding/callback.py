@@ -1,0 +1,58 @@
+"""A callback of transformers' Trainer, and of those that derive from it, as TRL's."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from ..explanation import FUSED, read
+from .apply import apply
+
+if TYPE_CHECKING:
+    from kernels import Mode
+
+
+class LoraFusedCallback:
+    """Applies the fused forwards to a trainer's model when training begins, and reports what runs.
+
+        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[lora_fused.LoraFusedCallback()])
+
+    A trainer that adapts the model itself, as TRL's do with `peft_config`, has done so by then. The first log of a
+    training gets "lora_fused", the share of the model's LoRA modules whose last call was fused, from 0 to 1; it stands
+    in `trainer.state.log_history` and in what is printed. What is fused and why not, `explain(trainer.model)` says. The
+    forwards stay bound when training ends; `restore(trainer.model)` takes them off.
+
+    `mode` as `apply` takes it, whose errors it raises when training begins. An instance is a
+    `transformers.TrainerCallback`; transformers is imported when the first one is made.
+    """
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(_trainer_callback() if cls is LoraFusedCallback else cls)
+
+    def __init__(self, mode: Mode | None = None):
+        self.mode = mode
+        self._reports = False
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Before the first step, when the trainer has wrapped and placed the model."""
+        apply(model, self.mode)
+        self._reports = True
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
+        """At the first log after it began."""
+        if not self._reports or logs is None:
+            return
+        self._reports = False
+        found = read(model)
+        share = sum(row.last == FUSED for row in found) / len(found)
+        logs["lora_fused"] = share
+        if state.log_history:  # a copy of the log, by now
+            state.log_history[-1]["lora_fused"] = share
+
+
+@functools.cache
+def _trainer_callback() -> type:
+    """The class with transformers' base, which has a method for every event."""
+    from transformers import TrainerCallback
+
+    return type(LoraFusedCallback.__name__, (LoraFusedCallback, TrainerCallback), {"__module__": __name__})
