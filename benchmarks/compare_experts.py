@@ -1,14 +1,15 @@
-"""Mixtures of experts: one frozen layer with transformers' grouped_mm, PEFT's target_parameters and lora-fused, in one process.
+"""Mixtures of experts: one frozen layer with transformers' grouped_mm, PEFT's target_parameters and lora-fused, in one
+process.
 
-Training is forward + backward with every trained parameter changed in place before each step; decoding is a call of a few
-tokens without a gradient. Times are medians between two events on the GPU. "x" is the time over that of the frozen layer with
-grouped_mm (training) or with the faster of grouped_mm and batched_mm (decoding) of the same run. Each fused case is held
-against PEFT first, in float32 routing of the same indices: y and all gradients. "saved" is what a forward keeps for its
-backward besides parameters, "peak" what a step needs on top of what is there before it.
+Training is forward + backward with every trained parameter changed in place before each step; decoding is a call of a
+few tokens without a gradient. Times are medians between two events on the GPU. "x" is the time over that of the frozen
+layer with grouped_mm (training) or with the faster of grouped_mm and batched_mm (decoding) of the same run. Each fused
+case is held against PEFT first, in float32 routing of the same indices: y and all gradients. "saved" is what a forward
+keeps for its backward besides parameters, "peak" what a step needs on top of what is there before it.
 
-    python benchmarks/compare_experts.py --out results.json              # a GPU of 40 GB or more, some minutes
-    python benchmarks/compare_experts.py --shapes qwen3 --tokens 2048
-    python benchmarks/compare_experts.py --small                         # on a CPU: that all of it runs, not how fast it is
+    python benchmarks/compare_experts.py --out results.json              # a GPU of 40 GB or more, some minutes python
+    benchmarks/compare_experts.py --shapes qwen3 --tokens 2048 python benchmarks/compare_experts.py --small
+    # on a CPU: that all of it runs, not how fast it is
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ class Clock:
         return torch.cuda.memory_allocated() / 1e9 if self.on_gpu else 0.0
 
     def time(self, step, before, repeats: int, warm_up: int) -> dict:
-        """The median in ms and the peak in GB above what was allocated; steps are queued without a wait between them."""
+        """The median in ms and the peak in GB above what was allocated; steps are queued without a wait between
+        them."""
         for _ in range(warm_up):
             before()
             step()
@@ -349,8 +351,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--frozen", nargs="+", default=["grouped_mm"], help="implementations of the frozen layer, "
                         "such as deepgemm and sonicmoe, where they can be loaded")  # fmt: skip
     parser.add_argument("--adapters", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--backends", nargs="+", default=["default"], choices=("default", "grouped_mm", "triton", "reference"),
-                        help="of lora-fused, one row each")  # fmt: skip
+    backends = ("default", "grouped_mm", "triton", "reference")
+    parser.add_argument(
+        "--backends", nargs="+", default=["default"], choices=backends, help="of lora-fused, a row each"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile of PEFT's, too: minutes")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--small", action="store_true", help="small shapes on a CPU")

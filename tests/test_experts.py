@@ -1,4 +1,5 @@
-"""Adapted experts, kernelized, against PEFT: values, gradients, precision, routing, training, what PEFT does with adapters."""
+"""Adapted experts, kernelized, against PEFT: values, gradients, precision, routing, training, what PEFT does with
+adapters."""
 
 import copy
 import itertools
@@ -63,7 +64,8 @@ def test_there_are_enough_models():
 
 
 def errors_of_one_call(lora_fused, name, implementation, dtype, adapter_dtype):
-    """Squared relative errors against float64, of ours and of PEFT's, over all that a call gives; same weights and routing."""
+    """Squared relative errors against float64, of ours and of PEFT's, over all that a call gives; same weights and
+    routing."""
     block = block_of(name, dtype, implementation)
     model = adapt(block, adapter_dtype=adapter_dtype)
     exact = copy.deepcopy(model).double()
@@ -99,7 +101,8 @@ def errors_of_one_call(lora_fused, name, implementation, dtype, adapter_dtype):
     ids=lambda dtype: str(dtype)[6:],
 )
 def test_no_less_precise_than_peft(lora_fused, implementation, dtype, adapter_dtype):
-    """Over four kinds of gates. Of one gate alone either may come out a little ahead: PEFT rounds W + s·B·A, ours x Wᵀ."""
+    """Over four kinds of gates. Of one gate alone either may come out a little ahead: PEFT rounds W + s·B·A, ours x
+    Wᵀ."""
     names = ("qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h")
     errors = [errors_of_one_call(lora_fused, name, implementation, dtype, adapter_dtype) for name in names]
     ours, peft = (sum(each) ** 0.5 for each in zip(*errors))

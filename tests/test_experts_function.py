@@ -143,7 +143,8 @@ def test_rows_are_not_looked_at(lora_fused, request, monkeypatch, path):
 
 @pytest.mark.parametrize("gate", GATES)
 def test_triton_gates(lora_fused, poisoned, gate):
-    """Every gate, its columns more than a program takes, beyond its limit on both sides; against autograd in float64."""
+    """Every gate, its columns more than a program takes, beyond its limit on both sides; against autograd in
+    float64."""
     pytest.importorskip("triton")
     kernels = importlib.import_module(f"{lora_fused.__name__}.backends.triton.expert_gate")
     gate = lora_fused.specs.Gate(**GATES[gate])

@@ -15,8 +15,8 @@ from torch import nn
 from .families import EXPERTS
 
 LATENT = dict(
-    n_group=1, topk_group=1, first_k_dense_replace=0, n_shared_experts=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
-    qk_nope_head_dim=4, v_head_dim=8, num_key_value_heads=4, head_dim=4,
+    n_group=1, topk_group=1, first_k_dense_replace=0, n_shared_experts=1, q_lora_rank=8, kv_lora_rank=8,
+    qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, num_key_value_heads=4, head_dim=4,
 )  # fmt: skip
 DENSE_FIRST = dict(first_k_dense_replace=0, n_group=1, topk_group=1, n_shared_experts=1)
 
@@ -45,7 +45,8 @@ MODELS = {
     "qwen2_moe": ("Qwen2MoeConfig", dict(shared_expert_intermediate_size=24)),
     "qwen3_moe": ("Qwen3MoeConfig", dict(decoder_sparse_step=1, mlp_only_layers=[])),
     "llama4": ("Llama4TextConfig", dict(
-        intermediate_size=24, intermediate_size_mlp=24, interleave_moe_layer_step=1, attention_chunk_size=64, num_experts_per_tok=1,
+        intermediate_size=24, intermediate_size_mlp=24, interleave_moe_layer_step=1, attention_chunk_size=64,
+        num_experts_per_tok=1,
     )),
     "minimax_m3": ("MiniMaxM3VLTextConfig", {}),
 }  # fmt: skip

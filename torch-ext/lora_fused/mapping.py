@@ -43,9 +43,8 @@ class LoadedLayer:
 
 def layer_mapping() -> dict:
     """Our layers by name and device, as `kernels` takes them."""
-    mapped = (
-        layers.LoraLinear, layers.LoraLinearOfX, layers.LoraEmbedding, layers.LoraExperts, *layers.GATED_MLP_BY_INPUT.values(),
-    )  # fmt: skip
+    of_peft = layers.LoraLinear, layers.LoraLinearOfX, layers.LoraEmbedding, layers.LoraExperts
+    mapped = *of_peft, *layers.GATED_MLP_BY_INPUT.values()
     return {layer.__name__: {device: LoadedLayer(layer) for device in _DEVICES} for layer in mapped}
 
 
@@ -62,7 +61,8 @@ class Marks:
         replace_kernel_forward_from_hub(cls, layer_name, condition=condition)
 
     def mark_all(self) -> None:
-        """PEFT's linears, embedding and wrappers of parameters, and the roots of models, at which their gated MLPs are looked for."""
+        """PEFT's linears, embedding and wrappers of parameters, and the roots of models, at which their gated MLPs are
+        looked for."""
         for cls, kind in peft_linear.linear_kinds().items():
             layer = layers.LoraLinearOfX if kind.only_x else layers.LoraLinear
             self.mark(cls, layer.__name__, functools.partial(_is_free, layer, peft_linear.is_lora_linear))

@@ -243,8 +243,8 @@ TENSORS_PER_PRODUCT = 4
 class Gate(NamedTuple):
     """h = f(α·g)/α · (u + c), g and u the halves of z, or h = f(z) where there is no gate.
 
-    activation: f, one of `reference.activations.ACTIVATIONS`. interleaved: g and u are the even and odd columns of z, else its
-    first and second half. limit: g is cut off above it, u on both sides, before all else. slope: α. offset: c.
+    activation: f, one of `reference.activations.ACTIVATIONS`. interleaved: g and u are the even and odd columns of z,
+    else its first and second half. limit: g is cut off above it, u on both sides, before all else. slope: α. offset: c.
     """
 
     activation: str = "silu"

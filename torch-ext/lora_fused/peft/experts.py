@@ -1,9 +1,9 @@
 """What PEFT's ParamWrappers on an experts module compute now: operands of `lora_experts`, or the reason why PEFT's own
 forward runs. Read anew at every call, so nothing here can go stale.
 
-Wrappers nest, one a parameter; the outermost stands for the whole module. A is stored [E·R, p], B [q, R·E] with the expert
-as its fastest index, so that the delta of a parameter [E, ...] is Bₑ Aₑ, or its transpose where PEFT took the parameter's
-second size for the input's (`_did_swap_in_out_features` is False).
+Wrappers nest, one a parameter; the outermost stands for the whole module. A is stored [E·R, p], B [q, R·E] with the
+expert as its fastest index, so that the delta of a parameter [E, ...] is Bₑ Aₑ, or its transpose where PEFT took the
+parameter's second size for the input's (`_did_swap_in_out_features` is False).
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def _wrapper_reason(wrappers: list[nn.Module], base: nn.Module, adapted: dict) -
 
 
 def _parametrised_reason(wrappers: list[nn.Module], base: nn.Module) -> str | None:
-    """Of weights that something makes anew at every access: looking at them would make them, and PEFT keep what was made."""
+    """Of weights that something makes anew at every access: looking at them would make them, and PEFT keep what was
+    made."""
     made = base._modules.get("parametrizations")
     if made is None:
         return None
@@ -145,9 +146,10 @@ def _parametrised_reason(wrappers: list[nn.Module], base: nn.Module) -> str | No
             return INSIDE
         wrapper = adapted.get(name)
         if wrapper is not None and _leaves_proxies() and wrapper.num_experts > 1 and len(_active(wrapper)) == 1:
-            return WrongInPeft(f"{name} is parametrised ({kind.__name__}), where this PEFT adds one more delta at every call and "
-                               "never takes one away: from the second call on results are wrong. Merge the adapter, or do not "
-                               "quantize the experts")  # fmt: skip
+            return WrongInPeft(
+                f"{name} is parametrised ({kind.__name__}), where this PEFT adds one more delta at every call and never "
+                "takes one away: from the second call on results are wrong. Merge the adapter, or do not quantize the experts"
+            )
     return f"weights are parametrised ({', '.join(made._modules)})"
 
 
@@ -163,8 +165,10 @@ def _storage_reason(wrapper: nn.Module, base: nn.Module) -> str | None:
         return None
     if not hasattr(base, f"{name}_scale_inv"):
         return f"{name} has dtype {weight.dtype}"
-    return WrongInPeft(f"{name} has dtype {weight.dtype}, quantized with scales, and PEFT adds the delta to the codes, not to what "
-                       "they stand for: the adapter has next to no effect. Do not adapt quantized experts")  # fmt: skip
+    return WrongInPeft(
+        f"{name} has dtype {weight.dtype}, quantized with scales, and PEFT adds the delta to the codes, not to what "
+        "they stand for: the adapter has next to no effect. Do not adapt quantized experts"
+    )
 
 
 @functools.cache

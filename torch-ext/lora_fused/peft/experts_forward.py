@@ -1,9 +1,9 @@
 """What an experts module of transformers computes: its gate, how its weights are stored, whether its forward is the one
 that `use_experts_implementation` describes.
 
-The decorator's flags say what a forward should compute, and transformers' own grouped and batched forwards go by them. A
-model's own forward (the implementation "eager") is held against them once: it runs on a copy of the module with three small
-experts, and so does the oracle. The gate is recognised by its values.
+The decorator's flags say what a forward should compute, and transformers' own grouped and batched forwards go by them.
+A model's own forward (the implementation "eager") is held against them once: it runs on a copy of the module with three
+small experts, and so does the oracle. The gate is recognised by its values.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _MOST_SEEN = 1024
 class Form(NamedTuple):
     """What an experts module computes.
 
-    first: name of the first product's weight. transposed: whether weights are stored [E, in, out]. biased: whether there
-    are biases, named as the weights with "_bias". gate: None where it is to be asked itself. implementation: which of
-    transformers' forwards runs. leaves_out: whether that leaves indices from E on out.
+    first: name of the first product's weight. transposed: whether weights are stored [E, in, out]. biased: whether
+    there are biases, named as the weights with "_bias". gate: None where it is to be asked itself. implementation:
+    which of transformers' forwards runs. leaves_out: whether that leaves indices from E on out.
     """
 
     first: str
@@ -102,7 +102,7 @@ def _implementation_reason(implementation: str) -> str | None:
         return None
     moe, name = sys.modules[_MOE], _FORWARDS.get(implementation)
     if name is None:
-        return f"experts implementation {implementation!r}: of grouped_mm, batched_mm and eager it is known what they compute"
+        return f"experts implementation {implementation!r} is none of grouped_mm, batched_mm and eager"
     found = moe.ALL_EXPERTS_FUNCTIONS.get(implementation)
     if found is not getattr(moe, name) or not replaced.is_defined_at(found, _MOE, name):
         return f"experts implementation {implementation!r} is replaced by {replaced.name_of(found)}"

@@ -25,7 +25,8 @@ _ACTIVATIONS = {
 def lora_experts(
     x: Tensor, index: Tensor, routing: Tensor, up: ExpertWeights, down: ExpertWeights, gate: AnyGate
 ) -> Tensor:
-    """out [T, H'] in x's dtype, summed in the wider of the weight's and the routing's; indices from E on are left out."""
+    """out [T, H'] in x's dtype, summed in the wider of the weight's and the routing's; indices from E on are left
+    out."""
     experts = up.weight.shape[0]
     dtype = torch.promote_types(up.weight.dtype, routing.dtype)
     out = torch.zeros((x.shape[0], down.weight.shape[1]), dtype=dtype, device=x.device)

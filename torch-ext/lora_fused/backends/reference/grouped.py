@@ -1,7 +1,7 @@
 """Products over rows that are sorted by expert, so that each expert's are a block.
 
-`Products` puts them together from products with one matrix an expert, which the backends differ in. `LoopedProducts` makes
-these one after the other: for every device and dtype, with one wait for the GPU.
+`Products` puts them together from products with one matrix an expert, which the backends differ in. `LoopedProducts`
+makes these one after the other: for every device and dtype, with one wait for the GPU.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from . import gates
 class Rows(NamedTuple):
     """The T·k choices of tokens, sorted by expert.
 
-    order [S]: which choice, t·k + j, a row is. ends [E], int32: how many rows an expert and all before it have. Rows from
-    ends[-1] on are of no expert; `leaves_out` where there may be some.
+    order [S]: which choice, t·k + j, a row is. ends [E], int32: how many rows an expert and all before it have. Rows
+    from ends[-1] on are of no expert; `leaves_out` where there may be some.
     """
 
     order: Tensor
@@ -63,7 +63,8 @@ class Rows(NamedTuple):
         return placed.view(self.tokens, self.per_token, *rows.shape[1:])
 
     def combine(self, rows: Tensor) -> Tensor:
-        """[T, N]: the sum of each token's `rows` [S, N], deterministic, in their dtype, added up in float32 or wider."""
+        """[T, N]: the sum of each token's `rows` [S, N], deterministic, in their dtype, added up in float32 or
+        wider."""
         return self.by_choice(rows).sum(1)
 
 
@@ -122,7 +123,8 @@ class Products:
         return h, pull(dh.mul_(weights)), dots
 
     def combine(self, y: Tensor, weights: Tensor | None = None) -> Tensor:
-        """[T, N]: the sum of each token's rows of y [S, N], times their `weights` [S, 1]; in the wider dtype of the two."""
+        """[T, N]: the sum of each token's rows of y [S, N], times their `weights` [S, 1]; in the wider dtype of the
+        two."""
         if weights is not None:
             same = torch.promote_types(y.dtype, weights.dtype) == y.dtype
             y = y.mul_(weights) if same else y * weights

@@ -1,4 +1,5 @@
-"""out[t] = Σ_k w·y over the rows of each token, which are read once where they are: no permuted copy, no product in memory."""
+"""out[t] = Σ_k w·y over the rows of each token, which are read once where they are: no permuted copy, no product in
+memory."""
 
 from __future__ import annotations
 

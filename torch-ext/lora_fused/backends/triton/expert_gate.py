@@ -2,9 +2,9 @@
 
     h = f(α·g)/α · (u + c)      dg = w·dh · (u + c) · f'(α·g)      du = w·dh · f(α·g)/α      dot = Σ dh·h
 
-w is the row's routing weight, dh the gradient before it, so that dot is the routing weight's own gradient. Bound by traffic:
-the backward reads z and dh and writes h again, for the gradient of the second product's adapter, dz and dot. float32
-inside, one rounding. Formulas are those of `reference.gates`.
+w is the row's routing weight, dh the gradient before it, so that dot is the routing weight's own gradient. Bound by
+traffic: the backward reads z and dh and writes h again, for the gradient of the second product's adapter, dz and dot.
+float32 inside, one rounding. Formulas are those of `reference.gates`.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ class GroupedProductsWithPasses(TritonPasses, GroupedProducts):
 
 
 class TritonProducts(TritonPasses):
-    """`few`: without a backward, of fewer rows than experts. Then factors are read as they are, strided, by the experts that
-    are used; otherwise they are laid out once."""
+    """`few`: without a backward, of fewer rows than experts. Then factors are read as they are, strided, by the experts
+    that are used; otherwise they are laid out once."""
 
     def __init__(self, rows: Rows, few: bool):
         self.rows, self.few = rows, few

@@ -1,11 +1,12 @@
-"""y = x W_eᵀ + t (s·B_e)ᵀ + b_e over rows that are sorted by expert, in one launch: rows are gathered as they are loaded, and the
-adapter's rank is further steps of the same accumulator.
+"""y = x W_eᵀ + t (s·B_e)ᵀ + b_e over rows that are sorted by expert, in one launch: rows are gathered as they are
+loaded, and the adapter's rank is further steps of the same accumulator.
 
-A program makes a tile of one expert's rows. Which, it finds out itself: it counts the tiles of all experts, from where their
-rows end, so the host does not wait for these numbers. The grid has room for the most tiles that there can be; programs
-beyond the last one leave. Rows of no expert stay unwritten.
+A program makes a tile of one expert's rows. Which, it finds out itself: it counts the tiles of all experts, from where
+their rows end, so the host does not wait for these numbers. The grid has room for the most tiles that there can be;
+programs beyond the last one leave. Rows of no expert stay unwritten.
 
-Strides are given, so W is read as it is stored, transposed or not, and the backward is the same kernel: dx = dy W + dt A.
+Strides are given, so W is read as it is stored, transposed or not, and the backward is the same kernel: dx = dy W + dt
+A.
 """
 
 from __future__ import annotations
@@ -124,8 +125,9 @@ def grouped_linear(
     scaling: float = 1.0,
 ) -> Tensor:
     """y [S, N] in x's dtype, products in float32. x [S, K] by row, or [T, K] with `order` [S], of which row r reads
-    x[order[r] // per_token]; ends [E] in int32; w [E, N, K] of any strides and x's dtype, or a wider one that is rounded to
-    it; adapter (t [S, R], b [E, N, R] of any strides and dtype, s); bias [E, N]; `scaling` of x Wᵀ without an adapter."""
+    x[order[r] // per_token]; ends [E] in int32; w [E, N, K] of any strides and x's dtype, or a wider one that is
+    rounded to it; adapter (t [S, R], b [E, N, R] of any strides and dtype, s); bias [E, N]; `scaling` of x Wᵀ without
+    an adapter."""
     experts, n, k = w.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     count = x.shape[0] if order is None else order.shape[0]

@@ -1,7 +1,7 @@
 """x_eᵀ y_e for each expert e, over rows that are sorted by expert: the gradients of an adapter's factors.
 
-One program makes one expert's tile and goes through its rows in order: deterministic, without a wait for where they end, and
-zero where there are none. Either operand may be gathered as it is loaded.
+One program makes one expert's tile and goes through its rows in order: deterministic, without a wait for where they
+end, and zero where there are none. Either operand may be gathered as it is loaded.
 """
 
 from __future__ import annotations
