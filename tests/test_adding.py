@@ -34,7 +34,7 @@ def test_there_are_places_for_each_of_the_five():
     assert len(PLACES) >= 20
 
 
-@pytest.mark.parametrize("path,name", PLACES, ids="/".join)
+@pytest.mark.parametrize("path,name", PLACES, ids=str)
 def test_a_place_is_there(path, name):
     assert name in (ROOT / path).read_text()
 

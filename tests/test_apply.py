@@ -167,6 +167,22 @@ def test_another_builds_forwards_go_too(lora_fused):
     assert forwards(ours) == {} and same_bits(ours, model)
 
 
+def test_a_model_that_another_build_kernelized(lora_fused):
+    """It is taken over: a forward of the layers' names is an earlier one of this kernel."""
+    names = {"__name__": "_lora_fused_cpu_1234567.layers"}
+    exec("def forward(self, x, *args, **kwargs):\n    raise AssertionError('another build')\n", names)
+    names["forward"].__qualname__ = "LoraLinear.forward"
+    model = peft_llama()
+    ours = copy.deepcopy(model)
+    for module in ours.modules():
+        if hasattr(module, "lora_A"):
+            module.forward = types.MethodType(names["forward"], module)
+    assert not any(row.fused for row in explain(lora_fused, ours))
+    lora_fused.apply(ours)
+    assert all(row.fused for row in explain(lora_fused, ours))
+    torch.testing.assert_close(passed(ours, tokens()), passed(model, tokens()), rtol=1e-4, atol=1e-6)
+
+
 def test_unregistered(lora_fused, unregistered):
     before = marks()
     model = kernelize_in_place(lora_fused, peft_llama())

@@ -159,11 +159,31 @@ def test_sft_trainer(lora_fused, tmp_path):
     assert reports(trainer)[0] == 1.0
 
 
+def test_dpo_trainer(lora_fused, tmp_path):
+    """Its reference model is the same one with adapters disabled, which is PEFT's to compute."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path), max_steps=2, logging_steps=1, report_to=[], use_cpu=DEVICE == "cpu", bf16=False
+    )
+    trainer = trl.DPOTrainer(
+        tiny_llama(),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list([dict(prompt="1 2", chosen=" 3 4", rejected=" 5 6")] * 4),
+        processing_class=_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules=LINEARS, task_type="CAUSAL_LM"),
+        callbacks=[lora_fused.LoraFusedCallback()],
+    )
+    with lora_fused.record() as calls:
+        trainer.train()
+    assert reports(trainer)[:2] == [1.0, None]
+    assert calls.fused > 0 and all("adapters are disabled" in reason for reason in calls.total if reason != "fused")
+
+
 def _tokenizer():
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = {str(i): i for i in range(64)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0")), eos_token="1", pad_token="2"
-    )
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="1", pad_token="2")

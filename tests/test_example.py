@@ -27,6 +27,7 @@ def check_result(done, out, modules):
     assert len(set(result["peft"]["losses"])) > 1
     assert f"{modules} of {modules} LoRA modules fused" in done.stdout
     assert "step time" in done.stdout and "peak memory" in done.stdout
+    assert ("shows on a GPU" in done.stdout) == (result["device"] == "cpu")
     assert "PEFT + lora-fused" in done.stderr  # the progress bar
 
 

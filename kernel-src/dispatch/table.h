@@ -19,13 +19,15 @@ enum class SkinnyKernel { kLibrary, kSm80, kSm90 };
 
 // Up to so many tokens a step waits for the host, and one launch for all skinny products of a group is worth more than
 // the library's best product for each. scripts/check_skinny.py and profile_step.py: at 2048 tokens and C=14336 the sm80
-// kernels take 33.6 µs for t, the library 20.7 and sm90's 21.5, and 8 launches a layer replace 22 calls of 8 to 25 µs
-// of host time. At 8192 tokens sm90's kernels cost 2 % of the GPU's time. 1024 and ranks up to 64: the same script.
+// kernels take 33.6 µs for t, the library 20.7 and sm90's 21.5, and 8 launches a layer of 8 to 10 µs of host time replace
+// 22 calls of 22 to 35. At 8192 tokens sm90's kernels cost 2 % of the GPU's time. From 2048 tokens on one launch by the
+// sm80 kernels cost the GPU more than it saved the host; between 1024 and 2048, and for other ranks than 32, nothing was
+// measured.
 constexpr int64_t kSkinnySm80Tokens = 1024, kSkinnySm80Ranks = 64, kSkinnySm90Tokens = 2048;
 
 // With a mask own kernels are faster at every size: they draw it in registers or in shared memory instead of writing
-// D(x) (scripts/check_skinny.py with --dropout: t of 8192 tokens, C=4096: 33 µs, a read and a write of x alone 50).
-// `alone`: a product that shares its launch with no other, for which the library is as good but on Hopper.
+// D(x) (scripts/check_skinny.py, p=0.1, t of 8192 tokens, C=4096: sm90 33 µs, where a read and a write of x alone take
+// 50). `alone`: a product that shares its launch with no other, for which the library is as good but on Hopper.
 SkinnyKernel skinny_kernel(const Shrink& product, bool alone = false);
 SkinnyKernel skinny_kernel(const AdapterGrad& product);
 
@@ -84,13 +86,14 @@ constexpr int kRowNormSm90Steps = 4;
 constexpr int64_t kNormPieceElements = int64_t(1) << 24, kNormPieceRows = 128;
 
 // Rows of an embedding up to which a float32 A enters its column norm as hi and lo: beyond, its rounding to bfloat16
-// changes a norm by 1e-5 (RMS; 4e-4 at 9 rows). scripts/check_embedding.py.
+// changes a norm by 1e-5 (RMS; 4e-4 at 9 rows).
 constexpr int64_t kColumnNormSplitRows = 8192;
 
 // ---- embeddings
 
 // Up to so many small blocks a multiprocessor the forward takes small ones of a step each, else as many large ones as
-// there are multiprocessors. scripts/check_embedding.py, GPU time of 24 different inputs in a graph.
+// there are multiprocessors. The large ones were measured (docs/performance.md, embeddings), the limit between
+// both was not.
 constexpr int64_t kEmbeddingSmallBlocks = 3;
 // Blocks that a backward's sums are split into. Not measured.
 constexpr int64_t kEmbeddingBlocks = 320;
