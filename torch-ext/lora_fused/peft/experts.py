@@ -147,8 +147,9 @@ def _parametrised_reason(wrappers: list[nn.Module], base: nn.Module) -> str | No
         wrapper = adapted.get(name)
         if wrapper is not None and _leaves_proxies() and wrapper.num_experts > 1 and len(_active(wrapper)) == 1:
             return WrongInPeft(
-                f"{name} is parametrised ({kind.__name__}), where this PEFT adds one more delta at every call and never "
-                "takes one away: from the second call on results are wrong. Merge the adapter, or do not quantize the experts"
+                f"{name} is parametrised ({kind.__name__}), where this PEFT adds one more delta at every call and "
+                "never takes one away: from the second call on results are wrong. Merge the adapter, or do not "
+                "quantize the experts"
             )
     return f"weights are parametrised ({', '.join(made._modules)})"
 
