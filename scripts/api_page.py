@@ -18,7 +18,18 @@ GROUPS = (
     ("Layers for `kernelize`", ("layers",)),
     (
         "Functions on tensors",
-        ("lora_linear", "lora_linear_group", "lora_embedding", "row_norm", "Projection", "Operands", "ProjectionSpec"),
+        (
+            "lora_linear",
+            "lora_linear_group",
+            "lora_embedding",
+            "lora_experts",
+            "row_norm",
+            "ExpertWeights",
+            "Gate",
+            "Projection",
+            "Operands",
+            "ProjectionSpec",
+        ),
     ),
 )
 Definition = ast.FunctionDef | ast.ClassDef

@@ -74,6 +74,7 @@ def kernelize_what_peft_adapts() -> None:
     layers, last_call = lora_fused.layers, lora_fused.last_call
     count_calls(layers.LoraLinear, "LoraLinear", last_call)
     count_calls(layers.LoraEmbedding, "LoraEmbedding", last_call)
+    count_calls(layers.LoraExperts, "LoraExperts", last_call)
     for layer in layers.GATED_MLP_BY_INPUT.values():
         count_calls(layer, "LoraGatedMLP", last_call)
     lora_fused.register_peft_layers()

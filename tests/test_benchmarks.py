@@ -326,3 +326,18 @@ def test_qlora_models_with_and_without_graph(qlora):
     found = [(case["variant"], case["adapter"], case["graph"]) for case in qlora.model_cases(32, 10)]
     assert len(set(found)) == len(found) == 6
     assert {("DoRA", "fp32", True), ("DoRA", "fp32", False)} < set(found)
+
+
+def test_experts_are_compared(monkeypatch, tmp_path, capsys):
+    """On small shapes, on the CPU: every variant has a time, and ours gives PEFT's results in bfloat16."""
+    import compare_experts
+
+    out = tmp_path / "rows.json"
+    given = ["--small", "--shapes", "gpt_oss", "--decoding", "1", "--adapters", "float32", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["compare_experts.py", *given])
+    compare_experts.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["kind"] for row in rows} == {"training", "decoding"} and all(row["ms"] > 0 for row in rows)
+    (ours,) = [row for row in rows if "differs" in row]
+    assert ours["variant"] == "lora-fused, float32" and 0 < ours["differs"] < 0.02
+    assert "saved" in capsys.readouterr().out

@@ -73,6 +73,11 @@ def counted(lora_fused):
         (layers.dispatch, "compute_gated", lambda x, inputs, *_: dict(projections=len(inputs) + 1, gated=1)),
         (layers.functional_delta, "add_delta", one),
         (layers.functional_embedding, "compute_embedding", one),
+        (
+            layers.functional_experts,
+            "compute_experts",
+            lambda x, index, routing, *products: dict(projections=sum(p.lora_a is not None for p in products[:2])),
+        ),
     )
     with contextlib.ExitStack() as stack:
         for module, name, weigh in calls:

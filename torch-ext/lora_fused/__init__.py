@@ -14,13 +14,16 @@ from . import _ops as _ops  # before the rest, so that a library that fails to l
 from . import layers
 from .functional.linear import lora_linear, lora_linear_group, row_norm
 from .functional.embedding import lora_embedding
+from .functional.experts import lora_experts
 from .explanation import Explanation, Row, explain, record
 from .mapping import register_peft_layers, unregister_peft_layers, use_peft_layers
 from .binding import LoraFusedCallback, apply, restore
-from .specs import Operands, Projection, ProjectionSpec
+from .specs import ExpertWeights, Gate, Operands, Projection, ProjectionSpec
 
 __all__ = [
+    "ExpertWeights",
     "Explanation",
+    "Gate",
     "LoraFusedCallback",
     "Operands",
     "Projection",
@@ -30,6 +33,7 @@ __all__ = [
     "explain",
     "layers",
     "lora_embedding",
+    "lora_experts",
     "lora_linear",
     "lora_linear_group",
     "record",

@@ -9,14 +9,28 @@ run what another tool has put in the place of a forward or a function (`peft.rep
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 
 from . import last_call, shared_input
 from .call_context import CallContext
-from .functional import delta as functional_delta, dispatch, embedding as functional_embedding
-from .peft import embedding as peft_embedding, gated_mlp as peft_gated_mlp, linear as peft_linear, linear_call, replaced
+from .functional import (
+    delta as functional_delta,
+    dispatch,
+    embedding as functional_embedding,
+    experts as functional_experts,
+)
+from .peft import (
+    embedding as peft_embedding,
+    experts as peft_experts,
+    gated_mlp as peft_gated_mlp,
+    linear as peft_linear,
+    linear_call,
+    replaced,
+)
 from .specs import Fallback
 
 # Bound once: attributes of modules cost as much as the answers.
@@ -195,3 +209,34 @@ class LoraEmbedding(nn.Module):
         if reason is not None:
             return type(self).forward(self, x, *args, **kwargs)
         return functional_embedding.compute_embedding(x, *state)
+
+
+class LoraExperts(nn.Module):
+    """LoRA on the fused weights of a mixture's experts, for `peft.tuners.lora.layer.ParamWrapper`: the outermost wrapper of an
+    experts module computes the whole of it, out as `lora_experts` defines it, where the state of all its wrappers allows, and
+    PEFT's own forward runs otherwise (`explain` says which and why). Raises ValueError, naming the module, at negative
+    indices on the CPU. Warns, naming the module, where what PEFT computes is wrong."""
+
+    can_torch_compile = False
+    has_backward = True
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if _is_compiling():
+            last_call.note_trace()
+            return type(self).forward(self, x, *args, **kwargs)
+        reason = _unusual_reason(x) or replaced.linear_reason()
+        if reason is None:
+            state = peft_experts.read_experts(self)
+            call = state if isinstance(state, Fallback) else peft_experts.read_call(state, x, args, kwargs)
+            if not isinstance(call, Fallback):
+                _note_fused(self)
+                return functional_experts.compute_experts(
+                    x, *call, state.up, state.down, state.gate, state.form.leaves_out
+                )
+            if call.raises:
+                raise ValueError(f"{peft_linear.name_of(self)}: {call.reason}")
+            reason = call.reason
+        if isinstance(reason, peft_experts.WrongInPeft) and last_call.of(self) != reason:
+            warnings.warn(f"lora_fused: {peft_linear.name_of(self)}: {reason}", stacklevel=2)
+        last_call.note(self, reason)
+        return type(self).forward(self, x, *args, **kwargs)

@@ -11,7 +11,13 @@ from torch import nn
 
 from . import layers
 from .environment import versions
-from .peft import embedding as peft_embedding, gated_mlp as peft_gated_mlp, linear as peft_linear, replaced
+from .peft import (
+    embedding as peft_embedding,
+    experts as peft_experts,
+    gated_mlp as peft_gated_mlp,
+    linear as peft_linear,
+    replaced,
+)
 from .specs import Fallback
 
 _DEVICES = ("cpu", "cuda")
@@ -37,7 +43,8 @@ class LoadedLayer:
 
 def layer_mapping() -> dict:
     """Our layers by name and device, as `kernels` takes them."""
-    mapped = (layers.LoraLinear, layers.LoraLinearOfX, layers.LoraEmbedding, *layers.GATED_MLP_BY_INPUT.values())
+    of_peft = layers.LoraLinear, layers.LoraLinearOfX, layers.LoraEmbedding, layers.LoraExperts
+    mapped = *of_peft, *layers.GATED_MLP_BY_INPUT.values()
     return {layer.__name__: {device: LoadedLayer(layer) for device in _DEVICES} for layer in mapped}
 
 
@@ -54,12 +61,15 @@ class Marks:
         replace_kernel_forward_from_hub(cls, layer_name, condition=condition)
 
     def mark_all(self) -> None:
-        """PEFT's linears and embedding, and the roots of models, at which their gated MLPs are looked for."""
+        """PEFT's linears, embedding and wrappers of parameters, and the roots of models, at which their gated MLPs are
+        looked for."""
         for cls, kind in peft_linear.linear_kinds().items():
             layer = layers.LoraLinearOfX if kind.only_x else layers.LoraLinear
             self.mark(cls, layer.__name__, functools.partial(_is_free, layer, peft_linear.is_lora_linear))
         embedding = functools.partial(_is_free, layers.LoraEmbedding, peft_embedding.is_plain_embedding)
         self.mark(peft_embedding.embedding_class(), layers.LoraEmbedding.__name__, embedding)
+        experts = functools.partial(_is_free, layers.LoraExperts, peft_experts.is_param_wrapper)
+        self.mark(peft_experts.wrapper_class(), layers.LoraExperts.__name__, experts)
         for root in peft_linear.root_classes():
             self.mark(root, layers.LoraGatedMLP.__name__, self.find_gated_mlps)
 

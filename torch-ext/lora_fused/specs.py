@@ -1,4 +1,4 @@
-"""Frozen descriptions of adapted projections, of the groups that share an input, and of adapted embeddings.
+"""Frozen descriptions of adapted projections, of the groups that share an input, of adapted embeddings and of experts.
 
 An autograd Function sees tensors only as flat arguments (a tensor inside a tuple gets no
 gradient), so a group is described by a hashable `GroupSpec` and a flat tuple of operands.
@@ -7,7 +7,7 @@ gradient), so a group is described by a hashable `GroupSpec` and a flat tuple of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -221,3 +221,51 @@ class EmbeddingSpec(NamedTuple):
     padding_idx: int | None
     scale: float
     backend: str
+
+
+class ExpertWeights(NamedTuple):
+    """One product of E experts, y = x Wᵀ + s·(x Aᵀ) Bᵀ + b for the rows of each.
+
+    weight [E, N, K] (any strides: a transposed view where a model stores [E, K, N]), bias [E, N] or None,
+    lora_a [E, R, K] and lora_b [E, N, R] or both None, scaling s.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    scaling: float = 1.0
+
+
+TENSORS_PER_PRODUCT = 4
+
+
+class Gate(NamedTuple):
+    """h = f(α·g)/α · (u + c), g and u the halves of z, or h = f(z) where there is no gate.
+
+    activation: f, one of `reference.activations.ACTIVATIONS`. interleaved: g and u are the even and odd columns of z,
+    else its first and second half. limit: g is cut off above it, u on both sides, before all else. slope: α. offset: c.
+    """
+
+    activation: str = "silu"
+    gated: bool = True
+    interleaved: bool = False
+    limit: float | None = None
+    slope: float = 1.0
+    offset: float = 0.0
+
+
+AnyGate = Gate | Callable[[Tensor], Tensor]
+
+
+class ExpertsSpec(NamedTuple):
+    """All of a call but its tensors.
+
+    gate: a `Gate`, or a function of z without parameters of its own, which autograd differentiates.
+    scalings: of the first and the second product's adapter.
+    leaves_out: whether indices from E on may occur on a GPU, where looking would wait for it.
+    """
+
+    gate: AnyGate
+    scalings: tuple[float, float]
+    leaves_out: bool

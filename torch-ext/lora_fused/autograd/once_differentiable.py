@@ -15,8 +15,9 @@ _TWICE = (
 )
 
 
-def once_differentiable(backward: Callable) -> Callable:
-    """A backward that raises where its result is differentiated again."""
+def once_differentiable(backward: Callable, always: bool = False) -> Callable:
+    """A backward that raises where its result is differentiated again. `always`: also for what was saved, where the incoming
+    gradients need none themselves."""
 
     @functools.wraps(backward)
     def run(ctx, *grads):
@@ -24,7 +25,7 @@ def once_differentiable(backward: Callable) -> Callable:
             return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if not any([isinstance(grad, Tensor) and grad.requires_grad for grad in grads]):
+        if not always and not any([isinstance(grad, Tensor) and grad.requires_grad for grad in grads]):
             return results
         return torch._C._functions.DelayedError(_TWICE.encode(), len(results))(*map(_leaf, results))
 

@@ -15,12 +15,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..specs import EmbeddingOperands, FourBit, NativePath, Operands, Quantized
-from . import device_config, native, native_embedding, reference
+from ..specs import EmbeddingOperands, ExpertWeights, FourBit, NativePath, Operands, Quantized
+from . import device_config, grouped_mm, native, native_embedding, reference
 from .reference import embedding as reference_embedding
+from .reference.grouped import LoopedProducts, Products, Rows
 
 REFERENCE = "reference"
 TRITON = "triton"
+GROUPED = "grouped_mm"  # of experts alone
 NATIVE = "native"
 HOPPER_GEMM = "native, Hopper GEMM"  # what a reader calls native ops whose products are our own,
 _TORCH = "torch"  # and products of torch, chained in Python
@@ -199,3 +201,30 @@ def column_norm_and_scale(name: str, table: EmbeddingOperands, scaling: float) -
         return native_embedding.column_norm_and_scale(table, scaling)
     norm = column_norm(name, table, scaling)
     return norm, native.mag_norm_scale(table.magnitude, norm)
+
+
+def choose_experts(up: ExpertWeights, down: ExpertWeights) -> str:
+    """Name of the backend for experts of these weights."""
+    if grouped_mm.fits(up.weight) and grouped_mm.fits(down.weight):
+        return GROUPED
+    weight = up.weight
+    triton = weight.is_cuda and weight.dtype != torch.float64 and _is_ampere(weight.device) and triton_is_there()
+    return TRITON if triton else REFERENCE
+
+
+def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bool) -> Products:
+    """The products of one call's rows; `trains` where a backward follows."""
+    chosen = choose_experts(up, down)
+    if rows.order.numel() == 0 or chosen == REFERENCE:
+        return LoopedProducts(rows)
+    few = not trains and rows.order.numel() < rows.ends.numel()
+    if chosen == GROUPED and not (rows.ends.is_cuda and triton_is_there()):
+        return grouped_mm.GroupedProducts(rows, few)
+    from .triton import experts
+
+    return (experts.GroupedProductsWithPasses if chosen == GROUPED else experts.TritonProducts)(rows, few)
+
+
+@functools.cache
+def _is_ampere(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 8

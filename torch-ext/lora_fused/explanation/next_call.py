@@ -15,6 +15,7 @@ from ..functional import dispatch
 from ..peft import (
     adapters,
     embedding as peft_embedding,
+    experts as peft_experts,
     gated_mlp as peft_gated_mlp,
     linear as peft_linear,
     linear_call,
@@ -46,8 +47,11 @@ class Model:
         self.parents: dict[nn.Module, nn.Module] = {}  # gated MLPs with a forward of this kernel, by projection
         self.mlps: dict[nn.Module, nn.Module] = {}  # those that are one Function at their next call
         self.mlp_reasons: dict[nn.Module, str] = {}  # by projection, of the others
+        self.outermost: dict[nn.Module, nn.Module] = {}  # of wrappers inside others, around one experts module
         for module in modules:
             self._look_for_mlp(module)
+            if peft_experts.is_param_wrapper(module) and module not in self.outermost:
+                self.outermost.update((inner, module) for inner in peft_experts.chain_of(module)[0][1:])
 
     def row(self, module: nn.Module, name: str, calls: Calls | None = None) -> Row:
         """What is known of one LoRA module."""
@@ -86,7 +90,7 @@ class Model:
     def _last(self, module: nn.Module) -> str | None:
         parent = self.parents.get(module)
         in_mlp = parent is not None and last_call.of(parent) is None
-        note = None if in_mlp else last_call.of(module)
+        note = None if in_mlp else last_call.of(self.outermost.get(module, module))
         return FUSED if note is None else None if note is last_call.NEVER else note
 
     def _next_call(self, module: nn.Module, name: str) -> Row:
@@ -95,6 +99,8 @@ class Model:
             return _unfused(row, "nn.MultiheadAttention reads its weight, never calls it")
         if peft_embedding.is_plain_embedding(module):
             return _next_embedding_call(module, self._at_call(module), self.rows, row)
+        if peft_experts.is_param_wrapper(module):
+            return self._next_experts_call(self.outermost.get(module, module), row)
         if not peft_linear.is_lora_linear(module):
             return _unfused(row, f"no fused layer for {type(module).__module__}.{type(module).__name__}")
         kind = peft_linear.linear_kinds()[type(module)]
@@ -121,6 +127,24 @@ class Model:
                 name, layers.LoraGatedMLP.__name__, fused=True, backend=chosen, group=self.names[self.mlps[module]]
             )
         return Row(name, layer.__name__, fused=True, backend=chosen, group=self._group(module))
+
+    def _next_experts_call(self, outermost: nn.Module, row: Row) -> Row:
+        """What is known of a wrapper of a parameter: the outermost one's forward computes the experts module."""
+        layer = layers.LoraExperts
+        reason = _unmapped_reason(outermost, layer) or replaced.linear_reason()
+        state = Fallback(reason) if reason else peft_experts.read_experts(self._at_call(outermost))
+        if isinstance(state, Fallback):
+            return _unfused(row, self._when_gathered(outermost, state.reason))
+        weight = state.up.weight
+        example = weight.new_empty((0, weight.shape[2]))
+        index = torch.empty((0, 1), dtype=torch.int64, device=weight.device)
+        call = peft_experts.read_call(state, example, (index, weight.new_empty((0, 1))), {})
+        if isinstance(call, Fallback):
+            return _unfused(row, call.reason)
+        wrappers = reversed(peft_experts.chain_of(outermost)[0])
+        group = "+".join(wrapper.parameter_name for wrapper in wrappers)
+        backend = select.choose_experts(state.up, state.down)
+        return Row(row.module, layer.__name__, fused=True, backend=backend, group=group)
 
     def _group(self, module: nn.Module) -> str:
         """The last parts of the siblings' names; which modules share an input is seen when the model runs."""

@@ -23,7 +23,12 @@ SUGGESTIONS = (
     (r"^several active adapters", "activate one: model.set_adapter(name)"),
     (r"^no active adapter", "nothing to do: this layer has none of the active adapters"),
     (r"^LoRA variant", "LoRA and DoRA are fused, other variants are PEFT's"),
-    (r"ParamWrapper", "experts of mixture-of-experts layers (target_parameters) are PEFT's"),
+    (r"is no weight of experts", "nothing to do: routers and biases are small, and PEFT's"),
+    (
+        r"use_experts_implementation|implementation '|something else than its gate",
+        "model.set_experts_implementation('grouped_mm'), where the model has it",
+    ),
+    (r"quantized with scales|one more delta", "merge the adapter, or do not quantize the experts: results are wrong"),
     (
         r"^no fused layer|^unknown base layer",
         "fused are nn.Linear, Conv1D, nn.Embedding and quantized linears: docs/support.md",

@@ -97,7 +97,7 @@ _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 def note_names(root: nn.Module) -> None:
     """Remembers what LoRA modules are called in a model, for errors that they raise."""
-    _names.update((module, name) for name, module in root.named_modules() if is_lora_linear(module))
+    _names.update((module, name) for name, module in root.named_modules() if is_lora_module(module))
 
 
 def name_of(module: nn.Module) -> str:

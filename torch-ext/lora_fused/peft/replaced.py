@@ -136,6 +136,11 @@ def function_reason(module: types.ModuleType, name: str) -> str | None:
     return reason
 
 
+def is_defined_at(found: object, module: str, qualified: str) -> bool:
+    """Whether something is the function that a module defines under a qualified name, and no wrapper around it."""
+    return _is_defined_at(found, _Home(module, qualified))
+
+
 class _Home(NamedTuple):
     """Where something should be defined, and as what."""
 

@@ -1,0 +1,149 @@
+"""The gate of experts and its backward, one pass over the rows each.
+
+    h = f(α·g)/α · (u + c)      dg = w·dh · (u + c) · f'(α·g)      du = w·dh · f(α·g)/α      dot = Σ dh·h
+
+w is the row's routing weight, dh the gradient before it, so that dot is the routing weight's own gradient. Bound by
+traffic: the backward reads z and dh and writes h again, for the gradient of the second product's adapter, dz and dot.
+float32 inside, one rounding. Formulas are those of `reference.gates`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...specs import Gate
+from .gated_act import value_and_slope
+from .launch import on_device
+
+BLOCK = 1024  # columns of h that a program takes at once
+
+
+@triton.jit
+def load_gate(z_ptr, columns, mask, I, limit, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMITED: tl.constexpr):
+    """(g, u, whether g is kept, whether u is) after the limit, in float32."""
+    step: tl.constexpr = 2 if INTERLEAVED else 1
+    g = tl.load(z_ptr + step * columns, mask=mask, other=0.0).to(tl.float32)
+    u = tl.zeros_like(g)
+    if GATED:
+        second = z_ptr + (1 if INTERLEAVED else I)
+        u = tl.load(second + step * columns, mask=mask, other=0.0).to(tl.float32)
+    keeps_g, keeps_u = mask, mask
+    if LIMITED:  # a comparison with NaN is false, so NaN stays
+        keeps_g, keeps_u = (g > limit) == 0, (tl.abs(u) > limit) == 0
+        g = tl.where(keeps_g, g, limit)
+        u = tl.where(keeps_u, u, tl.where(u > 0.0, limit, -limit))
+    return g, u, keeps_g, keeps_u
+
+
+@triton.jit
+def expert_gate_fwd_kernel(
+    z_ptr,
+    h_ptr,
+    I,
+    stride_z,
+    limit,
+    slope,
+    offset,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMITED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < I
+    g, u, _, _ = load_gate(z_ptr + row * stride_z, columns, mask, I, limit, GATED, INTERLEAVED, LIMITED)
+    value, _ = value_and_slope(g * slope, ACTIVATION)
+    h = value / slope
+    if GATED:
+        h = h * (u + offset)
+    tl.store(h_ptr + row * I + columns, h.to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def expert_gate_bwd_kernel(
+    z_ptr,
+    dh_ptr,
+    weights_ptr,
+    h_ptr,
+    dz_ptr,
+    dots_ptr,
+    I,
+    stride_z,
+    stride_dh,
+    stride_dz,
+    limit,
+    slope,
+    offset,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMITED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(weights_ptr + row).to(tl.float32)
+    step: tl.constexpr = 2 if INTERLEAVED else 1
+    dots = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, I, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < I
+        dh = tl.load(dh_ptr + row * stride_dh + columns, mask=mask, other=0.0).to(tl.float32)
+        g, u, keeps_g, keeps_u = load_gate(z_ptr + row * stride_z, columns, mask, I, limit, GATED, INTERLEAVED, LIMITED)
+        value, derivative = value_and_slope(g * slope, ACTIVATION)
+        value = value / slope
+        factor = tl.full((BLOCK,), 1.0, dtype=tl.float32)
+        if GATED:
+            factor = u + offset
+        h = value * factor
+        dots += dh * h
+        tl.store(h_ptr + row * I + columns, h.to(h_ptr.dtype.element_ty), mask=mask)
+        dh = dh * weight
+        dg = tl.where(keeps_g, dh * factor * derivative, 0.0)
+        to_g = dz_ptr + row * stride_dz + step * columns
+        tl.store(to_g, dg.to(dz_ptr.dtype.element_ty), mask=mask)
+        if GATED:
+            du = tl.where(keeps_u, dh * value, 0.0)
+            to_u = to_g + (1 if INTERLEAVED else I)
+            tl.store(to_u, du.to(dz_ptr.dtype.element_ty), mask=mask)
+    tl.store(dots_ptr + row, tl.sum(dots, 0))
+
+
+def expert_gate(z: Tensor, gate: Gate) -> Tensor:
+    """h [S, I] of z [S, 2I], or of z [S, I] where there is no gate; in z's dtype."""
+    rows, width = z.shape
+    i = width // 2 if gate.gated else width
+    h = torch.empty((rows, i), dtype=z.dtype, device=z.device)
+    with on_device(z):
+        expert_gate_fwd_kernel[(rows, triton.cdiv(i, BLOCK))](z, h, i, z.stride(0), **_how(gate))
+    return h
+
+
+def expert_gate_backward(z: Tensor, dh: Tensor, weights: Tensor, gate: Gate) -> tuple[Tensor, Tensor, Tensor]:
+    """(h [S, I], dz of z's shape, dots [S] in float32) of dh [S, I] and weights [S, 1]."""
+    h, dz = torch.empty(dh.shape, dtype=z.dtype, device=z.device), torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dots = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
+    strides = z.stride(0), dh.stride(0), dz.stride(0)
+    with on_device(z):
+        expert_gate_bwd_kernel[(z.shape[0],)](
+            z, dh, weights.contiguous(), h, dz, dots, dh.shape[1], *strides, **_how(gate)
+        )
+    return h, dz, dots
+
+
+def _how(gate: Gate) -> dict:
+    return dict(
+        limit=0.0 if gate.limit is None else gate.limit,
+        slope=gate.slope,
+        offset=gate.offset,
+        ACTIVATION=gate.activation,
+        GATED=gate.gated,
+        INTERLEAVED=gate.interleaved,
+        LIMITED=gate.limit is not None,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
