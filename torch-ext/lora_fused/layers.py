@@ -211,11 +211,22 @@ class LoraEmbedding(nn.Module):
         return functional_embedding.compute_embedding(x, *state)
 
 
+def _fused_experts(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor | Fallback:
+    state = peft_experts.read_experts(module)
+    if isinstance(state, Fallback):
+        return state
+    call = peft_experts.read_call(state, x, args, kwargs)
+    if isinstance(call, Fallback):
+        return call
+    _note_fused(module)
+    return functional_experts.compute_experts(x, *call, state.up, state.down, state.gate, state.form.leaves_out)
+
+
 class LoraExperts(nn.Module):
-    """LoRA on the fused weights of a mixture's experts, for `peft.tuners.lora.layer.ParamWrapper`: the outermost wrapper of an
-    experts module computes the whole of it, out as `lora_experts` defines it, where the state of all its wrappers allows, and
-    PEFT's own forward runs otherwise (`explain` says which and why). Raises ValueError, naming the module, at negative
-    indices on the CPU. Warns, naming the module, where what PEFT computes is wrong."""
+    """LoRA on the fused weights of a mixture's experts, for `peft.tuners.lora.layer.ParamWrapper`: the outermost
+    wrapper of an experts module computes the whole of it, out as `lora_experts` defines it, where the state of all its
+    wrappers allows, and PEFT's own forward runs otherwise (`explain` says which and why). Raises ValueError, naming the
+    module, at negative indices on the CPU. Warns, naming the module, where what PEFT computes is wrong."""
 
     can_torch_compile = False
     has_backward = True
@@ -226,16 +237,12 @@ class LoraExperts(nn.Module):
             return type(self).forward(self, x, *args, **kwargs)
         reason = _unusual_reason(x) or replaced.linear_reason()
         if reason is None:
-            state = peft_experts.read_experts(self)
-            call = state if isinstance(state, Fallback) else peft_experts.read_call(state, x, args, kwargs)
-            if not isinstance(call, Fallback):
-                _note_fused(self)
-                return functional_experts.compute_experts(
-                    x, *call, state.up, state.down, state.gate, state.form.leaves_out
-                )
-            if call.raises:
-                raise ValueError(f"{peft_linear.name_of(self)}: {call.reason}")
-            reason = call.reason
+            out = _fused_experts(self, x, args, kwargs)
+            if not isinstance(out, Fallback):
+                return out
+            if out.raises:
+                raise ValueError(f"{peft_linear.name_of(self)}: {out.reason}")
+            reason = out.reason
         if isinstance(reason, peft_experts.WrongInPeft) and last_call.of(self) != reason:
             warnings.warn(f"lora_fused: {peft_linear.name_of(self)}: {reason}", stacklevel=2)
         last_call.note(self, reason)

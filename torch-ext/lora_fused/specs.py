@@ -236,6 +236,11 @@ class ExpertWeights(NamedTuple):
     lora_b: Tensor | None = None
     scaling: float = 1.0
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the scaling."""
+        return self.weight, self.bias, self.lora_a, self.lora_b
+
 
 TENSORS_PER_PRODUCT = 4
 

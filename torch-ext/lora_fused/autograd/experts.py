@@ -10,8 +10,8 @@ x_g [S, H] are the tokens of the rows, w [S, 1] their routing weights, s·B roun
     dt1 = dz (s1·B1)    dx_g = dz W1 + dt1 A1    dA1 = dt1ᵀ x_g    dB1 = s1·dzᵀ t1
 
 The routing weight enters after the products, so that dw needs no y. Base weights get no gradient. Saved for backward:
-x [T, H] in the products' dtype, z [S, 2I], t1 and t2 [S, R], the rows' order [S] and the operands; neither x_g, h nor y.
-No weight is made of A and B, and no gradient of a weight. (Hu et al. 2021, arXiv:2106.09685, equation 3.)
+x [T, H] in the products' dtype, z [S, 2I], t1 and t2 [S, R], the rows' order [S] and the operands; neither x_g, h nor
+y. No weight is made of A and B, and no gradient of a weight. (Hu et al. 2021, arXiv:2106.09685, equation 3.)
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class LoraExpertsFunction(torch.autograd.Function):
     def backward(ctx, dout: Tensor):
         order, ends, routing, x, z, t1, t2, *tensors = ctx.saved_tensors
         up, down = _weights(tensors, ctx.spec)
-        rows = Rows(order, ends, *routing.shape, ctx.spec.leaves_out)
+        tokens, per_token = routing.shape
+        rows = Rows(order, ends, tokens, per_token, ctx.spec.leaves_out)
         with without_autocast(dout):
             products = select.make_products(rows, up, down, trains=True)
             step = _Backward(ctx.spec, products, routing, Kept(x, z, t1, t2), ctx.needs_input_grad)
@@ -80,7 +81,10 @@ class LoraExpertsFunction(torch.autograd.Function):
 
 def _weights(tensors, spec: ExpertsSpec) -> tuple[ExpertWeights, ExpertWeights]:
     first, second = spec.scalings
-    return ExpertWeights(*tensors[:TENSORS_PER_PRODUCT], first), ExpertWeights(*tensors[TENSORS_PER_PRODUCT:], second)
+    return (
+        ExpertWeights(*tensors[:TENSORS_PER_PRODUCT])._replace(scaling=first),
+        ExpertWeights(*tensors[TENSORS_PER_PRODUCT:])._replace(scaling=second),
+    )
 
 
 class _Backward:
@@ -97,7 +101,7 @@ class _Backward:
         dy = products.take(dout)
         dh, dt = products.project_back(dy, down)
         h, dz, dots = products.gate_back(self.kept.z, dh, weights, self.spec.gate)
-        grads = [None] * TENSORS_PER_PRODUCT
+        grads: list[Tensor | None] = [None] * TENSORS_PER_PRODUCT
         if self.needs_down[1]:
             grads[1] = products.sums(_weighted(dout[products.rows.token()], weights)).to(down.bias.dtype)
         if self.needs_down[2]:
@@ -117,7 +121,8 @@ class _Backward:
 
     def first(self, dz: Tensor, up: ExpertWeights):
         """(dx or None, gradients of `up`)."""
-        products, grads, dx = self.products, [None] * TENSORS_PER_PRODUCT, None
+        products, dx = self.products, None
+        grads: list[Tensor | None] = [None] * TENSORS_PER_PRODUCT
         if self.needs_x:
             dx, dt = products.project_back(dz, up)
         elif self.needs_up[2]:

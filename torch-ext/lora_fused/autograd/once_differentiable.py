@@ -16,8 +16,8 @@ _TWICE = (
 
 
 def once_differentiable(backward: Callable, always: bool = False) -> Callable:
-    """A backward that raises where its result is differentiated again. `always`: also for what was saved, where the incoming
-    gradients need none themselves."""
+    """A backward that raises where its result is differentiated again. `always`: also for what was saved, where the
+    incoming gradients need none themselves."""
 
     @functools.wraps(backward)
     def run(ctx, *grads):

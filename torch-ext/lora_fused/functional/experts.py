@@ -10,7 +10,7 @@ from ..backends import select
 from ..backends.reference.activations import ACTIVATIONS
 from ..backends.reference.grouped import Rows
 from ..call_context import without_autocast
-from ..specs import TENSORS_PER_PRODUCT, AnyGate, ExpertsSpec, ExpertWeights, Gate
+from ..specs import AnyGate, ExpertsSpec, ExpertWeights, Gate
 from .checks import check_number, check_tensor
 
 SWIGLU = Gate()
@@ -65,7 +65,7 @@ def compute_experts(
 ) -> Tensor:
     """`lora_experts` on operands that are known to be right."""
     spec = ExpertsSpec(gate, (up.scaling, down.scaling), leaves_out)
-    tensors = *up[:TENSORS_PER_PRODUCT], *down[:TENSORS_PER_PRODUCT]
+    tensors = *up.tensors, *down.tensors
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, routing, *tensors)]):
         return LoraExpertsFunction.apply(spec, index, x, routing, *tensors)
     with without_autocast(x):
@@ -75,7 +75,7 @@ def compute_experts(
 
 def _check_weights(name: str, weights: ExpertWeights, like: Tensor) -> None:
     check_number(f"{name}.scaling", weights.scaling)
-    for part, tensor in zip(ExpertWeights._fields[:TENSORS_PER_PRODUCT], weights):
+    for part, tensor in zip(ExpertWeights._fields, weights.tensors):
         if tensor is None and part != "weight":
             continue
         check_tensor(f"{name}.{part}", tensor)

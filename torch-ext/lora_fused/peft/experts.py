@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -286,9 +286,9 @@ def _fit_reason(up: ExpertWeights, down: ExpertWeights, base: nn.Module) -> str 
     return f"weights of several dtypes ({', '.join(sorted(map(str, dtypes)))})" if len(dtypes) > 1 else None
 
 
-def read_call(adapted: AdaptedExperts, x: object, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | Fallback:
+def read_call(adapted: AdaptedExperts, x: Any, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | Fallback:
     """(index, routing) of a call, or why it is PEFT's own to compute."""
-    given = args
+    given: tuple[Any, ...] = args
     if kwargs:
         named = next((names for names in _ARGUMENTS if set(names[len(args) :]) == kwargs.keys()), None)
         if named is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ def gate_function(base: nn.Module) -> Callable[[Tensor], Tensor]:
     return base._apply_gate if base.has_gate else base.act_fn
 
 
-def _decoration_reason(cls: type) -> str | None:
+def _decoration_reason(cls: type[Any]) -> str | None:
     """Why a class's forward is none that the decorator made and nobody replaced."""
     moe, forward = sys.modules.get(_MOE), cls.forward
     code = getattr(forward, "__code__", None)

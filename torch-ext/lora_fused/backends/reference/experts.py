@@ -7,13 +7,15 @@ Shapes: x [T, H], index and routing [T, k], W1 [E, N, H], W2 [E, H', I] (`Expert
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...specs import AnyGate, ExpertWeights, Gate
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),

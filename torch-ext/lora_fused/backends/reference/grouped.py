@@ -7,7 +7,7 @@ makes these one after the other: for every device and dtype, with one wait for t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ class Rows(NamedTuple):
         chosen, order = torch.sort(index.reshape(-1), stable=True)
         numbers = torch.arange(experts, device=index.device, dtype=chosen.dtype)
         ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
-        return cls(order, ends, *index.shape, leaves_out)
+        tokens, per_token = index.shape
+        return cls(order, ends, tokens, per_token, leaves_out)
 
     def token(self) -> Tensor:
         """[S]: which token a row is of."""
@@ -78,11 +79,36 @@ class Matrices(NamedTuple):
 class Products:
     """What is made of the rows of one call. `rows` says where they are.
 
-    A backend has `weights` and `factor`, which return matrices [N, K] by expert in a form of its own, and the products
-    `times_transposed`, `times` and `outer` of them.
+    `project` and `project_back` put together what the six methods before them make, which a backend has: `weights` and
+    `factor`, matrices [N, K] by expert in a form of its own, and products of them. A backend that has both otherwise
+    needs `outer` and `sums` alone.
     """
 
     rows: Rows
+
+    def weights(self, weight: Tensor) -> Any:
+        """The matrices of a frozen weight [E, N, K]."""
+        raise NotImplementedError
+
+    def factor(self, factor: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Any:
+        """The matrices of an adapter's factor [E, ·, ·], scaled and in the dtype of the products."""
+        raise NotImplementedError
+
+    def times_transposed(self, x, matrices, out: Tensor | None = None) -> Tensor:
+        """x M_eᵀ by expert: x [S, K], M [N, K] each; added to `out` [S, N] where given."""
+        raise NotImplementedError
+
+    def times(self, x, matrices, out: Tensor | None = None) -> Tensor:
+        """x M_e by expert: x [S, N], M [N, K] each; added to `out` [S, K] where given."""
+        raise NotImplementedError
+
+    def outer(self, x, y) -> Tensor:
+        """[E, M, N]: x_eᵀ y_e of x [S, M] and y [S, N], zero for experts without rows."""
+        raise NotImplementedError
+
+    def sums(self, y: Tensor) -> Tensor:
+        """[E, N]: the sum of each expert's rows of y [S, N]."""
+        raise NotImplementedError
 
     def take(self, x: Tensor):
         """x [T, K] by row, for the methods below: [S, K], or what says how to read that."""
