@@ -288,7 +288,7 @@ def bad(lora_fused, **changes):
         (dict(up_weight=torch.randn(E, 2 * I, H).double().requires_grad_()), "up.weight: requires a gradient"),
         (dict(x=torch.empty(T, H, device="meta", dtype=torch.float64)), "x: on meta"),
     ),
-    ids=lambda change: str(change)[:30],
+    ids=lambda each: each if isinstance(each, str) else "-".join(each),
 )  # fmt: skip
 def test_bad_values_name_the_tensor(lora_fused, change, message):
     with pytest.raises(ValueError, match=f"^{message}"):
