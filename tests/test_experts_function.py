@@ -305,7 +305,7 @@ def test_bad_values_name_the_tensor(lora_fused, change, message):
         (dict(up_lora_a=torch.zeros(E, R1, H).int()), "up.lora_a: dtype"),
         (dict(gate="silu"), "gate: str"),
     ),
-    ids=lambda change: str(change)[:30],
+    ids=lambda each: each if isinstance(each, str) else "-".join(each),
 )
 def test_bad_types_name_the_tensor(lora_fused, change, message):
     with pytest.raises(TypeError, match=f"^{message}"):
