@@ -7,9 +7,9 @@ layer with grouped_mm (training) or with the faster of grouped_mm and batched_mm
 case is held against PEFT first, in float32 routing of the same indices: y and all gradients. "saved" is what a forward
 keeps for its backward besides parameters, "peak" what a step needs on top of what is there before it.
 
-    python benchmarks/compare_experts.py --out results.json              # a GPU of 40 GB or more, some minutes python
-    benchmarks/compare_experts.py --shapes qwen3 --tokens 2048 python benchmarks/compare_experts.py --small
-    # on a CPU: that all of it runs, not how fast it is
+    python benchmarks/compare_experts.py --out results.json  # a GPU of 40 GB or more, some minutes
+    python benchmarks/compare_experts.py --shapes qwen3 --tokens 2048
+    python benchmarks/compare_experts.py --small  # on a CPU: that all of it runs, not how fast it is
 """
 
 from __future__ import annotations
@@ -373,6 +373,7 @@ def main() -> None:
     args = arguments()
     logging.getLogger("kernels").setLevel(logging.ERROR)  # it lists layers that are not ours
     lora_fused = kernels.get_local_kernel(ROOT / "build")
+    lora_fused.peft.experts.on_gpu = True
     device = "CPU" if args.small else torch.cuda.get_device_name()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
     print(f"{device}, {versions}, r={RANK}, {args.dtype}, median of {args.repeats}", flush=True)

@@ -61,6 +61,7 @@ def lora_fused(pytestconfig):
         package = get_local_kernel(ROOT / "build")
     # Tests are of our forward, however small; `test_fallbacks.py` has those of when PEFT's is preferred.
     package.peft.small_batch.SMALL_ROWS = -1
+    package.peft.experts.on_gpu = True
     package.backends.native.set_architecture(pytestconfig.getoption("architecture"))
     return package
 

@@ -61,6 +61,14 @@ def pair(lora_fused, name="qwen3_moe", **options):
 # --- what the module is ---
 
 
+def test_on_a_gpu_where_they_have_not_been_tried(lora_fused, monkeypatch):
+    experts = lora_fused.peft.experts
+    weight = types.SimpleNamespace(is_cuda=True)
+    adapted = types.SimpleNamespace(up=types.SimpleNamespace(weight=weight))
+    monkeypatch.setattr(experts, "on_gpu", False)
+    assert experts.read_call(adapted, None, (None, None), {}).reason == experts.UNTRIED
+
+
 def test_a_trained_weight(lora_fused):
     ours, theirs = pair(lora_fused)
     for each in (ours, theirs):
