@@ -5,6 +5,7 @@ gradients."""
 import contextlib
 import copy
 import itertools
+import types
 
 import pytest
 import torch
@@ -137,13 +138,13 @@ def test_triton_is_not_chosen_for_adapters_in_float32(lora_fused, monkeypatch):
     """It stores t and dt in float16."""
     asked = []
     monkeypatch.setattr(lora_fused.backends.select, "choose", lambda *_: asked.append(True) or "native")
-    for adapter, autocast, chosen in ((torch.float32, False, False), (HALF, False, True), (torch.float32, True, True)):
+    x = types.SimpleNamespace(is_cuda=True, dtype=HALF, device=torch.device("cuda"), shape=(3, 8))
+    for adapter, lora_dtype, chosen in ((torch.float32, None, False), (HALF, None, True), (torch.float32, HALF, True)):
         asked.clear()
-        base = torch.float32 if autocast else HALF
-        given = [torch.randn(*shape, dtype=dtype) for shape, dtype in
-                 (((3, 8), base), ((4, 8), base), ((2, 8), adapter), ((4, 2), adapter))]  # fmt: skip
-        with torch.autocast(DEVICE, dtype=HALF, enabled=autocast):
-            lora_fused.lora_linear(*given, 2.0)
+        lora_a, lora_b = torch.empty(2, 8, dtype=adapter), torch.empty(4, 2, dtype=adapter)
+        projection = lora_fused.Projection(lora_fused.Operands(torch.empty(4, 8), lora_a=lora_a, lora_b=lora_b), 2.0)
+        path = lora_fused.specs.NativePath(True)
+        assert lora_fused.functional.dispatch._choose(x, (projection,), path, lora_dtype) == "native"
         assert bool(asked) == chosen
 
 

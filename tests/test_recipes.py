@@ -1,11 +1,13 @@
 """The blocks of docs/usage.md as they stand there, with a small model; the scripts of examples/ in two processes."""
 
+import os
 import re
 import runpy
 import subprocess
 import sys
 import warnings
 
+import accelerate
 import pytest
 import torch
 from conftest import ROOT
@@ -31,6 +33,9 @@ def run(checkpoint, tmp_path, monkeypatch, lora_fused):
     """Runs a recipe after the setup, and gives its names, with the calls that were recorded meanwhile."""
     monkeypatch.setenv("LOCAL_KERNELS", f"org/lora-fused={ROOT / 'build'}")
     monkeypatch.chdir(tmp_path)
+    for variable in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(variable)  # Trainer leaves its compiler's there, for every later Accelerator of the process
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
     def run(name):
         if name in NEEDS:
