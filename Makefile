@@ -37,13 +37,19 @@ demo: build  ## fine-tune with PEFT alone and kernelized, and compare
 compare: build  ## the same with a checkpoint and a text file of yours: MODEL=folder DATA=file
 	$(PYTHON) examples/finetune.py --model "$(MODEL)" --data "$(DATA)"
 
-lint: $(READY)  ## check style and formatting of the Python files
+# The wheel of clang-format has no module to run, but a function.
+CLANG_FORMAT = $(PYTHON) -c 'import sys, clang_format; sys.exit(clang_format.clang_format())'
+CXX_FILES = $(shell find kernel-src torch-ext cmake -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
+
+lint: $(READY)  ## check style and formatting of the Python, C++ and CUDA files
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	@$(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES)
 
-format: $(READY)  ## format the Python files, and mend what ruff can
+format: $(READY)  ## format the Python, C++ and CUDA files, and mend what ruff can
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
+	@$(CLANG_FORMAT) -i $(CXX_FILES)
 
 types: $(READY)  ## check the package's types
 	$(PYTHON) -m mypy

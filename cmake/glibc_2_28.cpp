@@ -17,12 +17,12 @@ extern "C" {
 __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
 
 // The versions after these differ in how errors are reported, or in the library that defines them.
-#define AS_OF_FIRST_GLIBC(result, function, parameters, arguments)                  \
-  __asm__(".symver first_" #function ", " #function "@" FIRST_GLIBC);               \
-  result first_##function parameters;                                               \
+#define AS_OF_FIRST_GLIBC(result, function, parameters, arguments)    \
+  __asm__(".symver first_" #function ", " #function "@" FIRST_GLIBC); \
+  result first_##function parameters;                                 \
   __attribute__((visibility("hidden"))) result __wrap_##function parameters { return first_##function arguments; }
 
-AS_OF_FIRST_GLIBC(double, exp, (double x), (x))                                          // GLIBC_2.29
+AS_OF_FIRST_GLIBC(double, exp, (double x), (x))  // GLIBC_2.29
 #if defined(WITH_LOADER)
 AS_OF_FIRST_GLIBC(void*, dlopen, (const char* name, int flags), (name, flags))           // GLIBC_2.34
 AS_OF_FIRST_GLIBC(void*, dlsym, (void* library, const char* symbol), (library, symbol))  // GLIBC_2.34

@@ -15,7 +15,7 @@ class MatrixView {
   // All of a tensor of one or two dimensions.
   MatrixView(const torch::stable::Tensor& whole)  // NOLINT: a tensor is a view of itself
       : MatrixView(whole, whole.size(0), whole.dim() > 1 ? whole.size(1) : 1, whole.stride(0),
-                    whole.dim() > 1 ? whole.stride(1) : 1) {
+                   whole.dim() > 1 ? whole.stride(1) : 1) {
     is_base_ = whole.dim() == 2;
   }
   // From element `offset` of it on.
