@@ -219,12 +219,24 @@ def test_gradients_of_gradients(lora_fused, config):
 
 
 def test_a_graph_that_nobody_differentiates_again(lora_fused):
-    """create_graph=True alone, as some optimizers ask for: gradients that need none have no error waiting."""
+    """create_graph=True alone, as some optimizers ask for."""
     given = {name: t for name, t in good().items() if name != "scaling"}
     given["lora_b"].requires_grad_()
     y = lora_fused.lora_linear(**given, scaling=1.0)
+    (once,) = torch.autograd.grad(y, given["lora_b"], torch.ones_like(y), retain_graph=True)
     (grad,) = torch.autograd.grad(y, given["lora_b"], torch.ones_like(y), create_graph=True)
-    assert not grad.requires_grad
+    assert torch.equal(grad, once)
+
+
+def test_a_penalty_on_a_gradient_is_not_lost(lora_fused):
+    """The incoming gradient, of a sum, needs none itself, and the loss reaches the parameters another way as well."""
+    given = {name: t for name, t in good().items() if name != "scaling"}
+    x = given["x"].requires_grad_()
+    given["lora_a"].requires_grad_(), given["lora_b"].requires_grad_()
+    y = lora_fused.lora_linear(**given, scaling=1.0)
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="gradients of gradients"):
+        (y.square().mean() + dx.square().sum()).backward()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of the CPU's allocator")

@@ -16,7 +16,6 @@ y. No weight is made of A and B, and no gradient of a weight. (Hu et al. 2021, a
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -65,7 +64,7 @@ class LoraExpertsFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @functools.partial(once_differentiable, always=True)
+    @once_differentiable
     def backward(ctx, dout: Tensor):
         order, ends, routing, x, z, t1, t2, *tensors = ctx.saved_tensors
         up, down = _weights(tensors, ctx.spec)

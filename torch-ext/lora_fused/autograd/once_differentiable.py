@@ -15,9 +15,10 @@ _TWICE = (
 )
 
 
-def once_differentiable(backward: Callable, always: bool = False) -> Callable:
-    """A backward that raises where its result is differentiated again. `always`: also for what was saved, where the
-    incoming gradients need none themselves."""
+def once_differentiable(backward: Callable) -> Callable:
+    """A backward that raises where its result is differentiated again. With create_graph its results need a gradient,
+    as they depend on saved tensors whether the incoming gradients need one or not: a penalty on a gradient would lose
+    its part without a word otherwise."""
 
     @functools.wraps(backward)
     def run(ctx, *grads):
@@ -25,8 +26,6 @@ def once_differentiable(backward: Callable, always: bool = False) -> Callable:
             return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if not always and not any([isinstance(grad, Tensor) and grad.requires_grad for grad in grads]):
-            return results
         return torch._C._functions.DelayedError(_TWICE.encode(), len(results))(*map(_leaf, results))
 
     return run
