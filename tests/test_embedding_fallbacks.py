@@ -8,6 +8,7 @@ import torch
 from helpers.cases import randomise_adapters, tiny_llama
 from helpers.embeddings import VARIANTS, Case, adapt, draw_ids, fused, peft_embedding
 from helpers.kernelizing import explain, kernelize_in_place, kernelized
+from helpers.llamas import losses_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -159,19 +160,6 @@ def test_resized_vocabulary_and_trainable_tokens(lora_fused):
 # --- training ---
 
 
-def train(model, device, steps=20):
-    tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(2)).to(device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.double().item())
-    return torch.tensor(losses, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("dora", VARIANTS, ids=("lora", "dora"))
 @pytest.mark.parametrize("tied", (False, True), ids=("untied", "tied with LoRA on the head"))
 @pytest.mark.parametrize("dtype,tolerance", ((torch.float32, 1e-4), (torch.float64, 1e-10)), ids=str)
@@ -185,7 +173,7 @@ def test_twenty_steps_on_a_llama(lora_fused, device, dora, tied, dtype, toleranc
     randomise_adapters(plain, dtype)
     plain = plain.to(device, dtype).train()
     ours = fused(lora_fused, copy.deepcopy(plain), device)
-    theirs, losses = train(plain, device), train(ours, device)
+    theirs, losses = losses_of(plain, 20), losses_of(ours, 20)
     assert losses[-1] < losses[0]
     torch.testing.assert_close(losses, theirs, rtol=tolerance, atol=0)
 

@@ -19,6 +19,7 @@ from helpers.experts import (
     names_of,
     results,
 )  # fmt: skip
+from helpers.llamas import losses_of
 from torch import nn
 
 DECORATED = [name for name in MODELS if name != "llama4"]
@@ -318,19 +319,6 @@ def whole(name, targets, dtype=torch.float64):
     return model.train()
 
 
-def train(model, steps):
-    tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(2))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return torch.tensor(losses, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("targets,steps", (("parameters", 20), ("all-linear", 4)))
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_with_every_module_accounted_for(lora_fused, name, targets, steps):
@@ -338,8 +326,8 @@ def test_training_with_every_module_accounted_for(lora_fused, name, targets, ste
     ours = kernelized(lora_fused, theirs)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     with counted(lora_fused) as calls:
-        losses = train(ours, steps)
-    torch.testing.assert_close(losses, train(theirs, steps), rtol=1e-8, atol=0)
+        losses = losses_of(ours, steps)
+    torch.testing.assert_close(losses, losses_of(theirs, steps), rtol=1e-8, atol=0)
     assert losses[-1] < losses[0]
     rows = explain(lora_fused, ours)
     wrapped = [row for row in rows if row.layer in ("LoraExperts", "ParamWrapper")]
@@ -359,9 +347,9 @@ def test_names_of_older_checkpoints(lora_fused, targets):
     theirs = whole("mixtral", targets)
     ours = kernelized(lora_fused, theirs)
     with counted(lora_fused) as calls:
-        losses = train(ours, 2)
+        losses = losses_of(ours, 2)
     assert len(calls) == 4
-    torch.testing.assert_close(losses, train(theirs, 2), rtol=1e-10, atol=0)
+    torch.testing.assert_close(losses, losses_of(theirs, 2), rtol=1e-10, atol=0)
 
 
 def test_saved_and_merged_as_by_peft(lora_fused, tmp_path):
@@ -369,7 +357,7 @@ def test_saved_and_merged_as_by_peft(lora_fused, tmp_path):
 
     theirs = whole("gpt_oss", "parameters")
     ours = kernelized(lora_fused, theirs)
-    train(ours, 2), train(theirs, 2)
+    losses_of(ours, 2), losses_of(theirs, 2)
     tokens = torch.randint(0, 64, (2, 9))
     ours.eval(), theirs.eval()
     with torch.no_grad():

@@ -47,3 +47,18 @@ def tied_llama(**config):
         if "trainable_tokens" in name:
             parameter.data += torch.randn_like(parameter)
     return model.train()
+
+
+def losses_of(model, steps):
+    """float64 [steps], of a model for causal language that learns the same tokens at each step, on its own device."""
+    device = next(model.parameters()).device
+    ids = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(2), device="cpu").to(device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.double().item())
+    return torch.tensor(losses, dtype=torch.float64, device="cpu")

@@ -179,8 +179,7 @@ def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if isinstance(state, Fallback):
         last_call.note(module, state.reason)
         return type(module).forward(module, x)
-    if _notes.get(id(module), _NEVER) is not None:
-        last_call.note(module, None)
+    _note_fused(module)
     y = dispatch.compute_gated(x, state.inputs, state.output, state.activation, state.gate_half, call)
     return y if state.result_dtype is None else y.to(state.result_dtype)
 

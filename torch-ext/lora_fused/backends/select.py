@@ -208,8 +208,8 @@ def choose_experts(up: ExpertWeights, down: ExpertWeights) -> str:
     if grouped_mm.fits(up.weight) and grouped_mm.fits(down.weight):
         return GROUPED
     weight = up.weight
-    triton = weight.is_cuda and weight.dtype != torch.float64 and _is_ampere(weight.device) and triton_is_there()
-    return TRITON if triton else REFERENCE
+    fits = weight.is_cuda and weight.dtype != torch.float64 and _is_at_least_ampere(weight.device)
+    return TRITON if fits and triton_is_there() else REFERENCE
 
 
 def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bool) -> Products:
@@ -226,5 +226,5 @@ def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bo
 
 
 @functools.cache
-def _is_ampere(device: torch.device) -> bool:
+def _is_at_least_ampere(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 8
