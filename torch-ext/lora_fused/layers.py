@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from . import last_call, shared_input
 from .call_context import CallContext
+from .compiled import forwards as compiled
 from .functional import (
     delta as functional_delta,
     dispatch,
@@ -80,7 +81,9 @@ def _unusual_reason(x: object) -> str | None:
 
 def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
     if _is_compiling():
-        last_call.note_trace()
+        y = compiled.linear(module, x, args, kwargs)
+        if not isinstance(y, Fallback):
+            return y
         return type(module).forward(module, x, *args, **kwargs)
     reason = _unusual_reason(x)
     if reason is None:

@@ -26,6 +26,7 @@ GROUPED = "grouped_mm"  # of experts alone
 NATIVE = "native"
 HOPPER_GEMM = "native, Hopper GEMM"  # what a reader calls native ops whose products are our own,
 _TORCH = "torch"  # and products of torch, chained in Python
+_WITH_MEMORY = (Tensor, torch.nn.Parameter)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -36,6 +37,12 @@ def triton_is_there() -> bool:
     except ImportError:
         return False
     return True
+
+
+def triton_takes(tensor: Tensor) -> bool:
+    """Whether a kernel can be launched on a tensor: not while torch.compile traces, when it has no memory. The graph
+    then has native ops, and torch's operations, which Inductor fuses."""
+    return type(tensor) in _WITH_MEMORY and triton_is_there()
 
 
 def choose(device: torch.device, dtype: torch.dtype, path: NativePath, work: Callable[[], int]) -> str:
@@ -90,7 +97,7 @@ def get(name: str) -> ModuleType:
 def pointwise(x: Tensor) -> ModuleType:
     """The module for passes over x that multiply no matrices: `gated`, `gated_backward`, `scale`,
     `scale_sum`."""
-    triton_can = x.is_cuda and x.dtype in _TRITON_DTYPES and triton_is_there()
+    triton_can = x.is_cuda and x.dtype in _TRITON_DTYPES and triton_takes(x)
     return get(TRITON if triton_can else REFERENCE)
 
 
@@ -148,7 +155,7 @@ def _row_norm_is_faster_in_triton(weight: Tensor, rank: int) -> bool:
         return False
     limits = device_config.of(weight.device)
     large = rank >= limits.row_norm_from_rank and weight.numel() * rank >= limits.row_norm_from
-    return large and triton_is_there()
+    return large and triton_takes(weight)
 
 
 def dequantize_4bit(operands: Operands, quantized: FourBit, first: int, out: Tensor) -> Tensor:
@@ -174,7 +181,7 @@ def choose_embedding(table: EmbeddingOperands, tokens: int) -> str:
     small = tokens <= limits.embedding_tokens and tokens * table.lora_b.numel() <= limits.embedding_up_to
     if small and native_embedding.fits(table):
         return NATIVE
-    return TRITON if triton_is_there() else REFERENCE
+    return TRITON if triton_takes(weight) else REFERENCE
 
 
 def get_embedding(name: str) -> ModuleType:
@@ -190,7 +197,7 @@ def column_norm(name: str, table: EmbeddingOperands, scaling: float) -> Tensor:
     """‖W + s·(B·A)ᵀ‖ by column: on a GPU the native op wherever it takes the table."""
     kernels = get_embedding(name)
     if kernels is not reference_embedding:
-        twin = get(TRITON) if triton_is_there() else reference_embedding
+        twin = get(TRITON) if triton_takes(table.weight) else reference_embedding
         kernels = native_embedding if native_embedding.norm_fits(table) else twin
     return kernels.column_norm(table.weight, table.lora_a, table.lora_b, scaling)
 

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+_is_compiling = torch.compiler.is_compiling
 _function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
 # Same mathematics under another name. DeepSpeed's ZeRO-3 leaves its own `linear` in place for good.
 _EQUIVALENT = {("torch.nn.functional", "linear"): ("deepspeed.runtime.zero.linear", "zero3_linear_wrap")}
@@ -47,7 +48,14 @@ _functions: dict[tuple[str, str], Callable] = {}
 def linear_reason() -> str | None:
     """What is replaced of that which PEFT calls in every linear, and by whom; None where all is genuine. The forward
     of PEFT's own class, and of a base of another class than nn.Linear, is `forward_reason`'s."""
-    if (
+    if linear_is_genuine() and not _function_modes() and not _dispatch_modes():
+        return None
+    return _look_at_linear()
+
+
+def linear_is_genuine() -> bool:
+    """Whether what PEFT calls in every linear is what was found genuine before."""
+    return (
         F.linear is _linear
         and (forward := nn.Linear.forward) is _linear_forward
         and forward.__code__ is _linear_code
@@ -57,11 +65,7 @@ def linear_reason() -> str | None:
         and F.dropout is _dropout
         and nn.Identity.forward is _identity_forward
         and nn.Identity.__call__ is _call
-        and not _function_modes()
-        and not _dispatch_modes()
-    ):
-        return None
-    return _look_at_linear()
+    )
 
 
 def _look_at_linear() -> str | None:
@@ -114,6 +118,8 @@ def forward_reason(cls: type[nn.Module]) -> str | None:
     found = cls.forward
     if FORWARDS.get(cls) is found and CODES[cls] is found.__code__:
         return None
+    if _is_compiling():  # who traces has asked for all that PEFT defines before
+        return f"{cls.__qualname__}.forward is replaced"
     reason = _replaced(cls, "forward")
     if reason is None:
         FORWARDS[cls], CODES[cls] = found, found.__code__
