@@ -196,8 +196,8 @@ class LoraEmbedding(nn.Module):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if _is_compiling():
-            last_call.note_trace()
-            return type(self).forward(self, x, *args, **kwargs)
+            y = compiled.embedding(self, x, args, kwargs)
+            return type(self).forward(self, x, *args, **kwargs) if isinstance(y, Fallback) else y
         reason = _unusual_reason(x) or replaced.embedding_reason()
         if reason is None:
             state = peft_embedding.read_embedding(self)

@@ -9,18 +9,20 @@ from torch import Tensor, nn
 
 from .. import last_call
 from ..call_context import FORWARD, CallContext
-from ..peft import linear as peft_linear, linear_call, replaced
+from ..peft import base_layer, embedding as peft_embedding, linear as peft_linear, linear_call, replaced
 from ..specs import Fallback
 from . import ops
 
 
-def _begin() -> str | None:
-    """Why a call that is being traced is PEFT's. Dynamo runs this and takes the result for a constant; what it looks at
-    and may change later is compared again where Dynamo guards it."""
+def _begin() -> tuple[str | None, str | None]:
+    """Why a linear's and an embedding's call that is traced now is PEFT's. Dynamo runs this and takes the result for a
+    constant; what may change later is compared again where Dynamo guards it. It looks at all that a forward will ask
+    for: Dynamo knows a dict as it was when it first met it."""
     last_call.note_trace()
-    for cls in peft_linear.forwards():
-        replaced.forward_reason(cls)
-    return replaced.linear_reason()
+    reasons = replaced.linear_reason(), replaced.embedding_reason()
+    replaced.remember((*peft_linear.forwards(), *peft_embedding.forwards()))
+    base_layer.remember_bases()
+    return reasons
 
 
 _begin._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -34,7 +36,7 @@ def context_of(x: Tensor) -> CallContext:
 
 
 def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
-    reason = _begin()
+    reason, _ = _begin()
     if reason is not None:
         return Fallback(reason)
     if not replaced.linear_is_genuine():
@@ -55,3 +57,19 @@ def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | 
     base = peft_linear.call_base(module, x)
     promotes = state.promotes and torch.is_autocast_enabled()
     return ops.traced_delta(base, x, list(operands), scaling, spec.dropout, ops.packed(spec), promotes)
+
+
+def embedding(module: nn.Module, ids: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
+    _, reason = _begin()
+    if reason is not None:
+        return Fallback(reason)
+    if not replaced.embedding_is_genuine():
+        return Fallback("a function that PEFT calls is replaced")
+    state = peft_embedding.read_embedding(module)
+    if isinstance(state, Fallback):
+        return state
+    reason = peft_embedding.embedding_call_reason(state, ids, args, kwargs)
+    if reason is not None:
+        return Fallback(reason)
+    table, scaling, padding_idx, scale = state
+    return ops.traced_embedding(ids, list(table), scaling, padding_idx, scale)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix, ops
 from ..backends import select
-from ..functional import delta as functional_delta, dispatch
-from ..specs import OPERANDS_PER_PROJECTION, EightBit, FourBit, Operands, Projection, ProjectionSpec, Quantized
+from ..functional import delta as functional_delta, dispatch, embedding as functional_embedding
+from ..specs import OPERANDS_PER_PROJECTION, EightBit, EmbeddingOperands, FourBit, Operands, Projection, ProjectionSpec, Quantized
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SIZE = 8
@@ -67,12 +67,18 @@ def _traced_gated_mlp(x: Tensor, operands, scalings, dropouts, stored, activatio
     return dispatch.compute_gated(x, inputs, output, activation, gate_half)
 
 
+def _traced_embedding(ids: Tensor, table, scaling: float, padding_idx: int | None, scale: float) -> Tensor:
+    return functional_embedding.compute_embedding(ids, EmbeddingOperands(*table), scaling, padding_idx, scale)
+
+
 for _schema, _kernel in (
     ("traced_linear(Tensor x, Tensor?[] operands, float scaling, float dropout, int[] stored) -> Tensor", _traced_linear),
     ("traced_delta(Tensor base, Tensor x, Tensor?[] operands, float scaling, float dropout, int[] stored, bool promotes) -> Tensor", _traced_delta),
     ("traced_gated_mlp(Tensor x, Tensor?[] operands, float[] scalings, float[] dropouts, int[] stored, str activation, int gate_half) -> Tensor", _traced_gated_mlp),
+    ("traced_embedding(Tensor ids, Tensor?[] table, float scaling, int? padding_idx, float scale) -> Tensor", _traced_embedding),
 ):
     _library.define(_schema)
     _library.impl(_schema.partition("(")[0], _kernel, "CompositeImplicitAutograd")
 
 traced_linear, traced_delta, traced_gated_mlp = ops.traced_linear.default, ops.traced_delta.default, ops.traced_gated_mlp.default
+traced_embedding = ops.traced_embedding.default

@@ -15,7 +15,7 @@ from ..call_context import autocast_dtype, device_type
 from ..specs import EightBit, Fallback, FourBit, Operands, Quantized
 from . import replaced
 
-_is_compiling = torch.compiler.is_compiling
+_is_traced = torch.compiler.is_dynamo_compiling
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STRIDED, _META = torch.strided, torch.device("meta")
@@ -112,10 +112,10 @@ _is_listed: dict[tuple, bool] = {}
 def is_listed(cls: type, listed: tuple[tuple[str, str], ...]) -> bool:
     """Whether a class is the one of that name in one of the modules listed, and not just called like it."""
     key = cls, listed
-    found = None if _is_compiling() else _is_listed.get(key)
+    found = None if _is_traced() else _is_listed.get(key)
     if found is None:
         found = any([cls is getattr(sys.modules.get(module), name, None) for module, name in listed])
-        if not _is_compiling():  # a trace leaves no trace
+        if not _is_traced():  # a trace leaves no trace
             _is_listed[key] = found
     return found
 
@@ -292,3 +292,12 @@ def fit_reason(operands: Operands, n: int, k: int) -> str | None:
     if magnitude is not None and magnitude.shape != (n,):
         return f"magnitude has shape {tuple(magnitude.shape)}, which does not fit"
     return None
+
+
+def remember_bases() -> None:
+    """`replaced.remember` for the classes of base layers whose libraries are loaded."""
+    listed = (*LINEARS, *TRANSPOSED, *READERS)
+    found = (getattr(sys.modules.get(module), name, None) for module, name in listed)
+    replaced.remember(cls for cls in found if cls is not None)
+    if "bitsandbytes" in sys.modules:
+        replaced.function_reason(sys.modules["bitsandbytes"], "matmul_4bit")

@@ -20,7 +20,7 @@ from . import replaced
 from .base_layer import Base, fit_reason, read_base, tensor_of, tensor_reason, unread
 from .scaling import read_scaling
 
-_is_compiling = torch.compiler.is_compiling
+_is_traced = torch.compiler.is_dynamo_compiling
 _PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 _PLAIN_SPEC = ProjectionSpec()
 _FORWARDS, _CODES = replaced.FORWARDS, replaced.CODES
@@ -295,7 +295,7 @@ _specs: dict[tuple, ProjectionSpec] = {}
 
 def _spec(dropout: float, transposed: bool, quantized: Quantized | None) -> ProjectionSpec:
     """One object for each, so that they can be compared as objects."""
-    if _is_compiling():
+    if _is_traced():
         return ProjectionSpec(dropout, transposed, quantized)
     key = dropout, transposed, quantized
     found = _specs.get(key)
