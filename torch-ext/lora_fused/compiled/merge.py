@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 
 from . import seeds
 from .calls import BACKWARD, FORWARD, OPS, SEEDS_OF, T, Backward, Forward, Group
-from .nodes import add_call, add_item, may_write, move, tags, taken
+from .nodes import RESHAPES, add_call, add_item, made_by, may_write, move, tags, taken, values_of
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ def merge_siblings(graph: Graph, one_draw: bool = True) -> int:
             merged += len(calls) - 1
     if merged:
         stable_topological_sort(graph)
-        for calls in _groups(graph, lambda node: _backward(node, places)):
+        for calls in _groups(graph, lambda node, _: _backward(node, places)):
             if len(calls) > 1:
                 merged += _merge_backward(graph, calls)
         for columns in places:
@@ -62,21 +62,23 @@ class _Place(NamedTuple):
     index: int
 
 
-def _groups(graph: Graph, read: Callable[[Node], tuple[Hashable, object] | None]) -> list[list]:
+def _groups(graph: Graph, read: Callable[[Node, dict], tuple[Hashable, object] | None]) -> list[list]:
     """The calls that can be merged, in the graph's order; `read` gives what the calls of a group have in common, and
-    the call."""
+    the call, of a node and of the values of all (`values_of`)."""
     found: list[list] = []
     open_groups: dict[Hashable, int] = {}  # by what they have in common, the place in `found`
     reached: dict[Node, int] = {}  # bits: the groups that a node depends on
+    values: dict[Node, Hashable] = {}
     writes = 0
     for node in graph.nodes:
+        values[node] = values_of(node, values, writes)
         depends = 0
         for needed in node.all_input_nodes:
             depends |= reached.get(needed, 0)
         writes += may_write(node)
         if node.target in OPS:
             open_groups = {key: i for key, i in open_groups.items() if not depends >> i & 1}
-            common = read(node)
+            common = read(node, values)
             if common is not None:
                 key, call = common
                 i = open_groups.setdefault((key, writes, tags(node)), len(found))
@@ -89,9 +91,9 @@ def _groups(graph: Graph, read: Callable[[Node], tuple[Hashable, object] | None]
     return found
 
 
-def _forward(node: Node) -> tuple[Hashable, Forward] | None:
+def _forward(node: Node, values: dict[Node, Hashable]) -> tuple[Hashable, Forward] | None:
     call = Forward.of(node) if node.target is FORWARD else None
-    return None if call is None else ((call.x, call.bf16x3, any(call.group.masked)), call)
+    return None if call is None else ((values[call.x], call.bf16x3, any(call.group.masked)), call)
 
 
 def _merge_forward(graph: Graph, calls: Sequence[Forward]) -> dict[Node, _Place]:
@@ -172,7 +174,7 @@ def _merge_backward(graph: Graph, found: Sequence[tuple[Backward, _Place]]) -> i
             move(items[i].get(first.need_dx + j, ()), merged, start + j)
         start += count
     if total is not None:
-        _replace_sum(graph, total, merged, dxs)
+        _replace_sum(graph, total, merged)
     for call in calls.values():
         graph.erase_node(call.node)
     return len(calls) - 1
@@ -192,28 +194,42 @@ def _arguments(calls: dict[int, Backward], place: _Place) -> tuple:
         needs += [0] * forward.group.count if call is None else call.needs
         groups.append(forward.group.without_gradient() if call is None else call.group)
     any_call = next(iter(calls.values()))
-    x, t, joined = any_call.x, any_call.t.args[0], place.merged.args[SEEDS_OF[FORWARD]]
+    x, t, joined = place.calls[0].x, any_call.t.args[0], place.merged.args[SEEDS_OF[FORWARD]]
     numbers = Group.joined(groups).arguments(joined, any_call.bf16x3)
     return dys, x, t, unscaled or None, *numbers, any_call.need_dx, needs
 
 
 class _Sum(NamedTuple):
-    """A sum that is made pair by pair: its last addition, all of its additions, and what else is added."""
+    """A sum of some dx and of others that is made pair by pair: what each dx goes through before it is added, dx first;
+    the additions, the last one at the end; what else is added."""
 
-    node: Node
+    ways: list[list[Node]]
     additions: list[Node]
     others: list[Node]
 
 
-def _sum_of(addends: Sequence[Node]) -> _Sum | None:
-    """The smallest sum that has all the addends, each once, and of which nothing else uses a part."""
-    ways = [list(_additions_from(addend)) for addend in addends]
-    node = next((each for each in ways[0] if all(each in way for way in ways[1:])), None)
-    if node is None:
+def _sum_of(dxs: Sequence[Node]) -> _Sum | None:
+    """The smallest sum that has every dx, each once and through the same casts, where nothing else uses a part of it."""
+    ways = [list(_reshaped(dx)) for dx in dxs]
+    if len({tuple(map(made_by, way[1:])) for way in ways}) != 1:
         return None
-    additions = sorted({each for way in ways for each in way[: way.index(node) + 1]})
-    inside = {*additions, *addends}
-    return _Sum(node, additions, [arg for each in additions for arg in each.args if arg not in inside])
+    sums = [list(_additions_from(way[-1])) for way in ways]
+    last = next((each for each in sums[0] if all(each in others for others in sums[1:])), None)
+    if last is None:
+        return None
+    additions = sorted({each for some in sums for each in some[: some.index(last) + 1]})
+    inside = {*additions, *(way[-1] for way in ways)}
+    return _Sum(ways, additions, [arg for each in additions for arg in each.args if arg not in inside])
+
+
+def _reshaped(node: Node) -> Iterator[Node]:
+    """A tensor, and its other dtypes and shapes in turn, as long as each has no other use."""
+    yield node
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.target not in RESHAPES:
+            return
+        yield node
 
 
 def _additions_from(node: Node) -> Iterator[Node]:
@@ -234,12 +250,15 @@ def _layout(node: Node) -> tuple:
     return (tuple(map(str, value.shape)), value.dtype) if isinstance(value, torch.Tensor) else (node,)
 
 
-def _replace_sum(graph: Graph, total: _Sum, merged: Node, dxs: Sequence[Node]) -> None:
-    """What was the sum of some dx and of others is that of the others and of the merged call's dx."""
-    with graph.inserting_before(total.node):
-        result = add_item(graph, dxs[0], merged, 0)
+def _replace_sum(graph: Graph, total: _Sum, merged: Node) -> None:
+    """Puts the merged call's dx in place of the dx that were added."""
+    last, (dx, *casts) = total.additions[-1], total.ways[0]
+    with graph.inserting_before(last):
+        result = add_item(graph, dx, merged, 0)
+        for cast in casts:
+            result = add_call(graph, cast, cast.target, (result, *cast.args[1:]), cast.kwargs)
         for other in total.others:
-            result = add_call(graph, total.node, aten.add.Tensor, (result, other))
-    total.node.replace_all_uses_with(result)
-    for node in (*reversed(total.additions), *dxs):
+            result = add_call(graph, last, aten.add.Tensor, (result, other))
+    last.replace_all_uses_with(result)
+    for node in (*reversed(total.additions), *(each for way in total.ways for each in reversed(way))):
         graph.erase_node(node)

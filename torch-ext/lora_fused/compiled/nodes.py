@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
+import torch
 from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node, map_arg
 
+aten, prims = torch.ops.aten, torch.ops.prims
 # What the partitioner, and checkpoints before it, decide by.
 _TAGS = ("recompute", "ac_graph_id", "partitioner_tag")
+# Of one tensor another dtype or shape, and itself.
+RESHAPES = frozenset((
+    aten._to_copy.default, prims.convert_element_type.default, aten.view.default, aten._unsafe_view.default,
+    aten.reshape.default,
+))  # fmt: skip
+_ALIASES = frozenset((aten.alias.default, aten.detach.default))
 
 
 def tags(node: Node) -> tuple:
@@ -23,6 +31,21 @@ def may_write(node: Node) -> bool:
     if isinstance(node.target, OpOverload):
         return node.target._schema.is_mutable
     return isinstance(node.target, HigherOrderOperator) or node.op in ("call_module", "call_method")
+
+
+def values_of(node: Node, known: dict[Node, Hashable], writes: int) -> Hashable:
+    """Equal for nodes of equal values, as autocast's casts of one x for each of its readers are; `known` has those of
+    its inputs, `writes` counts what may have written to memory before."""
+    if node.target in _ALIASES:
+        return known[node.args[0]]
+    if node.target not in RESHAPES or not isinstance(node.args[0], Node):
+        return node
+    return known[node.args[0]], made_by(node), writes, tags(node)
+
+
+def made_by(node: Node) -> tuple:
+    """Of one of RESHAPES: all but its input."""
+    return node.target, repr(node.args[1:]), repr(sorted(node.kwargs.items()))
 
 
 def add_call(graph: Graph, like: Node, target: OpOverload, args: tuple, kwargs: dict | None = None) -> Node:
