@@ -12,78 +12,15 @@ import sys
 
 import pytest
 import torch
-from helpers.native_ops import flat_on, operands_of, projections_of
 from helpers.quantized import random_four_bit
+from helpers.siblings import GROUPS, K, Siblings, assert_same, run_by_hand, run_by_inductor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._inductor.utils import fresh_cache
 from torch.utils import checkpoint as checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-K = 64
-# Of each linear: features out, rank, dropout, DoRA, bias.
-GROUPS = {
-    "LoRA": ((40, 8, 0.0, False, False), (24, 8, 0.0, False, False), (24, 8, 0.0, False, False)),
-    "DoRA": ((40, 8, 0.0, True, False), (24, 16, 0.0, True, True), (32, 4, 0.0, True, False)),
-    "bias": ((40, 3, 0.0, False, True), (24, 5, 0.0, False, False), (32, 7, 0.0, False, True)),
-    "dropout": ((40, 8, 0.2, False, False), (24, 16, 0.5, False, True), (32, 4, 0.2, False, False)),
-    "DoRA with dropout": ((40, 8, 0.2, True, False), (24, 16, 0.2, True, True), (32, 4, 0.3, False, False)),
-    "DoRA and LoRA": ((40, 8, 0.0, True, True), (24, 16, 0.0, False, True), (32, 4, 0.0, True, False)),
-    "not adapted": ((40, 8, 0.0, False, False), (24, 0, 0.0, False, True), (32, 4, 0.0, True, False)),
-}
-SCALINGS = (0.5, 0.7, 1.5)
-
-
-class Siblings:
-    """Linears of K features in; calls of single ones are what a kernelized layer's trace holds."""
-
-    def __init__(self, lora_fused, group=GROUPS["LoRA"], dtype=torch.float64, four_bit=(), bf16x3=False, adapter=None):
-        self.lora_fused, self.bf16x3 = lora_fused, bf16x3
-        self.specs = [lora_fused.ProjectionSpec(p) for _, _, p, _, _ in group]
-        generator = torch.Generator().manual_seed(1)
-        operands = [operands_of(generator, K, n, r or 1, dora, bias) for n, r, _, dora, bias in group]
-        self.flat = flat_on(operands, "cpu", dtype, adapter or dtype)
-        size = len(self.flat) // len(group)
-        for i, (n, r, _, _, _) in enumerate(group):
-            if r == 0:
-                self.flat[size * i + 2] = self.flat[size * i + 3] = None
-        for i, nested in four_bit:
-            made, quantized = random_four_bit(lora_fused, (group[i][0], K), 64, "nf4", nested, dtype, "cpu")[:2]
-            packed = lora_fused.specs.flatten([made])
-            self.flat[size * i : size * (i + 1)] = [new if new is not None else old for new, old in zip(packed, self.flat[size * i :])]
-            self.specs[i] = lora_fused.ProjectionSpec(self.specs[i].dropout, quantized=quantized)
-        self.trained = [tensor for tensor in self.flat if tensor is not None and tensor.requires_grad]
-        self.x = torch.randn(2, 5, K, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-
-    def traced(self, body):
-        """body(x, call) as a function of tensors, call(i, x) one linear."""
-
-        def function(x, *flat):
-            return body(x, lambda i, h: self.single()(i, h, *flat))
-
-        return function
-
-    def single(self):
-        """Linear i of x as a function of tensors: (i, x, *flat)."""
-
-        def function(i, x, *flat):
-            projections = projections_of(self.lora_fused, list(flat), SCALINGS, self.specs)[i : i + 1]
-            seeds = self.lora_fused.functional.dispatch.draw_seeds(x.device, projections)
-            return self.lora_fused.autograd.group_native.lora_group(x, projections, seeds, self.bf16x3)[0]
-
-        return function
-
-    def run(self, function):
-        """Results, dx and all gradients; None where there is none."""
-        torch.manual_seed(7)
-        results = function(self.x, *self.flat)
-        results = tuple(results) if isinstance(results, (list, tuple)) else (results,)
-        wanted = [self.x, *self.trained]
-        if not results[0].requires_grad:
-            return list(results)
-        total = sum(result.double().sum() for result in results if result.requires_grad)
-        return [*results, *torch.autograd.grad(total, wanted, allow_unused=True)]
 
 
 class Compiled:
@@ -100,6 +37,7 @@ class Compiled:
     def apply(self, module):
         if self.merge is not None:
             self.merge.merge_siblings(module.graph)
+            assert self.merge.merge_siblings(module.graph) == 0  # there is nothing left
             module.recompile()
 
     def partition(self, module, inputs, **kwargs):
@@ -117,15 +55,12 @@ class Compiled:
     def counts(self):
         """Calls of lora_forward and lora_backward, and draws of seeds, in all graphs."""
         targets = [node.target for graph in self.graphs for node in graph.graph.nodes]
-        return tuple(map(targets.count, (self.ops.lora_forward.default, self.ops.lora_backward.default, torch.ops.aten.randint.low)))
-
-
-def assert_same(ours, truth, tolerance):
-    assert len(ours) == len(truth)
-    for i, (value, exact) in enumerate(zip(ours, truth)):
-        assert (value is None) == (exact is None), f"result {i}"
-        if value is not None:
-            torch.testing.assert_close(value, exact, rtol=0, atol=tolerance * exact.abs().max().item(), msg=lambda text: f"result {i}: {text}")
+        return tuple(
+            map(
+                targets.count,
+                (self.ops.lora_forward.default, self.ops.lora_backward.default, torch.ops.aten.randint.low),
+            )
+        )
 
 
 def check(siblings, body, counts, tolerance=1e-13):
@@ -154,7 +89,11 @@ def test_three_siblings(lora_fused, group):
 def test_four_bits(lora_fused, dora):
     """The scales of the third weight come after those of the first, and the second has none."""
     group = [(n, r, 0.0, dora, False) for n, r, *_ in GROUPS["DoRA"]]
-    siblings = Siblings(lora_fused, group, torch.float32, four_bit=((0, True), (2, False)))
+    quantized = {
+        i: random_four_bit(lora_fused, (group[i][0], K), 64, "nf4", nested, torch.float32, "cpu")[:2]
+        for i, nested in ((0, True), (2, False))
+    }
+    siblings = Siblings(lora_fused, group, torch.float32, quantized)
     check(siblings, three, (1, 1, 0), 1e-5)
 
 
@@ -213,6 +152,13 @@ def of_a_result(x, call):
     return squares(y, z, between, call(2, h))
 
 
+def of_a_sum_at_once(x, call):
+    """The sum of the later siblings' dx is the dy of one of the earlier ones."""
+    h = x.sin()
+    y, z = call(3, h), call(1, h)
+    return squares(z, call(0, y), call(2, y))
+
+
 def read_elsewhere(x, call):
     h = x.sin()
     first, y = h.exp(), call(0, h)
@@ -221,12 +167,13 @@ def read_elsewhere(x, call):
 
 
 @pytest.mark.parametrize("body,forward,backward", (
-    (cut_off, 1, 1), (of_no_gradient, 1, 1), (of_a_gradient_in_part, 1, 2), (of_two_inputs, 2, 2), (of_a_result, 3, 3),
+    (cut_off, 1, 1), (of_no_gradient, 1, 1), (of_a_gradient_in_part, 1, 2), (of_two_inputs, 2, 2), (of_a_result, 3, 3), (of_a_sum_at_once, 2, 2),
     (read_elsewhere, 1, 1),
 ))  # fmt: skip
 @pytest.mark.parametrize("group", ("LoRA", "DoRA"))
 def test_uses(lora_fused, body, forward, backward, group):
-    check(Siblings(lora_fused, GROUPS[group]), body, (forward, backward, 0))
+    square = (K, 8, 0.0, group == "DoRA", False)
+    check(Siblings(lora_fused, (*GROUPS[group], square)), body, (forward, backward, 0))
 
 
 def test_an_x_that_is_cast_for_each(lora_fused):
@@ -284,8 +231,9 @@ class Checkpointed(Compiled):
 
 def policies(lora_fused):
     """By name, what a checkpoint keeps of our forwards: nothing, all of them, or all but the second one."""
-    forward, must, prefer = lora_fused._ops.ops.lora_forward.default, *(
-        getattr(checkpoints.CheckpointPolicy, name) for name in ("MUST_SAVE", "PREFER_RECOMPUTE")
+    forward, must, prefer = (
+        lora_fused._ops.ops.lora_forward.default,
+        *(getattr(checkpoints.CheckpointPolicy, name) for name in ("MUST_SAVE", "PREFER_RECOMPUTE")),
     )
     seen = []
 
@@ -348,28 +296,11 @@ def test_options_name_a_mode(lora_fused):
             lora_fused.compile_options(mode)
 
 
-def inductor_run(lora_fused, group, **options):
-    """Three siblings that Inductor compiles: (siblings, calls a direction and draws in its code, results)."""
-    siblings = Siblings(lora_fused, group)
-    single = torch._dynamo.allow_in_graph(siblings.single())
-    torch._dynamo.reset()
-
-    def function(x, *flat):
-        return tuple(single(i, x, *flat) for i in range(3))
-
-    results, codes = run_and_get_code(lambda: siblings.run(torch.compile(function, fullgraph=True, **options)))
-    calls = ("lora_forward.default(", "lora_backward.default(", "randint.low_out(")
-    return siblings, tuple("".join(codes).count(call) for call in calls), results
-
-
-def as_eager(siblings):
-    return siblings.run(lambda x, *flat: tuple(siblings.single()(i, x, *flat) for i in range(3)))
-
-
 def test_inductor_has_one_mask_and_one_draw(lora_fused):
     """<dA, A> = <dy, y - base>: forward and backward have one mask."""
     with fresh_cache():
-        siblings, counts, results = inductor_run(lora_fused, GROUPS["dropout"])
+        options = {"cpp_cache_precompile_headers": False}
+        siblings, counts, results = run_by_inductor(lora_fused, GROUPS["dropout"], options=options)
     assert counts == (1, 1, 1)
     operands = lora_fused.specs.unflatten(siblings.flat)
     grads = {id(tensor): grad for tensor, grad in zip(siblings.trained, results[4:])}
@@ -383,37 +314,30 @@ def test_inductor_has_one_mask_and_one_draw(lora_fused):
 def test_inductor_that_draws_as_eager(lora_fused):
     """Each seed is drawn by itself then."""
     with fresh_cache():
-        siblings, counts, results = inductor_run(lora_fused, GROUPS["dropout"], options={"fallback_random": True})
+        siblings, counts, results = run_by_inductor(lora_fused, GROUPS["dropout"], options={"fallback_random": True})
     assert counts == (1, 1, 0)
-    assert_same(results, as_eager(siblings), 1e-13)
+    assert_same(results, run_by_hand(siblings), 1e-13)
 
 
 def test_inductor_with_options(lora_fused):
-    """The pass that the options name, and then the one that is there without them."""
-    options = lora_fused.compile_options("max-autotune-no-cudagraphs")
+    """By the pass that the options name alone."""
+    options = {**lora_fused.compile_options("default"), "pattern_matcher": False}
     with fresh_cache():
-        siblings, counts, results = inductor_run(lora_fused, GROUPS["DoRA"], options=options)
+        siblings, counts, results = run_by_inductor(lora_fused, GROUPS["LoRA"], options=options)
     assert counts == (1, 1, 0)
-    assert_same(results, as_eager(siblings), 1e-13)
-    assert the_pass_alone(lora_fused) == (1, 1, 0)
-
-
-def the_pass_alone(lora_fused):
-    with fresh_cache():
-        options = {**lora_fused.compile_options(), "pattern_matcher": False}
-        return inductor_run(lora_fused, GROUPS["DoRA"], options=options)[1]
+    assert_same(results, run_by_hand(siblings), 1e-13)
 
 
 PROCESS = f"""
 import pathlib, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from kernels import get_local_kernel
-from test_compile_merge import GROUPS, as_eager, assert_same, inductor_run
+from helpers.siblings import GROUPS, assert_same, run_by_hand, run_by_inductor
 from torch._dynamo.utils import counters
 
 package = get_local_kernel(pathlib.Path({str(ROOT / "build")!r}))
-siblings, counts, results = inductor_run(package, GROUPS["LoRA"])
-assert_same(results, as_eager(siblings), 1e-13)
+siblings, counts, results = run_by_inductor(package, GROUPS["LoRA"])
+assert_same(results, run_by_hand(siblings), 1e-13)
 hits = counters["inductor"]["fxgraph_cache_hit"]
 print(counts, hits)
 """

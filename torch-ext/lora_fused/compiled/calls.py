@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from .._ops import ops
 from ..backends.native import GroupOperands, PackedWeight
+from .nodes import args_of
 
 FORWARD, BACKWARD = ops.lora_forward.default, ops.lora_backward.default
 SEEDS_OF = {FORWARD: 3, BACKWARD: 6, ops.gated_forward.default: 3, ops.gated_backward.default: 5}  # of their arguments
@@ -139,7 +140,7 @@ class Forward:
     def of(cls, node: Node) -> Forward | None:
         if node.kwargs or len(node.args) != 7 or not outputs_are_taken_apart(node):
             return None
-        x, operands, scalings, seeds, dropouts, quantized, bf16x3 = node.args
+        x, operands, scalings, seeds, dropouts, quantized, bf16x3 = args_of(node)
         group = _group(operands, scalings, seeds, dropouts, quantized)
         if group is None or not isinstance(x, Node) or type(bf16x3) is not bool or group.ranks is None:
             return None
@@ -174,7 +175,7 @@ class Backward:
     def of(cls, node: Node) -> Backward | None:
         if node.kwargs or len(node.args) != 12 or not outputs_are_taken_apart(node):
             return None
-        dys, x, t, unscaled, operands, scalings, seeds, dropouts, quantized, bf16x3, need_dx, needs = node.args
+        dys, x, t, unscaled, operands, scalings, seeds, dropouts, quantized, bf16x3, need_dx, needs = args_of(node)
         group = _group(operands, scalings, seeds, dropouts, quantized)
         if group is None or not isinstance(x, Node) or not isinstance(t, Node):
             return None

@@ -21,8 +21,8 @@ import torch
 from torch.fx import Graph, Node
 
 from . import seeds
-from .calls import BACKWARD, FORWARD, OPS, SEEDS_OF, T, Backward, Forward, Group
-from .nodes import RESHAPES, add_call, add_item, made_by, may_write, move, tags, taken, values_of
+from .calls import BACKWARD, FORWARD, OPS, SEEDS_OF, Backward, Forward, Group, T
+from .nodes import RESHAPES, add_call, add_item, args_of, made_by, may_write, move, tags, taken, values_of
 
 aten = torch.ops.aten
 
@@ -59,7 +59,7 @@ class _Place(NamedTuple):
 
     merged: Node
     calls: Sequence[Forward]
-    index: int
+    member: int
 
 
 def _groups(graph: Graph, read: Callable[[Node, dict], tuple[Hashable, object] | None]) -> list[list]:
@@ -140,7 +140,7 @@ def _backward(node: Node, places: dict[Node, _Place]) -> tuple[Hashable, tuple[B
     place = None if call is None else places.get(call.t)
     if place is None:
         return None
-    own = place.calls[place.index]
+    own = place.calls[place.member]
     if (call.x, call.bf16x3, call.group.count, call.group.ranks, call.group.masked) != (
         own.x, own.bf16x3, own.group.count, own.group.ranks, own.group.masked
     ):  # fmt: skip
@@ -153,9 +153,10 @@ def _backward(node: Node, places: dict[Node, _Place]) -> tuple[Hashable, tuple[B
 def _merge_backward(graph: Graph, found: Sequence[tuple[Backward, _Place]]) -> int:
     """Makes one call of several, and one sum of their dx; gives how many calls are less, 0 where what becomes of dx is
     not understood."""
-    calls = {place.index: call for call, place in sorted(found, key=lambda each: each[1].index)}
+    # Read again: the dx of calls that are merged by now may be a dy here.
+    calls = {place.member: Backward.of(call.node) for call, place in sorted(found, key=lambda each: each[1].member)}
     first, place = found[0]
-    if len(calls) != len(found):
+    if len(calls) != len(found) or None in calls.values():
         return 0
     items = {i: taken(call.node) for i, call in calls.items()}
     total = None
@@ -194,7 +195,7 @@ def _arguments(calls: dict[int, Backward], place: _Place) -> tuple:
         needs += [0] * forward.group.count if call is None else call.needs
         groups.append(forward.group.without_gradient() if call is None else call.group)
     any_call = next(iter(calls.values()))
-    x, t, joined = place.calls[0].x, any_call.t.args[0], place.merged.args[SEEDS_OF[FORWARD]]
+    x, t, joined = place.calls[0].x, args_of(any_call.t)[0], args_of(place.merged)[SEEDS_OF[FORWARD]]
     numbers = Group.joined(groups).arguments(joined, any_call.bf16x3)
     return dys, x, t, unscaled or None, *numbers, any_call.need_dx, needs
 
@@ -209,7 +210,7 @@ class _Sum(NamedTuple):
 
 
 def _sum_of(dxs: Sequence[Node]) -> _Sum | None:
-    """The smallest sum that has every dx, each once and through the same casts, where nothing else uses a part of it."""
+    """The smallest sum that has every dx, each once and through the same casts, of which nothing else uses a part."""
     ways = [list(_reshaped(dx)) for dx in dxs]
     if len({tuple(map(made_by, way[1:])) for way in ways}) != 1:
         return None
@@ -219,7 +220,7 @@ def _sum_of(dxs: Sequence[Node]) -> _Sum | None:
         return None
     additions = sorted({each for some in sums for each in some[: some.index(last) + 1]})
     inside = {*additions, *(way[-1] for way in ways)}
-    return _Sum(ways, additions, [arg for each in additions for arg in each.args if arg not in inside])
+    return _Sum(ways, additions, [arg for each in additions for arg in args_of(each) if arg not in inside])
 
 
 def _reshaped(node: Node) -> Iterator[Node]:
@@ -237,8 +238,8 @@ def _additions_from(node: Node) -> Iterator[Node]:
     like = _layout(node)
     while len(node.users) == 1:
         (user,) = node.users
-        is_sum = user.target is aten.add.Tensor and not user.kwargs and len(set(user.args)) == 2
-        if not is_sum or any(not isinstance(each, Node) or _layout(each) != like for each in (*user.args, user)):
+        is_sum = user.target is aten.add.Tensor and not user.kwargs and len(set(args_of(user))) == 2
+        if not is_sum or any(not isinstance(each, Node) or _layout(each) != like for each in (*args_of(user), user)):
             return
         yield user
         node = user
@@ -256,7 +257,7 @@ def _replace_sum(graph: Graph, total: _Sum, merged: Node) -> None:
     with graph.inserting_before(last):
         result = add_item(graph, dx, merged, 0)
         for cast in casts:
-            result = add_call(graph, cast, cast.target, (result, *cast.args[1:]), cast.kwargs)
+            result = add_call(graph, cast, cast.target, (result, *args_of(cast)[1:]), cast.kwargs)
         for other in total.others:
             result = add_call(graph, last, aten.add.Tensor, (result, other))
     last.replace_all_uses_with(result)

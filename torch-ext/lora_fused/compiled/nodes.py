@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
@@ -19,6 +20,11 @@ RESHAPES = frozenset((
     aten.reshape.default,
 ))  # fmt: skip
 _ALIASES = frozenset((aten.alias.default, aten.detach.default))
+
+
+def args_of(node: Node) -> tuple[Any, ...]:
+    """Its arguments; torch's types say that they may be anything."""
+    return node.args
 
 
 def tags(node: Node) -> tuple:
@@ -37,18 +43,18 @@ def values_of(node: Node, known: dict[Node, Hashable], writes: int) -> Hashable:
     """Equal for nodes of equal values, as autocast's casts of one x for each of its readers are; `known` has those of
     its inputs, `writes` counts what may have written to memory before."""
     if node.target in _ALIASES:
-        return known[node.args[0]]
-    if node.target not in RESHAPES or not isinstance(node.args[0], Node):
+        return known[args_of(node)[0]]
+    if node.target not in RESHAPES or not isinstance(args_of(node)[0], Node):
         return node
-    return known[node.args[0]], made_by(node), writes, tags(node)
+    return known[args_of(node)[0]], made_by(node), writes, tags(node)
 
 
 def made_by(node: Node) -> tuple:
     """Of one of RESHAPES: all but its input."""
-    return node.target, repr(node.args[1:]), repr(sorted(node.kwargs.items()))
+    return node.target, repr(args_of(node)[1:]), repr(sorted(node.kwargs.items()))
 
 
-def add_call(graph: Graph, like: Node, target: OpOverload, args: tuple, kwargs: dict | None = None) -> Node:
+def add_call(graph: Graph, like: Node, target: Any, args: tuple, kwargs: dict | None = None) -> Node:
     """A node that does what `like` did, or a part of it."""
     kwargs = dict(kwargs or {})
     values = map_arg(args, lambda each: each.meta["val"])
@@ -75,7 +81,7 @@ def taken(node: Node) -> dict[int, list[Node]]:
     """The nodes that take each tensor of a list."""
     found: dict[int, list[Node]] = {}
     for user in node.users:
-        found.setdefault(user.args[1], []).append(user)
+        found.setdefault(args_of(user)[1], []).append(user)
     return found
 
 

@@ -9,8 +9,8 @@ from ..backends import native
 
 
 def compile_options(mode: str | None = None) -> dict[str, Any]:
-    """Options for `torch.compile`, which takes options or a mode and not both: those of a mode, and the pass that merges
-    the native calls of linears with one input.
+    """Options for `torch.compile`, which takes options or a mode and not both: a mode's options, and the pass that
+    merges the native calls of linears with one input.
 
         model.compile(options=lora_fused.compile_options("max-autotune"))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from itertools import pairwise
 
 import torch
 from torch.fx import Graph, Node
 
 from .calls import OPS, SEEDS_OF
-from .nodes import add_call, tags
+from .nodes import add_call, args_of, tags
 
 aten = torch.ops.aten
 
@@ -19,7 +20,7 @@ def draw_once(graph: Graph) -> int:
     kinds: dict[Hashable, list[Node]] = {}
     for node in graph.nodes:
         if node.target is aten.randint.low and _is_of_seeds(node):
-            low, high, _ = node.args
+            low, high, _ = args_of(node)
             options = tuple(sorted(node.kwargs.items(), key=lambda each: each[0]))
             kinds.setdefault((low, high, options, tags(node)), []).append(node)
     several = [draws for draws in kinds.values() if len(draws) > 1]
@@ -29,11 +30,13 @@ def draw_once(graph: Graph) -> int:
 
 
 def _is_of_seeds(draw: Node) -> bool:
-    return len(draw.args) == 3 and type(_count(draw)) is int and all(_takes_seeds(user, draw) for user in draw.users)
+    return (
+        len(args_of(draw)) == 3 and type(_count(draw)) is int and all(_takes_seeds(user, draw) for user in draw.users)
+    )
 
 
 def _count(draw: Node):
-    (size,) = draw.args[2] if len(draw.args[2]) == 1 else (None,)
+    (size,) = args_of(draw)[2] if len(args_of(draw)[2]) == 1 else (None,)
     return size
 
 
@@ -45,39 +48,39 @@ def _takes_seeds(user: Node, draw: Node) -> bool:
 
 
 def _seeds_of(node: Node) -> Node | None:
-    return node.args[SEEDS_OF[node.target]]
+    return args_of(node)[SEEDS_OF[node.target]]
 
 
 def _is_joined(node: Node) -> bool:
-    return node.target is aten.cat.default and len(node.args) == 1 and not node.kwargs
+    return node.target is aten.cat.default and len(args_of(node)) == 1 and not node.kwargs
 
 
 def _replace(graph: Graph, draws: Sequence[Node]) -> None:
     """Makes one draw, in which those that are joined are next to each other."""
     known = set(draws)
     joined = dict.fromkeys(user for draw in draws for user in draw.users if _is_joined(user))
-    whole = [node for node in joined if known.issuperset(node.args[0])]
+    whole = [node for node in joined if known.issuperset(args_of(node)[0])]
     starts: dict[Node, int] = {}
     total = 0
-    for part in (*(node.args[0] for node in whole), *([draw] for draw in draws)):
+    for part in (*(args_of(node)[0] for node in whole), *([draw] for draw in draws)):
         total += total % 2  # 16 bytes: of an op that is given less Inductor takes no output to be aligned
         for draw in part:
             if draw not in starts:
                 starts[draw] = total
                 total += _count(draw)
     first = draws[0]
-    low, high, _ = first.args
+    low, high, _ = args_of(first)
     with graph.inserting_before(first):
         one = add_call(graph, first, aten.randint.low, (low, high, [total]), first.kwargs)
     for node in whole:
-        if _are_in_turn(node.args[0], starts):
-            _take(graph, node, one, starts[node.args[0][0]], node.meta["val"].shape[0])
+        if _are_in_turn(args_of(node)[0], starts):
+            _take(graph, node, one, starts[args_of(node)[0][0]], node.meta["val"].shape[0])
     for draw in draws:
         _take(graph, draw, one, starts[draw], _count(draw))
 
 
 def _are_in_turn(draws: Sequence[Node], starts: dict[Node, int]) -> bool:
-    return all(starts[b] == starts[a] + _count(a) for a, b in zip(draws, draws[1:]))
+    return all(starts[b] == starts[a] + _count(a) for a, b in pairwise(draws))
 
 
 def _take(graph: Graph, node: Node, one: Node, start: int, count: int) -> None:
