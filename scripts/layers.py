@@ -30,6 +30,7 @@ LAYERS = (
         "peft": "what PEFT's modules hold, and whether another tool has replaced a part of them",
         "quantization": "quantized base weights, one file a format",
     },
+    {"compiled": "torch.compile: calls of siblings become one"},
     {"backends": "who computes: native ops, Triton, plain PyTorch"},
     {
         "specs": "descriptions of projections, groups and embeddings",
