@@ -18,6 +18,9 @@ def _begin() -> tuple[str | None, str | None]:
     """Why a linear's and an embedding's call that is traced now is PEFT's. Dynamo runs this and takes the result for a
     constant; what may change later is compared again where Dynamo guards it. It looks at all that a forward will ask
     for: Dynamo knows a dict as it was when it first met it."""
+    from . import inductor
+
+    inductor.register()
     last_call.note_trace()
     reasons = replaced.linear_reason(), replaced.embedding_reason()
     replaced.remember((*peft_linear.forwards(), *peft_embedding.forwards()))
