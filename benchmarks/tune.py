@@ -168,13 +168,14 @@ OPS = {
 }
 
 
-def configuration(cases: dict[str, list[Case]], tiles: Tiles) -> dict:
+def configuration(cases: dict[str, list[Case]], tiles: Tiles, of_experts: Tiles) -> dict:
     """What the file of a device says of its measurements; an op without any stays with the library."""
     found: dict = {}
     for name, op in OPS.items():
         found.update(dict.fromkeys(op.limits))
         found.update(zip(op.limits, pick_limits(cases[name], op.in_triton)))
-    found["linear_expand_tiles"] = [{"shape": shape, "tile": min(us, key=us.get)} for shape, us in tiles.items() if us]
+    for key, times in (("linear_expand_tiles", tiles), ("experts_tiles", of_experts)):
+        found[key] = [{"shape": shape, "tile": min(us, key=us.get)} for shape, us in times.items() if us]
     return found
 
 
@@ -214,7 +215,7 @@ def measure(kernels, device: torch.device) -> dict:
         for case in op.cases(kernels, device):
             cases[name].append(case)
             print(f"{name} {case.sizes}: library {case.library:.0f}, Triton {case.triton:.0f} us", flush=True)
-    return configuration(cases, tile_times(kernels, device))
+    return configuration(cases, tile_times(kernels, device), {})
 
 
 def main() -> None:

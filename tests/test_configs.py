@@ -50,7 +50,8 @@ def write(config, **changes):
 def test_shipped_files_hold_every_key(lora_fused, path):
     found = lora_fused.backends.device_config.read(path)
     assert lora_fused.backends.device_config.path_of(json.loads(path.read_text())["device"]).name == path.name
-    assert all(type(limit) in (int, float) for limit in found[:-1])
+    limits = [getattr(found, name) for name in lora_fused.backends.device_config.LIMITS]
+    assert len(limits) > 3 and all(type(limit) in (int, float) for limit in limits)
 
 
 def test_the_build_ships_them(lora_fused):
@@ -67,7 +68,7 @@ def test_the_build_ships_them(lora_fused):
 def test_a_device_that_was_not_measured_takes_no_product_to_triton(lora_fused, monkeypatch):
     defaults = lora_fused.backends.device_config.DeviceConfig()
     measured = (defaults.linear_expand_from, defaults.row_norm_from_rank, defaults.row_norm_from)
-    assert measured == (math.inf,) * 3 and defaults.linear_expand_tiles == ()
+    assert measured == (math.inf,) * 3 and defaults.linear_expand_tiles == defaults.experts_tiles == ()
     monkeypatch.setattr(lora_fused.backends.device_config, "of", lambda device: defaults)
     monkeypatch.setattr(lora_fused.backends.select, "is_hopper", lambda device: False)
     for native in (True, False):
@@ -97,6 +98,7 @@ WRONG = {
     "linear_expand_from": [-1, "many", True, math.nan],
     "linear_expand_tiles": [None, [3], [{"shape": [1, 2, 3]}], [{"shape": [1, 2], "tile": list(LARGE)}],
                      [{"shape": [1, 2, 0], "tile": list(LARGE)}]],
+    "experts_tiles": [{}, [{"shape": [1, 2, 3], "tile": [64]}]],
     "unheard_of": [1],
 }  # fmt: skip
 
@@ -144,6 +146,27 @@ def test_backend_chooses_by_them(lora_fused, config, monkeypatch):
     monkeypatch.setattr(backend.native_embedding, "norm_fits", lambda table: True)
     monkeypatch.setattr(backend.native_embedding, "column_norm", lambda *operands: "native")
     assert backend.column_norm("triton", table, 1.0) == "native"
+
+
+def test_experts_go_to_triton_where_that_was_measured(lora_fused, config, monkeypatch):
+    backend, specs = lora_fused.backends.select, lora_fused.specs
+    monkeypatch.setattr(backend, "triton_is_there", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    backend._is_at_least_ampere.cache_clear()
+
+    def chosen(dtype=torch.bfloat16, **changes):
+        write(config, **changes)
+        config._read_once.cache_clear()
+        fits = lambda *_: dtype == torch.bfloat16  # noqa: E731 (as `grouped_mm.fits` says of Hopper)
+        monkeypatch.setattr(backend.grouped_mm, "fits", fits)
+        weights = specs.ExpertWeights(SimpleNamespace(is_cuda=True, device=GPU, dtype=dtype))
+        return backend.choose_experts(weights, weights)
+
+    assert chosen(experts_tiles=TILED) == "triton"
+    assert chosen(experts_tiles=[]) == "grouped_mm"
+    assert chosen(torch.float16, experts_tiles=[]) == "triton"  # torch's products would wait for the GPU
+    assert chosen(torch.float64, experts_tiles=TILED) == "reference"
+    backend._is_at_least_ampere.cache_clear()
 
 
 def test_backend_chooses_embeddings_by_them(lora_fused, config, monkeypatch):
@@ -201,11 +224,11 @@ def test_limits_cost_least():
 def test_measurements_become_a_file_that_loads(config):
     cases = {name: [Case((2**30,) * len(op.limits), 100.0, 50.0)] for name, op in tune.OPS.items()} | {"row_norm": []}
     tiles = {(512, 64, 64): {LARGE: 9.0, NARROW: 7.0}, (8192, 64, 64): {}}
-    write(config, **tune.configuration(cases, tiles))
+    write(config, **tune.configuration(cases, tiles, tiles))
     found = config.of(GPU)
     assert found.linear_expand_from == 2**30
     assert found.row_norm_from_rank == found.row_norm_from == math.inf
-    assert found.linear_expand_tiles == (((512, 64, 64), NARROW),)
+    assert found.linear_expand_tiles == found.experts_tiles == (((512, 64, 64), NARROW),)
 
 
 def test_a_wrong_result_is_never_chosen(lora_fused, monkeypatch):
