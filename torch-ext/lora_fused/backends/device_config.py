@@ -84,7 +84,8 @@ def read(path: Path) -> DeviceConfig:
         if type(limit) not in (int, float) or not limit >= 0:
             raise ValueError(f"{path}: {key!r} is {limit!r}, expected a number from 0 or null")
     tiles = {key: tuple(_tile(path, key, each) for each in _list(path, key, found[key])) for key in TILES}
-    return DeviceConfig(**limits, **tiles)
+    values: dict[str, Any] = {**limits, **tiles}
+    return DeviceConfig(**values)
 
 
 def _list(path: Path, key: str, found) -> list:
