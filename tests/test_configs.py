@@ -19,6 +19,7 @@ except ModuleNotFoundError:
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import tune
+import tune_experts
 from tune import Case, passes_any, pick_limits, reaches_all
 
 pytestmark = pytest.mark.own_architecture
@@ -249,6 +250,45 @@ def test_a_wrong_result_is_never_chosen(lora_fused, monkeypatch):
 
     broken = SimpleNamespace(backends=SimpleNamespace(select=lora_fused.backends.select), lora_linear=lossy)
     assert list(tune.linear_cases(broken, cpu)) == [Case((16 * 32 * 48,), 6.0, math.inf)]
+
+
+def test_tiles_of_experts(lora_fused, monkeypatch, capsys):
+    """Measured with the clock in the place of times: what is right and fastest; nothing where torch's products are
+    ahead, and never what computes something else."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter's part: a GPU runs tune itself")
+    shape = tune_experts.Shape("small", 16, 16, 2, 1, True, tokens=(6,))
+    monkeypatch.setattr(tune_experts, "SHAPES", (shape,))
+    monkeypatch.setattr(tune_experts, "TILES", ((16, 32, 16, 4, 2), (32, 32, 16, 4, 2)))
+    monkeypatch.setattr(tune_experts, "bfloat16", torch.float32)  # the interpreter's bfloat16 dot is wrong
+    experts = importlib.import_module(f"{lora_fused.__name__}.backends.triton.experts")
+
+    def measured(torch_us, broken=None):
+        def clock(run, inputs, repeats):
+            select = lora_fused.backends.select
+            if select.choose_experts(*inputs[0][3:5]) == select.GROUPED:
+                return torch_us
+            return 10.0 - experts.choose_tile(inputs[0].up.weight, 1).m / 16
+
+        own = experts.TritonProducts.project
+        if broken is not None:
+            monkeypatch.setattr(
+                experts.TritonProducts,
+                "project",
+                lambda self, x, weights, factors: own(
+                    self, x, weights._replace(bias=None) if self.tile.m == broken else weights, factors
+                ),
+            )
+        monkeypatch.setattr(tune_experts, "microseconds", clock)
+        found = tune_experts.as_entries(tune_experts.tile_times(lora_fused, torch.device("cpu")))
+        monkeypatch.setattr(experts.TritonProducts, "project", own)
+        return [(tuple(each["shape"]), tuple(each["tile"])) for each in found]
+
+    assert measured(20.0) == [((3, 32, 16), (32, 32, 16, 4, 2))]
+    assert measured(7.0) == []
+    assert measured(20.0, broken=32) == [((3, 32, 16), (16, 32, 16, 4, 2))]
+    assert "small 6, us: torch 20" in capsys.readouterr().out
 
 
 def test_agreement_sees_what_is_left_out():
