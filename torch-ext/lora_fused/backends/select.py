@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..specs import EmbeddingOperands, ExpertWeights, FourBit, NativePath, Operands, Quantized
+from ..specs import AnyGate, EmbeddingOperands, ExpertWeights, FourBit, NativePath, Operands, Quantized
 from . import device_config, grouped_mm, native, native_embedding, reference
 from .reference import embedding as reference_embedding
 from .reference.grouped import LoopedProducts, Products, Rows
@@ -211,12 +211,24 @@ def column_norm_and_scale(name: str, table: EmbeddingOperands, scaling: float) -
 
 
 def choose_experts(up: ExpertWeights, down: ExpertWeights) -> str:
-    """Name of the backend for experts of these weights."""
+    """Name of the backend for experts of these weights: Triton on a GPU where that was measured to be the faster, else
+    torch's grouped products where they do not wait for the GPU."""
+    weight = up.weight
+    in_triton = weight.is_cuda and weight.dtype != torch.float64 and _is_at_least_ampere(weight.device)
+    in_triton = in_triton and triton_is_there()
+    if in_triton and device_config.of(weight.device).experts_tiles:
+        return TRITON
     if grouped_mm.fits(up.weight) and grouped_mm.fits(down.weight):
         return GROUPED
-    weight = up.weight
-    fits = weight.is_cuda and weight.dtype != torch.float64 and _is_at_least_ampere(weight.device)
-    return TRITON if fits and triton_is_there() else REFERENCE
+    return TRITON if in_triton else REFERENCE
+
+
+def sort_rows(index: Tensor, up: ExpertWeights, down: ExpertWeights, leaves_out: bool) -> Rows:
+    """The rows of one call's `index` [T, k], for `make_products` of the same weights."""
+    kernels = _experts_kernels(choose_experts(up, down), index)
+    if index.numel() == 0 or kernels is None:
+        return Rows.sort(index, up.weight.shape[0], leaves_out)
+    return kernels.sort_rows(index, up.weight, leaves_out)
 
 
 def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bool) -> Products:
@@ -224,12 +236,30 @@ def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bo
     chosen = choose_experts(up, down)
     if rows.order.numel() == 0 or chosen == REFERENCE:
         return LoopedProducts(rows)
+    kernels = _experts_kernels(chosen, rows.order)
+    if chosen == TRITON:
+        return kernels.TritonProducts(rows, up.weight)
     few = not trains and rows.order.numel() < rows.ends.numel()
-    if chosen == GROUPED and not (rows.ends.is_cuda and triton_is_there()):
-        return grouped_mm.GroupedProducts(rows, few)
+    return (grouped_mm.GroupedProducts if kernels is None else kernels.GroupedProductsWithPasses)(rows, few)
+
+
+def few_rows(x: Tensor, index: Tensor, up: ExpertWeights, down: ExpertWeights, gate: AnyGate) -> Callable | None:
+    """What computes experts for the few tokens of one call, without a backward, as `triton.few_rows` defines it; None
+    where `make_products` does."""
+    if choose_experts(up, down) != TRITON:
+        return None
+    from .triton import few_rows
+
+    return few_rows.few_rows if few_rows.fits(index.numel(), x.shape[0], up, down, gate) else None
+
+
+def _experts_kernels(chosen: str, index: Tensor) -> ModuleType | None:
+    """Triton's part of a backend for experts; None where there is none."""
+    if chosen == REFERENCE or (chosen == GROUPED and not (index.is_cuda and triton_is_there())):
+        return None
     from .triton import experts
 
-    return (experts.GroupedProductsWithPasses if chosen == GROUPED else experts.TritonProducts)(rows, few)
+    return experts
 
 
 @functools.cache
