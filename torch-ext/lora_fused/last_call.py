@@ -66,21 +66,16 @@ def ran_since_trace(module: nn.Module) -> bool:
     return id(module) in _traced and of(module) is not TRACED
 
 
-def note_trace() -> bool:
+def note_trace() -> list[nn.Module]:
     """Called while torch.compile traces a forward of this kernel, without a break of its graph. It takes no argument,
     since Dynamo would compile again for every other one: one graph may serve all layers of a model. So all that is
     below the outermost module that is running is noted; each notes itself again when it is called outside of a
     graph."""
-    for module in {module for root in _running() for module in root.modules()}:
-        if is_of_kernel(module):
-            note(module, TRACED)
-            _traced.add(id(module))
-    return True
-
-
-# What torch.compiler.assume_constant_result does, which would import Dynamo here: its graph takes the result and no
-# call.
-note_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    found = [module for module in {m: None for root in _running() for m in root.modules()} if is_of_kernel(module)]
+    for module in found:
+        note(module, TRACED)
+        _traced.add(id(module))
+    return found
 
 
 def _running() -> list[nn.Module]:

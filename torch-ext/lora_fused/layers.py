@@ -172,8 +172,8 @@ GATED_MLP_BY_INPUT = {
 
 def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if _is_compiling():
-        last_call.note_trace()
-        return type(module).forward(module, x)
+        y = compiled.gated_mlp(module, x)
+        return type(module).forward(module, x) if isinstance(y, Fallback) else y
     reason = _unusual_reason(x)
     if reason is None:
         call = CallContext.of(x)
@@ -235,7 +235,7 @@ class LoraExperts(nn.Module):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if _is_compiling():
-            last_call.note_trace()
+            compiled.begin()
             return type(self).forward(self, x, *args, **kwargs)
         reason = _unusual_reason(x) or replaced.linear_reason()
         if reason is None:

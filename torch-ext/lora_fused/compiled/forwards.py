@@ -9,26 +9,28 @@ from torch import Tensor, nn
 
 from .. import last_call
 from ..call_context import FORWARD, CallContext
-from ..peft import base_layer, embedding as peft_embedding, linear as peft_linear, linear_call, replaced
+from ..peft import base_layer, embedding as peft_embedding, gated_mlp as peft_gated_mlp, linear as peft_linear, linear_call, replaced
 from ..specs import Fallback
 from . import ops
 
 
-def _begin() -> tuple[str | None, str | None]:
+def begin() -> tuple[str | None, str | None]:
     """Why a linear's and an embedding's call that is traced now is PEFT's. Dynamo runs this and takes the result for a
     constant; what may change later is compared again where Dynamo guards it. It looks at all that a forward will ask
     for: Dynamo knows a dict as it was when it first met it."""
     from . import inductor
 
     inductor.register()
-    last_call.note_trace()
+    for module in last_call.note_trace():
+        if last_call.is_of_kernel(module) and peft_gated_mlp.is_adapted(module):
+            peft_gated_mlp.prepare_trace(module)
     reasons = replaced.linear_reason(), replaced.embedding_reason()
     replaced.remember((*peft_linear.forwards(), *peft_embedding.forwards()))
     base_layer.remember_bases()
     return reasons
 
 
-_begin._dynamo_marked_constant = True  # type: ignore[attr-defined]
+begin._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def context_of(x: Tensor) -> CallContext:
@@ -39,7 +41,7 @@ def context_of(x: Tensor) -> CallContext:
 
 
 def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
-    reason, _ = _begin()
+    reason, _ = begin()
     if reason is not None:
         return Fallback(reason)
     if not replaced.linear_is_genuine():
@@ -63,7 +65,7 @@ def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | 
 
 
 def embedding(module: nn.Module, ids: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
-    _, reason = _begin()
+    _, reason = begin()
     if reason is not None:
         return Fallback(reason)
     if not replaced.embedding_is_genuine():
@@ -76,3 +78,22 @@ def embedding(module: nn.Module, ids: Tensor, args: tuple, kwargs: dict) -> Tens
         return Fallback(reason)
     table, scaling, padding_idx, scale = state
     return ops.traced_embedding(ids, list(table), scaling, padding_idx, scale)
+
+
+def gated_mlp(module: nn.Module, x: Tensor) -> Tensor | Fallback:
+    reason, _ = begin()
+    if reason is not None:
+        return Fallback(reason)
+    if not replaced.linear_is_genuine():
+        return Fallback("a function that PEFT calls is replaced")
+    state = peft_gated_mlp.read_mlp(module, x, context_of(x))
+    if isinstance(state, Fallback):
+        return state
+    operands, scalings, dropouts, stored = [], [], [], []
+    for of, scaling, spec in (*state.inputs, state.output):
+        operands += of
+        scalings.append(scaling)
+        dropouts.append(spec.dropout)
+        stored += ops.packed(spec)
+    y = ops.traced_gated_mlp(x, operands, scalings, dropouts, stored, state.activation, state.gate_half)
+    return y if state.result_dtype is None else y.to(state.result_dtype)

@@ -64,7 +64,7 @@ def _traced_delta(base: Tensor, x: Tensor, operands, scaling: float, dropout: fl
 
 def _traced_gated_mlp(x: Tensor, operands, scalings, dropouts, stored, activation: str, gate_half: int) -> Tensor:
     *inputs, output = _projections(operands, scalings, dropouts, stored)
-    return dispatch.compute_gated(x, inputs, output, activation, gate_half)
+    return dispatch.compute_gated(x, inputs, output, activation, gate_half, backend=select.NATIVE)
 
 
 def _traced_embedding(ids: Tensor, table, scaling: float, padding_idx: int | None, scale: float) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class _Recognised(NamedTuple):
     dtype: torch.dtype | None  # of the weights, where the structure may depend on it
 
 
+_is_traced = torch.compiler.is_dynamo_compiling
 _PLAIN = (types.FunctionType, types.BuiltinFunctionType)
 _recognised: weakref.WeakKeyDictionary[nn.Module, _Recognised] = weakref.WeakKeyDictionary()
 # What activations are made of, as far as others replace it: a new tuple whenever one of them is another.
@@ -72,6 +73,76 @@ def structure_of(module: nn.Module) -> GatedMLP | Fallback:
         code = getattr(forward, "__code__", None)
         known = _Recognised(structure, forward, code, functions, activations, attributes, dtype)
         _recognised[module] = known
+    return known.structure
+
+
+class TracedMLP(NamedTuple):
+    """What Dynamo reads of a gated MLP, on the module itself: it compares values with what it read before, so that all
+    modules of one kind have one graph. activations: name, class and attributes of each module. attributes: functions
+    on the module."""
+
+    structure: GatedMLP
+    forward: Callable
+    functions: tuple[Callable, ...]
+    activations: tuple[tuple[str, type, tuple[tuple[str, Any], ...]], ...]
+    attributes: tuple[tuple[str, Callable], ...]
+
+
+TRACED = "_lora_fused_mlp"  # the attribute
+_VALUES = (int, float, str, type(None))
+
+
+def prepare_trace(module: nn.Module) -> None:
+    """Puts a `TracedMLP` on a module that Dynamo may trace, or takes it away where it would not do."""
+    module.__dict__.pop(TRACED, None)
+    structure = structure_of(module)
+    if isinstance(structure, Fallback) or structure.dtype is not None:
+        return
+    activations = []
+    for name in structure.activation_modules:
+        part = module._modules[name]
+        # `training` apart, which no gated MLP depends on.
+        state = {key: value for key, value in vars(part).items() if key not in vars(_BARE) and key != "forward"}
+        if any([*part.parameters(), *part.buffers(), *part.children()]) or not _are_values(state.values()):
+            return
+        activations.append((name, type(part), tuple(state.items())))
+    attributes = tuple((name, each) for name, each in vars(module).items() if isinstance(each, _PLAIN))
+    forward, functions = type(module).forward, _current_functions()
+    vars(module)[TRACED] = TracedMLP(structure, forward, functions, tuple(activations), attributes)
+
+
+_BARE = nn.Module()
+
+
+def _are_values(values: Iterable[object]) -> bool:
+    return all([type(value) is bool or isinstance(value, _VALUES) for value in values])
+
+
+def _traced_structure(module: nn.Module) -> GatedMLP | Fallback:
+    """`structure_of` for Dynamo."""
+    known = module.__dict__.get(TRACED)
+    if known is None or type(module).forward is not known.forward:
+        return Fallback("not a gated MLP")
+    silu, gelu, relu, sigmoid, tanh, plain_relu = known.functions
+    if (
+        F.silu is not silu
+        or F.gelu is not gelu
+        or F.relu is not relu
+        or torch.sigmoid is not sigmoid
+        or torch.tanh is not tanh
+        or torch.relu is not plain_relu
+    ):
+        return Fallback("a function that its activation may call is replaced")
+    for name, cls, state in known.activations:
+        part = module._modules[name]
+        if type(part) is not cls:
+            return Fallback(f"{name} is another")
+        for key, value in state:
+            if getattr(part, key) != value:
+                return Fallback(f"{name}.{key} has changed")
+    for name, function in known.attributes:
+        if module.__dict__.get(name) is not function:
+            return Fallback(f"{name} is another")
     return known.structure
 
 
@@ -133,7 +204,7 @@ def small_reason(module: nn.Module, x: Tensor, call: CallContext) -> str | None:
 def read_mlp(module: nn.Module, x: Tensor, call: CallContext, check_features: bool = True) -> AdaptedMLP | Fallback:
     """What a gated MLP computes for x; without
     `check_features` for any x of its dtype and device."""
-    structure = structure_of(module)
+    structure = _traced_structure(module) if _is_traced() else structure_of(module)
     if isinstance(structure, Fallback):
         return structure
     if x.is_nested:

@@ -91,7 +91,7 @@ def linear_kinds() -> dict[type, Kind]:
 
 def is_lora_linear(module: nn.Module) -> bool:
     """Whether a module is one of PEFT's LoRA linears itself and no subclass, which may compute otherwise."""
-    return type(module) in linear_kinds()
+    return type(module) in (_kinds or linear_kinds())
 
 
 _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
