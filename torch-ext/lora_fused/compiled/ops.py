@@ -49,15 +49,28 @@ def _projections(operands, scalings, dropouts, stored) -> tuple[Projection, ...]
     found = []
     for i, (scaling, dropout) in enumerate(zip(scalings, dropouts)):
         of = Operands(*operands[size * i : size * (i + 1)])
-        found.append(Projection(of, scaling, _unpacked(stored[_SIZE * i : _SIZE * (i + 1)], float(dropout))))
+        spec = _unpacked(stored[_SIZE * i : _SIZE * (i + 1)], float(dropout))
+        if isinstance(scaling, torch.SymFloat) and of.lora_b is not None:
+            bias, scaling = of.lora_bias, _kept(scaling, of.lora_b)
+            if isinstance(scaling, torch.SymFloat):
+                of = of._replace(lora_b=of.lora_b * scaling, lora_bias=None if bias is None else bias * scaling)
+                scaling = 1.0
+        found.append(Projection(of, float(scaling), spec))
     return tuple(found)
 
 
-def _traced_linear(x: Tensor, operands, scaling: float, dropout: float, stored) -> Tensor:
-    return dispatch.compute_group(x, _projections(operands, [scaling], [dropout], stored), backend=select.NATIVE)[0]
+def _kept(scaling, lora_b: Tensor):
+    """A scaling that has changed is a symbol from then on, so that a graph serves all values. It is multiplied into B,
+    which in float16 may leave the range; there each value has its graph."""
+    return float(scaling) if lora_b.dtype == torch.float16 else scaling
 
 
-def _traced_delta(base: Tensor, x: Tensor, operands, scaling: float, dropout: float, stored, promotes: bool) -> Tensor:
+def _traced_linear(x: Tensor, operands, scaling, dropout: float, stored) -> Tensor:
+    projections = _projections(operands, [scaling], [dropout], stored)
+    return dispatch.compute_group(x, projections, backend=select.NATIVE)[0]
+
+
+def _traced_delta(base: Tensor, x: Tensor, operands, scaling, dropout: float, stored, promotes: bool) -> Tensor:
     (projection,) = _projections(operands, [scaling], [dropout], stored)
     return functional_delta.add_delta(base, x, projection, promotes)
 
@@ -67,15 +80,20 @@ def _traced_gated_mlp(x: Tensor, operands, scalings, dropouts, stored, activatio
     return dispatch.compute_gated(x, inputs, output, activation, gate_half, backend=select.NATIVE)
 
 
-def _traced_embedding(ids: Tensor, table, scaling: float, padding_idx: int | None, scale: float) -> Tensor:
-    return functional_embedding.compute_embedding(ids, EmbeddingOperands(*table), scaling, padding_idx, scale)
+def _traced_embedding(ids: Tensor, table, scaling, padding_idx: int | None, scale: float) -> Tensor:
+    of = EmbeddingOperands(*table)
+    if isinstance(scaling, torch.SymFloat):
+        scaling = _kept(scaling, of.lora_b)
+    if isinstance(scaling, torch.SymFloat):
+        of, scaling = of._replace(lora_b=of.lora_b * scaling), 1.0
+    return functional_embedding.compute_embedding(ids, of, scaling, padding_idx, scale)
 
 
 for _schema, _kernel in (
-    ("traced_linear(Tensor x, Tensor?[] operands, float scaling, float dropout, int[] stored) -> Tensor", _traced_linear),
-    ("traced_delta(Tensor base, Tensor x, Tensor?[] operands, float scaling, float dropout, int[] stored, bool promotes) -> Tensor", _traced_delta),
-    ("traced_gated_mlp(Tensor x, Tensor?[] operands, float[] scalings, float[] dropouts, int[] stored, str activation, int gate_half) -> Tensor", _traced_gated_mlp),
-    ("traced_embedding(Tensor ids, Tensor?[] table, float scaling, int? padding_idx, float scale) -> Tensor", _traced_embedding),
+    ("traced_linear(Tensor x, Tensor?[] operands, Scalar scaling, float dropout, int[] stored) -> Tensor", _traced_linear),
+    ("traced_delta(Tensor base, Tensor x, Tensor?[] operands, Scalar scaling, float dropout, int[] stored, bool promotes) -> Tensor", _traced_delta),
+    ("traced_gated_mlp(Tensor x, Tensor?[] operands, Scalar[] scalings, float[] dropouts, int[] stored, str activation, int gate_half) -> Tensor", _traced_gated_mlp),
+    ("traced_embedding(Tensor ids, Tensor?[] table, Scalar scaling, int? padding_idx, float scale) -> Tensor", _traced_embedding),
 ):
     _library.define(_schema)
     _library.impl(_schema.partition("(")[0], _kernel, "CompositeImplicitAutograd")
