@@ -9,16 +9,25 @@ from torch import Tensor, nn
 
 from .. import last_call
 from ..call_context import FORWARD, CallContext
-from ..peft import base_layer, embedding as peft_embedding, gated_mlp as peft_gated_mlp, linear as peft_linear, linear_call, replaced
+from ..peft import (
+    base_layer,
+    embedding as peft_embedding,
+    gated_mlp as peft_gated_mlp,
+    linear as peft_linear,
+    linear_call,
+    replaced,
+)
 from ..specs import Fallback
 from . import ops
+
+_REPLACED = Fallback("a function that PEFT calls is replaced")
 
 
 def begin() -> tuple[str | None, str | None]:
     """Why a linear's and an embedding's call that is traced now is PEFT's. Dynamo runs this and takes the result for a
     constant; what may change later is compared again where Dynamo guards it. It looks at all that a forward will ask
     for: Dynamo knows a dict as it was when it first met it."""
-    from . import inductor
+    from . import inductor  # which imports torch._inductor, so where something is compiled alone
 
     inductor.register()
     for module in last_call.note_trace():
@@ -41,11 +50,13 @@ def context_of(x: Tensor) -> CallContext:
 
 
 def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
+    """One of PEFT's linears as one op, its base called before where somebody else has to make the product."""
     reason, _ = begin()
     if reason is not None:
         return Fallback(reason)
     if not replaced.linear_is_genuine():
-        return Fallback("a function that PEFT calls is replaced")
+        return _REPLACED
+    replaced.guard_forwards(peft_linear.parts_of(module))
     state = peft_linear.read_linear(module)
     if isinstance(state, Fallback):
         return state
@@ -65,11 +76,13 @@ def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | 
 
 
 def embedding(module: nn.Module, ids: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
+    """PEFT's embedding as one op."""
     _, reason = begin()
     if reason is not None:
         return Fallback(reason)
     if not replaced.embedding_is_genuine():
-        return Fallback("a function that PEFT calls is replaced")
+        return _REPLACED
+    replaced.guard_forwards(peft_linear.parts_of(module))
     state = peft_embedding.read_embedding(module)
     if isinstance(state, Fallback):
         return state
@@ -81,15 +94,18 @@ def embedding(module: nn.Module, ids: Tensor, args: tuple, kwargs: dict) -> Tens
 
 
 def gated_mlp(module: nn.Module, x: Tensor) -> Tensor | Fallback:
+    """A gated MLP as one op."""
     reason, _ = begin()
     if reason is not None:
         return Fallback(reason)
     if not replaced.linear_is_genuine():
-        return Fallback("a function that PEFT calls is replaced")
+        return _REPLACED
+    replaced.guard_forwards(peft_gated_mlp.parts_of(module))
     state = peft_gated_mlp.read_mlp(module, x, context_of(x))
     if isinstance(state, Fallback):
         return state
-    operands, scalings, dropouts, stored = [], [], [], []
+    operands: list[Tensor | None] = []
+    scalings, dropouts, stored = [], [], []
     for of, scaling, spec in (*state.inputs, state.output):
         operands += of
         scalings.append(scaling)
