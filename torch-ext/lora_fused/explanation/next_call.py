@@ -85,14 +85,20 @@ class Model:
 
     def _is_in_graph(self, module: nn.Module) -> bool:
         """Whether its next call is a graph's, as far as its last one and the model tell."""
-        if last_call.is_of_kernel(module) and last_call.of(module) is last_call.TRACED:
+        called = self._called(module)
+        if last_call.is_of_kernel(called) and last_call.of(called) is last_call.TRACED:
             return True
-        return module in self.compiled and not last_call.ran_since_trace(module)
+        return module in self.compiled and not last_call.ran_since_trace(called)
+
+    def _called(self, module: nn.Module) -> nn.Module:
+        """Whose last call computed a module: its own, its gated MLP's or its outermost wrapper's."""
+        parent = self.parents.get(module)
+        if parent is not None and last_call.of(parent) is None:
+            return parent
+        return self.outermost.get(module, module)
 
     def _last(self, module: nn.Module) -> str | None:
-        parent = self.parents.get(module)
-        in_mlp = parent is not None and last_call.of(parent) is None
-        note = None if in_mlp else last_call.of(self.outermost.get(module, module))
+        note = last_call.of(self._called(module))
         return FUSED if note is None else None if note is last_call.NEVER else note
 
     def _next_call(self, module: nn.Module, name: str) -> Row:
