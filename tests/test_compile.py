@@ -1,0 +1,306 @@
+"""Layers and models by torch.compile: what is in the graphs, and results and gradients against PEFT's."""
+
+import contextlib
+import copy
+import itertools
+
+import pytest
+import torch
+from helpers.cases import (
+    CASES,
+    DEVICE,
+    DTYPES,
+    VARIANTS,
+    Case,
+    DrawnDropout,
+    assert_as_good,
+    peft_linear,
+    randomise_adapters,
+    tiny_llama,
+)
+from helpers.compiling import (
+    FUSED_BLOCK,
+    INDUCTOR,
+    Graphs,
+    assert_same,
+    block,
+    fresh_compiler,
+    results,
+    x_of,
+)
+from helpers.kernelizing import explain, kernelized
+from helpers.llamas import passed, tokens
+from helpers.quantized import eight_bit, llama as four_bit_llama, replace
+from peft import LoraConfig, get_peft_model
+
+AUTOCAST = {"plain": None, "autocast": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    with fresh_compiler():
+        yield
+
+
+# ---- one linear ----
+
+
+def layer_cases():
+    """Every variant of every case once, dtypes in turn; all others are slow."""
+    ways = itertools.cycle((*dtypes, autocast) for autocast in AUTOCAST for dtypes in DTYPES)
+    for variant, case in itertools.product(VARIANTS, CASES):
+        if case.lead or not VARIANTS[variant].get("use_dora"):  # of a vector PEFT's DoRA makes a matrix
+            chosen = next(ways)
+            for base, adapter in DTYPES:
+                for autocast in AUTOCAST:
+                    marks = () if (base, adapter, autocast) == chosen else pytest.mark.slow
+                    names = "-".join(str(dtype).removeprefix("torch.") for dtype in (base, adapter))
+                    given = variant, case, base, adapter, autocast
+                    yield pytest.param(*given, marks=marks, id=f"{variant}-{case}-{names}-{autocast}")
+
+
+def run(model, x, dy, autocast=None):
+    """Output and every gradient of one forward and backward, by name."""
+    torch.manual_seed(3)
+    x = x.detach().clone().requires_grad_()
+    with torch.autocast(DEVICE, dtype=autocast) if autocast else contextlib.nullcontext():
+        y = model(x)
+    y.backward(dy.to(y.dtype))
+    return {"y": y, "dx": x.grad, **{name: p.grad for name, p in model.named_parameters() if p.requires_grad}}
+
+
+@pytest.mark.parametrize("variant,case,base,adapter,autocast", list(layer_cases()))
+def test_a_linear(lora_fused, variant, case, base, adapter, autocast):
+    """As good as PEFT's, in eager, in the same dtype, both with one mask: one op, and nothing of PEFT's beside it."""
+    model, _ = peft_linear(case, base, adapter, DEVICE, **VARIANTS[variant])
+    x = torch.randn(*case.lead, case.k, device=DEVICE).to(base)
+    dy = torch.randn(*case.lead, case.n, device=DEVICE).to(base)
+    plain = copy.deepcopy(model)
+    drop = plain.base_model.model.proj.lora_dropout
+    if isinstance(drop["default"], torch.nn.Dropout):
+        torch.manual_seed(3)
+        drop["default"] = DrawnDropout(lora_fused, drop["default"].p, x.shape, DEVICE)
+    truth = run(copy.deepcopy(plain).double(), x.double(), dy.double())
+    theirs = run(plain, x, dy, AUTOCAST[autocast])
+    ours, graphs = kernelized(lora_fused, model), Graphs(lora_fused)
+    ours.compile(backend=graphs, fullgraph=True, dynamic=False)
+    found = run(ours, x, dy, AUTOCAST[autocast])
+    assert graphs.ops == {"traced_linear": 1}
+    assert found.keys() == theirs.keys()
+    for name, value in found.items():
+        assert_as_good(name, value, theirs[name], truth[name], AUTOCAST[autocast] or base)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("config", (dict(), dict(lora_bias=True)), ids=("lora", "lora_bias"))
+def test_a_mask_is_that_of_its_backward(lora_fused, dtype, config):
+    """y - base is linear in A, so <dA, A> = <dy, y - base> where both see one mask. Masks differ from call to call, and
+    are equal under one seed."""
+    model, layer = peft_linear(Case((40,), 48, 32, 4), dtype, dtype, DEVICE, lora_dropout=0.4, **config)
+    if config:
+        torch.nn.init.zeros_(layer.lora_B["default"].bias)
+    ours, graphs = kernelized(lora_fused, model), Graphs(lora_fused)
+    ours.compile(backend=graphs, fullgraph=True)
+    x, dy = torch.randn(40, 48, device=DEVICE, dtype=dtype), torch.randn(40, 32, device=DEVICE, dtype=dtype)
+    (a,) = [p for name, p in ours.named_parameters() if "lora_A" in name]
+    base, drawn = layer.base_layer(x), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        for _ in range(2):
+            y = ours(x)
+            (da,) = torch.autograd.grad(y, a, dy)
+            expected = (dy.double() * (y - base).double()).sum()
+            torch.testing.assert_close((da.double() * a.double()).sum(), expected, rtol=1e-5, atol=0)
+            drawn.append(y.detach())
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
+    different = (drawn[0], drawn[1], drawn[4], drawn[5])
+    assert not any(torch.equal(*pair) for pair in itertools.combinations(different, 2))
+
+
+# ---- several linears and a gated MLP ----
+
+
+BLOCKS = {
+    "lora": {},
+    "bias": dict(bias="all"),
+    "lora_bias": dict(lora_bias=True),
+    "rslora": dict(use_rslora=True),
+    "dora": dict(use_dora=True),
+    "dora, bias": dict(use_dora=True, bias="all"),
+    "patterns": dict(rank_pattern={"q_proj": 2, "up_proj": 7}, alpha_pattern={"down_proj": 3}),
+}
+
+
+@pytest.mark.parametrize("config", BLOCKS.values(), ids=BLOCKS)
+def test_a_block(lora_fused, config):
+    """One op a linear, one a gated MLP, and native ops alone behind them, forward and backward."""
+    model, graphs = block(**config), Graphs(lora_fused)
+    ours = kernelized(lora_fused, model, "cpu")
+    ours.compile(backend=graphs, fullgraph=True)
+    assert_same(results(ours, x_of()), results(model, x_of()))
+    assert graphs.ops == FUSED_BLOCK
+    if not INDUCTOR:
+        forward, backward = graphs.native
+        assert forward["lora_forward"] == 4 and forward["gated_forward"] == 1
+        assert backward["lora_backward"] == 4 and backward["gated_backward"] == 1
+
+
+@pytest.mark.parametrize("trained", ("x", "no x", "nothing"))
+@pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode, None), ids=("no_grad", "inference", "grad"))
+def test_what_needs_a_gradient(lora_fused, mode, trained):
+    model, graphs = block(), Graphs(lora_fused)
+    for p in model.parameters():
+        p.requires_grad_(p.requires_grad and trained != "nothing")
+    ours = kernelized(lora_fused, model, "cpu")
+    ours.compile(backend=graphs, fullgraph=True)
+    x = x_of()
+    x.requires_grad_(trained == "x")
+    found = []
+    for each in (ours, model):
+        with mode() if mode else contextlib.nullcontext():
+            y = each(x)
+        assert y.requires_grad == (mode is None and trained != "nothing")
+        grads = torch.autograd.grad(y.square().sum(), [p for p in each.parameters() if p.requires_grad]) if (
+            y.requires_grad
+        ) else ()  # fmt: skip
+        found.append([y, *grads])
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
+    assert graphs.ops == FUSED_BLOCK
+
+
+def test_dropout_in_a_block(lora_fused):
+    """Under the same seed the masks are those of an eager model's first call, in which no siblings are known yet."""
+    model, graphs = block(lora_dropout=0.3), Graphs(lora_fused, "aot_eager")
+    ours, eager = (kernelized(lora_fused, model, "cpu") for _ in range(2))
+    ours.compile(backend=graphs, fullgraph=True)
+    assert_same(results(ours, x_of()), results(eager, x_of()))
+    assert graphs.ops == FUSED_BLOCK
+
+
+# ---- Llamas ----
+
+
+def adapted(base, **config):
+    model = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", **config}))
+    randomise_adapters(model, next(base.parameters()).dtype)
+    return model.train()
+
+
+def whole(model, graphs):
+    model.compile(backend=graphs, fullgraph=True)
+
+
+def by_layer(model, graphs):
+    for layer in model.base_model.model.model.layers:
+        layer.compile(backend=graphs, fullgraph=True)
+
+
+def by_regions(model, graphs):
+    """As accelerate's `use_regional_compilation`; the model is another one."""
+    from accelerate.utils import compile_regions
+
+    return compile_regions(model, backend=graphs, fullgraph=True)
+
+
+def hold_llama(lora_fused, model, compiled, ops, ids=None, tolerance=1e-9):
+    """Loss and all gradients of a model that is compiled are PEFT's, and its graphs have `ops`."""
+    ids = tokens() if ids is None else ids
+    ours, graphs = kernelized(lora_fused, model), Graphs(lora_fused)
+    ours = compiled(ours, graphs) or ours
+    for mine, theirs in zip(passed(ours, ids), passed(model, ids), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance * (1.0 + theirs.abs().max().item()))
+    assert graphs.ops == ops
+    return ours
+
+
+LLAMA = dict(traced_linear=8, traced_gated_mlp=2)
+LAYER = dict(traced_linear=4, traced_gated_mlp=1)
+
+
+def test_a_llama_whole(lora_fused):
+    rows = explain(lora_fused, hold_llama(lora_fused, adapted(tiny_llama(torch.float64)), whole, LLAMA))
+    assert {row.backend for row in rows} == {"native, compiled"}
+
+
+@pytest.mark.parametrize("compiled", (by_layer, by_regions), ids=lambda f: f.__name__)
+def test_a_llama_by_layer(lora_fused, compiled):
+    """One graph for layers whose x has a gradient, and one for the first."""
+    model = adapted(tiny_llama(torch.float64, num_hidden_layers=3, use_cache=False))
+    hold_llama(lora_fused, model, compiled, dict(traced_linear=8, traced_gated_mlp=2))
+
+
+@pytest.mark.parametrize("config", (dict(bias="all"), dict(use_dora=True)), ids=("bias", "dora"))
+def test_variants_of_llamas(lora_fused, config):
+    base = tiny_llama(torch.float64, num_hidden_layers=1, attention_bias=True)
+    hold_llama(lora_fused, adapted(base, **config), whole, LAYER)
+
+
+def test_an_embedding(lora_fused):
+    model = adapted(
+        tiny_llama(torch.float64, num_hidden_layers=1), target_modules=["embed_tokens", "q_proj", "lm_head"],
+        use_dora=True,
+    )  # fmt: skip
+    hold_llama(lora_fused, model, whole, dict(traced_embedding=1, traced_linear=2))
+
+
+@pytest.mark.parametrize("dora", (False, True))
+def test_four_bits(lora_fused, dora):
+    model, ids = four_bit_llama(DEVICE, use_dora=dora)
+    hold_llama(lora_fused, model, whole, LLAMA, ids, 1e-4)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="bitsandbytes' int8 product on a GPU is not traced")
+def test_a_base_that_is_called(lora_fused):
+    """bitsandbytes' int8 product beside a fused delta."""
+    base = replace(tiny_llama(torch.float32, num_hidden_layers=1), eight_bit, ["q_proj", "v_proj"])
+    model = adapted(base, target_modules=["q_proj", "v_proj", "o_proj"])
+    hold_llama(lora_fused, model, whole, dict(traced_delta=2, traced_linear=1), tolerance=1e-4)
+
+
+def test_weights_that_are_stored_the_other_way(lora_fused):
+    """GPT-2's Conv1D."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0
+    )
+    base = transformers.GPT2LMHeadModel(config).double()
+    model = adapted(base, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True)
+
+    def the_layer(model, graphs):
+        model.base_model.model.transformer.h[0].compile(backend=graphs, fullgraph=True)
+
+    hold_llama(lora_fused, model, the_layer, dict(traced_linear=4))
+
+
+# ---- what is PEFT's ----
+
+
+def two_adapters(model):
+    model.base_model.set_adapter(["default", "other"])
+
+
+def merged(model):
+    model.merge_adapter()
+
+
+def disabled(model):
+    model.disable_adapter_layers()
+
+
+def hooked(model):
+    for module in model.modules():
+        if type(module).__name__ == "Linear" and hasattr(module, "lora_A"):
+            module.lora_A["default"].register_forward_hook(lambda module, args, result: 1.5 * result)
+
+
+@pytest.mark.parametrize("change", (two_adapters, merged, disabled, hooked), ids=lambda f: f.__name__)
+def test_fallbacks(lora_fused, change):
+    """PEFT's own operations, in one graph as PEFT's are."""
+    model, graphs = block(others=["other"]), Graphs(lora_fused)
+    change(model)
+    ours = kernelized(lora_fused, model, "cpu")
+    ours.compile(backend=graphs, fullgraph=True)
+    assert_same(results(ours, x_of()), results(model, x_of()), 0.0 if not INDUCTOR else 1e-11)
+    assert graphs.traced and not graphs.ops
