@@ -91,7 +91,7 @@ def gated_mlp(module: nn.Module, x: Tensor) -> Tensor | Fallback:
         return state
     operands, scalings, dropouts, stored = [], [], [], []
     for of, scaling, spec in (*state.inputs, state.output):
-        operands += of
+        operands += list(of)
         scalings.append(scaling)
         dropouts.append(spec.dropout)
         stored += ops.packed(spec)

@@ -260,7 +260,8 @@ def _dropping_reason(name: str, dropout: nn.Module) -> str | None:
 def _read_part(part: nn.Module) -> peft_linear.AdaptedLinear | Fallback:
     if not peft_linear.is_lora_linear(part):
         return peft_linear.read_plain(part)
-    if getattr(part.__dict__.get("forward"), "__func__", None) not in GROUPED:
+    bound = part.__dict__.get("forward")
+    if not isinstance(bound, types.MethodType) or bound.__func__ not in GROUPED:
         return Fallback("not kernelized")
     watched = replaced.hooks_reason("the layer", part)
     return Fallback(watched) if watched else peft_linear.read_linear(part)

@@ -255,7 +255,8 @@ def bypass_reason(names: Sequence[str], parts: Sequence[nn.Module | None]) -> st
 
 def is_own(bound: Any, part: nn.Module) -> bool:
     """Whether a forward on an instance is that of its class, as `kernelize` leaves it where there is no kernel."""
-    return getattr(bound, "__func__", None) is type(part).forward and bound.__self__ is part
+    # Not `getattr` with a default, which Dynamo of torch 2.11 always gives.
+    return isinstance(bound, types.MethodType) and bound.__func__ is type(part).forward and bound.__self__ is part
 
 
 def _moves_inputs_alone(part: nn.Module) -> bool:
