@@ -97,6 +97,11 @@ def test_four_bits(lora_fused, dora):
     check(siblings, three, (1, 1, 0), 1e-5)
 
 
+def test_norms_that_the_forward_does_not_make(lora_fused, monkeypatch):
+    monkeypatch.setattr(lora_fused.backends.select, "norm_is_native", lambda *_: False)
+    check(Siblings(lora_fused, GROUPS["DoRA"]), three, (1, 1, 0))
+
+
 def test_exact_adapters(lora_fused):
     """bf16x3: t holds three columns a rank."""
     siblings = Siblings(lora_fused, GROUPS["LoRA"], torch.bfloat16, bf16x3=True, adapter=torch.float32)
@@ -167,8 +172,8 @@ def read_elsewhere(x, call):
 
 
 @pytest.mark.parametrize("body,forward,backward", (
-    (cut_off, 1, 1), (of_no_gradient, 1, 1), (of_a_gradient_in_part, 1, 2), (of_two_inputs, 2, 2), (of_a_result, 3, 3), (of_a_sum_at_once, 2, 2),
-    (read_elsewhere, 1, 1),
+    (cut_off, 1, 1), (of_no_gradient, 1, 1), (of_a_gradient_in_part, 1, 2), (of_two_inputs, 2, 2), (of_a_result, 3, 3),
+    (of_a_sum_at_once, 2, 2), (read_elsewhere, 1, 1),
 ))  # fmt: skip
 @pytest.mark.parametrize("group", ("LoRA", "DoRA"))
 def test_uses(lora_fused, body, forward, backward, group):
@@ -217,8 +222,8 @@ def test_a_part_of_the_sum_of_dx_is_used_elsewhere(lora_fused, after):
     assert apart.counts() == (3, 3, 0) and merged.counts() == (1, 3, 0)
 
 
-class Checkpointed(Compiled):
-    """By Dynamo, which tags what a checkpoint computes again."""
+class ByDynamo(Compiled):
+    """Which tags what a checkpoint computes again, and knows sizes that change."""
 
     def __init__(self, lora_fused, function, merges):
         super().__init__(lora_fused, function, merges)
@@ -265,9 +270,26 @@ def test_checkpoints(lora_fused, policy, counts, group):
 
         return checkpoints.checkpoint(block, x, use_reentrant=False, **options) + x.exp().sum()
 
-    merged = Checkpointed(lora_fused, function, merges=True)
+    merged = ByDynamo(lora_fused, function, merges=True)
     assert_same(siblings.run(merged.function), siblings.run(function), 1e-13)
     assert merged.counts()[:2] == counts
+
+
+@pytest.mark.parametrize("group", ("dropout", "DoRA"))
+def test_sizes_that_change(lora_fused, group):
+    siblings = Siblings(lora_fused, GROUPS[group])
+    single = torch._dynamo.allow_in_graph(siblings.single())
+
+    def function(x, *flat):
+        h = x.sin()
+        return squares(*(single(i, h, *flat) for i in range(3))) + h.sum()
+
+    merged = ByDynamo(lora_fused, function, merges=True)
+    for tokens in (5, 3):
+        siblings.x = siblings.x.detach()[:, :tokens].clone().requires_grad_()
+        torch._dynamo.mark_dynamic(siblings.x, 1)
+        assert_same(siblings.run(merged.function), siblings.run(function), 1e-13)
+    assert merged.counts()[:2] == (1, 1)
 
 
 def test_seeds_of_all_masks_are_one_draw(lora_fused):
