@@ -129,9 +129,9 @@ def dora_scales(
 
 
 def as_magnitude(magnitude: Tensor) -> Tensor:
-    """As the native ops take it: contiguous, in float32."""
+    """As the native ops take it: contiguous, in float32, no part of a graph where that is a copy."""
     plain = magnitude.dtype == torch.float32 and magnitude.is_contiguous()
-    return magnitude if plain else magnitude.float().contiguous()
+    return magnitude if plain else magnitude.detach().float().contiguous()
 
 
 @torch.library.register_fake(add_op_namespace_prefix("dequantize_4bit"))
