@@ -210,8 +210,7 @@ def test_uses(lora_fused, body, forward, backward, group):
 
 def test_an_x_that_is_cast_for_each(lora_fused):
     def body(x, call):
-        h = x.sin()
-        return squares(*(call(i, h.to(torch.bfloat16)).float() for i in range(3))) + h.sum()
+        return squares(*(call(i, x.to(torch.bfloat16)).float() for i in range(3)))
 
     siblings = Siblings(lora_fused, dtype=torch.bfloat16)
     siblings.x = siblings.x.detach().float().requires_grad_()
@@ -342,6 +341,11 @@ def test_a_gated_mlp_draws_with_the_others(lora_fused):
     merged = Compiled(lora_fused, function, merges=True)
     results = siblings.run(merged.function)
     assert merged.counts() == (1, 1, 1) and all(each.isfinite().all() for each in results)
+    forward = merged.graphs[0].graph
+    (draw,) = forward.find_nodes(op="call_function", target=torch.ops.aten.randint.low)
+    parts = [set(range(node.args[3], node.args[3] + node.args[1][0])) for node in draw.users if node.op != "output"]
+    assert sorted(map(len, parts)) == [2, 3] and not set.intersection(*parts)
+    assert set.union(*parts) <= set(range(draw.args[2][0]))
 
 
 def test_seeds_that_are_given_out_stay(lora_fused):
