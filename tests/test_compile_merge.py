@@ -71,6 +71,7 @@ def check(siblings, body, counts, tolerance=1e-13):
     merged = Compiled(siblings.lora_fused, function, merges=True)
     assert_same(siblings.run(merged.function), siblings.run(function), tolerance)
     assert merged.counts() == counts
+    return merged
 
 
 def three(x, call):
@@ -214,7 +215,9 @@ def test_an_x_that_is_cast_for_each(lora_fused):
 
     siblings = Siblings(lora_fused, dtype=torch.bfloat16)
     siblings.x = siblings.x.detach().float().requires_grad_()
-    check(siblings, body, (1, 1, 0), 2**-7)
+    backward = check(siblings, body, (1, 1, 0), 2**-7).graphs[1]
+    (output,) = backward.graph.find_nodes(op="output")
+    assert output.args[0][0].meta["val"].dtype == torch.float32  # and no cast of autograd's after the graph
 
 
 @pytest.mark.parametrize("after", (0, 1))
