@@ -24,13 +24,13 @@ LAYERS = (
     {"mapping": "which class gets which layer, for kernelize"},
     {"layers": "the forwards that kernelize binds"},
     {"shared_input": "modules that are called with one input run as one group"},
+    {"compiled": "torch.compile: calls of siblings become one"},
     {"functional": "public functions on tensors, their input errors, and the dispatch to a Function"},
     {"autograd": "the Functions, native and eager"},
     {
         "peft": "what PEFT's modules hold, and whether another tool has replaced a part of them",
         "quantization": "quantized base weights, one file a format",
     },
-    {"compiled": "torch.compile: calls of siblings become one"},
     {"backends": "who computes: native ops, Triton, plain PyTorch"},
     {
         "specs": "descriptions of projections, groups and embeddings",
