@@ -161,13 +161,8 @@ class GroupOperands(NamedTuple):
         return [m is not None or s is not None for m, s in zip(self.magnitudes, self.mag_norm_scales)]
 
 
-def when_traced() -> None:
-    """Called where the shapes that `lora_forward` gives are asked for, as compilers do; `compiled` takes its place."""
-
-
 @torch.library.register_fake(add_op_namespace_prefix("lora_forward"))
 def _lora_forward_fake(x, operands, scalings, seeds, dropouts, quantized, bf16x3):
-    when_traced()
     group = GroupOperands.of(operands, scalings)
     rows = x[..., 0].numel()
     ranks = sum(a.shape[0] for a in group.lora_a if a is not None)

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from .. import last_call
 from ..call_context import FORWARD, CallContext
-from ..peft import base_layer, embedding as peft_embedding, gated_mlp as peft_gated_mlp, linear as peft_linear, linear_call, replaced
+from ..peft import (
+    base_layer,
+    embedding as peft_embedding,
+    gated_mlp as peft_gated_mlp,
+    linear as peft_linear,
+    linear_call,
+    replaced,
+)
 from ..specs import Fallback
 from . import ops
 
@@ -18,9 +25,6 @@ def begin() -> tuple[str | None, str | None]:
     """Why a linear's and an embedding's call that is traced now is PEFT's. Dynamo runs this and takes the result for a
     constant; what may change later is compared again where Dynamo guards it. It looks at all that a forward will ask
     for: Dynamo knows a dict as it was when it first met it."""
-    from . import inductor
-
-    inductor.register()
     for module in last_call.note_trace():
         if last_call.is_of_kernel(module) and peft_gated_mlp.is_adapted(module):
             peft_gated_mlp.prepare_trace(module)

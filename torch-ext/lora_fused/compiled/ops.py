@@ -14,7 +14,17 @@ from torch import Tensor
 from .._ops import add_op_namespace_prefix, ops
 from ..backends import select
 from ..functional import delta as functional_delta, dispatch, embedding as functional_embedding
-from ..specs import OPERANDS_PER_PROJECTION, EightBit, EmbeddingOperands, FourBit, Operands, Projection, ProjectionSpec, Quantized
+from ..specs import (
+    OPERANDS_PER_PROJECTION,
+    EightBit,
+    EmbeddingOperands,
+    FourBit,
+    Operands,
+    Projection,
+    ProjectionSpec,
+    Quantized,
+)
+from .options import register_pass
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SIZE = 8
@@ -30,7 +40,16 @@ def packed(spec: ProjectionSpec) -> list[int]:
         return [transposed, _DENSE, 0, 0, 0, 0, 0, 0]
     n, k = quantized.shape
     if isinstance(quantized, FourBit):
-        return [transposed, _FOUR_BIT, n, k, quantized.blocksize, quantized.nested_blocksize, int(quantized.fp4), _DTYPES.index(quantized.dtype)]
+        return [
+            transposed,
+            _FOUR_BIT,
+            n,
+            k,
+            quantized.blocksize,
+            quantized.nested_blocksize,
+            int(quantized.fp4),
+            _DTYPES.index(quantized.dtype),
+        ]
     return [transposed, _EIGHT_BIT, n, k, 0, 0, 0, _DTYPES.index(quantized.dtype)]
 
 
@@ -45,6 +64,7 @@ def _unpacked(numbers: Sequence[int], dropout: float) -> ProjectionSpec:
 
 
 def _projections(operands, scalings, dropouts, stored) -> tuple[Projection, ...]:
+    register_pass()
     size = OPERANDS_PER_PROJECTION
     found = []
     for i, (scaling, dropout) in enumerate(zip(scalings, dropouts)):
@@ -90,13 +110,29 @@ def _traced_embedding(ids: Tensor, table, scaling, padding_idx: int | None, scal
 
 
 for _schema, _kernel in (
-    ("traced_linear(Tensor x, Tensor?[] operands, Scalar scaling, float dropout, int[] stored) -> Tensor", _traced_linear),
-    ("traced_delta(Tensor base, Tensor x, Tensor?[] operands, Scalar scaling, float dropout, int[] stored, bool promotes) -> Tensor", _traced_delta),
-    ("traced_gated_mlp(Tensor x, Tensor?[] operands, Scalar[] scalings, float[] dropouts, int[] stored, str activation, int gate_half) -> Tensor", _traced_gated_mlp),
-    ("traced_embedding(Tensor ids, Tensor?[] table, Scalar scaling, int? padding_idx, float scale) -> Tensor", _traced_embedding),
+    (
+        "traced_linear(Tensor x, Tensor?[] operands, Scalar scaling, float dropout, int[] stored) -> Tensor",
+        _traced_linear,
+    ),
+    (
+        "traced_delta(Tensor base, Tensor x, Tensor?[] operands, Scalar scaling, float dropout, int[] stored, bool promotes) -> Tensor",
+        _traced_delta,
+    ),
+    (
+        "traced_gated_mlp(Tensor x, Tensor?[] operands, Scalar[] scalings, float[] dropouts, int[] stored, str activation, int gate_half) -> Tensor",
+        _traced_gated_mlp,
+    ),
+    (
+        "traced_embedding(Tensor ids, Tensor?[] table, Scalar scaling, int? padding_idx, float scale) -> Tensor",
+        _traced_embedding,
+    ),
 ):
     _library.define(_schema)
     _library.impl(_schema.partition("(")[0], _kernel, "CompositeImplicitAutograd")
 
-traced_linear, traced_delta, traced_gated_mlp = ops.traced_linear.default, ops.traced_delta.default, ops.traced_gated_mlp.default
+traced_linear, traced_delta, traced_gated_mlp = (
+    ops.traced_linear.default,
+    ops.traced_delta.default,
+    ops.traced_gated_mlp.default,
+)
 traced_embedding = ops.traced_embedding.default

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ..backends import native
-
 
 def compile_options(mode: str | None = None) -> dict[str, Any]:
     """Options for `torch.compile`, which takes options or a mode and not both: a mode's options, and the pass that
@@ -33,12 +31,9 @@ def compile_options(mode: str | None = None) -> dict[str, Any]:
     return {**(modes[mode] if mode is not None else {}), "joint_custom_pre_pass": the_pass}
 
 
-def _register() -> None:
-    """Lets Inductor merge, once it is there: it has traced none of our ops before."""
+def register_pass() -> None:
+    """Lets Inductor merge, once it is there: it runs its passes on what was traced before."""
     if "torch._inductor.compile_fx" in sys.modules:
         from .inductor import register
 
         register()
-
-
-native.when_traced = _register
