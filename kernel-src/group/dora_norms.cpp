@@ -37,17 +37,14 @@ void row_norms_cuda(const std::vector<RowNorm>& norms) {
 
 namespace {
 
-void copy(const Tensor& to, const Tensor& from) { TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0)); }
-
 void row_norms(const std::vector<RowNorm>& norms) {
 #if defined(CUDA_KERNEL)
   if (!norms.empty() && norms[0].norm.is_cuda()) return row_norms_cuda(norms);
 #endif
   for (const RowNorm& of : norms) {
     if (of.fill) of.fill();
-    const Tensor norm = of.norm, scale = *of.mag_norm_scale;
-    copy(norm, row_norm_cpu(of.weight, of.a, of.b, of.scaling));
-    copy(scale, mag_norm_scale_cpu(*of.magnitude, norm));
+    row_norm_cpu(of.weight, of.a, of.b, of.scaling, of.norm);
+    mag_norm_scale_cpu(*of.magnitude, of.norm, *of.mag_norm_scale);
   }
 }
 

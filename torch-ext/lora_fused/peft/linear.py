@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..call_context import new_tuple
 from ..specs import Fallback, Operands, Projection, ProjectionSpec, Quantized
 from . import replaced
 from .base_layer import Base, fit_reason, read_base, tensor_of, tensor_reason, unread
@@ -189,7 +190,7 @@ def _read_adapter(module: nn.Module, name: str, known: AdaptedLinear | None) -> 
     if _has_any_global_hook():
         return Fallback("hooks on all modules")
     magnitude = None if dora is None else tensor_of(dora, "weight")
-    operands = Operands(base.weight, base.bias, a, b, lora_bias, magnitude, *base.scales)
+    operands = new_tuple(Operands, (base.weight, base.bias, a, b, lora_bias, magnitude, *base.scales))
     if type(scaling) is not float:
         scaling = read_scaling(scaling, b)
         if isinstance(scaling, Fallback):
@@ -202,11 +203,11 @@ def _read_adapter(module: nn.Module, name: str, known: AdaptedLinear | None) -> 
     reason = _reason_of(operands, base, transposed)
     if reason:
         return Fallback(reason)
-    projection = Projection(operands, scaling, spec)
+    projection = new_tuple(Projection, (operands, scaling, spec))
     reason = delta_reason(projection) if base.own_forward else None
     if reason:
         return Fallback(f"{reason} ({base.own_forward})")
-    return AdaptedLinear(projection, casts_input, base, module.training, kind.promotes)
+    return new_tuple(AdaptedLinear, (projection, casts_input, base, module.training, kind.promotes))
 
 
 def _read_dora(module: nn.Module, name: str) -> nn.Module | Fallback:
