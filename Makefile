@@ -63,7 +63,7 @@ test test-all:
 	set -x; OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$parallel $(SELECTED) tests
 
 # PYTHONPATH, so that they are beside what the environment has, whose other tests go on without them.
-TRAINERS := .trainers
+TRAINERS := $(CURDIR)/.trainers
 
 test-trainers: build $(TRAINERS)/stamp  ## install TRL, DeepSpeed and Liger into .trainers/ and run every recipe
 	PYTHONPATH=$(TRAINERS) OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/test_recipes.py tests/test_callback.py tests/test_liger.py
