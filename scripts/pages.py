@@ -74,6 +74,7 @@ SECTIONS = {
     "qlora table": tables.qlora_table,
     "requirements": requirements,
     "targets": targets,
+    "training table": tables.training_table,
     "versions table": lambda: version_matrix.table(json.loads(version_matrix.RESULTS.read_text())),
 }
 
