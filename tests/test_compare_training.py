@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 from conftest import ROOT
@@ -51,6 +52,12 @@ def test_training_that_is_not_pefts_has_no_speed(lora_fused, training, monkeypat
     monkeypatch.setattr(compare_training, "train", wrong)
     ways = training()[0]["ways"]
     assert ways["lora-fused"]["failed"].startswith("not PEFT's losses") and "ms" in ways["PEFT"]
+
+
+def test_training_that_is_not_fused_has_no_speed(lora_fused, training, monkeypatch):
+    monkeypatch.setattr(compare_training.kernels, "get_local_kernel", lambda _: unapplied)
+    unapplied = types.SimpleNamespace(apply=lambda model: model, record=lora_fused.record)
+    assert training()[0]["ways"]["lora-fused"]["failed"].startswith("not all of it is fused: 0 fused calls, 0 of")
 
 
 def test_training_on_a_base_in_four_bits(lora_fused, training):

@@ -187,6 +187,8 @@ def together(tmp_path):
 
     def run(command):
         launcher, *words = shlex.split(command)
+        if torch.cuda.device_count() == 1 and (launcher == "accelerate" or "--deepspeed" in words):
+            pytest.skip("needs two GPUs, or none")
         arguments = [] if torch.cuda.device_count() >= 2 else ["--cpu"]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu"} if arguments else None
         command = [*launchers[launcher], *words, *arguments]
@@ -231,15 +233,25 @@ def test_command(alone, command):
     assert_trained(command, alone(command))
 
 
-DDP = "torchrun --nproc-per-node 2 examples/train.py"  # on CPUs what accelerate's configuration comes to as well
+DDP = "torchrun --nproc-per-node 2 examples/train.py"
+FSDP2 = "accelerate launch --config_file examples/fsdp2.yaml examples/train.py"  # DDP, too, on CPUs
 
 
 @pytest.mark.parametrize(
-    "command", [pytest.param(command, marks=pytest.mark.slow if command == DDP else ()) for command in TOGETHER]
+    "command",
+    [pytest.param(command, marks=pytest.mark.slow if command in (DDP, FSDP2) else ()) for command in TOGETHER],
 )
 def test_command_of_two_processes(together, command):
     skip_without(COMMANDS[command])
     assert_trained(command, together(command))
+
+
+def test_fsdp2_by_accelerates_configuration(together):
+    """Sharded by accelerate as on GPUs, and fused in each call."""
+    out = together(FSDP2.replace("examples/train.py", str(ROOT / "tests" / "helpers" / "fsdp2_on_cpu.py")))
+    assert_trained(FSDP2, out)
+    assert "60 fused calls, 0 of the modules' own forwards" in out
+    assert out.count("LlamaDecoderLayer LlamaDecoderLayer") == 2  # in both processes
 
 
 @pytest.mark.slow
