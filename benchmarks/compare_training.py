@@ -61,14 +61,14 @@ def rows_of(case: dict, count: int, rank: int) -> list[torch.Tensor]:
     return [text[start : start + case["seq"]][None] for start in starts]
 
 
-def four_bit(model: torch.nn.Module, storage: torch.dtype) -> torch.nn.Module:
-    """`model` with its linears in NF4, double-quantized; FSDP2 shards what is stored in floating point alone."""
+def four_bit(model: torch.nn.Module) -> torch.nn.Module:
+    """`model` with its linears in NF4, double-quantized."""
     import bitsandbytes as bnb
 
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is torch.nn.Linear and name != HEAD:
-                options = dict(compress_statistics=True, quant_type="nf4", quant_storage=storage)
+                options = dict(compress_statistics=True, quant_type="nf4")
                 new = bnb.nn.Linear4bit(
                     child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16, **options
                 )
@@ -87,7 +87,7 @@ def built(case: dict, way: str, options: argparse.Namespace) -> torch.nn.Module:
     )
     model = common.build(lambda: transformers.LlamaForCausalLM(config), device=options.device)
     if case["base"] == "NF4":
-        model = four_bit(model, torch.bfloat16 if options.fsdp else torch.uint8)
+        model = four_bit(model)
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     layers = model.model.layers
