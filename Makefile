@@ -1,7 +1,7 @@
 # Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
-.PHONY: help venv build check-build demo lint format types test test-all docs compare families conformance matrix clean gpu-check bench tune \
+.PHONY: help venv build check-build demo lint format types test test-all test-trainers docs compare families conformance matrix clean gpu-check bench tune \
   build-cuda reproduce variants public-api release-dry-run
 
 ifdef PYTHON
@@ -62,10 +62,20 @@ test test-all:
 	@parallel=$$($(PYTHON) -c 'import xdist; print("-n 2 --dist loadgroup")' 2>/dev/null); \
 	set -x; OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$parallel $(SELECTED) tests
 
+# PYTHONPATH, so that they are beside what the environment has, whose other tests go on without them.
+TRAINERS := $(CURDIR)/.trainers
+
+test-trainers: build $(TRAINERS)/stamp  ## install TRL, DeepSpeed and Liger into .trainers/ and run every recipe
+	PYTHONPATH=$(TRAINERS) OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/test_recipes.py tests/test_callback.py tests/test_liger.py
+
+$(TRAINERS)/stamp: requirements-trainers.txt | $(READY)
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $(TRAINERS) -r requirements-trainers.txt
+	@touch $@
+
 families: build  ## hold every model family against PEFT and write the table of them in docs/support.md
 	OMP_NUM_THREADS=1 $(PYTHON) scripts/families_table.py --measure
 
-docs: $(READY)  ## write the parts of README.md, CARD.md and docs/ that are made from results, tests and docstrings
+docs: $(READY)  ## write the parts of the pages that are made from results, tests, docstrings and this file
 	$(PYTHON) benchmarks/charts.py
 	$(PYTHON) scripts/pages.py
 

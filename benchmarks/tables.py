@@ -142,3 +142,30 @@ def qlora_table() -> str:
             ]
             lines.append(f"| {r['variant']}, {adapter} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+TRAINING = ("benchmark_training.json", "benchmark_training_compiled.json", "benchmark_training_fsdp.json")
+
+
+def training_table() -> str:
+    """Each way to train, of those runs that there are results of."""
+    found = [result for name in TRAINING if (H200 / name).exists() for result in read(name)["results"]]
+    if not found:
+        return "No results yet: `python benchmarks/run.py training training_compiled training_fsdp`."
+    lines = [
+        "| Case | Base | Way | Step | Tokens a second | Peak memory | Loss, first and last |",
+        "|---|" + "---|" * 6,
+    ]
+    for r in found:
+        gpus = f", {r['world']} GPUs, FSDP2" if r["world"] > 1 else ""
+        case = f"{r['layers']} layers, {r['world']}×{r['seq']}{gpus} | {r['base']}"
+        lines += [f"| {case} | {way} | {_training_cells(measured)} |" for way, measured in r["ways"].items()]
+    return "\n".join(lines)
+
+
+def _training_cells(measured: dict) -> str:
+    if "failed" in measured:
+        return f"{measured['failed']} | | |"
+    time, speed = f"{measured['ms']:.0f} ms", f"{measured['tokens_per_s']:.0f}"
+    first, last = measured["losses"][0], measured["losses"][-1]
+    return f"{time} | {speed} | {measured['peak_gb']:.1f} GB | {first:.3f}, {last:.3f}"

@@ -90,13 +90,19 @@ def test_benchmarks_run_by_name(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_run, "BENCHMARKS", tmp_path)
     monkeypatch.setattr(bench_run.subprocess, "run", lambda command, check: ran.append(command[1:]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    for names in (["peers"], []):
+    for names in (["peers"], ["training_fsdp"], []):
         monkeypatch.setattr(sys, "argv", ["run.py", *names])
         bench_run.main()
-    out = tmp_path / "results" / "h100" / "benchmark_peers.json"
-    assert ran[0] == [tmp_path / "compare_lora.py", "--peers", "--layers", "8", "--out", out]
-    assert [command[0].name for command in ran[1:]] == [script for script, *_ in bench_run.RUNS.values()]
+    results = tmp_path / "results" / "h100"
+    options = ["--peers", "--layers", "8", "--out", results / "benchmark_peers.json"]
+    assert ran[0] == [tmp_path / "compare_lora.py", *options]
+    options = ["--fsdp", "--out", results / "benchmark_training_fsdp.json"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert ran[1] == [*launcher, tmp_path / "compare_training.py", *options]
+    alone = [script for name, (script, *_) in bench_run.RUNS.items() if name != "training_fsdp"]
+    assert [command[0].name for command in ran[2:]] == alone and len(alone) == len(bench_run.RUNS) - 1
     monkeypatch.setattr(sys, "argv", ["run.py", "lora", "speed"])
     with pytest.raises(SystemExit):
         bench_run.main()

@@ -8,6 +8,7 @@ import os
 import pathlib
 import socket
 import traceback
+import types
 from typing import NamedTuple
 
 import pytest
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 import transformers
 from helpers.cases import LINEARS
-from helpers.kernelizing import explain
+from helpers.kernelizing import explain, ours_in
 from kernels import Mode, get_local_kernel, kernelize
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
@@ -104,12 +105,12 @@ def wrapped(model, wrapper: str, bf16: bool):
 
 
 def trained(model, case: Case, rank: int, fuse):
-    """Losses of some steps; the model is kernelized by `fuse`, before it is wrapped or after."""
+    """Losses of some steps; the model is kernelized by `fuse`, before it is wrapped, or what it is wrapped in after."""
     if case.before:
         fuse(model)
     outer = wrapped(model, case.wrapper, case.bf16)
     if not case.before:
-        fuse(model)
+        fuse(outer)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for step in range(STEPS):
@@ -139,13 +140,35 @@ def entered(calls):
         LoraLayer._check_forward_args = check
 
 
+def logits_of(model):
+    return model(input_ids=torch.arange(14).view(2, 7)).logits
+
+
 def assert_restored(lora_fused, model):
     """PEFT's own forward is all that runs, sharded or not."""
     own_calls = []
     lora_fused.restore(model)
-    with entered(own_calls):
-        model(input_ids=torch.arange(14).view(2, 7)).logits.sum().backward()
-    assert len({id(module) for module in own_calls}) == 14
+    with entered(own_calls), lora_fused.record() as calls:
+        logits_of(model).sum().backward()
+    assert len({id(module) for module in own_calls}) == 14 and calls.fused == calls.own == 0
+
+
+def assert_merged(lora_fused, model, theirs, unload):
+    """Merged, both compute the same, with what is left of our forwards and without. A sharded model is not unloaded:
+    its root, which gathers, would be gone."""
+    for each in (model, theirs):
+        each.merge_adapter()
+    ours, plain = (each.merge_and_unload() if unload else each for each in (model, theirs))
+    expected = logits_of(plain)
+    torch.testing.assert_close(logits_of(ours), expected, rtol=1e-4, atol=1e-5)
+    with lora_fused.record() as calls:
+        torch.testing.assert_close(logits_of(lora_fused.restore(ours)), expected, rtol=1e-4, atol=1e-5)
+    assert calls.fused == calls.own == 0 and ours_in(lora_fused, ours) == []
+
+
+def calls_expected(case: Case) -> int:
+    """Of four linears and the MLP in two layers, again where a checkpoint computes them again."""
+    return STEPS * 2 * 5 * (1 + case.checkpointing)
 
 
 def count_computations(lora_fused) -> dict:
@@ -165,34 +188,41 @@ def count_computations(lora_fused) -> dict:
 def compare(lora_fused, counts: dict, case: Case, rank: int):
     """The same losses as with PEFT alone, what was computed, and what `explain` says before the first call and
     after."""
-    expected = trained(llama(case), case, rank, lambda model: None)
+    theirs = llama(case)
+    expected = trained(theirs, case, rank, lambda model: None)
     counts.clear()
-    model, said, own_calls = llama(case), [], []
+    model, said, own_calls, logs, callback = llama(case), [], [], {}, lora_fused.LoraFusedCallback()
 
-    def fuse_and_ask(model):
+    def fuse_and_ask(given):
         if case.before:
             with lora_fused.use_peft_layers():
-                kernelize(model, mode=Mode.TRAINING, device="cpu")
-        else:
-            lora_fused.apply(model)
+                kernelize(given, mode=Mode.TRAINING, device="cpu")
+        else:  # as a trainer calls it, with the model that it has wrapped
+            callback.on_train_begin(None, None, None, model=given)
         said.extend(explain(lora_fused, model))
 
-    with entered(own_calls):
+    with entered(own_calls), lora_fused.record() as calls:
         losses = trained(model, case, rank, fuse_and_ask)
+    callback.on_log(None, types.SimpleNamespace(log_history=[]), None, logs=logs, model=model)
+    assert logs == ({} if case.before else {"lora_fused": float(case.wrapper != FLAT)})
     tolerance = 2e-2 if case.bf16 else 1e-5
     torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance)
     rows = explain(lora_fused, model)
     assert len(rows) == len(said) == 14
     assert all(row.fused == (row.last == "fused") != bool(own_calls) for row in rows), str(rows)
     if case.wrapper == FLAT:
-        assert counts == {}
+        assert counts == {} and calls.fused == 0 < calls.own
         return
+    assert (calls.fused, calls.own) == (calls_expected(case), 0), str(calls)
     assert all(row.fused for row in said) or case.wrapper == "fsdp1", [row.reason for row in said]
     # q, k and v, o; the MLP. Two layers a step.
     assert counts.get("compute_group", 0) >= 2 * 2 * STEPS, counts
     assert counts.get("compute_gated", 0) >= 2 * STEPS, counts
     if case.wrapper in ("ddp", "fsdp2"):
-        assert_restored(lora_fused, model)
+        if case.before:
+            assert_merged(lora_fused, model, theirs, unload=case.wrapper == "ddp")
+        else:
+            assert_restored(lora_fused, model)
 
 
 def serve(rank: int, build: pathlib.Path, port: int, cases):

@@ -69,7 +69,12 @@ class Explanation(Sequence[Row]):
         self, pattern: str = "*", *, fused: bool | None = None, backend: str | None = None, reason: str | None = None
     ) -> Explanation:
         """The rows of modules whose name matches `pattern` (of fnmatch: `*.self_attn.*`), which are fused or not, whose
-        backend begins with `backend`, and whose notes contain `reason`."""
+        backend begins with `backend`, and whose notes contain `reason`. Raises TypeError for anything else."""
+        for name, value in (("pattern", pattern), ("backend", backend or ""), ("reason", reason or "")):
+            if not isinstance(value, str):
+                raise TypeError(f"{name}: {value!r}, expected a str")
+        if fused not in (None, True, False):
+            raise TypeError(f"fused: {fused!r}, expected True, False or None")
         return Explanation(
             [
                 row
