@@ -69,17 +69,28 @@ is_architecture_forced = False  # by `set_architecture`
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Whose kernels run on `device`: "cpu", "sm80" for every GPU but Hopper, "sm90"
-    (kernel-src/dispatch/architecture.h)."""
+    """Whose kernels run on `device`: "cpu", "sm75" before compute capability 8.0, "sm80" for every later GPU but
+    Hopper, "sm90" (kernel-src/dispatch/architecture.h)."""
     return ops.architecture(torch.empty(0, device=device))
+
+
+# Whether a GPU of this process may be of "sm75": what is asked at every call, until `look_for_old_gpus` has answered.
+may_be_old = torch.version.cuda is not None
+
+
+def look_for_old_gpus() -> None:
+    """Without a context on any GPU. For a process that has one: torch starts CUDA here."""
+    global may_be_old
+    every = range(torch.cuda.device_count())
+    may_be_old = is_architecture_forced or any(torch.cuda.get_device_capability(i) < (8, 0) for i in every)
 
 
 def set_architecture(name: str) -> None:
     """From now on all GPUs of the process run the kernels of this architecture, "" for their own: for tests and
     benchmarks. An error says which are possible."""
-    global is_architecture_forced
+    global is_architecture_forced, may_be_old
     ops.set_architecture(name)
-    is_architecture_forced = name != ""
+    is_architecture_forced = may_be_old = name != ""
     architecture.cache_clear()
 
 

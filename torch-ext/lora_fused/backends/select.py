@@ -48,7 +48,8 @@ def choose(device: torch.device, dtype: torch.dtype, path: NativePath, work: Cal
     """
     if not is_gpu(device) or dtype not in _TRITON_DTYPES or path.bf16x3 or (path.native and is_hopper(device)):
         return NATIVE
-    return TRITON if work() >= device_config.of(device).linear_expand_from and triton_is_there() else NATIVE
+    large = work() >= device_config.of(device).linear_expand_from
+    return TRITON if large and triton_is_there() and not is_old(device) else NATIVE
 
 
 @functools.cache
@@ -59,6 +60,23 @@ def is_gpu(device: torch.device) -> bool:
 def is_hopper(device: torch.device) -> bool:
     """Whether the native ops run Hopper's kernels on `device`."""
     return native.architecture(device) == "sm90"
+
+
+def is_old(device: torch.device) -> bool:
+    """Whether `device` is a GPU before compute capability 8.0: own kernels there are passes over memory alone, products
+    the library's, and Triton's compiler is not asked."""
+    return native.may_be_old and device.type == "cuda" and native.architecture(device) == "sm75"
+
+
+def old_gpu_reason(x: Tensor, *dtypes: torch.dtype) -> str | None:
+    """Why nothing is computed here in one of these dtypes on x's GPU. Asked where `native.may_be_old`."""
+    if not x.is_cuda:
+        return None
+    native.look_for_old_gpus()
+    if torch.bfloat16 not in dtypes or not is_old(x.device):
+        return None
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return f"GPU of compute capability {major}.{minor}: bfloat16 is computed from 8.0 on"
 
 
 def gemm_is_faster(x: Tensor, rows: int, outputs: int) -> bool:
@@ -90,14 +108,14 @@ def get(name: str) -> ModuleType:
 def pointwise(x: Tensor) -> ModuleType:
     """The module for passes over x that multiply no matrices: `gated`, `gated_backward`, `scale`,
     `scale_sum`."""
-    triton_can = x.is_cuda and x.dtype in _TRITON_DTYPES and triton_is_there()
+    triton_can = x.is_cuda and x.dtype in _TRITON_DTYPES and triton_is_there() and not is_old(x.device)
     return get(TRITON if triton_can else REFERENCE)
 
 
 def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """‖W + s·B·A‖ by row: the C++ or CUDA op, Triton for large ranks, in float32; float64 operands have
-    no kernel and stay exact."""
-    if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype):
+    no kernel and stay exact, and an old GPU has none."""
+    if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype) or is_old(weight.device):
         return reference.row_norm(weight, lora_a, lora_b, scaling)
     if _row_norm_is_faster_in_triton(weight, lora_a.shape[0]):
         kernels = get(TRITON)
@@ -136,7 +154,12 @@ def norm_is_native(weight: Tensor, lora_a: Tensor, lora_b: Tensor, quantized: Qu
     """Whether the native ops make this norm, in a forward or together with others: of a weight in floating point that
     Triton does not take, or in a format that they read."""
     dtype = weight.dtype if quantized is None else quantized.dtype
-    if dtype == torch.float64 or lora_a.dtype == torch.float64 or lora_b.dtype == torch.float64:
+    if (
+        is_old(weight.device)
+        or dtype == torch.float64
+        or lora_a.dtype == torch.float64
+        or lora_b.dtype == torch.float64
+    ):
         return False
     if quantized is not None:
         return getattr(quantized, "native_format", None) is not None
@@ -169,6 +192,8 @@ def choose_embedding(table: EmbeddingOperands, tokens: int) -> str:
     """
     weight = table.weight
     if not weight.is_cuda or any(tensor is not None and tensor.dtype == torch.float64 for tensor in table):
+        return REFERENCE
+    if is_old(weight.device):
         return REFERENCE
     limits = device_config.of(weight.device)
     small = tokens <= limits.embedding_tokens and tokens * table.lora_b.numel() <= limits.embedding_up_to
@@ -208,7 +233,7 @@ def choose_experts(up: ExpertWeights, down: ExpertWeights) -> str:
     if grouped_mm.fits(up.weight) and grouped_mm.fits(down.weight):
         return GROUPED
     weight = up.weight
-    fits = weight.is_cuda and weight.dtype != torch.float64 and _is_at_least_ampere(weight.device)
+    fits = weight.is_cuda and weight.dtype != torch.float64 and not is_old(weight.device)
     return TRITON if fits and triton_is_there() else REFERENCE
 
 
@@ -223,8 +248,3 @@ def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bo
     from .triton import experts
 
     return (experts.GroupedProductsWithPasses if chosen == GROUPED else experts.TritonProducts)(rows, few)
-
-
-@functools.cache
-def _is_at_least_ampere(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= 8
