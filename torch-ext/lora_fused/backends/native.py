@@ -12,6 +12,9 @@ from torch import Tensor
 from .._ops import add_op_namespace_prefix, ops
 from ..specs import Mask
 from .native_errors import native_error
+from .values import with_values
+
+available = True  # `without_ops` has the other answer
 
 
 def _names(of: str) -> tuple[str, ...]:
@@ -285,17 +288,6 @@ for _name in (
 ):  # fmt: skip
     for _key in ("Autograd", "ADInplaceOrView"):
         _dispatch.impl(_name, torch.library.fallthrough_kernel, _key)
-
-
-def with_values(arg):
-    """An argument whose tensors hold their values in memory as they are: not negated by a bit, as z.conj().imag is, and
-    no zeros without memory. Lists and named tuples of them too."""
-    if isinstance(arg, Tensor):
-        return arg.clone() if arg._is_zerotensor() else arg.resolve_neg() if arg.is_neg() else arg
-    if isinstance(arg, (list, tuple)):
-        values = [with_values(each) for each in arg]
-        return type(arg)._make(values) if hasattr(arg, "_make") else values
-    return arg
 
 
 def _on_values(op):

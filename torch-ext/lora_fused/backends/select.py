@@ -108,14 +108,18 @@ def get(name: str) -> ModuleType:
 def pointwise(x: Tensor) -> ModuleType:
     """The module for passes over x that multiply no matrices: `gated`, `gated_backward`, `scale`,
     `scale_sum`."""
-    triton_can = x.is_cuda and x.dtype in _TRITON_DTYPES and triton_is_there() and not is_old(x.device)
-    return get(TRITON if triton_can else REFERENCE)
+    return get(TRITON if x.dtype in _TRITON_DTYPES and _runs_triton(x) else REFERENCE)
+
+
+def _runs_triton(x: Tensor) -> bool:
+    return (x.is_cuda or x.is_xpu) and triton_is_there() and not is_old(x.device)
 
 
 def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """‖W + s·B·A‖ by row: the C++ or CUDA op, Triton for large ranks, in float32; float64 operands have
-    no kernel and stay exact, and an old GPU has none."""
-    if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype) or is_old(weight.device):
+    no kernel and stay exact, and neither an old GPU nor a variant without native ops has one."""
+    exact = torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype)
+    if exact or not native.available or is_old(weight.device):
         return reference.row_norm(weight, lora_a, lora_b, scaling)
     if _row_norm_is_faster_in_triton(weight, lora_a.shape[0]):
         kernels = get(TRITON)
@@ -155,7 +159,8 @@ def norm_is_native(weight: Tensor, lora_a: Tensor, lora_b: Tensor, quantized: Qu
     Triton does not take, or in a format that they read."""
     dtype = weight.dtype if quantized is None else quantized.dtype
     if (
-        is_old(weight.device)
+        not native.available
+        or is_old(weight.device)
         or dtype == torch.float64
         or lora_a.dtype == torch.float64
         or lora_b.dtype == torch.float64
@@ -176,7 +181,9 @@ def _row_norm_is_faster_in_triton(weight: Tensor, rank: int) -> bool:
 
 def dequantize_4bit(operands: Operands, quantized: FourBit, first: int, out: Tensor) -> Tensor:
     """Elements [first, first + out.numel()) of a flat four-bit weight written to `out` (contiguous
-    float32, bfloat16 or float16): the C++ or CUDA op. first is even."""
+    float32, bfloat16 or float16): the C++ or CUDA op, Triton or torch without one. first is even."""
+    if not native.available:
+        return get(TRITON if _runs_triton(out) else REFERENCE).dequantize_4bit(operands, quantized, first, out)
     weight, absmax = operands.weight, operands.absmax
     nested = operands.nested_absmax, operands.nested_code, operands.offset
     sizes = quantized.blocksize, quantized.nested_blocksize, quantized.fp4

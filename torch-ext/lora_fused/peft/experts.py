@@ -302,7 +302,7 @@ def read_call(adapted: AdaptedExperts, x: Any, args: tuple, kwargs: dict) -> tup
         given = *args, *(kwargs[name] for name in named[len(args) :])
     if len(given) != 2:
         return Fallback(f"the call passes {len(given)} arguments besides x")
-    if adapted.up.weight.is_cuda and not on_gpu:
+    if not adapted.up.weight.is_cpu and not on_gpu:
         return Fallback(UNTRIED)
     reason = _tensors_reason(adapted, x, *given) or _values_reason(adapted, x, *given)
     if reason:
