@@ -37,7 +37,8 @@ MOST_MEGABYTES = {"cpu": 4, "cuda": 64, "rocm": 1, "xpu": 1}
 SYSTEM_LIBRARIES = r"lib(stdc\+\+\.so\.6|gcc_s\.so\.1|m\.so\.6|c\.so\.6|dl\.so\.2|pthread\.so\.0|rt\.so\.1)|ld-linux-.*"
 TORCH_LIBRARIES = r"lib(torch|torch_cpu|c10)\.so"
 CUDA_LIBRARIES = r"lib(torch_cuda|c10_cuda)\.so|libcudart\.so\.\d+"
-MARKERS = {"_edata", "_end", "__bss_start", "_init", "_fini"}  # of the linker's
+MARKERS = {"_edata", "_end", "__bss_start", "_init", "_fini"}  # of the linker's, and on aarch64 as well
+MARKERS |= {"__bss_start__", "_bss_end__", "__bss_end__", "__end__"}
 TORCH_NAMESPACES = re.compile(r"(?<!\d)(?:3c10|2at|6caffe2|5torch(?!6stable))")
 # Absolute paths of at least three parts, as no other string of the library looks.
 BUILD_PATH = re.compile(rb"/(?:home|root|tmp|work|nix|build|mnt|opt|usr|var|Users)/[\w.+-]+/[\w.+/-]+")

@@ -112,7 +112,7 @@ def pointwise(x: Tensor) -> ModuleType:
 
 
 def _runs_triton(x: Tensor) -> bool:
-    return (x.is_cuda or x.is_xpu) and triton_is_there() and not is_old(x.device)
+    return (x.is_cuda or x.is_xpu) and triton_is_there() and not (native.may_be_old and is_old(x.device))
 
 
 def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -160,7 +160,7 @@ def norm_is_native(weight: Tensor, lora_a: Tensor, lora_b: Tensor, quantized: Qu
     dtype = weight.dtype if quantized is None else quantized.dtype
     if (
         not native.available
-        or is_old(weight.device)
+        or (native.may_be_old and is_old(weight.device))
         or dtype == torch.float64
         or lora_a.dtype == torch.float64
         or lora_b.dtype == torch.float64
