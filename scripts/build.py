@@ -292,7 +292,8 @@ def portability(library: Path) -> str:
     """What stands in the way of other machines; empty where nothing does."""
     if platform.system() != "Linux":
         return ""
-    too_new = Library.read(library).too_new()
+    read = Library.read(library)
+    too_new = read.too_new() + read.borrowed()
     if not too_new:
         return ""
     return (

@@ -182,7 +182,7 @@ def check_library(path: Path, backend: str, torch_abi: tuple[int, int]) -> list[
 def _is_of_libstdcxx(name: str) -> bool:
     """Whether a mangled name is of namespace std or __gnu_cxx, whose headers make it visible: all libraries share
     it."""
-    return re.match(r"_Z(T[ISVT]|GV|Z)*N?K?(St|S[absiod]|9__gnu_cxx)", name) is not None
+    return re.match(r"_Z(T[ISVT]|GV|Z)*N?K?[RO]?(St|S[absiod]|9__gnu_cxx)", name) is not None
 
 
 def _symbols(path: Path, library: Library) -> list[str]:
@@ -268,6 +268,10 @@ def check_variant(variant: Path, release: bool = False, other_torch: Path | None
     for library in sorted(variant.rglob("*.so")):
         abi = (int(name[1]), int(name[2])) if name else (0, 0)
         problems += check_library(library, backend_of(variant), abi)
+        if not problems and "local-build" in json.loads((variant / "metadata.json").read_text()):
+            for symbol in Library.read(library).borrowed():
+                problems.append(f"{library.name} asks torch's libraries for {symbol}, newer than {MANYLINUX}: define "
+                                "it in cmake/glibc_2_28.cpp")  # fmt: skip
     if problems:
         return problems, "not imported, because of the above"
     return check_import(variant, other_torch)
