@@ -72,8 +72,10 @@ def old_gpu_reason(x: Tensor, *dtypes: torch.dtype) -> str | None:
     """Why nothing is computed here in one of these dtypes on x's GPU. Asked where `native.may_be_old`."""
     if not x.is_cuda:
         return None
-    native.look_for_old_gpus()
-    if torch.bfloat16 not in dtypes or not is_old(x.device):
+    if not is_old(x.device):
+        native.look_for_old_gpus()
+        return None
+    if torch.bfloat16 not in dtypes:
         return None
     major, minor = torch.cuda.get_device_capability(x.device)
     return f"GPU of compute capability {major}.{minor}: bfloat16 is computed from 8.0 on"
