@@ -16,6 +16,7 @@ from helpers.experts import adapt, block_of
 from helpers.mlps import assert_same, glu, step
 from kernels import Mode, kernelize
 from kernels._rust import Backend, Build
+from kernels.resolver import resolve_local_kernel
 from torch import nn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -58,6 +59,18 @@ def test_the_variants_are_as_the_hub_asks(variants):
         assert check_build.check_layout(variant) == check_build.check_metadata(variant) == []
         assert {path.suffix for path in variant.rglob("*") if path.is_file()} == {".py", ".json"}
         assert json.loads((variant / "metadata.json").read_text())["backend"] == {"type": backend}
+
+
+@pytest.mark.parametrize("backend, version", (("hip", "6.4.43482"), ("xpu", "20250300")))
+def test_the_client_picks_it(variants, backend, version, monkeypatch):
+    """Of the torch that it finds; where that is another, there is no variant here."""
+    for name in ("cuda", "hip", "xpu"):
+        monkeypatch.setattr(torch.version, name, version if name == backend else None)
+    picked = resolve_local_kernel(variants, backend=None)
+    assert picked.variant_path == variants / f"torch-{backend.replace('hip', 'rocm')}"
+    monkeypatch.setattr(torch.version, backend, None)
+    with pytest.raises(FileNotFoundError, match="Cannot find a build variant"):
+        resolve_local_kernel(variants, backend=None)
 
 
 def test_faults_of_the_variant(variants, tmp_path):
