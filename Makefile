@@ -2,7 +2,7 @@
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
 .PHONY: help venv build check-build demo lint format types test test-all test-trainers docs compare families conformance matrix clean gpu-check bench tune \
-  build-cuda reproduce variants public-api release-dry-run
+  build-cuda build-noarch reproduce variants public-api release-dry-run
 
 ifdef PYTHON
 READY :=
@@ -102,6 +102,9 @@ build-cuda: $(READY)  ## build and check the CUDA variant, no GPU needed (ARCHS=
 	@$(PYTHON) scripts/check_build.py $(if $(TORCH),--torch $(TORCH))
 	@$(PYTHON) scripts/check_cuda.py
 
+build-noarch: $(READY)  ## lay out the variants without native code (torch-rocm, torch-xpu), and their source for kernel-builder
+	@$(PYTHON) scripts/noarch.py
+
 reproduce: $(READY)  ## build the last commit twice, under nothing but the same tools, and compare bytes (AGAINST=dir)
 	@$(PYTHON) scripts/reproduce.py $(if $(BACKEND),--backend $(BACKEND)) $(if $(ARCHS),--archs "$(ARCHS)") \
 	  $(if $(TORCH),--torch $(TORCH)) $(if $(AGAINST),--against $(AGAINST))
@@ -115,6 +118,7 @@ variants: $(READY)  ## print the names of the variants that the flake builds, ev
 # Each line is a step of .github/workflows/release.yml that needs neither Nix nor a token.
 release-dry-run: $(READY)  ## all of a release but the Nix build and the upload (TAG=v1.0, RELEASE=1: nothing uncommitted)
 	@if $(PYTHON) -c 'import ruff' 2>/dev/null; then $(MAKE) lint; else echo "release: ruff is not installed, no lint"; fi
+	@$(MAKE) build-noarch
 	@$(MAKE) check-build
 	@$(MAKE) public-api
 	@$(MAKE) variants

@@ -24,6 +24,7 @@ void row_norms_cuda(const std::vector<RowNorm>& norms) {
   int64_t elements = 0;
   for (const RowNorm& of : norms) {
     check_row_norm(of.weight, of.a, of.b, /*cuda=*/true);
+    dispatch::check_row_norm_fits(of);
     if (of.magnitude) check_mag_norm_scale(*of.magnitude, of.norm, /*cuda=*/true);
     const bool fits = dispatch::row_norm_fits_sm90(of);
     if (fits) elements += of.weight.numel();

@@ -34,6 +34,8 @@ def native_path(
     in it too or exactly. Exactly on a GPU, of DoRA without dropout, and not in float16, which has not the range for
     what the gradients of float32 adapters hold. Nor has it the range for DoRA's value before the mag_norm_scale, nor
     for s·b_B alone where s is beyond 1."""
+    if not native.available:
+        return NativePath(False)
     bf16x3, half = False, dtype == torch.float16
     for operands, scaling, spec in projections:
         weight, bias, lora_a, lora_b, lora_bias, magnitude = operands[:6]

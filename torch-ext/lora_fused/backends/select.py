@@ -40,9 +40,10 @@ def triton_is_there() -> bool:
 
 
 def triton_takes(tensor: Tensor) -> bool:
-    """Whether a kernel can be launched on a tensor: not while torch.compile traces, when it has no memory. The graph
-    then has native ops, and torch's operations, which Inductor fuses."""
-    return type(tensor) in _WITH_MEMORY and triton_is_there()
+    """Whether Triton's kernels run on a tensor. Not while torch.compile traces, when it has no memory: the graph has
+    native ops, and torch's operations, which Inductor fuses."""
+    on_gpu = (tensor.is_cuda or tensor.is_xpu) and type(tensor) in _WITH_MEMORY
+    return on_gpu and triton_is_there() and not (native.may_be_old and is_old(tensor.device))
 
 
 def choose(device: torch.device, dtype: torch.dtype, path: NativePath, work: Callable[[], int]) -> str:
@@ -55,7 +56,8 @@ def choose(device: torch.device, dtype: torch.dtype, path: NativePath, work: Cal
     """
     if not is_gpu(device) or dtype not in _TRITON_DTYPES or path.bf16x3 or (path.native and is_hopper(device)):
         return NATIVE
-    return TRITON if work() >= device_config.of(device).linear_expand_from and triton_is_there() else NATIVE
+    large = work() >= device_config.of(device).linear_expand_from
+    return TRITON if large and triton_is_there() and not is_old(device) else NATIVE
 
 
 @functools.cache
@@ -66,6 +68,25 @@ def is_gpu(device: torch.device) -> bool:
 def is_hopper(device: torch.device) -> bool:
     """Whether the native ops run Hopper's kernels on `device`."""
     return native.architecture(device) == "sm90"
+
+
+def is_old(device: torch.device) -> bool:
+    """Whether `device` is a GPU before compute capability 8.0: own kernels there are passes over memory alone, products
+    the library's, and Triton's compiler is not asked."""
+    return native.may_be_old and device.type == "cuda" and native.architecture(device) == "sm75"
+
+
+def old_gpu_reason(x: Tensor, *dtypes: torch.dtype) -> str | None:
+    """Why nothing is computed here in one of these dtypes on x's GPU. Asked where `native.may_be_old`."""
+    if not x.is_cuda:
+        return None
+    if not is_old(x.device):
+        native.look_for_old_gpus()
+        return None
+    if torch.bfloat16 not in dtypes:
+        return None
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return f"GPU of compute capability {major}.{minor}: bfloat16 is computed from 8.0 on"
 
 
 def gemm_is_faster(x: Tensor, rows: int, outputs: int) -> bool:
@@ -97,14 +118,14 @@ def get(name: str) -> ModuleType:
 def pointwise(x: Tensor) -> ModuleType:
     """The module for passes over x that multiply no matrices: `gated`, `gated_backward`, `scale`,
     `scale_sum`."""
-    triton_can = x.is_cuda and x.dtype in _TRITON_DTYPES and triton_takes(x)
-    return get(TRITON if triton_can else REFERENCE)
+    return get(TRITON if x.dtype in _TRITON_DTYPES and triton_takes(x) else REFERENCE)
 
 
 def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """‖W + s·B·A‖ by row: the C++ or CUDA op, Triton for large ranks, in float32; float64 operands have
-    no kernel and stay exact."""
-    if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype):
+    no kernel and stay exact, and neither an old GPU nor a variant without native ops has one."""
+    exact = torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype)
+    if exact or not native.available or is_old(weight.device):
         return reference.row_norm(weight, lora_a, lora_b, scaling)
     if _row_norm_is_faster_in_triton(weight, lora_a.shape[0]):
         kernels = get(TRITON)
@@ -143,7 +164,13 @@ def norm_is_native(weight: Tensor, lora_a: Tensor, lora_b: Tensor, quantized: Qu
     """Whether the native ops make this norm, in a forward or together with others: of a weight in floating point that
     Triton does not take, or in a format that they read."""
     dtype = weight.dtype if quantized is None else quantized.dtype
-    if dtype == torch.float64 or lora_a.dtype == torch.float64 or lora_b.dtype == torch.float64:
+    if (
+        not native.available
+        or (native.may_be_old and is_old(weight.device))
+        or dtype == torch.float64
+        or lora_a.dtype == torch.float64
+        or lora_b.dtype == torch.float64
+    ):
         return False
     if quantized is not None:
         return getattr(quantized, "native_format", None) is not None
@@ -160,7 +187,9 @@ def _row_norm_is_faster_in_triton(weight: Tensor, rank: int) -> bool:
 
 def dequantize_4bit(operands: Operands, quantized: FourBit, first: int, out: Tensor) -> Tensor:
     """Elements [first, first + out.numel()) of a flat four-bit weight written to `out` (contiguous
-    float32, bfloat16 or float16): the C++ or CUDA op. first is even."""
+    float32, bfloat16 or float16): the C++ or CUDA op, Triton or torch without one. first is even."""
+    if not native.available:
+        return get(TRITON if triton_takes(out) else REFERENCE).dequantize_4bit(operands, quantized, first, out)
     weight, absmax = operands.weight, operands.absmax
     nested = operands.nested_absmax, operands.nested_code, operands.offset
     sizes = quantized.blocksize, quantized.nested_blocksize, quantized.fp4
@@ -176,6 +205,8 @@ def choose_embedding(table: EmbeddingOperands, tokens: int) -> str:
     """
     weight = table.weight
     if not weight.is_cuda or any(tensor is not None and tensor.dtype == torch.float64 for tensor in table):
+        return REFERENCE
+    if is_old(weight.device):
         return REFERENCE
     limits = device_config.of(weight.device)
     small = tokens <= limits.embedding_tokens and tokens * table.lora_b.numel() <= limits.embedding_up_to
@@ -214,7 +245,7 @@ def choose_experts(up: ExpertWeights, down: ExpertWeights) -> str:
     """Name of the backend for experts of these weights: Triton on a GPU where that was measured to be the faster, else
     torch's grouped products where they do not wait for the GPU."""
     weight = up.weight
-    in_triton = weight.is_cuda and weight.dtype != torch.float64 and _is_at_least_ampere(weight.device)
+    in_triton = weight.is_cuda and weight.dtype != torch.float64 and not is_old(weight.device)
     in_triton = in_triton and triton_is_there()
     if in_triton and device_config.of(weight.device).experts_tiles:
         return TRITON
@@ -260,8 +291,3 @@ def _experts_kernels(chosen: str, index: Tensor) -> ModuleType | None:
     from .triton import experts
 
     return experts
-
-
-@functools.cache
-def _is_at_least_ampere(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= 8

@@ -287,8 +287,8 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> str | None:
     if replaced.is_own(bound, module):
         return (
             "not kernelized: its class's own forward is bound to it, since it was pickled, or kernelized without a "
-            "layer of this kernel: there is none for modes with TORCH_COMPILE, for devices other than cpu and cuda, or "
-            "before register_peft_layers()"
+            "layer of this kernel: there is none for modes with TORCH_COMPILE, for devices that "
+            "this variant is not built for, or before register_peft_layers()"
         )
     if getattr(forward, "__qualname__", None) == layer.forward.__qualname__:
         return f"kernelized by another build of this kernel, {forward.__module__.rpartition('.')[0]}"

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..backends import native
 from .folding import fold, without_prefix
 from .suggestions import suggestion_for
 
@@ -119,6 +120,8 @@ class Explanation(Sequence[Row]):
         one Function."""
         found = self.to_dict()
         lines = [self._share()]
+        if not native.available:
+            lines.append("no native ops in this variant: products are torch's, passes over memory Triton's on a GPU")
         for each in found["reasons"]:
             lines.append(f"{each['modules']} x {each['reason']}")
             if each["suggestion"]:

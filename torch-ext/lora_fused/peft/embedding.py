@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..backends import native, select
 from ..call_context import autocast_dtype, new_tuple
 from ..specs import EmbeddingOperands, Fallback
 from . import replaced
@@ -189,6 +190,10 @@ def embedding_call_reason(adapted: AdaptedTable, ids: object, args: tuple, kwarg
         return f"ids are {'nested' if ids.is_nested else ids.layout}"
     if ids.device != table.weight.device:
         return f"ids are on {ids.device}, the base weight on {table.weight.device}"
+    if native.may_be_old:
+        reason = select.old_gpu_reason(ids, *(tensor.dtype for tensor in table if tensor is not None))
+        if reason:
+            return reason
     if autocast_dtype(ids) is not None:
         double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in table)
         return "autocast with float64" if double else None

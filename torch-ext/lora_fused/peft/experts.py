@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import last_call
+from ..backends import native, select
 from ..call_context import autocast_dtype
 from ..specs import AnyGate, ExpertWeights, Fallback
 from . import replaced as replacements
@@ -301,7 +302,7 @@ def read_call(adapted: AdaptedExperts, x: Any, args: tuple, kwargs: dict) -> tup
         given = *args, *(kwargs[name] for name in named[len(args) :])
     if len(given) != 2:
         return Fallback(f"the call passes {len(given)} arguments besides x")
-    if adapted.up.weight.is_cuda and not on_gpu:
+    if not adapted.up.weight.is_cpu and not on_gpu:
         return Fallback(UNTRIED)
     reason = _tensors_reason(adapted, x, *given) or _values_reason(adapted, x, *given)
     if reason:
@@ -331,6 +332,12 @@ def _values_reason(adapted: AdaptedExperts, x: Tensor, index: Tensor, routing: T
     if index.dtype not in _INDEX_DTYPES or x.dtype not in DTYPES or routing.dtype not in DTYPES:
         return f"x is of {x.dtype}, the index of {index.dtype}, the routing weights of {routing.dtype}"
     auto = autocast_dtype(x)
+    if native.may_be_old:
+        tensors = (x, *adapted.up.tensors, *adapted.down.tensors)
+        computed = [tensor.dtype for tensor in tensors if tensor is not None] + ([] if auto is None else [auto])
+        reason = select.old_gpu_reason(x, *computed)
+        if reason:
+            return reason
     if adapted.form.implementation != GROUPED_MM and (auto or x.dtype) != weight.dtype:
         under = "" if auto is None else f" under autocast to {auto}"
         return f"x of {x.dtype} on experts of {weight.dtype}{under}"

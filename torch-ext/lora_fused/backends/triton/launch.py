@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..native import with_values
+from ..values import with_values
 
 MIN_DOT = 16  # tl.dot needs at least 16 in every dimension
 MAX_RANK_BLOCK = 64
@@ -35,14 +35,16 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use; the interpreter is given a small GPU's."""
     if device.type != "cuda":
         return SMALL_SHARED_MEMORY
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    properties = torch.cuda.get_device_properties(device)  # AMD's GPUs give no more than unasked
+    return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
 
 
 def on_device(x: Tensor):
     """Context in which a launch goes to x's GPU."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    if x.is_cpu:
+        return contextlib.nullcontext()
+    gpus = torch.cuda if x.is_cuda else torch.xpu
+    return contextlib.nullcontext() if x.device.index == gpus.current_device() else gpus.device(x.device)
 
 
 def on_values(launcher: Callable) -> Callable:
