@@ -45,7 +45,7 @@ def combine_rows_kernel(
 
 
 def _combine(y: Tensor, routing: Tensor | None, where, experts: int, tokens: int, dtype) -> Tensor:
-    n = y.shape[1]
+    y, n = y.contiguous(), y.shape[1]
     out = torch.empty((tokens, n), dtype=dtype, device=y.device)
     block = min(1024, triton.next_power_of_2(n))
     routing = None if routing is None else routing.contiguous()
@@ -57,7 +57,7 @@ def _combine(y: Tensor, routing: Tensor | None, where, experts: int, tokens: int
 
 
 def combine_rows(y: Tensor, routing: Tensor | None, place: Tensor, ends: Tensor, tokens: int, dtype) -> Tensor:
-    """out [T, N] in `dtype`, sums in float32, of contiguous y [S, N]; place [T·k]: which row a choice is, beyond
+    """out [T, N] in `dtype`, sums in float32, of y [S, N]; place [T·k]: which row a choice is, beyond
     ends[-1] none; routing [T, k] of any float dtype."""
     return _combine(y, routing, (place, None, ends), ends.shape[0], tokens, dtype)
 
