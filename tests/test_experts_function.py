@@ -78,7 +78,7 @@ def assert_close(seen, expected, tolerance):
 def grouped(lora_fused, monkeypatch):
     """torch's grouped product where the library has no native one, too."""
     select = lora_fused.backends.select
-    monkeypatch.setattr(select, "choose_experts", lambda up, down: select.GROUPED)
+    monkeypatch.setattr(select, "choose_experts", lambda *_: select.GROUPED)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def in_triton(lora_fused, monkeypatch):
     """Triton's kernels, without a GPU under the interpreter."""
     pytest.importorskip("triton")
     select = lora_fused.backends.select
-    monkeypatch.setattr(select, "choose_experts", lambda up, down: select.TRITON)
+    monkeypatch.setattr(select, "choose_experts", lambda *_: select.TRITON)
 
 
 @pytest.mark.parametrize("bias,transposed", itertools.product((False, True), repeat=2))

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import ceil_div, launch
 
 BLOCK_E, BLOCK_L = 32, 64
 
@@ -42,17 +42,7 @@ def lay_out(factor: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
         return factor
     experts, rank, length = factor.shape
     out = torch.empty((experts, rank, length), dtype=dtype, device=factor.device)
-    with on_device(factor):
-        lay_out_kernel[(triton.cdiv(length, BLOCK_L), rank, triton.cdiv(experts, BLOCK_E))](
-            factor,
-            out,
-            scaling,
-            experts,
-            rank,
-            length,
-            *factor.stride(),
-            BLOCK_E=BLOCK_E,
-            BLOCK_L=BLOCK_L,
-            num_warps=4,
-        )
+    grid = ceil_div(length, BLOCK_L), rank, ceil_div(experts, BLOCK_E)
+    given = factor, out, scaling, experts, rank, length, *factor.stride(), BLOCK_E, BLOCK_L
+    launch(lay_out_kernel, grid, given, num_warps=4)
     return out
