@@ -72,6 +72,19 @@ _MOST_COMPILED = 4096
 _first_constant: dict[int, int] = {}  # of a kernel's arguments, by its id: a kernel's hash takes a lock
 
 
+class _Kinds(dict):
+    """Of integers: whether one is 1, is a multiple of 16, has 32 bits."""
+
+    def __missing__(self, value: int) -> tuple[bool, bool, bool]:
+        if len(self) >= _MOST_COMPILED:
+            self.clear()
+        kind = self[value] = value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+        return kind
+
+
+_kinds = _Kinds()
+
+
 def launch(
     kernel, grid: tuple[int, int, int], arguments: tuple, *, num_warps: int, num_stages: int = 3, **more
 ) -> None:
@@ -105,14 +118,12 @@ def specialization(kernel, arguments: tuple) -> list:
     found: list[Any] = []
     for argument in arguments[:first]:
         if type(argument) is int:
-            small = -(2**31) <= argument < 2**31
-            found.append((argument == 1, argument % 16 == 0, small))
+            found.append(_kinds[argument])
         elif argument is None:
             found.append(None)
         elif isinstance(argument, Tensor):
-            found.append(argument.dtype)
-            found.append(argument.data_ptr() % 16 == 0)
+            found += argument.dtype, argument.data_ptr() & 15 == 0
         else:
             found.append(type(argument))
-    found.extend(arguments[first:])
+    found += arguments[first:]
     return found
