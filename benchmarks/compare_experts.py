@@ -288,7 +288,7 @@ def backend_of(lora_fused, name: str):
     select = lora_fused.backends.select
     chosen = select.choose_experts
     if name != "default":
-        select.choose_experts = lambda up, down: name
+        select.choose_experts = lambda *_: name
     try:
         yield
     finally:

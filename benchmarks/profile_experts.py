@@ -90,7 +90,7 @@ def main() -> None:
     select, device = kernels.backends.select, torch.device("cuda", 0)
     own = select.choose_experts
     forward = kernels.functional.experts.compute_experts
-    with taking(select, "choose_experts", own if args.backend == "default" else lambda up, down: args.backend):
+    with taking(select, "choose_experts", own if args.backend == "default" else lambda *_: args.backend):
         for shape in (shape for shape in SHAPES if shape.title in args.shapes):
             for tokens in args.tokens:
                 operands = draw(kernels.specs, shape, tokens, device, torch.float32)

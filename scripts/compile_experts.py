@@ -11,6 +11,7 @@ multiplies.
 from __future__ import annotations
 
 import argparse
+import itertools
 import pathlib
 import re
 import subprocess
@@ -72,14 +73,16 @@ def signatures(kernels, dtype: str) -> list[tuple]:
         "per_token": "i32", "stride_wn": size, "stride_wk": 1, "stride_ar": size, "stride_ak": 1, "stride_be": 1,
         "stride_bn": size, "stride_br": size, **dict.fromkeys(("limit", "slope", "offset"), "fp32"),
     }  # fmt: skip
-    for gate, transposed in (("halves", False), ("interleaved", True), (None, False), (None, True)):
+    gates = ("halves", False), ("interleaved", True), (None, False), (None, True)
+    for (gate, transposed), (columns, depth) in itertools.product(gates, ((64, 128), (128, 64))):
         types = {**few, **({"stride_wn": 1, "stride_wk": size} if transposed else {})}
         constants = dict(
             ACTIVATION="silu" if gate else None, GATED=gate is not None, INTERLEAVED=gate == "interleaved",
-            LIMITED=gate == "interleaved", BLOCK_S=64, BLOCK_M=16, BLOCK_N=32 if gate else 64, BLOCK_K=128, BLOCK_R=16,
-            EVEN_K=True, PRECISION="ieee",
+            LIMITED=gate == "interleaved", BLOCK_S=64, BLOCK_M=16, BLOCK_N=columns // 2 if gate else columns,
+            BLOCK_K=depth, BLOCK_R=16, EVEN_K=True, PRECISION="ieee",
         )  # fmt: skip
-        found.append((f"few_rows, gate {gate}", module.few_rows.few_rows_kernel, types, constants, (16, 64, 128, 4, 3)))
+        tile = (16, columns, depth, 4, 3)
+        found.append((f"few_rows, gate {gate}", module.few_rows.few_rows_kernel, types, constants, tile))
     index = {"index_ptr": "*i6416", "counts_ptr": "*i3216", "S": "i32", "E": size}
     sizes = dict(BLOCK=512, CHUNK=64, BLOCK_E=256)
     found.append(("route: count", module.route.count_kernel, index, sizes, (0, 0, 0, 8, 3)))
@@ -102,10 +105,11 @@ def signatures(kernels, dtype: str) -> list[tuple]:
     constants = dict(ACTIVATION="silu", GATED=True, INTERLEAVED=False, LIMITED=False, BLOCK=1024)
     found.append(("expert_gate_bwd", module.expert_gate.expert_gate_bwd_kernel, gated, constants, (0, 0, 0, 4, 3)))
     laid = {
-        "factor_ptr": "*fp3216", "out_ptr": half, "scaling": "fp32", "E": size, "R": size, "L": size, "stride_e": 1,
-        "stride_r": size, "stride_l": size,
+        **dict.fromkeys(("a_ptr", "b_ptr"), "*fp3216"), **dict.fromkeys(("laid_a_ptr", "laid_b_ptr"), half),
+        "scaling": "fp32", **dict.fromkeys(("E", "R", "K", "N", "stride_ae", "stride_ar"), size), "stride_ak": 1,
+        "stride_be": 1, "stride_br": size, "stride_bn": size,
     }  # fmt: skip
-    constants = dict(BLOCK_E=32, BLOCK_L=64)
+    constants = dict(SKIP_A=False, BLOCK_E=32, BLOCK_L=64)
     found.append(("lay_out", module.factor_layout.lay_out_kernel, laid, constants, (0, 0, 0, 4, 3)))
     return found
 

@@ -225,8 +225,8 @@ def compare(lora_fused, counts: dict, case: Case, rank: int):
             assert_restored(lora_fused, model)
 
 
-def serve(rank: int, build: pathlib.Path, port: int, cases):
-    """A process of the pair: runs each case that it is sent and sends back what went wrong, or None."""
+def serve(rank: int, build: pathlib.Path, port: int, cases, compare):
+    """A process of the pair: compares each case that it is sent and sends back what went wrong, or None."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer"  # of PEFT's policy
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
@@ -247,8 +247,8 @@ class Pair:
     """Two processes that train together; after a failure the next case has new ones, since one may wait for the
     other."""
 
-    def __init__(self, build: pathlib.Path):
-        self.build, self.running = build, []
+    def __init__(self, build: pathlib.Path, compare):
+        self.build, self.compare, self.running = build, compare, []
 
     def start(self):
         context = processes.get_context("spawn")
@@ -257,12 +257,12 @@ class Pair:
             port = free.getsockname()[1]
         for rank in range(WORLD):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, self.build, port, theirs), daemon=True)
+            process = context.Process(target=serve, args=(rank, self.build, port, theirs, self.compare), daemon=True)
             process.start()
             theirs.close()
             self.running.append((process, ours))
 
-    def run(self, case: Case):
+    def run(self, case):
         if not self.running:
             self.start()
         for _, cases in self.running:
@@ -286,7 +286,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(lora_fused):
-    pair = Pair(pathlib.Path(lora_fused.__file__).resolve().parent.parent)
+    pair = Pair(pathlib.Path(lora_fused.__file__).resolve().parent.parent, compare)
     yield pair
     pair.stop()
 

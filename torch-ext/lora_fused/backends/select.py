@@ -241,22 +241,31 @@ def column_norm_and_scale(name: str, table: EmbeddingOperands, scaling: float) -
     return norm, native.mag_norm_scale(table.magnitude, norm)
 
 
-def choose_experts(up: ExpertWeights, down: ExpertWeights) -> str:
-    """Name of the backend for experts of these weights: Triton on a GPU where that was measured to be the faster, else
-    torch's grouped products where they do not wait for the GPU."""
+def choose_experts(up: ExpertWeights, down: ExpertWeights, choices: int) -> str:
+    """Name of the backend for so many choices of experts of these weights: Triton on a GPU where that was measured to
+    be the faster, else torch's grouped products where they do not wait for the GPU."""
     weight = up.weight
-    in_triton = weight.is_cuda and weight.dtype != torch.float64 and not is_old(weight.device)
-    in_triton = in_triton and triton_is_there()
-    if in_triton and device_config.of(weight.device).experts_tiles:
-        return TRITON
-    if grouped_mm.fits(up.weight) and grouped_mm.fits(down.weight):
-        return GROUPED
-    return TRITON if in_triton else REFERENCE
+    if not _is_for_triton(weight):
+        return GROUPED if grouped_mm.fits(weight) and grouped_mm.fits(down.weight) else REFERENCE
+    if grouped_mm.fits(weight) and grouped_mm.fits(down.weight):
+        experts, n, k = weight.shape
+        return TRITON if _experts_tile(weight.device, max(choices // experts - 1, 0).bit_length(), n, k) else GROUPED
+    return TRITON
+
+
+def _is_for_triton(weight: Tensor) -> bool:
+    return weight.is_cuda and weight.dtype != torch.float64 and not is_old(weight.device) and triton_is_there()
+
+
+@functools.cache
+def _experts_tile(device: torch.device, bits: int, n: int, k: int) -> tuple[int, ...] | None:
+    """The tile measured for about 2^bits rows an expert."""
+    return device_config.nearest(device_config.of(device).experts_tiles, (2**bits, n, k))
 
 
 def sort_rows(index: Tensor, up: ExpertWeights, down: ExpertWeights, leaves_out: bool) -> Rows:
     """The rows of one call's `index` [T, k], for `make_products` of the same weights."""
-    kernels = _experts_kernels(choose_experts(up, down), index)
+    kernels = _experts_kernels(choose_experts(up, down, index.numel()), index)
     if index.numel() == 0 or kernels is None:
         return Rows.sort(index, up.weight.shape[0], leaves_out)
     return kernels.sort_rows(index, up.weight, leaves_out)
@@ -264,7 +273,7 @@ def sort_rows(index: Tensor, up: ExpertWeights, down: ExpertWeights, leaves_out:
 
 def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bool) -> Products:
     """The products of one call's rows; `trains` where a backward follows."""
-    chosen = choose_experts(up, down)
+    chosen = choose_experts(up, down, rows.order.numel())
     if rows.order.numel() == 0 or chosen == REFERENCE:
         return LoopedProducts(rows)
     kernels = _experts_kernels(chosen, rows.order)
@@ -276,8 +285,9 @@ def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bo
 
 def few_rows(x: Tensor, index: Tensor, up: ExpertWeights, down: ExpertWeights, gate: AnyGate) -> Callable | None:
     """What computes experts for the few tokens of one call, without a backward, as `triton.few_rows` defines it; None
-    where `make_products` does."""
-    if choose_experts(up, down) != TRITON:
+    where `make_products` does. On a GPU where Triton's experts were measured it is ahead, whatever many tokens take."""
+    measured = _is_for_triton(up.weight) and device_config.of(up.weight.device).experts_tiles
+    if not measured and choose_experts(up, down, index.numel()) != TRITON:
         return None
     from .triton import few_rows
 

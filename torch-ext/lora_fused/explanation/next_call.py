@@ -26,6 +26,7 @@ from .recorder import Calls
 from .table import FUSED, Row
 
 FUSED_DELTA = "fused delta"  # in place of a backend
+_ROWS_AN_EXPERT = 128  # for which `explain` says the backend; a call may have others
 BETWEEN_CALLS = "between calls; FSDP gathers it for a call, whose own state decides"
 UNSEEN = "after the first pass"  # in place of a group
 COMPILED = "torch.compile: its graph has PEFT's own forward"
@@ -143,7 +144,7 @@ class Model:
             return _unfused(row, call.reason)
         wrappers = reversed(peft_experts.chain_of(outermost)[0])
         group = "+".join(wrapper.parameter_name for wrapper in wrappers)
-        backend = select.choose_experts(state.up, state.down)
+        backend = select.choose_experts(state.up, state.down, _ROWS_AN_EXPERT * len(weight))
         return Row(row.module, layer.__name__, fused=True, backend=backend, group=group)
 
     def _group(self, module: nn.Module) -> str:

@@ -47,11 +47,13 @@ class AdaptedExperts(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """One parameter's active adapter: the factors of delta[e] = s · left[e] right[e]."""
+    """One parameter's active adapter by expert, A [E, R, p] and B [E, q, R]. swapped: whether delta[e] is B[e] A[e],
+    and not the transpose."""
 
-    left: Tensor
-    right: Tensor
+    a: Tensor
+    b: Tensor
     scaling: float
+    swapped: bool
 
 
 @functools.cache
@@ -168,7 +170,7 @@ def _storage_reason(wrapper: nn.Module, base: nn.Module) -> str | None:
         return f"{type(base).__name__} has no parameter {name}: another tool has put it in between, or taken that out"
     if weight.dim() != 3:
         return f"{name} of {type(base).__name__} is no weight of experts: shape {tuple(weight.shape)}"
-    if str(weight.dtype).removeprefix("torch.") not in _FLOAT8:
+    if weight.dtype in DTYPES or str(weight.dtype).removeprefix("torch.") not in _FLOAT8:
         return None
     if not hasattr(base, f"{name}_scale_inv"):
         return f"{name} has dtype {weight.dtype}"
@@ -216,10 +218,10 @@ def _read_product(wrapper: nn.Module | None, base: nn.Module, name: str, form: F
     adapter = _read_adapter(wrapper, stored)
     if isinstance(adapter, str):
         return adapter
-    left, right = adapter.left, adapter.right
-    if form.transposed:
-        left, right = right.transpose(1, 2), left.transpose(1, 2)
-    return ExpertWeights(weight, bias, right, left, adapter.scaling)
+    a, b, scaling, swapped = adapter
+    if swapped == form.transposed:  # the delta of the weight [N, K] is (B A)ᵀ
+        a, b = b.transpose(1, 2), a.transpose(1, 2)
+    return ExpertWeights(weight, bias, a, b, scaling)
 
 
 def _read_adapter(wrapper: nn.Module, stored: Tensor) -> Adapter | str:
@@ -245,7 +247,7 @@ def _read_adapter(wrapper: nn.Module, stored: Tensor) -> Adapter | str:
         return scaling.reason
     if isinstance(scaling, Tensor):
         return "scaling is a tensor on a GPU"
-    swapped = getattr(wrapper, "_did_swap_in_out_features", False)
+    swapped = bool(getattr(wrapper, "_did_swap_in_out_features", False))
     p, q = stored.shape[2 if swapped else 1], stored.shape[1 if swapped else 2]
     rank = a.shape[0] // experts
     if (
@@ -258,10 +260,7 @@ def _read_adapter(wrapper: nn.Module, stored: Tensor) -> Adapter | str:
         return (
             f"lora_A of shape {tuple(a.shape)} and lora_B of {tuple(b.shape)} on a parameter of {tuple(stored.shape)}"
         )
-    by_expert = a.view(experts, rank, p), b.view(q, rank, experts).permute(2, 0, 1)
-    if swapped:
-        return Adapter(by_expert[1], by_expert[0], scaling)
-    return Adapter(by_expert[0].transpose(1, 2), by_expert[1].transpose(1, 2), scaling)
+    return Adapter(a.view(experts, rank, p), b.view(q, rank, experts).permute(2, 0, 1), scaling, swapped)
 
 
 def _tensor_reason(what: str, tensor: Tensor, like: Tensor) -> str | None:
