@@ -131,9 +131,10 @@ def read_linear(module: nn.Module, known: AdaptedLinear | None = None) -> Adapte
             return Fallback(reason)
     if module.disable_adapters:
         return Fallback("adapters are disabled")
-    if module.merged_adapters:
+    state = module.__dict__
+    if state["merged_adapters"]:
         return Fallback("the adapter is merged into the base weight")
-    active, adapters = module.active_adapter, module._modules["lora_A"]._modules
+    active, adapters = module.active_adapter, state["_modules"]["lora_A"]._modules
     if len(active) == 1 and active[0] in adapters:  # a list of one, nearly always
         name = active[0]
     else:
