@@ -272,7 +272,13 @@ def _moves_inputs_alone(part: nn.Module) -> bool:
 
 def hooks_reason(name: str, part: nn.Module) -> str | None:
     """Whether somebody watches the calls of a module."""
-    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+    state = part.__dict__
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
         return f"{name} has hooks{_sharded_note(part)}"
     return None
 
