@@ -264,20 +264,20 @@ def _experts_tile(device: torch.device, bits: int, n: int, k: int) -> tuple[int,
 
 
 def sort_rows(index: Tensor, up: ExpertWeights, down: ExpertWeights, leaves_out: bool) -> Rows:
-    """The rows of one call's `index` [T, k], for `make_products` of the same weights."""
-    kernels = _experts_kernels(choose_experts(up, down, index.numel()), index)
+    """The rows of one call's `index` [T, k], for the products of the backend that is chosen here."""
+    chosen = choose_experts(up, down, index.numel())
+    kernels = _experts_kernels(chosen, index)
     if index.numel() == 0 or kernels is None:
-        return Rows.sort(index, up.weight.shape[0], leaves_out)
-    return kernels.sort_rows(index, up.weight, leaves_out)
+        return Rows.sort(index, up.weight.shape[0], leaves_out)._replace(backend=chosen)
+    return kernels.sort_rows(index, up.weight, leaves_out)._replace(backend=chosen)
 
 
-def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bool) -> Products:
+def make_products(rows: Rows, up: ExpertWeights, trains: bool) -> Products:
     """The products of one call's rows; `trains` where a backward follows."""
-    chosen = choose_experts(up, down, rows.order.numel())
-    if rows.order.numel() == 0 or chosen == REFERENCE:
+    if rows.order.numel() == 0 or rows.backend == REFERENCE:
         return LoopedProducts(rows)
-    kernels = _experts_kernels(chosen, rows.order)
-    if chosen == TRITON:
+    kernels = _experts_kernels(rows.backend, rows.order)
+    if rows.backend == TRITON:
         return kernels.TritonProducts(rows, up.weight)
     few = not trains and rows.order.numel() < rows.ends.numel()
     return (grouped_mm.GroupedProducts if kernels is None else kernels.GroupedProductsWithPasses)(rows, few)
