@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, bfloat16, float16, float32, int64
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / name) for name in ("scripts", "benchmarks")]
 
+import tune_experts
 from check_row_norm import CACHE, host_microseconds, microseconds
 
 RANK, SCALING = 32, 0.1  # of operands of size one: a delta about as large as what it is added to
@@ -168,13 +169,14 @@ OPS = {
 }
 
 
-def configuration(cases: dict[str, list[Case]], tiles: Tiles) -> dict:
+def configuration(cases: dict[str, list[Case]], tiles: Tiles, of_experts: Tiles) -> dict:
     """What the file of a device says of its measurements; an op without any stays with the library."""
     found: dict = {}
     for name, op in OPS.items():
         found.update(dict.fromkeys(op.limits))
         found.update(zip(op.limits, pick_limits(cases[name], op.in_triton)))
-    found["linear_expand_tiles"] = [{"shape": shape, "tile": min(us, key=us.get)} for shape, us in tiles.items() if us]
+    found["linear_expand_tiles"] = tune_experts.as_entries(tiles)
+    found["experts_tiles"] = tune_experts.as_entries(of_experts)
     return found
 
 
@@ -214,7 +216,7 @@ def measure(kernels, device: torch.device) -> dict:
         for case in op.cases(kernels, device):
             cases[name].append(case)
             print(f"{name} {case.sizes}: library {case.library:.0f}, Triton {case.triton:.0f} us", flush=True)
-    return configuration(cases, tile_times(kernels, device))
+    return configuration(cases, tile_times(kernels, device), tune_experts.tile_times(kernels, device))
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ LAYERS = (
     {"mapping": "which class gets which layer, for kernelize"},
     {"layers": "the forwards that kernelize binds"},
     {"shared_input": "modules that are called with one input run as one group"},
+    {"compiled": "torch.compile: calls of siblings become one"},
     {"functional": "public functions on tensors, their input errors, and the dispatch to a Function"},
     {"autograd": "the Functions, native and eager"},
     {

@@ -106,14 +106,17 @@ def _seed():
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """torch.empty gives NaN, so an element that a kernel leaves out shows."""
-    empty = torch.empty
+    """torch.empty and empty_like give NaN, so an element that a kernel leaves out shows."""
 
-    def nan(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+    def poison(make):
+        def nan(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr(torch, "empty", nan)
+        return nan
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ except ModuleNotFoundError:
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import tune
+import tune_experts
 from tune import Case, passes_any, pick_limits, reaches_all
 
 pytestmark = pytest.mark.own_architecture
@@ -50,7 +51,8 @@ def write(config, **changes):
 def test_shipped_files_hold_every_key(lora_fused, path):
     found = lora_fused.backends.device_config.read(path)
     assert lora_fused.backends.device_config.path_of(json.loads(path.read_text())["device"]).name == path.name
-    assert all(type(limit) in (int, float) for limit in found[:-1])
+    limits = [getattr(found, name) for name in lora_fused.backends.device_config.LIMITS]
+    assert len(limits) > 3 and all(type(limit) in (int, float) for limit in limits)
 
 
 def test_the_build_ships_them(lora_fused):
@@ -67,7 +69,7 @@ def test_the_build_ships_them(lora_fused):
 def test_a_device_that_was_not_measured_takes_no_product_to_triton(lora_fused, monkeypatch):
     defaults = lora_fused.backends.device_config.DeviceConfig()
     measured = (defaults.linear_expand_from, defaults.row_norm_from_rank, defaults.row_norm_from)
-    assert measured == (math.inf,) * 3 and defaults.linear_expand_tiles == ()
+    assert measured == (math.inf,) * 3 and defaults.linear_expand_tiles == defaults.experts_tiles == ()
     monkeypatch.setattr(lora_fused.backends.device_config, "of", lambda device: defaults)
     monkeypatch.setattr(lora_fused.backends.select, "is_hopper", lambda device: False)
     for native in (True, False):
@@ -97,6 +99,7 @@ WRONG = {
     "linear_expand_from": [-1, "many", True, math.nan],
     "linear_expand_tiles": [None, [3], [{"shape": [1, 2, 3]}], [{"shape": [1, 2], "tile": list(LARGE)}],
                      [{"shape": [1, 2, 0], "tile": list(LARGE)}]],
+    "experts_tiles": [{}, [{"shape": [1, 2, 3], "tile": [64]}]],
     "unheard_of": [1],
 }  # fmt: skip
 
@@ -144,6 +147,27 @@ def test_backend_chooses_by_them(lora_fused, config, monkeypatch):
     monkeypatch.setattr(backend.native_embedding, "norm_fits", lambda table: True)
     monkeypatch.setattr(backend.native_embedding, "column_norm", lambda *operands: "native")
     assert backend.column_norm("triton", table, 1.0) == "native"
+
+
+def test_experts_go_to_triton_where_that_was_measured(lora_fused, config, monkeypatch):
+    backend, specs = lora_fused.backends.select, lora_fused.specs
+    monkeypatch.setattr(backend, "triton_is_there", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    backend._is_at_least_ampere.cache_clear()
+
+    def chosen(dtype=torch.bfloat16, **changes):
+        write(config, **changes)
+        config._read_once.cache_clear()
+        fits = lambda *_: dtype == torch.bfloat16  # noqa: E731 (as `grouped_mm.fits` says of Hopper)
+        monkeypatch.setattr(backend.grouped_mm, "fits", fits)
+        weights = specs.ExpertWeights(SimpleNamespace(is_cuda=True, device=GPU, dtype=dtype))
+        return backend.choose_experts(weights, weights)
+
+    assert chosen(experts_tiles=TILED) == "triton"
+    assert chosen(experts_tiles=[]) == "grouped_mm"
+    assert chosen(torch.float16, experts_tiles=[]) == "triton"  # torch's products would wait for the GPU
+    assert chosen(torch.float64, experts_tiles=TILED) == "reference"
+    backend._is_at_least_ampere.cache_clear()
 
 
 def test_backend_chooses_embeddings_by_them(lora_fused, config, monkeypatch):
@@ -201,11 +225,11 @@ def test_limits_cost_least():
 def test_measurements_become_a_file_that_loads(config):
     cases = {name: [Case((2**30,) * len(op.limits), 100.0, 50.0)] for name, op in tune.OPS.items()} | {"row_norm": []}
     tiles = {(512, 64, 64): {LARGE: 9.0, NARROW: 7.0}, (8192, 64, 64): {}}
-    write(config, **tune.configuration(cases, tiles))
+    write(config, **tune.configuration(cases, tiles, tiles))
     found = config.of(GPU)
     assert found.linear_expand_from == 2**30
     assert found.row_norm_from_rank == found.row_norm_from == math.inf
-    assert found.linear_expand_tiles == (((512, 64, 64), NARROW),)
+    assert found.linear_expand_tiles == found.experts_tiles == (((512, 64, 64), NARROW),)
 
 
 def test_a_wrong_result_is_never_chosen(lora_fused, monkeypatch):
@@ -226,6 +250,45 @@ def test_a_wrong_result_is_never_chosen(lora_fused, monkeypatch):
 
     broken = SimpleNamespace(backends=SimpleNamespace(select=lora_fused.backends.select), lora_linear=lossy)
     assert list(tune.linear_cases(broken, cpu)) == [Case((16 * 32 * 48,), 6.0, math.inf)]
+
+
+def test_tiles_of_experts(lora_fused, monkeypatch, capsys):
+    """Measured with the clock in the place of times: what is right and fastest; nothing where torch's products are
+    ahead, and never what computes something else."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter's part: a GPU runs tune itself")
+    shape = tune_experts.Shape("small", 16, 16, 2, 1, True, tokens=(6,))
+    monkeypatch.setattr(tune_experts, "SHAPES", (shape,))
+    monkeypatch.setattr(tune_experts, "TILES", ((16, 32, 16, 4, 2), (32, 32, 16, 4, 2)))
+    monkeypatch.setattr(tune_experts, "bfloat16", torch.float32)  # the interpreter's bfloat16 dot is wrong
+    experts = importlib.import_module(f"{lora_fused.__name__}.backends.triton.experts")
+
+    def measured(torch_us, broken=None):
+        def clock(run, inputs, repeats):
+            select = lora_fused.backends.select
+            if select.choose_experts(*inputs[0][3:5]) == select.GROUPED:
+                return torch_us
+            return 10.0 - experts.choose_tile(inputs[0].up.weight, 1).m / 16
+
+        own = experts.TritonProducts.project
+        if broken is not None:
+            monkeypatch.setattr(
+                experts.TritonProducts,
+                "project",
+                lambda self, x, weights, factors: own(
+                    self, x, weights._replace(bias=None) if self.tile.m == broken else weights, factors
+                ),
+            )
+        monkeypatch.setattr(tune_experts, "microseconds", clock)
+        found = tune_experts.as_entries(tune_experts.tile_times(lora_fused, torch.device("cpu")))
+        monkeypatch.setattr(experts.TritonProducts, "project", own)
+        return [(tuple(each["shape"]), tuple(each["tile"])) for each in found]
+
+    assert measured(20.0) == [((3, 32, 16), (32, 32, 16, 4, 2))]
+    assert measured(7.0) == []
+    assert measured(20.0, broken=32) == [((3, 32, 16), (16, 32, 16, 4, 2))]
+    assert "small 6, us: torch 20" in capsys.readouterr().out
 
 
 def test_agreement_sees_what_is_left_out():

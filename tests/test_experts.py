@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.cases import DEVICE
 from helpers.experts import (
     MODELS,
     adapt,
@@ -21,6 +22,8 @@ from helpers.experts import (
 )  # fmt: skip
 from helpers.llamas import losses_of
 from torch import nn
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 DECORATED = [name for name in MODELS if name != "llama4"]
 WHICH = {"both": (0, 1), "first": (0,), "second": (1,)}
@@ -145,7 +148,7 @@ ROUTINGS = {
 @pytest.mark.parametrize("routed", ROUTINGS)
 def test_routings(lora_fused, routed):
     ours, theirs = experts_of(lora_fused)
-    index = ROUTINGS[routed]
+    index = ROUTINGS[routed].to(DEVICE)
     x, routing, dy = torch.randn(5, 32).double(), torch.rand(5, 2).double(), torch.randn(5, 32).double()
     with counted(lora_fused) as calls:
         seen = run(ours, x, index, routing, dy)
@@ -170,10 +173,12 @@ def test_no_tokens(lora_fused):
 
 
 def test_negative_indices_name_the_module(lora_fused):
-    model = kernelized(lora_fused, adapt(block_of("qwen3_moe")))
-    x, routing = torch.randn(5, 32).double(), torch.rand(5, 2).double()
-    with pytest.raises(ValueError, match=r"mixture\.experts: the index has -2"):
-        model.base_model.model.mixture.experts(x, torch.tensor([[0, -2]] * 5), routing)
+    """On the CPU: a GPU would be waited for."""
+    with torch.device("cpu"):
+        model = kernelized(lora_fused, adapt(block_of("qwen3_moe")), "cpu")
+        x, routing = torch.randn(5, 32).double(), torch.rand(5, 2).double()
+        with pytest.raises(ValueError, match=r"mixture\.experts: the index has -2"):
+            model.base_model.model.mixture.experts(x, torch.tensor([[0, -2]] * 5), routing)
 
 
 def test_arguments_by_name(lora_fused):
@@ -423,7 +428,7 @@ def test_autocast(lora_fused, implementation, base, fused, x_dtype):
     for each in experts:
         x = given[0].clone().requires_grad_()
         parameters = [p for p in each.parameters() if p.requires_grad]
-        with torch.autocast("cpu", torch.bfloat16), counted(lora_fused) as calls:
+        with torch.autocast(DEVICE, torch.bfloat16), counted(lora_fused) as calls:
             y = each(x, *given[1:])
             if each is experts[0]:
                 assert len(calls) == fused and [row.fused for row in explain(lora_fused, ours)] == [fused] * 2

@@ -9,9 +9,12 @@ import pytest
 import torch
 import transformers
 import transformers.integrations.moe as transformers_moe
+from helpers.cases import DEVICE
 from helpers.experts import Block, adapt, block_of, counted, error, explain, is_experts, kernelized, names_of, results
 from peft import LoraConfig, get_peft_model
 from torch import nn
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 def example():
@@ -331,7 +334,7 @@ def test_four_bit_experts_are_warned_of(lora_fused):
     with lora_fused.use_peft_layers():
         from kernels import Mode, kernelize
 
-        ours = kernelize(model, mode=Mode.TRAINING, device="cpu")
+        ours = kernelize(model, mode=Mode.TRAINING, device=DEVICE)
     x = torch.randn(2, 9, 32)
     with pytest.warns(
         UserWarning, match=r"lora_fused: \S*mixture\.experts: \w+ is parametrised \(Bnb4bit.*one more delta"

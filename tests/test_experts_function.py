@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 E, T, K, H, I, R1, R2 = 5, 10, 2, 32, 16, 3, 6
 GATES = {
     "swiglu": dict(),
@@ -126,6 +128,7 @@ def test_products_of_few_rows(lora_fused, request, poisoned, path):
     request.getfixturevalue(path)
     case = Case(lora_fused, "gpt-oss", True, dtype=torch.float32, experts=2 * T * K)
     case.index[3:5] = 2 * T * K
+    case.index[5:] = 1  # of all others, and more rows than a tile has
     with torch.no_grad():
         seen, expected = (f(*case.operands) for f in (lora_fused.lora_experts, oracle_of(lora_fused)))
     assert_close([seen] * 4, [expected] * 4, 1e-5)
@@ -154,40 +157,123 @@ def test_triton_gates(lora_fused, poisoned, gate):
     wide = z.double().requires_grad_()
     expected = lora_fused.backends.reference.experts.gated(wide, gate)
     (dz,) = torch.autograd.grad(expected, wide, dh.double() * weights)
-    h, *rest = kernels.expert_gate_backward(z, dh, weights, gate)
-    pairs = [(h, expected), (kernels.expert_gate(z, gate), expected), (rest[0], dz), (rest[1], (dh * expected).sum(1))]
+    order, ends = torch.tensor([2, 0, 1]), torch.tensor([1, 2], dtype=torch.int32)  # the third row is of no expert
+    by_choice = torch.empty(1, rows)
+    by_choice[0, order] = weights[:, 0]
+    h, *rest = kernels.expert_gate_backward(z, dh, by_choice, order, ends, gate)
+    assert rest[1].shape == (1, rows) and rest[1][0, 1] == 0.0
+    rest[1], dots = rest[1][0, order[:2]], (dh * expected).sum(1)[:2]
+    pairs = [(h, expected), (kernels.expert_gate(z, gate), expected), (rest[0], dz), (rest[1], dots)]
     for seen, truth in pairs:
         assert seen.shape == truth.shape
         assert (seen.double() - truth).abs().max() <= 2e-3 * truth.abs().max()
 
 
-@pytest.mark.parametrize("rows", (1, 300))
-@pytest.mark.parametrize("n,k,rank", ((17, 33, 3), (130, 72, 70), (16, 200, 16)))
-def test_triton_kernels(lora_fused, poisoned, n, k, rank, rows):
-    """Odd sizes, strides and ranks, gathered and not, in half precision: against float64."""
+def kernels_of(lora_fused, name):
     pytest.importorskip("triton")
-    kernels = importlib.import_module(f"{lora_fused.__name__}.backends.triton.grouped_linear")
-    outer = importlib.import_module(f"{lora_fused.__name__}.backends.triton.grouped_outer")
-    tokens, per_token = -(-rows // 2), 2
+    return importlib.import_module(f"{lora_fused.__name__}.backends.triton.{name}")
+
+
+@pytest.mark.parametrize("tokens,per_token,experts", ((1, 1, 1), (5, 3, 4), (100, 6, 5), (700, 2, 3), (400, 4, 300)))
+@pytest.mark.parametrize("dtype", (torch.int64, torch.int32))
+def test_rows_as_those_of_a_sort(lora_fused, tokens, per_token, experts, dtype):
+    """One block of choices and several; an expert without rows, choices of none; every tile once."""
+    index = torch.randint(0, experts + 2, (tokens, per_token), dtype=dtype)
+    index[index == experts // 2] = 0
+    seen = kernels_of(lora_fused, "route").sort_rows(index, experts, 16, True)
+    expected = lora_fused.backends.reference.grouped.Rows.sort(index.clamp(max=experts), experts, True)
+    assert torch.equal(seen.order, expected.order) and torch.equal(seen.ends, expected.ends)
+    assert torch.equal(seen.place.long()[seen.order], torch.arange(index.numel()))
+    starts = [0, *expected.ends.tolist()]
+    tiles = [(e, row, end) for e, end in enumerate(starts[1:]) for row in range(starts[e], end, 16)]
+    assert seen.tiles.t().tolist()[: len(tiles)] == [list(tile) for tile in tiles]
+    assert (seen.tiles[0, len(tiles) :] == -1).all() and seen.tiles.shape[1] >= len(tiles)
+
+
+@pytest.mark.parametrize("fused", (True, False))
+@pytest.mark.parametrize("rows", (2, 120))
+@pytest.mark.parametrize("n,k,rank", ((17, 33, 3), (130, 72, 70), (16, 160, 16)))
+def test_triton_kernels(lora_fused, poisoned, monkeypatch, n, k, rank, rows, fused):
+    """Odd sizes, strides and ranks, gathered and not, in half precision: against float64."""
+    kernels, outer, layout = (
+        kernels_of(lora_fused, name) for name in ("grouped_linear", "grouped_outer", "factor_layout")
+    )
+    monkeypatch.setattr(kernels, "FUSED_RANK_UP_TO", 2**36 if fused else 0)
+    tokens, per_token, tile = rows // 2, 2, kernels.Tile(32, 64, 32, 4, 2)
     index = torch.randint(0, 4, (tokens, per_token)) % 3 + 1  # the first and the last expert have none
-    sorted_rows = lora_fused.backends.reference.grouped.Rows.sort(index, 5, True)
-    x, t = torch.randn(tokens, k).half(), torch.randn(tokens * 2, rank).half()
+    found = kernels_of(lora_fused, "route").sort_rows(index, 5, tile.m, True)
+    x, routing = torch.randn(tokens, k).half(), torch.rand(tokens, per_token)
     w = torch.randn(5, k, n).half().transpose(1, 2) / k**0.5
-    b, bias = torch.randn(n, rank, 5).permute(2, 0, 1) / rank**0.5, torch.randn(5, n).half()
-    y = kernels.grouped_linear(x, sorted_rows.order, sorted_rows.ends, w, (t, b, 0.7), bias, per_token)
-    expert, token = sorted_rows.expert(), sorted_rows.token()
+    a, b = torch.randn(5, rank, k).half() / k**0.5, torch.randn(n, rank, 5).permute(2, 0, 1) / rank**0.5
+    bias = torch.randn(5, n).half()
+    laid = layout.lay_out(b.transpose(1, 2), torch.float16, 0.7)
+    assert laid.is_contiguous() and torch.equal(laid, (b.transpose(1, 2) * 0.7).half())
+    y, t = kernels.grouped_linear(x, found.order, found.tiles, tile, w, (a, laid), bias, per_token)
+    expert, token = found.expert(), found.token()
     gathered = x.double()[token]
+    shrunk = torch.einsum("sk,srk->sr", gathered, a.double()[expert])
+    assert (t.double() - shrunk).abs().max() <= 2e-3 * shrunk.abs().max()
     expected = torch.einsum("sk,snk->sn", gathered, w.double()[expert]) + bias.double()[expert]
     expected += 0.7 * torch.einsum("sr,snr->sn", t.double(), b.double()[expert])
     assert (y.double() - expected).abs().max() <= 4e-3 * expected.abs().max()
-    plain = kernels.grouped_linear(x[token], None, sorted_rows.ends, w, scaling=0.5)
-    assert (plain.double() - 0.5 * torch.einsum("sk,snk->sn", gathered, w.double()[expert])).abs().max() <= 4e-3
-    for left, right, orders in ((x, t, (sorted_rows.order, None)), (t, x, (None, sorted_rows.order))):
-        seen = outer.grouped_outer(left, right, sorted_rows.ends, *orders, per_token)
-        of_rows = [v.double()[token] if order is not None else v.double() for v, order in zip((left, right), orders)]
-        expected = torch.stack([of_rows[0][expert == e].t() @ of_rows[1][expert == e] for e in range(5)])
+    plain, nothing = kernels.grouped_linear(x[token], None, found.tiles, tile, w)
+    assert nothing is None
+    assert (plain.double() - torch.einsum("sk,snk->sn", gathered, w.double()[expert])).abs().max() <= 4e-3
+    weights = routing.double().reshape(-1, 1)[found.order]
+    for short, long, by_token, routed in (
+        (t, x, True, routing),
+        (t, gathered.half(), False, None),
+        (None, x, True, routing),
+    ):
+        out = torch.empty(k, rank if short is not None else 1, 5).permute(2, 1, 0)
+        seen = outer.grouped_outer(
+            short, long, found.order, found.ends, out, scaling=0.3, routing=routed, per_token=per_token * by_token
+        )
+        left = torch.ones(rows, 1).double() if short is None else short.double()
+        left = left if routed is None else left * weights
+        expected = 0.3 * torch.stack([left[expert == e].t() @ gathered[expert == e] for e in range(5)])
         assert not seen[0].any() and not seen[4].any()
         assert (seen.double() - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("gate", GATES)
+def test_few_rows_in_half_precision(lora_fused, poisoned, gate, transposed):
+    """Every gate with columns, depth and ranks that are no multiples of a block's; more rows of one expert than a tile
+    has, experts without rows, choices of none: against the oracle in float64."""
+    kernels = kernels_of(lora_fused, "few_rows")
+    specs, dtype = lora_fused.specs, torch.float16
+    gate = specs.Gate(**GATES[gate])
+    hidden, inner, experts, tokens = 150, 37, 4, 22
+
+    def product(n, k, rank):
+        weight = torch.randn(experts, k, n).transpose(1, 2) if transposed else torch.randn(experts, n, k)
+        a, b = torch.randn(experts, rank, k), torch.randn(n, rank, experts).permute(2, 0, 1)
+        return specs.ExpertWeights(*(t.mul(k**-0.5).to(dtype) for t in (weight, torch.randn(experts, n), a, b)), 0.7)
+
+    up, down = product(inner * (2 if gate.gated else 1), hidden, 5), product(hidden, inner, 40)
+    x, routing = torch.randn(tokens, hidden).to(dtype), torch.rand(tokens, 3)
+    index = torch.stack([torch.full((tokens,), 2), torch.arange(tokens) % 2, 3 + torch.arange(tokens) % 3], 1)
+    assert kernels.fits(index.numel(), tokens, up, down, gate)
+    seen = kernels.few_rows(x, index, routing, up, down, gate)
+    wide = [
+        weights._replace(**{n: getattr(weights, n).double() for n in weights._fields[:4]}) for weights in (up, down)
+    ]
+    expected = oracle_of(lora_fused)(x.double(), index, routing.double(), *wide, gate)
+    assert seen.shape == expected.shape and seen.dtype == torch.float32
+    assert (seen.double() - expected).abs().max() <= 3e-3 * expected.abs().max()
+
+
+def test_what_few_rows_leave_to_others(lora_fused):
+    """Many tokens, many choices, large ranks, gates that are not known."""
+    fits, weights = kernels_of(lora_fused, "few_rows").fits, lora_fused.specs.ExpertWeights
+    gate, plain = lora_fused.specs.Gate(), weights(torch.empty(1, 2, 2))
+    large = plain._replace(lora_a=torch.empty(1, 65, 2))
+    assert fits(512, 64, plain, plain, gate)
+    assert not any(
+        (fits(512, 65, plain, plain, gate), fits(1088, 64, plain, plain, gate), fits(0, 0, plain, plain, gate),
+         fits(512, 64, plain, large, gate), fits(512, 64, plain, plain, tanh_gate))
+    )  # fmt: skip
 
 
 # --- what is read, saved and made ---
@@ -201,7 +287,8 @@ def test_only_used_experts_are_read(lora_fused, request, path, tokens):
     if path != "looped":
         request.getfixturevalue(path)
     dtype = torch.float64 if path == "looped" else torch.float32
-    case = Case(lora_fused, "swiglu", True, dtype=dtype, experts=9 if path == "looped" else 200)
+    experts = dict(looped=9, grouped=200, in_triton=24)[path]
+    case = Case(lora_fused, "swiglu", True, dtype=dtype, experts=experts)
     case.index = torch.tensor([[1, 4], [7, 4], [1, 7]])[torch.arange(tokens) % 3]
     case.x, case.routing = torch.randn(tokens, H, dtype=dtype), torch.rand(tokens, K, dtype=dtype)
     with torch.no_grad():
@@ -263,7 +350,8 @@ def test_gradients_that_nobody_wants(lora_fused):
 
 
 def bad(lora_fused, **changes):
-    case = Case(lora_fused, bias=True)
+    with torch.device("cpu"):
+        case = Case(lora_fused, bias=True)
     given = dict(x=case.x, index=case.index, routing=case.routing, up=case.up, down=case.down, gate=case.gate)
     for name, value in changes.items():
         place, _, part = name.partition("_")

@@ -39,10 +39,13 @@ class MatrixView {
   const torch::stable::Tensor& base() const { return base_; }
 
   MatrixView transposed() const { return part(sizes_[1], sizes_[0], strides_[1], strides_[0], 0); }
+  // All of it is itself: what was a whole tensor needs no new handle.
   MatrixView rows(int64_t first, int64_t count) const {
+    if (count == sizes_[0]) return *this;
     return part(count, sizes_[1], strides_[0], strides_[1], first * strides_[0]);
   }
   MatrixView columns(int64_t first, int64_t count) const {
+    if (count == sizes_[1]) return *this;
     return part(sizes_[0], count, strides_[0], strides_[1], first * strides_[1]);
   }
 

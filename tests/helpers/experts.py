@@ -12,6 +12,7 @@ from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from .cases import DEVICE
 from .families import EXPERTS
 
 LATENT = dict(
@@ -111,7 +112,7 @@ def adapt(block: Block, parameters: list[str] | None = None, adapter_dtype: torc
     return model.train()
 
 
-def kernelized(lora_fused, model: nn.Module, device: str = "cpu") -> nn.Module:
+def kernelized(lora_fused, model: nn.Module, device: str = DEVICE) -> nn.Module:
     """A copy with our forwards."""
     with lora_fused.use_peft_layers():
         return kernelize(copy.deepcopy(model), mode=Mode.TRAINING, device=device)

@@ -17,6 +17,7 @@ from .functional.embedding import lora_embedding
 from .functional.experts import lora_experts
 from .explanation import Explanation, Row, explain, record
 from .mapping import register_peft_layers, unregister_peft_layers, use_peft_layers
+from .compiled.options import compile_options
 from .binding import LoraFusedCallback, apply, restore
 from .specs import ExpertWeights, Gate, Operands, Projection, ProjectionSpec
 
@@ -30,6 +31,7 @@ __all__ = [
     "ProjectionSpec",
     "Row",
     "apply",
+    "compile_options",
     "explain",
     "layers",
     "lora_embedding",

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from . import last_call, shared_input
 from .call_context import CallContext
+from .compiled import forwards as compiled
 from .functional import (
     delta as functional_delta,
     dispatch,
@@ -80,7 +81,9 @@ def _unusual_reason(x: object) -> str | None:
 
 def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
     if _is_compiling():
-        last_call.note_trace()
+        y = compiled.linear(module, x, args, kwargs)
+        if not isinstance(y, Fallback):
+            return y
         return type(module).forward(module, x, *args, **kwargs)
     reason = _unusual_reason(x)
     if reason is None:
@@ -193,8 +196,8 @@ class LoraEmbedding(nn.Module):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if _is_compiling():
-            last_call.note_trace()
-            return type(self).forward(self, x, *args, **kwargs)
+            y = compiled.embedding(self, x, args, kwargs)
+            return type(self).forward(self, x, *args, **kwargs) if isinstance(y, Fallback) else y
         reason = _unusual_reason(x) or replaced.embedding_reason()
         if reason is None:
             state = peft_embedding.read_embedding(self)

@@ -13,11 +13,11 @@ _is_transformed = torch._C._are_functorch_transforms_active
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # so are tensors that a transform has left behind
 
 
-def apply_of(function: type[torch.autograd.Function]) -> Callable:
-    """`function.apply`, to be called as `(x, *arguments)`, x among the arguments again."""
+def apply_of(function: type[torch.autograd.Function]) -> Callable[[Tensor], Callable]:
+    """What gives for x what applies `function`, as `function.apply` does, to arguments that x is among."""
     checked, direct = function.apply, super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
-    def apply(x: Tensor, *arguments):
-        return (checked if _is_transformed() or _is_wrapped(x) else direct)(*arguments)
+    def apply_to(x: Tensor) -> Callable:
+        return checked if _is_transformed() or _is_wrapped(x) else direct
 
-    return apply
+    return apply_to

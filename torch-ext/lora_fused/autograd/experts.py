@@ -10,8 +10,9 @@ x_g [S, H] are the tokens of the rows, w [S, 1] their routing weights, s·B roun
     dt1 = dz (s1·B1)    dx_g = dz W1 + dt1 A1    dA1 = dt1ᵀ x_g    dB1 = s1·dzᵀ t1
 
 The routing weight enters after the products, so that dw needs no y. Base weights get no gradient. Saved for backward:
-x [T, H] in the products' dtype, z [S, 2I], t1 and t2 [S, R], the rows' order [S] and the operands; neither x_g, h nor
-y. No weight is made of A and B, and no gradient of a weight. (Hu et al. 2021, arXiv:2106.09685, equation 3.)
+x [T, H] in the products' dtype, z [S, 2I], t1 and t2 [S, R], where the rows are [S], the operands, and the factors as
+a backend lays them out; neither x_g, h nor y. No weight is made of A and B, and no gradient of a weight. (Hu et al.
+2021, arXiv:2106.09685, equation 3.)
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..backends import select
-from ..backends.reference.grouped import Products, Rows
+from ..backends.reference.grouped import Factors, Products, Rows
 from ..call_context import without_autocast
 from ..specs import TENSORS_PER_PRODUCT, ExpertsSpec, ExpertWeights
 from .once_differentiable import once_differentiable
@@ -35,17 +36,18 @@ class Kept(NamedTuple):
     z: Tensor
     t1: Tensor | None
     t2: Tensor | None
+    up: Factors
+    down: Factors
 
 
 def forward_experts(
     spec: ExpertsSpec, products: Products, x: Tensor, routing: Tensor, up: ExpertWeights, down: ExpertWeights
 ) -> tuple[Tensor, Kept]:
     """out [T, H'] in x's dtype, and what is kept."""
-    narrow = x.to(up.weight.dtype)
-    z, t1 = products.project(products.take(narrow), up)
-    y, t2 = products.project(products.gate(z, spec.gate), down)
-    weights = routing.reshape(-1, 1)[products.rows.order]
-    return products.combine(y, weights).to(x.dtype), Kept(narrow, z, t1, t2)
+    narrow, factors = x.to(up.weight.dtype), (products.lay_out(up), products.lay_out(down))
+    z, t1 = products.project(products.take(narrow), up, factors[0])
+    y, t2 = products.project(products.gate(z, spec.gate), down, factors[1])
+    return products.combine(y, routing).to(x.dtype), Kept(narrow, z, t1, t2, factors[0], factors[1])
 
 
 class LoraExpertsFunction(torch.autograd.Function):
@@ -56,24 +58,27 @@ class LoraExpertsFunction(torch.autograd.Function):
     def forward(ctx, spec: ExpertsSpec, index: Tensor, x: Tensor, routing: Tensor, *tensors: Tensor | None):
         up, down = _weights(tensors, spec)
         with without_autocast(x):
-            rows = Rows.sort(index, up.weight.shape[0], spec.leaves_out)
+            rows = select.sort_rows(index, up, down, spec.leaves_out)
             products = select.make_products(rows, up, down, trains=True)
             out, kept = forward_experts(spec, products, x, routing, up, down)
         ctx.spec, ctx.dtype = spec, x.dtype
-        ctx.save_for_backward(rows.order, rows.ends, routing, *kept, *tensors)
+        where = rows.order, rows.ends, rows.place, rows.tiles
+        ctx.save_for_backward(*where, routing, *kept[:4], *kept.up, *kept.down, *tensors)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
-        order, ends, routing, x, z, t1, t2, *tensors = ctx.saved_tensors
+        order, ends, place, tiles, routing, *rest = ctx.saved_tensors
+        (x, z, t1, t2), tensors = rest[:4], rest[8:]
+        kept = Kept(x, z, t1, t2, Factors(*rest[4:6]), Factors(*rest[6:8]))
         up, down = _weights(tensors, ctx.spec)
         tokens, per_token = routing.shape
-        rows = Rows(order, ends, tokens, per_token, ctx.spec.leaves_out)
+        rows = Rows(order, ends, tokens, per_token, ctx.spec.leaves_out, place, tiles)
         with without_autocast(dout):
             products = select.make_products(rows, up, down, trains=True)
-            step = _Backward(ctx.spec, products, routing, Kept(x, z, t1, t2), ctx.needs_input_grad)
-            dz, drouting, of_down = step.second(dout.to(x.dtype), down)
+            step = _Backward(ctx.spec, products, routing, kept, ctx.needs_input_grad)
+            dz, drouting, of_down = step.second(dout.to(kept.x.dtype), down)
             dx, of_up = step.first(dz, up) if dz is not None else (None, (None,) * TENSORS_PER_PRODUCT)
         return None, None, None if dx is None else dx.to(ctx.dtype), drouting, *of_up, *of_down
 
@@ -96,17 +101,18 @@ class _Backward:
 
     def second(self, dout: Tensor, down: ExpertWeights):
         """(dz or None where nobody asks, drouting, gradients of `down`)."""
-        products, weights = self.products, self.routing.reshape(-1, 1)[self.products.rows.order]
+        products, routing, kept = self.products, self.routing, self.kept
         dy = products.take(dout)
-        dh, dt = products.project_back(dy, down)
-        h, dz, dots = products.gate_back(self.kept.z, dh, weights, self.spec.gate)
+        dh, dt = products.project_back(dy, down, kept.down)
+        h, dz, dots = products.gate_back(kept.z, dh, routing, self.spec.gate)
         grads: list[Tensor | None] = [None] * TENSORS_PER_PRODUCT
         if self.needs_down[1]:
-            grads[1] = products.sums(_weighted(dout[products.rows.token()], weights)).to(down.bias.dtype)
+            grads[1] = products.sums(dy, down.bias, routing)
         if self.needs_down[2]:
-            grads[2] = _cut(products.outer(_weighted(dt, weights), h), down.lora_a)
+            grads[2] = products.gradient(down.lora_a, dt, h, routing=routing)
         if self.needs_down[3]:
-            grads[3] = _cut(products.outer(dy, _weighted(self.kept.t2, weights)), down.lora_b, down.scaling)
+            factor = down.lora_b.transpose(1, 2)
+            grads[3] = products.gradient(factor, kept.t2, dy, down.scaling, routing).transpose(1, 2)
         drouting = self._routing_gradient(dout, dots, down) if self.needs_routing else None
         return dz if self.needs_x or any(self.needs_up) else None, drouting, grads
 
@@ -115,31 +121,21 @@ class _Backward:
         rows = self.products.rows
         if down.bias is not None:
             by_expert = dout.to(dots.dtype) @ down.bias.to(dots.dtype).t()
-            dots = dots + by_expert[rows.token(), rows.expert()]
-        return rows.by_choice(dots).to(self.routing.dtype)
+            dots = dots + rows.by_choice(by_expert[rows.token(), rows.expert()])
+        return dots.to(self.routing.dtype)
 
     def first(self, dz: Tensor, up: ExpertWeights):
         """(dx or None, gradients of `up`)."""
-        products, dx = self.products, None
+        products, kept, dx = self.products, self.kept, None
         grads: list[Tensor | None] = [None] * TENSORS_PER_PRODUCT
         if self.needs_x:
-            dx, dt = products.project_back(dz, up)
+            dx, dt = products.project_back(dz, up, kept.up)
         elif self.needs_up[2]:
-            dt = products.shrink_back(dz, up)
+            dt = products.shrink_back(dz, up, kept.up)
         if self.needs_up[1]:
-            grads[1] = products.sums(dz).to(up.bias.dtype)
+            grads[1] = products.sums(dz, up.bias)
         if self.needs_up[2]:
-            grads[2] = _cut(products.outer(dt, products.take(self.kept.x)), up.lora_a)
+            grads[2] = products.gradient(up.lora_a, dt, products.take(kept.x))
         if self.needs_up[3]:
-            grads[3] = _cut(products.outer(dz, self.kept.t1), up.lora_b, up.scaling)
+            grads[3] = products.gradient(up.lora_b.transpose(1, 2), kept.t1, dz, up.scaling).transpose(1, 2)
         return None if dx is None else products.combine(dx), grads
-
-
-def _weighted(values: Tensor, weights: Tensor) -> Tensor:
-    return (values * weights).to(values.dtype)
-
-
-def _cut(gradient: Tensor, factor: Tensor, scaling: float = 1.0) -> Tensor:
-    """A factor's gradient without the rank's padding, in the factor's dtype."""
-    gradient = gradient[:, : factor.shape[1], : factor.shape[2]].to(factor.dtype)
-    return gradient if scaling == 1.0 else gradient * scaling

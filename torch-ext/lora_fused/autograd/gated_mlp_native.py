@@ -14,25 +14,22 @@ from torch import Tensor
 from ..backends import native
 from ..specs import Projection
 from .direct_apply import apply_of
-from .group_native import by_trained, for_backward, group_forward, magnitudes_in, read, trained
+from .group_native import Prepared, by_trained, group_forward, prepare, put_made
 from .once_differentiable import once_differentiable
 
 
 def _gated_forward(
-    projections: Sequence[Projection],
-    bf16x3: bool,
-    options: tuple[int, int],
-    x: Tensor,
-    seeds: Tensor | None,
-    up_to_h: bool = False,
-):
-    """(arguments of the backward, y, what else the op gives and the backward takes)."""
-    arguments, norms = read(projections, bf16x3)
-    operands, scalings, dropouts, quantized, _ = arguments
-    outputs = native.gated_forward(x, operands, scalings, seeds, dropouts, quantized, bf16x3, *options, up_to_h)
-    made = len(outputs) - 2 * magnitudes_in(projections, norms)
-    operands = for_backward(projections, operands, norms, outputs[made:])
-    return arguments._replace(operands=operands), outputs[0], outputs[1:made]
+    x: Tensor, seeds: Tensor | None, prepared: Prepared, options: tuple[int, int], up_to_h: bool = False
+) -> list[Tensor]:
+    """y and what else the op gives and the backward takes; norms go to the backward's operands."""
+    scalings, dropouts, quantized, bf16x3, _, _, made = prepared.arguments
+    outputs = native.gated_forward(
+        x, prepared.operands, scalings, seeds, dropouts, quantized, bf16x3, *options, up_to_h
+    )  # fmt: skip
+    if made:
+        put_made(prepared.of_backward, made, outputs[-2 * len(made) :])
+        del outputs[-2 * len(made) :]
+    return outputs
 
 
 def gated_mlp(
@@ -40,30 +37,29 @@ def gated_mlp(
 ) -> Tensor:
     """[..., N] of a gated MLP, down as the last projection; options: the activation as its index, and which half
     of a projection that holds both is the gate. `bf16x3` as `NativePath` has it."""
-    if torch.is_grad_enabled():
-        wanted, tensors = trained(projections)
-        arguments: tuple = (projections, wanted, bf16x3, options, x, seeds, *tensors)
-        if _is_recomputed() and projections[-1].operands.magnitude is None:
-            return _recomputed(*arguments)
-        return _apply(x, *arguments)
-    return _gated_forward(projections, bf16x3, options, x, seeds)[1]
+    prepared = prepare(projections, bf16x3)
+    if not torch.is_grad_enabled():
+        return _gated_forward(x, seeds, prepared, options)[0]
+    if _is_recomputed() and projections[-1].operands.magnitude is None:
+        return _recomputed(projections, prepared, options, x, seeds)
+    return _apply_to(x)(projections, prepared, options, x, seeds, *prepared.trained)
 
 
 class NativeGatedFunction(torch.autograd.Function):
-    """Apply as `(projections, wanted, bf16x3, options, x, seeds, *tensors)`, as `NativeGroupFunction`, see `gated_mlp`.
-    Double backward raises."""
+    """Apply as `(projections, prepared, options, x, seeds, *prepared.trained)`, see `gated_mlp`. Double backward
+    raises."""
 
     @staticmethod
-    def forward(ctx, projections, wanted, bf16x3, options, x: Tensor, seeds: Tensor | None, *_):
-        return NativeGatedFunction._run(ctx, projections, wanted, bf16x3, options, x, seeds, up_to_h=False)
+    def forward(ctx, projections, prepared: Prepared, options, x: Tensor, seeds: Tensor | None, *_):
+        return NativeGatedFunction._run(ctx, projections, prepared, options, x, seeds, up_to_h=False)
 
     @staticmethod
-    def _run(ctx, projections, wanted, bf16x3, options, x: Tensor, seeds: Tensor | None, up_to_h: bool) -> Tensor:
-        (operands, *ctx.numbers), y, kept = _gated_forward(projections, bf16x3, options, x, seeds, up_to_h)
+    def _run(ctx, projections, prepared: Prepared, options, x: Tensor, seeds: Tensor | None, up_to_h: bool) -> Tensor:
+        y, *kept = _gated_forward(x, seeds, prepared, options, up_to_h)
         if _makes_u_again(projections):
-            del kept[len(projections) + 1]  # the first of the unscaled outputs, after the outputs, t and down's t
-        ctx.wanted, ctx.options, ctx.kept = wanted, options, len(kept)
-        ctx.save_for_backward(x, seeds, *kept, *operands)
+            del kept[len(projections) + 1]  # the first unscaled output, after the outputs, t and down's t
+        ctx.arguments, ctx.options, ctx.kept = prepared.arguments, options, len(kept)
+        ctx.save_for_backward(x, seeds, *kept, *prepared.of_backward)
         return y
 
     @staticmethod
@@ -71,16 +67,16 @@ class NativeGatedFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         saved, start = ctx.saved_tensors, 2 + ctx.kept
         x, seeds = saved[:2]
-        need_dx, (scalings, dropouts, quantized, bf16x3) = ctx.needs_input_grad[4], ctx.numbers
+        need_dx, (scalings, dropouts, quantized, bf16x3, needs, _, _) = ctx.needs_input_grad[3], ctx.arguments
         grads = native.gated_backward(
             dy, x, saved[2:start], saved[start:], scalings, seeds, dropouts, quantized, bf16x3, *ctx.options, need_dx,
-            [wanted.needs for wanted in ctx.wanted],
+            needs,
         )  # fmt: skip
         dx = grads.pop(0) if need_dx else None
-        return None, None, None, None, dx, None, *by_trained(grads, ctx.wanted, scalings, [True] * len(ctx.wanted))
+        return None, None, None, dx, None, *by_trained(grads, ctx.arguments, [True] * len(needs))
 
 
-_apply = apply_of(NativeGatedFunction)
+_apply_to = apply_of(NativeGatedFunction)
 
 
 class _UpToH(NativeGatedFunction):
@@ -88,8 +84,8 @@ class _UpToH(NativeGatedFunction):
     gives what stands for y in the graph, no memory of its own, and h."""
 
     @staticmethod
-    def forward(ctx, projections, wanted, bf16x3, options, x: Tensor, seeds: Tensor | None, *_):
-        h = NativeGatedFunction._run(ctx, projections, wanted, bf16x3, options, x, seeds, up_to_h=True)
+    def forward(ctx, projections, prepared: Prepared, options, x: Tensor, seeds: Tensor | None, *_):
+        h = NativeGatedFunction._run(ctx, projections, prepared, options, x, seeds, up_to_h=True)
         ctx.mark_non_differentiable(h)
         return x.new_empty(()).expand(*x.shape[:-1], projections[-1].shape[0]), h
 
@@ -104,7 +100,7 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, stand_in: Tensor, h: Tensor, down: Projection, bf16x3: bool, seeds: Tensor | None):
-        y = group_forward((down,), bf16x3, h, seeds)[1][0]
+        y = group_forward(h, seeds, prepare((down,), bf16x3))[0]
         return y.view(stand_in.shape)
 
     @staticmethod
@@ -133,8 +129,11 @@ def _is_recomputed() -> bool:
     return torch._C._current_graph_task_id() != -1 and torch._C._len_torch_dispatch_stack() == 0
 
 
-def _recomputed(projections, wanted, bf16x3, options, x: Tensor, seeds: Tensor | None, *tensors) -> Tensor:
+def _recomputed(
+    projections: Sequence[Projection], prepared: Prepared, options: tuple[int, int], x: Tensor, seeds: Tensor | None
+) -> Tensor:
     """y where a checkpoint computes it again for what it saved. torch ends that with the last tensor saved, and so
     down's product, which comes after it, is not made where the MLP is the last of its layer."""
-    stand_in, h = _UpToH.apply(projections, wanted, bf16x3, options, x, seeds, *tensors)
-    return _Down.apply(stand_in, h, projections[-1], bf16x3, None if seeds is None else seeds[-1:])
+    stand_in, h = _UpToH.apply(projections, prepared, options, x, seeds, *prepared.trained)
+    of_down = None if seeds is None else seeds[-1:]
+    return _Down.apply(stand_in, h, projections[-1], prepared.arguments.bf16x3, of_down)

@@ -59,147 +59,170 @@ def native_path(
     return NativePath(True, bf16x3)
 
 
-class Wanted(NamedTuple):
-    """The gradients of one projection: the ops' bits, and the dtypes of the vectors among them."""
-
-    needs: int
-    bias: torch.dtype | None
-    lora_bias: torch.dtype | None
-    magnitude: torch.dtype | None
+_Dtypes = tuple[torch.dtype | None, ...]
 
 
 class OpArguments(NamedTuple):
-    """What the native ops take besides x and seeds. Of each projection OPERANDS tensors: weight [N, K], b + s·b_B, A,
-    B, the magnitude where a forward makes the norm, and the mag_norm_scale where somebody else does; then the scales of
-    all weights in four bits. `quantized` as `native.PackedWeight` has it; None, as dropouts, where there are none: a
-    list costs the dispatcher more than its elements."""
+    """What the native ops take besides tensors, and what gradients there are.
 
-    operands: list[Tensor | None]
+    dropouts and quantized, as `native.PackedWeight` has it, are None where there are none: a list costs the dispatcher
+    more than its elements. needs: of each projection, the ops' bits. vectors: of each projection the dtypes of its
+    bias, lora_bias and magnitude, None of one that is not trained; None where no projection has one that is. made: in
+    a list of operands, the first one of each projection whose norm a forward makes.
+    """
+
     scalings: list[float]
     dropouts: list[float] | None
     quantized: list[int] | None
     bf16x3: bool
+    needs: list[int]
+    vectors: list[_Dtypes] | None
+    made: list[int]
+
+
+class Prepared(NamedTuple):
+    """A call as the ops take it.
+
+    operands: of each projection OPERANDS tensors: weight [N, K], b + s·b_B, A, B, the magnitude where a forward makes
+    the norm, and the mag_norm_scale where somebody else does; then the scales of all weights in four bits.
+    of_backward: the same as the backward takes them, once `put_made` has put in what a forward makes: norms in place of
+    magnitudes, and no bias that it does not read. trained: the operands that get a gradient, in the order in which
+    backward gives them.
+    """
+
+    operands: list[Tensor | None]
+    of_backward: list[Tensor | None]
+    arguments: OpArguments
+    trained: list[Tensor]
 
 
 OPERANDS = 6
 _BIAS, _MAGNITUDE_OR_NORM, _MAG_NORM_SCALE = 1, 4, 5
+_NO_VECTORS: _Dtypes = (None, None, None)
 
 
-def trained(projections: Sequence[Projection]) -> tuple[list[Wanted], list[Tensor]]:
-    """What gradients there are, and the operands that get them, in the order in which backward gives them."""
-    wanted, found = [], []
-    for operands, _, _ in projections:
-        _, bias, lora_a, lora_b, lora_bias, magnitude = operands[:6]
-        needs = 0
-        of_bias = of_lora_bias = of_magnitude = None
-        if lora_a is not None and lora_a.requires_grad:
-            needs |= _NEED_A
-            found.append(lora_a)
-        if lora_b is not None and lora_b.requires_grad:
-            needs |= _NEED_B
-            found.append(lora_b)
-        if bias is not None and bias.requires_grad:
-            needs, of_bias = needs | _NEED_BIAS, bias.dtype
-            found.append(bias)
-        if lora_bias is not None and lora_bias.requires_grad:
-            needs, of_lora_bias = needs | _NEED_BIAS, lora_bias.dtype
-            found.append(lora_bias)
-        if magnitude is not None and magnitude.requires_grad:
-            needs, of_magnitude = needs | _NEED_MAGNITUDE, magnitude.dtype
-            found.append(magnitude)
-        wanted.append(Wanted(needs, of_bias, of_lora_bias, of_magnitude))
-    return wanted, found
-
-
-def read(projections: Sequence[Projection], bf16x3: bool) -> tuple[OpArguments, dict[int, Tensor]]:
-    """What a forward takes, and norms that it does not make, by projection."""
+def prepare(projections: Sequence[Projection], bf16x3: bool) -> Prepared:
+    """All that a call takes from its projections, in one pass, since each pass costs 0.5 to 1 µs."""
     operands: list[Tensor | None] = []
     scalings: list = []  # numbers: `specs.fold` has multiplied those that are tensors into B
-    dropouts, others = [], []
+    vectors: list[_Dtypes] = []
+    dropouts, needs, trained = [], [], []
+    unread, made, elsewhere = [], [], []
     drops = is_quantized = False
-    for i, projection in enumerate(projections):
-        (weight, bias, lora_a, lora_b, lora_bias, magnitude, *_), scaling, spec = projection
-        if spec.transposed:
-            weight = weight.t()
-        if lora_bias is not None:
-            bias = _whole_bias(projection)
-        if magnitude is not None:
-            if select.norm_is_native(weight, lora_a, lora_b, spec.quantized):
+    for projection in projections:
+        tensors, scaling, spec = projection
+        weight, bias, lora_a, lora_b, lora_bias, magnitude = tensors[:6]
+        need, of_vectors, at = 0, _NO_VECTORS, len(operands)
+        if lora_a is not None and lora_a.requires_grad:
+            need = _NEED_A
+            trained.append(lora_a)
+        if lora_b is not None and lora_b.requires_grad:
+            need |= _NEED_B
+            trained.append(lora_b)
+        if bias is not None or lora_bias is not None or magnitude is not None:
+            need, of_vectors = _with_vectors(need, (bias, lora_bias, magnitude), trained)
+            if lora_bias is not None:
+                bias = _whole_bias(projection)
+            if magnitude is None:
+                unread.append(at)
+            elif select.norm_is_native(weight, lora_a, lora_b, spec.quantized):
                 magnitude = native.as_magnitude(magnitude)
+                made.append(at)
             else:
                 magnitude = None
-                others.append(i)
-        operands += (weight, bias, lora_a, lora_b, magnitude, None)
+                elsewhere.append(at)
+        operands += (weight.t() if spec.transposed else weight, bias, lora_a, lora_b, magnitude, None)
         scalings.append(scaling)
         dropouts.append(spec.dropout)
+        needs.append(need)
+        vectors.append(of_vectors)
         drops = drops or spec.dropout > 0.0
         is_quantized = is_quantized or spec.quantized is not None
-    numbers = None
-    if is_quantized:
-        numbers, scales = quantization.packed(
-            [p.spec.quantized for p in projections], [p.operands for p in projections]
-        )
-        operands += scales
-    norms = _other_norms(projections, operands, others) if others else {}
-    return OpArguments(operands, scalings, dropouts if drops else None, numbers, bf16x3), norms
+    numbers = _pack(projections, operands) if is_quantized else None
+    kept = _of_backward(projections, operands, unread, elsewhere) if unread or made or elsewhere else operands
+    has_vectors = max(needs) >= _NEED_BIAS
+    arguments = OpArguments(
+        scalings, dropouts if drops else None, numbers, bf16x3, needs, vectors if has_vectors else None, made
+    )
+    return Prepared(operands, kept, arguments, trained)
+
+
+def _with_vectors(need: int, vectors: tuple[Tensor | None, ...], trained: list[Tensor]) -> tuple[int, _Dtypes]:
+    """`need` with that of a projection's bias, lora_bias and magnitude, and the dtypes of those that are trained, which
+    `trained` gets."""
+    dtypes: list[torch.dtype | None] = []
+    for vector, bit in zip(vectors, (_NEED_BIAS, _NEED_BIAS, _NEED_MAGNITUDE)):
+        is_trained = vector is not None and vector.requires_grad
+        dtypes.append(vector.dtype if is_trained else None)
+        if is_trained:
+            need |= bit
+            trained.append(vector)
+    return need, tuple(dtypes)
+
+
+def _pack(projections: Sequence[Projection], operands: list[Tensor | None]) -> list[int]:
+    """`OpArguments.quantized`; puts the scales at the end of `operands`."""
+    numbers, scales = quantization.packed([p.spec.quantized for p in projections], [p.operands for p in projections])
+    operands += scales
+    return numbers
+
+
+def _of_backward(
+    projections: Sequence[Projection], operands: list[Tensor | None], unread: list[int], elsewhere: list[int]
+) -> list[Tensor | None]:
+    """`Prepared.of_backward`, where that is not `operands`. unread, elsewhere: where the operands of projections begin
+    whose bias the backward does not read, and of those whose norm a forward does not make; their mag_norm_scales are
+    put in `operands`."""
+    norms = _other_norms(projections, operands, elsewhere) if elsewhere else ()
+    kept = operands.copy()
+    for at in unread:
+        kept[at + _BIAS] = None
+    for at, norm in zip(elsewhere, norms):
+        kept[at + _MAGNITUDE_OR_NORM] = norm
+    return kept
 
 
 def _other_norms(
-    projections: Sequence[Projection], operands: list[Tensor | None], others: Sequence[int]
-) -> dict[int, Tensor]:
-    """Norms of projections whose norm a forward does not make, by projection; puts the mag_norm_scales in
-    `operands`."""
-    chosen = [projections[i] for i in others]
-    norms, mag_norm_scales = quantization.dora_scales(
-        [operands[OPERANDS * i] for i in others],
-        [projection.operands for projection in chosen],
-        [projection.spec.quantized for projection in chosen],
-        [projection.scaling for projection in chosen],
-    )
-    for i, mag_norm_scale in zip(others, mag_norm_scales):
-        operands[OPERANDS * i + _MAG_NORM_SCALE] = mag_norm_scale
-    return dict(zip(others, norms))
+    projections: Sequence[Projection], operands: list[Tensor | None], elsewhere: Sequence[int]
+) -> list[Tensor]:
+    """Norms of projections whose norm a forward does not make; puts their mag_norm_scales in `operands`."""
+    chosen = [projections[at // OPERANDS] for at in elsewhere]
+    with torch.no_grad():
+        norms, mag_norm_scales = quantization.dora_scales(
+            [operands[at] for at in elsewhere],
+            [projection.operands for projection in chosen],
+            [projection.spec.quantized for projection in chosen],
+            [projection.scaling for projection in chosen],
+        )
+    for at, mag_norm_scale in zip(elsewhere, mag_norm_scales):
+        operands[at + _MAG_NORM_SCALE] = mag_norm_scale
+    return norms
 
 
-def for_backward(
-    projections: Sequence[Projection], operands: list[Tensor | None], norms: dict[int, Tensor], made: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """A forward's operands as the backward takes them: norms in place of magnitudes, and no bias that it does not read.
-    `made`: the norms and then the mag_norm_scales that the forward has made."""
-    found, next_made, half = operands.copy(), 0, len(made) // 2
-    for i, projection in enumerate(projections):
-        at = OPERANDS * i
-        if projection.operands.magnitude is None:
-            found[at + _BIAS] = None
-        elif i in norms:
-            found[at + _MAGNITUDE_OR_NORM] = norms[i]
-        else:
-            found[at + _MAGNITUDE_OR_NORM], found[at + _MAG_NORM_SCALE] = made[next_made], made[half + next_made]
-            next_made += 1
-    return found
+def put_made(operands: list[Tensor | None], places: Sequence[int], made: Sequence[Tensor]) -> None:
+    """Puts in `of_backward` the norms and then the mag_norm_scales that a forward has made."""
+    for i, at in enumerate(places):
+        operands[at + _MAGNITUDE_OR_NORM], operands[at + _MAG_NORM_SCALE] = made[i], made[len(places) + i]
 
 
-def magnitudes_in(projections: Sequence[Projection], norms: dict[int, Tensor]) -> int:
-    """How many norms a forward makes, and how many mag_norm_scales."""
-    return len([None for projection in projections if projection.operands.magnitude is not None]) - len(norms)
-
-
-def _whole_bias(projection: Projection) -> Tensor | None:
+@torch.no_grad()
+def _whole_bias(projection: Projection) -> Tensor:
+    """b + s·b_B."""
     operands, scaling, spec = projection
-    if operands.lora_bias is None:
-        return operands.bias
     scaled = operands.lora_bias * scaling
     whole = scaled if operands.bias is None else operands.bias + scaled
     return whole.to(operands.weight.dtype if spec.quantized is None else spec.quantized.dtype)
 
 
-def by_trained(
-    grads: Sequence[Tensor], wanted: Sequence[Wanted], scalings: Sequence[float], used: Sequence[bool]
-) -> list[Tensor | None]:
-    """A gradient or None for each of `trained`, from those that the ops give in turn."""
+def by_trained(grads: list[Tensor], arguments: OpArguments, used: Sequence[bool]) -> Sequence[Tensor | None]:
+    """A gradient or None for each of `Prepared.trained`, from those that the ops give in turn; `used`: whether there is
+    one of the projection's output."""
+    if arguments.vectors is None and all(used):
+        return grads
     found = iter(grads)
     result: list[Tensor | None] = []
-    for (needs, bias, lora_bias, magnitude), scaling, use in zip(wanted, scalings, used):
+    vectors = arguments.vectors or [_NO_VECTORS] * len(used)
+    for needs, (bias, lora_bias, magnitude), scaling, use in zip(arguments.needs, vectors, arguments.scalings, used):
         if needs & _NEED_A:
             result.append(next(found) if use else None)
         if needs & _NEED_B:
@@ -215,15 +238,15 @@ def by_trained(
     return result
 
 
-def group_forward(projections: Sequence[Projection], bf16x3: bool, x: Tensor, seeds: Tensor | None):
-    """(arguments of the backward, y of each projection, t, unscaled outputs)."""
-    arguments, norms = read(projections, bf16x3)
-    operands, scalings, dropouts, quantized, _ = arguments
-    outputs = native.lora_forward(x, operands, scalings, seeds, dropouts, quantized, bf16x3)
-    count = len(projections)
-    made = len(outputs) - 2 * magnitudes_in(projections, norms)
-    operands = for_backward(projections, operands, norms, outputs[made:])
-    return arguments._replace(operands=operands), outputs[:count], outputs[count], outputs[count + 1 : made]
+def group_forward(x: Tensor, seeds: Tensor | None, prepared: Prepared) -> list[Tensor]:
+    """y of each projection, t, and for DoRA unscaled outputs; the others that the op gives go to the backward's
+    operands."""
+    scalings, dropouts, quantized, bf16x3, _, _, made = prepared.arguments
+    outputs = native.lora_forward(x, prepared.operands, scalings, seeds, dropouts, quantized, bf16x3)
+    if made:
+        put_made(prepared.of_backward, made, outputs[-2 * len(made) :])
+        del outputs[-2 * len(made) :]
+    return outputs
 
 
 def lora_group(
@@ -231,27 +254,27 @@ def lora_group(
 ) -> tuple[Tensor, ...]:
     """[..., N] of each projection; `bf16x3` as `NativePath` has it, `token` is kept as `LoraLinearFunction` keeps
     it."""
+    prepared = prepare(projections, bf16x3)
     if torch.is_grad_enabled():
-        wanted, tensors = trained(projections)
-        return _apply(x, projections, wanted, bf16x3, token, x, seeds, *tensors)
-    return tuple(group_forward(projections, bf16x3, x, seeds)[1])
+        return _apply_to(x)(prepared, token, x, seeds, *prepared.trained)
+    return tuple(group_forward(x, seeds, prepared)[: len(projections)])
 
 
 class NativeGroupFunction(torch.autograd.Function):
-    """Apply as `(projections, wanted, bf16x3, token, x, seeds, *tensors)`, wanted and tensors as `trained` gives them;
-    gives a tuple of [..., N], one per projection, which separate backward calls may reach (`separate_backward`). Double
-    backward raises."""
+    """Apply as `(prepared, token, x, seeds, *prepared.trained)`; gives a tuple of [..., N], one per projection, which
+    separate backward calls may reach (`separate_backward`). Double backward raises."""
 
     @staticmethod
-    def forward(ctx, projections, wanted, bf16x3, token, x: Tensor, seeds: Tensor | None, *_):
-        (operands, *ctx.numbers), ys, t, unscaled = group_forward(projections, bf16x3, x, seeds)
-        ctx.wanted, ctx.token, ctx.kept = wanted, token, None
-        ctx.unscaled, ctx.operands = len(unscaled), len(operands)
+    def forward(ctx, prepared: Prepared, token, x: Tensor, seeds: Tensor | None, *_):
+        outputs = group_forward(x, seeds, prepared)
+        count = len(prepared.arguments.needs)
+        ctx.arguments, ctx.token, ctx.kept = prepared.arguments, token, None
+        ctx.outputs, ctx.operands = len(outputs), len(prepared.of_backward)
         ctx.set_materialize_grads(False)
-        if len(ys) > 1:
+        if count > 1:
             x = x.detach()  # a graph that holds no x: `shared_input` keeps results as long as there is one
-        ctx.save_for_backward(x, seeds, t, *unscaled, *operands)
-        return tuple(ys)
+        ctx.save_for_backward(x, seeds, *outputs[count:], *prepared.of_backward)
+        return tuple(outputs[:count])
 
     @staticmethod
     @once_differentiable
@@ -259,27 +282,27 @@ class NativeGroupFunction(torch.autograd.Function):
         used = [dy is not None for dy in dys]
         saved = separate_backward.saved_tensors(ctx, used, _operands)
         x, seeds, t = saved[:3]
-        start = 3 + ctx.unscaled
-        scalings, dropouts, quantized, bf16x3 = ctx.numbers
-        need_dx = ctx.needs_input_grad[4] and any(used)
+        start = 2 + ctx.outputs - len(dys)
+        scalings, dropouts, quantized, bf16x3, needs, _, _ = ctx.arguments
+        need_dx = ctx.needs_input_grad[2] and any(used)
         grads = native.lora_backward(
-            dys, x, t, saved[3:start] if ctx.unscaled else None, saved[start:], scalings, seeds, dropouts, quantized,
-            bf16x3, need_dx, [wanted.needs for wanted in ctx.wanted],
+            dys, x, t, saved[3:start] if start > 3 else None, saved[start:], scalings, seeds, dropouts, quantized,
+            bf16x3, need_dx, needs,
         )  # fmt: skip
         dx = grads.pop(0) if need_dx else None
-        result = (None, None, None, None, dx, None, *by_trained(grads, ctx.wanted, scalings, used))
+        result = (None, None, dx, None, *by_trained(grads, ctx.arguments, used))
         separate_backward.ran(ctx, used, saved, result)
         return result
 
 
-_apply = apply_of(NativeGroupFunction)
+_apply_to = apply_of(NativeGroupFunction)
 
 
 def _operands(ctx) -> list[separate_backward.Operand | None]:
     """Of the tensors that `NativeGroupFunction` saves. Weights and A are read for dx alone, biases for dm."""
-    needs_x, count = ctx.needs_input_grad[4], len(ctx.wanted)
+    needs_x, count = ctx.needs_input_grad[2], len(ctx.arguments.needs)
     names = ("weight" if needs_x else None, "bias", "lora_a" if needs_x else None, "lora_b", None, None)
-    found: list[separate_backward.Operand | None] = [("x", None), *[None] * (2 + ctx.unscaled)]
+    found: list[separate_backward.Operand | None] = [("x", None), *[None] * (1 + ctx.outputs - count)]
     for i in range(count):
         found += [None if name is None else (name, i) for name in names]
     scales = ctx.operands - OPERANDS * count

@@ -22,7 +22,7 @@ ABOUT = ("device", "source")  # keys for the reader alone
 
 
 class MeasuredTile(NamedTuple):
-    """The fastest tile of the GEMM with the LoRA term inside, as `triton.linear_expand.Tile` has it, for (M, N, K)."""
+    """The fastest tile of a product with the LoRA term inside, as `triton.linear_expand.Tile` has it, for (M, N, K)."""
 
     shape: tuple[int, int, int]
     tile: tuple[int, int, int, int, int]
@@ -42,9 +42,13 @@ class DeviceConfig(NamedTuple):
     embedding_tokens: float = 8192
     embedding_up_to: float = math.inf
     linear_expand_tiles: tuple[MeasuredTile, ...] = ()  # none measured: the rule in `triton.linear_expand`
+    # Of `triton.grouped_linear`, by rows an expert, N and K of the first product. Experts go to Triton where some are
+    # here, elsewhere to torch's grouped products where those do not wait for the GPU.
+    experts_tiles: tuple[MeasuredTile, ...] = ()
 
 
-LIMITS = tuple(name for name in DeviceConfig._fields if name != "linear_expand_tiles")
+TILES = tuple(name for name in DeviceConfig._fields if name.endswith("_tiles"))
+LIMITS = tuple(name for name in DeviceConfig._fields if name not in TILES)
 
 
 def path_of(device_name: str) -> Path:
@@ -79,21 +83,24 @@ def read(path: Path) -> DeviceConfig:
     for key, limit in limits.items():
         if type(limit) not in (int, float) or not limit >= 0:
             raise ValueError(f"{path}: {key!r} is {limit!r}, expected a number from 0 or null")
-    tiles = found["linear_expand_tiles"]
-    if not isinstance(tiles, list):
-        raise ValueError(f"{path}: 'linear_expand_tiles' is {tiles!r}, expected a list")
-    return DeviceConfig(**limits, linear_expand_tiles=tuple(_tile(path, each) for each in tiles))
+    tiles = {key: tuple(_tile(path, key, each) for each in _list(path, key, found[key])) for key in TILES}
+    values: dict[str, Any] = {**limits, **tiles}
+    return DeviceConfig(**values)
 
 
-def _tile(path: Path, entry) -> MeasuredTile:
-    """One of 'linear_expand_tiles'."""
+def _list(path: Path, key: str, found) -> list:
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: {key!r} is {found!r}, expected a list")
+    return found
+
+
+def _tile(path: Path, name: str, entry) -> MeasuredTile:
+    """One of the entries under `name`."""
 
     def sizes(key: str, count: int) -> tuple[Any, ...]:
         values = entry.get(key) if isinstance(entry, dict) else None
         if not isinstance(values, list) or len(values) != count or any(type(v) is not int or v < 1 for v in values):
-            raise ValueError(
-                f"{path}: 'linear_expand_tiles' holds {entry!r}, expected {key!r} of {count} positive integers"
-            )
+            raise ValueError(f"{path}: {name!r} holds {entry!r}, expected {key!r} of {count} positive integers")
         return tuple(values)
 
     return MeasuredTile(sizes("shape", 3), sizes("tile", 5))

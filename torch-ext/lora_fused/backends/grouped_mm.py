@@ -68,8 +68,8 @@ class GroupedProducts(Products):
         # Blackwell's leaves experts without rows unwritten (pytorch#172439).
         return _grouped_mm(x.t(), y, offs=self.rows.ends).masked_fill_(self._empty, 0)
 
-    def sums(self, y: Tensor) -> Tensor:
-        return self.outer(y.new_ones((y.shape[0], _MULTIPLE)), y)[:, 0]
+    def sums(self, y: Tensor, bias: Tensor, routing: Tensor | None = None) -> Tensor:
+        return self.gradient(bias.unsqueeze(1), y.new_ones((y.shape[0], _MULTIPLE)), y, routing=routing)[:, 0]
 
 
 def _sum(product: Tensor, out: Tensor | None) -> Tensor:

@@ -143,9 +143,9 @@ def dora_scales(
 
 
 def as_magnitude(magnitude: Tensor) -> Tensor:
-    """As the native ops take it: contiguous, in float32."""
+    """As the native ops take it: contiguous, in float32, no part of a graph where that is a copy."""
     plain = magnitude.dtype == torch.float32 and magnitude.is_contiguous()
-    return magnitude if plain else magnitude.float().contiguous()
+    return magnitude if plain else magnitude.detach().float().contiguous()
 
 
 @torch.library.register_fake(add_op_namespace_prefix("dequantize_4bit"))
@@ -155,7 +155,7 @@ def _dequantize_4bit_fake(
     return None
 
 
-class _Group(NamedTuple):
+class GroupOperands(NamedTuple):
     """The operands of a group (kernel-src/group/members.h), by what they are; `made`: magnitudes or norms."""
 
     weights: Sequence[Tensor]
@@ -166,7 +166,7 @@ class _Group(NamedTuple):
     mag_norm_scales: Sequence[Tensor | None]
 
     @classmethod
-    def of(cls, operands, scalings) -> _Group:
+    def of(cls, operands, scalings) -> GroupOperands:
         size = len(cls._fields)
         return cls(*[operands[i : size * len(scalings) : size] for i in range(size)])
 
@@ -175,9 +175,14 @@ class _Group(NamedTuple):
         return [m is not None or s is not None for m, s in zip(self.magnitudes, self.mag_norm_scales)]
 
 
+def when_traced() -> None:
+    """Called where the shapes that `lora_forward` gives are asked for, as compilers do; `compiled` takes its place."""
+
+
 @torch.library.register_fake(add_op_namespace_prefix("lora_forward"))
 def _lora_forward_fake(x, operands, scalings, seeds, dropouts, quantized, bf16x3):
-    group = _Group.of(operands, scalings)
+    when_traced()
+    group = GroupOperands.of(operands, scalings)
     rows = x[..., 0].numel()
     ranks = sum(a.shape[0] for a in group.lora_a if a is not None)
     widths = _widths(group.weights, quantized)
@@ -226,7 +231,7 @@ def _down_gradients(lora_a, dropouts, bf16x3) -> list[Tensor | None]:
 def _lora_backward_fake(
     dys, x, t, unscaled, operands, scalings, seeds, dropouts, quantized, bf16x3, need_dx, needs
 ):  # fmt: skip
-    group = _Group.of(operands, scalings)
+    group = GroupOperands.of(operands, scalings)
     used, downs = [dy is not None for dy in dys], _down_gradients(group.lora_a, dropouts or (), bf16x3)
     return _gradients(x, used, _widths(group.weights, quantized), downs, group.lora_b, need_dx, needs)
 
@@ -235,7 +240,7 @@ def _lora_backward_fake(
 def _gated_forward_fake(
     x, operands, scalings, seeds, dropouts, quantized, bf16x3, activation, gate_half, up_to_h
 ):  # fmt: skip
-    group = _Group.of(operands, scalings)
+    group = GroupOperands.of(operands, scalings)
     rows = x[..., 0].numel()
     ranks = [0 if a is None else (3 if bf16x3 else 1) * a.shape[0] for a in group.lora_a]
     widths, count = _widths(group.weights, quantized), len(scalings)
@@ -253,7 +258,7 @@ def _gated_forward_fake(
 def _gated_backward_fake(
     dy, x, kept, operands, scalings, seeds, dropouts, quantized, bf16x3, activation, gate_half, need_dx, needs
 ):  # fmt: skip
-    group, masks = _Group.of(operands, scalings), dropouts or [0.0] * len(scalings)
+    group, masks = GroupOperands.of(operands, scalings), dropouts or [0.0] * len(scalings)
     groups = slice(None, -1), slice(-1, None)
     downs = [down for part in groups for down in _down_gradients(group.lora_a[part], masks[part], bf16x3)]
     return _gradients(x, [True] * len(scalings), _widths(group.weights, quantized), downs, group.lora_b, need_dx, needs)

@@ -31,7 +31,7 @@ def fits(table: EmbeddingOperands) -> bool:
         and weight.is_contiguous()
         and lora_a.is_contiguous()
         and lora_b.is_contiguous()
-        and weight.data_ptr() % 16 == 0
+        and (type(weight) not in (Tensor, torch.nn.Parameter) or weight.data_ptr() % 16 == 0)
     )
 
 

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..specs import EmbeddingOperands, ExpertWeights, FourBit, NativePath, Operands, Quantized
+from ..specs import AnyGate, EmbeddingOperands, ExpertWeights, FourBit, NativePath, Operands, Quantized
 from . import device_config, grouped_mm, native, native_embedding, reference
 from .reference import embedding as reference_embedding
 from .reference.grouped import LoopedProducts, Products, Rows
@@ -26,6 +26,7 @@ GROUPED = "grouped_mm"  # of experts alone
 NATIVE = "native"
 HOPPER_GEMM = "native, Hopper GEMM"  # what a reader calls native ops whose products are our own,
 _TORCH = "torch"  # and products of torch, chained in Python
+_WITH_MEMORY = (Tensor, torch.nn.Parameter)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -36,6 +37,12 @@ def triton_is_there() -> bool:
     except ImportError:
         return False
     return True
+
+
+def triton_takes(tensor: Tensor) -> bool:
+    """Whether a kernel can be launched on a tensor: not while torch.compile traces, when it has no memory. The graph
+    then has native ops, and torch's operations, which Inductor fuses."""
+    return type(tensor) in _WITH_MEMORY and triton_is_there()
 
 
 def choose(device: torch.device, dtype: torch.dtype, path: NativePath, work: Callable[[], int]) -> str:
@@ -114,7 +121,7 @@ def pointwise(x: Tensor) -> ModuleType:
 
 
 def _runs_triton(x: Tensor) -> bool:
-    return (x.is_cuda or x.is_xpu) and triton_is_there() and not (native.may_be_old and is_old(x.device))
+    return (x.is_cuda or x.is_xpu) and triton_takes(x) and not (native.may_be_old and is_old(x.device))
 
 
 def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -178,7 +185,7 @@ def _row_norm_is_faster_in_triton(weight: Tensor, rank: int) -> bool:
         return False
     limits = device_config.of(weight.device)
     large = rank >= limits.row_norm_from_rank and weight.numel() * rank >= limits.row_norm_from
-    return large and triton_is_there()
+    return large and triton_takes(weight)
 
 
 def dequantize_4bit(operands: Operands, quantized: FourBit, first: int, out: Tensor) -> Tensor:
@@ -208,7 +215,7 @@ def choose_embedding(table: EmbeddingOperands, tokens: int) -> str:
     small = tokens <= limits.embedding_tokens and tokens * table.lora_b.numel() <= limits.embedding_up_to
     if small and native_embedding.fits(table):
         return NATIVE
-    return TRITON if triton_is_there() else REFERENCE
+    return TRITON if triton_takes(weight) else REFERENCE
 
 
 def get_embedding(name: str) -> ModuleType:
@@ -224,7 +231,7 @@ def column_norm(name: str, table: EmbeddingOperands, scaling: float) -> Tensor:
     """‖W + s·(B·A)ᵀ‖ by column: on a GPU the native op wherever it takes the table."""
     kernels = get_embedding(name)
     if kernels is not reference_embedding:
-        twin = get(TRITON) if triton_is_there() else reference_embedding
+        twin = get(TRITON) if triton_takes(table.weight) else reference_embedding
         kernels = native_embedding if native_embedding.norm_fits(table) else twin
     return kernels.column_norm(table.weight, table.lora_a, table.lora_b, scaling)
 
@@ -238,12 +245,24 @@ def column_norm_and_scale(name: str, table: EmbeddingOperands, scaling: float) -
 
 
 def choose_experts(up: ExpertWeights, down: ExpertWeights) -> str:
-    """Name of the backend for experts of these weights."""
+    """Name of the backend for experts of these weights: Triton on a GPU where that was measured to be the faster, else
+    torch's grouped products where they do not wait for the GPU."""
+    weight = up.weight
+    in_triton = weight.is_cuda and weight.dtype != torch.float64 and not is_old(weight.device)
+    in_triton = in_triton and triton_is_there()
+    if in_triton and device_config.of(weight.device).experts_tiles:
+        return TRITON
     if grouped_mm.fits(up.weight) and grouped_mm.fits(down.weight):
         return GROUPED
-    weight = up.weight
-    fits = weight.is_cuda and weight.dtype != torch.float64 and not is_old(weight.device)
-    return TRITON if fits and triton_is_there() else REFERENCE
+    return TRITON if in_triton else REFERENCE
+
+
+def sort_rows(index: Tensor, up: ExpertWeights, down: ExpertWeights, leaves_out: bool) -> Rows:
+    """The rows of one call's `index` [T, k], for `make_products` of the same weights."""
+    kernels = _experts_kernels(choose_experts(up, down), index)
+    if index.numel() == 0 or kernels is None:
+        return Rows.sort(index, up.weight.shape[0], leaves_out)
+    return kernels.sort_rows(index, up.weight, leaves_out)
 
 
 def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bool) -> Products:
@@ -251,9 +270,27 @@ def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bo
     chosen = choose_experts(up, down)
     if rows.order.numel() == 0 or chosen == REFERENCE:
         return LoopedProducts(rows)
+    kernels = _experts_kernels(chosen, rows.order)
+    if chosen == TRITON:
+        return kernels.TritonProducts(rows, up.weight)
     few = not trains and rows.order.numel() < rows.ends.numel()
-    if chosen == GROUPED and not (rows.ends.is_cuda and triton_is_there()):
-        return grouped_mm.GroupedProducts(rows, few)
+    return (grouped_mm.GroupedProducts if kernels is None else kernels.GroupedProductsWithPasses)(rows, few)
+
+
+def few_rows(x: Tensor, index: Tensor, up: ExpertWeights, down: ExpertWeights, gate: AnyGate) -> Callable | None:
+    """What computes experts for the few tokens of one call, without a backward, as `triton.few_rows` defines it; None
+    where `make_products` does."""
+    if choose_experts(up, down) != TRITON:
+        return None
+    from .triton import few_rows
+
+    return few_rows.few_rows if few_rows.fits(index.numel(), x.shape[0], up, down, gate) else None
+
+
+def _experts_kernels(chosen: str, index: Tensor) -> ModuleType | None:
+    """Triton's part of a backend for experts; None where there is none."""
+    if chosen == REFERENCE or (chosen == GROUPED and not (index.is_cuda and triton_is_there())):
+        return None
     from .triton import experts
 
-    return (experts.GroupedProductsWithPasses if chosen == GROUPED else experts.TritonProducts)(rows, few)
+    return experts

@@ -66,7 +66,7 @@ def lora_embedding(
     return compute_embedding(ids, table, float(scaling), padding_idx, float(number), backend)
 
 
-_apply = apply_of(LoraEmbeddingFunction)
+_apply_to = apply_of(LoraEmbeddingFunction)
 
 
 def compute_embedding(
@@ -84,7 +84,7 @@ def compute_embedding(
         backend = select.choose_embedding(table, ids.numel())
     spec = EmbeddingSpec(scaling, padding_idx, scale, backend)
     if torch.is_grad_enabled():
-        return _apply(ids, spec, ids, *table)
+        return _apply_to(ids)(spec, ids, *table)
     with without_autocast(table.weight):
         return forward_embedding(ids, table, spec, keep=False)[0]
 

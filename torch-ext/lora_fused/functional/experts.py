@@ -8,7 +8,6 @@ from torch import Tensor
 from ..autograd.experts import LoraExpertsFunction, forward_experts
 from ..backends import select
 from ..backends.reference.activations import ACTIVATIONS
-from ..backends.reference.grouped import Rows
 from ..call_context import without_autocast
 from ..specs import AnyGate, ExpertsSpec, ExpertWeights, Gate
 from .checks import check_number, check_tensor
@@ -41,7 +40,8 @@ def lora_experts(
     gate: a `Gate`, or a function of z without parameters of its own. Indices from E on are left out; on a GPU only with
     `leaves_out` (it costs passes over the rows), as the host does not wait for the GPU to look.
 
-    Deterministic. Saved for backward: x, z [T·k, N], x A1ᵀ and h A2ᵀ [T·k, R], and the operands.
+    Deterministic. Saved for backward: x, z [T·k, N], x A1ᵀ and h A2ᵀ [T·k, R], the operands, and in Triton the factors
+    as the products read them, [E, R, ·] in the products' dtype.
     Raises ValueError or TypeError naming the tensor, what was seen and what was expected; of negative indices on the
     CPU alone.
     Source: Hu et al. 2021, arXiv:2106.09685, equation 3; Shazeer et al. 2017, arXiv:1701.06538, equation 1.
@@ -69,7 +69,10 @@ def compute_experts(
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, routing, *tensors)]):
         return LoraExpertsFunction.apply(spec, index, x, routing, *tensors)
     with without_autocast(x):
-        products = select.make_products(Rows.sort(index, up.weight.shape[0], leaves_out), up, down, trains=False)
+        few_rows = select.few_rows(x, index, up, down, gate)
+        if few_rows is not None:
+            return few_rows(x.to(up.weight.dtype), index, routing, up, down, gate).to(x.dtype)
+        products = select.make_products(select.sort_rows(index, up, down, leaves_out), up, down, trains=False)
         return forward_experts(spec, products, x, routing, up, down)[0]
 
 

@@ -5,7 +5,6 @@ forward runs; and whether tensors are what the products take. Read anew at every
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from ..call_context import autocast_dtype, device_type
 from ..specs import EightBit, Fallback, FourBit, Operands, Quantized
 from . import replaced
 
+_is_traced = torch.compiler.is_dynamo_compiling
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STRIDED, _META = torch.strided, torch.device("meta")
@@ -106,10 +106,18 @@ def _read(base: nn.Module, transposed: bool, opaque: bool) -> Base | Fallback:
     return Fallback(f"unknown base layer {cls.__name__}")
 
 
-@functools.cache
+_is_listed: dict[tuple, bool] = {}
+
+
 def is_listed(cls: type, listed: tuple[tuple[str, str], ...]) -> bool:
     """Whether a class is the one of that name in one of the modules listed, and not just called like it."""
-    return any([cls is getattr(sys.modules.get(module), name, None) for module, name in listed])
+    key = cls, listed
+    found = None if _is_traced() else _is_listed.get(key)
+    if found is None:
+        found = any([cls is getattr(sys.modules.get(module), name, None) for module, name in listed])
+        if not _is_traced():  # a trace leaves no trace
+            _is_listed[key] = found
+    return found
 
 
 def _adds_bias_in_its_dtype(cls: type, bias: Tensor | None) -> bool:
@@ -122,7 +130,7 @@ def _with_own_forward(kind: str) -> Base:
 
 
 def _is_torchao(weight: Tensor) -> bool:
-    return type(weight).__module__.startswith("torchao.")
+    return type(weight) not in PLAIN_TENSORS and type(weight).__module__.startswith("torchao.")
 
 
 def _read_4bit(base: nn.Module) -> Base | Fallback:
@@ -284,3 +292,12 @@ def fit_reason(operands: Operands, n: int, k: int) -> str | None:
     if magnitude is not None and magnitude.shape != (n,):
         return f"magnitude has shape {tuple(magnitude.shape)}, which does not fit"
     return None
+
+
+def remember_bases() -> None:
+    """`replaced.remember` for the classes of base layers whose libraries are loaded."""
+    listed = (*LINEARS, *TRANSPOSED, *READERS)
+    found = (getattr(sys.modules.get(module), name, None) for module, name in listed)
+    replaced.remember(cls for cls in found if cls is not None)
+    if "bitsandbytes" in sys.modules:
+        replaced.function_reason(sys.modules["bitsandbytes"], "matmul_4bit")

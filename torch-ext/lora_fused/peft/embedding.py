@@ -4,7 +4,6 @@ PEFT's attribute names. Read anew at every call, so nothing here can go stale.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -115,11 +114,22 @@ def _read_adapter(module: nn.Module, name: str) -> AdaptedTable | Fallback:
     return AdaptedTable(table, scaling, base.padding_idx, number)
 
 
-@functools.cache
-def _dora_variant() -> type:
-    from peft.tuners.lora.variants import DoraEmbeddingVariant
+def forwards() -> tuple[type, ...]:
+    """The classes whose forwards run in PEFT's LoRA embedding."""
+    from peft.tuners.lora.dora import DoraEmbeddingLayer
 
-    return DoraEmbeddingVariant
+    return embedding_class(), _dora_variant(), DoraEmbeddingLayer
+
+
+_variants: list[type] = []
+
+
+def _dora_variant() -> type:
+    if not _variants:
+        from peft.tuners.lora.variants import DoraEmbeddingVariant
+
+        _variants.append(DoraEmbeddingVariant)
+    return _variants[0]
 
 
 def _base_reason(base: nn.Module) -> str | None:
@@ -139,7 +149,6 @@ def _base_reason(base: nn.Module) -> str | None:
     return "sparse gradients" if base.sparse else None
 
 
-@functools.cache
 def _is_scaled(cls: type) -> bool:
     """The embeddings of transformers whose forward is nn.Embedding's times `embed_scale`."""
     known = cls.__module__.startswith("transformers.models.") and cls.__name__.endswith("ScaledWordEmbedding")

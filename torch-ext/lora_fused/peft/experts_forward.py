@@ -145,7 +145,7 @@ def _look_at(base: nn.Module, implementation: str) -> Form | str:
     leaves_out = implementation == EAGER or bool(base._is_expert_parallel)
     form = Form(first, bool(base.is_transposed), bool(base.has_bias), None, implementation, leaves_out)
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
             form = form._replace(gate=_recognise(base))
             same = _computes_as_described(base, form)
     except Exception as error:

@@ -11,6 +11,7 @@ import operator
 import weakref
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -19,6 +20,7 @@ from . import replaced
 from .base_layer import Base, fit_reason, read_base, tensor_of, tensor_reason, unread
 from .scaling import read_scaling
 
+_is_traced = torch.compiler.is_dynamo_compiling
 _PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 _PLAIN_SPEC = ProjectionSpec()
 _FORWARDS, _CODES = replaced.FORWARDS, replaced.CODES
@@ -270,16 +272,36 @@ def read_plain(module: nn.Module) -> AdaptedLinear | Fallback:
     return AdaptedLinear(Projection(operands, 1.0, _spec(0.0, False, base.quantized)), True, base, module.training)
 
 
-@functools.cache
+def forwards() -> tuple[type, ...]:
+    """The classes whose forwards run in one of PEFT's LoRA linears."""
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    return (*linear_kinds(), _dora_variant(), DoraLinearLayer)
+
+
+_variants: list[type] = []
+
+
 def _dora_variant() -> type:
-    from peft.tuners.lora.variants import DoraLinearVariant
+    if not _variants:
+        from peft.tuners.lora.variants import DoraLinearVariant
 
-    return DoraLinearVariant
+        _variants.append(DoraLinearVariant)
+    return _variants[0]
 
 
-@functools.cache
+_specs: dict[tuple, ProjectionSpec] = {}
+
+
 def _spec(dropout: float, transposed: bool, quantized: Quantized | None) -> ProjectionSpec:
-    return ProjectionSpec(dropout, transposed, quantized)
+    """One object for each, so that they can be compared as objects."""
+    if _is_traced():
+        return ProjectionSpec(dropout, transposed, quantized)
+    key = dropout, transposed, quantized
+    found = _specs.get(key)
+    if found is None:
+        found = _specs[key] = ProjectionSpec(dropout, transposed, quantized)
+    return found
 
 
 def has_dropout(module: nn.Module) -> bool:

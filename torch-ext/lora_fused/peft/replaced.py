@@ -16,13 +16,14 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+_is_traced = torch.compiler.is_dynamo_compiling
 _function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
 # Same mathematics under another name. DeepSpeed's ZeRO-3 leaves its own `linear` in place for good.
 _EQUIVALENT = {("torch.nn.functional", "linear"): ("deepspeed.runtime.zero.linear", "zero3_linear_wrap")}
@@ -47,7 +48,14 @@ _functions: dict[tuple[str, str], Callable] = {}
 def linear_reason() -> str | None:
     """What is replaced of that which PEFT calls in every linear, and by whom; None where all is genuine. The forward
     of PEFT's own class, and of a base of another class than nn.Linear, is `forward_reason`'s."""
-    if (
+    if linear_is_genuine() and not _function_modes() and not _dispatch_modes():
+        return None
+    return _look_at_linear()
+
+
+def linear_is_genuine() -> bool:
+    """Whether what PEFT calls in every linear is what was found genuine before."""
+    return (
         F.linear is _linear
         and (forward := nn.Linear.forward) is _linear_forward
         and forward.__code__ is _linear_code
@@ -57,11 +65,7 @@ def linear_reason() -> str | None:
         and F.dropout is _dropout
         and nn.Identity.forward is _identity_forward
         and nn.Identity.__call__ is _call
-        and not _function_modes()
-        and not _dispatch_modes()
-    ):
-        return None
-    return _look_at_linear()
+    )
 
 
 def _look_at_linear() -> str | None:
@@ -78,16 +82,26 @@ def _look_at_linear() -> str | None:
 
 def embedding_reason() -> str | None:
     """`linear_reason` of PEFT's embedding."""
-    if (
+    if embedding_is_genuine() and not _function_modes() and not _dispatch_modes():
+        return None
+    return _look_at_embedding()
+
+
+def embedding_is_genuine() -> bool:
+    """`linear_is_genuine` of PEFT's embedding."""
+    return (
         F.embedding is _embedding
         and (forward := nn.Embedding.forward) is _embedding_forward
         and forward.__code__ is _embedding_code
         and nn.Embedding.__call__ is _call
-        and not _function_modes()
-        and not _dispatch_modes()
-    ):
-        return None
-    return _look_at_embedding()
+    )
+
+
+def remember(classes: Iterable[type]) -> None:
+    """Looks at the forwards of classes that a trace may ask for: while torch.compile traces, what is not known to be
+    genuine counts as replaced."""
+    for cls in classes:
+        forward_reason(cls)
 
 
 def _look_at_embedding() -> str | None:
@@ -114,6 +128,8 @@ def forward_reason(cls: type[nn.Module]) -> str | None:
     found = cls.forward
     if FORWARDS.get(cls) is found and CODES[cls] is found.__code__:
         return None
+    if _is_traced():  # who traces has asked for all that PEFT defines before
+        return f"{cls.__qualname__}.forward is replaced"
     reason = _replaced(cls, "forward")
     if reason is None:
         FORWARDS[cls], CODES[cls] = found, found.__code__
@@ -130,6 +146,8 @@ def function_reason(module: types.ModuleType, name: str) -> str | None:
     key, found = (module.__name__, name), getattr(module, name)
     if _functions.get(key) is found:
         return None
+    if _is_traced():
+        return f"{name} is replaced"
     reason = _replaced(module, name)
     if reason is None:
         _functions[key] = found

@@ -21,6 +21,9 @@ class Rows(NamedTuple):
 
     order [S]: which choice, t·k + j, a row is. ends [E], int32: how many rows an expert and all before it have. Rows
     from ends[-1] on are of no expert; `leaves_out` where there may be some.
+
+    What a backend may know besides, int32: place [S], the row of a choice; tiles [3, ·], of tiles of rows that each are
+    of one expert, the expert, the first row, and the end of the expert's rows.
     """
 
     order: Tensor
@@ -28,6 +31,8 @@ class Rows(NamedTuple):
     tokens: int
     per_token: int
     leaves_out: bool
+    place: Tensor | None = None
+    tiles: Tensor | None = None
 
     @classmethod
     def sort(cls, index: Tensor, experts: int, leaves_out: bool) -> Rows:
@@ -45,6 +50,10 @@ class Rows(NamedTuple):
     def expert(self) -> Tensor:
         """[S]: which expert a row is of, the last one for rows of none."""
         return torch.searchsorted(self.ends, self._number(), right=True).clamp_(max=self.ends.numel() - 1)
+
+    def weights(self, routing: Tensor) -> Tensor:
+        """[S, 1]: the routing weights [T, k] by row."""
+        return routing.reshape(-1, 1)[self.order]
 
     def _number(self) -> Tensor:
         return torch.arange(self.order.numel(), device=self.ends.device, dtype=torch.int32)
@@ -76,12 +85,23 @@ class Matrices(NamedTuple):
     scaling: float = 1.0
 
 
+class Factors(NamedTuple):
+    """An adapter's A [E, R, K] and s·B transposed, [E, R, N], in the dtype of the products and contiguous; None where a
+    backend reads them otherwise."""
+
+    a: Tensor | None
+    b: Tensor | None
+
+
+NO_FACTORS = Factors(None, None)
+
+
 class Products:
     """What is made of the rows of one call. `rows` says where they are.
 
-    `project` and `project_back` put together what the six methods before them make, which a backend has: `weights` and
-    `factor`, matrices [N, K] by expert in a form of its own, and products of them. A backend that has both otherwise
-    needs `outer` and `sums` alone.
+    `project`, `project_back` and `gradient` put together what the six methods before them make, which a backend has:
+    `weights` and `factor`, matrices [N, K] by expert in a form of its own, and products of them. A backend that has all
+    three otherwise needs `sums` alone.
     """
 
     rows: Rows
@@ -106,15 +126,19 @@ class Products:
         """[E, M, N]: x_eᵀ y_e of x [S, M] and y [S, N], zero for experts without rows."""
         raise NotImplementedError
 
-    def sums(self, y: Tensor) -> Tensor:
-        """[E, N]: the sum of each expert's rows of y [S, N]."""
+    def sums(self, y, bias: Tensor, routing: Tensor | None = None) -> Tensor:
+        """[E, N] in the dtype of a bias: the sum of each expert's rows of y [S, N], times their routing weights."""
         raise NotImplementedError
 
     def take(self, x: Tensor):
         """x [T, K] by row, for the methods below: [S, K], or what says how to read that."""
         return x[self.rows.token()]
 
-    def project(self, x, weights: ExpertWeights) -> tuple[Tensor, Tensor | None]:
+    def lay_out(self, weights: ExpertWeights) -> Factors:
+        """The adapter's factors as `project` and `project_back` read them, where both read the same."""
+        return NO_FACTORS
+
+    def project(self, x, weights: ExpertWeights, factors: Factors) -> tuple[Tensor, Tensor | None]:
         """(y [S, N], t [S, R]) of x [S, K]: y = x Wᵀ + t (s·B)ᵀ + b, t = x Aᵀ."""
         y, t = self.times_transposed(x, self.weights(weights.weight)), None
         if weights.lora_a is not None:
@@ -124,34 +148,45 @@ class Products:
             y += weights.bias[self.rows.expert()]
         return y, t
 
-    def project_back(self, dy, weights: ExpertWeights) -> tuple[Tensor, Tensor | None]:
+    def project_back(self, dy, weights: ExpertWeights, factors: Factors) -> tuple[Tensor, Tensor | None]:
         """(dx [S, K], dt [S, R]) of dy [S, N]: dx = dy W + dt A, dt = dy (s·B)."""
-        dx, dt = self.times(dy, self.weights(weights.weight)), self.shrink_back(dy, weights)
+        dx, dt = self.times(dy, self.weights(weights.weight)), self.shrink_back(dy, weights, factors)
         if dt is not None:
             self.times(dt, self.factor(weights.lora_a, dx.dtype), dx)
         return dx, dt
 
-    def shrink_back(self, dy, weights: ExpertWeights) -> Tensor | None:
+    def shrink_back(self, dy, weights: ExpertWeights, factors: Factors) -> Tensor | None:
         """dt [S, R] of dy [S, N] alone; None without an adapter."""
         if weights.lora_a is None:
             return None
         return self.times(dy, self.factor(weights.lora_b, weights.weight.dtype, weights.scaling))
 
+    def gradient(
+        self, factor: Tensor, short: Tensor, long, scaling: float = 1.0, routing: Tensor | None = None
+    ) -> Tensor:
+        """s·Σ w·(short longᵀ) over each expert's rows, of short [S, R] and long [S, L]: the gradient of a factor
+        [E, R, L], in its dtype."""
+        if routing is not None:
+            short = (short * self.rows.weights(routing)).to(short.dtype)
+        gradient = self.outer(short, long)[:, : factor.shape[1], : factor.shape[2]].to(factor.dtype)
+        return gradient if scaling == 1.0 else gradient * scaling
+
     def gate(self, z: Tensor, gate: AnyGate) -> Tensor:
         """h [S, I] of z."""
         return gates.value(z, gate)
 
-    def gate_back(self, z: Tensor, dh: Tensor, weights: Tensor, gate: AnyGate) -> tuple[Tensor, Tensor, Tensor]:
-        """(h, dz, dots) of dh [S, I] before the routing weights [S, 1]: dz = gate'(w·dh), dots [S] = <dh, h>. dh is
+    def gate_back(self, z: Tensor, dh: Tensor, routing: Tensor, gate: AnyGate) -> tuple[Tensor, Tensor, Tensor]:
+        """(h, dz, dots) of dh [S, I] before the routing weights [T, k]: dz = gate'(w·dh), dots [T, k] = <dh, h>. dh is
         overwritten."""
         h, pull = gates.with_pullback(z, gate)
         dots = (dh.to(torch.promote_types(dh.dtype, torch.float32)) * h).sum(1)
-        return h, pull(dh.mul_(weights)), dots
+        return h, pull(dh.mul_(self.rows.weights(routing))), self.rows.by_choice(dots)
 
-    def combine(self, y: Tensor, weights: Tensor | None = None) -> Tensor:
-        """[T, N]: the sum of each token's rows of y [S, N], times their `weights` [S, 1]; in the wider dtype of the
-        two."""
-        if weights is not None:
+    def combine(self, y: Tensor, routing: Tensor | None = None) -> Tensor:
+        """[T, N]: the sum of each token's rows of y [S, N], times their routing weights [T, k]; in the wider dtype of
+        the two."""
+        if routing is not None:
+            weights = self.rows.weights(routing)
             same = torch.promote_types(y.dtype, weights.dtype) == y.dtype
             y = y.mul_(weights) if same else y * weights
         return self.rows.combine(y)
@@ -203,9 +238,9 @@ class LoopedProducts(Products):
             torch.mm(x[start:end].t(), y[start:end], out=result[expert])
         return result
 
-    def sums(self, y: Tensor) -> Tensor:
-        """[E, N]: the sum of each expert's rows of y [S, N]."""
+    def sums(self, y: Tensor, bias: Tensor, routing: Tensor | None = None) -> Tensor:
+        y = y if routing is None else (y * self.rows.weights(routing)).to(y.dtype)
         result = y.new_zeros((self.rows.ends.numel(), y.shape[1]))
         for expert, start, end in self.spans:
             torch.sum(y[start:end], 0, out=result[expert])
-        return result
+        return result.to(bias.dtype)

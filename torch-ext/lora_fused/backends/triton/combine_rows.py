@@ -14,39 +14,54 @@ from .launch import on_device
 @triton.jit
 def combine_rows_kernel(
     y_ptr,
-    weights_ptr,  # [T, k] by choice, or None
-    place_ptr,
+    routing_ptr,  # [T·k] by choice, or None
+    place_ptr,  # [T·k]: the row of a choice; None: rows are by choice, and index_ptr has their experts
+    index_ptr,
     ends_ptr,
     out_ptr,
     E,
     N,
-    per_token,
-    stride_y,
+    PER_TOKEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    count = tl.load(ends_ptr + E - 1)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = columns < N
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for choice in range(0, per_token):
-        row = tl.load(place_ptr + token * per_token + choice).to(tl.int64)
-        y = tl.load(y_ptr + row * stride_y + columns, mask=mask & (row < count), other=0.0).to(tl.float32)
-        if weights_ptr is not None:
-            weight = tl.load(weights_ptr + token * per_token + choice).to(tl.float32)
-            y = tl.where(row < count, y * weight, 0.0)
+    for each in tl.static_range(PER_TOKEN):
+        choice = token * PER_TOKEN + each
+        if place_ptr is not None:
+            row = tl.load(place_ptr + choice).to(tl.int64)
+            is_there = row < tl.load(ends_ptr + E - 1)
+        else:
+            row, expert = choice, tl.load(index_ptr + choice)
+            is_there = (expert >= 0) & (expert < E)
+        y = tl.load(y_ptr + row * N + columns, mask=mask & is_there, other=0.0).to(tl.float32)
+        if routing_ptr is not None:
+            weight = tl.load(routing_ptr + choice).to(tl.float32)
+            y = tl.where(is_there, y * weight, 0.0)
         total += y
     tl.store(out_ptr + token * N + columns, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def combine_rows(y: Tensor, weights: Tensor | None, place: Tensor, ends: Tensor, per_token: int, dtype) -> Tensor:
-    """out [T, N] in `dtype`, sums in float32, of y [S, N]; place [T·k]: which row a choice is, beyond ends[-1] none;
-    weights [T, k] of any float dtype."""
-    tokens, n = place.shape[0] // per_token, y.shape[1]
+def _combine(y: Tensor, routing: Tensor | None, where, experts: int, tokens: int, dtype) -> Tensor:
+    n = y.shape[1]
     out = torch.empty((tokens, n), dtype=dtype, device=y.device)
     block = min(1024, triton.next_power_of_2(n))
+    routing = None if routing is None else routing.contiguous()
     with on_device(y):
         combine_rows_kernel[(tokens, triton.cdiv(n, block))](
-            y, weights, place, ends, out, ends.shape[0], n, per_token, y.stride(0), BLOCK_N=block, num_warps=4
+            y, routing, *where, out, experts, n, PER_TOKEN=y.shape[0] // tokens, BLOCK_N=block, num_warps=4
         )
     return out
+
+
+def combine_rows(y: Tensor, routing: Tensor | None, place: Tensor, ends: Tensor, tokens: int, dtype) -> Tensor:
+    """out [T, N] in `dtype`, sums in float32, of contiguous y [S, N]; place [T·k]: which row a choice is, beyond
+    ends[-1] none; routing [T, k] of any float dtype."""
+    return _combine(y, routing, (place, None, ends), ends.shape[0], tokens, dtype)
+
+
+def combine_choices(y: Tensor, routing: Tensor, index: Tensor, experts: int, dtype) -> Tensor:
+    """The same of rows that are by choice, those left out whose index [T, k] is of no expert."""
+    return _combine(y, routing, (None, index, None), experts, routing.shape[0], dtype)

@@ -2,9 +2,9 @@
 
     h = f(α·g)/α · (u + c)      dg = w·dh · (u + c) · f'(α·g)      du = w·dh · f(α·g)/α      dot = Σ dh·h
 
-w is the row's routing weight, dh the gradient before it, so that dot is the routing weight's own gradient. Bound by
-traffic: the backward reads z and dh and writes h again, for the gradient of the second product's adapter, dz and dot.
-float32 inside, one rounding. Formulas are those of `reference.gates`.
+w is the row's routing weight, dh the gradient before it, so that dot is the routing weight's own gradient; both are by
+choice, as the router made them. Bound by traffic: the backward reads z and dh and writes h again, for the gradient of
+the second product's adapter, dz and dot. float32 inside, one rounding. Formulas are those of `reference.gates`.
 """
 
 from __future__ import annotations
@@ -68,10 +68,13 @@ def expert_gate_fwd_kernel(
 def expert_gate_bwd_kernel(
     z_ptr,
     dh_ptr,
-    weights_ptr,
+    routing_ptr,  # [T·k] by choice
+    order_ptr,
+    ends_ptr,
     h_ptr,
     dz_ptr,
-    dots_ptr,
+    dots_ptr,  # [T·k] by choice
+    E,
     I,
     stride_z,
     stride_dh,
@@ -86,7 +89,8 @@ def expert_gate_bwd_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    weight = tl.load(weights_ptr + row).to(tl.float32)
+    choice = tl.load(order_ptr + row)
+    weight = tl.load(routing_ptr + choice).to(tl.float32)
     step: tl.constexpr = 2 if INTERLEAVED else 1
     dots = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, I, BLOCK):
@@ -110,7 +114,8 @@ def expert_gate_bwd_kernel(
             du = tl.where(keeps_u, dh * value, 0.0)
             to_u = to_g + (1 if INTERLEAVED else I)
             tl.store(to_u, du.to(dz_ptr.dtype.element_ty), mask=mask)
-    tl.store(dots_ptr + row, tl.sum(dots, 0))
+    # Rows of no expert hold what memory held.
+    tl.store(dots_ptr + choice, tl.where(row < tl.load(ends_ptr + E - 1), tl.sum(dots, 0), 0.0))
 
 
 def expert_gate(z: Tensor, gate: Gate) -> Tensor:
@@ -123,14 +128,28 @@ def expert_gate(z: Tensor, gate: Gate) -> Tensor:
     return h
 
 
-def expert_gate_backward(z: Tensor, dh: Tensor, weights: Tensor, gate: Gate) -> tuple[Tensor, Tensor, Tensor]:
-    """(h [S, I], dz of z's shape, dots [S] in float32) of dh [S, I] and weights [S, 1]."""
+def expert_gate_backward(
+    z: Tensor, dh: Tensor, routing: Tensor, order: Tensor, ends: Tensor, gate: Gate
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h [S, I], dz of z's shape, dots [T, k] in float32) of contiguous z and dh [S, I], routing [T, k]; order [S] says
+    which choice a row is, ends [E] where rows end: of those beyond, dots are zero."""
     h, dz = torch.empty(dh.shape, dtype=z.dtype, device=z.device), torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    dots = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
+    dots = torch.empty(routing.shape, dtype=torch.float32, device=z.device)
     strides = z.stride(0), dh.stride(0), dz.stride(0)
     with on_device(z):
         expert_gate_bwd_kernel[(z.shape[0],)](
-            z, dh, weights.contiguous(), h, dz, dots, dh.shape[1], *strides, **_how(gate)
+            z,
+            dh,
+            routing.contiguous(),
+            order,
+            ends,
+            h,
+            dz,
+            dots,
+            ends.shape[0],
+            dh.shape[1],
+            *strides,
+            **_how(gate),
         )
     return h, dz, dots
 

@@ -1,6 +1,8 @@
 """Products over rows that are sorted by expert, in Triton: every GPU, no wait for it, no gathered copy of x.
 
-`grouped_linear` has base product, adapter and bias in one launch, `combine_rows` routing weight and sum in another.
+`grouped_linear` has base product, adapter and bias in one launch, `combine_rows` routing weight and sum in another,
+`grouped_outer` a factor's gradient as the parameter is stored. A training forward of one layer is eight launches of
+these and at most three copies of factors, a backward eight.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from torch import Tensor
 
 from ...specs import AnyGate, ExpertWeights, Gate
 from ..grouped_mm import GroupedProducts
-from ..reference.grouped import Products, Rows
+from ..reference.grouped import NO_FACTORS, Factors, Products, Rows
+from . import route
 from .combine_rows import combine_rows
 from .expert_gate import expert_gate, expert_gate_backward
-from .grouped_linear import grouped_linear
+from .factor_layout import lay_out
+from .grouped_linear import Tile, choose_tile, grouped_linear
 from .grouped_outer import grouped_outer
 
 
@@ -25,24 +29,26 @@ class ByToken(NamedTuple):
     x: Tensor
 
 
+def sort_rows(index: Tensor, weight: Tensor, leaves_out: bool) -> Rows:
+    """The rows of `index` [T, k], the expert that each token chose, for products that begin with this weight."""
+    return route.sort_rows(index, weight.shape[0], choose_tile(weight, index.numel()).m, leaves_out)
+
+
 class TritonPasses(Products):
     """The passes over the rows that multiply no matrices."""
 
     def gate(self, z: Tensor, gate: AnyGate) -> Tensor:
         return expert_gate(z, gate) if isinstance(gate, Gate) else super().gate(z, gate)
 
-    def gate_back(self, z: Tensor, dh: Tensor, weights: Tensor, gate: AnyGate) -> tuple[Tensor, Tensor, Tensor]:
+    def gate_back(self, z: Tensor, dh: Tensor, routing: Tensor, gate: AnyGate) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(gate, Gate):
-            return expert_gate_backward(z, dh, weights, gate)
-        return super().gate_back(z, dh, weights, gate)
+            return expert_gate_backward(z, dh, routing, self.rows.order, self.rows.ends, gate)
+        return super().gate_back(z, dh, routing, gate)
 
-    def combine(self, y: Tensor, weights: Tensor | None = None) -> Tensor:
+    def combine(self, y: Tensor, routing: Tensor | None = None) -> Tensor:
         rows = self.rows
-        place = torch.empty_like(rows.order)
-        place[rows.order] = torch.arange(rows.order.numel(), device=y.device)
-        by_choice = None if weights is None else weights.reshape(-1)[place]
-        dtype = y.dtype if weights is None else torch.promote_types(y.dtype, weights.dtype)
-        return combine_rows(y, by_choice, place, rows.ends, rows.per_token, dtype)
+        dtype = y.dtype if routing is None else torch.promote_types(y.dtype, routing.dtype)
+        return combine_rows(y, routing, rows.place, rows.ends, rows.tokens, dtype)
 
 
 class GroupedProductsWithPasses(TritonPasses, GroupedProducts):
@@ -50,52 +56,53 @@ class GroupedProductsWithPasses(TritonPasses, GroupedProducts):
 
 
 class TritonProducts(TritonPasses):
-    """`few`: without a backward, of fewer rows than experts. Then factors are read as they are, strided, by the experts
-    that are used; otherwise they are laid out once."""
+    """Products that begin with a weight, by which their tile is chosen."""
 
-    def __init__(self, rows: Rows, few: bool):
-        self.rows, self.few = rows, few
+    def __init__(self, rows: Rows, weight: Tensor):
+        self.rows = rows
+        self.tile: Tile = choose_tile(weight, rows.order.numel())
 
     def take(self, x: Tensor) -> ByToken:
         return ByToken(x)
 
-    def project(self, x, weights: ExpertWeights) -> tuple[Tensor, Tensor | None]:
-        weight, t = weights.weight, None
+    def lay_out(self, weights: ExpertWeights) -> Factors:
         if weights.lora_a is None:
-            return self._linear(x, weight, None, weights.bias), None
-        t = self._linear(x, self._factor(weights.lora_a, weight.dtype))
-        return self._linear(
-            x, weight, (t, self._factor(weights.lora_b, weight.dtype), weights.scaling), weights.bias
-        ), t
+            return NO_FACTORS
+        dtype = weights.weight.dtype
+        return Factors(lay_out(weights.lora_a, dtype), lay_out(weights.lora_b.transpose(1, 2), dtype, weights.scaling))
 
-    def project_back(self, dy, weights: ExpertWeights) -> tuple[Tensor, Tensor | None]:
-        dt, weight = self.shrink_back(dy, weights), weights.weight.transpose(1, 2)
-        if dt is None:
-            return self._linear(dy, weight), None
-        a = self._factor(weights.lora_a, weight.dtype).transpose(1, 2)
-        return self._linear(dy, weight, (dt, a, 1.0)), dt
+    def project(self, x, weights: ExpertWeights, factors: Factors) -> tuple[Tensor, Tensor | None]:
+        return self._linear(x, weights.weight, factors if factors.a is not None else None, weights.bias)
 
-    def shrink_back(self, dy, weights: ExpertWeights) -> Tensor | None:
-        if weights.lora_a is None:
-            return None
-        b = self._factor(weights.lora_b, weights.weight.dtype).transpose(1, 2)
-        return self._linear(dy, b, scaling=weights.scaling)
+    def project_back(self, dy, weights: ExpertWeights, factors: Factors) -> tuple[Tensor, Tensor | None]:
+        a, b = factors
+        return self._linear(dy, weights.weight.transpose(1, 2), None if a is None else (b, a))
 
-    def outer(self, x, y) -> Tensor:
-        """[E, M, N]: x_eᵀ y_e of x [S, M] and y [S, N], either of which may be by token."""
-        (x, x_order), (y, y_order) = self._source(x), self._source(y)
-        return grouped_outer(x, y, self.rows.ends, x_order, y_order, self.rows.per_token)
+    def shrink_back(self, dy, weights: ExpertWeights, factors: Factors) -> Tensor | None:
+        return None if factors.b is None else self._linear(dy, factors.b)[0]
 
-    def sums(self, y: Tensor) -> Tensor:
-        """[E, N]: the sum of each expert's rows of y [S, N]."""
-        return self.outer(y.new_ones((y.shape[0], 1)), y)[:, 0]
+    def gradient(
+        self, factor: Tensor, short: Tensor, long, scaling: float = 1.0, routing: Tensor | None = None
+    ) -> Tensor:
+        return self._outer(torch.empty_like(factor), short, long, scaling, routing)
 
-    def _linear(self, x, w: Tensor, adapter=None, bias: Tensor | None = None, scaling: float = 1.0) -> Tensor:
-        x, order = self._source(x)
-        return grouped_linear(x, order, self.rows.ends, w, adapter, bias, self.rows.per_token, scaling)
+    def sums(self, y, bias: Tensor, routing: Tensor | None = None) -> Tensor:
+        return self._outer(torch.empty_like(bias).unsqueeze(1), None, y, 1.0, routing)[:, 0]
 
-    def _source(self, x) -> tuple[Tensor, Tensor | None]:
-        return (x.x, self.rows.order) if isinstance(x, ByToken) else (x, None)
+    def _linear(self, x, w: Tensor, adapter=None, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        rows = self.rows
+        x, order = (x.x, rows.order) if isinstance(x, ByToken) else (x, None)
+        return grouped_linear(x, order, rows.tiles, self.tile, w, adapter, bias, rows.per_token)
 
-    def _factor(self, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        return factor if self.few else factor.to(dtype).contiguous()
+    def _outer(self, out: Tensor, short: Tensor | None, long, scaling: float, routing: Tensor | None) -> Tensor:
+        rows, by_token = self.rows, isinstance(long, ByToken)
+        return grouped_outer(
+            short,
+            long.x if by_token else long,
+            rows.order,
+            rows.ends,
+            out,
+            scaling=scaling,
+            routing=routing,
+            per_token=rows.per_token if by_token else 0,
+        )

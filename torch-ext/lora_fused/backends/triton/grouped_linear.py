@@ -1,37 +1,29 @@
-"""y = x W_eᵀ + t (s·B_e)ᵀ + b_e over rows that are sorted by expert, in one launch: rows are gathered as they are
-loaded, and the adapter's rank is further steps of the same accumulator.
+"""y = x W_eᵀ + t U_eᵀ + b_e over rows that are sorted by expert, in one launch: rows are gathered as they are loaded,
+and the adapter's rank is further steps of the same accumulator. t = x D_eᵀ is made beside it, from the same x tile, or
+given.
 
-A program makes a tile of one expert's rows. Which, it finds out itself: it counts the tiles of all experts, from where
-their rows end, so the host does not wait for these numbers. The grid has room for the most tiles that there can be;
-programs beyond the last one leave. Rows of no expert stay unwritten.
+A program makes a tile of one expert's rows, which the table that `route` makes names. The grid has room for the most
+tiles that there can be; programs beyond the last one leave. Rows of no expert stay unwritten. Programs that run
+together share W among the rows of an expert, and rows among their columns.
 
-Strides are given, so W is read as it is stored, transposed or not, and the backward is the same kernel: dx = dy W + dt
-A.
+Strides of W are given, so it is read as it is stored, transposed or not, and the backward is the same kernel:
+dx = dy W + dt A with dt = dy B.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MIN_DOT, SMALL_SHARED_MEMORY, dot_precision, on_device, rank_block, shared_memory
+from .. import device_config
+from .launch import MAX_RANK_BLOCK, MIN_DOT, SMALL_SHARED_MEMORY, dot_precision, on_device, rank_block, shared_memory
 
-
-@triton.jit
-def find_tile(ends_ptr, tile, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """(expert, first row, end of the expert's rows) of a tile; the expert is E beyond the last tile."""
-    experts = tl.arange(0, BLOCK_E)
-    inside = experts < E
-    ends = tl.load(ends_ptr + experts, mask=inside, other=0)
-    starts = tl.load(ends_ptr + experts - 1, mask=inside & (experts > 0), other=0)
-    tiles = tl.where(inside, (ends - starts + BLOCK_M - 1) // BLOCK_M, 0)
-    tile_ends = tl.cumsum(tiles, 0)
-    expert = tl.sum((tile_ends <= tile).to(tl.int32) * inside.to(tl.int32), 0)
-    own = experts == expert
-    first = tl.sum(tl.where(own, starts + (tile - tile_ends + tiles) * BLOCK_M, 0), 0)
-    return expert, first, tl.sum(tl.where(own, ends, 0), 0)
+BAND = 8  # tiles of rows that go through the columns together
 
 
 @triton.jit
@@ -39,143 +31,179 @@ def grouped_linear_kernel(
     x_ptr,
     order_ptr,  # [S] choices, of which the token is read; None: x is by row
     w_ptr,
-    t_ptr,
-    b_ptr,
+    d_ptr,  # [E, R, K]; None: t is given
+    u_ptr,  # [E, R, N]; None: no adapter
+    t_ptr,  # [S, R]
     bias_ptr,
     y_ptr,
-    ends_ptr,
-    scaling,
-    E,
+    tiles_ptr,
+    most,
     N,
     K,
     R,
     per_token,
-    stride_xm,
     stride_we,
     stride_wn,
     stride_wk,
-    stride_tm,
-    stride_be,
-    stride_bn,
-    stride_br,
-    stride_ym,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BAND: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    expert, first, end = find_tile(ends_ptr, tl.program_id(1), E, BLOCK_M, BLOCK_E)
-    if expert < E:
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    within = tl.program_id(0) % (BAND * blocks_n)
+    tile = tl.program_id(0) // (BAND * blocks_n) * BAND + within % BAND
+    expert = tl.load(tiles_ptr + tile, mask=tile < most, other=-1)
+    first = tl.load(tiles_ptr + most + tile, mask=tile < most, other=0)
+    end = tl.load(tiles_ptr + 2 * most + tile, mask=tile < most, other=0)
+    if expert >= 0:
         own = expert.to(tl.int64)
+        column = within // BAND
+        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
         rows = first + tl.arange(0, BLOCK_M)
-        row_mask = rows < end
-        if order_ptr is not None:
-            sources = tl.load(order_ptr + rows, mask=row_mask, other=0) // per_token
-        else:
-            sources = rows
-        columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        column_mask = columns < N
-        ks = tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + sources[:, None].to(tl.int64) * stride_xm + ks[None, :]
+        # Beyond the end the last row is read again, and not stored: loads of x need no mask.
+        inside = tl.minimum(rows, end - 1)
+        sources = tl.load(order_ptr + inside) // per_token if order_ptr is not None else inside
+        ks, ranks = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+        x_ptrs = x_ptr + sources[:, None].to(tl.int64) * K + ks[None, :]
         w_ptrs = w_ptr + own * stride_we + ks[:, None] * stride_wk + columns[None, :] * stride_wn
+        d_ptrs = d_ptr + own * R * K + ranks[None, :] * K + ks[:, None] if d_ptr is not None else x_ptrs
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        short = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for start in range(0, K, BLOCK_K):
-            k_mask = ks < K - start
-            x = tl.load(x_ptrs, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=k_mask[:, None] & column_mask[None, :], other=0.0)
-            total = tl.dot(x, w.to(x.dtype), total, input_precision=PRECISION)
+            k_mask = (ks < K - start) | EVEN_K
+            w_mask = k_mask[:, None] & ((columns < N) | EVEN_N)[None, :]
+            x = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=k_mask[None, :], other=0.0)
+            w = tl.load(w_ptrs) if EVEN_K and EVEN_N else tl.load(w_ptrs, mask=w_mask, other=0.0)
+            total = tl.dot(x, w, total, input_precision=PRECISION)
+            if d_ptr is not None:
+                d = tl.load(d_ptrs, mask=k_mask[:, None] & (ranks < R)[None, :], other=0.0)
+                short = tl.dot(x, d, short, input_precision=PRECISION)
+                d_ptrs += BLOCK_K
             x_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * stride_wk
-        if t_ptr is not None:
-            ranks = tl.arange(0, BLOCK_R)
-            for start in range(0, R, BLOCK_R):
-                rank_mask = ranks < R - start
-                t = tl.load(
-                    t_ptr + rows[:, None].to(tl.int64) * stride_tm + (start + ranks)[None, :],
-                    mask=row_mask[:, None] & rank_mask[None, :],
-                    other=0.0,
-                )
-                b = tl.load(
-                    b_ptr + own * stride_be + (start + ranks)[:, None] * stride_br + columns[None, :] * stride_bn,
-                    mask=rank_mask[:, None] & column_mask[None, :],
-                    other=0.0,
-                )
-                total = tl.dot(t, (b.to(tl.float32) * scaling).to(t.dtype), total, input_precision=PRECISION)
-        else:
-            total *= scaling
+        row_mask, column_mask = rows < end, columns < N
+        if u_ptr is not None:
+            u_ptrs = u_ptr + own * R * N + ranks[:, None] * N + columns[None, :]
+            t_ptrs = t_ptr + rows[:, None].to(tl.int64) * R + ranks[None, :]
+            if d_ptr is not None:
+                t = short.to(x_ptr.dtype.element_ty)
+                if column == 0:
+                    tl.store(t_ptrs, t, mask=row_mask[:, None] & (ranks < R)[None, :])
+                u = tl.load(u_ptrs, mask=(ranks < R)[:, None] & column_mask[None, :], other=0.0)
+                total = tl.dot(t, u, total, input_precision=PRECISION)
+            else:
+                for start in tl.range(0, R, BLOCK_R, num_stages=1):
+                    rank_mask = ranks < R - start
+                    t = tl.load(t_ptrs + start, mask=row_mask[:, None] & rank_mask[None, :], other=0.0)
+                    u = tl.load(u_ptrs + start * N, mask=rank_mask[:, None] & column_mask[None, :], other=0.0)
+                    total = tl.dot(t, u, total, input_precision=PRECISION)
         if bias_ptr is not None:
             total += tl.load(bias_ptr + own * N + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
         tl.store(
-            y_ptr + rows[:, None].to(tl.int64) * stride_ym + columns[None, :],
+            y_ptr + rows[:, None].to(tl.int64) * N + columns[None, :],
             total.to(y_ptr.dtype.element_ty),
             mask=row_mask[:, None] & column_mask[None, :],
         )
 
 
+class Tile(NamedTuple):
+    """Launch configuration of one tile."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def choose_tile(weight: Tensor, choices: int) -> Tile:
+    """Of products of this many rows with a weight [E, N, K] and those that follow: one for all, as a tile's rows are
+    those of the table."""
+    experts, n, k = weight.shape
+    each = choices // experts
+    wide = weight.element_size() != 2
+    return _tile(weight.device, wide, 1 << max(each - 1, 0).bit_length(), n, k)
+
+
+@functools.cache
+def _tile(device: torch.device, wide: bool, each: int, n: int, k: int) -> Tile:
+    """The one measured for the nearest shape, else by rule: at most 96 KiB of shared memory."""
+    measured = None if wide else device_config.nearest(device_config.of(device).experts_tiles, (each or 1, n, k))
+    if measured is not None:
+        return Tile(*measured)
+    rows = 128 if each > 64 else 64 if each > 32 else 32 if each > 16 else MIN_DOT
+    if wide or shared_memory(device) <= SMALL_SHARED_MEMORY:
+        return Tile(min(rows, 64), 64 if wide else 128, 32 if wide else 64, 4, 2)
+    return Tile(rows, 128, 64, 8 if rows == 128 else 4, 3)
+
+
+# Multiply-adds of the product up to which t is made beside it: fewer launches and one read of x for R / BLOCK_N more
+# arithmetic.
+FUSED_RANK_UP_TO = 2**36
+
+
 def grouped_linear(
     x: Tensor,
     order: Tensor | None,
-    ends: Tensor,
+    tiles: Tensor,
+    tile: Tile,
     w: Tensor,
-    adapter: tuple[Tensor, Tensor, float] | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
     per_token: int = 1,
-    scaling: float = 1.0,
-) -> Tensor:
-    """y [S, N] in x's dtype, products in float32. x [S, K] by row, or [T, K] with `order` [S], of which row r reads
-    x[order[r] // per_token]; ends [E] in int32; w [E, N, K] of any strides and x's dtype, or a wider one that is
-    rounded to it; adapter (t [S, R], b [E, N, R] of any strides and dtype, s); bias [E, N]; `scaling` of x Wᵀ without
-    an adapter."""
-    experts, n, k = w.shape
-    x = x if x.stride(1) == 1 else x.contiguous()
-    count = x.shape[0] if order is None else order.shape[0]
-    y = torch.empty((count, n), dtype=x.dtype, device=x.device)
-    t, b, scaling = (None, None, scaling) if adapter is None else adapter
-    tile = _tile(x, count, experts, n)
-    most = min(count, experts) + count // tile["BLOCK_M"]
+) -> tuple[Tensor, Tensor | None]:
+    """(y [S, N], t [S, R] or None) in x's dtype, products in float32. x [S, K] by row, or [T, K] with `order` [S], of
+    which row r reads x[order[r] // per_token]; tiles as `Rows` has them, of tile.m rows; w [E, N, K] of any strides,
+    adapter (D [E, R, K], U [E, R, N]) contiguous, bias [E, N], all in x's dtype."""
+    x, (_, n, k) = x.contiguous(), w.shape
+    count = (x if order is None else order).shape[0]
+    if adapter is None:
+        return _launch((x, order), tiles, tile, w, (None, None, None), bias, per_token), None
+    d, u = adapter
+    rank = d.shape[1]
+    if rank > MAX_RANK_BLOCK or count * n * k > FUSED_RANK_UP_TO:
+        t = _launch((x, order), tiles, tile, d, (None, None, None), None, per_token)
+        return _launch((x, order), tiles, tile, w, (None, u, t), bias, per_token), t
+    t = torch.empty((count, rank), dtype=x.dtype, device=x.device)
+    return _launch((x, order), tiles, tile, w, (d, u, t), bias, per_token), t
+
+
+def _launch(source, tiles: Tensor, tile: Tile, w: Tensor, adapter, bias: Tensor | None, per_token: int) -> Tensor:
+    (x, order), (d, u, t), (_, n, k) = source, adapter, w.shape
+    y = torch.empty(((x if order is None else order).shape[0], n), dtype=x.dtype, device=x.device)
+    columns = min(tile.n, max(MIN_DOT, triton.next_power_of_2(n)))
+    most, rank = tiles.shape[1], 0 if t is None else t.shape[1]
     with on_device(x):
-        grouped_linear_kernel[(triton.cdiv(n, tile["BLOCK_N"]), most)](
+        grouped_linear_kernel[(triton.cdiv(most, BAND) * BAND * triton.cdiv(n, columns),)](
             x,
             order,
             w,
+            d,
+            u,
             t,
-            b,
             bias,
             y,
-            ends,
-            scaling,
-            experts,
+            tiles,
+            most,
             n,
             k,
-            0 if t is None else t.shape[1],
+            rank,
             per_token,
-            x.stride(0),
             *w.stride(),
-            0 if t is None else t.stride(0),
-            *((0, 0, 0) if b is None else b.stride()),
-            y.stride(0),
-            BLOCK_R=MIN_DOT if t is None else rank_block(t.shape[1]),
-            BLOCK_E=triton.next_power_of_2(experts),
+            BLOCK_M=tile.m,
+            BLOCK_N=columns,
+            BLOCK_K=tile.k,
+            BLOCK_R=rank_block(rank),
+            BAND=BAND,
+            EVEN_N=n % columns == 0,
+            EVEN_K=k % tile.k == 0,
             PRECISION=dot_precision(x),
-            **tile,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
     return y
-
-
-def _tile(x: Tensor, count: int, experts: int, n: int) -> dict:
-    """Tiles by rows an expert; at most 96 KiB of shared memory, or 64 where there is less."""
-    each = count // experts
-    rows = 128 if each >= 96 else 64 if each >= 48 else 32 if each >= 24 else MIN_DOT
-    wide = x.element_size() == 4
-    small = shared_memory(x.device) <= SMALL_SHARED_MEMORY
-    rows = min(rows, 64) if small or wide else rows
-    columns = min(128, max(MIN_DOT, triton.next_power_of_2(n)))
-    return dict(
-        BLOCK_M=rows,
-        BLOCK_N=columns,
-        BLOCK_K=32 if wide else 64,
-        num_warps=8 if rows * columns > 64 * 128 else 4,
-        num_stages=3,
-    )

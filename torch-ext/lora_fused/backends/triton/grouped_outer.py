@@ -1,86 +1,108 @@
-"""x_eᵀ y_e for each expert e, over rows that are sorted by expert: the gradients of an adapter's factors.
+"""s·Σ w·(short_r long_rᵀ) over each expert's rows r: the gradient of an adapter's factor, in its own layout and dtype.
 
 One program makes one expert's tile and goes through its rows in order: deterministic, without a wait for where they
-end, and zero where there are none. Either operand may be gathered as it is loaded.
+end, and zero where there are none. The long operand may be gathered as it is loaded; bound by reading it once.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MIN_DOT, dot_precision, on_device
+from .launch import MIN_DOT, dot_precision, on_device, rank_block
+
+BLOCK_L = 128
 
 
 @triton.jit
 def grouped_outer_kernel(
-    x_ptr,
-    y_ptr,
-    x_order_ptr,
-    y_order_ptr,
+    short_ptr,  # [S, R]; None: ones
+    long_ptr,
+    order_ptr,  # [S] choices
+    routing_ptr,  # [T·k] by choice; None: ones
     out_ptr,
     ends_ptr,
-    M,
-    N,
+    scaling,
+    R,
+    L,
     per_token,
-    stride_x,
-    stride_y,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    stride_e,
+    stride_r,
+    stride_l,
+    BY_TOKEN: tl.constexpr,  # of the long operand
+    BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    expert = tl.program_id(2)
+    expert = tl.program_id(1)
     start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends_ptr + expert)
-    ms = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    columns = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    dtype = long_ptr.dtype.element_ty
+    total = tl.zeros((BLOCK_L, BLOCK_R), dtype=tl.float32)
     for first in range(start, end, BLOCK_S):
         rows = first + tl.arange(0, BLOCK_S)
         mask = rows < end
-        x_rows, y_rows = rows.to(tl.int64), rows.to(tl.int64)
-        if x_order_ptr is not None:
-            x_rows = tl.load(x_order_ptr + rows, mask=mask, other=0) // per_token
-        if y_order_ptr is not None:
-            y_rows = tl.load(y_order_ptr + rows, mask=mask, other=0) // per_token
-        x = tl.load(x_ptr + x_rows[None, :] * stride_x + ms[:, None], mask=mask[None, :] & (ms < M)[:, None], other=0.0)
-        y = tl.load(y_ptr + y_rows[:, None] * stride_y + ns[None, :], mask=mask[:, None] & (ns < N)[None, :], other=0.0)
-        total = tl.dot(x, y, total, input_precision=PRECISION)
+        sources = rows.to(tl.int64)
+        if BY_TOKEN or routing_ptr is not None:
+            choices = tl.load(order_ptr + rows, mask=mask, other=0)
+            if BY_TOKEN:
+                sources = choices // per_token
+        if short_ptr is not None:
+            short_ptrs = short_ptr + rows[:, None].to(tl.int64) * R + ranks[None, :]
+            short = tl.load(short_ptrs, mask=mask[:, None] & (ranks < R)[None, :], other=0.0)
+        else:
+            short = (mask[:, None] & (ranks < R)[None, :]).to(dtype)
+        if routing_ptr is not None:
+            weight = tl.load(routing_ptr + choices, mask=mask, other=0.0).to(tl.float32)
+            short = (short.to(tl.float32) * weight[:, None]).to(dtype)
+        long_ptrs = long_ptr + sources[None, :] * L + columns[:, None]
+        long = tl.load(long_ptrs, mask=mask[None, :] & (columns < L)[:, None], other=0.0)
+        total = tl.dot(long, short, total, input_precision=PRECISION)
+    out_ptrs = out_ptr + expert.to(tl.int64) * stride_e + columns[:, None].to(tl.int64) * stride_l
     tl.store(
-        out_ptr + expert.to(tl.int64) * M * N + ms[:, None] * N + ns[None, :],
-        total.to(out_ptr.dtype.element_ty),
-        mask=(ms < M)[:, None] & (ns < N)[None, :],
+        out_ptrs + ranks[None, :].to(tl.int64) * stride_r,
+        (total * scaling).to(out_ptr.dtype.element_ty),
+        mask=(columns < L)[:, None] & (ranks < R)[None, :],
     )
 
 
 def grouped_outer(
-    x: Tensor, y: Tensor, ends: Tensor, x_order: Tensor | None, y_order: Tensor | None, per_token: int
+    short: Tensor | None,
+    long: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    out: Tensor,
+    *,
+    scaling: float = 1.0,
+    routing: Tensor | None = None,
+    per_token: int = 0,
 ) -> Tensor:
-    """[E, M, N] in x's dtype, sums in float32: of x [S, M] and y [S, N] by row, or by token with an order [S]."""
-    m, n, experts = x.shape[1], y.shape[1], ends.shape[0]
-    x, y = (each if each.stride(1) == 1 else each.contiguous() for each in (x, y))
-    out = torch.empty((experts, m, n), dtype=x.dtype, device=x.device)
-    block_m, block_n = (min(128, max(MIN_DOT, triton.next_power_of_2(size))) for size in (m, n))
-    with on_device(x):
-        grouped_outer_kernel[(triton.cdiv(m, block_m), triton.cdiv(n, block_n), experts)](
-            x,
-            y,
-            x_order,
-            y_order,
+    """`out` [E, R, L] of any strides and float dtype, filled, sums in float32: of short [S, R] (None: ones) and long
+    [S, L] by row, or [T, L] by token where `per_token` says how many choices a token has; routing [T, k]."""
+    experts, rank, length = out.shape
+    block_l, block_r = min(BLOCK_L, max(MIN_DOT, triton.next_power_of_2(length))), rank_block(rank)
+    with on_device(long):
+        grouped_outer_kernel[(triton.cdiv(length, block_l), experts, triton.cdiv(rank, block_r))](
+            short,
+            long.contiguous(),
+            order,
+            None if routing is None else routing.contiguous(),
             out,
             ends,
-            m,
-            n,
+            scaling,
+            rank,
+            length,
             per_token,
-            x.stride(0),
-            y.stride(0),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_S=32,
-            PRECISION=dot_precision(x),
+            *out.stride(),
+            BY_TOKEN=per_token > 0,
+            BLOCK_R=block_r,
+            BLOCK_L=block_l,
+            BLOCK_S=32 if long.element_size() == 4 else 64,
+            PRECISION=dot_precision(long),
             num_warps=4,
         )
     return out

@@ -1,0 +1,167 @@
+"""torch.compile by decoder layer: the frozen model, PEFT and lora-fused compiled in one process, beside both eager.
+
+Forward and backward by the rules of compare_lora.py: every trainable parameter changes before each step, medians of
+queued steps, results checked against PEFT's first on two layers. Ratios are to the compiled frozen model. "options":
+layers are compiled with `lora_fused.compile_options()`. Each row says how many graphs its steps have, and how often
+they broke off. A GPU is required; `--kind` and `--match` choose cases.
+
+    python benchmarks/compare_compiled.py --kernel build --out results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import pathlib
+import time
+
+import compare_lora
+import compare_qlora
+import kernels
+import torch
+import torch._dynamo
+from compare_lora import ROOT
+
+RECOMPILATIONS = 64  # more than any of the cases needs
+
+
+def layers_of(model) -> list[torch.nn.Module]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return list(base.layers)
+
+
+@contextlib.contextmanager
+def compiled(model, **how):
+    """Each decoder layer compiled inside. Where torch would go on without compiling, this raises. Gives a dictionary
+    that says, after it, how many graphs there are and how often their code broke off."""
+    modules, notes, counters = layers_of(model), {}, torch._dynamo.utils.counters
+    torch.compiler.reset()
+    for module in modules:
+        module.compile(**how)
+    counters.clear()
+    try:
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS, fail_on_recompile_limit_hit=True):
+            yield notes
+        notes.update(graphs=counters["stats"]["unique_graphs"], graph_breaks=sum(counters["graph_break"].values()))
+    finally:
+        for module in modules:
+            module._compiled_call_impl = None
+        torch.compiler.reset()
+
+
+def timed(model, inputs, case: dict, **how) -> dict:
+    """`compare_lora.measure` of the compiled model, or "failed": why there is nothing to report."""
+    start = time.perf_counter()
+    try:
+        with compiled(model, **how) as notes:
+            compare_lora.step(model, inputs, case["autocast"])
+            torch.cuda.synchronize()
+            found = {"first_step_s": round(time.perf_counter() - start, 1), **compare_lora.measure(model, inputs, case)}
+        return {**found, **notes}
+    except Exception as error:  # a row's result
+        return {"failed": compare_lora.first_line(error)}
+    finally:
+        compare_lora.release_memory()
+
+
+def make_base(case: dict, layers: int) -> torch.nn.Module:
+    def make():
+        return compare_lora.llama_shape("llama-8b", layers, False)
+
+    base = compare_lora.build(make)
+    return compare_qlora.replace(base).cuda() if case["base"] == "nf4" else base
+
+
+def check(case: dict, lora_fused, inputs) -> dict:
+    """Output and gradient norm of two compiled layers beside PEFT's eager ones; without dropout's masks."""
+    model = compare_lora.adapt(make_base(case, 2), case, torch.float32)
+
+    def found():
+        y, grad = compare_lora.norms(model, inputs, case["autocast"])
+        if "dropout" in case["variant"]:
+            y, _ = compare_lora.norms(model.eval(), inputs, case["autocast"])
+            model.train()
+        return y, grad
+
+    theirs = found()
+    with compare_lora.fused(model, lora_fused), compiled(model):
+        result = compare_lora.agreement(theirs, found())
+    compare_lora.release_memory()
+    return result
+
+
+def run_case(case: dict, lora_fused) -> dict:
+    inputs = compare_lora.inputs_of(case)
+    result = {**case, **check(case, lora_fused, inputs)}
+    if "failed" in result:
+        return result
+    base = make_base(case, case["layers"])
+    result["frozen, eager"] = compare_lora.measure(base, inputs, case)
+    result["frozen"] = timed(base, inputs, case)
+    model = compare_lora.adapt(base, case, torch.float32)
+    with compare_lora.fused(model, lora_fused):
+        result["ours, eager"] = compare_lora.measure(model, inputs, case)
+        result["ours"] = timed(model, inputs, case)
+        if case["options"]:
+            result["ours, options"] = timed(model, inputs, case, options=lora_fused.compile_options())
+    if case["peft"]:
+        result["PEFT"] = timed(model, inputs, case)
+    return result
+
+
+ROWS = ("frozen, eager", "frozen", "ours, eager", "ours", "ours, options", "PEFT")
+
+
+def describe(result: dict) -> str:
+    head = f"{result['batch']}x{result['seq']} {result['variant']} {result['base']}, {result['layers']} layers"
+    if "failed" in result:
+        return f"{head}: {result['failed']}"
+    lines, frozen = [head], result["frozen"]
+    for name in ROWS:
+        row = result.get(name)
+        if row is None:
+            continue
+        if "failed" in row:
+            lines.append(f"  {name:14} {row['failed']}")
+            continue
+        text = f"  {name:14} {row['ms']:8.2f} ms {row['ms'] / frozen['ms']:5.2f}x  {row['peak_gb']:6.2f} GB "
+        text += f"{row['peak_gb'] / frozen['peak_gb']:4.2f}x, {row['transient_gb']:.2f} a step"
+        if "graphs" in row:
+            text += f", {row['graphs']} graphs, {row['graph_breaks']} breaks, first step {row['first_step_s']} s"
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def cases(repeats: int, layers: int) -> list[dict]:
+    common = dict(kind="llama-8b", seq=2048, rank=32, adapter="fp32", autocast=True, repeats=repeats, layers=layers)
+    found = [
+        dict(common, batch=batch, variant=variant, base="bf16", options=batch == 1 and variant == "LoRA", peft=True)
+        for batch, variant in ((1, "LoRA"), (4, "LoRA"), (1, "LoRA, dropout 0.1"), (1, "DoRA"), (4, "DoRA"))
+    ]
+    return [*found, dict(common, batch=1, variant="LoRA", base="nf4", options=False, peft=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", type=pathlib.Path, default=ROOT / "build", help="build folder to load")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark_compiled.json"))
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--match", nargs="+", metavar="WORD", help="only cases whose first words hold one of these")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a CUDA GPU is required")
+    lora_fused = kernels.get_local_kernel(arguments.kernel)
+    results = []
+    for case in cases(arguments.repeats, arguments.layers):
+        head = f"{case['batch']}x{case['seq']} {case['variant']} {case['base']}"
+        if arguments.match and not any(word in head for word in arguments.match):
+            continue
+        results.append(run_case(case, lora_fused))
+        print(describe(results[-1]), flush=True)
+        compare_lora.release_memory()
+        arguments.out.write_text(compare_lora.written(compare_lora.environment(), results))
+
+
+if __name__ == "__main__":
+    main()

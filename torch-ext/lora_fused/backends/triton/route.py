@@ -1,0 +1,150 @@
+"""Which choice goes where: the choices of tokens in the order of their experts, in two launches without a wait.
+
+A counting sort: one program a block of choices counts them by expert, then one a block gives each its place, from the
+counts of all blocks and of those before it. Ties stay in order, so that all that follows is deterministic. Few choices
+are one block, which needs the second launch alone. Choices from E on have places behind all others.
+
+`tiles` says of each tile of rows in the grouped products which expert's it is, so that their programs need not look for
+it: [3, tiles] with the expert, -1 beyond the last tile, its first row, and the end of the expert's rows. There is room
+for the most tiles that there can be.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference.grouped import Rows
+from .launch import MIN_DOT, on_device
+
+BLOCK = 512  # choices of one program
+COMPARISONS = 16384  # of choices with experts at once: 64 a thread
+
+
+@triton.jit
+def experts_of(index_ptr, choices, S, E):
+    """The expert of each choice, E where it is of none."""
+    chosen = tl.load(index_ptr + choices, mask=choices < S, other=E)
+    return tl.where((chosen < 0) | (chosen > E), E, chosen).to(tl.int32)
+
+
+@triton.jit
+def count_choices(index_ptr, first, S, E, BLOCK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
+    """[BLOCK_E]: how many of a block's choices are of each expert, those of none under E."""
+    experts = tl.arange(0, BLOCK_E)
+    counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    for start in range(0, BLOCK, CHUNK):
+        choices = first + start + tl.arange(0, CHUNK)
+        chosen = experts_of(index_ptr, choices, S, E)
+        own = (chosen[:, None] == experts[None, :]) & (choices < S)[:, None]
+        counts += tl.sum(own.to(tl.int32), 0)
+    return counts
+
+
+@triton.jit
+def count_kernel(index_ptr, counts_ptr, S, E, BLOCK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
+    block = tl.program_id(0)
+    counts = count_choices(index_ptr, block * BLOCK, S, E, BLOCK, CHUNK, BLOCK_E)
+    tl.store(counts_ptr + block * BLOCK_E + tl.arange(0, BLOCK_E), counts)
+
+
+@triton.jit(debug=True)
+def place_kernel(
+    index_ptr,
+    counts_ptr,  # [blocks, BLOCK_E], or None where there is one block
+    order_ptr,
+    place_ptr,
+    ends_ptr,
+    tiles_ptr,
+    S,
+    E,
+    blocks,
+    most,  # tiles
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    block = tl.program_id(0)
+    experts, numbers = tl.arange(0, BLOCK_E), tl.arange(0, CHUNK)
+    total = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    before = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    if counts_ptr is None:
+        total = count_choices(index_ptr, 0, S, E, BLOCK, CHUNK, BLOCK_E)
+    else:
+        for start in range(0, blocks, CHUNK):
+            each = start + numbers
+            counts = tl.load(
+                counts_ptr + each[:, None] * BLOCK_E + experts[None, :], mask=(each < blocks)[:, None], other=0
+            )
+            total += tl.sum(counts, 0)
+            before += tl.sum(tl.where((each < block)[:, None], counts, 0), 0)
+    ends = tl.cumsum(total, 0)
+    starts = ends - total
+
+    tiles = tl.where(experts < E, (total + BLOCK_M - 1) // BLOCK_M, 0)
+    tile_ends = tl.cumsum(tiles, 0)
+    if block == 0:
+        tl.store(ends_ptr + experts, ends, mask=experts < E)
+    for start in range(block * CHUNK, most, tl.num_programs(0) * CHUNK):
+        each = start + numbers
+        expert = tl.sum(((tile_ends[None, :] <= each[:, None]) & (experts < E)[None, :]).to(tl.int32), 1)
+        own = experts[None, :] == expert[:, None]
+        number = each - tl.sum(tl.where(own, (tile_ends - tiles)[None, :], 0), 1)
+        row = tl.sum(tl.where(own, starts[None, :], 0), 1) + number * BLOCK_M
+        tl.store(tiles_ptr + each, tl.where(expert < E, expert, -1), mask=each < most)
+        tl.store(tiles_ptr + most + each, row, mask=each < most)
+        tl.store(tiles_ptr + 2 * most + each, tl.sum(tl.where(own, ends[None, :], 0), 1), mask=each < most)
+
+    base = starts + before
+    for start in range(block * BLOCK, tl.minimum(block * BLOCK + BLOCK, S), CHUNK):
+        choices = start + numbers
+        inside = choices < S
+        found = tl.load(index_ptr + choices, mask=inside, other=0)
+        tl.device_assert(found >= 0, "negative expert in index")
+        chosen = experts_of(index_ptr, choices, S, E)
+        own = (chosen[:, None] == experts[None, :]) & inside[:, None]
+        earlier = (chosen[:, None] == chosen[None, :]) & (numbers[None, :] < numbers[:, None])
+        place = tl.sum(tl.where(own, base[None, :], 0), 1) + tl.sum(earlier.to(tl.int32), 1)
+        tl.store(place_ptr + choices, place, mask=inside)
+        tl.store(order_ptr + place, choices.to(tl.int64), mask=inside)
+        base += tl.sum(own.to(tl.int32), 0)
+
+
+def most_tiles(choices: int, experts: int, tile_rows: int) -> int:
+    """How many tiles there can be."""
+    return min(choices, experts) + choices // tile_rows
+
+
+def sort_rows(index: Tensor, experts: int, tile_rows: int, leaves_out: bool) -> Rows:
+    """The rows of index [T, k], at least one choice, with their places and the table of tiles of so many rows."""
+    shape, index, count, device = index.shape, index.contiguous(), index.numel(), index.device
+    most = most_tiles(count, experts, tile_rows)
+    order = torch.empty(count, dtype=torch.int64, device=device)
+    place, ends, tiles = (torch.empty(size, dtype=torch.int32, device=device) for size in (count, experts, (3, most)))
+    block_e = triton.next_power_of_2(experts + 1)
+    sizes = dict(BLOCK=BLOCK, CHUNK=min(128, max(MIN_DOT, COMPARISONS // block_e)), BLOCK_E=block_e, num_warps=8)
+    blocks, counts = triton.cdiv(count, BLOCK), None
+    with on_device(index):
+        if blocks > 1:
+            counts = torch.empty((blocks, block_e), dtype=torch.int32, device=device)
+            count_kernel[(blocks,)](index, counts, count, experts, **sizes)
+        place_kernel[(blocks,)](
+            index,
+            counts,
+            order,
+            place,
+            ends,
+            tiles,
+            count,
+            experts,
+            blocks,
+            most,
+            BLOCK_M=tile_rows,
+            sanitize_overflow=False,
+            **sizes,
+        )
+    tokens, per_token = shape
+    return Rows(order, ends, tokens, per_token, leaves_out, place, tiles)
