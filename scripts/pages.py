@@ -66,6 +66,7 @@ def targets() -> str:
 SECTIONS = {
     "api": api_page.page,
     "benchmark table": tables.table,
+    "compiled table": tables.compiled_table,
     "embedding table": tables.embedding_table,
     "families table": families,
     "figures": tables.headline,
