@@ -197,8 +197,8 @@ def dequantize_4bit(operands: Operands, quantized: FourBit, first: int, out: Ten
     return out
 
 
-def choose_embedding(table: EmbeddingOperands, tokens: int) -> str:
-    """Name of the backend for an embedding of this many tokens.
+def choose_embedding(table: EmbeddingOperands, tokens: int, compiled: bool = False) -> str:
+    """Name of the backend for an embedding of this many tokens; `compiled` to ask before torch.compile traces it.
 
     On a GPU the native ops up to a size, since a step with few tokens waits for the host, and Triton's
     tensor cores beyond it or where the ops do not fit; float64 and the CPU stay with the library.
@@ -212,7 +212,7 @@ def choose_embedding(table: EmbeddingOperands, tokens: int) -> str:
     small = tokens <= limits.embedding_tokens and tokens * table.lora_b.numel() <= limits.embedding_up_to
     if small and native_embedding.fits(table):
         return NATIVE
-    return TRITON if triton_takes(weight) else REFERENCE
+    return TRITON if not compiled and triton_takes(weight) else REFERENCE
 
 
 def get_embedding(name: str) -> ModuleType:

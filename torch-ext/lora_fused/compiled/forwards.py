@@ -21,6 +21,8 @@ from ..peft import (
 from ..specs import Fallback
 from . import ops
 
+_REPLACED = Fallback("a function that PEFT calls is replaced")
+
 
 def _unusual_reason() -> str | None:
     """Who differentiates or records a traced call in a way for which there are no rules here. Dynamo guards each."""
@@ -56,11 +58,13 @@ def context_of(x: Tensor) -> CallContext:
 
 
 def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
+    """One of PEFT's linears as one op, its base called before where somebody else has to make the product."""
     reason, _ = begin()
     if reason is not None:
         return Fallback(reason)
     if not replaced.linear_is_genuine():
-        return Fallback("a function that PEFT calls is replaced")
+        return _REPLACED
+    replaced.guard_forwards(peft_linear.parts_of(module))
     state = peft_linear.read_linear(module)
     if isinstance(state, Fallback):
         return state
@@ -80,11 +84,13 @@ def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | 
 
 
 def embedding(module: nn.Module, ids: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
+    """PEFT's embedding as one op."""
     _, reason = begin()
     if reason is not None:
         return Fallback(reason)
     if not replaced.embedding_is_genuine():
-        return Fallback("a function that PEFT calls is replaced")
+        return _REPLACED
+    replaced.guard_forwards(peft_linear.parts_of(module))
     state = peft_embedding.read_embedding(module)
     if isinstance(state, Fallback):
         return state
@@ -96,15 +102,18 @@ def embedding(module: nn.Module, ids: Tensor, args: tuple, kwargs: dict) -> Tens
 
 
 def gated_mlp(module: nn.Module, x: Tensor) -> Tensor | Fallback:
+    """A gated MLP as one op."""
     reason, _ = begin()
     if reason is not None:
         return Fallback(reason)
     if not replaced.linear_is_genuine():
-        return Fallback("a function that PEFT calls is replaced")
+        return _REPLACED
+    replaced.guard_forwards(peft_gated_mlp.parts_of(module))
     state = peft_gated_mlp.read_mlp(module, x, context_of(x))
     if isinstance(state, Fallback):
         return state
-    operands, scalings, dropouts, stored = [], [], [], []
+    operands: list[Tensor | None] = []
+    scalings, dropouts, stored = [], [], []
     for of, scaling, spec in (*state.inputs, state.output):
         operands += list(of)
         scalings.append(scaling)

@@ -218,6 +218,14 @@ def _read_adapter(module: nn.Module, name: str, known: AdaptedLinear | None) -> 
     return new_tuple(AdaptedLinear, (projection, casts_input, base, training, kind.promotes))
 
 
+def parts_of(module: nn.Module) -> list[nn.Module]:
+    """The modules that PEFT's forward of a layer calls: its base, and the parts of its active adapters."""
+    modules, active = module._modules, module.active_adapter
+    names = (active,) if isinstance(active, str) else active
+    of_adapters = [modules[kind]._modules for kind in _PARTS if kind in modules]
+    return [modules["base_layer"], *(parts[name] for parts in of_adapters for name in names if name in parts)]
+
+
 def _read_dora(module: nn.Module, name: str) -> nn.Module | Fallback:
     """The module with the magnitude of an adapter that is of a variant of LoRA, which DoRA is and others are not."""
     variant = module.lora_variant[name]

@@ -253,6 +253,13 @@ def bypass_reason(names: Sequence[str], parts: Sequence[nn.Module | None]) -> st
     return None
 
 
+def guard_forwards(parts: Iterable[nn.Module]) -> None:
+    """For torch.compile, before `bypass_reason`: of a module's `__dict__` Dynamo guards what is there, and not what is
+    missing, of an attribute both."""
+    for part in parts:
+        getattr(part, "forward", None)
+
+
 def is_own(bound: Any, part: nn.Module) -> bool:
     """Whether a forward on an instance is that of its class, as `kernelize` leaves it where there is no kernel."""
     # Not `getattr` with a default, which Dynamo of torch 2.11 always gives.
