@@ -138,11 +138,12 @@ def describe(result: dict) -> str:
 
 def cases(repeats: int, layers: int) -> list[dict]:
     common = dict(kind="llama-8b", seq=2048, rank=32, adapter="fp32", autocast=True, repeats=repeats, layers=layers)
-    found = [
-        dict(common, batch=batch, variant=variant, base="bf16", options=batch == 1 and variant == "LoRA", peft=True)
-        for batch, variant in ((1, "LoRA"), (4, "LoRA"), (1, "LoRA, dropout 0.1"), (1, "DoRA"), (4, "DoRA"))
+    variants = ((1, "LoRA", "bf16"), (4, "LoRA", "bf16"), (1, "DoRA", "bf16"), (1, "LoRA", "nf4"))
+    variants += ((1, "LoRA, dropout 0.1", "bf16"), (4, "DoRA", "bf16"))
+    return [
+        dict(common, batch=batch, variant=variant, base=base, options=(batch, variant, base) == variants[0], peft=True)
+        for batch, variant, base in variants
     ]
-    return [*found, dict(common, batch=1, variant="LoRA", base="nf4", options=False, peft=True)]
 
 
 def main() -> None:
