@@ -1,8 +1,8 @@
 # Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
-.PHONY: help venv build check-build demo lint format types test test-all docs compare families conformance matrix clean gpu-check bench tune \
-  build-cuda reproduce variants public-api release-dry-run
+.PHONY: help venv build check-build demo lint format types test test-all test-trainers docs compare families conformance matrix clean gpu-check bench tune \
+  build-cuda build-noarch reproduce variants public-api release-dry-run
 
 ifdef PYTHON
 READY :=
@@ -62,10 +62,20 @@ test test-all:
 	@parallel=$$($(PYTHON) -c 'import xdist; print("-n 2 --dist loadgroup")' 2>/dev/null); \
 	set -x; OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$parallel $(SELECTED) tests
 
+# PYTHONPATH, so that they are beside what the environment has, whose other tests go on without them.
+TRAINERS := $(CURDIR)/.trainers
+
+test-trainers: build $(TRAINERS)/stamp  ## install TRL, DeepSpeed and Liger into .trainers/ and run every recipe
+	PYTHONPATH=$(TRAINERS) OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/test_recipes.py tests/test_callback.py tests/test_liger.py
+
+$(TRAINERS)/stamp: requirements-trainers.txt | $(READY)
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $(TRAINERS) -r requirements-trainers.txt
+	@touch $@
+
 families: build  ## hold every model family against PEFT and write the table of them in docs/support.md
 	OMP_NUM_THREADS=1 $(PYTHON) scripts/families_table.py --measure
 
-docs: $(READY)  ## write the parts of README.md, CARD.md and docs/ that are made from results, tests and docstrings
+docs: $(READY)  ## write the parts of the pages that are made from results, tests, docstrings and this file
 	$(PYTHON) benchmarks/charts.py
 	$(PYTHON) scripts/pages.py
 
@@ -92,6 +102,9 @@ build-cuda: $(READY)  ## build and check the CUDA variant, no GPU needed (ARCHS=
 	@$(PYTHON) scripts/check_build.py $(if $(TORCH),--torch $(TORCH))
 	@$(PYTHON) scripts/check_cuda.py
 
+build-noarch: $(READY)  ## lay out the variants without native code (torch-rocm, torch-xpu), and their source for kernel-builder
+	@$(PYTHON) scripts/noarch.py
+
 reproduce: $(READY)  ## build the last commit twice, under nothing but the same tools, and compare bytes (AGAINST=dir)
 	@$(PYTHON) scripts/reproduce.py $(if $(BACKEND),--backend $(BACKEND)) $(if $(ARCHS),--archs "$(ARCHS)") \
 	  $(if $(TORCH),--torch $(TORCH)) $(if $(AGAINST),--against $(AGAINST))
@@ -105,6 +118,7 @@ variants: $(READY)  ## print the names of the variants that the flake builds, ev
 # Each line is a step of .github/workflows/release.yml that needs neither Nix nor a token.
 release-dry-run: $(READY)  ## all of a release but the Nix build and the upload (TAG=v1.0, RELEASE=1: nothing uncommitted)
 	@if $(PYTHON) -c 'import ruff' 2>/dev/null; then $(MAKE) lint; else echo "release: ruff is not installed, no lint"; fi
+	@$(MAKE) build-noarch
 	@$(MAKE) check-build
 	@$(MAKE) public-api
 	@$(MAKE) variants

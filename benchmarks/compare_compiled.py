@@ -18,6 +18,7 @@ import time
 import compare_lora
 import compare_qlora
 import kernels
+import profile_step
 import torch
 import torch._dynamo
 from compare_lora import ROOT
@@ -50,13 +51,16 @@ def compiled(model, **how):
 
 
 def timed(model, inputs, case: dict, **how) -> dict:
-    """`compare_lora.measure` of the compiled model, or "failed": why there is nothing to report."""
+    """`compare_lora.measure` of the compiled model, or "failed": why there is nothing to report. With case["profile"]
+    the GPU's time by kernel is printed."""
     start = time.perf_counter()
     try:
         with compiled(model, **how) as notes:
             compare_lora.step(model, inputs, case["autocast"])
             torch.cuda.synchronize()
             found = {"first_step_s": round(time.perf_counter() - start, 1), **compare_lora.measure(model, inputs, case)}
+            if case["profile"]:
+                print(profile_step.gpu_table(model, inputs, case["autocast"], case["profile"]))
         return {**found, **notes}
     except Exception as error:  # a row's result
         return {"failed": compare_lora.first_line(error)}
@@ -102,9 +106,9 @@ def run_case(case: dict, lora_fused) -> dict:
     with compare_lora.fused(model, lora_fused):
         result["ours, eager"] = compare_lora.measure(model, inputs, case)
         result["ours"] = timed(model, inputs, case)
-        if case["options"]:
+        if case["options"] and not case["profile"]:
             result["ours, options"] = timed(model, inputs, case, options=lora_fused.compile_options())
-    if case["peft"]:
+    if case["peft"] and not case["profile"]:
         result["PEFT"] = timed(model, inputs, case)
     return result
 
@@ -134,11 +138,12 @@ def describe(result: dict) -> str:
 
 def cases(repeats: int, layers: int) -> list[dict]:
     common = dict(kind="llama-8b", seq=2048, rank=32, adapter="fp32", autocast=True, repeats=repeats, layers=layers)
-    found = [
-        dict(common, batch=batch, variant=variant, base="bf16", options=batch == 1 and variant == "LoRA", peft=True)
-        for batch, variant in ((1, "LoRA"), (4, "LoRA"), (1, "LoRA, dropout 0.1"), (1, "DoRA"), (4, "DoRA"))
+    variants = ((1, "LoRA", "bf16"), (4, "LoRA", "bf16"), (1, "DoRA", "bf16"), (1, "LoRA", "nf4"))
+    variants += ((1, "LoRA, dropout 0.1", "bf16"), (4, "DoRA", "bf16"))
+    return [
+        dict(common, batch=batch, variant=variant, base=base, options=(batch, variant, base) == variants[0], peft=True)
+        for batch, variant, base in variants
     ]
-    return [*found, dict(common, batch=1, variant="LoRA", base="nf4", options=False, peft=True)]
 
 
 def main() -> None:
@@ -147,6 +152,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark_compiled.json"))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="print the kernels of a step, so many")
     parser.add_argument("--match", nargs="+", metavar="WORD", help="only cases whose first words hold one of these")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -157,7 +163,7 @@ def main() -> None:
         head = f"{case['batch']}x{case['seq']} {case['variant']} {case['base']}"
         if arguments.match and not any(word in head for word in arguments.match):
             continue
-        results.append(run_case(case, lora_fused))
+        results.append(run_case({**case, "profile": arguments.profile}, lora_fused))
         print(describe(results[-1]), flush=True)
         compare_lora.release_memory()
         arguments.out.write_text(compare_lora.written(compare_lora.environment(), results))

@@ -23,6 +23,7 @@ def compiled(model):
     """torch.compile of each decoder layer, or of the single adapted linear. Where torch would give up compiling and go
     on without, this raises. Reports how many graphs there are, and how often their code broke off."""
     base = model.get_base_model()
+    base = getattr(base, "model", base)  # of a head's model, too
     modules = list(base.layers) if hasattr(base, "layers") else [base.proj]
     for module in modules:
         module.compile()

@@ -1,8 +1,9 @@
 """Every benchmark on this machine's GPU, or those that are named; results go to benchmarks/results/<gpu>/.
 
-    python benchmarks/run.py [lora peers qlora embedding first_call]
+    python benchmarks/run.py [lora peers compiled qlora embedding training training_compiled training_fsdp first_call]
 
-On an H200 the tables and pictures of the docs are made anew from them.
+What wants two GPUs is left out where there is one, unless it is named. On an H200 the tables and pictures of the docs
+are made anew from them.
 """
 
 from __future__ import annotations
@@ -19,16 +20,22 @@ BENCHMARKS = pathlib.Path(__file__).resolve().parent
 RUNS = {
     "lora": ("compare_lora.py",),
     "peers": ("compare_lora.py", "--peers", "--layers", "8"),  # torch.compile takes minutes for more
+    "compiled": ("compare_compiled.py",),
     "qlora": ("compare_qlora.py",),
     "embedding": ("compare_embedding.py",),
+    "training": ("compare_training.py",),
+    "training_compiled": ("compare_training.py", "--layers", "8", "--base", "bf16", "--compiled"),  # as the peers
+    "training_fsdp": ("compare_training.py", "--fsdp"),
     "first_call": ("first_call.py",),
 }
+TWO_GPUS = {"training_fsdp": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}; all of them unless given")
-    names = parser.parse_args().names or [*RUNS]
+    alone = torch.cuda.device_count() < 2
+    names = parser.parse_args().names or [name for name in RUNS if not (alone and name in TWO_GPUS)]
     unknown = [name for name in names if name not in RUNS]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(RUNS)}")
@@ -40,7 +47,8 @@ def main() -> None:
     for name in names:
         script, *options = RUNS[name]
         out = results / f"benchmark_{name}.json"
-        subprocess.run([sys.executable, BENCHMARKS / script, *options, "--out", out], check=True)
+        launcher = TWO_GPUS.get(name, ())
+        subprocess.run([sys.executable, *launcher, BENCHMARKS / script, *options, "--out", out], check=True)
     if gpu == "h200":
         for script in (BENCHMARKS / "charts.py", BENCHMARKS.parent / "scripts" / "pages.py"):
             subprocess.run([sys.executable, script], check=True)

@@ -92,7 +92,7 @@ def embedding_table() -> str:
 
 
 def headline() -> str:
-    """What a user gains in three cases of an 8B model, and where torch.compile of PEFT stands."""
+    """What a user gains in three cases of an 8B model, and what torch.compile adds."""
     lines = ["| Training step, one H200, r=32 | lora-fused | PEFT | lora-fused / PEFT |", "|---|---|---|---|"]
     results = {(shape_of(r), r["variant"], r["autocast"]): r for r in read("benchmark_lora.json")["results"]}
     for variant in PLAIN:
@@ -100,14 +100,7 @@ def headline() -> str:
         lines.append(_headline_row(f"8B, {variant}, 4×2048 tokens", r["ours"], r["peft"]))
     qlora = next(r for r in read("benchmark_qlora.json")["results"] if r["kind"] == "llama-8b")
     lines.append(_headline_row("8B in NF4 (QLoRA), LoRA, 1×2048 tokens", qlora["ours"], qlora["peft"]))
-    peers = next(r for r in read("benchmark_peers.json")["results"] if r["kind"] == "llama-8b")
-    ms = [peers["peers"][who]["ms"] for who in ("lora-fused", "PEFT", "PEFT, torch.compile")]
-    note = (
-        f"`torch.compile` of plain PEFT also fuses what is not LoRA. {peers['layers']} layers of that shape, LoRA, "
-        f"{peers['batch']}×{peers['seq']}: {ms[0]:.1f} ms with lora-fused, {ms[1]:.1f} with PEFT, "
-        f"{ms[2]:.1f} with PEFT compiled."
-    )
-    lines += ["", *textwrap.wrap(note, 120, break_on_hyphens=False)]
+    lines += ["", *textwrap.wrap(_compiled_note(), 120, break_on_hyphens=False)]
     return "\n".join(lines)
 
 
@@ -142,3 +135,97 @@ def qlora_table() -> str:
             ]
             lines.append(f"| {r['variant']}, {adapter} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+COMPILED = "benchmark_compiled.json"
+# Titles of the columns, and what compare_compiled.py calls them.
+COMPILED_WAYS = {
+    "Frozen, eager": "frozen, eager",
+    "Frozen, compiled": "frozen",
+    "lora-fused, eager": "ours, eager",
+    "lora-fused, compiled": "ours",
+    "lora-fused, with options": "ours, options",
+    "PEFT, compiled": "PEFT",
+}
+
+
+def compiled_results() -> list[dict]:
+    """Cases of which the compiled frozen model has a time, which all others are compared with; none before there is a
+    results file."""
+    results = read(COMPILED)["results"] if (H200 / COMPILED).exists() else []
+    return [result for result in results if "ms" in result.get("frozen", {})]
+
+
+def compiled_table() -> str:
+    """Markdown of every case that was compiled: milliseconds, and time and peak memory over the compiled frozen
+    model's."""
+    found = compiled_results()
+    if not found:
+        return "No results yet: `python benchmarks/run.py compiled`."
+    lines = [f"| Case | {' | '.join(COMPILED_WAYS)} |", "|---|" + "---|" * len(COMPILED_WAYS)]
+    for r in found:
+        base = "" if r["base"] == "bf16" else f", {r['base'].upper()} base"
+        case = f"{r['variant']}{base}, {r['layers']} layers, {r['batch']}×{r['seq']}"
+        cells = (_compiled_cell(r.get(way), r["frozen"]) for way in COMPILED_WAYS.values())
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _compiled_cell(measured: dict | None, frozen: dict) -> str:
+    if measured is None:
+        return "-"
+    if "failed" in measured:
+        return measured["failed"]
+    cell = f"{measured['ms']:.3g} ms"
+    if measured is not frozen:
+        time, memory = (measured[key] / frozen[key] for key in ("ms", "peak_gb"))
+        cell += f" ({time:.2f}x), {memory:.2f}x"
+    else:
+        cell += f", {measured['peak_gb']:.1f} GB"
+    return cell if "graphs" not in measured else f"{cell}, {measured['graphs']}/{measured['graph_breaks']}"
+
+
+def compiled_lora() -> dict | None:
+    """The case that the first pages show: LoRA of one row, where it has a time every way."""
+    chosen = (r for r in compiled_results() if (r["variant"], r["base"], r["batch"]) == ("LoRA", "bf16", 1))
+    result = next(chosen, None)
+    return result if result and all("ms" in result.get(way, {}) for way in ("ours", "PEFT")) else None
+
+
+def _compiled_note() -> str:
+    note = "`torch.compile` fuses what is not LoRA. Kernelized layers are traced by it, so a compiled model has both"
+    r = compiled_lora()
+    if r is None:
+        return f"{note}."
+    ms = [r[way]["ms"] for way in ("frozen", "ours", "PEFT")]
+    return (
+        f"{note}. {r['layers']} layers of that shape, LoRA, {r['batch']}×{r['seq']}, all compiled: {ms[1]:.1f} ms "
+        f"({ms[1] / ms[0]:.2f}x of the frozen model), PEFT {ms[2]:.1f} ({ms[2] / ms[0]:.2f}x)."
+    )
+
+
+TRAINING = ("benchmark_training.json", "benchmark_training_compiled.json", "benchmark_training_fsdp.json")
+
+
+def training_table() -> str:
+    """Each way to train, of those runs that there are results of."""
+    found = [result for name in TRAINING if (H200 / name).exists() for result in read(name)["results"]]
+    if not found:
+        return "No results yet: `python benchmarks/run.py training training_compiled training_fsdp`."
+    lines = [
+        "| Case | Base | Way | Step | Tokens a second | Peak memory | Loss, first and last |",
+        "|---|" + "---|" * 6,
+    ]
+    for r in found:
+        gpus = f", {r['world']} GPUs, FSDP2" if r["world"] > 1 else ""
+        case = f"{r['layers']} layers, {r['world']}×{r['seq']}{gpus} | {r['base']}"
+        lines += [f"| {case} | {way} | {_training_cells(measured)} |" for way, measured in r["ways"].items()]
+    return "\n".join(lines)
+
+
+def _training_cells(measured: dict) -> str:
+    if "failed" in measured:
+        return f"{measured['failed']} | | |"
+    time, speed = f"{measured['ms']:.0f} ms", f"{measured['tokens_per_s']:.0f}"
+    first, last = measured["losses"][0], measured["losses"][-1]
+    return f"{time} | {speed} | {measured['peak_gb']:.1f} GB | {first:.3f}, {last:.3f}"

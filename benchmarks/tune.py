@@ -175,7 +175,7 @@ def configuration(cases: dict[str, list[Case]], tiles: Tiles, of_experts: Tiles)
     for name, op in OPS.items():
         found.update(dict.fromkeys(op.limits))
         found.update(zip(op.limits, pick_limits(cases[name], op.in_triton)))
-    found["linear_expand_tiles"] = tune_experts.as_entries(tiles)
+    found["linear_expand_tiles"] = tune_experts.as_entries({shape: us for shape, us in tiles.items() if us})
     found["experts_tiles"] = tune_experts.as_entries(of_experts)
     return found
 

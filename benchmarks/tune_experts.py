@@ -4,8 +4,8 @@ and backward of `lora_experts`, bfloat16, r=16, GPU time from replays of a graph
     make tune                            # with all else that is measured
     python benchmarks/tune_experts.py    # these alone, 2 to 4 minutes: a table, and the device's file with them
 
-A tile is chosen by rows an expert, N and K of the first product. Where torch's products are faster over all shapes none
-is written, and experts stay with them. What disagrees with torch's products is never chosen.
+A tile is chosen by rows an expert, N and K of the first product; where torch's products are faster a shape has none,
+and they are taken there. What disagrees with torch's products is never chosen.
 """
 
 from __future__ import annotations
@@ -119,11 +119,12 @@ def differs(seen: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def tile_times(kernels, device: torch.device) -> dict[tuple[int, ...], dict[tuple[int, ...], float]]:
-    """µs by (rows an expert, N, K) and tile, right ones alone; nothing where torch's products are faster."""
+    """µs by (rows an expert, N, K) and tile, of those that are right and faster than torch's products."""
     select = kernels.backends.select
     experts = importlib.import_module(f"{kernels.__name__}.backends.triton.experts")
+    room = importlib.import_module(f"{kernels.__name__}.backends.triton.launch").shared_memory(device)
+    fitting = [tile for tile in TILES if 2 * (tile[0] + tile[1] + RANK) * tile[2] * tile[4] <= room]
     times: dict[tuple[int, ...], dict[tuple[int, ...], float]] = {}
-    ahead = 0.0
     for shape in SHAPES:
         for tokens in shape.tokens:
             operands = draw(kernels.specs, shape, tokens, device)
@@ -131,29 +132,29 @@ def tile_times(kernels, device: torch.device) -> dict[tuple[int, ...], dict[tupl
             def timed(operands=operands) -> float:
                 return microseconds(lambda each: step(kernels, each), [operands], repeats=5)
 
-            with taking(select, "choose_experts", lambda up, down: select.GROUPED):
+            with taking(select, "choose_experts", lambda *_: select.GROUPED):
                 expected, grouped = step(kernels, operands), timed()
             found = {}
-            for tile in TILES:
+            for tile in fitting:
                 chosen = experts.Tile(*tile)
                 with (
-                    taking(select, "choose_experts", lambda up, down: select.TRITON),
+                    taking(select, "choose_experts", lambda *_: select.TRITON),
                     taking(experts, "choose_tile", lambda weight, choices, chosen=chosen: chosen),
                 ):
                     if differs(step(kernels, operands), expected) <= AGREES:
                         found[tile] = timed()
-            times[tokens * shape.chosen // shape.experts, 2 * shape.inner, shape.hidden] = found
-            ahead += math.log(min(found.values(), default=math.inf) / grouped)
+            sizes = tokens * shape.chosen // shape.experts, 2 * shape.inner, shape.hidden
+            times[sizes] = {tile: us for tile, us in found.items() if us < grouped}
             shown = (f"{'x'.join(map(str, tile))} {us:.0f}" for tile, us in found.items())
             print(f"experts {shape.title} {tokens}, us: torch {grouped:.0f};", *shown, flush=True)
             del operands, expected
             torch.cuda.empty_cache()
-    return times if ahead < 0 else {}
+    return times
 
 
 def as_entries(times: dict) -> list[dict]:
     """As a device's file has them."""
-    return [{"shape": list(shape), "tile": list(min(us, key=us.get))} for shape, us in times.items() if us]
+    return [{"shape": list(shape), "tile": list(min(us, key=us.get)) if us else None} for shape, us in times.items()]
 
 
 def main() -> None:

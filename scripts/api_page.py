@@ -12,7 +12,15 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "torch-ext" / "lora_f
 GROUPS = (
     (
         "A model",
-        ("apply", "restore", "LoraFusedCallback", "register_peft_layers", "unregister_peft_layers", "use_peft_layers"),
+        (
+            "apply",
+            "restore",
+            "LoraFusedCallback",
+            "register_peft_layers",
+            "unregister_peft_layers",
+            "use_peft_layers",
+            "compile_options",
+        ),
     ),
     ("What runs", ("explain", "Explanation", "Row", "record", "Calls")),
     ("Layers for `kernelize`", ("layers",)),

@@ -247,19 +247,22 @@ def tools(work: Path, torch: Torch) -> dict[str, str]:
     return found
 
 
-def write_variant(target: Path, config: dict, backend: str, library: Path, archs: list[str], origin: dict) -> None:
+def write_variant(
+    target: Path, config: dict, backend: str, ops_name: str, library: Path | None, archs: list[str], origin: dict
+) -> None:
     """Lay the variant out beside `target`, then move it there."""
     general, package = config["general"], config["general"]["name"].replace("-", "_")
-    ops_name = library.name.split(".")[0]
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as temp:
         new = Path(temp, target.name)
         shutil.copytree(
             ROOT / "torch-ext" / package, new, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "_ops.py")
         )
-        shutil.copy2(library, new)
+        if library:
+            shutil.copy2(library, new)
+        opened = f"from . import {ops_name}\n" if library else ""
         (new / "_ops.py").write_text(
-            f"import torch\nfrom . import {ops_name}\nops = torch.ops.{ops_name}\n\n"
+            f"import torch\n{opened}ops = torch.ops.{ops_name}\n\n"
             "def add_op_namespace_prefix(op_name: str):\n"
             '    """\n    Prefix op by namespace.\n    """\n'
             f'    return f"{ops_name}::{{op_name}}"\n'
@@ -289,7 +292,8 @@ def portability(library: Path) -> str:
     """What stands in the way of other machines; empty where nothing does."""
     if platform.system() != "Linux":
         return ""
-    too_new = Library.read(library).too_new()
+    read = Library.read(library)
+    too_new = read.too_new() + read.borrowed()
     if not too_new:
         return ""
     return (
@@ -324,7 +328,7 @@ def main() -> None:
     target = ROOT / "build" / variant_name(backend, torch, config["torch"]["stable-abi"][backend])
     library = compile_library(config, backend, torch, ops_name, archs, args.time_limit)
     origin = tools(ROOT / "_build" / backend, torch) | ({"kernel": status} if status else {})
-    write_variant(target, config, backend, library, archs, origin)
+    write_variant(target, config, backend, ops_name, library, archs, origin)
     shown = f" for {', '.join(archs)}" if archs else ""
     print(f"built {ops_name}{shown} in {target.relative_to(ROOT)} ({left_out})")
     if warning := portability(library):

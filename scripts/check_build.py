@@ -30,16 +30,24 @@ except ModuleNotFoundError:  # Python 3.10
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON_ABI = "3.9"
 MANYLINUX = "manylinux_2_28"
+NOARCH = re.compile(r"torch-(rocm|xpu)")
 VARIANT = re.compile(r"torch-stable-abi(\d)(\d+)-(cpu|cu\d+)-(x86_64|aarch64)-linux")
 SUFFIXES = {".py", ".json", ".so"}
-MOST_MEGABYTES = {"cpu": 4, "cuda": 64}
+MOST_MEGABYTES = {"cpu": 4, "cuda": 64, "rocm": 1, "xpu": 1}
 SYSTEM_LIBRARIES = r"lib(stdc\+\+\.so\.6|gcc_s\.so\.1|m\.so\.6|c\.so\.6|dl\.so\.2|pthread\.so\.0|rt\.so\.1)|ld-linux-.*"
 TORCH_LIBRARIES = r"lib(torch|torch_cpu|c10)\.so"
 CUDA_LIBRARIES = r"lib(torch_cuda|c10_cuda)\.so|libcudart\.so\.\d+"
-MARKERS = {"_edata", "_end", "__bss_start", "_init", "_fini"}  # of the linker's
+MARKERS = {"_edata", "_end", "__bss_start", "_init", "_fini"}  # of the linker's, and on aarch64 as well
+MARKERS |= {"__bss_start__", "_bss_end__", "__bss_end__", "__end__"}
 TORCH_NAMESPACES = re.compile(r"(?<!\d)(?:3c10|2at|6caffe2|5torch(?!6stable))")
 # Absolute paths of at least three parts, as no other string of the library looks.
 BUILD_PATH = re.compile(rb"/(?:home|root|tmp|work|nix|build|mnt|opt|usr|var|Users)/[\w.+-]+/[\w.+/-]+")
+
+
+def backend_of(variant: Path) -> str:
+    """What the name says; "cpu" where it is none."""
+    noarch, name = NOARCH.fullmatch(variant.name), VARIANT.fullmatch(variant.name)
+    return noarch[1] if noarch else "cpu" if not name or name[3] == "cpu" else "cuda"
 
 
 def config() -> dict:
@@ -67,7 +75,8 @@ def shim_versions() -> dict[str, tuple[int, int]]:
 def check_layout(variant: Path) -> list[str]:
     """The name, and that nothing lies in the folder but a package of plain files and its library."""
     problems = []
-    if not VARIANT.fullmatch(variant.name):
+    noarch = NOARCH.fullmatch(variant.name)
+    if not noarch and not VARIANT.fullmatch(variant.name):
         problems.append(f"{variant.name} is no name that `kernels` looks for: have build.py name the folder")
     for name in ("__init__.py", "_ops.py", "metadata.json"):
         if not (variant / name).is_file():
@@ -84,7 +93,9 @@ def check_layout(variant: Path) -> list[str]:
             mode = oct(path.stat().st_mode & 0o777)
             problems.append(f"{name} has mode {mode}, another than every other build of it: build again")
     libraries = [str(path.relative_to(variant)) for path in variant.rglob("*.so")]
-    if len(libraries) != 1 or not libraries[0].endswith(".abi3.so"):
+    if noarch and libraries:
+        problems.append(f"libraries are {libraries}, expected none in a variant without native code: build again")
+    elif not noarch and (len(libraries) != 1 or not libraries[0].endswith(".abi3.so")):
         problems.append(f"libraries are {libraries}, expected a single .abi3.so: build again in an empty folder")
     return problems
 
@@ -97,8 +108,8 @@ def check_metadata(variant: Path, release: bool = False) -> list[str]:
     except Exception as error:
         return [f"metadata.json cannot be read ({error}): build again"]
     general, problems, declared = config()["general"], [], config()["kernel"]["ops_cuda"]["cuda-capabilities"]
-    name = VARIANT.fullmatch(variant.name)
-    backend = "cpu" if not name or name[3] == "cpu" else "cuda"
+    backend = backend_of(variant)
+    kinds = {"cpu": Backend.CPU, "cuda": Backend.CUDA, "rocm": Backend.ROCm, "xpu": Backend.XPU}
     expected = {
         "name": general["name"],
         "version": general["version"],
@@ -109,7 +120,7 @@ def check_metadata(variant: Path, release: bool = False) -> list[str]:
         if written.get(key) != value:
             problems.append(f"metadata.json has {key} = {written.get(key)!r}, expected {value!r}: build again")
     archs = written["backend"].get("archs", [])
-    if metadata.backend.backend_type != {"cpu": Backend.CPU, "cuda": Backend.CUDA}[backend]:
+    if metadata.backend.backend_type != kinds[backend]:
         problems.append(f"metadata.json has backend = {written['backend']!r}, but the name says {backend}: build again")
     elif backend == "cuda" and not (set(archs) == set(declared) if release else archs and set(archs) <= set(declared)):
         problems.append(f"is built for {archs}, and build.toml lists {declared}: make build-cuda")
@@ -117,9 +128,12 @@ def check_metadata(variant: Path, release: bool = False) -> list[str]:
         problems.append("is built from changes that are not committed: commit and build again")
     if not re.fullmatch(rf"_{general['name'].replace('-', '_')}_{backend}_[0-9a-z_]+", metadata.id):
         problems.append(f"metadata.json has id = {metadata.id!r}, which does not name kernel and backend: build again")
-    if not (variant / f"{metadata.id}.abi3.so").is_file():
+    noarch = NOARCH.fullmatch(variant.name)
+    if not noarch and not (variant / f"{metadata.id}.abi3.so").is_file():
         problems.append(f"no {metadata.id}.abi3.so beside metadata.json, whose id it is: build again")
-    if f"torch.ops.{metadata.id}\n" not in (variant / "_ops.py").read_text():
+    # kernel-builder's _ops.py of a variant without native code puts the name together when it is imported.
+    named = metadata.id.rpartition(f"_{backend}_")[2] if noarch else f"torch.ops.{metadata.id}\n"
+    if named not in (variant / "_ops.py").read_text():
         problems.append(f"_ops.py does not import {metadata.id}, metadata.json's id: build again")
     if metadata.digest is None:
         return [*problems, "metadata.json has no digest, so that nobody can tell a damaged file: build again"]
@@ -133,7 +147,7 @@ def check_metadata(variant: Path, release: bool = False) -> list[str]:
 
 def check_size(variant: Path) -> list[str]:
     size = sum(path.stat().st_size for path in variant.rglob("*") if path.is_file()) / 1e6
-    most = MOST_MEGABYTES["cpu" if "-cpu-" in variant.name else "cuda"]
+    most = MOST_MEGABYTES[backend_of(variant)]
     return [f"{size:.1f} MB, more than {most}: see what grew, or raise MOST_MEGABYTES"] if size > most else []
 
 
@@ -168,7 +182,7 @@ def check_library(path: Path, backend: str, torch_abi: tuple[int, int]) -> list[
 def _is_of_libstdcxx(name: str) -> bool:
     """Whether a mangled name is of namespace std or __gnu_cxx, whose headers make it visible: all libraries share
     it."""
-    return re.match(r"_Z(T[ISVT]|GV|Z)*N?K?(St|S[absiod]|9__gnu_cxx)", name) is not None
+    return re.match(r"_Z(T[ISVT]|GV|Z)*N?K?[RO]?(St|S[absiod]|9__gnu_cxx)", name) is not None
 
 
 def _symbols(path: Path, library: Library) -> list[str]:
@@ -210,8 +224,8 @@ def _torch_symbols(library: Library, abi: tuple[int, int]) -> list[str]:
 def check_import(variant: Path, other_torch: Path | None = None) -> tuple[list[str], str]:
     """(problems, what could not be looked at) of importing the variant and nothing else, with the installed torch or,
     for a CUDA variant, with the torch folder `other_torch`."""
-    cuda = "-cpu-" not in variant.name
-    if not variant.name.endswith(f"-{platform.machine()}-linux"):
+    cuda, noarch = backend_of(variant) == "cuda", NOARCH.fullmatch(variant.name)
+    if not noarch and not variant.name.endswith(f"-{platform.machine()}-linux"):
         return [], f"not imported: this is a {platform.machine()} machine"
     if cuda and torch.version.cuda is None and other_torch is None:
         return [], f"not imported: torch {torch.__version__} is a build without CUDA"
@@ -240,6 +254,8 @@ def check_import(variant: Path, other_torch: Path | None = None) -> tuple[list[s
             problems.append(f"registers {op}, outside of its own namespace {namespace}: use TORCH_EXTENSION_NAME")
         elif cuda and not devices:
             problems.append(f"registers {op} without a kernel: add one to torch_binding.cpp")
+    if noarch:
+        return problems, ""
     if not told["error"] and not any("CPU" in devices for devices in told["ops"].values()):
         problems.append("registers no op with a CPU kernel: see torch_binding.cpp")
     return problems, ""
@@ -251,7 +267,11 @@ def check_variant(variant: Path, release: bool = False, other_torch: Path | None
     name = VARIANT.fullmatch(variant.name)
     for library in sorted(variant.rglob("*.so")):
         abi = (int(name[1]), int(name[2])) if name else (0, 0)
-        problems += check_library(library, "cpu" if "-cpu-" in variant.name else "cuda", abi)
+        problems += check_library(library, backend_of(variant), abi)
+        if not problems and "local-build" in json.loads((variant / "metadata.json").read_text()):
+            for symbol in Library.read(library).borrowed():
+                problems.append(f"{library.name} asks torch's libraries for {symbol}, newer than {MANYLINUX}: define "
+                                "it in cmake/glibc_2_28.cpp")  # fmt: skip
     if problems:
         return problems, "not imported, because of the above"
     return check_import(variant, other_torch)

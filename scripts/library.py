@@ -1,7 +1,9 @@
 """What a shared library (ELF) needs and offers, as `readelf` of binutils tells it."""
 
+import functools
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +46,27 @@ class Library(NamedTuple):
     def too_new(self) -> list[str]:
         """Symbols that manylinux_2_28 does not have, as `name@VERSION`."""
         return [f"{name}@{version}" for name, version in self.asks if not _old_enough(version)]
+
+    def borrowed(self) -> list[str]:
+        """Those of a newer libstdc++ than manylinux_2_28's that carry no version, since a library of torch happened to
+        export them when this one was linked: another torch may leave them to libstdc++."""
+        known = [(name, _libstdcxx().get(name, "")) for name, version in self.asks if not version]
+        return [f"{name}@{version}" for name, version in known if not _old_enough(version)]
+
+
+@functools.cache
+def _libstdcxx() -> dict[str, str]:
+    """The version of each symbol of this machine's libstdc++; none where no compiler says where that is."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        return {}
+    asked = subprocess.run([compiler, "-print-file-name=libstdc++.so.6"], capture_output=True, text=True)
+    path = Path(asked.stdout.strip())
+    if not path.is_absolute():
+        return {}
+    lines = [line.split() for line in _readelf("--dyn-syms", path).splitlines()]
+    found = [fields[7].split("@") for fields in lines if len(fields) >= 8 and fields[6] != "UND"]
+    return {parts[0]: parts[-1] for parts in found if len(parts) > 1}
 
 
 def _old_enough(version: str) -> bool:

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes the parts of README.md, CARD.md and docs/*.md that are made from results, tests and docstrings.
+"""Writes the parts of README.md, CARD.md, CONTRIBUTING.md and docs/*.md that are made from results, tests, docstrings
+and the Makefile.
 
 A part stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`; who makes it SECTIONS says. tests/test_pages.py
 holds every page against this.
@@ -19,7 +20,7 @@ import api_page
 import tables
 import version_matrix
 
-PAGES = (ROOT / "README.md", ROOT / "CARD.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (*(ROOT / name for name in ("README.md", "CARD.md", "CONTRIBUTING.md")), *sorted((ROOT / "docs").glob("*.md")))
 SUPPORT, BUILD = ROOT / "docs" / "support.md", ROOT / "build.toml"
 _PART = re.compile(r"<!-- (?P<name>[a-z ]+): begin -->\n(?P<text>.*?)<!-- (?P=name): end -->", re.DOTALL)
 
@@ -55,9 +56,17 @@ def requirements() -> str:
     return "\n".join(lines)
 
 
+def targets() -> str:
+    """What `make help` lists."""
+    found = re.findall(r"^([a-z-]+):.*## (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    rows = (f"| `make {name}` | {what} |" for name, what in found)
+    return "\n".join(["| Target | What it does |", "|---|---|", *rows])
+
+
 SECTIONS = {
     "api": api_page.page,
     "benchmark table": tables.table,
+    "compiled table": tables.compiled_table,
     "embedding table": tables.embedding_table,
     "families table": families,
     "figures": tables.headline,
@@ -65,6 +74,8 @@ SECTIONS = {
     "peers table": tables.peers_table,
     "qlora table": tables.qlora_table,
     "requirements": requirements,
+    "targets": targets,
+    "training table": tables.training_table,
     "versions table": lambda: version_matrix.table(json.loads(version_matrix.RESULTS.read_text())),
 }
 

@@ -3,8 +3,9 @@
 
     python scripts/variants.py [--write]
 
-With Nix they are what kernel-builder evaluates, for each system; `--write` keeps them in docs/variants.json. Without
-Nix the kept ones are printed, which are of the builder that flake.lock names.
+With Nix they are what kernel-builder evaluates, for each system, of the repository and of what scripts/noarch.py makes
+of it; `--write` keeps them in docs/variants.json. Without Nix the kept ones are printed, which are of the builder that
+flake.lock names.
 """
 
 import argparse
@@ -13,7 +14,10 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import noarch
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs" / "variants.json"
@@ -24,15 +28,17 @@ def evaluated() -> dict[str, list[str]] | None:
     if shutil.which("nix") is None:
         return None
     flags = ["--extra-experimental-features", "nix-command flakes", "--json"]
-    told = {}
-    for system in kept()["variants"]:
-        done = subprocess.run(
-            ["nix", "eval", *flags, f"{ROOT}#packages.{system}.variants"], capture_output=True, text=True
-        )
-        if done.returncode != 0:
-            sys.exit(f"variants: {done.stderr}")
-        told[system] = sorted(json.loads(done.stdout))
-    return told
+    told: dict[str, list[str]] = {system: [] for system in kept()["variants"]}
+    with tempfile.TemporaryDirectory() as source:
+        noarch.write_source(Path(source))
+        for flake in (str(ROOT), f"path:{source}"):
+            for system, names in told.items():
+                command = ["nix", "eval", *flags, f"{flake}#packages.{system}.variants"]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode != 0:
+                    sys.exit(f"variants: {done.stderr}")
+                names += json.loads(done.stdout)
+    return {system: sorted(names) for system, names in told.items()}
 
 
 def kept() -> dict:

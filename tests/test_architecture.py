@@ -20,7 +20,7 @@ def possible() -> list[str]:
     if not torch.cuda.is_available():
         return []
     capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    return ["sm80"] + ["sm90"] * (set(capabilities) == {(9, 0)})
+    return ["sm75"] + ["sm80"] * (min(capabilities) >= (8, 0)) + ["sm90"] * (set(capabilities) == {(9, 0)})
 
 
 def test_a_tensor_on_the_cpu(ops):
@@ -39,7 +39,7 @@ def test_an_unknown_architecture_is_an_error_that_says_which_are_possible(ops, d
     assert ops.architecture(torch.zeros(1, device=device)) == before
 
 
-@pytest.mark.parametrize("name", ("sm80", "sm90"))
+@pytest.mark.parametrize("name", ("sm75", "sm80", "sm90"))
 def test_what_no_gpu_of_the_process_can_run_is_an_error(ops, name):
     if name in possible():
         ops.set_architecture(name)
@@ -60,6 +60,7 @@ def test_python_asks_the_library(lora_fused, device):
             native.set_architecture(name)
             assert native.architecture(torch.device(device)) == name
             assert select.is_hopper(torch.device(device)) == (name == "sm90")
+            assert select.is_old(torch.device(device)) == (name == "sm75")
     finally:
         native.set_architecture("")
     assert native.architecture(torch.device(device)) == own == (possible() or ["cpu"])[-1]

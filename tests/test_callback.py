@@ -155,8 +155,17 @@ def test_sft_trainer(lora_fused, tmp_path):
         tiny_llama(), arguments, train_dataset=data, peft_config=config, callbacks=[lora_fused.LoraFusedCallback()],
         processing_class=_tokenizer(),
     )  # fmt: skip
-    trainer.train()
+    with OwnForwards() as own, lora_fused.record() as calls:
+        trainer.train()
     assert reports(trainer)[0] == 1.0
+    assert not own and calls.own == 0 and calls.fused == 2 * 2 * 10  # it checkpoints
+    plain = lora_fused.restore(copy.deepcopy(trainer.model)).merge_and_unload()
+    merged = trainer.model.merge_and_unload()
+    assert len(ours_in(lora_fused, merged)) == 2
+    ids = rows()[0]["input_ids"][None].to(DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(lora_fused.restore(merged)(ids).logits, plain(ids).logits)
+    assert ours_in(lora_fused, merged) == []
 
 
 def test_dpo_trainer(lora_fused, tmp_path):

@@ -111,6 +111,18 @@ def test_newest_allowed_glibc(version, fine, tmp_path):
     assert bool(problems_of(library)) != fine
 
 
+def test_symbol_of_a_newer_libstdcxx_that_torch_lends(variant, tmp_path):
+    """A local build defines it; kernel-builder's is held against the versions alone."""
+    name = "_ZSt28__throw_bad_array_new_lengthv"
+    source = f"extern void {name}(void); void *used(void) {{ return {name}; }}"
+    asking = compiled(tmp_path, source, "-fvisibility=hidden", "-Wl,-u,used", "-Wl,--no-gc-sections")
+    assert problems_of(asking) == [] and f"{name}@GLIBCXX_3.4.29" in build.portability(asking)
+    replaced = next(variant.glob("*.so"))
+    replaced.write_bytes(asking.read_bytes())
+    seal(variant)
+    refused(check_build.check_variant(variant)[0], f"{name}@GLIBCXX_3.4.29", "cmake/glibc_2_28.cpp")
+
+
 def test_symbol_of_unstable_torch(tmp_path):
     source = "extern void _ZN3c105ErrorC1Ev(void); void *used(void) { return _ZN3c105ErrorC1Ev; }"
     refused(problems_of(compiled(tmp_path, source, "-fvisibility=hidden", "-Wl,-u,used", "-Wl,--no-gc-sections")),

@@ -97,8 +97,8 @@ def test_a_file_is_read_once(config):
 
 WRONG = {
     "linear_expand_from": [-1, "many", True, math.nan],
-    "linear_expand_tiles": [None, [3], [{"shape": [1, 2, 3]}], [{"shape": [1, 2], "tile": list(LARGE)}],
-                     [{"shape": [1, 2, 0], "tile": list(LARGE)}]],
+    "linear_expand_tiles": [None, [3], [{"shape": [1, 2, 3], "tile": None}], [{"shape": [1, 2, 3]}],
+                     [{"shape": [1, 2], "tile": list(LARGE)}], [{"shape": [1, 2, 0], "tile": list(LARGE)}]],
     "experts_tiles": [{}, [{"shape": [1, 2, 3], "tile": [64]}]],
     "unheard_of": [1],
 }  # fmt: skip
@@ -155,19 +155,22 @@ def test_experts_go_to_triton_where_that_was_measured(lora_fused, config, monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     backend._is_at_least_ampere.cache_clear()
 
-    def chosen(dtype=torch.bfloat16, **changes):
-        write(config, **changes)
+    def chosen(tiles, dtype=torch.bfloat16, rows=4000):
+        write(config, experts_tiles=tiles)
         config._read_once.cache_clear()
+        backend._experts_tile.cache_clear()
         fits = lambda *_: dtype == torch.bfloat16  # noqa: E731 (as `grouped_mm.fits` says of Hopper)
         monkeypatch.setattr(backend.grouped_mm, "fits", fits)
-        weights = specs.ExpertWeights(SimpleNamespace(is_cuda=True, device=GPU, dtype=dtype))
-        return backend.choose_experts(weights, weights)
+        weight = SimpleNamespace(is_cuda=True, device=GPU, dtype=dtype, shape=(2, 4096, 4096))
+        return backend.choose_experts(*[specs.ExpertWeights(weight)] * 2, 2 * rows)
 
-    assert chosen(experts_tiles=TILED) == "triton"
-    assert chosen(experts_tiles=[]) == "grouped_mm"
-    assert chosen(torch.float16, experts_tiles=[]) == "triton"  # torch's products would wait for the GPU
-    assert chosen(torch.float64, experts_tiles=TILED) == "reference"
+    without = [TILED[0], {**TILED[1], "tile": None}]
+    assert chosen(TILED) == chosen(without) == "triton"
+    assert chosen([]) == chosen(without, rows=300) == "grouped_mm"
+    assert chosen([], torch.float16) == "triton"  # torch's products would wait for the GPU
+    assert chosen(TILED, torch.float64) == "reference"
     backend._is_at_least_ampere.cache_clear()
+    backend._experts_tile.cache_clear()
 
 
 def test_backend_chooses_embeddings_by_them(lora_fused, config, monkeypatch):
@@ -229,7 +232,8 @@ def test_measurements_become_a_file_that_loads(config):
     found = config.of(GPU)
     assert found.linear_expand_from == 2**30
     assert found.row_norm_from_rank == found.row_norm_from == math.inf
-    assert found.linear_expand_tiles == found.experts_tiles == (((512, 64, 64), NARROW),)
+    assert found.linear_expand_tiles == (((512, 64, 64), NARROW),)
+    assert found.experts_tiles == (((512, 64, 64), NARROW), ((8192, 64, 64), None))
 
 
 def test_a_wrong_result_is_never_chosen(lora_fused, monkeypatch):
@@ -253,8 +257,8 @@ def test_a_wrong_result_is_never_chosen(lora_fused, monkeypatch):
 
 
 def test_tiles_of_experts(lora_fused, monkeypatch, capsys):
-    """Measured with the clock in the place of times: what is right and fastest; nothing where torch's products are
-    ahead, and never what computes something else."""
+    """Measured with a clock that knows the tile: what is right and fastest; none where torch's products are ahead, and
+    never what computes something else."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the interpreter's part: a GPU runs tune itself")
@@ -267,7 +271,7 @@ def test_tiles_of_experts(lora_fused, monkeypatch, capsys):
     def measured(torch_us, broken=None):
         def clock(run, inputs, repeats):
             select = lora_fused.backends.select
-            if select.choose_experts(*inputs[0][3:5]) == select.GROUPED:
+            if select.choose_experts(*inputs[0][3:5], 6) == select.GROUPED:
                 return torch_us
             return 10.0 - experts.choose_tile(inputs[0].up.weight, 1).m / 16
 
@@ -283,10 +287,10 @@ def test_tiles_of_experts(lora_fused, monkeypatch, capsys):
         monkeypatch.setattr(tune_experts, "microseconds", clock)
         found = tune_experts.as_entries(tune_experts.tile_times(lora_fused, torch.device("cpu")))
         monkeypatch.setattr(experts.TritonProducts, "project", own)
-        return [(tuple(each["shape"]), tuple(each["tile"])) for each in found]
+        return [(tuple(each["shape"]), each["tile"] and tuple(each["tile"])) for each in found]
 
     assert measured(20.0) == [((3, 32, 16), (32, 32, 16, 4, 2))]
-    assert measured(7.0) == []
+    assert measured(7.0) == [((3, 32, 16), None)]
     assert measured(20.0, broken=32) == [((3, 32, 16), (16, 32, 16, 4, 2))]
     assert "small 6, us: torch 20" in capsys.readouterr().out
 

@@ -4,26 +4,20 @@ checkpointing."""
 import contextlib
 import functools
 import importlib.util
-import os
 import pathlib
-import socket
-import traceback
+import types
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 import transformers
 from helpers.cases import LINEARS
-from helpers.kernelizing import explain
-from kernels import Mode, get_local_kernel, kernelize
+from helpers.kernelizing import explain, ours_in
+from helpers.process_pair import FLAT, STEPS, Pair, trained
+from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils.other import fsdp_auto_wrap_policy
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 pytestmark = [
     pytest.mark.skipif(
@@ -31,8 +25,6 @@ pytestmark = [
     ),
     pytest.mark.xdist_group("distributed"),  # they share two processes
 ]
-WORLD, STEPS, LONGEST = 2, 3, 240
-FLAT = "fsdp1, flat parameters"  # as PEFT's documentation sets it up: each matrix of an adapter is wrapped by itself
 
 
 class Case(NamedTuple):
@@ -85,44 +77,6 @@ def llama(case: Case):
     return model
 
 
-def wrapped(model, wrapper: str, bf16: bool):
-    if wrapper == "ddp":
-        return torch.nn.parallel.DistributedDataParallel(model)
-    if wrapper in ("fsdp1", FLAT):
-        whole_layers = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
-        return FullyShardedDataParallel(
-            model,
-            auto_wrap_policy=fsdp_auto_wrap_policy(model) if wrapper == FLAT else whole_layers,
-            use_orig_params=wrapper != FLAT,
-            mixed_precision=MixedPrecision(param_dtype=torch.bfloat16) if bf16 else None,
-            device_id=torch.device("cpu"),
-        )
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-    for layer in model.base_model.model.model.layers:
-        fully_shard(layer, mp_policy=policy)
-    return fully_shard(model, mp_policy=policy)
-
-
-def trained(model, case: Case, rank: int, fuse):
-    """Losses of some steps; the model is kernelized by `fuse`, before it is wrapped or after."""
-    if case.before:
-        fuse(model)
-    outer = wrapped(model, case.wrapper, case.bf16)
-    if not case.before:
-        fuse(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for step in range(STEPS):
-        torch.manual_seed(10 * step + rank)
-        ids = torch.randint(0, 64, (2, 7))
-        loss = outer(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 @contextlib.contextmanager
 def entered(calls):
     """PEFT's own forwards that are entered, module by module."""
@@ -139,124 +93,80 @@ def entered(calls):
         LoraLayer._check_forward_args = check
 
 
+def logits_of(model):
+    return model(input_ids=torch.arange(14).view(2, 7)).logits
+
+
 def assert_restored(lora_fused, model):
     """PEFT's own forward is all that runs, sharded or not."""
     own_calls = []
     lora_fused.restore(model)
-    with entered(own_calls):
-        model(input_ids=torch.arange(14).view(2, 7)).logits.sum().backward()
-    assert len({id(module) for module in own_calls}) == 14
+    with entered(own_calls), lora_fused.record() as calls:
+        logits_of(model).sum().backward()
+    assert len({id(module) for module in own_calls}) == 14 and calls.fused == calls.own == 0
 
 
-def count_computations(lora_fused) -> dict:
-    """How often each of the fused computations runs, from now on."""
-    dispatch, counts = lora_fused.functional.dispatch, {}
-    for name in ("compute_group", "compute_gated"):
-        own = getattr(dispatch, name)
+def assert_merged(lora_fused, model, theirs, unload):
+    """Merged, both compute the same, with what is left of our forwards and without. A sharded model is not unloaded:
+    its root, which gathers, would be gone."""
+    for each in (model, theirs):
+        each.merge_adapter()
+    ours, plain = (each.merge_and_unload() if unload else each for each in (model, theirs))
+    expected = logits_of(plain)
+    torch.testing.assert_close(logits_of(ours), expected, rtol=1e-4, atol=1e-5)
+    with lora_fused.record() as calls:
+        torch.testing.assert_close(logits_of(lora_fused.restore(ours)), expected, rtol=1e-4, atol=1e-5)
+    assert calls.fused == calls.own == 0 and ours_in(lora_fused, ours) == []
 
-        def counted(*args, own=own, name=name, **kwargs):
-            counts[name] = counts.get(name, 0) + 1
-            return own(*args, **kwargs)
 
-        setattr(dispatch, name, counted)
-    return counts
+def calls_expected(case: Case) -> int:
+    """Of four linears and the MLP in two layers, again where a checkpoint computes them again."""
+    return STEPS * 2 * 5 * (1 + case.checkpointing)
 
 
 def compare(lora_fused, counts: dict, case: Case, rank: int):
     """The same losses as with PEFT alone, what was computed, and what `explain` says before the first call and
     after."""
-    expected = trained(llama(case), case, rank, lambda model: None)
+    theirs = llama(case)
+    expected = trained(theirs, case, rank, lambda model: None)
     counts.clear()
-    model, said, own_calls = llama(case), [], []
+    model, said, own_calls, logs, callback = llama(case), [], [], {}, lora_fused.LoraFusedCallback()
 
-    def fuse_and_ask(model):
+    def fuse_and_ask(given):
         if case.before:
             with lora_fused.use_peft_layers():
-                kernelize(model, mode=Mode.TRAINING, device="cpu")
-        else:
-            lora_fused.apply(model)
+                kernelize(given, mode=Mode.TRAINING, device="cpu")
+        else:  # as a trainer calls it, with the model that it has wrapped
+            callback.on_train_begin(None, None, None, model=given)
         said.extend(explain(lora_fused, model))
 
-    with entered(own_calls):
+    with entered(own_calls), lora_fused.record() as calls:
         losses = trained(model, case, rank, fuse_and_ask)
+    callback.on_log(None, types.SimpleNamespace(log_history=[]), None, logs=logs, model=model)
+    assert logs == ({} if case.before else {"lora_fused": float(case.wrapper != FLAT)})
     tolerance = 2e-2 if case.bf16 else 1e-5
     torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance)
     rows = explain(lora_fused, model)
     assert len(rows) == len(said) == 14
     assert all(row.fused == (row.last == "fused") != bool(own_calls) for row in rows), str(rows)
     if case.wrapper == FLAT:
-        assert counts == {}
+        assert counts == {} and calls.fused == 0 < calls.own
         return
+    assert (calls.fused, calls.own) == (calls_expected(case), 0), str(calls)
     assert all(row.fused for row in said) or case.wrapper == "fsdp1", [row.reason for row in said]
     # q, k and v, o; the MLP. Two layers a step.
     assert counts.get("compute_group", 0) >= 2 * 2 * STEPS, counts
     assert counts.get("compute_gated", 0) >= 2 * STEPS, counts
     if case.wrapper in ("ddp", "fsdp2"):
-        assert_restored(lora_fused, model)
-
-
-def serve(rank: int, build: pathlib.Path, port: int, cases):
-    """A process of the pair: runs each case that it is sent and sends back what went wrong, or None."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
-    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer"  # of PEFT's policy
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    torch.set_num_threads(1)
-    lora_fused = get_local_kernel(build)
-    lora_fused.peft.small_batch.SMALL_ROWS = -1  # as conftest.py has it
-    counts = count_computations(lora_fused)
-    while (case := cases.recv()) is not None:
-        try:
-            compare(lora_fused, counts, case, rank)
-            cases.send(None)
-        except Exception:
-            cases.send(traceback.format_exc())
-    dist.destroy_process_group()
-
-
-class Pair:
-    """Two processes that train together; after a failure the next case has new ones, since one may wait for the
-    other."""
-
-    def __init__(self, build: pathlib.Path):
-        self.build, self.running = build, []
-
-    def start(self):
-        context = processes.get_context("spawn")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        for rank in range(WORLD):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, self.build, port, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self.running.append((process, ours))
-
-    def run(self, case: Case):
-        if not self.running:
-            self.start()
-        for _, cases in self.running:
-            cases.send(case)
-        for rank, (_, cases) in enumerate(self.running):
-            try:
-                error = cases.recv() if cases.poll(LONGEST) else f"no answer within {LONGEST} s"
-            except EOFError:
-                error = "ended without an answer"
-            if error is not None:
-                self.stop(kill=True)
-                pytest.fail(f"process {rank}: {error}", pytrace=False)
-
-    def stop(self, kill=False):
-        for process, cases in self.running:
-            process.kill() if kill else cases.send(None)
-        for process, _ in self.running:
-            process.join(LONGEST)
-        self.running = []
+        if case.before:
+            assert_merged(lora_fused, model, theirs, unload=case.wrapper == "ddp")
+        else:
+            assert_restored(lora_fused, model)
 
 
 @pytest.fixture(scope="module")
 def pair(lora_fused):
-    pair = Pair(pathlib.Path(lora_fused.__file__).resolve().parent.parent)
+    pair = Pair(pathlib.Path(lora_fused.__file__).resolve().parent.parent, compare)
     yield pair
     pair.stop()
 

@@ -38,7 +38,10 @@ KERNELS = [("triton", case, dtype) for case in CASES for dtype in (torch.float32
 if torch.cuda.is_available():
     # Enough tokens for large blocks and for several steps of one, ids that come again far apart, the largest rank.
     LARGE = (Case((1500,), 400, 1032, 20, padding=5), Case((5000,), 300, 520, 8), Case((700,), 50, 64, 512))
-    KERNELS += [("native", case, dtype) for case in (*CASES, *LARGE) for dtype in HALVES if case.h % 8 == 0]
+    KERNELS += [
+        pytest.param("native", case, dtype, marks=pytest.mark.sm80_kernels)
+        for case in (*CASES, *LARGE) for dtype in HALVES if case.h % 8 == 0
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("backend,case,dtype", KERNELS, ids=str)
@@ -120,6 +123,7 @@ def test_triton_compiles_for_a_gpu_whatever_is_frozen(lora_fused):
     assert done.returncode == 0 and "compiled 16" in done.stdout, done.stderr[-2000:]
 
 
+@pytest.mark.sm80_kernels
 def test_choice_of_backend(lora_fused):
     choose = lora_fused.backends.select.choose_embedding
     table = lora_fused.specs.EmbeddingOperands(torch.empty(16, 8), torch.empty(2, 16), torch.empty(8, 2))

@@ -66,7 +66,7 @@ def pair(lora_fused, name="qwen3_moe", **options):
 
 def test_on_a_gpu_where_they_have_not_been_tried(lora_fused, monkeypatch):
     experts = lora_fused.peft.experts
-    weight = types.SimpleNamespace(is_cuda=True)
+    weight = types.SimpleNamespace(is_cpu=False)  # of any vendor
     adapted = types.SimpleNamespace(up=types.SimpleNamespace(weight=weight))
     monkeypatch.setattr(experts, "on_gpu", False)
     assert experts.read_call(adapted, None, (None, None), {}).reason == experts.UNTRIED
@@ -108,6 +108,7 @@ def test_a_forward_on_the_instance(lora_fused):
 
 def test_a_forward_that_is_replaced_in_the_class(lora_fused, monkeypatch):
     ours, theirs = pair(lora_fused)
+    assert_fused(lora_fused, ours, theirs)  # what was found genuine is remembered
     cls = type(base_of(ours))
     own = cls.forward
 
@@ -136,6 +137,7 @@ def test_what_makes_the_parameter_is_replaced(lora_fused, monkeypatch):
 
 def test_an_implementation_that_is_replaced_or_unknown(lora_fused, monkeypatch):
     ours, theirs = pair(lora_fused, implementation="batched_mm")
+    assert_fused(lora_fused, ours, theirs)
     interface = transformers_moe.ALL_EXPERTS_FUNCTIONS
     own = interface["batched_mm"]
     monkeypatch.setitem(interface, "batched_mm", lambda module, *args: 2 * own(module, *args))

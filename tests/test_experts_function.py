@@ -78,7 +78,8 @@ def assert_close(seen, expected, tolerance):
 def grouped(lora_fused, monkeypatch):
     """torch's grouped product where the library has no native one, too."""
     select = lora_fused.backends.select
-    monkeypatch.setattr(select, "choose_experts", lambda up, down: select.GROUPED)
+    monkeypatch.setattr(select, "choose_experts", lambda *_: select.GROUPED)
+    monkeypatch.setattr(select, "few_rows", lambda *_: None)
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def in_triton(lora_fused, monkeypatch):
     """Triton's kernels, without a GPU under the interpreter."""
     pytest.importorskip("triton")
     select = lora_fused.backends.select
-    monkeypatch.setattr(select, "choose_experts", lambda up, down: select.TRITON)
+    monkeypatch.setattr(select, "choose_experts", lambda *_: select.TRITON)
 
 
 @pytest.mark.parametrize("bias,transposed", itertools.product((False, True), repeat=2))
@@ -206,8 +207,12 @@ def test_triton_kernels(lora_fused, poisoned, monkeypatch, n, k, rank, rows, fus
     w = torch.randn(5, k, n).half().transpose(1, 2) / k**0.5
     a, b = torch.randn(5, rank, k).half() / k**0.5, torch.randn(n, rank, 5).permute(2, 0, 1) / rank**0.5
     bias = torch.randn(5, n).half()
-    laid = layout.lay_out(b.transpose(1, 2), torch.float16, 0.7)
-    assert laid.is_contiguous() and torch.equal(laid, (b.transpose(1, 2) * 0.7).half())
+    kept, laid = layout.lay_out(a, b.transpose(1, 2), torch.float16, 0.7)
+    assert kept is a and laid.is_contiguous() and torch.equal(laid, (b.transpose(1, 2) * 0.7).half())
+    made = layout.lay_out(a.float(), b.transpose(1, 2), torch.float16, 0.7)
+    strided = layout.lay_out(a.permute(2, 1, 0).contiguous().permute(2, 1, 0), b.transpose(1, 2), torch.float16, 0.7)
+    for each in (made, strided):
+        assert each[0].is_contiguous() and torch.equal(each[0], a) and torch.equal(each[1], laid)
     y, t = kernels.grouped_linear(x, found.order, found.tiles, tile, w, (a, laid), bias, per_token)
     expert, token = found.expert(), found.token()
     gathered = x.double()[token]

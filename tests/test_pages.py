@@ -3,6 +3,7 @@ is named is there."""
 
 import ast
 import re
+import subprocess
 import sys
 import urllib.parse
 
@@ -115,6 +116,16 @@ def test_make_targets_that_are_named_are_there():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {name for page in PAGES if page.name in OWN for name in re.findall(r"`make ([a-z-]+)", page.read_text())}
     assert {"demo", "test", "docs"} <= named <= targets
+
+
+def test_make_help_lists_every_target():
+    """On its page as well, which is made of the same lines."""
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: ((?:.*\\\n)*.*)$", makefile, re.MULTILINE)
+    listed = re.findall(r"^\| `make ([a-z-]+)` \| \S.+ \|$", pages.targets(), re.MULTILINE)
+    assert sorted(listed) == sorted(phony.replace("\\\n", " ").split())
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^  make ([a-z-]+)  ", shown, re.MULTILINE) == listed
 
 
 def test_every_reason_in_troubleshooting_is_one():

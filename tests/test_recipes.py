@@ -1,8 +1,10 @@
-"""The blocks of docs/usage.md as they stand there, with a small model; the scripts of examples/ in two processes."""
+"""The blocks of docs/usage.md as they stand there, with a small model, and the commands of its table of scripts."""
 
+import importlib.util
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import warnings
@@ -16,7 +18,9 @@ from helpers.kernelizing import explain, forwards
 
 USAGE = ROOT / "docs" / "usage.md"
 RECIPES = dict(re.findall(r"<!-- recipe: (\w+) -->\n```python\n(.*?)```", USAGE.read_text(), re.DOTALL))
-NEEDS = {"trl": "trl", "deepspeed": "deepspeed", "qlora": "bitsandbytes"}
+NEEDS = {"trl": "trl", "deepspeed": "deepspeed", "qlora": "bitsandbytes", "diffusers": "diffusers"}
+# The table of scripts: the command and what it needs.
+COMMANDS = dict(re.findall(r"^\| [^|]+ \| `(.+?)` \| ([^|]*?) ?\|$", USAGE.read_text(), re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,8 @@ def run(checkpoint, tmp_path, monkeypatch, lora_fused):
     def run(name):
         if name in NEEDS:
             pytest.importorskip(NEEDS[name])
+        if name == "use_kernels" and torch.cuda.is_available():
+            pytest.skip("transformers would ask the Hub for its CUDA kernels")
         setup = RECIPES["setup"]
         assert setup.count('"path/to/a/checkpoint"') == 1
         names = {}
@@ -55,7 +61,9 @@ def run(checkpoint, tmp_path, monkeypatch, lora_fused):
 
 
 def test_the_page_has_them():
-    assert len(RECIPES) == USAGE.read_text().count("```python") >= 12
+    assert len(RECIPES) == USAGE.read_text().count("```python") >= 15
+    named = {word.removeprefix("examples/") for command in COMMANDS for word in command.split() if "examples/" in word}
+    assert named == {path.name for path in (ROOT / "examples").iterdir() if path.is_file()} - {"shared.py"}
 
 
 # The number of LoRA modules, and how often the model has been called: each time four linears and the MLP in two layers.
@@ -67,6 +75,7 @@ TRAINED = {
     "qlora": (14, 2),
     "adapters": (14, 2),
     "merging": (14, 3),
+    "use_kernels": (14, 1),
     "record": (14, 1),
 }
 
@@ -132,37 +141,129 @@ def test_undo(run):
 def test_leaves_of_zero_3(run):
     names, _ = run("deepspeed")
     assert all(row.fused for row in explain(names["lora_fused"], names["model"]))
+    assert sum(getattr(module, "_z3_leaf", False) for module in names["model"].modules()) == 2
+
+
+@pytest.mark.parametrize("name,modules", (("experts", 12), ("diffusers", 14)))
+def test_other_models(run, name, modules):
+    names, calls = run(name)
+    rows = explain(names["lora_fused"], names["model"])
+    assert len(rows) == modules and all(row.fused for row in rows), str(rows)
+    assert calls.fused > 0 and calls.own == 0
+
+
+def losses_of(out):
+    """Of each step, as the scripts print them: a line each, or a list."""
+    listed = re.search(r"^losses \[(.*)\]$", out, re.MULTILINE)
+    return [float(loss) for loss in (listed[1].split(", ") if listed else re.findall(r"step \d+: loss (\S+)", out))]
 
 
 @pytest.fixture
-def script(monkeypatch, tmp_path):
-    """Runs one of examples/ in this process, and gives its exit status."""
+def alone(monkeypatch, tmp_path, capsys):
+    """Runs `python examples/...` in this process, and gives what it prints."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
 
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
+    def run(command):
+        _, script, *arguments = shlex.split(command)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
-        return ended.value.code
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        out = capsys.readouterr().out
+        assert ended.value.code == 0, out
+        return out
 
     return run
 
 
-def test_trainer_script(script, capsys):
-    assert script("train.py", "--steps", "3") == 0
-    out = capsys.readouterr().out
-    assert "30 fused calls, 0 of the modules' own forwards" in out
-    losses = re.search(r"^losses \[(.*)\]$", out, re.MULTILINE)[1].split(", ")
-    assert len(losses) == 3 and float(losses[-1]) < float(losses[0])
+@pytest.fixture
+def together(tmp_path):
+    """Runs a command that starts two processes, on two GPUs or else on the CPU, and gives what it prints."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    launchers = {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+        "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+    }
+
+    def run(command):
+        launcher, *words = shlex.split(command)
+        if torch.cuda.device_count() == 1 and (launcher == "accelerate" or "--deepspeed" in words):
+            pytest.skip("needs two GPUs, or none")
+        arguments = [] if torch.cuda.device_count() >= 2 else ["--cpu"]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu"} if arguments else None
+        command = [*launchers[launcher], *words, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch.distributed with gloo")
-def test_fsdp2_script_in_two_processes(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [ROOT / "examples" / "fsdp2.py", "--steps", "3", "--cpu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "30 fused calls, 0 of the modules' own forwards" in done.stdout
-    losses = re.findall(r"loss (\d\.\d+)", done.stdout)
-    assert len(losses) == 3 and float(losses[-1]) < float(losses[0])
+ALONE = [command for command in COMMANDS if command.startswith("python ") and "finetune.py" not in command]
+TOGETHER = [command for command in COMMANDS if not command.startswith("python ") and "deepspeed" not in command]
+UNSTEADY = ("dit.py", "merging.py", "adapters.py", "grpo")  # noise or a reward decides what a few steps end with
+
+
+def skip_without(needs):
+    for name in filter(None, needs.split(", ")):
+        if name == "a GPU":
+            if not torch.cuda.is_available():
+                pytest.skip("needs a GPU")
+        elif importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name}")
+
+
+def assert_trained(command, out):
+    """The script itself ends with an error where a call was not fused."""
+    assert re.search(r"^[1-9]\d* fused calls, ", out, re.MULTILINE), out
+    losses = losses_of(out)
+    if not any(name in command for name in UNSTEADY):
+        assert len(losses) > 2 and losses[-1] < losses[0], out
+
+
+def test_every_command_is_run_by_a_test():
+    zero = [command for command in COMMANDS if "--deepspeed" in command]
+    assert len(ALONE) == 9 and len(TOGETHER) == 4 and len(zero) == 2
+    assert {*COMMANDS} - {*ALONE, *TOGETHER, *zero} == {"python examples/finetune.py"}  # tests/test_example.py
+
+
+@pytest.mark.parametrize("command", ALONE, ids=lambda command: command.removeprefix("python examples/"))
+def test_command(alone, command):
+    skip_without(COMMANDS[command])
+    assert_trained(command, alone(command))
+
+
+DDP = "torchrun --nproc-per-node 2 examples/train.py"
+FSDP2 = "accelerate launch --config_file examples/fsdp2.yaml examples/train.py"  # DDP, too, on CPUs
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(command, marks=pytest.mark.slow if command in (DDP, FSDP2) else ()) for command in TOGETHER],
+)
+def test_command_of_two_processes(together, command):
+    skip_without(COMMANDS[command])
+    assert_trained(command, together(command))
+
+
+def test_fsdp2_by_accelerates_configuration(together):
+    """Sharded by accelerate as on GPUs, and fused in each call."""
+    out = together(FSDP2.replace("examples/train.py", str(ROOT / "tests" / "helpers" / "fsdp2_on_cpu.py")))
+    assert_trained(FSDP2, out)
+    assert "60 fused calls, 0 of the modules' own forwards" in out
+    assert out.count("LlamaDecoderLayer LlamaDecoderLayer") == 2  # in both processes
+
+
+@pytest.mark.slow
+def test_zero_has_the_losses_of_ddp(together):
+    """Adam makes a little of other sums' rounding."""
+    skip_without("deepspeed")
+    expected = losses_of(together(DDP))
+    zero = [command for command in COMMANDS if "--deepspeed" in command]
+    for command in zero:
+        out = together(command)
+        assert "60 fused calls, 0 of the modules' own forwards" in out
+        assert losses_of(out) == pytest.approx(expected, abs=2e-3), command
+    assert len(zero) == 2 and len(expected) == 6

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import environment
 import flake_lock
+import noarch
 import public_api
 import release
 import reproduce
@@ -29,8 +30,9 @@ def test_kept_variants_are_of_the_locked_builder(monkeypatch, capsys):
     assert kept["kernel-builder"] == LOCKED["kernel-builder"]["locked"]["rev"]
     names = [name for of_system in kept["variants"].values() for name in of_system]
     assert len(names) > 3 and len(set(names)) == len(names)
+    assert {name for name in names if "-abi" not in name} == {f"torch-{backend}" for backend in noarch.BACKENDS}
     for system, of_system in kept["variants"].items():
-        for name in of_system:
+        for name in [name for name in of_system if "-abi" in name]:
             abi, backend = re.fullmatch(rf"torch-stable-abi(\d+)-(cpu|cu)\d*-{system}", name).groups()
             backend = {"cpu": "cpu", "cu": "cuda"}[backend]
             assert backend in CONFIG["general"]["backends"]
@@ -44,7 +46,8 @@ def test_kept_variants_are_of_the_locked_builder(monkeypatch, capsys):
 
 def test_variants_are_asked_of_nix_where_it_is(monkeypatch, capsys, tmp_path):
     nix = tmp_path / "nix"
-    nix.write_text('#!/bin/sh\ncase "$*" in *#packages.x86_64-linux.variants) echo \'["b", "a"]\';; '
+    nix.write_text('#!/bin/sh\ncase "$*" in *path:*#packages.x86_64-linux.variants) echo \'["c"]\';; '
+                   '*#packages.x86_64-linux.variants) echo \'["b", "a"]\';; '
                    "eval*#packages.*) echo '[]';; *) exit 3;; esac\n")  # fmt: skip
     nix.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -53,12 +56,12 @@ def test_variants_are_asked_of_nix_where_it_is(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["variants.py"])
     variants.main()
     told = capsys.readouterr()
-    assert [line.split()[0] for line in told.out.splitlines()] == ["a", "b"] and "not as kept" in told.err
+    assert [line.split()[0] for line in told.out.splitlines()] == ["a", "b", "c"] and "not as kept" in told.err
     monkeypatch.setattr(sys, "argv", ["variants.py", "--write"])
     variants.main()
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert (
-        kept["variants"]["x86_64-linux"] == ["a", "b"]
+        kept["variants"]["x86_64-linux"] == ["a", "b", "c"]
         and kept["kernel-builder"] == LOCKED["kernel-builder"]["locked"]["rev"]
     )
 
@@ -182,7 +185,7 @@ def test_workflows_run_what_the_makefile_has():
         for _, step in steps_of(path)
         for target in re.findall(r"\bmake ([a-z-]+)", step.get("run", ""))
     }
-    assert {"check-build", "build-cuda", "release-dry-run", "variants"} <= asked <= targets
+    assert {"check-build", "build-cuda", "build-noarch", "release-dry-run", "variants"} <= asked <= targets
     assert all(
         (ROOT / name).exists() for name in re.findall(r"requirements-\w+\.txt", str([p.read_text() for p in WORKFLOWS]))
     )

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+pytestmark = pytest.mark.sm80_kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (N, K, R): tile edges of 4 and 32 rows, 16 columns; odd, empty and large-rank cases.
 SHAPES = [

@@ -88,9 +88,10 @@ def test_kernels_are_in_headers_and_launches_in_sources():
 
 def test_gpus_are_told_apart_in_one_place():
     """Which GPU it is, the dispatch folder asks alone; kernels and launchers ask for no architecture."""
-    asking = {source for source in in_tree() if re.search(r"is_hopper|ComputeCapability", (ROOT / source).read_text())}
+    tells = re.compile(r"\bcapability;|\.capability\b|ComputeCapability")
+    asking = {source for source in in_tree() if tells.search((ROOT / source).read_text())}
     assert asking == {f"kernel-src/dispatch/{name}" for name in ("device.h", "device.cu", "architecture.cpp")}
-    asks = re.compile(r"is_sm90\(|architecture_of\(")
+    asks = re.compile(r"is_sm90\(|has_sm80\(|architecture_of\(")
     choosing = {source for source in in_tree() if asks.search((ROOT / source).read_text())}
     assert {layer_of(source) for source in choosing} == {"dispatch", "ops"}
 

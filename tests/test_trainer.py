@@ -3,9 +3,10 @@ where it was saved."""
 
 import pytest
 import torch
-from helpers.cases import OwnForwards, peft_llama
-from helpers.kernelizing import explain, kernelize_in_place
+from helpers.cases import LINEARS, OwnForwards, peft_llama
+from helpers.kernelizing import explain, kernelize_in_place, ours_in
 from helpers.trainers import STEPS, assert_same, losses_and_adapter, trainer_of
+from peft import LoraConfig, get_peft_model
 
 
 def trained(model, folder, resume=None, **options):
@@ -59,3 +60,35 @@ def test_training_is_taken_up_again(lora_fused, tmp_path):
     whole = trained(kernelize_in_place(lora_fused, peft_llama()), tmp_path, **save)
     again = kernelize_in_place(lora_fused, peft_llama())
     assert_same(trained_fused(again, tmp_path, tmp_path / f"checkpoint-{STEPS // 2}", **save), whole, 1e-6)
+
+
+@pytest.mark.parametrize("restored", (False, True), ids=("left", "restored"))
+def test_a_second_adapter_on_the_merged_base(lora_fused, tmp_path, restored):
+    """Both trainings are PEFT's, recorded as fused, whether our forwards were left on the merged MLPs or not."""
+
+    def both(fuse, restore, trained):
+        model = fuse(peft_llama())
+        first = trained(model, tmp_path)
+        merged = model.merge_and_unload()
+        if restored:
+            restore(merged)
+        torch.manual_seed(5)
+        config = LoraConfig(r=4, target_modules=LINEARS, task_type="CAUSAL_LM", init_lora_weights=False)
+        again = fuse(get_peft_model(merged, config))
+        return first, trained(again, tmp_path), again
+
+    def recorded(*args):
+        with lora_fused.record() as calls:
+            found = trained_fused(*args)
+        assert (calls.fused, calls.own) == (10 * STEPS, 0)
+        return found
+
+    theirs = both(lambda model: model, lambda model: model, trained)
+    ours = both(lora_fused.apply, lora_fused.restore, recorded)
+    for mine, right in zip(ours[:2], theirs[:2], strict=True):
+        assert_same(mine, right, 1e-5)
+    assert theirs[1][0][0] != theirs[0][0][0]
+    merged = ours[2].merge_and_unload()
+    with lora_fused.record() as calls:
+        trained(lora_fused.restore(merged).requires_grad_(True), tmp_path, max_steps=1)
+    assert ours_in(lora_fused, merged) == [] and calls.fused == calls.own == 0

@@ -3,6 +3,10 @@
 The interpreter's bfloat16 dot is wrong, so half precision is float16 there.
 """
 
+import contextlib
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.cases import CASES, UNIT, assert_as_good, relative
@@ -110,3 +114,66 @@ def test_unaligned_rows_go_through_pointers(lora_fused, device):
 def test_unknown_backend(lora_fused):
     with pytest.raises(ValueError, match="^backend: 'cutlass'"):
         lora_fused.backends.select.get("cutlass")
+
+
+class Kernel:
+    """Counts compilations and launches; two arguments and a constant."""
+
+    params = tuple(SimpleNamespace(is_constexpr=constant) for constant in (False, False, False, True))
+
+    def __init__(self):
+        self.compiled, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            made = Compiled(self)
+            self.compiled.append((arguments, options))
+            return made
+
+        return run
+
+
+class Compiled:
+    packed_metadata = ()
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.kernel.launched.append((grid, arguments))
+
+
+def test_a_launch_compiles_what_triton_would(lora_fused, monkeypatch):
+    """Once for what Triton tells apart: dtypes, addresses, integers that are 1 or multiples of 16 or wide, what is not
+    there, constants and warps; not for other values of the same kind."""
+    launch = importlib.import_module(f"{lora_fused.__name__}.backends.triton.launch")
+    kernel, buffer = Kernel(), torch.empty(64, dtype=torch.float32, device="cpu")
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+        device = SimpleNamespace(index=0)
+
+    def on_gpu(tensor):
+        return torch.Tensor._make_subclass(OnGpu, tensor)
+
+    monkeypatch.setattr(launch, "on_device", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "_compiled", {})
+    aligned = on_gpu(buffer)
+    assert buffer.data_ptr() % 16 == 0
+    first = aligned, 32, 0.5, 7
+    others = (
+        (aligned, 1, 0.5, 7), (aligned, 33, 0.5, 7), (aligned, 2**31, 0.5, 7), (aligned, None, 0.5, 7),
+        (aligned, 32, 0.5, 8), (on_gpu(buffer[1:]), 32, 0.5, 7), (on_gpu(buffer.view(torch.int32)), 32, 0.5, 7),
+        (aligned, 32, None, 7),
+    )  # fmt: skip
+    same = (aligned, 48, 0.25, 7), (on_gpu(buffer[4:]), 2**20, 0.5, 7)
+    for number, arguments in enumerate((first, *others), 1):
+        launch.launch(kernel, (number, 1, 1), arguments, num_warps=4)
+        assert len(kernel.compiled) == number and not kernel.launched
+    launch.launch(kernel, (1, 1, 1), first, num_warps=8)
+    assert len(kernel.compiled) == len(others) + 2 and kernel.compiled[-1][1]["num_warps"] == 8
+    for arguments in (first, *others, *same):
+        launch.launch(kernel, (5, 2, 1), arguments, num_warps=4)
+        grid, launched = kernel.launched[-1]
+        assert grid == (5, 2, 1) and all(seen is given for seen, given in zip(launched, arguments, strict=True))
+    assert len(kernel.compiled) == len(others) + 2 and len(kernel.launched) == len(others) + 3

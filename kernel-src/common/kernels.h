@@ -127,10 +127,12 @@ struct RowNorm {
 void dropout_cpu(const MatrixView& x, const Dropped& mask, const MatrixView& out, bool accumulate, bool scaled);
 // To `weight.out`, in `dtype`.
 void dequantize_4bit_cpu(const FourBit& weight, torch::headeronly::ScalarType dtype);
-torch::stable::Tensor row_norm_cpu(const torch::stable::Tensor& weight, const torch::stable::Tensor& lora_a,
-                                   const torch::stable::Tensor& lora_b, double scaling);
-// magnitude / norm, in norm's dtype.
-torch::stable::Tensor mag_norm_scale_cpu(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm);
+// norm [N] = ‖weight + scaling·lora_b lora_a‖ by row, in float32.
+void row_norm_cpu(const torch::stable::Tensor& weight, const torch::stable::Tensor& lora_a,
+                  const torch::stable::Tensor& lora_b, double scaling, const torch::stable::Tensor& norm);
+// out = magnitude / norm, in norm's dtype.
+void mag_norm_scale_cpu(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm,
+                        const torch::stable::Tensor& out);
 void gated_activation_cpu(const GatedActivation& work);
 void scale_output_cpu(const ScaleOutput& work);
 void scale_output_backward_cpu(const ScaleOutputBackward& work);

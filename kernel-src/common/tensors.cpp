@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 
 namespace lora_fused {
 
@@ -42,6 +43,20 @@ Tensor empty_as(const Tensor& of, int64_t cols) {
   for (int64_t d = 0; d + 1 < of.dim(); ++d) sizes.push_back(of.size(d));
   sizes.push_back(cols);
   return empty(of, sizes, of.scalar_type());
+}
+
+bool copy_small(const MatrixView& to, const MatrixView& from) {
+  constexpr int64_t kElements = 32768;  // up to so many the library copies on one thread as well
+  const int64_t rows = to.size(0), cols = to.size(1);
+  if (to.is_cuda() || rows * cols > kElements || to.scalar_type() != from.scalar_type() || to.stride(1) != 1 ||
+      from.stride(1) != 1)
+    return false;
+  const auto size = static_cast<int64_t>(to.base().element_size());
+  auto* out = static_cast<char*>(to.mutable_data_ptr());
+  const auto* in = static_cast<const char*>(from.const_data_ptr());
+  for (int64_t i = 0; i < rows; ++i)
+    std::memcpy(out + i * to.stride(0) * size, in + i * from.stride(0) * size, cols * size);
+  return true;
 }
 
 }  // namespace lora_fused

@@ -40,6 +40,10 @@ Tensor fresh_like(const MatrixView& m);
 // [*of's leading dimensions, cols], and it as a matrix.
 Tensor empty_as(const Tensor& of, int64_t cols);
 
+// to = from on the CPU, small matrices of one dtype and shape whose rows have no gaps: false where they are not. The
+// library's copy is an iterator, which takes 1 µs, and 3 where caches are cold.
+bool copy_small(const MatrixView& to, const MatrixView& from);
+
 #if defined(CUDA_KERNEL)
 // x's device for the rest of a scope.
 class OnDevice {

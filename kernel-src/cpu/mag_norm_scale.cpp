@@ -1,5 +1,4 @@
 // DoRA's scale magnitude / norm on the CPU, see common/mag_norm_scale.h.
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <limits>
@@ -20,10 +19,8 @@ void run(const torch::stable::Tensor& out, const torch::stable::Tensor& magnitud
 
 }  // namespace
 
-torch::stable::Tensor lora_fused::mag_norm_scale_cpu(const torch::stable::Tensor& magnitude,
-                                                     const torch::stable::Tensor& norm) {
+void lora_fused::mag_norm_scale_cpu(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm,
+                                    const torch::stable::Tensor& out) {
   lora_fused::check_mag_norm_scale(magnitude, norm, /*cuda=*/false);
-  const torch::stable::Tensor out = torch::stable::empty_like(norm);
   LORA_FUSED_WIDE(norm.scalar_type(), "mag_norm_scale", [&] { run<scalar_t>(out, magnitude, norm); });
-  return out;
 }

@@ -16,6 +16,7 @@
 #include "../common/dtypes.h"
 #include "../common/kernels.h"
 #include "../common/row_norm_check.h"
+#include "../common/tensors.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
 #define MULTI_ARCH __attribute__((target_clones("fma", "default")))
@@ -116,13 +117,12 @@ void norm_block(float* out, const Problem& p, int64_t first, std::vector<float>&
 
 }  // namespace
 
-Tensor lora_fused::row_norm_cpu(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, double scaling) {
+void lora_fused::row_norm_cpu(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, double scaling,
+                              const Tensor& norm) {
   lora_fused::check_row_norm(weight, lora_a, lora_b, /*cuda=*/false);
-  const Tensor w = torch::stable::contiguous(weight), a = torch::stable::contiguous(lora_a),
-               b = torch::stable::contiguous(lora_b);
+  const Tensor w = in_rows(weight), a = in_rows(lora_a), b = in_rows(lora_b);
   const int64_t n = w.size(0), k = w.size(1), rank = a.size(0);
-  Tensor out = torch::stable::new_empty(w, {n}, ScalarType::Float);
-  if (n == 0) return out;
+  if (n == 0) return;
 
   const int64_t panel_count = (k + kPanel - 1) / kPanel;
   std::vector<float> panels(panel_count * rank * kPanel);
@@ -135,12 +135,11 @@ Tensor lora_fused::row_norm_cpu(const Tensor& weight, const Tensor& lora_a, cons
   });
 
   const Problem problem{Reader(w), Reader(b), panels.data(), n, k, rank, static_cast<float>(scaling)};
-  float* result = static_cast<float*>(out.mutable_data_ptr());
+  float* result = static_cast<float*>(norm.mutable_data_ptr());
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   const int64_t grain = std::max<int64_t>(1, 65536 / (kBlock * (k + 1) * (rank + 1)));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> packed_b(kBlock * rank), scratch(rank);
     for (int64_t i = begin; i < end; ++i) norm_block(result, problem, i * kBlock, packed_b, scratch);
   });
-  return out;
 }

@@ -16,17 +16,21 @@ namespace {
 std::atomic<Architecture> chosen{Architecture::kCpu};
 
 #if defined(CUDA_KERNEL)
-Architecture of_device(int index) { return device_of(index).is_hopper ? Architecture::kSm90 : Architecture::kSm80; }
+Architecture of_device(int index) {
+  const int capability = device_of(index).capability;
+  return capability == 90 ? Architecture::kSm90 : capability >= 80 ? Architecture::kSm80 : Architecture::kSm75;
+}
 #endif
 
 // What every GPU of the process can run.
 std::vector<Architecture> possible() {
   std::vector<Architecture> found;
 #if defined(CUDA_KERNEL)
-  bool all_sm90 = device_count() > 0;
-  for (int i = 0; i < device_count(); ++i) all_sm90 = all_sm90 && of_device(i) == Architecture::kSm90;
-  if (device_count() > 0) found.push_back(Architecture::kSm80);
-  if (all_sm90) found.push_back(Architecture::kSm90);
+  for (const Architecture architecture : {Architecture::kSm75, Architecture::kSm80, Architecture::kSm90}) {
+    bool all = device_count() > 0;
+    for (int i = 0; i < device_count(); ++i) all = all && of_device(i) >= architecture;
+    if (all) found.push_back(architecture);
+  }
 #endif
   return found;
 }
@@ -48,8 +52,17 @@ Architecture architecture_like(const Like& like) {
 Architecture architecture_of(const torch::stable::Tensor& like) { return architecture_like(like); }
 Architecture architecture_of(const MatrixView& like) { return architecture_like(like); }
 
+void check_has_sm80(const torch::stable::Tensor& like, const char* op) {
+  STD_TORCH_CHECK(has_sm80(like), op, ": expected a GPU of compute capability 8.0 or later");
+}
+
 std::string name_of(Architecture architecture) {
-  return architecture == Architecture::kCpu ? "cpu" : architecture == Architecture::kSm80 ? "sm80" : "sm90";
+  switch (architecture) {
+    case Architecture::kSm75: return "sm75";
+    case Architecture::kSm80: return "sm80";
+    case Architecture::kSm90: return "sm90";
+    default: return "cpu";
+  }
 }
 
 void set_architecture(const std::string& name) {

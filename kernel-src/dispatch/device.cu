@@ -23,7 +23,7 @@ const std::vector<Device>& devices() {
       };
       found.push_back({ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
                        ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                       ask(cudaDevAttrComputeCapabilityMajor) == 9 && ask(cudaDevAttrComputeCapabilityMinor) == 0});
+                       10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor)});
     }
     return found;
   }();

@@ -6,7 +6,7 @@ namespace lora_fused {
 struct Device {
   int multiprocessors;
   int shared_memory, shared_memory_of_block;  // bytes of a multiprocessor, and the most that a block may ask for
-  bool is_hopper;                             // compute capability 9.0, whose instructions sm_90a code has
+  int capability;                             // 90 of compute capability 9.0, whose instructions sm_90a code has
 };
 
 int device_count();

@@ -28,7 +28,7 @@ SkinnyKernel skinny_kernel(const Product& product, const MatrixView& other, bool
   // The sm80 kernels know no lo.
   if (alone || product.lo) return SkinnyKernel::kLibrary;
   const bool is_faster = product.mask || (is_launch_bound(x) && product.t.size(1) <= kSkinnySm80Ranks);
-  return is_faster && skinny_supports(x) && skinny_supports(other) ? SkinnyKernel::kSm80 : SkinnyKernel::kLibrary;
+  return is_faster && skinny_fits_sm80(x) && skinny_fits_sm80(other) ? SkinnyKernel::kSm80 : SkinnyKernel::kLibrary;
 }
 
 }  // namespace
@@ -36,8 +36,10 @@ SkinnyKernel skinny_kernel(const Product& product, const MatrixView& other, bool
 SkinnyKernel skinny_kernel(const Shrink& product, bool alone) { return skinny_kernel(product, product.a, alone); }
 SkinnyKernel skinny_kernel(const AdapterGrad& product) { return skinny_kernel(product, product.t, /*alone=*/false); }
 
+bool skinny_fits_sm80(const MatrixView& operand) { return has_sm80(operand) && skinny_supports(operand); }
+
 bool wants_b_transposed(const MatrixView& x) {
-  return x.is_cuda() && !(is_sm90(x) && skinny_sm90_supports(x)) && is_launch_bound(x);
+  return has_sm80(x) && !(is_sm90(x) && skinny_sm90_supports(x)) && is_launch_bound(x);
 }
 
 bool dt_db_is_faster(const MatrixView& dy, int64_t elements) {
@@ -65,6 +67,8 @@ GemmTiling::GemmTiling(int64_t m, int64_t n, int multiprocessors) {
 bool gemm_is_faster(const MatrixView& like, int64_t m, int64_t n) {
   return is_sm90(like) && GemmTiling(m, n, multiprocessors(like.get_device_index())).efficiency >= kGemmEfficiency;
 }
+
+void check_row_norm_fits(const RowNorm& norm) { check_has_sm80(norm.weight, "row_norm"); }
 
 bool row_norm_fits_sm90(const RowNorm& norm) {
   return !norm.fill && norm.weight.size(1) >= kRowNormSm90Columns && is_sm90(norm.weight) &&

@@ -31,6 +31,9 @@ constexpr int64_t kSkinnySm80Tokens = 1024, kSkinnySm80Ranks = 64, kSkinnySm90To
 SkinnyKernel skinny_kernel(const Shrink& product, bool alone = false);
 SkinnyKernel skinny_kernel(const AdapterGrad& product);
 
+// Whether the sm80 kernels run where this operand is, and support it.
+bool skinny_fits_sm80(const MatrixView& operand);
+
 // Whether the backward makes B contiguous by columns: the sm80 kernels read it so, sm90's either way.
 bool wants_b_transposed(const MatrixView& x);
 
@@ -69,6 +72,9 @@ constexpr double kGemmEfficiency = 0.75;
 bool gemm_is_faster(const MatrixView& like, int64_t m, int64_t n);
 
 // ---- DoRA's norms
+
+// An error where a GPU has no kernel for norms.
+void check_row_norm_fits(const RowNorm& norm);
 
 // The norms of a group from one read of each weight (sm90/row_norm.cu) are a launch more: from so many elements in all
 // on. scripts/check_row_norm.py, r=32: gate, up and down 192 -> 124 µs, 14336x4096 66 -> 54, 4096x4096 alone 27.7 ->

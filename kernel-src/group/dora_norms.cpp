@@ -24,6 +24,7 @@ void row_norms_cuda(const std::vector<RowNorm>& norms) {
   int64_t elements = 0;
   for (const RowNorm& of : norms) {
     check_row_norm(of.weight, of.a, of.b, /*cuda=*/true);
+    dispatch::check_row_norm_fits(of);
     if (of.magnitude) check_mag_norm_scale(*of.magnitude, of.norm, /*cuda=*/true);
     const bool fits = dispatch::row_norm_fits_sm90(of);
     if (fits) elements += of.weight.numel();
@@ -37,17 +38,14 @@ void row_norms_cuda(const std::vector<RowNorm>& norms) {
 
 namespace {
 
-void copy(const Tensor& to, const Tensor& from) { TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0)); }
-
 void row_norms(const std::vector<RowNorm>& norms) {
 #if defined(CUDA_KERNEL)
   if (!norms.empty() && norms[0].norm.is_cuda()) return row_norms_cuda(norms);
 #endif
   for (const RowNorm& of : norms) {
     if (of.fill) of.fill();
-    const Tensor norm = of.norm, scale = *of.mag_norm_scale;
-    copy(norm, row_norm_cpu(of.weight, of.a, of.b, of.scaling));
-    copy(scale, mag_norm_scale_cpu(*of.magnitude, norm));
+    row_norm_cpu(of.weight, of.a, of.b, of.scaling, of.norm);
+    mag_norm_scale_cpu(*of.magnitude, of.norm, *of.mag_norm_scale);
   }
 }
 

@@ -14,7 +14,7 @@ void cast_all(const std::vector<Cast>& casts) {
       fused.push_back(cast);
     else if (cast.lo)
       lo_cpu(cast);
-    else
+    else if (cast.transposed || !copy_small(cast.to, cast.from))
       TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(cast.to.tensor().get(), cast.from.tensor().get(), 0));
   }
 #if defined(CUDA_KERNEL)

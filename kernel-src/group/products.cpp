@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
 
 #if defined(CUDA_KERNEL)
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
@@ -37,20 +36,10 @@ Tensor as(ScalarType dtype, const MatrixView& m) {
   return copy;
 }
 
-// Up to so many elements torch copies on one thread as well.
-constexpr int64_t kFillElements = 32768;
-
-// The bias [N] in every row of a small out on the CPU: what addmm begins with, by an iterator that takes 1 µs, and 3
-// where caches are cold.
+// The bias [N] in every row of a small out, which addmm begins with.
 bool fill_rows(const MatrixView& out, const Tensor& bias) {
-  const int64_t rows = out.size(0), cols = out.size(1);
-  if (out.is_cuda() || rows * cols > kFillElements || out.stride(1) != 1 || bias.dim() != 1 || bias.size(0) != cols ||
-      bias.stride(0) != 1 || bias.scalar_type() != out.scalar_type())
-    return false;
-  const auto size = static_cast<int64_t>(bias.element_size());
-  auto* to = static_cast<char*>(out.mutable_data_ptr());
-  for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i * out.stride(0) * size, bias.const_data_ptr(), cols * size);
-  return true;
+  if (bias.dim() != 1 || bias.size(0) != out.size(1)) return false;
+  return copy_small(out, {bias, out.size(0), out.size(1), /*row_stride=*/0, bias.stride(0)});
 }
 
 #if defined(CUDA_KERNEL)

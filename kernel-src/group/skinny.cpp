@@ -22,7 +22,7 @@ Adapters::Layout layout_of_b(const MatrixView& x) {
 bool is_skinny(std::initializer_list<const MatrixView*> operands) {
 #if defined(CUDA_KERNEL)
   for (const MatrixView* operand : operands)
-    if (!operand->is_cuda() || !skinny_supports(*operand)) return false;
+    if (!dispatch::skinny_fits_sm80(*operand)) return false;
   return true;
 #else
   return false;

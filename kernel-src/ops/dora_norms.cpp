@@ -23,15 +23,16 @@ std::tuple<lora_fused::Tensors, lora_fused::Tensors> dora_scales(
 
 torch::stable::Tensor row_norm(const torch::stable::Tensor& weight, const torch::stable::Tensor& lora_a,
                                const torch::stable::Tensor& lora_b, double scaling) {
+  const lora_fused::OnDevice device(weight);
+  const auto norm = lora_fused::empty(weight, {weight.dim() > 0 ? weight.size(0) : 1}, lora_fused::ScalarType::Float);
 #if defined(CUDA_KERNEL)
   if (weight.is_cuda() || lora_a.is_cuda() || lora_b.is_cuda()) {
-    const lora_fused::OnDevice device(weight);
-    const auto norm = lora_fused::empty(weight, {weight.dim() > 0 ? weight.size(0) : 1}, lora_fused::ScalarType::Float);
     lora_fused::row_norms_cuda({{weight, lora_a, lora_b, norm, scaling}});
     return norm;
   }
 #endif
-  return lora_fused::row_norm_cpu(weight, lora_a, lora_b, scaling);
+  lora_fused::row_norm_cpu(weight, lora_a, lora_b, scaling, norm);
+  return norm;
 }
 
 torch::stable::Tensor mag_norm_scale(const torch::stable::Tensor& magnitude, const torch::stable::Tensor& norm) {
@@ -41,5 +42,7 @@ torch::stable::Tensor mag_norm_scale(const torch::stable::Tensor& magnitude, con
     return lora_fused::mag_norm_scale_cuda(magnitude, norm);
   }
 #endif
-  return lora_fused::mag_norm_scale_cpu(magnitude, norm);
+  const auto out = lora_fused::empty(norm, {norm.numel()}, norm.scalar_type());
+  lora_fused::mag_norm_scale_cpu(magnitude, norm, out);
+  return out;
 }

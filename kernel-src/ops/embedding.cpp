@@ -9,6 +9,7 @@
 
 #include "../../torch-ext/torch_binding.h"
 #include "../common/tensors.h"
+#include "../dispatch/architecture.h"
 
 using namespace lora_fused;
 
@@ -36,6 +37,7 @@ void check_table(const Tensor& weight) {
 }
 
 void check_embedding(const Embedding& e) {
+  dispatch::check_has_sm80(e.weight, "embedding");
   check(e.ids, "ids", e.weight);
   check(e.weight, "weight", e.weight);
   check(e.lora_a, "lora_a", e.weight);
@@ -114,6 +116,7 @@ Tensors column_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tenso
   STD_TORCH_CHECK(lora_a.size(0) >= 1 && lora_a.size(0) <= kMostColumnNormRanks, "lora_a: expected a rank of 1 to ",
                   kMostColumnNormRanks, ", got ", lora_a.size(0));
   const auto dtype = lora_a.scalar_type();
+  dispatch::check_has_sm80(weight, "column_norm");
   check_table(weight);
   STD_TORCH_CHECK((dtype == weight.scalar_type() || dtype == ScalarType::Float) && lora_b.scalar_type() == dtype,
                   "lora_a, lora_b: expected one dtype, float32 or that of weight");

@@ -44,6 +44,7 @@ void skinny_cuda(Tensors x, Tensors other, Tensors out, double scaling, bool by_
                             p >= 0.0 && p <= 1.0),
                   "skinny: expected a seed in int64 with one element, and p from 0 to 1");
   STD_TORCH_CHECK(bf16x3 >= 0 && (sm90 || bf16x3 == 0), "skinny: bf16x3 on sm90 alone");
+  dispatch::check_has_sm80(x[0], "skinny");
   const int64_t operands = bf16x3 > 0 ? 2 : 1, splits = bf16x3 > 0 && !by_columns ? 3 : 1;
   const std::optional<Dropped> mask = seed ? std::optional<Dropped>({*seed, p}) : std::nullopt;
   const bool has_sm90 = dispatch::is_sm90(x[0]);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from helpers.native_ops import flat_on, operands_of, projections_of
@@ -85,6 +87,7 @@ def assert_same(ours, truth, tolerance):
 
 def run_by_inductor(lora_fused, group, **options):
     """Three siblings: (siblings, calls a direction and draws in Inductor's code, results)."""
+    importlib.import_module(f"{lora_fused.__name__}.compiled.inductor").register()  # as the first layer that is traced
     from torch._inductor.utils import run_and_get_code
 
     siblings = Siblings(lora_fused, group)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import layers
+from .backends import native
 from .environment import versions
 from .peft import (
     embedding as peft_embedding,
@@ -20,7 +21,8 @@ from .peft import (
 )
 from .specs import Fallback
 
-_DEVICES = ("cpu", "cuda")
+# As `kernels` names them. Native ops know no tensor of another device.
+_DEVICES = ("cpu", "cuda") if native.available else ("cpu", "rocm", "xpu")
 _CLASS_ATTRIBUTES = ("kernel_layer_name", "kernel_condition")
 
 

@@ -97,6 +97,7 @@ __device__ __forceinline__ void add_slab(Sums<S>& sums, uint32_t w_tile, int sla
 
 template <typename W, typename P, typename S, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(const Args p) {
+#if __CUDA_ARCH__ >= 800
   using A = typename S::A;
   constexpr int kSteps = Sums<S>::kSteps;
   extern __shared__ __align__(128) char smem[];
@@ -160,6 +161,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_norm_fwd_kernel(cons
   __syncthreads();
   for (int at = threadIdx.x; at < S::kCols && col0 + at < p.h; at += kThreads)
     p.partial[int64_t{blockIdx.y} * p.h + col0 + at] = fmaf(2.0f * p.scaling, cross_of[at], squares_of[at]);
+#endif
 }
 
 }  // namespace column_norm

@@ -229,6 +229,7 @@ template <typename T>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
     products_bwd_kernel(const T* __restrict__ dy, const RowsArgs rows, int rows_blocks, const ColumnsArgs columns,
                         int columns_blocks, char* __restrict__ da, int64_t bytes, const Args p) {
+#if __CUDA_ARCH__ >= 800
   __shared__ __align__(128) char smem[kBackwardBytes];
   int block = blockIdx.x;
   if (block < rows_blocks) return rows_grad(smem, block, rows, dy, p);
@@ -239,6 +240,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
   const int64_t at = int64_t{block} * kBackwardThreads + threadIdx.x;
   for (int64_t i = at; i < bytes / 16; i += step) reinterpret_cast<uint4*>(da)[i] = uint4{0, 0, 0, 0};
   for (int64_t i = bytes / 16 * 16 + at; i < bytes; i += step) da[i] = 0;
+#endif
 }
 
 struct FinishArgs {

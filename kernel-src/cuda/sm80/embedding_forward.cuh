@@ -164,6 +164,7 @@ __device__ __forceinline__ void store_y(T* __restrict__ y, const Args& p, const 
 template <typename T, typename P, typename Block>
 __global__ void __launch_bounds__(Block::kThreads)
     gather_add_fwd_kernel(T* __restrict__ y, float* __restrict__ rows, int steps, const Args p) {
+#if __CUDA_ARCH__ >= 800
   using B = ForwardB<P>;
   extern __shared__ __align__(16) char memory[];
   auto& shared = *reinterpret_cast<typename Block::Shared*>(memory);
@@ -207,6 +208,7 @@ __global__ void __launch_bounds__(Block::kThreads)
     fetch_w<Block>(shared, p, count, col, step + Block::kAhead);
     if (col < p.h) store_y(y, p, at, start, col, base, c, {on_base, on_delta});
   }
+#endif
 }
 
 }  // namespace embedding

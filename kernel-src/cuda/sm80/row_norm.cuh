@@ -296,6 +296,7 @@ __device__ __forceinline__ void store_row_sums(float* partial, float (&row_sums)
 // either the block or the row block grows by one.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) row_norm_fwd_kernel(const RowNormArgs p) {
+#if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(128) char smem[];
   __shared__ float row_sums[2][kRows];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -351,6 +352,7 @@ __global__ void __launch_bounds__(kThreads, 2) row_norm_fwd_kernel(const RowNorm
     }
     store_row_sums(p.partial + (blockIdx.x + row_block) * kRows, row_sums, sums, warp_row, warp_col);
   }
+#endif
 }
 
 }  // namespace lora_fused

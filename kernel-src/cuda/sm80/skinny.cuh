@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps > 8   ? 1
                                                : kTiles > 4 ? 2
                                                             : 3)
     shrink_fwd_kernel(const __grid_constant__ Arguments<T> args) {
+#if __CUDA_ARCH__ >= 800
   __shared__ float shared[kWarps][16][8 * kTiles];
   const Entry<T>& e = args.entry[blockIdx.y];
   const int first_rank = blockIdx.z * 8 * kTiles;
@@ -115,6 +116,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps > 8   ? 1
     if (at < args.rows && first_rank + rank < e.ranks)
       static_cast<T*>(e.out)[at * e.t_stride + first_rank + rank] = narrow<T, float>(total * e.scaling);
   }
+#endif
 }
 
 constexpr int kGradCols = 32, kGradRanks = 32, kGradRows = 32;  // of a block; of a warp's step
@@ -124,6 +126,7 @@ constexpr int kGradPitch = kGradCols + 8;                       // elements of a
 // in shared memory, from which ldmatrix transposes both operands.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 3) adapter_grad_bwd_kernel(const __grid_constant__ Arguments<T> args) {
+#if __CUDA_ARCH__ >= 800
   union Shared {
     T stage[kWarps][2][kGradRows][kGradPitch];
     float sums[kWarps][kGradRanks][kGradCols + 1];
@@ -206,6 +209,7 @@ __global__ void __launch_bounds__(kThreads, 3) adapter_grad_bwd_kernel(const __g
     else
       static_cast<T*>(e.out)[place] = narrow<T, float>(total);
   }
+#endif
 }
 
 constexpr int kExpandRows = 64, kExpandCols = 64, kExpandPitch = kExpandCols + 8,
@@ -219,6 +223,7 @@ __host__ __device__ constexpr int padded_ranks(int ranks) { return (ranks + 31) 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 3)
     dropped_expand_add_bwd_kernel(const __grid_constant__ Arguments<T> args) {
+#if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) uint8_t storage[];
   T(*const as)[kExpandPitch] = reinterpret_cast<T(*)[kExpandPitch]>(storage);
   __shared__ uint64_t keys[kEntries];
@@ -291,6 +296,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       store(args.dx + (row + 8 * half) * cols + col, dx[half]);
     }
   }
+#endif
 }
 
 }  // namespace lora_fused::skinny

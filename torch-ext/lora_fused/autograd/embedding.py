@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backends import select
 from ..backends.reference import embedding as reference_embedding
-from ..call_context import without_autocast
+from ..call_context import new_tuple, without_autocast
 from ..specs import EmbeddingOperands, EmbeddingSpec
 from .once_differentiable import once_differentiable
 
@@ -39,8 +39,8 @@ class LoraEmbeddingFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, spec: EmbeddingSpec, ids: Tensor, *tensors: Tensor | None):
-        table = EmbeddingOperands(*tensors)
-        needs = EmbeddingOperands(*ctx.needs_input_grad[2:])
+        table = new_tuple(EmbeddingOperands, tensors)
+        needs = new_tuple(EmbeddingOperands, ctx.needs_input_grad[2:])
         with without_autocast(table.weight):
             y, *kept = forward_embedding(ids, table, spec, bool(needs.lora_b or needs.magnitude))
         ctx.spec = spec
@@ -51,7 +51,8 @@ class LoraEmbeddingFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):
         ids, rows, norm, mag_norm_scale, *tensors = ctx.saved_tensors
-        spec, table, needs = ctx.spec, EmbeddingOperands(*tensors), EmbeddingOperands(*ctx.needs_input_grad[2:])
+        spec, table = ctx.spec, new_tuple(EmbeddingOperands, tensors)
+        needs = new_tuple(EmbeddingOperands, ctx.needs_input_grad[2:])
         dw = None
         with without_autocast(dy):
             da, db, dm = _gradients(dy, ids, rows, table, spec, mag_norm_scale, norm, needs)

@@ -59,25 +59,25 @@ class LoraExpertsFunction(torch.autograd.Function):
         up, down = _weights(tensors, spec)
         with without_autocast(x):
             rows = select.sort_rows(index, up, down, spec.leaves_out)
-            products = select.make_products(rows, up, down, trains=True)
+            products = select.make_products(rows, up, trains=True)
             out, kept = forward_experts(spec, products, x, routing, up, down)
-        ctx.spec, ctx.dtype = spec, x.dtype
+        ctx.spec, ctx.dtype, ctx.backend = spec, x.dtype, rows.backend
         where = rows.order, rows.ends, rows.place, rows.tiles
-        ctx.save_for_backward(*where, routing, *kept[:4], *kept.up, *kept.down, *tensors)
+        ctx.save_for_backward(*where, index, routing, *kept[:4], *kept.up, *kept.down, *tensors)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
-        order, ends, place, tiles, routing, *rest = ctx.saved_tensors
+        order, ends, place, tiles, index, routing, *rest = ctx.saved_tensors
         (x, z, t1, t2), tensors = rest[:4], rest[8:]
         kept = Kept(x, z, t1, t2, Factors(*rest[4:6]), Factors(*rest[6:8]))
         up, down = _weights(tensors, ctx.spec)
         tokens, per_token = routing.shape
-        rows = Rows(order, ends, tokens, per_token, ctx.spec.leaves_out, place, tiles)
+        rows = Rows(order, ends, tokens, per_token, ctx.spec.leaves_out, place, tiles, ctx.backend)
         with without_autocast(dout):
-            products = select.make_products(rows, up, down, trains=True)
-            step = _Backward(ctx.spec, products, routing, kept, ctx.needs_input_grad)
+            products = select.make_products(rows, up, trains=True)
+            step = _Backward(ctx.spec, products, (index, routing), kept, ctx.needs_input_grad)
             dz, drouting, of_down = step.second(dout.to(kept.x.dtype), down)
             dx, of_up = step.first(dz, up) if dz is not None else (None, (None,) * TENSORS_PER_PRODUCT)
         return None, None, None if dx is None else dx.to(ctx.dtype), drouting, *of_up, *of_down
@@ -94,8 +94,9 @@ def _weights(tensors, spec: ExpertsSpec) -> tuple[ExpertWeights, ExpertWeights]:
 class _Backward:
     """The two halves of a backward, from the output to the gate and from there to x."""
 
-    def __init__(self, spec: ExpertsSpec, products: Products, routing: Tensor, kept: Kept, needs):
-        self.spec, self.products, self.routing, self.kept = spec, products, routing, kept
+    def __init__(self, spec: ExpertsSpec, products: Products, choices: tuple[Tensor, Tensor], kept: Kept, needs):
+        self.spec, self.products, self.kept = spec, products, kept
+        self.index, self.routing = choices
         self.needs_x, self.needs_routing = needs[2:4]
         self.needs_up, self.needs_down = needs[4 : 4 + TENSORS_PER_PRODUCT], needs[4 + TENSORS_PER_PRODUCT :]
 
@@ -118,11 +119,19 @@ class _Backward:
 
     def _routing_gradient(self, dout: Tensor, dots: Tensor, down: ExpertWeights) -> Tensor:
         """<dout, y> of every choice: <dh', h>, which is <dout, h W2ᵀ + t2 (s2·B2)ᵀ>, and <dout, b2>."""
-        rows = self.products.rows
         if down.bias is not None:
-            by_expert = dout.to(dots.dtype) @ down.bias.to(dots.dtype).t()
-            dots = dots + rows.by_choice(by_expert[rows.token(), rows.expert()])
+            dots = dots + self._bias_dots(dout, down.bias, dots.dtype)
         return dots.to(self.routing.dtype)
+
+    def _bias_dots(self, dout: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """[T, k]: <dout, b2> of every choice, zero where that is of no expert."""
+        wide = dout.is_cuda and dout.dtype in (torch.bfloat16, torch.float16)
+        left, right = (dout, bias.t()) if wide else (dout.to(dtype), bias.to(dtype).t())
+        by_expert = torch.mm(left, right, out_dtype=dtype) if wide else left @ right
+        if not (self.spec.leaves_out or self.index.is_cpu):
+            return by_expert.gather(1, self.index.long())
+        inside = self.index < len(bias)
+        return by_expert.gather(1, torch.where(inside, self.index, 0).long()).masked_fill_(~inside, 0.0)
 
     def first(self, dz: Tensor, up: ExpertWeights):
         """(dx or None, gradients of `up`)."""

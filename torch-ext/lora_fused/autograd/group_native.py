@@ -17,12 +17,14 @@ from torch import Tensor
 
 from .. import quantization
 from ..backends import native, select
+from ..call_context import new_tuple
 from ..specs import NativePath, Projection
 from . import separate_backward
 from .direct_apply import apply_of
 from .once_differentiable import once_differentiable
 
 _NEED_A, _NEED_B, _NEED_BIAS, _NEED_MAGNITUDE = 1, 2, 4, 8
+_NOT_NATIVE, _NATIVE = NativePath(False), NativePath(True)
 
 
 def native_path(
@@ -32,29 +34,31 @@ def native_path(
     in it too or exactly. Exactly on a GPU, of DoRA without dropout, and not in float16, which has not the range for
     what the gradients of float32 adapters hold. Nor has it the range for DoRA's value before the mag_norm_scale, nor
     for s·b_B alone where s is beyond 1."""
+    if not native.available:
+        return NativePath(False)
     bf16x3, half = False, dtype == torch.float16
     for operands, scaling, spec in projections:
         weight, bias, lora_a, lora_b, lora_bias, magnitude = operands[:6]
         if half and (magnitude is not None or (lora_bias is not None and not -1.0 <= scaling <= 1.0)):
-            return NativePath(False)
+            return _NOT_NATIVE
         quantized = spec.quantized
         if quantized is not None and getattr(quantized, "native_format", None) is None:
-            return NativePath(False)
+            return _NOT_NATIVE
         stored = weight.dtype if quantized is None else quantized.dtype
         if stored != dtype or (quantized is None and weight.requires_grad):
-            return NativePath(False)
+            return _NOT_NATIVE
         if bias is not None and bias.dtype != dtype:
-            return NativePath(False)
+            return _NOT_NATIVE
         if lora_a is None or lora_dtype == dtype or lora_a.dtype == lora_b.dtype == dtype:
             continue
         if lora_dtype is not None or dtype != torch.bfloat16 or not lora_a.dtype == lora_b.dtype == torch.float32:
-            return NativePath(False)
+            return _NOT_NATIVE
         bf16x3 = True
     if bf16x3 and (
         not is_cuda or any([p.spec.dropout > 0.0 and p.operands.magnitude is not None for p in projections])
     ):
-        return NativePath(False)
-    return NativePath(True, bf16x3)
+        return _NOT_NATIVE
+    return NativePath(True, True) if bf16x3 else _NATIVE
 
 
 _Dtypes = tuple[torch.dtype | None, ...]
@@ -118,7 +122,7 @@ def prepare(projections: Sequence[Projection], bf16x3: bool) -> Prepared:
             need |= _NEED_B
             trained.append(lora_b)
         if bias is not None or lora_bias is not None or magnitude is not None:
-            need, of_vectors = _with_vectors(need, (bias, lora_bias, magnitude), trained)
+            need, of_vectors = _with_vectors(need, bias, lora_bias, magnitude, trained)
             if lora_bias is not None:
                 bias = _whole_bias(projection)
             if magnitude is None:
@@ -139,23 +143,28 @@ def prepare(projections: Sequence[Projection], bf16x3: bool) -> Prepared:
     numbers = _pack(projections, operands) if is_quantized else None
     kept = _of_backward(projections, operands, unread, elsewhere) if unread or made or elsewhere else operands
     has_vectors = max(needs) >= _NEED_BIAS
-    arguments = OpArguments(
-        scalings, dropouts if drops else None, numbers, bf16x3, needs, vectors if has_vectors else None, made
+    arguments = new_tuple(
+        OpArguments,
+        (scalings, dropouts if drops else None, numbers, bf16x3, needs, vectors if has_vectors else None, made),
     )
-    return Prepared(operands, kept, arguments, trained)
+    return new_tuple(Prepared, (operands, kept, arguments, trained))
 
 
-def _with_vectors(need: int, vectors: tuple[Tensor | None, ...], trained: list[Tensor]) -> tuple[int, _Dtypes]:
-    """`need` with that of a projection's bias, lora_bias and magnitude, and the dtypes of those that are trained, which
-    `trained` gets."""
-    dtypes: list[torch.dtype | None] = []
-    for vector, bit in zip(vectors, (_NEED_BIAS, _NEED_BIAS, _NEED_MAGNITUDE)):
-        is_trained = vector is not None and vector.requires_grad
-        dtypes.append(vector.dtype if is_trained else None)
-        if is_trained:
-            need |= bit
-            trained.append(vector)
-    return need, tuple(dtypes)
+def _with_vectors(
+    need: int, bias: Tensor | None, lora_bias: Tensor | None, magnitude: Tensor | None, trained: list[Tensor]
+) -> tuple[int, _Dtypes]:
+    """`need` with that of a projection's vectors, and the dtypes of those that are trained, which `trained` gets."""
+    of_bias = of_lora_bias = of_magnitude = None
+    if bias is not None and bias.requires_grad:
+        need, of_bias = need | _NEED_BIAS, bias.dtype
+        trained.append(bias)
+    if lora_bias is not None and lora_bias.requires_grad:
+        need, of_lora_bias = need | _NEED_BIAS, lora_bias.dtype
+        trained.append(lora_bias)
+    if magnitude is not None and magnitude.requires_grad:
+        need, of_magnitude = need | _NEED_MAGNITUDE, magnitude.dtype
+        trained.append(magnitude)
+    return need, (of_bias, of_lora_bias, of_magnitude)
 
 
 def _pack(projections: Sequence[Projection], operands: list[Tensor | None]) -> list[int]:

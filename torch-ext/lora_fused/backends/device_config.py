@@ -25,7 +25,7 @@ class MeasuredTile(NamedTuple):
     """The fastest tile of a product with the LoRA term inside, as `triton.linear_expand.Tile` has it, for (M, N, K)."""
 
     shape: tuple[int, int, int]
-    tile: tuple[int, int, int, int, int]
+    tile: tuple[int, int, int, int, int] | None  # None: the library's product is faster
 
 
 class DeviceConfig(NamedTuple):
@@ -42,8 +42,8 @@ class DeviceConfig(NamedTuple):
     embedding_tokens: float = 8192
     embedding_up_to: float = math.inf
     linear_expand_tiles: tuple[MeasuredTile, ...] = ()  # none measured: the rule in `triton.linear_expand`
-    # Of `triton.grouped_linear`, by rows an expert, N and K of the first product. Experts go to Triton where some are
-    # here, elsewhere to torch's grouped products where those do not wait for the GPU.
+    # Of `triton.grouped_linear`, by rows an expert, N and K of the first product. Where none was measured, and where
+    # the nearest has no tile, experts go to torch's grouped products if those do not wait for the GPU.
     experts_tiles: tuple[MeasuredTile, ...] = ()
 
 
@@ -103,11 +103,12 @@ def _tile(path: Path, name: str, entry) -> MeasuredTile:
             raise ValueError(f"{path}: {name!r} holds {entry!r}, expected {key!r} of {count} positive integers")
         return tuple(values)
 
-    return MeasuredTile(sizes("shape", 3), sizes("tile", 5))
+    no_tile = name == "experts_tiles" and isinstance(entry, dict) and entry.get("tile", 0) is None
+    return MeasuredTile(sizes("shape", 3), None if no_tile else sizes("tile", 5))
 
 
 def nearest(tiles: tuple[MeasuredTile, ...], shape: tuple[int, int, int]) -> tuple[int, ...] | None:
-    """The tile measured nearest to (M, N, K) in powers of two; None where none was measured."""
+    """The tile measured nearest to (M, N, K) in powers of two; None where none was measured or it has none."""
 
     def distance(measured: MeasuredTile) -> float:
         return sum(math.log2(ours / theirs) ** 2 for ours, theirs in zip(measured.shape, shape))

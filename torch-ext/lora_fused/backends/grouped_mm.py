@@ -12,7 +12,7 @@ from torch import Tensor
 from .reference.grouped import Products, Rows
 
 _MULTIPLE = 8  # strides are multiples of 16 bytes
-_MAJORS = (9, 10)
+_MAJORS = () if torch.version.hip else (9, 10)
 _grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 

@@ -12,6 +12,9 @@ from torch import Tensor
 from .._ops import add_op_namespace_prefix, ops
 from ..specs import Mask
 from .native_errors import native_error
+from .values import with_values
+
+available = True  # `without_ops` has the other answer
 
 
 def _names(of: str) -> tuple[str, ...]:
@@ -69,17 +72,28 @@ is_architecture_forced = False  # by `set_architecture`
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Whose kernels run on `device`: "cpu", "sm80" for every GPU but Hopper, "sm90"
-    (kernel-src/dispatch/architecture.h)."""
+    """Whose kernels run on `device`: "cpu", "sm75" before compute capability 8.0, "sm80" for every later GPU but
+    Hopper, "sm90" (kernel-src/dispatch/architecture.h)."""
     return ops.architecture(torch.empty(0, device=device))
+
+
+# Whether a GPU of this process may be of "sm75": what is asked at every call, until `look_for_old_gpus` has answered.
+may_be_old = torch.version.cuda is not None
+
+
+def look_for_old_gpus() -> None:
+    """Without a context on any GPU. For a process that has one: torch starts CUDA here."""
+    global may_be_old
+    every = range(torch.cuda.device_count())
+    may_be_old = is_architecture_forced or any(torch.cuda.get_device_capability(i) < (8, 0) for i in every)
 
 
 def set_architecture(name: str) -> None:
     """From now on all GPUs of the process run the kernels of this architecture, "" for their own: for tests and
     benchmarks. An error says which are possible."""
-    global is_architecture_forced
+    global is_architecture_forced, may_be_old
     ops.set_architecture(name)
-    is_architecture_forced = name != ""
+    is_architecture_forced = may_be_old = name != ""
     architecture.cache_clear()
 
 
@@ -161,13 +175,8 @@ class GroupOperands(NamedTuple):
         return [m is not None or s is not None for m, s in zip(self.magnitudes, self.mag_norm_scales)]
 
 
-def when_traced() -> None:
-    """Called where the shapes that `lora_forward` gives are asked for, as compilers do; `compiled` takes its place."""
-
-
 @torch.library.register_fake(add_op_namespace_prefix("lora_forward"))
 def _lora_forward_fake(x, operands, scalings, seeds, dropouts, quantized, bf16x3):
-    when_traced()
     group = GroupOperands.of(operands, scalings)
     rows = x[..., 0].numel()
     ranks = sum(a.shape[0] for a in group.lora_a if a is not None)
@@ -279,17 +288,6 @@ for _name in (
 ):  # fmt: skip
     for _key in ("Autograd", "ADInplaceOrView"):
         _dispatch.impl(_name, torch.library.fallthrough_kernel, _key)
-
-
-def with_values(arg):
-    """An argument whose tensors hold their values in memory as they are: not negated by a bit, as z.conj().imag is, and
-    no zeros without memory. Lists and named tuples of them too."""
-    if isinstance(arg, Tensor):
-        return arg.clone() if arg._is_zerotensor() else arg.resolve_neg() if arg.is_neg() else arg
-    if isinstance(arg, (list, tuple)):
-        values = [with_values(each) for each in arg]
-        return type(arg)._make(values) if hasattr(arg, "_make") else values
-    return arg
 
 
 def _on_values(op):

@@ -21,7 +21,8 @@ def fits(table: EmbeddingOperands) -> bool:
     of 16-byte pieces, A and B of one dtype, a rank up to RANKS."""
     weight, lora_a, lora_b, _, _ = table
     return (
-        weight.is_cuda
+        native.available
+        and weight.is_cuda
         and weight.dtype in _HALVES
         and all(tensor is None or tensor.dtype in _DTYPES for tensor in table)
         and lora_a.dtype == lora_b.dtype

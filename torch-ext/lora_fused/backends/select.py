@@ -40,9 +40,10 @@ def triton_is_there() -> bool:
 
 
 def triton_takes(tensor: Tensor) -> bool:
-    """Whether a kernel can be launched on a tensor: not while torch.compile traces, when it has no memory. The graph
-    then has native ops, and torch's operations, which Inductor fuses."""
-    return type(tensor) in _WITH_MEMORY and triton_is_there()
+    """Whether Triton's kernels run on a tensor. Not while torch.compile traces, when it has no memory: the graph has
+    native ops, and torch's operations, which Inductor fuses."""
+    on_gpu = (tensor.is_cuda or tensor.is_xpu) and type(tensor) in _WITH_MEMORY
+    return on_gpu and triton_is_there() and not (native.may_be_old and is_old(tensor.device))
 
 
 def choose(device: torch.device, dtype: torch.dtype, path: NativePath, work: Callable[[], int]) -> str:
@@ -55,7 +56,8 @@ def choose(device: torch.device, dtype: torch.dtype, path: NativePath, work: Cal
     """
     if not is_gpu(device) or dtype not in _TRITON_DTYPES or path.bf16x3 or (path.native and is_hopper(device)):
         return NATIVE
-    return TRITON if work() >= device_config.of(device).linear_expand_from and triton_is_there() else NATIVE
+    large = work() >= device_config.of(device).linear_expand_from
+    return TRITON if large and triton_is_there() and not is_old(device) else NATIVE
 
 
 @functools.cache
@@ -66,6 +68,25 @@ def is_gpu(device: torch.device) -> bool:
 def is_hopper(device: torch.device) -> bool:
     """Whether the native ops run Hopper's kernels on `device`."""
     return native.architecture(device) == "sm90"
+
+
+def is_old(device: torch.device) -> bool:
+    """Whether `device` is a GPU before compute capability 8.0: own kernels there are passes over memory alone, products
+    the library's, and Triton's compiler is not asked."""
+    return native.may_be_old and device.type == "cuda" and native.architecture(device) == "sm75"
+
+
+def old_gpu_reason(x: Tensor, *dtypes: torch.dtype) -> str | None:
+    """Why nothing is computed here in one of these dtypes on x's GPU. Asked where `native.may_be_old`."""
+    if not x.is_cuda:
+        return None
+    if not is_old(x.device):
+        native.look_for_old_gpus()
+        return None
+    if torch.bfloat16 not in dtypes:
+        return None
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return f"GPU of compute capability {major}.{minor}: bfloat16 is computed from 8.0 on"
 
 
 def gemm_is_faster(x: Tensor, rows: int, outputs: int) -> bool:
@@ -97,14 +118,14 @@ def get(name: str) -> ModuleType:
 def pointwise(x: Tensor) -> ModuleType:
     """The module for passes over x that multiply no matrices: `gated`, `gated_backward`, `scale`,
     `scale_sum`."""
-    triton_can = x.is_cuda and x.dtype in _TRITON_DTYPES and triton_takes(x)
-    return get(TRITON if triton_can else REFERENCE)
+    return get(TRITON if x.dtype in _TRITON_DTYPES and triton_takes(x) else REFERENCE)
 
 
 def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """‖W + s·B·A‖ by row: the C++ or CUDA op, Triton for large ranks, in float32; float64 operands have
-    no kernel and stay exact."""
-    if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype):
+    no kernel and stay exact, and neither an old GPU nor a variant without native ops has one."""
+    exact = torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype)
+    if exact or not native.available or is_old(weight.device):
         return reference.row_norm(weight, lora_a, lora_b, scaling)
     if _row_norm_is_faster_in_triton(weight, lora_a.shape[0]):
         kernels = get(TRITON)
@@ -143,7 +164,13 @@ def norm_is_native(weight: Tensor, lora_a: Tensor, lora_b: Tensor, quantized: Qu
     """Whether the native ops make this norm, in a forward or together with others: of a weight in floating point that
     Triton does not take, or in a format that they read."""
     dtype = weight.dtype if quantized is None else quantized.dtype
-    if dtype == torch.float64 or lora_a.dtype == torch.float64 or lora_b.dtype == torch.float64:
+    if (
+        not native.available
+        or (native.may_be_old and is_old(weight.device))
+        or dtype == torch.float64
+        or lora_a.dtype == torch.float64
+        or lora_b.dtype == torch.float64
+    ):
         return False
     if quantized is not None:
         return getattr(quantized, "native_format", None) is not None
@@ -160,7 +187,9 @@ def _row_norm_is_faster_in_triton(weight: Tensor, rank: int) -> bool:
 
 def dequantize_4bit(operands: Operands, quantized: FourBit, first: int, out: Tensor) -> Tensor:
     """Elements [first, first + out.numel()) of a flat four-bit weight written to `out` (contiguous
-    float32, bfloat16 or float16): the C++ or CUDA op. first is even."""
+    float32, bfloat16 or float16): the C++ or CUDA op, Triton or torch without one. first is even."""
+    if not native.available:
+        return get(TRITON if triton_takes(out) else REFERENCE).dequantize_4bit(operands, quantized, first, out)
     weight, absmax = operands.weight, operands.absmax
     nested = operands.nested_absmax, operands.nested_code, operands.offset
     sizes = quantized.blocksize, quantized.nested_blocksize, quantized.fp4
@@ -176,6 +205,8 @@ def choose_embedding(table: EmbeddingOperands, tokens: int, compiled: bool = Fal
     """
     weight = table.weight
     if not weight.is_cuda or any(tensor is not None and tensor.dtype == torch.float64 for tensor in table):
+        return REFERENCE
+    if is_old(weight.device):
         return REFERENCE
     limits = device_config.of(weight.device)
     small = tokens <= limits.embedding_tokens and tokens * table.lora_b.numel() <= limits.embedding_up_to
@@ -210,34 +241,43 @@ def column_norm_and_scale(name: str, table: EmbeddingOperands, scaling: float) -
     return norm, native.mag_norm_scale(table.magnitude, norm)
 
 
-def choose_experts(up: ExpertWeights, down: ExpertWeights) -> str:
-    """Name of the backend for experts of these weights: Triton on a GPU where that was measured to be the faster, else
-    torch's grouped products where they do not wait for the GPU."""
+def choose_experts(up: ExpertWeights, down: ExpertWeights, choices: int) -> str:
+    """Name of the backend for so many choices of experts of these weights: Triton on a GPU where that was measured to
+    be the faster, else torch's grouped products where they do not wait for the GPU."""
     weight = up.weight
-    in_triton = weight.is_cuda and weight.dtype != torch.float64 and _is_at_least_ampere(weight.device)
-    in_triton = in_triton and triton_is_there()
-    if in_triton and device_config.of(weight.device).experts_tiles:
-        return TRITON
-    if grouped_mm.fits(up.weight) and grouped_mm.fits(down.weight):
-        return GROUPED
-    return TRITON if in_triton else REFERENCE
+    if not _is_for_triton(weight):
+        return GROUPED if grouped_mm.fits(weight) and grouped_mm.fits(down.weight) else REFERENCE
+    if grouped_mm.fits(weight) and grouped_mm.fits(down.weight):
+        experts, n, k = weight.shape
+        return TRITON if _experts_tile(weight.device, max(choices // experts - 1, 0).bit_length(), n, k) else GROUPED
+    return TRITON
+
+
+def _is_for_triton(weight: Tensor) -> bool:
+    return weight.is_cuda and weight.dtype != torch.float64 and not is_old(weight.device) and triton_is_there()
+
+
+@functools.cache
+def _experts_tile(device: torch.device, bits: int, n: int, k: int) -> tuple[int, ...] | None:
+    """The tile measured for about 2^bits rows an expert."""
+    return device_config.nearest(device_config.of(device).experts_tiles, (2**bits, n, k))
 
 
 def sort_rows(index: Tensor, up: ExpertWeights, down: ExpertWeights, leaves_out: bool) -> Rows:
-    """The rows of one call's `index` [T, k], for `make_products` of the same weights."""
-    kernels = _experts_kernels(choose_experts(up, down), index)
+    """The rows of one call's `index` [T, k], for the products of the backend that is chosen here."""
+    chosen = choose_experts(up, down, index.numel())
+    kernels = _experts_kernels(chosen, index)
     if index.numel() == 0 or kernels is None:
-        return Rows.sort(index, up.weight.shape[0], leaves_out)
-    return kernels.sort_rows(index, up.weight, leaves_out)
+        return Rows.sort(index, up.weight.shape[0], leaves_out)._replace(backend=chosen)
+    return kernels.sort_rows(index, up.weight, leaves_out)._replace(backend=chosen)
 
 
-def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bool) -> Products:
+def make_products(rows: Rows, up: ExpertWeights, trains: bool) -> Products:
     """The products of one call's rows; `trains` where a backward follows."""
-    chosen = choose_experts(up, down)
-    if rows.order.numel() == 0 or chosen == REFERENCE:
+    if rows.order.numel() == 0 or rows.backend == REFERENCE:
         return LoopedProducts(rows)
-    kernels = _experts_kernels(chosen, rows.order)
-    if chosen == TRITON:
+    kernels = _experts_kernels(rows.backend, rows.order)
+    if rows.backend == TRITON:
         return kernels.TritonProducts(rows, up.weight)
     few = not trains and rows.order.numel() < rows.ends.numel()
     return (grouped_mm.GroupedProducts if kernels is None else kernels.GroupedProductsWithPasses)(rows, few)
@@ -245,8 +285,9 @@ def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bo
 
 def few_rows(x: Tensor, index: Tensor, up: ExpertWeights, down: ExpertWeights, gate: AnyGate) -> Callable | None:
     """What computes experts for the few tokens of one call, without a backward, as `triton.few_rows` defines it; None
-    where `make_products` does."""
-    if choose_experts(up, down) != TRITON:
+    where `make_products` does. On a GPU where Triton's experts were measured it is ahead, whatever many tokens take."""
+    measured = _is_for_triton(up.weight) and device_config.of(up.weight.device).experts_tiles
+    if not measured and choose_experts(up, down, index.numel()) != TRITON:
         return None
     from .triton import few_rows
 
@@ -260,8 +301,3 @@ def _experts_kernels(chosen: str, index: Tensor) -> ModuleType | None:
     from .triton import experts
 
     return experts
-
-
-@functools.cache
-def _is_at_least_ampere(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= 8

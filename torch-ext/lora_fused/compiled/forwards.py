@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .. import last_call
 from ..call_context import FORWARD, CallContext
@@ -23,17 +24,24 @@ from . import ops
 _REPLACED = Fallback("a function that PEFT calls is replaced")
 
 
+def _unusual_reason() -> str | None:
+    """Who differentiates or records a traced call in a way for which there are no rules here. Dynamo guards each."""
+    if torch.compiler.is_exporting():
+        return "torch.export, whose graphs run without this library"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms the call"
+    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
+
+
 def begin() -> tuple[str | None, str | None]:
     """Why a linear's and an embedding's call that is traced now is PEFT's. Dynamo runs this and takes the result for a
     constant; what may change later is compared again where Dynamo guards it. It looks at all that a forward will ask
     for: Dynamo knows a dict as it was when it first met it."""
-    from . import inductor  # which imports torch._inductor, so where something is compiled alone
-
-    inductor.register()
     for module in last_call.note_trace():
         if last_call.is_of_kernel(module) and peft_gated_mlp.is_adapted(module):
             peft_gated_mlp.prepare_trace(module)
-    reasons = replaced.linear_reason(), replaced.embedding_reason()
+    unusual = _unusual_reason()
+    reasons = unusual or replaced.linear_reason(), unusual or replaced.embedding_reason()
     replaced.remember((*peft_linear.forwards(), *peft_embedding.forwards()))
     base_layer.remember_bases()
     return reasons
@@ -107,7 +115,7 @@ def gated_mlp(module: nn.Module, x: Tensor) -> Tensor | Fallback:
     operands: list[Tensor | None] = []
     scalings, dropouts, stored = [], [], []
     for of, scaling, spec in (*state.inputs, state.output):
-        operands += of
+        operands += list(of)
         scalings.append(scaling)
         dropouts.append(spec.dropout)
         stored += ops.packed(spec)

@@ -7,7 +7,7 @@ import functools
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.fx_passes import joint_graph
-from torch._inductor.pattern_matcher import CallFunctionVarArgs, register_graph_pattern
+from torch._inductor.pattern_matcher import CallFunctionVarArgs, Match, register_graph_pattern
 from torch.fx import Graph
 
 from .._ops import add_op_namespace_prefix
@@ -32,6 +32,10 @@ the_pass = MergeSiblings()
 def register() -> None:
     """From now on Inductor merges the calls of every graph, whatever its options."""
 
-    @register_graph_pattern(CallFunctionVarArgs(calls.FORWARD), pass_dict=joint_graph.patterns)
-    def merge_all(match, *args, **kwargs):
+    def is_first(match: Match) -> bool:
+        """Of a graph's calls: one match is for all."""
+        return match.output_node() is min(match.graph.find_nodes(op="call_function", target=calls.FORWARD))
+
+    @register_graph_pattern(CallFunctionVarArgs(calls.FORWARD), is_first, pass_dict=joint_graph.patterns)
+    def merge_all(match: Match, *_, **__) -> None:
         the_pass(match.graph)

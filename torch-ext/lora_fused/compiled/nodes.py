@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node, map_arg
 
@@ -58,12 +58,18 @@ def add_call(graph: Graph, like: Node, target: Any, args: tuple, kwargs: dict | 
     """A node that does what `like` did, or a part of it."""
     kwargs = dict(kwargs or {})
     values = map_arg(args, lambda each: each.meta["val"])
-    with detect_fake_mode(values) or detect_fake_mode(like.meta["val"]):
+    with torch.no_grad(), _fake_mode(like.meta["val"]):
         result = target(*values, **kwargs)
     node = _like(graph.call_function(target, args, kwargs), like, result)
     if "eager_input_vals" in like.meta:  # by which Inductor keeps the layouts that a custom op is given
         node.meta["eager_input_vals"] = (values, kwargs)
     return node
+
+
+def _fake_mode(value: Any) -> AbstractContextManager:
+    """In which a tensor has a shape and no memory, for ops that are given none."""
+    first = value[0] if isinstance(value, (list, tuple)) else value
+    return getattr(first, "fake_mode", nullcontext())
 
 
 def add_item(graph: Graph, like: Node, node: Node, place: int) -> Node:

@@ -25,6 +25,7 @@ from ..specs import (
     ProjectionSpec,
     Quantized,
 )
+from .options import register_pass
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of a weight before it was quantized
 _DENSE, _FOUR_BIT, _EIGHT_BIT = range(3)
@@ -64,6 +65,7 @@ def _projections(
     operands: _MaybeTensors, scalings: Sequence[_Scaling], dropouts: Sequence[float], stored: Sequence[int]
 ) -> tuple[Projection, ...]:
     """The projections of an op's arguments, `stored` NUMBERS of each."""
+    register_pass()
     found = []
     for i, (scaling, dropout) in enumerate(zip(scalings, dropouts)):
         of = Operands(*operands[OPERANDS_PER_PROJECTION * i : OPERANDS_PER_PROJECTION * (i + 1)])

@@ -44,7 +44,11 @@ def explain(model: nn.Module, rows: int = 8192, *, calls: Calls | None = None) -
         raise TypeError(f"calls: {type(calls).__name__}, expected what `with lora_fused.record() as calls` gives")
     table = read(model, rows, calls)
     if not table:
-        warnings.warn("lora_fused: the model has no PEFT LoRA modules, nothing is fused", stacklevel=2)
+        warnings.warn(
+            f"lora_fused: {type(model).__name__} has no PEFT LoRA modules, nothing is fused; adapt it first: "
+            "get_peft_model(model, LoraConfig(...))",
+            stacklevel=2,
+        )
     elif not any(row.fused for row in table):
         warnings.warn(
             f"lora_fused: none of the {len(table)} LoRA modules is fused; {table[0].module}: {table[0].reason}",

@@ -26,6 +26,7 @@ from .recorder import Calls
 from .table import FUSED, Row
 
 FUSED_DELTA = "fused delta"  # in place of a backend
+_ROWS_AN_EXPERT = 128  # for which `explain` says the backend; a call may have others
 BETWEEN_CALLS = "between calls; FSDP gathers it for a call, whose own state decides"
 UNSEEN = "after the first pass"  # in place of a group
 COMPILED = "compiled"  # beside the backend of what a graph of torch.compile holds
@@ -171,7 +172,7 @@ class Model:
             return _unfused(row, EXPERTS_COMPILED)
         wrappers = reversed(peft_experts.chain_of(outermost)[0])
         group = "+".join(wrapper.parameter_name for wrapper in wrappers)
-        backend = select.choose_experts(state.up, state.down)
+        backend = select.choose_experts(state.up, state.down, _ROWS_AN_EXPERT * len(weight))
         return Row(row.module, layer.__name__, fused=True, backend=backend, group=group)
 
     def _group(self, module: nn.Module) -> str:
@@ -323,7 +324,8 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> str | None:
     if replaced.is_own(bound, module):
         return (
             "not kernelized: its class's own forward is bound to it, since it was pickled, or kernelized without a "
-            "layer of this kernel: there is none for devices other than cpu and cuda, or before register_peft_layers()"
+            "layer of this kernel: there is none for devices that this variant is not built for, or before "
+            "register_peft_layers()"
         )
     if getattr(forward, "__qualname__", None) == layer.forward.__qualname__:
         return f"kernelized by another build of this kernel, {forward.__module__.rpartition('.')[0]}"

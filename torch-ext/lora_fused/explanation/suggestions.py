@@ -34,6 +34,7 @@ SUGGESTIONS = (
     (r"not quantized yet|meta device", "load the weights or move the model to its device first"),
     (r"sharded", "under FSDP each call decides: run a step and look at what the last call ran"),
     (r"without autocast|adapter dtypes differ|two dtypes differ", "one dtype for x and base, or torch.autocast"),
+    (r"^GPU of compute capability", "float16 or float32 for the model, quantized weights and autocast, on this GPU"),
     (r"broken blocks|no kernel for", "run it on a CUDA GPU"),
     (r"base layer's own forward", "nothing to do: the base's format is its library's, the delta is fused"),
     (r"^scaling", "scaling = a Python float, as PEFT sets it"),

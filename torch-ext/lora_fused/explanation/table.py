@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .. import last_call
+from ..backends import native
 from .folding import fold, without_prefix
 from .suggestions import suggestion_for
 
@@ -73,7 +74,12 @@ class Explanation(Sequence[Row]):
         self, pattern: str = "*", *, fused: bool | None = None, backend: str | None = None, reason: str | None = None
     ) -> Explanation:
         """The rows of modules whose name matches `pattern` (of fnmatch: `*.self_attn.*`), which are fused or not, whose
-        backend begins with `backend`, and whose notes contain `reason`."""
+        backend begins with `backend`, and whose notes contain `reason`. Raises TypeError for anything else."""
+        for name, value in (("pattern", pattern), ("backend", backend or ""), ("reason", reason or "")):
+            if not isinstance(value, str):
+                raise TypeError(f"{name}: {value!r}, expected a str")
+        if fused not in (None, True, False):
+            raise TypeError(f"fused: {fused!r}, expected True, False or None")
         return Explanation(
             [
                 row
@@ -118,6 +124,8 @@ class Explanation(Sequence[Row]):
         one Function."""
         found = self.to_dict()
         lines = [self._share()]
+        if not native.available:
+            lines.append("no native ops in this variant: products are torch's, passes over memory Triton's on a GPU")
         for each in found["reasons"]:
             lines.append(f"{each['modules']} x {each['reason']}")
             if each["suggestion"]:

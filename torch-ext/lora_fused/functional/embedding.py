@@ -8,7 +8,7 @@ from torch import Tensor
 from ..autograd.direct_apply import apply_of
 from ..autograd.embedding import LoraEmbeddingFunction, forward_embedding
 from ..backends import native_embedding, select
-from ..call_context import without_autocast
+from ..call_context import new_tuple, without_autocast
 from ..specs import EmbeddingOperands, EmbeddingSpec
 from .checks import check_number, check_tensor
 
@@ -82,7 +82,7 @@ def compute_embedding(
         table, scaling = table._replace(lora_b=table.lora_b * scaling.clone()), 1.0
     if backend is None:
         backend = select.choose_embedding(table, ids.numel())
-    spec = EmbeddingSpec(scaling, padding_idx, scale, backend)
+    spec = new_tuple(EmbeddingSpec, (scaling, padding_idx, scale, backend))
     if torch.is_grad_enabled():
         return _apply_to(ids)(spec, ids, *table)
     with without_autocast(table.weight):

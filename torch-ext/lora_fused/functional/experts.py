@@ -46,6 +46,9 @@ def lora_experts(
     CPU alone.
     Source: Hu et al. 2021, arXiv:2106.09685, equation 3; Shazeer et al. 2017, arXiv:1701.06538, equation 1.
     """
+    for name, weights in (("up", up), ("down", down)):
+        if not isinstance(weights, ExpertWeights):
+            raise TypeError(f"{name}: {type(weights).__name__}, expected ExpertWeights")
     _check_weights("up", up, up.weight)
     _check_weights("down", down, up.weight)
     for name, tensor in (("x", x), ("routing", routing)):
@@ -72,7 +75,7 @@ def compute_experts(
         few_rows = select.few_rows(x, index, up, down, gate)
         if few_rows is not None:
             return few_rows(x.to(up.weight.dtype), index, routing, up, down, gate).to(x.dtype)
-        products = select.make_products(select.sort_rows(index, up, down, leaves_out), up, down, trains=False)
+        products = select.make_products(select.sort_rows(index, up, down, leaves_out), up, trains=False)
         return forward_experts(spec, products, x, routing, up, down)[0]
 
 

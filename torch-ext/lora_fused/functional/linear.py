@@ -65,6 +65,8 @@ def lora_linear_group(
     check_tensor("x", x)
     if x.dim() < 1:
         raise ValueError(f"x: shape {tuple(x.shape)}, expected at least one dimension")
+    if not isinstance(projections, Sequence) or isinstance(projections, Projection):
+        raise TypeError(f"projections: {type(projections).__name__}, expected a list of Projections")
     if not projections:
         raise ValueError("projections: empty, expected at least one")
     for projection in projections:
@@ -93,6 +95,10 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> 
 
 def _check_projection(x: Tensor, projection: Projection) -> None:
     operands, spec = projection.operands, projection.spec
+    if not isinstance(operands, Operands):
+        raise TypeError(f"operands: {type(operands).__name__}, expected Operands")
+    if not isinstance(spec, ProjectionSpec):
+        raise TypeError(f"spec: {type(spec).__name__}, expected a ProjectionSpec")
     check_number("scaling", projection.scaling)
     if not isinstance(spec.dropout, (int, float)) or not 0.0 <= spec.dropout <= 1.0:
         raise ValueError(f"dropout: {spec.dropout!r}, expected a probability from 0 to 1")
@@ -118,7 +124,7 @@ def _check_dtypes(x: Tensor, projections: Sequence[Projection]) -> None:
 
 def _check_operands(operands: Operands, transposed: bool = False) -> None:
     for name, tensor in zip(Operands._fields, operands):
-        if tensor is not None:
+        if tensor is not None or name == "weight":
             check_tensor(name, tensor)
     weight, lora_a, lora_b = operands.weight, operands.lora_a, operands.lora_b
     if weight.dim() != 2:

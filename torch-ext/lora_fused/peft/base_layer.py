@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..call_context import autocast_dtype, device_type
+from ..call_context import autocast_dtype, device_type, new_tuple
 from ..specs import EightBit, Fallback, FourBit, Operands, Quantized
 from . import replaced
 
 _is_traced = torch.compiler.is_dynamo_compiling
-PLAIN_TENSORS = (Tensor, nn.Parameter)
+PLAIN_TENSORS = (nn.Parameter, Tensor)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STRIDED, _META = torch.strided, torch.device("meta")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,12 +39,15 @@ _OWN_FORWARD = (
 )
 
 
+_NO_SCALES = (None, None, None, None)
+
+
 class Base(NamedTuple):
     """The product of a base layer: its weight and bias as `Operands` has them, the shape [N, K] of the weight.
 
     compute: dtype of the product where the layer has one of its own; its result is cast back to x's.
     own_forward: why the layer's own forward computes the product; the weight may then be None.
-    scales: of a quantized weight, `Operands` from absmax on.
+    scales: `Operands` from absmax on.
     """
 
     weight: Tensor | None
@@ -53,7 +56,7 @@ class Base(NamedTuple):
     quantized: Quantized | None = None
     compute: torch.dtype | None = None
     own_forward: str | None = None
-    scales: tuple[Tensor | None, ...] = ()
+    scales: tuple[Tensor | None, ...] = _NO_SCALES
 
 
 def tensor_of(layer: nn.Module, name: str) -> Tensor | None:
@@ -73,9 +76,11 @@ def unread(error: Exception) -> Fallback:
 def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Base | Fallback:
     """What a base layer computes now; `opaque` where the LoRA layer is one for bases of a kind of its own."""
     if type(base) is nn.Linear and not transposed:  # nearly all, past what others ask
+        state = base.__dict__
         weight = tensor_of(base, "weight")
         if type(weight) in PLAIN_TENSORS:
-            return Base(weight, tensor_of(base, "bias"), (base.out_features, base.in_features))
+            shape = (state["out_features"], state["in_features"])
+            return new_tuple(Base, (weight, tensor_of(base, "bias"), shape, None, None, None, _NO_SCALES))
     found = _read(base, transposed, opaque)
     if type(base) is nn.Linear or isinstance(found, Fallback) or found.own_forward:
         return found
@@ -227,7 +232,7 @@ def _read_8bit(base: nn.Module) -> Base | Fallback:
     own_forward = f"base layer's own forward: {type(base).__name__}"
     if not known:
         return Base(None, bias, shape, own_forward=own_forward)
-    return Base(weight, bias, shape, EightBit(shape), own_forward=own_forward, scales=(absmax,))
+    return Base(weight, bias, shape, EightBit(shape), own_forward=own_forward, scales=(absmax, None, None, None))
 
 
 # Layers of quantized weights, as (module, name), and what reads one. Subclasses that leave the forward as it is are
@@ -249,10 +254,11 @@ def device_of(operands: Operands) -> torch.device:
 
 def tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> str | None:
     """Of all tensors, or of the adapter's alone where the weight is not floating-point numbers."""
-    weight, bias = operands[:2]
+    weight, bias, lora_a, lora_b, lora_bias, magnitude = operands[:6]
     dense = base.quantized is None and weight is not None
     device = device_of(operands)
-    for tensor in (weight if dense else None, None if base.own_forward else bias, *operands[2:6]):
+    own_bias = None if base.own_forward else bias
+    for tensor in (weight if dense else None, own_bias, lora_a, lora_b, lora_bias, magnitude):
         if tensor is not None and (
             type(tensor) not in PLAIN_TENSORS
             or tensor.layout is not STRIDED
@@ -266,7 +272,7 @@ def tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> s
         return "its tensors are on the meta device"
     if dense and weight.shape != (base.shape[::-1] if transposed else base.shape):
         return f"weight has shape {tuple(weight.shape)} (sharded or replaced)"
-    if bias is not None and base.own_forward is None and bias.shape != (base.shape[0],):
+    if own_bias is not None and bias.shape != (base.shape[0],):
         return f"bias has shape {tuple(bias.shape)}, which does not fit"
     return None
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..call_context import autocast_dtype
+from ..backends import native, select
+from ..call_context import autocast_dtype, new_tuple
 from ..specs import EmbeddingOperands, Fallback
 from . import replaced
-from .base_layer import tensor_of, unread
+from .base_layer import PLAIN_TENSORS, tensor_of, unread
 from .scaling import read_scaling
 
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
 _ID_DTYPES = (torch.int64, torch.int32)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Its forward puts a second table in place of some ids.
@@ -101,7 +101,7 @@ def _read_adapter(module: nn.Module, name: str) -> AdaptedTable | Fallback:
     own = 1.0 if type(base) is nn.Embedding else base.embed_scale
     scale, number = (own, 1.0) if isinstance(own, Tensor) else (None, float(own))
     a, b = modules["lora_embedding_A"]._parameters[name], modules["lora_embedding_B"]._parameters[name]
-    table = EmbeddingOperands(tensor_of(base, "weight"), a, b, magnitude, scale)
+    table = new_tuple(EmbeddingOperands, (tensor_of(base, "weight"), a, b, magnitude, scale))
     reason = _tensor_reason(table, (base.num_embeddings, base.embedding_dim))
     if reason:
         return Fallback(reason)
@@ -110,7 +110,7 @@ def _read_adapter(module: nn.Module, name: str) -> AdaptedTable | Fallback:
         scaling = read_scaling(scaling, b)
         if isinstance(scaling, Fallback):
             return scaling
-    return AdaptedTable(table, scaling, base.padding_idx, number)
+    return new_tuple(AdaptedTable, (table, scaling, base.padding_idx, number))
 
 
 def forwards() -> tuple[type, ...]:
@@ -159,7 +159,7 @@ def _tensor_reason(table: EmbeddingOperands, shape: tuple[int, int]) -> str | No
     for name, tensor in zip(EmbeddingOperands._fields, table):
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN_TENSORS and not (name == "scale" and isinstance(tensor, nn.Buffer)):
+        if type(tensor) not in PLAIN_TENSORS and not (name == "scale" and isinstance(tensor, nn.Buffer)):
             return f"{name} is a {type(tensor).__name__} (sharded or wrapped)"
         if tensor.layout is not torch.strided:
             return f"{name} has the layout {tensor.layout}"
@@ -190,6 +190,10 @@ def embedding_call_reason(adapted: AdaptedTable, ids: object, args: tuple, kwarg
         return f"ids are {'nested' if ids.is_nested else ids.layout}"
     if ids.device != table.weight.device:
         return f"ids are on {ids.device}, the base weight on {table.weight.device}"
+    if native.may_be_old:
+        reason = select.old_gpu_reason(ids, *(tensor.dtype for tensor in table if tensor is not None))
+        if reason:
+            return reason
     if autocast_dtype(ids) is not None:
         double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in table)
         return "autocast with float64" if double else None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import last_call
+from ..backends import native, select
 from ..call_context import autocast_dtype
 from ..specs import AnyGate, ExpertWeights, Fallback
 from . import replaced as replacements
@@ -46,11 +47,13 @@ class AdaptedExperts(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """One parameter's active adapter: the factors of delta[e] = s · left[e] right[e]."""
+    """One parameter's active adapter by expert, A [E, R, p] and B [E, q, R]. swapped: whether delta[e] is B[e] A[e],
+    and not the transpose."""
 
-    left: Tensor
-    right: Tensor
+    a: Tensor
+    b: Tensor
     scaling: float
+    swapped: bool
 
 
 @functools.cache
@@ -167,7 +170,7 @@ def _storage_reason(wrapper: nn.Module, base: nn.Module) -> str | None:
         return f"{type(base).__name__} has no parameter {name}: another tool has put it in between, or taken that out"
     if weight.dim() != 3:
         return f"{name} of {type(base).__name__} is no weight of experts: shape {tuple(weight.shape)}"
-    if str(weight.dtype).removeprefix("torch.") not in _FLOAT8:
+    if weight.dtype in DTYPES or str(weight.dtype).removeprefix("torch.") not in _FLOAT8:
         return None
     if not hasattr(base, f"{name}_scale_inv"):
         return f"{name} has dtype {weight.dtype}"
@@ -215,10 +218,10 @@ def _read_product(wrapper: nn.Module | None, base: nn.Module, name: str, form: F
     adapter = _read_adapter(wrapper, stored)
     if isinstance(adapter, str):
         return adapter
-    left, right = adapter.left, adapter.right
-    if form.transposed:
-        left, right = right.transpose(1, 2), left.transpose(1, 2)
-    return ExpertWeights(weight, bias, right, left, adapter.scaling)
+    a, b, scaling, swapped = adapter
+    if swapped == form.transposed:  # the delta of the weight [N, K] is (B A)ᵀ
+        a, b = b.transpose(1, 2), a.transpose(1, 2)
+    return ExpertWeights(weight, bias, a, b, scaling)
 
 
 def _read_adapter(wrapper: nn.Module, stored: Tensor) -> Adapter | str:
@@ -244,7 +247,7 @@ def _read_adapter(wrapper: nn.Module, stored: Tensor) -> Adapter | str:
         return scaling.reason
     if isinstance(scaling, Tensor):
         return "scaling is a tensor on a GPU"
-    swapped = getattr(wrapper, "_did_swap_in_out_features", False)
+    swapped = bool(getattr(wrapper, "_did_swap_in_out_features", False))
     p, q = stored.shape[2 if swapped else 1], stored.shape[1 if swapped else 2]
     rank = a.shape[0] // experts
     if (
@@ -257,10 +260,7 @@ def _read_adapter(wrapper: nn.Module, stored: Tensor) -> Adapter | str:
         return (
             f"lora_A of shape {tuple(a.shape)} and lora_B of {tuple(b.shape)} on a parameter of {tuple(stored.shape)}"
         )
-    by_expert = a.view(experts, rank, p), b.view(q, rank, experts).permute(2, 0, 1)
-    if swapped:
-        return Adapter(by_expert[1], by_expert[0], scaling)
-    return Adapter(by_expert[0].transpose(1, 2), by_expert[1].transpose(1, 2), scaling)
+    return Adapter(a.view(experts, rank, p), b.view(q, rank, experts).permute(2, 0, 1), scaling, swapped)
 
 
 def _tensor_reason(what: str, tensor: Tensor, like: Tensor) -> str | None:
@@ -301,7 +301,7 @@ def read_call(adapted: AdaptedExperts, x: Any, args: tuple, kwargs: dict) -> tup
         given = *args, *(kwargs[name] for name in named[len(args) :])
     if len(given) != 2:
         return Fallback(f"the call passes {len(given)} arguments besides x")
-    if adapted.up.weight.is_cuda and not on_gpu:
+    if not adapted.up.weight.is_cpu and not on_gpu:
         return Fallback(UNTRIED)
     reason = _tensors_reason(adapted, x, *given) or _values_reason(adapted, x, *given)
     if reason:
@@ -331,6 +331,12 @@ def _values_reason(adapted: AdaptedExperts, x: Tensor, index: Tensor, routing: T
     if index.dtype not in _INDEX_DTYPES or x.dtype not in DTYPES or routing.dtype not in DTYPES:
         return f"x is of {x.dtype}, the index of {index.dtype}, the routing weights of {routing.dtype}"
     auto = autocast_dtype(x)
+    if native.may_be_old:
+        tensors = (x, *adapted.up.tensors, *adapted.down.tensors)
+        computed = [tensor.dtype for tensor in tensors if tensor is not None] + ([] if auto is None else [auto])
+        reason = select.old_gpu_reason(x, *computed)
+        if reason:
+            return reason
     if adapted.form.implementation != GROUPED_MM and (auto or x.dtype) != weight.dtype:
         under = "" if auto is None else f" under autocast to {auto}"
         return f"x of {x.dtype} on experts of {weight.dtype}{under}"

@@ -27,6 +27,7 @@ _FORWARDS = {GROUPED_MM: "grouped_mm_experts_forward", "batched_mm": "batched_mm
 _LIMITS, _SLOPES = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")  # what gates call these attributes
 _EXPERTS, _SIZE = 3, 16  # of the copy
 _MOST_SEEN = 1024
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)  # no part of what a module computes
 
 
 class Form(NamedTuple):
@@ -63,7 +64,9 @@ def form_of(base: nn.Module) -> Form | str:
         return reason
     gate = cls._apply_gate if "_apply_gate" not in state else state["_apply_gate"]
     numbers = [
-        (name, value) for name, value in state.items() if type(value) in (int, float, bool) and name != "training"
+        (name, value)
+        for name, value in state.items()
+        if name not in _OF_EVERY_MODULE and type(value) in (int, float, bool)
     ]
     key = cls, cls.forward, gate, implementation, _key_of(activation), tuple(numbers)
     if key not in _seen:
@@ -81,10 +84,21 @@ def gate_function(base: nn.Module) -> Callable[[Tensor], Tensor]:
     return base._apply_gate if base.has_gate else base.act_fn
 
 
+# What was found genuine: of a class, its forward with the interface and the forward that this holds; of an
+# implementation, its function. Looked at again where one of them is another.
+_decorated: dict[type, tuple] = {}
+_implemented: dict[str, tuple] = {}
+
+
 def _decoration_reason(cls: type[Any]) -> str | None:
     """Why a class's forward is none that the decorator made and nobody replaced."""
     moe, forward = sys.modules.get(_MOE), cls.forward
     code = getattr(forward, "__code__", None)
+    known = _decorated.get(cls)
+    if known is not None and known[0] is forward and known[1] is code:
+        interface, original = forward.__closure__[0].cell_contents, forward.__closure__[1].cell_contents
+        if interface is known[2] and original is known[3] and original.__code__ is known[4]:
+            return None
     decorated = moe is not None and code is not None and code.co_filename == moe.__spec__.origin
     if not decorated or code.co_freevars != ("experts_interface", "original_forward"):
         return f"{cls.__name__} has no forward of transformers' use_experts_implementation"
@@ -94,6 +108,7 @@ def _decoration_reason(cls: type[Any]) -> str | None:
     owner = next(each for each in cls.__mro__ if "forward" in each.__dict__)
     if not replaced.is_defined_at(original, owner.__module__, f"{owner.__qualname__}.forward"):
         return f"{cls.__name__}.forward is replaced by {replaced.name_of(original)}"
+    _decorated[cls] = forward, code, interface, original, original.__code__
     return None
 
 
@@ -104,8 +119,12 @@ def _implementation_reason(implementation: str) -> str | None:
     if name is None:
         return f"experts implementation {implementation!r} is none of grouped_mm, batched_mm and eager"
     found = moe.ALL_EXPERTS_FUNCTIONS.get(implementation)
+    known, code = _implemented.get(implementation), getattr(found, "__code__", None)
+    if known is not None and known[0] is found is getattr(moe, name) and known[1] is code:
+        return None
     if found is not getattr(moe, name) or not replaced.is_defined_at(found, _MOE, name):
         return f"experts implementation {implementation!r} is replaced by {replaced.name_of(found)}"
+    _implemented[implementation] = found, code
     return None
 
 
@@ -121,7 +140,8 @@ def _activation_reason(activation: object) -> str | None:
             return reason
     if not isinstance(activation, nn.Module):
         return None
-    if any(parameter.requires_grad for parameter in activation.parameters()):
+    nested = activation._parameters or activation._modules
+    if nested and any(parameter.requires_grad for parameter in activation.parameters()):
         return "the activation has trained parameters"
     return replaced.bypass_reason(("the activation",), (activation,)) or replaced.module_reason(type(activation))
 
@@ -130,14 +150,9 @@ def _key_of(activation: object) -> object:
     """What an activation's values depend on, or the activation itself where it may be more than numbers."""
     if not isinstance(activation, nn.Module) or activation._parameters or activation._buffers or activation._modules:
         return activation
-    public = [
-        (name, value) for name, value in vars(activation).items() if not name.startswith("_") and name != "training"
-    ]
-    return (
-        (type(activation), *public)
-        if all(type(value) in (int, float, bool, str) for _, value in public)
-        else activation
-    )
+    public = [(name, value) for name, value in vars(activation).items() if name not in _OF_EVERY_MODULE]
+    numbers = not public or all(type(value) in (int, float, bool, str) for _, value in public)
+    return (type(activation), *public) if numbers else activation
 
 
 def _look_at(base: nn.Module, implementation: str) -> Form | str:

@@ -214,7 +214,7 @@ def _is_as_it_was(module: nn.Module, known: _Recognised) -> bool:
 def projections_of(module: nn.Module, structure: GatedMLP) -> tuple[nn.Module, ...]:
     """The modules of gate, up and down, or of the one that holds gate and up, and of down."""
     names = (structure.gate, structure.down) if structure.fused else (structure.gate, structure.up, structure.down)
-    return tuple(module._modules[name] for name in names)
+    return tuple([module._modules[name] for name in names])
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -250,43 +250,52 @@ def read_mlp(module: nn.Module, x: Tensor, call: CallContext, check_features: bo
         return structure
     if x.is_nested:
         return Fallback("x is nested")
-    names = structure.activation_modules
-    watched = replaced.bypass_reason(names, [module._modules[name] for name in names])
-    if watched:
-        return Fallback(watched)
-    for name in structure.dropouts:
-        reason = _dropping_reason(name, module._modules[name])
-        if reason:
-            return Fallback(reason)
+    reason = _between_reason(module, structure)
+    if reason:
+        return Fallback(reason)
     if structure.dtype is not None and (x.dtype != structure.dtype or call.autocast is not None):
         return Fallback(
             f"its forward asks for dtypes, and x has {x.dtype}, the weights {structure.dtype}, or autocast is on"
         )
     parts = projections_of(module, structure)
+    features = x.shape[-1] if check_features and x.dim() > 0 else None
     states: list[peft_linear.AdaptedLinear] = []
+    quantized = 0
     for part in parts:
         state = _read_part(part)
         if not isinstance(state, Fallback):
             # The last takes the product of the first ones' outputs, in x's dtype and on its device.
-            given = check_features and part is not parts[-1] and x.dim() > 0
-            features = x.shape[-1] if given else None
-            state = _fallback_for(state, x, call, features, check_features) or state
+            given = None if part is parts[-1] else features
+            state = _fallback_for(state, x, call, given, check_features) or state
         if isinstance(state, Fallback):
             return Fallback(f"{_name(module, part)}: {state.reason}")
         states.append(state)
+        quantized += state.base.quantized is not None
     result_dtype = None
-    quantized = [state.base.quantized is not None for state in states]
-    if any(quantized):
-        if all(quantized):
-            dtypes = (linear_call.result_dtype(state, x) for state in states)
-            result_dtype = functools.reduce(torch.promote_types, dtypes, x.dtype)
-        elif call.autocast is not None:
-            return Fallback("quantized and other projections under autocast, whose results differ in dtype")
-    *inputs, output = [state.projection for state in states]
+    if quantized == len(parts):
+        dtypes = (linear_call.result_dtype(state, x) for state in states)
+        result_dtype = functools.reduce(torch.promote_types, dtypes, x.dtype)
+    elif quantized and call.autocast is not None:
+        return Fallback("quantized and other projections under autocast, whose results differ in dtype")
     width, down_width = states[0].base.shape[0], states[-1].base.shape[1]
     if width != (2 * down_width if structure.fused else down_width) or states[-2].base.shape[0] != width:
         return Fallback("gate, up and down do not fit together")
+    *inputs, output = [state.projection for state in states]
     return AdaptedMLP(tuple(inputs), output, structure.activation, structure.gate_half, result_dtype)
+
+
+def _between_reason(module: nn.Module, structure: GatedMLP) -> str | None:
+    """Why what the module calls between its projections is not what it was recognised as."""
+    names = structure.activation_modules
+    if names:
+        watched = replaced.bypass_reason(names, [module._modules[name] for name in names])
+        if watched:
+            return watched
+    for name in structure.dropouts:
+        reason = _dropping_reason(name, module._modules[name])
+        if reason:
+            return reason
+    return None
 
 
 def _dropping_reason(name: str, dropout: nn.Module) -> str | None:
@@ -301,7 +310,8 @@ def _dropping_reason(name: str, dropout: nn.Module) -> str | None:
 def _read_part(part: nn.Module) -> peft_linear.AdaptedLinear | Fallback:
     if not peft_linear.is_lora_linear(part):
         return peft_linear.read_plain(part)
-    if getattr(part.__dict__.get("forward"), "__func__", None) not in GROUPED:
+    bound = part.__dict__.get("forward")
+    if not isinstance(bound, types.MethodType) or bound.__func__ not in GROUPED:
         return Fallback("not kernelized")
     watched = replaced.hooks_reason("the layer", part)
     return Fallback(watched) if watched else peft_linear.read_linear(part)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends import native, select
 from ..call_context import CallContext
 from ..specs import Fallback
 from .base_layer import PLAIN_TENSORS, STRIDED, device_of
@@ -48,6 +49,11 @@ def input_fallback(adapted: AdaptedLinear, x: Tensor, call: CallContext, feature
     device = device_of(operands)
     if x.device != device:
         return Fallback(f"x is on {x.device}, the base weight on {device}", raises=base.quantized is not None)
+    if native.may_be_old:
+        own = x.dtype if operands.lora_a is None else operands.lora_a.dtype
+        reason = select.old_gpu_reason(x, *((call.autocast,) if call.autocast else (x.dtype, own)))
+        if reason:
+            return Fallback(reason)
     if call.autocast is not None:
         for tensor in (x, *operands[:6]):
             if tensor is not None and tensor.dtype == torch.float64:

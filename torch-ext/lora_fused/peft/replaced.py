@@ -262,7 +262,8 @@ def guard_forwards(parts: Iterable[nn.Module]) -> None:
 
 def is_own(bound: Any, part: nn.Module) -> bool:
     """Whether a forward on an instance is that of its class, as `kernelize` leaves it where there is no kernel."""
-    return getattr(bound, "__func__", None) is type(part).forward and bound.__self__ is part
+    # Not `getattr` with a default, which Dynamo of torch 2.11 always gives.
+    return isinstance(bound, types.MethodType) and bound.__func__ is type(part).forward and bound.__self__ is part
 
 
 def _moves_inputs_alone(part: nn.Module) -> bool:
@@ -278,7 +279,13 @@ def _moves_inputs_alone(part: nn.Module) -> bool:
 
 def hooks_reason(name: str, part: nn.Module) -> str | None:
     """Whether somebody watches the calls of a module."""
-    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+    state = part.__dict__
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
         return f"{name} has hooks{_sharded_note(part)}"
     return None
 

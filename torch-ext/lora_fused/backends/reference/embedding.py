@@ -16,17 +16,22 @@ from torch import Tensor
 from ...specs import EmbeddingOperands, EmbeddingSpec
 
 NORM_CHUNK = 8192  # rows of the table that one step of the norm expands
+_sum_by_id = torch.ops.aten.embedding_dense_backward.default  # an overload that is named need not be looked for
 
 
 def column_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """‖W + s·(B·A)ᵀ‖ by column, [H] in at least float32, one chunk of the vocabulary at a time."""
     wide = torch.promote_types(torch.promote_types(weight.dtype, lora_a.dtype), torch.float32)
     up = lora_b.to(wide).t() * scaling
-    total = torch.zeros(weight.shape[1], dtype=wide, device=weight.device)
-    for start in range(0, weight.shape[0], NORM_CHUNK):
+
+    def squares(start: int) -> Tensor:
         stop = start + NORM_CHUNK
         merged = torch.addmm(weight[start:stop].to(wide), lora_a[:, start:stop].to(wide).t(), up)
-        total += merged.square_().sum(0)
+        return merged.square_().sum(0)
+
+    total = squares(0)
+    for start in range(NORM_CHUNK, weight.shape[0], NORM_CHUNK):
+        total += squares(start)
     return total.sqrt_()
 
 
@@ -87,7 +92,7 @@ def scatter_rows(drows: Tensor, ids: Tensor, lora_a: Tensor, padding_idx: int | 
 def scatter_table(drows: Tensor, ids: Tensor, vocabulary: int, padding_idx: int | None) -> Tensor:
     """Sum of drows [M, D] by id: [V, D]."""
     padding = -1 if padding_idx is None else padding_idx
-    return torch.ops.aten.embedding_dense_backward(drows, ids, vocabulary, padding, False)
+    return _sum_by_id(drows, ids, vocabulary, padding, False)
 
 
 def own_scale(table: EmbeddingOperands, spec: EmbeddingSpec, dtype: torch.dtype):

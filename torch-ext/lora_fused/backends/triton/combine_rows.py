@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import ceil_div, launch, power_of_2
 
 
 @triton.jit
@@ -45,19 +45,17 @@ def combine_rows_kernel(
 
 
 def _combine(y: Tensor, routing: Tensor | None, where, experts: int, tokens: int, dtype) -> Tensor:
-    n = y.shape[1]
+    y, n = y.contiguous(), y.shape[1]
     out = torch.empty((tokens, n), dtype=dtype, device=y.device)
-    block = min(1024, triton.next_power_of_2(n))
+    block = min(1024, power_of_2(n))
     routing = None if routing is None else routing.contiguous()
-    with on_device(y):
-        combine_rows_kernel[(tokens, triton.cdiv(n, block))](
-            y, routing, *where, out, experts, n, PER_TOKEN=y.shape[0] // tokens, BLOCK_N=block, num_warps=4
-        )
+    given = y, routing, *where, out, experts, n, y.shape[0] // tokens, block
+    launch(combine_rows_kernel, (tokens, ceil_div(n, block), 1), given, num_warps=4)
     return out
 
 
 def combine_rows(y: Tensor, routing: Tensor | None, place: Tensor, ends: Tensor, tokens: int, dtype) -> Tensor:
-    """out [T, N] in `dtype`, sums in float32, of contiguous y [S, N]; place [T·k]: which row a choice is, beyond
+    """out [T, N] in `dtype`, sums in float32, of y [S, N]; place [T·k]: which row a choice is, beyond
     ends[-1] none; routing [T, k] of any float dtype."""
     return _combine(y, routing, (place, None, ends), ends.shape[0], tokens, dtype)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...specs import Gate
 from .gated_act import value_and_slope
-from .launch import on_device
+from .launch import ceil_div, launch
 
 BLOCK = 1024  # columns of h that a program takes at once
 
@@ -123,8 +123,7 @@ def expert_gate(z: Tensor, gate: Gate) -> Tensor:
     rows, width = z.shape
     i = width // 2 if gate.gated else width
     h = torch.empty((rows, i), dtype=z.dtype, device=z.device)
-    with on_device(z):
-        expert_gate_fwd_kernel[(rows, triton.cdiv(i, BLOCK))](z, h, i, z.stride(0), **_how(gate))
+    launch(expert_gate_fwd_kernel, (rows, ceil_div(i, BLOCK), 1), (z, h, i, z.stride(0), *_how(gate)), num_warps=4)
     return h
 
 
@@ -135,34 +134,13 @@ def expert_gate_backward(
     which choice a row is, ends [E] where rows end: of those beyond, dots are zero."""
     h, dz = torch.empty(dh.shape, dtype=z.dtype, device=z.device), torch.empty(z.shape, dtype=z.dtype, device=z.device)
     dots = torch.empty(routing.shape, dtype=torch.float32, device=z.device)
+    given = z, dh, routing.contiguous(), order, ends, h, dz, dots, ends.shape[0], dh.shape[1]
     strides = z.stride(0), dh.stride(0), dz.stride(0)
-    with on_device(z):
-        expert_gate_bwd_kernel[(z.shape[0],)](
-            z,
-            dh,
-            routing.contiguous(),
-            order,
-            ends,
-            h,
-            dz,
-            dots,
-            ends.shape[0],
-            dh.shape[1],
-            *strides,
-            **_how(gate),
-        )
+    launch(expert_gate_bwd_kernel, (z.shape[0], 1, 1), (*given, *strides, *_how(gate)), num_warps=4)
     return h, dz, dots
 
 
-def _how(gate: Gate) -> dict:
-    return dict(
-        limit=0.0 if gate.limit is None else gate.limit,
-        slope=gate.slope,
-        offset=gate.offset,
-        ACTIVATION=gate.activation,
-        GATED=gate.gated,
-        INTERLEAVED=gate.interleaved,
-        LIMITED=gate.limit is not None,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
+def _how(gate: Gate) -> tuple:
+    """What both kernels take at their end."""
+    numbers = 0.0 if gate.limit is None else gate.limit, gate.slope, gate.offset
+    return *numbers, gate.activation, gate.gated, gate.interleaved, gate.limit is not None, BLOCK

@@ -17,9 +17,11 @@ from torch import Tensor
 from ...specs import ExpertWeights, Gate
 from .combine_rows import combine_choices
 from .gated_act import value_and_slope
-from .launch import MAX_RANK_BLOCK, MIN_DOT, dot_precision, on_device, rank_block
+from .launch import MAX_RANK_BLOCK, MIN_DOT, ceil_div, dot_precision, launch, power_of_2, rank_block
 
 MOST_TOKENS, MOST_CHOICES = 64, 1024
+MANY_EXPERTS = 64
+_NONE = 0, 0, 0  # strides of what is not there
 
 
 @triton.jit
@@ -162,39 +164,19 @@ def _linear(x: Tensor, index: Tensor, weights: ExpertWeights, n: int, per_token:
     count, k, rank = index.numel(), weight.shape[2], 0 if a is None else a.shape[1]
     y = torch.empty((count, n), dtype=x.dtype, device=x.device)
     gated = gate is not None and gate.gated
-    wide = x.element_size() != 2
-    columns, depth = 32 if gated else 64, 32 if wide else 128
-    with on_device(x):
-        few_rows_kernel[(triton.cdiv(n, columns), weight.shape[0])](
-            x,
-            index,
-            weight,
-            a,
-            b,
-            None if bias is None else bias.contiguous(),
-            y,
-            scaling,
-            count,
-            n,
-            k,
-            rank,
-            per_token,
-            *weight.stride(),
-            *((0, 0, 0) if a is None else a.stride()),
-            *((0, 0, 0) if b is None else b.stride()),
-            *((0.0, 1.0, 0.0) if gate is None else (gate.limit or 0.0, gate.slope, gate.offset)),
-            ACTIVATION=None if gate is None else gate.activation,
-            GATED=gated,
-            INTERLEAVED=gated and gate.interleaved,
-            LIMITED=gated and gate.limit is not None,
-            BLOCK_S=max(MIN_DOT, triton.next_power_of_2(count)),
-            BLOCK_M=MIN_DOT,
-            BLOCK_N=columns,
-            BLOCK_K=depth,
-            BLOCK_R=rank_block(rank),
-            EVEN_K=k % depth == 0,
-            PRECISION=dot_precision(x),
-            num_warps=4,
-            num_stages=3,
-        )
+    bias = None if bias is None else bias.contiguous()
+    given = x, index, weight, a, b, bias, y, scaling, count, n, k, rank, per_token
+    strides = (*weight.stride(), *(_NONE if a is None else a.stride()), *(_NONE if b is None else b.stride()))
+    numbers = (0.0, 1.0, 0.0) if gate is None else (gate.limit or 0.0, gate.slope, gate.offset)
+    how = gate and gate.activation, gated, gated and gate.interleaved, gated and gate.limit is not None
+    # Many experts fill the GPU with fewer, wider programs, each of which reads A.
+    columns = (128 if min(count, weight.shape[0]) >= MANY_EXPERTS else 64) // (2 if gated else 1)
+    depth = 32 if x.element_size() != 2 else 64 if columns * (2 if gated else 1) == 128 else 128
+    blocks = max(MIN_DOT, power_of_2(count)), MIN_DOT, columns, depth, rank_block(rank)
+    launch(
+        few_rows_kernel,
+        (ceil_div(n, columns), weight.shape[0], 1),
+        (*given, *strides, *numbers, *how, *blocks, k % depth == 0, dot_precision(x)),
+        num_warps=4,
+    )
     return y

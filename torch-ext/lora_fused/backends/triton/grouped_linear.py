@@ -21,7 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import device_config
-from .launch import MAX_RANK_BLOCK, MIN_DOT, SMALL_SHARED_MEMORY, dot_precision, on_device, rank_block, shared_memory
+from .launch import (
+    MAX_RANK_BLOCK,
+    MIN_DOT,
+    SMALL_SHARED_MEMORY,
+    ceil_div,
+    dot_precision,
+    launch,
+    power_of_2,
+    rank_block,
+    shared_memory,
+)
 
 BAND = 8  # tiles of rows that go through the columns together
 
@@ -135,7 +145,7 @@ def _tile(device: torch.device, wide: bool, each: int, n: int, k: int) -> Tile:
     """The one measured for the nearest shape, else by rule: at most 96 KiB of shared memory."""
     measured = None if wide else device_config.nearest(device_config.of(device).experts_tiles, (each or 1, n, k))
     if measured is not None:
-        return Tile(*measured)
+        return Tile(*measured)._replace(m=min(measured[0], max(MIN_DOT, 2 * each)))
     rows = 128 if each > 64 else 64 if each > 32 else 32 if each > 16 else MIN_DOT
     if wide or shared_memory(device) <= SMALL_SHARED_MEMORY:
         return Tile(min(rows, 64), 64 if wide else 128, 32 if wide else 64, 4, 2)
@@ -176,34 +186,15 @@ def grouped_linear(
 def _launch(source, tiles: Tensor, tile: Tile, w: Tensor, adapter, bias: Tensor | None, per_token: int) -> Tensor:
     (x, order), (d, u, t), (_, n, k) = source, adapter, w.shape
     y = torch.empty(((x if order is None else order).shape[0], n), dtype=x.dtype, device=x.device)
-    columns = min(tile.n, max(MIN_DOT, triton.next_power_of_2(n)))
+    columns, depth = min(tile.n, max(MIN_DOT, power_of_2(n))), tile.k
     most, rank = tiles.shape[1], 0 if t is None else t.shape[1]
-    with on_device(x):
-        grouped_linear_kernel[(triton.cdiv(most, BAND) * BAND * triton.cdiv(n, columns),)](
-            x,
-            order,
-            w,
-            d,
-            u,
-            t,
-            bias,
-            y,
-            tiles,
-            most,
-            n,
-            k,
-            rank,
-            per_token,
-            *w.stride(),
-            BLOCK_M=tile.m,
-            BLOCK_N=columns,
-            BLOCK_K=tile.k,
-            BLOCK_R=rank_block(rank),
-            BAND=BAND,
-            EVEN_N=n % columns == 0,
-            EVEN_K=k % tile.k == 0,
-            PRECISION=dot_precision(x),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    given = x, order, w, d, u, t, bias, y, tiles, most, n, k, rank, per_token, *w.stride()
+    blocks = tile.m, columns, depth, rank_block(rank), BAND
+    launch(
+        grouped_linear_kernel,
+        (ceil_div(most, BAND) * BAND * ceil_div(n, columns), 1, 1),
+        (*given, *blocks, n % columns == 0, k % depth == 0, dot_precision(x)),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return y

@@ -10,15 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MIN_DOT, dot_precision, on_device, rank_block
+from .launch import MIN_DOT, ceil_div, dot_precision, launch, power_of_2, rank_block
 
 BLOCK_L = 128
 
 
 @triton.jit
 def grouped_outer_kernel(
-    short_ptr,  # [S, R]; None: ones
     long_ptr,
+    short_ptr,  # [S, R]; None: ones
     order_ptr,  # [S] choices
     routing_ptr,  # [T·k] by choice; None: ones
     out_ptr,
@@ -84,25 +84,14 @@ def grouped_outer(
     """`out` [E, R, L] of any strides and float dtype, filled, sums in float32: of short [S, R] (None: ones) and long
     [S, L] by row, or [T, L] by token where `per_token` says how many choices a token has; routing [T, k]."""
     experts, rank, length = out.shape
-    block_l, block_r = min(BLOCK_L, max(MIN_DOT, triton.next_power_of_2(length))), rank_block(rank)
-    with on_device(long):
-        grouped_outer_kernel[(triton.cdiv(length, block_l), experts, triton.cdiv(rank, block_r))](
-            short,
-            long.contiguous(),
-            order,
-            None if routing is None else routing.contiguous(),
-            out,
-            ends,
-            scaling,
-            rank,
-            length,
-            per_token,
-            *out.stride(),
-            BY_TOKEN=per_token > 0,
-            BLOCK_R=block_r,
-            BLOCK_L=block_l,
-            BLOCK_S=32 if long.element_size() == 4 else 64,
-            PRECISION=dot_precision(long),
-            num_warps=4,
-        )
+    block_l, block_r = min(BLOCK_L, max(MIN_DOT, power_of_2(length))), rank_block(rank)
+    block_s = 32 if long.element_size() == 4 else 64
+    long, routing = long.contiguous(), None if routing is None else routing.contiguous()
+    given = long, short, order, routing, out, ends, scaling, rank, length, per_token, *out.stride()
+    launch(
+        grouped_outer_kernel,
+        (ceil_div(length, block_l), experts, ceil_div(rank, block_r)),
+        (*given, per_token > 0, block_r, block_l, block_s, dot_precision(long)),
+        num_warps=4,
+    )
     return out

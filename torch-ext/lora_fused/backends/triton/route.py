@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.grouped import Rows
-from .launch import MIN_DOT, on_device
+from .launch import MIN_DOT, ceil_div, launch, power_of_2
 
 BLOCK = 512  # choices of one program
 COMPARISONS = 16384  # of choices with experts at once: 64 a thread
@@ -124,27 +124,13 @@ def sort_rows(index: Tensor, experts: int, tile_rows: int, leaves_out: bool) -> 
     most = most_tiles(count, experts, tile_rows)
     order = torch.empty(count, dtype=torch.int64, device=device)
     place, ends, tiles = (torch.empty(size, dtype=torch.int32, device=device) for size in (count, experts, (3, most)))
-    block_e = triton.next_power_of_2(experts + 1)
-    sizes = dict(BLOCK=BLOCK, CHUNK=min(128, max(MIN_DOT, COMPARISONS // block_e)), BLOCK_E=block_e, num_warps=8)
-    blocks, counts = triton.cdiv(count, BLOCK), None
-    with on_device(index):
-        if blocks > 1:
-            counts = torch.empty((blocks, block_e), dtype=torch.int32, device=device)
-            count_kernel[(blocks,)](index, counts, count, experts, **sizes)
-        place_kernel[(blocks,)](
-            index,
-            counts,
-            order,
-            place,
-            ends,
-            tiles,
-            count,
-            experts,
-            blocks,
-            most,
-            BLOCK_M=tile_rows,
-            sanitize_overflow=False,
-            **sizes,
-        )
+    block_e = power_of_2(experts + 1)
+    sizes = BLOCK, min(128, max(MIN_DOT, COMPARISONS // block_e)), block_e
+    blocks, counts = ceil_div(count, BLOCK), None
+    if blocks > 1:
+        counts = torch.empty((blocks, block_e), dtype=torch.int32, device=device)
+        launch(count_kernel, (blocks, 1, 1), (index, counts, count, experts, *sizes), num_warps=8)
+    given = index, counts, order, place, ends, tiles, count, experts, blocks, most, tile_rows, *sizes
+    launch(place_kernel, (blocks, 1, 1), given, num_warps=8, sanitize_overflow=False)
     tokens, per_token = shape
     return Rows(order, ends, tokens, per_token, leaves_out, place, tiles)
