@@ -1,9 +1,11 @@
 """Models that are compiled in part, cut, checkpointed or written in between, and what a graph says of bad input."""
 
+import copy
+
 import pytest
 import torch
 from helpers import experts
-from helpers.cases import DEVICE, Case, peft_linear, tiny_llama
+from helpers.cases import DEVICE, Case, assert_as_good, peft_linear, tiny_llama
 from helpers.compiling import FUSED_BLOCK, INDUCTOR, Block, Graphs, assert_same, block, fresh_compiler, results, x_of
 from helpers.kernelizing import kernelized
 from helpers.llamas import passed, tokens
@@ -286,6 +288,23 @@ def test_four_bits_by_inductor(lora_fused):
     model = One(case, torch.float32, "cpu")
     model.proj = four_bit(model.proj, torch.float32)
     model, _ = adapted(model, case)
-    found, code = code_of(kernelized(lora_fused, model, "cpu"), torch.randn(6, 64))
-    torch.manual_seed(0)
-    assert code.count("lora_forward.default(") == 1 and found["dx"] is not None
+    x = torch.randn(6, 64)
+    found, code = code_of(kernelized(lora_fused, model, "cpu"), x)
+    assert_same(found, results(model, x), 1e-5)
+    assert code.count("lora_forward.default(") == code.count("lora_backward.default(") == 1
+
+
+def test_float32_adapters_under_autocast_by_inductor(lora_fused):
+    """No worse than PEFT's eager step in the same dtypes, against float64."""
+    case = Case((2, 21), 64, 48, 8, bias=True)
+    model, _ = peft_linear(case, torch.float32, torch.float32, DEVICE, use_dora=True)
+    x = torch.randn(*case.lead, case.k, device=DEVICE)
+    exact = results(copy.deepcopy(model).double(), x.double())
+    ours = kernelized(lora_fused, model)
+    ours.compile(fullgraph=True)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found, theirs = results(ours, x), results(model, x)
+    checked = [name for name, value in exact.items() if value is not None]
+    assert {"y", "dx"} < set(checked)
+    for name in checked:
+        assert_as_good(name, found[name], theirs[name], exact[name], torch.bfloat16)

@@ -104,6 +104,9 @@ def test_small_batches(lora_fused, own_calls, monkeypatch):
     with torch.no_grad():
         rows = holds(lora_fused, model, own_calls, evaluate, fused=0)
     assert {row.reason for row in rows} == {lora_fused.peft.small_batch.SMALL}
+    model.compile(backend="eager")  # a graph does not wait for the host
+    with torch.no_grad():
+        assert in_graphs(explain(lora_fused, model, TOKENS))
 
 
 def disable(model):

@@ -180,3 +180,14 @@ def test_autocast_with_a_cast_inside(lora_fused):
     assert not is_one_function(y) and y.dtype == expected.dtype
     truth = plain.double()(x.double())
     assert relative(y, truth)[0] <= 2 * relative(expected, truth)[0] + 2**-7
+
+
+def test_an_attribute_of_an_activation_that_changes(lora_fused):
+    """The module and its class stay; what it computes is another function."""
+    ours, plain = pair(lora_fused, transformers_mlp(T5), p=0.0)
+    for model in (ours, plain):
+        model.base_model.model.mlp.act = nn.GELU()
+    compare(ours, plain, one_function=True)
+    for model in (ours, plain):
+        model.base_model.model.mlp.act.approximate = "tanh"
+    compare(ours, plain, one_function=True)
