@@ -178,6 +178,43 @@ def test_dropout_in_a_block(lora_fused):
     assert graphs.ops == FUSED_BLOCK
 
 
+def set_scalings(value, *models):
+    layers = [module for model in models for module in model.modules() if hasattr(module, "lora_A")]
+    assert layers
+    for layer in layers:
+        layer.scaling["default"] = value
+
+
+@pytest.mark.parametrize("config", ("lora", "lora_bias", "dora"))
+def test_scalings_that_change(lora_fused, config):
+    """From the second value on a scaling is a symbol, whose product with B the graph has."""
+    model, graphs = block(**BLOCKS[config]), Graphs(lora_fused)
+    ours = kernelized(lora_fused, model, "cpu")
+    ours.compile(backend=graphs, fullgraph=True)
+    for value in (1.5, 0.25, 3.0, -1.5):
+        set_scalings(value, ours, model)
+        assert_same(results(ours, x_of()), results(model, x_of()))
+    assert len(graphs.traced) == 2 and graphs.traced[1] == FUSED_BLOCK
+
+
+def test_scalings_in_float16(lora_fused):
+    """B times a scaling may leave its range: each value has its graph, and the range of an eager call."""
+    model, layer = peft_linear(Case((5,), 32, 24, 4), torch.float16, torch.float16, DEVICE)
+    with torch.no_grad():
+        layer.lora_A["default"].weight.mul_(2.0**-12)
+        layer.lora_B["default"].weight.fill_(300.0)
+    ours, graphs = kernelized(lora_fused, model), Graphs(lora_fused)
+    ours.compile(backend=graphs, fullgraph=True)
+    x = torch.randn(5, 32, device=DEVICE, dtype=torch.float16)
+    for value in (1.0, 150.0, 250.0):
+        set_scalings(value, ours, model)
+        with torch.no_grad():
+            y, theirs = ours(x), model(x)
+        exact = copy.deepcopy(model).double()(x.double())
+        assert_as_good("y", y, theirs, exact, torch.float16)
+    assert 3 <= len(graphs.traced) <= 4
+
+
 # ---- Llamas ----
 
 
@@ -242,6 +279,14 @@ def test_an_embedding(lora_fused):
         use_dora=True,
     )  # fmt: skip
     hold_llama(lora_fused, model, whole, dict(traced_embedding=1, traced_linear=2))
+
+
+def test_scalings_of_an_embedding(lora_fused):
+    model = adapted(tiny_llama(torch.float64, num_hidden_layers=1), target_modules=["embed_tokens"])
+    ours = hold_llama(lora_fused, model, whole, dict(traced_embedding=1))
+    for value in (0.25, 3.0):
+        set_scalings(value, ours, model)
+        torch.testing.assert_close(passed(ours, tokens()), passed(model, tokens()), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dora", (False, True))
