@@ -286,13 +286,15 @@ def variant(kind: str, backend: str) -> str:
 def backend_of(lora_fused, name: str):
     """Products of one backend, whatever would be chosen."""
     select = lora_fused.backends.select
-    chosen = select.choose_experts
+    chosen = select.choose_experts, select.few_rows
     if name != "default":
         select.choose_experts = lambda *_: name
+    if name not in ("default", "triton"):
+        select.few_rows = lambda *_: None
     try:
         yield
     finally:
-        select.choose_experts = chosen
+        select.choose_experts, select.few_rows = chosen
 
 
 def assert_fused(lora_fused, model: nn.Module) -> None:

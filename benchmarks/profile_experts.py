@@ -88,9 +88,11 @@ def main() -> None:
 
     kernels = get_local_kernel(ROOT / "build")
     select, device = kernels.backends.select, torch.device("cuda", 0)
-    own = select.choose_experts
+    own, own_few = select.choose_experts, select.few_rows
     forward = kernels.functional.experts.compute_experts
-    with taking(select, "choose_experts", own if args.backend == "default" else lambda *_: args.backend):
+    choose = own if args.backend == "default" else lambda *_: args.backend
+    few = (lambda *_: None) if args.backend == "grouped_mm" else own_few
+    with taking(select, "choose_experts", choose), taking(select, "few_rows", few):
         for shape in (shape for shape in SHAPES if shape.title in args.shapes):
             for tokens in args.tokens:
                 operands = draw(kernels.specs, shape, tokens, device, torch.float32)

@@ -122,6 +122,8 @@ def tile_times(kernels, device: torch.device) -> dict[tuple[int, ...], dict[tupl
     """µs by (rows an expert, N, K) and tile, of those that are right and faster than torch's products."""
     select = kernels.backends.select
     experts = importlib.import_module(f"{kernels.__name__}.backends.triton.experts")
+    room = importlib.import_module(f"{kernels.__name__}.backends.triton.launch").shared_memory(device)
+    fitting = [tile for tile in TILES if 2 * (tile[0] + tile[1] + RANK) * tile[2] * tile[4] <= room]
     times: dict[tuple[int, ...], dict[tuple[int, ...], float]] = {}
     for shape in SHAPES:
         for tokens in shape.tokens:
@@ -133,7 +135,7 @@ def tile_times(kernels, device: torch.device) -> dict[tuple[int, ...], dict[tupl
             with taking(select, "choose_experts", lambda *_: select.GROUPED):
                 expected, grouped = step(kernels, operands), timed()
             found = {}
-            for tile in TILES:
+            for tile in fitting:
                 chosen = experts.Tile(*tile)
                 with (
                     taking(select, "choose_experts", lambda *_: select.TRITON),

@@ -23,8 +23,10 @@ LAYERS = (
     {"explanation": "what runs and why, and what ran: explain(), record()"},
     {"mapping": "which class gets which layer, for kernelize"},
     {"layers": "the forwards that kernelize binds"},
-    {"shared_input": "modules that are called with one input run as one group"},
-    {"compiled": "torch.compile: calls of siblings become one"},
+    {
+        "shared_input": "modules that are called with one input run as one group",
+        "compiled": "the forwards that torch.compile traces, and the merge of siblings in its graphs",
+    },
     {"functional": "public functions on tensors, their input errors, and the dispatch to a Function"},
     {"autograd": "the Functions, native and eager"},
     {

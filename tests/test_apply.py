@@ -41,7 +41,7 @@ def marks():
     return [(vars(cls).get("kernel_layer_name"), vars(cls).get("kernel_condition")) for cls in MARKED]
 
 
-@pytest.mark.parametrize("mode", (None, Mode.TRAINING, Mode.INFERENCE))
+@pytest.mark.parametrize("mode", (None, Mode.TRAINING, Mode.INFERENCE, Mode.TRAINING | Mode.TORCH_COMPILE))
 def test_applied(lora_fused, unregistered, mode):
     model = peft_llama(torch.float64, target_modules=TARGETS)
     ours, state = copy.deepcopy(model), list(model.state_dict())

@@ -192,7 +192,9 @@ def test_compiled_table(results_file):
 def test_what_compiling_adds_is_said_with_figures_where_there_are_some(results_file):
     results_file(NF4, LORA)
     text = " ".join(tables.headline().split())
-    expected = "32 layers of that shape, LoRA, 1×2048, all compiled: 105.0 ms (1.05x of the frozen model), PEFT 120.0 (1.20x)."
+    expected = (
+        "32 layers of that shape, LoRA, 1×2048, all compiled: 105.0 ms (1.05x of the frozen model), PEFT 120.0 (1.20x)."
+    )
     assert text.endswith(expected)
     chart = charts.compiled_chart()
     assert "32 layers" in chart.title and chart.cases == ("LoRA\nbf16, 1×2048",)  # in NF4 PEFT has no time

@@ -119,7 +119,7 @@ def test_trained_on_after_restoring(lora_fused, tmp_path):
 
 
 def test_compiled_by_the_trainer(lora_fused, tmp_path, monkeypatch):
-    """PEFT's forward is in the graph, and the report says so."""
+    """What is fused in the graph counts, and an MLP's projections with it."""
     import transformers
 
     torch.compiler.reset()
@@ -132,8 +132,8 @@ def test_compiled_by_the_trainer(lora_fused, tmp_path, monkeypatch):
         trainer.train()
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False  # accelerate allows it where it compiles
-    assert reports(trainer)[0] == 0.0
-    assert {row.reason for row in explain(lora_fused, model)} == {lora_fused.explanation.COMPILED}
+    assert reports(trainer)[0] == 1.0
+    assert {row.backend for row in explain(lora_fused, model)} == {"native, compiled"}
 
 
 def test_it_can_be_copied_and_has_every_event(lora_fused):

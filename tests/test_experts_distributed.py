@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.experts import counted, explain, model_of
+from helpers.process_pair import STEPS, Pair, trained
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
-from test_distributed import STEPS, Pair, trained
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -24,7 +24,7 @@ LAYERS = 2
 
 
 class Case(NamedTuple):
-    """wrapper: as `test_distributed.wrapped` has it. before: kernelized before it is wrapped. sharded: the experts
+    """wrapper: as `process_pair.wrapped` has it. before: kernelized before it is wrapped. sharded: the experts
     module of each layer is sharded by itself, too."""
 
     wrapper: str

@@ -79,6 +79,7 @@ def grouped(lora_fused, monkeypatch):
     """torch's grouped product where the library has no native one, too."""
     select = lora_fused.backends.select
     monkeypatch.setattr(select, "choose_experts", lambda *_: select.GROUPED)
+    monkeypatch.setattr(select, "few_rows", lambda *_: None)
 
 
 @pytest.fixture

@@ -279,7 +279,7 @@ REASONS = {
     "another tool set its forward: accelerate.hooks.f": "before the tool",
     "base layer's own forward: FP8Linear": "the delta is fused",
     "GPU of compute capability 7.5: bfloat16 is computed from 8.0 on": "float16",
-    "torch.compile: its graph has PEFT's own forward": "compile",
+    "torch.compile: its graph has PEFT's own forward of experts": "torch.compiler.disable",
 }
 
 

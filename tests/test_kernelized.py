@@ -165,10 +165,14 @@ def test_kernelized_again_and_anew(lora_fused, kernelize_adapted):
         assert_same(step(ours, x), step(model, x))
 
 
-def test_a_mode_without_a_layer(lora_fused, kernelize_adapted):
-    """The compiler gets PEFT's forward, as by `kernelize`."""
-    ours = kernelize_adapted(heads(), mode=Mode.TRAINING | Mode.TORCH_COMPILE)
-    assert not any(row.fused for row in explain(lora_fused, ours))
+def test_modes(lora_fused, kernelize_adapted):
+    """With torch.compile and without it the forwards are the same."""
+    bound = [
+        forwards(kernelize_adapted(heads(), mode=mode | more))
+        for mode in (Mode.TRAINING, Mode.INFERENCE)
+        for more in (Mode(0), Mode.TORCH_COMPILE)
+    ]
+    assert bound[0] and all(each == bound[0] for each in bound)
     with pytest.raises(ValueError, match="Mode"):
         kernelize_adapted(heads(), mode=Mode.FALLBACK)
 

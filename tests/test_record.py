@@ -163,7 +163,7 @@ def test_a_graph_is_not_traced_again(lora_fused):
     with lora_fused.record() as calls:
         evaluate(compiled)
     assert calls.fused == calls.own == 0 and torch._dynamo.utils.counters["frames"]["ok"] > 0
-    assert {row.reason for row in lora_fused.explain(model)} == {lora_fused.explanation.COMPILED}
+    assert {row.backend for row in lora_fused.explain(model)} == {"native, compiled"}
 
 
 def test_modules_are_not_kept_alive(lora_fused):

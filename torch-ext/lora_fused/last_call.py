@@ -1,7 +1,7 @@
 """What the last call of each module ran, so that `explain` need not guess what it cannot see: torch.compile may have
 traced a module from outside of the model, and sharded weights are whole in calls alone.
 
-A note is None where our forward computed the call, else the reason why the module's own did.
+A note is None where our forward computed the call, TRACED where a graph did, else the reason why the module's own did.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-TRACED = "torch.compile traced its last call, and a graph has the module's own forward"
+TRACED = "in a graph of torch.compile"
 NEVER = "not called yet"  # in place of a note
 
 # Forwards of ours whose modules run in groups and in gated MLPs; `layers`, which is above, puts them here.

@@ -1,10 +1,10 @@
 """The layers that `kernelize` maps onto PEFT modules: stateless, `forward` alone.
 
 `kernelize` binds a forward on each instance, so `self` is PEFT's own module here and
-`type(self).forward(self, ...)` is PEFT's own forward. That is what torch.compile and torch.jit.trace get as well:
-what runs together is observed from call to call, which no graph can hold. So do torch.func's transforms and
-forward-mode differentiation, for which the ops have no rules. And so does every call in which PEFT's forward would
-run what another tool has put in the place of a forward or a function (`peft.replaced`).
+`type(self).forward(self, ...)` is PEFT's own forward. torch.compile traces `compiled.forwards` in place of an eager
+call's. torch.jit.trace gets PEFT's forward: what runs together is observed from call to call, which no trace can hold.
+So do torch.func's transforms and forward-mode differentiation, for which the ops have no rules. And so does every call
+in which PEFT's forward would run what another tool has put in the place of a forward or a function (`peft.replaced`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class LoraLinear(nn.Module):
     otherwise (`explain` says which and why). Raises ValueError, naming the module, where its quantized
     weight is damaged or on another device than x."""
 
-    can_torch_compile = False
+    can_torch_compile = True
     has_backward = True
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -60,7 +60,7 @@ last_call.GROUPED.add(LoraLinear.forward)
 class LoraLinearOfX(nn.Module):
     """`LoraLinear` for PEFT's linears whose forward takes x alone."""
 
-    can_torch_compile = False
+    can_torch_compile = True
     has_backward = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,6 +84,8 @@ def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> to
         y = compiled.linear(module, x, args, kwargs)
         if not isinstance(y, Fallback):
             return y
+        if y.raises:
+            raise ValueError(f"{peft_linear.name_of(module)}: {y.reason}")
         return type(module).forward(module, x, *args, **kwargs)
     reason = _unusual_reason(x)
     if reason is None:
@@ -136,7 +138,7 @@ class LoraGatedMLP(nn.Module):
     projection is a fusable LoRA linear or a plain one, and the module's own forward otherwise, in
     which each projection is fused alone where it can be."""
 
-    can_torch_compile = False
+    can_torch_compile = True
     has_backward = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -146,7 +148,7 @@ class LoraGatedMLP(nn.Module):
 class LoraGatedMLPOfHiddenStates(nn.Module):
     """`LoraGatedMLP` for modules that name their input `hidden_states`."""
 
-    can_torch_compile = False
+    can_torch_compile = True
     has_backward = True
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -156,7 +158,7 @@ class LoraGatedMLPOfHiddenStates(nn.Module):
 class LoraGatedMLPOfHiddenState(nn.Module):
     """`LoraGatedMLP` for modules that name their input `hidden_state`."""
 
-    can_torch_compile = False
+    can_torch_compile = True
     has_backward = True
 
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
@@ -191,7 +193,7 @@ class LoraEmbedding(nn.Module):
     """LoRA and DoRA for `peft.tuners.lora.Embedding`, y as `lora_embedding` defines it: fused where the
     module's state allows, and PEFT's own forward otherwise (`explain` says which and why)."""
 
-    can_torch_compile = False
+    can_torch_compile = True
     has_backward = True
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -230,7 +232,7 @@ class LoraExperts(nn.Module):
     wrappers allows, and PEFT's own forward runs otherwise (`explain` says which and why). Raises ValueError, naming the
     module, at negative indices on the CPU. Warns, naming the module, where what PEFT computes is wrong."""
 
-    can_torch_compile = False
+    can_torch_compile = True
     has_backward = True
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:

@@ -59,9 +59,9 @@ class LoraExpertsFunction(torch.autograd.Function):
         up, down = _weights(tensors, spec)
         with without_autocast(x):
             rows = select.sort_rows(index, up, down, spec.leaves_out)
-            products = select.make_products(rows, up, down, trains=True)
+            products = select.make_products(rows, up, trains=True)
             out, kept = forward_experts(spec, products, x, routing, up, down)
-        ctx.spec, ctx.dtype = spec, x.dtype
+        ctx.spec, ctx.dtype, ctx.backend = spec, x.dtype, rows.backend
         where = rows.order, rows.ends, rows.place, rows.tiles
         ctx.save_for_backward(*where, index, routing, *kept[:4], *kept.up, *kept.down, *tensors)
         return out
@@ -74,9 +74,9 @@ class LoraExpertsFunction(torch.autograd.Function):
         kept = Kept(x, z, t1, t2, Factors(*rest[4:6]), Factors(*rest[6:8]))
         up, down = _weights(tensors, ctx.spec)
         tokens, per_token = routing.shape
-        rows = Rows(order, ends, tokens, per_token, ctx.spec.leaves_out, place, tiles)
+        rows = Rows(order, ends, tokens, per_token, ctx.spec.leaves_out, place, tiles, ctx.backend)
         with without_autocast(dout):
-            products = select.make_products(rows, up, down, trains=True)
+            products = select.make_products(rows, up, trains=True)
             step = _Backward(ctx.spec, products, (index, routing), kept, ctx.needs_input_grad)
             dz, drouting, of_down = step.second(dout.to(kept.x.dtype), down)
             dx, of_up = step.first(dz, up) if dz is not None else (None, (None,) * TENSORS_PER_PRODUCT)

@@ -197,8 +197,8 @@ def dequantize_4bit(operands: Operands, quantized: FourBit, first: int, out: Ten
     return out
 
 
-def choose_embedding(table: EmbeddingOperands, tokens: int) -> str:
-    """Name of the backend for an embedding of this many tokens.
+def choose_embedding(table: EmbeddingOperands, tokens: int, compiled: bool = False) -> str:
+    """Name of the backend for an embedding of this many tokens; `compiled` to ask before torch.compile traces it.
 
     On a GPU the native ops up to a size, since a step with few tokens waits for the host, and Triton's
     tensor cores beyond it or where the ops do not fit; float64 and the CPU stay with the library.
@@ -212,7 +212,7 @@ def choose_embedding(table: EmbeddingOperands, tokens: int) -> str:
     small = tokens <= limits.embedding_tokens and tokens * table.lora_b.numel() <= limits.embedding_up_to
     if small and native_embedding.fits(table):
         return NATIVE
-    return TRITON if triton_takes(weight) else REFERENCE
+    return TRITON if not compiled and triton_takes(weight) else REFERENCE
 
 
 def get_embedding(name: str) -> ModuleType:
@@ -264,20 +264,20 @@ def _experts_tile(device: torch.device, bits: int, n: int, k: int) -> tuple[int,
 
 
 def sort_rows(index: Tensor, up: ExpertWeights, down: ExpertWeights, leaves_out: bool) -> Rows:
-    """The rows of one call's `index` [T, k], for `make_products` of the same weights."""
-    kernels = _experts_kernels(choose_experts(up, down, index.numel()), index)
+    """The rows of one call's `index` [T, k], for the products of the backend that is chosen here."""
+    chosen = choose_experts(up, down, index.numel())
+    kernels = _experts_kernels(chosen, index)
     if index.numel() == 0 or kernels is None:
-        return Rows.sort(index, up.weight.shape[0], leaves_out)
-    return kernels.sort_rows(index, up.weight, leaves_out)
+        return Rows.sort(index, up.weight.shape[0], leaves_out)._replace(backend=chosen)
+    return kernels.sort_rows(index, up.weight, leaves_out)._replace(backend=chosen)
 
 
-def make_products(rows: Rows, up: ExpertWeights, down: ExpertWeights, trains: bool) -> Products:
+def make_products(rows: Rows, up: ExpertWeights, trains: bool) -> Products:
     """The products of one call's rows; `trains` where a backward follows."""
-    chosen = choose_experts(up, down, rows.order.numel())
-    if rows.order.numel() == 0 or chosen == REFERENCE:
+    if rows.order.numel() == 0 or rows.backend == REFERENCE:
         return LoopedProducts(rows)
-    kernels = _experts_kernels(chosen, rows.order)
-    if chosen == TRITON:
+    kernels = _experts_kernels(rows.backend, rows.order)
+    if rows.backend == TRITON:
         return kernels.TritonProducts(rows, up.weight)
     few = not trains and rows.order.numel() < rows.ends.numel()
     return (grouped_mm.GroupedProducts if kernels is None else kernels.GroupedProductsWithPasses)(rows, few)

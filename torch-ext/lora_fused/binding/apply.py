@@ -11,7 +11,7 @@ from torch import nn
 from .. import last_call
 from ..environment import versions
 from ..explanation import BETWEEN_CALLS, read
-from ..peft import linear as peft_linear
+from ..peft import gated_mlp as peft_gated_mlp, linear as peft_linear
 from .adapted import kernelize_adapted
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def apply(model: nn.Module, mode: Mode | None = None) -> nn.Module:
     Args:
         model: as `get_peft_model` returns it, or a part of it; anything that holds LoRA modules, such as a trainer's
             wrapper. Applied again, it is bound anew.
-        mode: of the `kernels` library: `Mode.TRAINING` (also if None), or `Mode.INFERENCE`. With
-            `Mode.TORCH_COMPILE` PEFT's own forwards are bound, as `kernelize` does for layers that a graph cannot hold.
+        mode: of the `kernels` library: `Mode.TRAINING` (also if None), or `Mode.INFERENCE`, each alone or with
+            `Mode.TORCH_COMPILE`: the forwards are the same.
 
     Raises:
         TypeError: `model` is no module, or `mode` no Mode.
@@ -74,6 +74,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     _check_module(model)
     for module in model.modules():
+        module.__dict__.pop(peft_gated_mlp.TRACED, None)
         for name in _FORWARDS:
             if last_call.is_of_any_build(module.__dict__.get(name)):
                 _put_back(module, None, name)

@@ -6,6 +6,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from ..explanation import FUSED, read
+from ..last_call import TRACED
 from .apply import apply
 
 if TYPE_CHECKING:
@@ -18,9 +19,9 @@ class LoraFusedCallback:
         trainer = Trainer(model, arguments, train_dataset=data, callbacks=[lora_fused.LoraFusedCallback()])
 
     A trainer that adapts the model itself, as TRL's do with `peft_config`, has done so by then. The first log of a
-    training gets "lora_fused", the share of the model's LoRA modules whose last call was fused, from 0 to 1; it stands
-    in `trainer.state.log_history` and in what is printed. What is fused and why not, `explain(trainer.model)` says. The
-    forwards stay bound when training ends; `restore(trainer.model)` takes them off.
+    training gets "lora_fused", the share of the model's LoRA modules whose last call was fused, or a graph's that has
+    them fused, from 0 to 1; it stands in `trainer.state.log_history` and in what is printed. What is fused and why not,
+    `explain(trainer.model)` says. The forwards stay bound when training ends; `restore(trainer.model)` takes them off.
 
     `mode` as `apply` takes it, whose errors it raises when training begins. An instance is a
     `transformers.TrainerCallback`; transformers is imported when the first one is made.
@@ -44,7 +45,7 @@ class LoraFusedCallback:
             return
         self._reports = False
         found = read(model)
-        share = sum(row.last == FUSED for row in found) / len(found)
+        share = sum(row.last == FUSED or (row.fused and row.last == TRACED) for row in found) / len(found)
         logs["lora_fused"] = share
         if state.log_history:  # a copy of the log, by now
             state.log_history[-1]["lora_fused"] = share

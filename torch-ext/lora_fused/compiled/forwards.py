@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .. import last_call
 from ..call_context import FORWARD, CallContext
@@ -20,6 +21,17 @@ from ..peft import (
 from ..specs import Fallback
 from . import ops
 
+_REPLACED = Fallback("a function that PEFT calls is replaced")
+
+
+def _unusual_reason() -> str | None:
+    """Who differentiates or records a traced call in a way for which there are no rules here. Dynamo guards each."""
+    if torch.compiler.is_exporting():
+        return "torch.export, whose graphs run without this library"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms the call"
+    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
+
 
 def begin() -> tuple[str | None, str | None]:
     """Why a linear's and an embedding's call that is traced now is PEFT's. Dynamo runs this and takes the result for a
@@ -28,7 +40,8 @@ def begin() -> tuple[str | None, str | None]:
     for module in last_call.note_trace():
         if last_call.is_of_kernel(module) and peft_gated_mlp.is_adapted(module):
             peft_gated_mlp.prepare_trace(module)
-    reasons = replaced.linear_reason(), replaced.embedding_reason()
+    unusual = _unusual_reason()
+    reasons = unusual or replaced.linear_reason(), unusual or replaced.embedding_reason()
     replaced.remember((*peft_linear.forwards(), *peft_embedding.forwards()))
     base_layer.remember_bases()
     return reasons
@@ -45,11 +58,13 @@ def context_of(x: Tensor) -> CallContext:
 
 
 def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
+    """One of PEFT's linears as one op, its base called before where somebody else has to make the product."""
     reason, _ = begin()
     if reason is not None:
         return Fallback(reason)
     if not replaced.linear_is_genuine():
-        return Fallback("a function that PEFT calls is replaced")
+        return _REPLACED
+    replaced.guard_forwards(peft_linear.parts_of(module))
     state = peft_linear.read_linear(module)
     if isinstance(state, Fallback):
         return state
@@ -69,11 +84,13 @@ def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | 
 
 
 def embedding(module: nn.Module, ids: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
+    """PEFT's embedding as one op."""
     _, reason = begin()
     if reason is not None:
         return Fallback(reason)
     if not replaced.embedding_is_genuine():
-        return Fallback("a function that PEFT calls is replaced")
+        return _REPLACED
+    replaced.guard_forwards(peft_linear.parts_of(module))
     state = peft_embedding.read_embedding(module)
     if isinstance(state, Fallback):
         return state
@@ -85,15 +102,18 @@ def embedding(module: nn.Module, ids: Tensor, args: tuple, kwargs: dict) -> Tens
 
 
 def gated_mlp(module: nn.Module, x: Tensor) -> Tensor | Fallback:
+    """A gated MLP as one op."""
     reason, _ = begin()
     if reason is not None:
         return Fallback(reason)
     if not replaced.linear_is_genuine():
-        return Fallback("a function that PEFT calls is replaced")
+        return _REPLACED
+    replaced.guard_forwards(peft_gated_mlp.parts_of(module))
     state = peft_gated_mlp.read_mlp(module, x, context_of(x))
     if isinstance(state, Fallback):
         return state
-    operands, scalings, dropouts, stored = [], [], [], []
+    operands: list[Tensor | None] = []
+    scalings, dropouts, stored = [], [], []
     for of, scaling, spec in (*state.inputs, state.output):
         operands += list(of)
         scalings.append(scaling)

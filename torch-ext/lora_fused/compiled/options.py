@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from ..backends import native
+
 
 def compile_options(mode: str | None = None) -> dict[str, Any]:
     """Options for `torch.compile`, which takes options or a mode and not both: a mode's options, and the pass that
-    merges the native calls of linears with one input.
+    merges the native calls of linears with one input, where the variant has native ops.
 
         model.compile(options=lora_fused.compile_options("max-autotune"))
 
@@ -23,17 +25,20 @@ def compile_options(mode: str | None = None) -> dict[str, Any]:
     """
     from torch._inductor import list_mode_options
 
-    from .inductor import the_pass
-
     modes = list_mode_options()
     if mode is not None and mode not in modes:
         raise ValueError(f"mode: {mode!r}, expected None or one of {', '.join(map(repr, modes))}")
-    return {**(modes[mode] if mode is not None else {}), "joint_custom_pre_pass": the_pass}
+    options = dict(modes[mode]) if mode is not None else {}
+    if native.available:
+        from .inductor import the_pass
+
+        options["joint_custom_pre_pass"] = the_pass
+    return options
 
 
 def register_pass() -> None:
     """Lets Inductor merge, once it is there: it runs its passes on what was traced before."""
-    if "torch._inductor.compile_fx" in sys.modules:
+    if native.available and "torch._inductor.compile_fx" in sys.modules:
         from .inductor import register
 
         register()

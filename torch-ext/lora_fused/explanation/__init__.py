@@ -7,21 +7,32 @@ import warnings
 from torch import nn
 
 from ..peft import linear as peft_linear
-from .next_call import BETWEEN_CALLS, COMPILED, Model
+from .next_call import BETWEEN_CALLS, COMPILED, EXPERTS_COMPILED, Model
 from .recorder import Calls, record
 from .table import FUSED, Explanation, Row
 
-__all__ = ["BETWEEN_CALLS", "COMPILED", "FUSED", "Calls", "Explanation", "Row", "explain", "read", "record"]
+__all__ = [
+    "BETWEEN_CALLS",
+    "COMPILED",
+    "EXPERTS_COMPILED",
+    "FUSED",
+    "Calls",
+    "Explanation",
+    "Row",
+    "explain",
+    "read",
+    "record",
+]
 
 
 def explain(model: nn.Module, rows: int = 8192, *, calls: Calls | None = None) -> Explanation:
     """What every LoRA module of `model` does at its next call, by its state now, and what its last call ran.
 
     The backend is that of a call with `rows` rows (tokens of all sequences together), in the base weight's dtype, or
-    autocast's inside an autocast block. What torch.compile has traced, and weights that FSDP shards between calls, are
-    known by what the last call ran. With the `calls` of `record()` each row has what it ran meanwhile. Warns where
-    nothing is fused. Raises TypeError if `model` is no module, `rows` no number of rows or `calls` no recording,
-    ValueError if `rows` is negative.
+    autocast's inside an autocast block. Of a module that torch.compile has traced, or will trace, it is what a trace
+    takes now. Weights that FSDP shards between calls are known by what the last call ran. With the `calls` of
+    `record()` each row has what it ran meanwhile. Warns where nothing is fused. Raises TypeError if `model` is no
+    module, `rows` no number of rows or `calls` no recording, ValueError if `rows` is negative.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}, expected a torch.nn.Module")

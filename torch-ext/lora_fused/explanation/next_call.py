@@ -29,7 +29,8 @@ FUSED_DELTA = "fused delta"  # in place of a backend
 _ROWS_AN_EXPERT = 128  # for which `explain` says the backend; a call may have others
 BETWEEN_CALLS = "between calls; FSDP gathers it for a call, whose own state decides"
 UNSEEN = "after the first pass"  # in place of a group
-COMPILED = "torch.compile: its graph has PEFT's own forward"
+COMPILED = "compiled"  # beside the backend of what a graph of torch.compile holds
+EXPERTS_COMPILED = "torch.compile: its graph has PEFT's own forward of experts"
 _GATED = ({"gate", "down"}, {"w1", "w2", "w3"}, {"wi_0", "wi_1", "wo"})  # how gated MLPs name their projections
 
 
@@ -75,23 +76,30 @@ class Model:
             row = dataclasses.replace(row, last=self._last(module))
         if row.fused and module not in self.mlps:
             row = dataclasses.replace(row, mlp=self.mlp_reasons.get(module))
-        if self._is_in_graph(module, row):
-            return _unfused(row, COMPILED)
+        if self._is_in_graph(module):
+            return row
         if row.last is None or not (module in self.fsdp1 or module in self.fsdp2):
             return row
         if row.last == FUSED:
             return dataclasses.replace(row, fused=True, reason=row.reason if row.fused else None)
         return _unfused(row, row.last)
 
-    def _is_in_graph(self, module: nn.Module, row: Row) -> bool:
-        if row.last == last_call.TRACED:
+    def _is_in_graph(self, module: nn.Module) -> bool:
+        """Whether its next call is a graph's, as far as its last one and the model tell."""
+        called = self._called(module)
+        if last_call.is_of_kernel(called) and last_call.of(called) is last_call.TRACED:
             return True
-        return module in self.compiled and not last_call.ran_since_trace(module)
+        return module in self.compiled and not last_call.ran_since_trace(called)
+
+    def _called(self, module: nn.Module) -> nn.Module:
+        """Whose last call computed a module: its own, its gated MLP's or its outermost wrapper's."""
+        parent = self.parents.get(module)
+        if parent is not None and last_call.of(parent) is None:
+            return parent
+        return self.outermost.get(module, module)
 
     def _last(self, module: nn.Module) -> str | None:
-        parent = self.parents.get(module)
-        in_mlp = parent is not None and last_call.of(parent) is None
-        note = None if in_mlp else last_call.of(self.outermost.get(module, module))
+        note = last_call.of(self._called(module))
         return FUSED if note is None else None if note is last_call.NEVER else note
 
     def _next_call(self, module: nn.Module, name: str) -> Row:
@@ -99,12 +107,12 @@ class Model:
         if module in self.never_called:
             return _unfused(row, "nn.MultiheadAttention reads its weight, never calls it")
         if peft_embedding.is_plain_embedding(module):
-            return _next_embedding_call(module, self._at_call(module), self.rows, row)
+            return self._next_embedding_call(module, row)
         if peft_experts.is_param_wrapper(module):
             return self._next_experts_call(self.outermost.get(module, module), row)
         if not peft_linear.is_lora_linear(module):
             return _unfused(row, f"no fused layer for {type(module).__module__}.{type(module).__name__}")
-        kind = peft_linear.linear_kinds()[type(module)]
+        kind, compiled = peft_linear.linear_kinds()[type(module)], self._is_in_graph(module)
         layer = layers.LoraLinearOfX if kind.only_x else layers.LoraLinear
         reason = _unmapped_reason(module, layer) or replaced.linear_reason()
         state = Fallback(reason) if reason else peft_linear.read_linear(self._at_call(module))
@@ -113,7 +121,9 @@ class Model:
         example = _example(state)
         call = CallContext.of(example)
         fallback = linear_call.call_fallback(state, example, call)
-        reason = fallback.reason if fallback else shared_input.small_reason(module, example, call, self.rows)
+        reason = fallback.reason if fallback else None
+        if reason is None and not compiled:
+            reason = shared_input.small_reason(module, example, call, self.rows)
         if reason:
             return _unfused(row, reason)
         called = linear_call.own_forward_reason(state, example, call, self.rows)
@@ -121,13 +131,29 @@ class Model:
             reason = peft_linear.delta_reason(state.projection)
             if reason:
                 return _unfused(row, f"{reason} ({called})")
-            return Row(name, layer.__name__, fused=True, backend=FUSED_DELTA, group="single", reason=called)
-        chosen = dispatch.describe_backend(example, (state.projection,), self.rows)
+            found = Row(name, layer.__name__, fused=True, backend=FUSED_DELTA, group="single", reason=called)
+            return _in_graph(found) if compiled else found
+        chosen = dispatch.describe_backend(example, (state.projection,), self.rows, compiled)
         if module in self.mlps:
-            return Row(
-                name, layers.LoraGatedMLP.__name__, fused=True, backend=chosen, group=self.names[self.mlps[module]]
-            )
-        return Row(name, layer.__name__, fused=True, backend=chosen, group=self._group(module))
+            group = self.names[self.mlps[module]]
+            found = Row(name, layers.LoraGatedMLP.__name__, fused=True, backend=chosen, group=group)
+        else:
+            found = Row(name, layer.__name__, fused=True, backend=chosen, group=self._group(module))
+        return _in_graph(found) if compiled else found
+
+    def _next_embedding_call(self, module: nn.Module, row: Row) -> Row:
+        layer, compiled = layers.LoraEmbedding, self._is_in_graph(module)
+        reason = _unmapped_reason(module, layer) or replaced.embedding_reason()
+        state = Fallback(reason) if reason else peft_embedding.read_embedding(self._at_call(module))
+        if isinstance(state, Fallback):
+            return _unfused(row, state.reason)
+        example = torch.empty((0,), dtype=torch.int64, device=state.table.weight.device)
+        reason = peft_embedding.embedding_call_reason(state, example, (), {})
+        if reason:
+            return _unfused(row, reason)
+        chosen = select.describe_embedding(select.choose_embedding(state.table, self.rows, compiled))
+        found = Row(row.module, layer.__name__, fused=True, backend=chosen, group="single")
+        return _in_graph(found) if compiled else found
 
     def _next_experts_call(self, outermost: nn.Module, row: Row) -> Row:
         """What is known of a wrapper of a parameter: the outermost one's forward computes the experts module."""
@@ -142,6 +168,8 @@ class Model:
         call = peft_experts.read_call(state, example, (index, weight.new_empty((0, 1))), {})
         if isinstance(call, Fallback):
             return _unfused(row, call.reason)
+        if self._is_in_graph(outermost):
+            return _unfused(row, EXPERTS_COMPILED)
         wrappers = reversed(peft_experts.chain_of(outermost)[0])
         group = "+".join(wrapper.parameter_name for wrapper in wrappers)
         backend = select.choose_experts(state.up, state.down, _ROWS_AN_EXPERT * len(weight))
@@ -186,6 +214,8 @@ class Model:
         reason = _unmapped_reason(module, layer)
         if reason:
             return reason
+        if self._is_in_graph(module) and (reason := peft_gated_mlp.untraced_reason(module, structure)):
+            return f"torch.compile: {reason}"
         whole = self._at_call(module)
         part = next(filter(peft_linear.is_lora_linear, peft_gated_mlp.projections_of(whole, structure)), None)
         if part is None:
@@ -273,6 +303,12 @@ def _unfused(row: Row, reason: str) -> Row:
     return dataclasses.replace(row, fused=False, backend=None, group=None, reason=reason, mlp=None)
 
 
+def _in_graph(row: Row) -> Row:
+    """What a graph of torch.compile has in its place; siblings are merged when it is compiled, after it was traced."""
+    group = row.group if row.layer == layers.LoraGatedMLP.__name__ else None
+    return dataclasses.replace(row, backend=f"{row.backend}, {COMPILED}", group=group)
+
+
 def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> str | None:
     """Why the layer's forward is not the one that a module runs; None where it is."""
     bound = module.__dict__.get("forward")
@@ -288,23 +324,9 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> str | None:
     if replaced.is_own(bound, module):
         return (
             "not kernelized: its class's own forward is bound to it, since it was pickled, or kernelized without a "
-            "layer of this kernel: there is none for modes with TORCH_COMPILE, for devices that "
-            "this variant is not built for, or before register_peft_layers()"
+            "layer of this kernel: there is none for devices that this variant is not built for, or before "
+            "register_peft_layers()"
         )
     if getattr(forward, "__qualname__", None) == layer.forward.__qualname__:
         return f"kernelized by another build of this kernel, {forward.__module__.rpartition('.')[0]}"
     return f"another tool set its forward: {replaced.name_of(bound)}"
-
-
-def _next_embedding_call(module: nn.Module, at_call: nn.Module, rows: int, row: Row) -> Row:
-    layer = layers.LoraEmbedding
-    reason = _unmapped_reason(module, layer) or replaced.embedding_reason()
-    state = Fallback(reason) if reason else peft_embedding.read_embedding(at_call)
-    if isinstance(state, Fallback):
-        return _unfused(row, state.reason)
-    example = torch.empty((0,), dtype=torch.int64, device=state.table.weight.device)
-    reason = peft_embedding.embedding_call_reason(state, example, (), {})
-    if reason:
-        return _unfused(row, reason)
-    chosen = select.describe_embedding(select.choose_embedding(state.table, rows))
-    return Row(row.module, layer.__name__, fused=True, backend=chosen, group="single")

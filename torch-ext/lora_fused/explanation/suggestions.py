@@ -6,11 +6,8 @@ import re
 
 # In the order in which they are tried. A pattern is found anywhere in the reason.
 SUGGESTIONS = (
-    (
-        r"^torch\.compile",
-        "compiled layers run PEFT's forward: do not compile the model, or keep it, if that is faster for you",
-    ),
-    (r"modes with TORCH_COMPILE", "run lora_fused.apply(model), on a GPU or a CPU and without Mode.TORCH_COMPILE"),
+    (r"^torch\.compile", "leave it out of what is compiled (torch.compiler.disable), where eager is faster for you"),
+    (r"devices other than cpu and cuda", "run lora_fused.apply(model), on a GPU or a CPU"),
     (r"^not kernelized|another build of this kernel|bound to another module", "run lora_fused.apply(model)"),
     (
         r"set its forward|has a forward of its own",

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .. import last_call
 from ..backends import native
 from .folding import fold, without_prefix
 from .suggestions import suggestion_for
@@ -25,13 +26,16 @@ class Row:
     module: its name in the model.
     layer: the layer that serves it where it is fused (`LoraLinear`, `LoraGatedMLP`, ...), else its class.
     fused: whether its next call is computed by this kernel.
-    backend: who computes it: "native", "triton", "reference", or "fused delta" where the base module's own forward
-        makes the product, for the `reason`, and the delta is fused.
+    backend: who computes it: "native", "triton", "torch", or "fused delta" where the base module's own forward
+        makes the product, for the `reason`, and the delta is fused; "native, compiled" and its kind in a graph of
+        torch.compile.
     group: the modules of one input that are computed together; for projections of a gated MLP that is one Function the
-        MLP's name; "single"; or "after the first pass", since what shares an input is seen when the model runs.
+        MLP's name; "single"; or "after the first pass", since what shares an input is seen when the model runs. None
+        of linears in a graph, whose compiler merges those of one input.
     reason: why PEFT's own forward runs, or the base module's.
     mlp: why the gated MLP that it is a projection of is not one Function.
-    last: what its last call ran, "fused" or the reason why PEFT's own forward did; None where it was not called yet.
+    last: what its last call ran, "fused", "in a graph of torch.compile", which runs no Python that could tell, or the
+        reason why PEFT's own forward did; None where it was not called yet.
     parameters: how many the adapters on it have.
     calls: of a recording (`explain(model, calls=calls)`), ("fused", number) and (reason, number); None without one.
     """
@@ -177,7 +181,7 @@ def _notes(row: Row) -> str:
     notes = [row.reason] if row.reason else []
     if row.mlp:
         notes.append(f"its MLP is not one Function: {row.mlp}")
-    if row.last is not None and row.last != (FUSED if row.fused else row.reason):
+    if row.last not in (None, last_call.TRACED, FUSED if row.fused else row.reason):
         notes.append(f"last call: {row.last}")
     if row.calls is not None:
         notes.append("calls: " + (", ".join(_count(row, *each) for each in row.calls) or "none"))

@@ -112,12 +112,13 @@ def _is_wide(lora_a: Tensor | None) -> bool:
     return lora_a is not None and lora_a.dtype != torch.float16
 
 
-def describe_backend(x: Tensor, projections: Sequence[Projection], rows: int) -> str:
-    """What a reader calls the backend of a group of projections of `rows` rows like those of x."""
+def describe_backend(x: Tensor, projections: Sequence[Projection], rows: int, compiled: bool = False) -> str:
+    """What a reader calls the backend of a group of projections of `rows` rows like those of x; `compiled` where
+    torch.compile traces it, which takes no other than NATIVE."""
     call = CallContext.of(x)
     lora_dtype, x = call.autocast, _cast(x, call)
     path = native_path(projections, x.dtype, lora_dtype, x.is_cuda)
-    chosen = _choose(x, projections, path, lora_dtype, rows)
+    chosen = select.NATIVE if compiled else _choose(x, projections, path, lora_dtype, rows)
     if not path.native or chosen != select.NATIVE:
         return select.describe(chosen)
     is_fused = any([select.gemm_is_faster(x, rows, projection.shape[0]) for projection in projections])

@@ -75,7 +75,7 @@ def compute_experts(
         few_rows = select.few_rows(x, index, up, down, gate)
         if few_rows is not None:
             return few_rows(x.to(up.weight.dtype), index, routing, up, down, gate).to(x.dtype)
-        products = select.make_products(select.sort_rows(index, up, down, leaves_out), up, down, trains=False)
+        products = select.make_products(select.sort_rows(index, up, down, leaves_out), up, trains=False)
         return forward_experts(spec, products, x, routing, up, down)[0]
 
 

@@ -76,9 +76,10 @@ def unread(error: Exception) -> Fallback:
 def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Base | Fallback:
     """What a base layer computes now; `opaque` where the LoRA layer is one for bases of a kind of its own."""
     if type(base) is nn.Linear and not transposed:  # nearly all, past what others ask
+        state = base.__dict__
         weight = tensor_of(base, "weight")
         if type(weight) in PLAIN_TENSORS:
-            shape = (base.out_features, base.in_features)
+            shape = (state["out_features"], state["in_features"])
             return new_tuple(Base, (weight, tensor_of(base, "bias"), shape, None, None, None, _NO_SCALES))
     found = _read(base, transposed, opaque)
     if type(base) is nn.Linear or isinstance(found, Fallback) or found.own_forward:

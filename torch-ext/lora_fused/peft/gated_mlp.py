@@ -41,9 +41,8 @@ class _Recognised(NamedTuple):
     forward: Callable
     code: types.CodeType | None
     functions: tuple[Callable, ...]
-    activations: tuple[
-        tuple[str, weakref.ref, Callable, Callable], ...
-    ]  # name, module, its class's forward and __call__
+    # Name, module, its class's forward and __call__, its attributes.
+    activations: tuple[tuple[str, weakref.ref, Callable, Callable, dict[str, Any]], ...]
     attributes: tuple[tuple[str, weakref.ref], ...]  # functions on the module itself
     dtype: torch.dtype | None  # of the weights, where the structure may depend on it
 
@@ -67,7 +66,16 @@ def structure_of(module: nn.Module) -> GatedMLP | Fallback:
         else:
             names, by_dtype = list(structure.activation_modules), structure.dtype is not None
         parts = ((name, module._modules[name]) for name in names)
-        activations = tuple((name, weakref.ref(part), type(part).forward, type(part).__call__) for name, part in parts)
+        activations = tuple(
+            (
+                name,
+                weakref.ref(part),
+                type(part).forward,
+                type(part).__call__,
+                {} if isinstance(structure, Fallback) else _values_of(part),
+            )
+            for name, part in parts
+        )
         attributes = tuple((name, weakref.ref(each)) for name, each in vars(module).items() if isinstance(each, _PLAIN))
         dtype = mlp_tracer.weights_dtype(module) if by_dtype else None
         code = getattr(forward, "__code__", None)
@@ -79,13 +87,19 @@ def structure_of(module: nn.Module) -> GatedMLP | Fallback:
 class TracedMLP(NamedTuple):
     """What Dynamo reads of a gated MLP, on the module itself: it compares values with what it read before, so that all
     modules of one kind have one graph. activations: name, class and attributes of each module. attributes: functions
-    on the module."""
+    on the module. A pickle has None in its place, which needs no module of this package."""
 
     structure: GatedMLP
     forward: Callable
     functions: tuple[Callable, ...]
     activations: tuple[tuple[str, type, tuple[tuple[str, Any], ...]], ...]
     attributes: tuple[tuple[str, Callable], ...]
+
+    def __reduce__(self):
+        return type(None), ()
+
+    def __deepcopy__(self, memo):
+        return self
 
 
 TRACED = "_lora_fused_mlp"  # the attribute
@@ -96,22 +110,39 @@ def prepare_trace(module: nn.Module) -> None:
     """Puts a `TracedMLP` on a module that Dynamo may trace, or takes it away where it would not do."""
     module.__dict__.pop(TRACED, None)
     structure = structure_of(module)
-    if isinstance(structure, Fallback) or structure.dtype is not None:
+    if isinstance(structure, Fallback) or untraced_reason(module, structure):
         return
     activations = []
     for name in structure.activation_modules:
         part = module._modules[name]
-        # `training` apart, which no gated MLP depends on.
-        state = {key: value for key, value in vars(part).items() if key not in vars(_BARE) and key != "forward"}
-        if any([*part.parameters(), *part.buffers(), *part.children()]) or not _are_values(state.values()):
-            return
-        activations.append((name, type(part), tuple(state.items())))
+        activations.append((name, type(part), tuple(_state_of(part).items())))
     attributes = tuple((name, each) for name, each in vars(module).items() if isinstance(each, _PLAIN))
     forward, functions = type(module).forward, _current_functions()
     vars(module)[TRACED] = TracedMLP(structure, forward, functions, tuple(activations), attributes)
 
 
+def untraced_reason(module: nn.Module, structure: GatedMLP) -> str | None:
+    """Why a gated MLP that is one Function in eager is not one op of a graph: what Dynamo would have to guard."""
+    if structure.dtype is not None:
+        return "its forward asks for dtypes"
+    for name in structure.activation_modules:
+        part = module._modules[name]
+        if any([*part.parameters(), *part.buffers(), *part.children()]) or not _are_values(_state_of(part).values()):
+            return f"{name} holds more than numbers and text"
+    return None
+
+
 _BARE = nn.Module()
+
+
+def _state_of(activation: nn.Module) -> dict[str, Any]:
+    """Its attributes but those of every module, `training` among them, which no gated MLP depends on."""
+    return {key: value for key, value in vars(activation).items() if key not in vars(_BARE) and key != "forward"}
+
+
+def _values_of(activation: nn.Module) -> dict[str, Any]:
+    """Those that are numbers and text."""
+    return {key: value for key, value in _state_of(activation).items() if _are_values((value,))}
 
 
 def _are_values(values: Iterable[object]) -> bool:
@@ -165,10 +196,14 @@ def _is_as_it_was(module: nn.Module, known: _Recognised) -> bool:
     forward = type(module).forward
     if forward is not known.forward or getattr(forward, "__code__", None) is not known.code:
         return False
-    for name, ref, own_forward, call in known.activations:
+    for name, ref, own_forward, call, state in known.activations:
         part = module._modules.get(name)
         if part is not ref() or type(part).forward is not own_forward or type(part).__call__ is not call:
             return False
+        now = part.__dict__
+        for key, value in state.items():
+            if now.get(key) is not value:
+                return False
     for name, ref in known.attributes:
         if (attribute := ref()) is None or vars(module).get(name) is not attribute:
             return False
@@ -190,6 +225,12 @@ def is_adapted(module: nn.Module) -> bool:
     return not isinstance(structure, Fallback) and any(
         map(peft_linear.is_lora_linear, projections_of(module, structure))
     )
+
+
+def parts_of(module: nn.Module) -> list[nn.Module]:
+    """The modules in a gated MLP whose calls others may change, itself apart."""
+    parts = list(module._modules.values())
+    return parts + [each for part in parts if peft_linear.is_lora_linear(part) for each in peft_linear.parts_of(part)]
 
 
 def small_reason(module: nn.Module, x: Tensor, call: CallContext) -> str | None:

@@ -133,9 +133,10 @@ def read_linear(module: nn.Module, known: AdaptedLinear | None = None) -> Adapte
             return Fallback(reason)
     if module.disable_adapters:
         return Fallback("adapters are disabled")
-    if module.merged_adapters:
+    state = module.__dict__
+    if state["merged_adapters"]:
         return Fallback("the adapter is merged into the base weight")
-    active, adapters = module.active_adapter, module._modules["lora_A"]._modules
+    active, adapters = module.active_adapter, state["_modules"]["lora_A"]._modules
     if len(active) == 1 and active[0] in adapters:  # a list of one, nearly always
         name = active[0]
     else:
@@ -152,12 +153,15 @@ def read_linear(module: nn.Module, known: AdaptedLinear | None = None) -> Adapte
 
 
 def _read_adapter(module: nn.Module, name: str, known: AdaptedLinear | None) -> AdaptedLinear | Fallback:
-    # Straight from the registries: nn.Module.__getattr__ would cost more than the checks do.
-    modules = module._modules
+    # Straight from the dictionaries. An attribute of a module is looked for in all of its classes first, by Python 3.11
+    # twice more for a __getattr__ of its own: 0.1 µs each, 0.5 where the interpreter's cache of such looks has two in
+    # one place.
+    state = module.__dict__
+    modules = state["_modules"]
     layer, kind = modules["base_layer"], (_kinds or linear_kinds())[type(module)]
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout, dora = modules["lora_dropout"]._modules[name], None
-    if name in module.lora_variant:
+    if name in state["lora_variant"]:
         dora = _read_dora(module, name)
         if isinstance(dora, Fallback):
             return dora
@@ -165,7 +169,7 @@ def _read_adapter(module: nn.Module, name: str, known: AdaptedLinear | None) -> 
     watched = replaced.bypass_reason(_PARTS, (lora_a, lora_b, dropout, dora))
     if watched:
         return Fallback(watched)
-    transposed = getattr(module, "fan_in_fan_out", False)
+    transposed = state.get("fan_in_fan_out", False)
     base = read_base(layer, transposed, kind.opaque)
     if isinstance(base, Fallback):
         return base
@@ -178,7 +182,7 @@ def _read_adapter(module: nn.Module, name: str, known: AdaptedLinear | None) -> 
     p = 0.0 if type(dropout) is nn.Identity else _dropout(module, dropout, dora is not None)
     if isinstance(p, Fallback):
         return p
-    scaling = module.scaling[name]
+    scaling = state["scaling"][name]
     of_a, of_b = lora_a._parameters, lora_b._parameters
     try:
         a, b, bias_of_a, lora_bias = of_a["weight"], of_b["weight"], of_a["bias"], of_b["bias"]
@@ -197,17 +201,29 @@ def _read_adapter(module: nn.Module, name: str, known: AdaptedLinear | None) -> 
             return scaling
     plain = p == 0.0 and not transposed and base.quantized is None
     spec = _PLAIN_SPEC if plain else _spec(p, transposed, base.quantized)
-    casts_input = getattr(module, "cast_input_dtype_enabled", True)
-    if known is not None and _is_as_read(known, operands, scaling, spec, base, (casts_input, module.training)):
+    casts_input, training = state.get("cast_input_dtype_enabled", True), state["training"]
+    if known is not None and _is_as_read(known, operands, scaling, spec, base, (casts_input, training)):
         return known
-    reason = _reason_of(operands, base, transposed)
+    if dora is not None and transposed and base.weight.requires_grad:
+        return Fallback("DoRA on a trained Conv1D weight, whose gradient PEFT detaches in part")
+    reason = tensor_reason(operands, base, transposed)
+    if reason is None and base.shape is not None:
+        reason = fit_reason(operands, *base.shape)
     if reason:
         return Fallback(reason)
     projection = new_tuple(Projection, (operands, scaling, spec))
     reason = delta_reason(projection) if base.own_forward else None
     if reason:
         return Fallback(f"{reason} ({base.own_forward})")
-    return new_tuple(AdaptedLinear, (projection, casts_input, base, module.training, kind.promotes))
+    return new_tuple(AdaptedLinear, (projection, casts_input, base, training, kind.promotes))
+
+
+def parts_of(module: nn.Module) -> list[nn.Module]:
+    """The modules that PEFT's forward of a layer calls: its base, and the parts of its active adapters."""
+    modules, active = module._modules, module.active_adapter
+    names = (active,) if isinstance(active, str) else active
+    of_adapters = [modules[kind]._modules for kind in _PARTS if kind in modules]
+    return [modules["base_layer"], *(parts[name] for parts in of_adapters for name in names if name in parts)]
 
 
 def _read_dora(module: nn.Module, name: str) -> nn.Module | Fallback:
@@ -243,16 +259,6 @@ def _is_as_read(
         and known.base[2:6] == base[2:6]
         and (known.casts_input, known.training) == flags
     )
-
-
-def _reason_of(operands: Operands, base: Base, transposed: bool) -> str | None:
-    """Why PEFT computes with these tensors."""
-    if operands.magnitude is not None and transposed and operands.weight.requires_grad:
-        return "DoRA on a trained Conv1D weight, whose gradient PEFT detaches in part"
-    reason = tensor_reason(operands, base, transposed)
-    if reason is None and base.shape is not None:
-        reason = fit_reason(operands, *base.shape)
-    return reason
 
 
 def read_plain(module: nn.Module) -> AdaptedLinear | Fallback:

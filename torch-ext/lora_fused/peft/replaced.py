@@ -253,6 +253,13 @@ def bypass_reason(names: Sequence[str], parts: Sequence[nn.Module | None]) -> st
     return None
 
 
+def guard_forwards(parts: Iterable[nn.Module]) -> None:
+    """For torch.compile, before `bypass_reason`: of a module's `__dict__` Dynamo guards what is there, and not what is
+    missing, of an attribute both."""
+    for part in parts:
+        getattr(part, "forward", None)
+
+
 def is_own(bound: Any, part: nn.Module) -> bool:
     """Whether a forward on an instance is that of its class, as `kernelize` leaves it where there is no kernel."""
     # Not `getattr` with a default, which Dynamo of torch 2.11 always gives.
@@ -272,7 +279,13 @@ def _moves_inputs_alone(part: nn.Module) -> bool:
 
 def hooks_reason(name: str, part: nn.Module) -> str | None:
     """Whether somebody watches the calls of a module."""
-    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+    state = part.__dict__
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
         return f"{name} has hooks{_sharded_note(part)}"
     return None
 

@@ -23,7 +23,7 @@ class Rows(NamedTuple):
     from ends[-1] on are of no expert; `leaves_out` where there may be some.
 
     What a backend may know besides, int32: place [S], the row of a choice; tiles [3, ·], of tiles of rows that each are
-    of one expert, the expert, the first row, and the end of the expert's rows.
+    of one expert, the expert, the first row, and the end of the expert's rows. backend: whose products take these rows.
     """
 
     order: Tensor
@@ -33,6 +33,7 @@ class Rows(NamedTuple):
     leaves_out: bool
     place: Tensor | None = None
     tiles: Tensor | None = None
+    backend: str = ""
 
     @classmethod
     def sort(cls, index: Tensor, experts: int, leaves_out: bool) -> Rows:
