@@ -125,11 +125,12 @@ LAYER = dict(traced_linear=4, traced_gated_mlp=1)
 MODEL = dict(traced_linear=8, traced_gated_mlp=2)
 
 
-# The graphs of each recipe: the layers' by layer, once more for the other row's length; else the model's.
+# The graphs of each recipe: by layer the first one's, whose input needs no gradient, and that of all others, for each
+# row's length; else the model's.
 COMPILED = {
-    "compiled": [LAYER] * 2,
+    "compiled": [LAYER] * 4,
     "compiled_trainer": [MODEL],
-    "compiled_regions": [LAYER] * 2,
+    "compiled_regions": [LAYER] * 4,
     "compiled_mode": [MODEL],
 }
 
@@ -141,31 +142,24 @@ def test_compiled(run, graphs, name):
     assert [dict(found) for found in graphs if found] == COMPILED[name]
     assert calls.fused == calls.own == 0, str(calls)
     assert all(row.fused for row in explain(names["lora_fused"], names["model"]))
+    if name == "compiled_trainer":
+        assert names["trainer"].state.log_history[0]["lora_fused"] == 1.0
+    if name == "compiled_mode":
+        assert_peft_s_gradients(names)
 
 
-@pytest.mark.parametrize("name", ("compiled", "compiled_mode"))
-def test_compiled_has_peft_s_gradients(run, graphs, name):
-    names, _ = run(name)
-    model, grads = names["model"], {}
-    for compiled in (True, False):
+def assert_peft_s_gradients(names):
+    model, grads = names["model"], []
+    for stance in ("fail_on_recompile", "force_eager"):
         model.zero_grad()
-        if not compiled:
-            names["lora_fused"].restore(model)
-            torch.compiler.set_stance("force_eager")
-        try:
+        with torch.compiler.set_stance(stance):
             model(input_ids=names["ids"], labels=names["ids"]).loss.backward()
-        finally:
-            torch.compiler.set_stance("default")
-        grads[compiled] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert len(grads[True]) == 28 and graphs
-    assert any(grad.abs().max() > 0 for grad in grads[False].values())
-    for key, grad in grads[False].items():
-        torch.testing.assert_close(grads[True][key], grad, rtol=1e-4, atol=1e-6)
-
-
-def test_compiled_trainer_reports(run, graphs):
-    names, _ = run("compiled_trainer")
-    assert names["trainer"].state.log_history[0]["lora_fused"] == 1.0
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        names["lora_fused"].restore(model)
+    ours, theirs = grads
+    assert len(ours) == 28 and any(grad.abs().max() > 0 for grad in theirs.values())
+    for key, grad in theirs.items():
+        torch.testing.assert_close(ours[key], grad, rtol=1e-4, atol=1e-6)
 
 
 def test_generation_with_a_static_cache(run, graphs):
