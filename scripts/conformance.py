@@ -182,6 +182,7 @@ def main() -> int:
     parser.add_argument("--sdist", type=pathlib.Path, help="PEFT's source distribution, where it cannot be downloaded")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="processes")
     parser.add_argument("--without", nargs="+", metavar="WORD", default=[], help="words in names of tests to leave out")
+    parser.add_argument("--match", nargs="+", metavar="WORD", default=[], help="only tests with one of these in the name")
     parser.add_argument("--only", nargs="+", metavar="MODULE", help="modules of PEFT's tests", choices=MODULES | ON_GPU)
     arguments = parser.parse_args()
     if not (ROOT / "build").is_dir():
@@ -192,7 +193,8 @@ def main() -> int:
         modules = {module: (MODULES | ON_GPU)[module] for module in arguments.only}
     if not arguments.quick:
         build_models()
-    choice = {"modules": modules, "classes": QUICK_CLASSES if arguments.quick else (), "without": arguments.without}
+    choice = {"modules": modules, "classes": QUICK_CLASSES if arguments.quick else ()}
+    choice |= {"without": arguments.without, "match": arguments.match}
     tests, started = [f"tests/{module}" for module in modules], time.time()
     workers = max(1, arguments.workers // 2)
     with ThreadPoolExecutor(2) as pool:
