@@ -2,6 +2,7 @@
 
     python scripts/conformance.py            everything that concerns LoRA
     python scripts/conformance.py --quick    a part of it, as the project's own tests run it
+    python scripts/conformance.py --compiled compiled models alone
 
 PEFT's source distribution is downloaded once into .conformance/, or given with --sdist; the models that
 the tests ask the Hub for are built there (scripts/conformance_hub.py). All modules run twice at the same
@@ -35,6 +36,11 @@ VERSION, SHA256 = "0.21.2", "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc
 # Of a module all tests (ALL) or those that name LoRA; methods that only contain the word are others'.
 ALL, LORA = "all", "lora"
 COMPILED = "test_torch_compile.py"
+COMPILED_ELSEWHERE = {  # words in names of tests, some of which compile
+    "test_initialization.py": ("TestHotSwapping",),
+    "test_lora_conversion.py": ("compile",),
+    "test_low_level_api.py": ("compile",),
+}
 MODULES = {
     "test_arrow.py": ALL,
     "test_auto.py": LORA,
@@ -182,19 +188,20 @@ def main() -> int:
     parser.add_argument("--sdist", type=pathlib.Path, help="PEFT's source distribution, where it cannot be downloaded")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="processes")
     parser.add_argument("--without", nargs="+", metavar="WORD", default=[], help="words in names of tests to leave out")
-    parser.add_argument("--match", nargs="+", metavar="WORD", default=[], help="only tests with one of these in the name")
+    parser.add_argument("--compiled", action="store_true", help="only tests of compiled models")
     parser.add_argument("--only", nargs="+", metavar="MODULE", help="modules of PEFT's tests", choices=MODULES | ON_GPU)
     arguments = parser.parse_args()
     if not (ROOT / "build").is_dir():
         parser.error("no build folder: run `make build` first")
     folder = sdist(arguments.sdist)
     modules = QUICK if arguments.quick else MODULES | (ON_GPU if torch.cuda.is_available() else {})
-    if arguments.only:
-        modules = {module: (MODULES | ON_GPU)[module] for module in arguments.only}
+    if arguments.only or arguments.compiled:
+        chosen = arguments.only or (COMPILED, *COMPILED_ELSEWHERE)
+        modules = {module: (MODULES | ON_GPU)[module] for module in chosen}
     if not arguments.quick:
         build_models()
     choice = {"modules": modules, "classes": QUICK_CLASSES if arguments.quick else ()}
-    choice |= {"without": arguments.without, "match": arguments.match}
+    choice |= {"without": arguments.without, "words": COMPILED_ELSEWHERE if arguments.compiled else {}}
     tests, started = [f"tests/{module}" for module in modules], time.time()
     workers = max(1, arguments.workers // 2)
     with ThreadPoolExecutor(2) as pool:

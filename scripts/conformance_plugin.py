@@ -113,11 +113,12 @@ def is_chosen(nodeid: str) -> bool:
         return True
     if any(word in name for word in CHOICE["without"]):
         return False
-    if CHOICE["match"] and not any(word in name for word in CHOICE["match"]):
+    module = path.rpartition("/")[2]
+    if not any(word in name for word in CHOICE["words"].get(module, ("",))):
         return False
     if CHOICE["classes"] and not name.startswith(tuple(f"{each}::" for each in CHOICE["classes"])):
         return False
-    if CHOICE["modules"][path.rpartition("/")[2]] == "all":
+    if CHOICE["modules"][module] == "all":
         return True
     name = name.lower()
     for method in OTHER_METHODS:
