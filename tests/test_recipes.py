@@ -177,10 +177,10 @@ def test_generation_with_a_static_cache(run, graphs):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_captured_step(run):
-    """Four replays and steps lower the loss, and gradients are those of an eager step."""
+    """What replays add up is what eager steps do."""
     names, _ = run("captured")
-    assert len(names["losses"]) == 4 and names["losses"][-1] < names["losses"][0]
-    model, trained = names["model"], [p for p in names["model"].parameters() if p.requires_grad]
+    losses, trained = names["losses"], [p for p in names["model"].parameters() if p.requires_grad]
+    assert len(set(losses)) == 4 and torch.tensor(losses).isfinite().all()
     names["graph"].replay()
     names["graph"].replay()  # adds
     replayed = [p.grad.clone() for p in trained]
