@@ -14,6 +14,7 @@ import accelerate
 import pytest
 import torch
 from conftest import ROOT
+from helpers.cases import randomise_adapters
 from helpers.checkpoints import save_checkpoint
 from helpers.kernelizing import explain, forwards
 from torch._dynamo.backends.registry import lookup_backend
@@ -150,7 +151,7 @@ def test_compiled(run, graphs, name):
 
 def assert_peft_s_gradients(names):
     model, grads = names["model"], []
-    for stance in ("fail_on_recompile", "force_eager"):
+    for stance in ("default", "force_eager"):
         model.zero_grad()
         with torch.compiler.set_stance(stance):
             model(input_ids=names["ids"], labels=names["ids"]).loss.backward()
@@ -165,6 +166,8 @@ def assert_peft_s_gradients(names):
 def test_generation_with_a_static_cache(run, graphs):
     """Compiled on a GPU by itself, on a CPU where it is told to; the tokens are those of PEFT's model."""
     names, _ = run("compiled_generation")
+    assert names["generated"].shape[1] == names["ids"].shape[1] + 4
+    randomise_adapters(names["model"], torch.float32)
     model, options = names["model"], dict(input_ids=names["ids"], max_new_tokens=4, do_sample=False)
     compiled = CompileConfig(backend="inductor", mode="default", fullgraph=True)
     compiled._compile_all_devices = True
@@ -172,7 +175,7 @@ def test_generation_with_a_static_cache(run, graphs):
     assert [dict(found) for found in graphs] == [MODEL]
     names["lora_fused"].restore(model)
     theirs = model.generate(**options)
-    assert torch.equal(ours, theirs) and torch.equal(names["generated"], theirs)
+    assert torch.equal(ours, theirs) and not torch.equal(names["generated"], theirs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
