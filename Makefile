@@ -1,7 +1,7 @@
 # Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
 # that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
-.PHONY: help venv build check-build demo lint format types test test-all test-trainers docs compare families conformance matrix clean gpu-check bench tune \
+.PHONY: help venv build check-build demo lint format types test test-all test-compile test-trainers docs compare families conformance matrix clean gpu-check bench tune \
   build-cuda build-noarch reproduce variants public-api release-dry-run
 
 ifdef PYTHON
@@ -71,6 +71,10 @@ test-trainers: build $(TRAINERS)/stamp  ## install TRL, DeepSpeed and Liger into
 $(TRAINERS)/stamp: requirements-trainers.txt | $(READY)
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $(TRAINERS) -r requirements-trainers.txt
 	@touch $@
+
+# Each case takes Inductor some seconds.
+test-compile: build  ## run the tests of torch.compile, what is slow too, with Inductor: an hour on two cores (K=words: those that match)
+	LORA_FUSED_TEST_INDUCTOR=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $(if $(K),-k "$(K)") tests/test_compile*.py
 
 families: build  ## hold every model family against PEFT and write the table of them in docs/support.md
 	OMP_NUM_THREADS=1 $(PYTHON) scripts/families_table.py --measure

@@ -36,6 +36,10 @@ def check(ours, model):
     assert_same(results(ours, x_of()), results(model, x_of()))
 
 
+def some_slow(values, *fast):
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def changed(change, *models):
     for model in models:
         change(model)
@@ -87,6 +91,7 @@ def test_merged_and_not_merged_again(compiled):
     assert not graphs.ops  # the first graph serves again
 
 
+@pytest.mark.slow
 def test_one_linear_is_merged(compiled):
     model, ours, graphs = compiled()
     changed(merge_one, model, ours)
@@ -94,6 +99,7 @@ def test_one_linear_is_merged(compiled):
     assert graphs.ops == dict(FUSED_BLOCK, traced_linear=3)
 
 
+@pytest.mark.slow
 def test_disabled_for_a_block(compiled):
     model, ours, _ = compiled()
     with model.disable_adapter(), ours.disable_adapter():
@@ -127,6 +133,7 @@ def test_an_adapter_is_added_and_activated(compiled):
     assert graphs.ops == dict(traced_linear=2)  # gate has none, so the MLP is none of ours
 
 
+@pytest.mark.slow
 def test_evaluation(compiled):
     model, ours, _ = compiled()
     changed(lambda each: each.eval(), model, ours)
@@ -160,6 +167,7 @@ def test_parameters_in_place_and_exchanged(compiled):
     check(ours, model)
 
 
+@pytest.mark.slow
 def test_a_parameter_that_is_frozen(compiled):
     model, ours, _ = compiled()
     for each in (model, ours):
@@ -167,6 +175,7 @@ def test_a_parameter_that_is_frozen(compiled):
     check(ours, model)
 
 
+@pytest.mark.slow
 def test_moved_to_another_dtype(compiled):
     model, ours, graphs = compiled()
     changed(lambda each: each.float(), model, ours)
@@ -228,7 +237,7 @@ HOOKED = {
 }
 
 
-@pytest.mark.parametrize("place", HOOKED)
+@pytest.mark.parametrize("place", some_slow(HOOKED, "q_proj.lora_A.default", "act_fn"))
 def test_a_hook(compiled, place):
     """Dynamo guards no hooks (`skip_nnmodule_hook_guards`): a graph has those that were there before."""
     model, ours, graphs = compiled()
@@ -241,7 +250,10 @@ def test_a_hook(compiled, place):
     assert graphs.ops == HOOKED[place]
 
 
-@pytest.mark.parametrize("place", ("k_proj.lora_B.default", "k_proj.base_layer", "up_proj.lora_A.default", "act_fn"))
+PARTS = "k_proj.lora_B.default", "k_proj.base_layer", "up_proj.lora_A.default", "act_fn"
+
+
+@pytest.mark.parametrize("place", some_slow(PARTS, "k_proj.lora_B.default", "act_fn"))
 def test_a_forward_on_an_instance(compiled, place):
     model, ours, graphs = compiled()
     for each in (model, ours):
@@ -264,6 +276,7 @@ def test_a_forward_on_a_projection_of_the_mlp(compiled):
 # ---- modules that are exchanged ----
 
 
+@pytest.mark.slow
 def test_another_activation(compiled):
     model, ours, graphs = compiled()
     for each in (model, ours):
@@ -292,6 +305,7 @@ def test_an_activation_that_is_no_gate(compiled):
     assert graphs.ops == MLP_APART
 
 
+@pytest.mark.slow
 def test_the_probability_of_a_dropout(compiled):
     """From none to one that is drawn: PEFT's mask is torch's, ours is not, so p = 1 tells."""
     model, ours, graphs = compiled(lora_dropout=1e-9)
@@ -301,6 +315,7 @@ def test_the_probability_of_a_dropout(compiled):
     assert graphs.ops == FUSED_BLOCK
 
 
+@pytest.mark.slow
 def test_a_dropout_of_another_kind(compiled):
     model, ours, graphs = compiled(lora_dropout=1e-9)
     for each in (model, ours):
@@ -356,6 +371,7 @@ def test_restored_and_applied_again(lora_fused, compiled):
     assert graphs.ops in (FUSED_BLOCK, {})  # the first graph may serve again
 
 
+@pytest.mark.slow
 def test_what_is_changed_by_a_class_of_the_base(compiled):
     """The base of a linear becomes one of a class that nobody knows."""
 

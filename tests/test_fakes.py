@@ -1,5 +1,5 @@
-"""The shape functions of the native ops, which torch.compile and torch.export trace through, against the ops
-themselves."""
+"""What torch.compile and torch.export trace, against the ops themselves: the shape functions of the native ops, and
+the ops that are traced through to them."""
 
 import pytest
 import torch
@@ -38,10 +38,11 @@ def calls(lora_fused, run):
 
 
 def check(recorded):
-    """The fake's results are as those of the op, in number, shape, strides, dtype and device."""
+    """The fake's results are as those of the op, in number, shape, strides, dtype and device, and the op writes and
+    returns what its schema says."""
     for func, args, kwargs in recorded:
         detached = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.detach(), (args, kwargs))
-        torch.library.opcheck(func, *detached, test_utils="test_faketensor")
+        torch.library.opcheck(func, *detached, test_utils=("test_schema", "test_faketensor"))
     return {func.overloadpacket.__name__ for func, *_ in recorded}
 
 
@@ -93,3 +94,37 @@ def test_norms_alone(lora_fused, device):
         lora_fused.backends.select.dora_scales(weights, a, b, magnitudes, [0.5, 2.0])
 
     assert check(calls(lora_fused, run)) == {"dora_scales"}
+
+
+# ---- the ops of Dynamo's graphs ----
+
+
+def traced_calls(lora_fused, device):
+    """One of each, with an adapter of rank 4: (name, arguments)."""
+    make = dict(device=device, dtype=torch.float32)
+
+    def projection(n, k, base=True):
+        weight = torch.randn(n, k, **make) if base else None
+        a, b = (torch.randn(*shape, **make, requires_grad=True) for shape in ((4, k), (n, 4)))
+        return [weight, torch.randn(n, **make) if base else None, a, b, *[None] * 6]
+
+    stored = lora_fused.compiled.ops.packed(lora_fused.ProjectionSpec())
+    x = torch.randn(3, 16, **make, requires_grad=True)
+    yield "linear", (x, projection(24, 16), 0.5, 0.0, stored)
+    base = torch.randn(3, 24, **make, requires_grad=True)
+    yield "delta", (base, x, projection(24, 16, base=False), 0.5, 0.0, stored, False)
+    parts = projection(24, 16) + projection(24, 16) + projection(16, 24)
+    yield "gated_mlp", (x, parts, [0.5, 1.0, 2.0], [0.0] * 3, stored * 3, "silu", 0)
+    a, b = torch.randn(4, 9, **make, requires_grad=True), torch.randn(16, 4, **make, requires_grad=True)
+    table = [torch.randn(9, 16, **make), a, b, None, None]
+    yield "embedding", (torch.tensor([[1, 2, 8]], device=device), table, 0.5, None, 1.0)
+
+
+@pytest.mark.parametrize("place,name", list(enumerate(("linear", "delta", "gated_mlp", "embedding"))))
+def test_traced_ops(lora_fused, device, place, name):
+    """opcheck of all but a registration of autograd, which an op that is traced through has none of: results and
+    gradients by AOTAutograd, sizes dynamic and not."""
+    found, arguments = list(traced_calls(lora_fused, device))[place]
+    assert found == name
+    op = getattr(lora_fused._ops.ops, f"traced_{name}").default
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
