@@ -83,11 +83,11 @@ docs: $(READY)  ## write the parts of the pages that are made from results, test
 	$(PYTHON) benchmarks/charts.py
 	$(PYTHON) scripts/pages.py
 
-conformance: build  ## run PEFT's own LoRA tests with and without the kernel (SDIST=file: no download)
-	$(PYTHON) scripts/conformance.py $(if $(SDIST),--sdist $(SDIST))
+conformance: build  ## run PEFT's own LoRA tests with and without the kernel (SDIST=file: no download; COMPILED=1: compiled models)
+	$(PYTHON) scripts/conformance.py $(if $(SDIST),--sdist $(SDIST)) $(if $(COMPILED),--compiled)
 
-matrix: build  ## run some tests with other versions of PEFT, kernels, transformers, and write the table of them (ROWS=0,3: those)
-	$(PYTHON) scripts/version_matrix.py $(if $(ROWS),--rows $(ROWS))
+matrix: build  ## run some tests with other versions of PEFT, kernels, transformers, and write the table of them (ROWS=0,3: those; COMPILED=1: tests of compiled models, with this torch)
+	$(PYTHON) scripts/version_matrix.py $(if $(ROWS),--rows $(ROWS)) $(if $(COMPILED),--compiled)
 
 gpu-check: build  ## check parity and gradients on this machine's GPU
 	PYTHON=$(PYTHON) scripts/gpu_check.sh

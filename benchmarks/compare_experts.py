@@ -375,7 +375,6 @@ def main() -> None:
     args = arguments()
     logging.getLogger("kernels").setLevel(logging.ERROR)  # it lists layers that are not ours
     lora_fused = kernels.get_local_kernel(ROOT / "build")
-    lora_fused.peft.experts.on_gpu = True
     device = "CPU" if args.small else torch.cuda.get_device_name()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
     print(f"{device}, {versions}, r={RANK}, {args.dtype}, median of {args.repeats}", flush=True)

@@ -2,13 +2,14 @@
 
     python scripts/conformance.py            everything that concerns LoRA
     python scripts/conformance.py --quick    a part of it, as the project's own tests run it
+    python scripts/conformance.py --compiled compiled models alone
 
 PEFT's source distribution is downloaded once into .conformance/, or given with --sdist; the models that
 the tests ask the Hub for are built there (scripts/conformance_hub.py). All modules run twice at the same
 time, alone and with scripts/conformance_plugin.py kernelizing every model. A test that fails only with
 the kernel is run again alone, both ways, before it counts. The report goes to .conformance/report.json;
-the exit status is 1 if anything fails only with the kernel, if a module ran nothing, or if fewer than
-MIN_FUSED of the calls were fused.
+the exit status is 1 if anything fails only with the kernel, if a module ran nothing, if fewer than
+MIN_FUSED of the calls were fused, or if torch.compile traced no op of the kernel in a module of compiled models.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ VERSION, SHA256 = "0.21.2", "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc
 
 # Of a module all tests (ALL) or those that name LoRA; methods that only contain the word are others'.
 ALL, LORA = "all", "lora"
+COMPILED = "test_torch_compile.py"
+COMPILED_ELSEWHERE = {  # words in names of tests, some of which compile
+    "test_initialization.py": ("TestHotSwapping",),
+    "test_lora_conversion.py": ("compile",),
+    "test_low_level_api.py": ("compile",),
+    "test_gpu_examples.py": ("compile", "hotswap"),
+}
 MODULES = {
     "test_arrow.py": ALL,
     "test_auto.py": LORA,
@@ -57,6 +65,7 @@ MODULES = {
     "test_stablediffusion.py": LORA,
     "test_target_parameters.py": ALL,
     "test_token_classification_qa.py": LORA,
+    COMPILED: LORA,
     "test_trainable_tokens.py": ALL,
     "test_tuners_utils.py": ALL,
     "test_velora.py": ALL,
@@ -103,6 +112,7 @@ def run(tests: list[str], folder: pathlib.Path, kernel: bool, workers: int, choi
     with tempfile.TemporaryDirectory() as out:
         env = os.environ | {"CONFORMANCE_OUT": out, "CONFORMANCE_CHOICE": json.dumps(choice)}
         env |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_HOME": str(CACHE / "hf")}
+        env |= {"PEFT_DEBUG_WITH_TORCH_COMPILE": "1"}  # PEFT's own leave these tests out, for the time they take
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "scripts"), env.get("PYTHONPATH", "")])
         env.pop("CONFORMANCE_BUILD", None)
         if kernel:
@@ -179,17 +189,20 @@ def main() -> int:
     parser.add_argument("--sdist", type=pathlib.Path, help="PEFT's source distribution, where it cannot be downloaded")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="processes")
     parser.add_argument("--without", nargs="+", metavar="WORD", default=[], help="words in names of tests to leave out")
+    parser.add_argument("--compiled", action="store_true", help="only tests of compiled models")
     parser.add_argument("--only", nargs="+", metavar="MODULE", help="modules of PEFT's tests", choices=MODULES | ON_GPU)
     arguments = parser.parse_args()
     if not (ROOT / "build").is_dir():
         parser.error("no build folder: run `make build` first")
     folder = sdist(arguments.sdist)
     modules = QUICK if arguments.quick else MODULES | (ON_GPU if torch.cuda.is_available() else {})
-    if arguments.only:
-        modules = {module: (MODULES | ON_GPU)[module] for module in arguments.only}
+    if arguments.only or arguments.compiled:
+        chosen = arguments.only or [name for name in (COMPILED, *COMPILED_ELSEWHERE) if name in modules]
+        modules = {module: (MODULES | ON_GPU)[module] for module in chosen}
     if not arguments.quick:
         build_models()
-    choice = {"modules": modules, "classes": QUICK_CLASSES if arguments.quick else (), "without": arguments.without}
+    choice = {"modules": modules, "classes": QUICK_CLASSES if arguments.quick else ()}
+    choice |= {"without": arguments.without, "words": COMPILED_ELSEWHERE if arguments.compiled else {}}
     tests, started = [f"tests/{module}" for module in modules], time.time()
     workers = max(1, arguments.workers // 2)
     with ThreadPoolExecutor(2) as pool:
@@ -203,15 +216,19 @@ def main() -> int:
             print(f"    {test}\n        {error}")
     keys = ("run", "passed", "skipped", "needs the Hub", "failed both ways", "flaky", "failed only with the kernel")
     total = {key: sum(size(each[key]) for each in report.values()) for key in keys}
+    traced = calls.pop("traced", 0)
     fused = sum(count for name, count in calls.items() if name.endswith(": fused"))
     share = fused / max(1, sum(calls.values()))
-    (CACHE / "report.json").write_text(json.dumps({"modules": report, "calls": calls, "total": total}, indent=1))
+    written = {"modules": report, "calls": calls, "traced": traced, "total": total}
+    (CACHE / "report.json").write_text(json.dumps(written, indent=1))
     print(f"{time.time() - started:.0f} s:", ", ".join(f"{key} {value}" for key, value in total.items()))
     print(f"{share:.0%} of {sum(calls.values())} calls fused:", ", ".join(f"{k} {v}" for k, v in sorted(calls.items())))
+    print(f"{traced} ops of the kernel in graphs of torch.compile")
     nothing_ran = [module for module, each in report.items() if not each["run"]]
     if nothing_ran:
         print("no test ran in", ", ".join(nothing_ran))
-    return 1 if total["failed only with the kernel"] or nothing_ran or share < MIN_FUSED else 0
+    nothing_traced = COMPILED in modules and not traced
+    return 1 if total["failed only with the kernel"] or nothing_ran or share < MIN_FUSED or nothing_traced else 0
 
 
 if __name__ == "__main__":

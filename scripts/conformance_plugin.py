@@ -51,7 +51,7 @@ datasets.load_dataset = conformance_hub.load_dataset
 
 def count_calls(layer: type, name: str, last_call) -> None:
     """Counts each call of a layer as fused or as the module's own forward, as `last_call` of the kernel has it. Not
-    what torch.compile traces: a count would be a graph break."""
+    what torch.compile traces, where a count would be a graph break: `count_ops` does."""
     ours = layer.forward
 
     @functools.wraps(ours)
@@ -66,6 +66,17 @@ def count_calls(layer: type, name: str, last_call) -> None:
     layer.forward = forward
 
 
+def count_ops(ops) -> None:
+    """Counts the ops that torch.compile traces for linears and gated MLPs, once a graph."""
+    read = ops._projections
+
+    def projections(*args):
+        calls["traced"] += 1
+        return read(*args)
+
+    ops._projections = projections
+
+
 def kernelize_what_peft_adapts() -> None:
     import kernels
     from peft.tuners.tuners_utils import BaseTuner
@@ -77,6 +88,7 @@ def kernelize_what_peft_adapts() -> None:
     count_calls(layers.LoraExperts, "LoraExperts", last_call)
     for layer in layers.GATED_MLP_BY_INPUT.values():
         count_calls(layer, "LoraGatedMLP", last_call)
+    count_ops(lora_fused.compiled.ops)
     lora_fused.register_peft_layers()
     inject, default = BaseTuner.inject_adapter, "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -101,9 +113,12 @@ def is_chosen(nodeid: str) -> bool:
         return True
     if any(word in name for word in CHOICE["without"]):
         return False
+    module = path.rpartition("/")[2]
+    if not any(word in name for word in CHOICE["words"].get(module, ("",))):
+        return False
     if CHOICE["classes"] and not name.startswith(tuple(f"{each}::" for each in CHOICE["classes"])):
         return False
-    if CHOICE["modules"][path.rpartition("/")[2]] == "all":
+    if CHOICE["modules"][module] == "all":
         return True
     name = name.lower()
     for method in OTHER_METHODS:

@@ -5,6 +5,9 @@ Every row is this environment with some packages in other versions, which pip pu
 folder that comes first on PYTHONPATH. The kernel is the one in `build/` for every row. What is found is merged into
 `docs/versions.json` by the versions that ran, so that another torch's rows are added from an environment that has it,
 and the table in docs/support.md is made from that (scripts/pages.py).
+
+With --compiled the tests of compiled models run in their place, with the versions as they are: for another torch, in an
+environment that has it. Nothing is written, and the exit status is 1 if one fails.
 """
 
 import argparse
@@ -49,7 +52,12 @@ TESTS = (
 )
 
 
-def run_row(wanted: dict[str, str]) -> dict:
+def compiled_tests() -> tuple[str, ...]:
+    """Their names."""
+    return tuple(sorted(path.stem for path in (ROOT / "tests").glob("test_compile*.py")))
+
+
+def run_row(wanted: dict[str, str], tests: tuple[str, ...] = TESTS) -> dict:
     """The versions that were found, and how many tests passed, failed and were skipped."""
     with tempfile.TemporaryDirectory() as folder:
         if wanted:
@@ -59,7 +67,7 @@ def run_row(wanted: dict[str, str]) -> dict:
         path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
         env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         report = Path(folder, "junit.xml")
-        files = [f"tests/{name}.py" for name in TESTS]
+        files = [f"tests/{name}.py" for name in tests]
         pytest = [
             sys.executable,
             "-m",
@@ -123,7 +131,12 @@ def table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", help="their numbers, e.g. 0,3 (default: all)")
+    parser.add_argument("--compiled", action="store_true", help="the tests of compiled models, with this environment")
     args = parser.parse_args()
+    if args.compiled:
+        row = run_row({}, compiled_tests())
+        print(row)
+        sys.exit(int(row["failed"] > 0 or row["passed"] == 0))
     numbers = map(int, args.rows.split(",")) if args.rows else range(len(ROWS))
     for number in numbers:
         print(f"row {number}: {ROWS[number] or 'as pinned'}", flush=True)

@@ -64,7 +64,6 @@ def lora_fused(pytestconfig):
         package = get_local_kernel(ROOT / "build")
     # Tests are of our forward, however small; `test_fallbacks.py` has those of when PEFT's is preferred.
     package.peft.small_batch.SMALL_ROWS = -1
-    package.peft.experts.on_gpu = True
     architecture = pytestconfig.getoption("architecture")
     package.backends.native.set_architecture(architecture)
     if architecture == "sm75":  # the GPU that stands in has bfloat16's products, whose tests run with them

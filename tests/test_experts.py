@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers.cases import DEVICE
+from helpers.cases import DEVICE, FACTOR
 from helpers.experts import (
     MODELS,
     adapt,
@@ -106,12 +106,13 @@ def errors_of_one_call(lora_fused, name, implementation, dtype, adapter_dtype):
 )
 def test_no_less_precise_than_peft(lora_fused, implementation, dtype, adapter_dtype):
     """Over four kinds of gates. Of one gate alone either may come out a little ahead: PEFT rounds W + s·B·A, ours x
-    Wᵀ."""
+    Wᵀ. In float32 nothing is stored in fewer bits, and the order of sums alone differs: `FACTOR`, as of linears."""
+    bound = FACTOR if dtype == torch.float32 else 1.05
     names = ("qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h")
     errors = [errors_of_one_call(lora_fused, name, implementation, dtype, adapter_dtype) for name in names]
     ours, peft = (sum(each) ** 0.5 for each in zip(*errors))
-    assert 0 < ours <= 1.05 * peft, (ours, peft)
-    assert all(seen**0.5 <= 1.3 * expected**0.5 for seen, expected in errors), errors
+    assert 0 < ours <= bound * peft, (ours, peft)
+    assert all(seen**0.5 <= max(bound, 1.3) * expected**0.5 for seen, expected in errors), errors
 
 
 # --- routing ---

@@ -68,7 +68,7 @@ def test_on_a_gpu_where_they_have_not_been_tried(lora_fused, monkeypatch):
     experts = lora_fused.peft.experts
     weight = types.SimpleNamespace(is_cpu=False)  # of any vendor
     adapted = types.SimpleNamespace(up=types.SimpleNamespace(weight=weight))
-    monkeypatch.setattr(experts, "on_gpu", False)
+    monkeypatch.setattr(lora_fused.backends.native, "available", False)
     assert experts.read_call(adapted, None, (None, None), {}).reason == experts.UNTRIED
 
 

@@ -8,13 +8,17 @@ import shlex
 import subprocess
 import sys
 import warnings
+from collections import Counter
 
 import accelerate
 import pytest
 import torch
 from conftest import ROOT
+from helpers.cases import randomise_adapters
 from helpers.checkpoints import save_checkpoint
 from helpers.kernelizing import explain, forwards
+from torch._dynamo.backends.registry import lookup_backend
+from transformers import CompileConfig
 
 USAGE = ROOT / "docs" / "usage.md"
 RECIPES = dict(re.findall(r"<!-- recipe: (\w+) -->\n```python\n(.*?)```", USAGE.read_text(), re.DOTALL))
@@ -32,14 +36,23 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_compiler_is_left():
+    """Trainer leaves its compiler in the environment, for every later Accelerator of the process."""
+    for moment in ("before", "after"):
+        for variable in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[variable]
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        torch.compiler.reset()
+        if moment == "before":
+            yield
+
+
 @pytest.fixture
 def run(checkpoint, tmp_path, monkeypatch, lora_fused):
     """Runs a recipe after the setup, and gives its names, with the calls that were recorded meanwhile."""
     monkeypatch.setenv("LOCAL_KERNELS", f"org/lora-fused={ROOT / 'build'}")
     monkeypatch.chdir(tmp_path)
-    for variable in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-        monkeypatch.delenv(variable)  # Trainer leaves its compiler's there, for every later Accelerator of the process
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
     def run(name):
         if name in NEEDS:
@@ -91,6 +104,93 @@ def test_trained_fused(run, name, capsys):
     assert grads == [] or all(grad.isfinite().all() for grad in grads)
     if name in ("loop", "record"):
         assert "14 of 14 LoRA modules fused, 100.0% of the adapter parameters" in capsys.readouterr().out
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What Inductor is given is compiled by AOT eager, which takes a tenth of the time. Gives the ops of this kernel in
+    each graph of Dynamo, by name."""
+    found = []
+
+    def compile_fx(module, inputs, **_):
+        targets = (node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+        names = [target._schema.name.partition("::")[2] for target in targets if "lora_fused" in target.namespace]
+        found.append(Counter(names))
+        return lookup_backend("aot_eager")(module, inputs)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    return found
+
+
+LAYER = dict(traced_linear=4, traced_gated_mlp=1)
+MODEL = dict(traced_linear=8, traced_gated_mlp=2)
+
+
+# The graphs of each recipe: by layer the first one's, whose input needs no gradient, and that of all others, for each
+# row's length; else the model's.
+COMPILED = {
+    "compiled": [LAYER] * 4,
+    "compiled_trainer": [MODEL],
+    "compiled_regions": [LAYER] * 4,
+    "compiled_mode": [MODEL],
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled(run, graphs, name):
+    """No call is outside of the graphs, which have every linear and MLP."""
+    names, calls = run(name)
+    assert [dict(found) for found in graphs if found] == COMPILED[name]
+    assert calls.fused == calls.own == 0, str(calls)
+    assert all(row.fused for row in explain(names["lora_fused"], names["model"]))
+    if name == "compiled_trainer":
+        assert names["trainer"].state.log_history[0]["lora_fused"] == 1.0
+    if name == "compiled_mode":
+        assert_peft_s_gradients(names)
+
+
+def assert_peft_s_gradients(names):
+    model, grads = names["model"], []
+    for stance in ("default", "force_eager"):
+        model.zero_grad()
+        with torch.compiler.set_stance(stance):
+            model(input_ids=names["ids"], labels=names["ids"]).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        names["lora_fused"].restore(model)
+    ours, theirs = grads
+    assert len(ours) == 28 and any(grad.abs().max() > 0 for grad in theirs.values())
+    for key, grad in theirs.items():
+        torch.testing.assert_close(ours[key], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_generation_with_a_static_cache(run, graphs):
+    """Compiled on a GPU by itself, on a CPU where it is told to; the tokens are those of PEFT's model."""
+    names, _ = run("compiled_generation")
+    assert names["generated"].shape[1] == names["ids"].shape[1] + 4
+    randomise_adapters(names["model"], torch.float32)
+    model, options = names["model"], dict(input_ids=names["ids"], max_new_tokens=4, do_sample=False)
+    compiled = CompileConfig(backend="inductor", mode="default", fullgraph=True)
+    compiled._compile_all_devices = True
+    ours = model.generate(**options, cache_implementation="static", compile_config=compiled)
+    assert [dict(found) for found in graphs] == [MODEL]
+    names["lora_fused"].restore(model)
+    theirs = model.generate(**options)
+    assert torch.equal(ours, theirs) and not torch.equal(names["generated"], theirs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step(run):
+    """What replays add up is what eager steps do."""
+    names, _ = run("captured")
+    losses, trained = names["losses"], [p for p in names["model"].parameters() if p.requires_grad]
+    assert len(set(losses)) == 4 and torch.tensor(losses).isfinite().all()
+    names["graph"].replay()
+    names["graph"].replay()  # adds
+    replayed = [p.grad.clone() for p in trained]
+    names["optimizer"].zero_grad()
+    names["step"]()
+    for p, grad in zip(trained, replayed, strict=True):
+        torch.testing.assert_close(grad, 2 * p.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_trainer_reports(run):
@@ -217,7 +317,8 @@ def skip_without(needs):
 
 def assert_trained(command, out):
     """The script itself ends with an error where a call was not fused."""
-    assert re.search(r"^[1-9]\d* fused calls, ", out, re.MULTILINE), out
+    counted = r"^14 of 14 LoRA modules fused" if "--compile" in command else r"^[1-9]\d* fused calls, "
+    assert re.search(counted, out, re.MULTILINE), out
     losses = losses_of(out)
     if not any(name in command for name in UNSTEADY):
         assert len(losses) > 2 and losses[-1] < losses[0], out
@@ -225,7 +326,7 @@ def assert_trained(command, out):
 
 def test_every_command_is_run_by_a_test():
     zero = [command for command in COMMANDS if "--deepspeed" in command]
-    assert len(ALONE) == 9 and len(TOGETHER) == 4 and len(zero) == 2
+    assert len(ALONE) == 10 and len(TOGETHER) == 4 and len(zero) == 2
     assert {*COMMANDS} - {*ALONE, *TOGETHER, *zero} == {"python examples/finetune.py"}  # tests/test_example.py
 
 

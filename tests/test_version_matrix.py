@@ -66,3 +66,17 @@ def test_rows_are_merged_by_what_ran():
         ("2.13.0+cpu", "0.9.1", 2),
         ("2.11.0", "0.9.1", 1),
     ]
+
+
+@pytest.mark.parametrize("counts,status", (((3, 0), 0), ((3, 1), 1), ((0, 0), 1)))
+def test_compiled_models_with_the_torch_that_is_here(monkeypatch, counts, status):
+    ran = []
+    passed, failed = counts
+    monkeypatch.setattr(matrix, "run_row", lambda *given: ran.append(given) or dict(passed=passed, failed=failed))
+    monkeypatch.setattr(matrix, "RESULTS", None)  # nothing is written
+    monkeypatch.setattr(sys, "argv", ["version_matrix.py", "--compiled"])
+    with pytest.raises(SystemExit) as ended:
+        matrix.main()
+    assert ended.value.code == status
+    ((wanted, tests),) = ran
+    assert wanted == {} and {"test_compile_changes", "test_compile_merge"} <= set(tests)

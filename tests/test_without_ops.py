@@ -42,7 +42,6 @@ def package(variants):
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.peft.small_batch.SMALL_ROWS = -1
-    module.peft.experts.on_gpu = True
     return module
 
 
