@@ -284,9 +284,11 @@ def test_an_embedding(lora_fused):
 def test_scalings_of_an_embedding(lora_fused):
     model = adapted(tiny_llama(torch.float64, num_hidden_layers=1), target_modules=["embed_tokens"])
     ours = hold_llama(lora_fused, model, whole, dict(traced_embedding=1))
-    for value in (0.25, 3.0):
+    torch._dynamo.utils.counters.clear()
+    for value in (0.25, 3.0, -1.0):
         set_scalings(value, ours, model)
         torch.testing.assert_close(passed(ours, tokens()), passed(model, tokens()), rtol=1e-9, atol=1e-9)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("dora", (False, True))
