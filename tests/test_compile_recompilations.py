@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.compiling import Graphs, fresh_compiler
-from helpers.kernelizing import kernelized
+from helpers.kernelizing import explain, kernelized
 from helpers.llamas import randomise_adapters, tiny_llama
 from peft import LoraConfig, get_peft_model
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
@@ -124,4 +124,18 @@ def test_a_merge_and_its_end(compiled):
     model.change(lambda each: each.merge_adapter())
     assert model.compilations() <= 1
     model.change(lambda each: each.unmerge_adapter())
+    assert model.compilations() == 0
+
+
+def test_what_is_found_genuine_later(compiled, lora_fused):
+    """explain, and models of other classes, look at forwards that this one's trace did not ask for."""
+    model = compiled()
+
+    class Other(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    explain(lora_fused, model.ours)
+    lora_fused.peft.replaced.forward_reason(Other)
+    assert lora_fused.peft.replaced.forward_reason(torch.nn.Conv1d) is None
     assert model.compilations() == 0

@@ -304,6 +304,5 @@ def remember_bases() -> None:
     """`replaced.remember` for the classes of base layers whose libraries are loaded."""
     listed = (*LINEARS, *TRANSPOSED, *READERS)
     found = (getattr(sys.modules.get(module), name, None) for module, name in listed)
-    replaced.remember(cls for cls in found if cls is not None)
-    if "bitsandbytes" in sys.modules:
-        replaced.function_reason(sys.modules["bitsandbytes"], "matmul_4bit")
+    functions = [(sys.modules["bitsandbytes"], "matmul_4bit")] if "bitsandbytes" in sys.modules else ()
+    replaced.remember((cls for cls in found if cls is not None), functions)

@@ -48,10 +48,9 @@ def read_embedding(module: nn.Module) -> AdaptedTable | Fallback:
     """The embedding that a `peft.tuners.lora.Embedding` computes now, or why it is PEFT's to compute. What all
     embeddings have in common `replaced.embedding_reason` looks at."""
     cls = type(module)
-    if replaced.FORWARDS.get(cls) is not cls.forward or replaced.CODES[cls] is not cls.forward.__code__:
-        reason = replaced.forward_reason(cls)
-        if reason:
-            return Fallback(reason)
+    reason = replaced.forward_reason(cls)
+    if reason:
+        return Fallback(reason)
     if module.disable_adapters:
         return Fallback("adapters are disabled")
     if module.merged:

@@ -127,7 +127,7 @@ def read_linear(module: nn.Module, known: AdaptedLinear | None = None) -> Adapte
     have in common `replaced.linear_reason` looks at. `known` was read of it before: where the module holds the very
     same tensors and numbers it is given again, and its tensors are not looked at."""
     cls = type(module)
-    if _FORWARDS.get(cls) is not cls.forward or _CODES[cls] is not cls.forward.__code__:
+    if _is_traced() or _FORWARDS.get(cls) is not cls.forward or _CODES[cls] is not cls.forward.__code__:
         reason = replaced.forward_reason(cls)
         if reason:
             return Fallback(reason)
@@ -235,7 +235,8 @@ def _read_dora(module: nn.Module, name: str) -> nn.Module | Fallback:
     kind_of_variant: type[Any] = type(variant)
     kind_of_dora = type(dora)
     if (
-        _FORWARDS.get(kind_of_variant) is not kind_of_variant.forward
+        _is_traced()
+        or _FORWARDS.get(kind_of_variant) is not kind_of_variant.forward
         or _FORWARDS.get(kind_of_dora) is not kind_of_dora.forward
     ):
         reason = replaced.forward_reason(kind_of_variant) or replaced.forward_reason(kind_of_dora)

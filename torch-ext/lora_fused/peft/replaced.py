@@ -97,11 +97,34 @@ def embedding_is_genuine() -> bool:
     )
 
 
-def remember(classes: Iterable[type]) -> None:
-    """Looks at the forwards of classes that a trace may ask for: while torch.compile traces, what is not known to be
-    genuine counts as replaced."""
+class _Traced:
+    """What a trace may ask for and was found genuine, by name: Dynamo guards the attributes that it reads, of a
+    dictionary by class its length too."""
+
+
+_traced = _Traced()
+
+
+def remember(classes: Iterable[type], functions: Iterable[tuple[types.ModuleType, str]] = ()) -> None:
+    """Looks at the forwards of classes and at functions that a trace may ask for: while torch.compile traces, what is
+    not known to be genuine counts as replaced."""
     for cls in classes:
-        forward_reason(cls)
+        if forward_reason(cls) is None:
+            setattr(_traced, _name_of_class(cls), (cls, cls.forward, cls.forward.__code__))
+    for module, name in functions:
+        if function_reason(module, name) is None:
+            setattr(_traced, name, getattr(module, name))
+
+
+def _name_of_class(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}".replace(".", "_")  # an attribute as Dynamo names it
+
+
+def _traced_reason(cls: type) -> str | None:
+    known, forward, code = getattr(_traced, _name_of_class(cls), (None, None, None))
+    if known is cls and forward is cls.forward and code is cls.forward.__code__:
+        return None
+    return f"{cls.__qualname__}.forward is replaced"
 
 
 def _look_at_embedding() -> str | None:
@@ -125,11 +148,11 @@ def _first_reason(attributes) -> str | None:
 
 def forward_reason(cls: type[nn.Module]) -> str | None:
     """Who has replaced the forward of a class; None where it is genuine."""
+    if _is_traced():
+        return _traced_reason(cls)
     found = cls.forward
     if FORWARDS.get(cls) is found and CODES[cls] is found.__code__:
         return None
-    if _is_traced():  # who traces has asked for all that PEFT defines before
-        return f"{cls.__qualname__}.forward is replaced"
     reason = _replaced(cls, "forward")
     if reason is None:
         FORWARDS[cls], CODES[cls] = found, found.__code__
@@ -144,10 +167,10 @@ def module_reason(cls: type) -> str | None:
 def function_reason(module: types.ModuleType, name: str) -> str | None:
     """Who has replaced a function of a module; None where it is genuine."""
     key, found = (module.__name__, name), getattr(module, name)
+    if _is_traced():
+        return None if getattr(_traced, name, None) is found else f"{name} is replaced"
     if _functions.get(key) is found:
         return None
-    if _is_traced():
-        return f"{name} is replaced"
     reason = _replaced(module, name)
     if reason is None:
         _functions[key] = found
