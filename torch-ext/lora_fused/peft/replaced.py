@@ -97,36 +97,6 @@ def embedding_is_genuine() -> bool:
     )
 
 
-class _Traced:
-    """What a trace may ask for and was found genuine, by name: Dynamo guards the attributes that it reads, of a
-    dictionary by class its length too."""
-
-
-_traced = _Traced()
-
-
-def remember(classes: Iterable[type], functions: Iterable[tuple[types.ModuleType, str]] = ()) -> None:
-    """Looks at the forwards of classes and at functions that a trace may ask for: while torch.compile traces, what is
-    not known to be genuine counts as replaced."""
-    for cls in classes:
-        if forward_reason(cls) is None:
-            setattr(_traced, _name_of_class(cls), (cls, cls.forward, cls.forward.__code__))
-    for module, name in functions:
-        if function_reason(module, name) is None:
-            setattr(_traced, name, getattr(module, name))
-
-
-def _name_of_class(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}".replace(".", "_")  # an attribute as Dynamo names it
-
-
-def _traced_reason(cls: type) -> str | None:
-    known, forward, code = getattr(_traced, _name_of_class(cls), (None, None, None))
-    if known is cls and forward is cls.forward and code is cls.forward.__code__:
-        return None
-    return f"{cls.__qualname__}.forward is replaced"
-
-
 def _look_at_embedding() -> str | None:
     global _embedding, _embedding_forward, _embedding_code, _call
     found = F.embedding, nn.Embedding.forward, nn.Embedding.__call__
@@ -175,6 +145,36 @@ def function_reason(module: types.ModuleType, name: str) -> str | None:
     if reason is None:
         _functions[key] = found
     return reason
+
+
+class _Traced:
+    """What a trace may ask for and was found genuine, by name: Dynamo guards the attributes that it reads, of a
+    dictionary by class its length too."""
+
+
+_traced = _Traced()
+
+
+def remember(classes: Iterable[type[nn.Module]], functions: Iterable[tuple[types.ModuleType, str]] = ()) -> None:
+    """Looks at the forwards of classes and at functions that a trace may ask for: while torch.compile traces, what is
+    not known to be genuine counts as replaced."""
+    for cls in classes:
+        if forward_reason(cls) is None:
+            setattr(_traced, _name_of_class(cls), (cls, cls.forward, cls.forward.__code__))
+    for module, name in functions:
+        if function_reason(module, name) is None:
+            setattr(_traced, name, getattr(module, name))
+
+
+def _name_of_class(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}".replace(".", "_")  # an attribute as Dynamo names it
+
+
+def _traced_reason(cls: type[nn.Module]) -> str | None:
+    known, forward, code = getattr(_traced, _name_of_class(cls), (None, None, None))
+    if known is cls and forward is cls.forward and code is cls.forward.__code__:
+        return None
+    return f"{cls.__qualname__}.forward is replaced"
 
 
 def is_defined_at(found: object, module: str, qualified: str) -> bool:
