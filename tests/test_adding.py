@@ -135,6 +135,18 @@ def test_a_layer_without_its_reader_is_peft_s(lora_fused):
     assert_peft_runs(lora_fused, on_halved(), "unknown base layer HalvedLinear", torch.randn(6, 32).double())
 
 
+def test_a_format_in_a_graph(lora_fused):
+    """As numbers and back, or PEFT's own forward by name."""
+    ops, specs = lora_fused.compiled.ops, lora_fused.specs
+    spec = specs.ProjectionSpec(0.0, False, Halved((16, 32), torch.float64))
+    assert ops.unknown_reason(spec) == "torch.compile: weights of format Halved"
+    known = specs.FourBit((16, 64), 64, 256, True, torch.bfloat16), specs.EightBit((16, 64))
+    assert {type(each) for each in known} == set(lora_fused.quantization.FORMATS)
+    for quantized in (None, *known):
+        spec = specs.ProjectionSpec(0.25, quantized is None, quantized)
+        assert ops.unknown_reason(spec) is None and ops.spec_of(ops.packed(spec), 0.25) == spec
+
+
 def test_a_format_without_its_row(lora_fused):
     stored, _ = projections(lora_fused, None)
     with pytest.raises(TypeError, match="^weight: format Halved is unknown, expected FourBit or EightBit"):

@@ -73,6 +73,9 @@ def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | 
     if fallback is not None:
         return fallback
     operands, scaling, spec = state.projection
+    reason = ops.unknown_reason(spec)
+    if reason is not None:
+        return Fallback(reason)
     if linear_call.own_forward_reason(state, x, call) is None:
         return ops.traced_linear(x, list(operands), scaling, spec.dropout, ops.packed(spec))
     reason = peft_linear.delta_reason(state.projection)
@@ -115,6 +118,9 @@ def gated_mlp(module: nn.Module, x: Tensor) -> Tensor | Fallback:
     operands: list[Tensor | None] = []
     scalings, dropouts, stored = [], [], []
     for of, scaling, spec in (*state.inputs, state.output):
+        reason = ops.unknown_reason(spec)
+        if reason is not None:
+            return Fallback(reason)
         operands += list(of)
         scalings.append(scaling)
         dropouts.append(spec.dropout)

@@ -33,6 +33,12 @@ _Scaling = float | torch.SymFloat
 _MaybeTensors = Sequence[Tensor | None]
 
 
+def unknown_reason(spec: ProjectionSpec) -> str | None:
+    """Why no op here takes a projection: its weight is in a format that `packed` has no numbers for."""
+    kind = type(spec.quantized)
+    return None if kind in (type(None), FourBit, EightBit) else f"torch.compile: weights of format {kind.__name__}"
+
+
 def packed(spec: ProjectionSpec) -> list[int]:
     """A spec but for its dropout, as NUMBERS numbers: transposed, the kind of the weight, its [N, K] where it is
     quantized, blocksize, nested_blocksize and fp4 of four bits, and the place of its dtype in _DTYPES."""
@@ -50,7 +56,7 @@ def packed(spec: ProjectionSpec) -> list[int]:
 NUMBERS = len(packed(ProjectionSpec()))
 
 
-def _unpacked(numbers: Sequence[int], dropout: float) -> ProjectionSpec:
+def spec_of(numbers: Sequence[int], dropout: float) -> ProjectionSpec:
     """The inverse of `packed`."""
     transposed, kind, n, k, blocksize, nested_blocksize, fp4, dtype = numbers
     quantized: Quantized | None = None
@@ -69,7 +75,7 @@ def _projections(
     found = []
     for i, (scaling, dropout) in enumerate(zip(scalings, dropouts)):
         of = Operands(*operands[OPERANDS_PER_PROJECTION * i : OPERANDS_PER_PROJECTION * (i + 1)])
-        spec = _unpacked(stored[NUMBERS * i : NUMBERS * (i + 1)], float(dropout))
+        spec = spec_of(stored[NUMBERS * i : NUMBERS * (i + 1)], float(dropout))
         if of.lora_b is not None:
             scaling, factor = _apart(scaling, of.lora_b)
             if factor is not None:
