@@ -131,6 +131,7 @@ def test_backend_chooses_by_them(lora_fused, config, monkeypatch):
     backend, taken = lora_fused.backends.select, lora_fused.specs.NativePath(True)
     monkeypatch.setattr(backend, "is_hopper", lambda device: False)
     monkeypatch.setattr(backend, "triton_is_there", lambda: True)
+    monkeypatch.setattr(backend, "_WITH_MEMORY", (SimpleNamespace,))  # which stands for tensors
     write(config, linear_expand_from=1000, row_norm_from_rank=8, row_norm_from=8 * 64)
 
     def choose(work):
@@ -152,8 +153,6 @@ def test_backend_chooses_by_them(lora_fused, config, monkeypatch):
 def test_experts_go_to_triton_where_that_was_measured(lora_fused, config, monkeypatch):
     backend, specs = lora_fused.backends.select, lora_fused.specs
     monkeypatch.setattr(backend, "triton_is_there", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    backend._is_at_least_ampere.cache_clear()
 
     def chosen(tiles, dtype=torch.bfloat16, rows=4000):
         write(config, experts_tiles=tiles)
@@ -169,7 +168,6 @@ def test_experts_go_to_triton_where_that_was_measured(lora_fused, config, monkey
     assert chosen([]) == chosen(without, rows=300) == "grouped_mm"
     assert chosen([], torch.float16) == "triton"  # torch's products would wait for the GPU
     assert chosen(TILED, torch.float64) == "reference"
-    backend._is_at_least_ampere.cache_clear()
     backend._experts_tile.cache_clear()
 
 
@@ -178,6 +176,7 @@ def test_backend_chooses_embeddings_by_them(lora_fused, config, monkeypatch):
     write(config, embedding_tokens=100, embedding_up_to=100 * 6)
     monkeypatch.setattr(backend, "triton_is_there", lambda: True)
     monkeypatch.setattr(backend.native_embedding, "fits", lambda table: True)
+    monkeypatch.setattr(backend, "_WITH_MEMORY", (SimpleNamespace,))  # which stands for tensors
 
     class EmbeddingOperands(SimpleNamespace):
         def __iter__(self):

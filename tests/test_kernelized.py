@@ -85,14 +85,14 @@ def normed():
 @pytest.mark.parametrize("make", (normed, peft_llama))
 def test_no_word_of_the_models_own_layers(kernelize_adapted, make, caplog):
     """`kernelize(model)` warns of every norm and activation that the mapping does not have."""
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="kernels"):
         kernelize_adapted(make(), mode=Mode.TRAINING)
     assert caplog.records == []
 
 
 def test_kernelize_warns_of_them(lora_fused, caplog):
     """So that the absence of a warning says something."""
-    with caplog.at_level(logging.WARNING), lora_fused.use_peft_layers():
+    with caplog.at_level(logging.WARNING, logger="kernels"), lora_fused.use_peft_layers():
         kernelize_all(normed(), mode=Mode.TRAINING)
     assert "No kernel mapping found for layer `TheirNorm`" in caplog.text
 

@@ -135,10 +135,11 @@ def test_no_triton_and_no_op_that_needs_more(lora_fused, old, monkeypatch):
     monkeypatch.setattr(select, "triton_is_there", lambda: True)
     monkeypatch.setattr(select.native_embedding, "fits", lambda table: True)
     monkeypatch.setattr(select, "is_gpu", lambda device: True)
+    monkeypatch.setattr(select, "_WITH_MEMORY", (types.SimpleNamespace,))  # which stands for tensors
     monkeypatch.setattr(select.device_config, "of", lambda device: select.device_config.DeviceConfig(0, 0, 0))
     x = types.SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda", 0))
     assert select.pointwise(x) is select.reference
     assert select.choose(x.device, x.dtype, specs.NativePath(False), lambda: 10**9) == select.NATIVE
     assert select.choose_embedding(specs.EmbeddingOperands(x, x, x), 5) == select.REFERENCE
     experts = types.SimpleNamespace(weight=types.SimpleNamespace(is_cuda=True, dtype=torch.float16, device=x.device))
-    assert select.choose_experts(experts, experts) == select.REFERENCE
+    assert select.choose_experts(experts, experts, 8) == select.REFERENCE
