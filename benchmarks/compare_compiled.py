@@ -3,7 +3,7 @@
 Forward and backward by the rules of compare_lora.py: every trainable parameter changes before each step, medians of
 queued steps, results checked against PEFT's first on two layers. Ratios are to the compiled frozen model. "options":
 layers are compiled with `lora_fused.compile_options()`. Each row says how many graphs its steps have, and how often
-they broke off. A GPU is required; `--kind` and `--match` choose cases.
+they broke off. A GPU is required; `--match` chooses cases.
 
     python benchmarks/compare_compiled.py --kernel build --out results.json
 """
@@ -11,43 +11,16 @@ they broke off. A GPU is required; `--kind` and `--match` choose cases.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import pathlib
 import time
 
 import compare_lora
 import compare_qlora
 import kernels
+import peers
 import profile_step
 import torch
-import torch._dynamo
 from compare_lora import ROOT
-
-RECOMPILATIONS = 64  # more than any of the cases needs
-
-
-def layers_of(model) -> list[torch.nn.Module]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return list(base.layers)
-
-
-@contextlib.contextmanager
-def compiled(model, **how):
-    """Each decoder layer compiled inside. Where torch would go on without compiling, this raises. Gives a dictionary
-    that says, after it, how many graphs there are and how often their code broke off."""
-    modules, notes, counters = layers_of(model), {}, torch._dynamo.utils.counters
-    torch.compiler.reset()
-    for module in modules:
-        module.compile(**how)
-    counters.clear()
-    try:
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS, fail_on_recompile_limit_hit=True):
-            yield notes
-        notes.update(graphs=counters["stats"]["unique_graphs"], graph_breaks=sum(counters["graph_break"].values()))
-    finally:
-        for module in modules:
-            module._compiled_call_impl = None
-        torch.compiler.reset()
 
 
 def timed(model, inputs, case: dict, **how) -> dict:
@@ -55,7 +28,7 @@ def timed(model, inputs, case: dict, **how) -> dict:
     the GPU's time by kernel is printed."""
     start = time.perf_counter()
     try:
-        with compiled(model, **how) as notes:
+        with peers.compiled(model, **how) as notes:
             compare_lora.step(model, inputs, case["autocast"])
             torch.cuda.synchronize()
             found = {"first_step_s": round(time.perf_counter() - start, 1), **compare_lora.measure(model, inputs, case)}
@@ -88,7 +61,7 @@ def check(case: dict, lora_fused, inputs) -> dict:
         return y, grad
 
     theirs = found()
-    with compare_lora.fused(model, lora_fused), compiled(model):
+    with compare_lora.fused(model, lora_fused), peers.compiled(model):
         result = compare_lora.agreement(theirs, found())
     compare_lora.release_memory()
     return result

@@ -19,14 +19,16 @@ RECOMPILATIONS = 64  # more than any of the cases needs
 
 
 @contextlib.contextmanager
-def compiled(model):
-    """torch.compile of each decoder layer, or of the single adapted linear. Where torch would give up compiling and go
-    on without, this raises. Reports how many graphs there are, and how often their code broke off."""
-    base = model.get_base_model()
+def compiled(model, **how):
+    """torch.compile of each decoder layer, or of the single adapted linear; the model may have no adapter. Where torch
+    would give up compiling and go on without, this raises. Reports how many graphs there are, and how often their code
+    broke off."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base = getattr(base, "model", base)  # of a head's model, too
     modules = list(base.layers) if hasattr(base, "layers") else [base.proj]
+    torch.compiler.reset()
     for module in modules:
-        module.compile()
+        module.compile(**how)
     limits = dict(recompile_limit=RECOMPILATIONS, fail_on_recompile_limit_hit=True)
     notes, counters = {}, torch._dynamo.utils.counters
     counters.clear()

@@ -4,6 +4,8 @@ read, and put one op into the graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -57,14 +59,23 @@ def context_of(x: Tensor) -> CallContext:
     return CallContext(torch.is_grad_enabled(), x.requires_grad, autocast, FORWARD)
 
 
-def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
-    """One of PEFT's linears as one op, its base called before where somebody else has to make the product."""
+def _refused(module: nn.Module, parts_of: Callable[[nn.Module], list[nn.Module]]) -> Fallback | None:
+    """Why a linear's or a gated MLP's call is PEFT's, whatever the module holds; Dynamo guards the forwards of its
+    parts, which may be read once `begin` has run."""
     reason, _ = begin()
     if reason is not None:
         return Fallback(reason)
     if not replaced.linear_is_genuine():
         return _REPLACED
-    replaced.guard_forwards(peft_linear.parts_of(module))
+    replaced.guard_forwards(parts_of(module))
+    return None
+
+
+def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
+    """One of PEFT's linears as one op, its base called before where somebody else has to make the product."""
+    refused = _refused(module, peft_linear.parts_of)
+    if refused is not None:
+        return refused
     state = peft_linear.read_linear(module)
     if isinstance(state, Fallback):
         return state
@@ -106,12 +117,9 @@ def embedding(module: nn.Module, ids: Tensor, args: tuple, kwargs: dict) -> Tens
 
 def gated_mlp(module: nn.Module, x: Tensor) -> Tensor | Fallback:
     """A gated MLP as one op."""
-    reason, _ = begin()
-    if reason is not None:
-        return Fallback(reason)
-    if not replaced.linear_is_genuine():
-        return _REPLACED
-    replaced.guard_forwards(peft_gated_mlp.parts_of(module))
+    refused = _refused(module, peft_gated_mlp.parts_of)
+    if refused is not None:
+        return refused
     state = peft_gated_mlp.read_mlp(module, x, context_of(x))
     if isinstance(state, Fallback):
         return state

@@ -154,15 +154,7 @@ def _traced_structure(module: nn.Module) -> GatedMLP | Fallback:
     known = module.__dict__.get(TRACED)
     if known is None or type(module).forward is not known.forward:
         return Fallback("not a gated MLP")
-    silu, gelu, relu, sigmoid, tanh, plain_relu = known.functions
-    if (
-        F.silu is not silu
-        or F.gelu is not gelu
-        or F.relu is not relu
-        or torch.sigmoid is not sigmoid
-        or torch.tanh is not tanh
-        or torch.relu is not plain_relu
-    ):
+    if not _are_current(known.functions):
         return Fallback("a function that its activation may call is replaced")
     for name, cls, state in known.activations:
         part = module._modules[name]
@@ -179,17 +171,22 @@ def _traced_structure(module: nn.Module) -> GatedMLP | Fallback:
 
 def _current_functions() -> tuple[Callable, ...]:
     global _functions
-    silu, gelu, relu, sigmoid, tanh, plain_relu = _functions
-    if (
-        F.silu is not silu
-        or F.gelu is not gelu
-        or F.relu is not relu
-        or torch.sigmoid is not sigmoid
-        or torch.tanh is not tanh
-        or torch.relu is not plain_relu
-    ):
+    if not _are_current(_functions):
         _functions = (F.silu, F.gelu, F.relu, torch.sigmoid, torch.tanh, torch.relu)
     return _functions
+
+
+def _are_current(functions: tuple[Callable, ...]) -> bool:
+    """Whether `_functions` would be these now; Dynamo traces it."""
+    silu, gelu, relu, sigmoid, tanh, plain_relu = functions
+    return (
+        F.silu is silu
+        and F.gelu is gelu
+        and F.relu is relu
+        and torch.sigmoid is sigmoid
+        and torch.tanh is tanh
+        and torch.relu is plain_relu
+    )
 
 
 def _is_as_it_was(module: nn.Module, known: _Recognised) -> bool:
