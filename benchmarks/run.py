@@ -1,6 +1,6 @@
 """Every benchmark on this machine's GPU, or those that are named; results go to benchmarks/results/<gpu>/.
 
-    python benchmarks/run.py [lora peers compiled qlora embedding training training_compiled training_fsdp first_call]
+    python benchmarks/run.py [NAME ...]        of those in RUNS
 
 What wants two GPUs is left out where there is one, unless it is named. On an H200 the tables and pictures of the docs
 are made anew from them.
@@ -21,6 +21,7 @@ RUNS = {
     "lora": ("compare_lora.py",),
     "peers": ("compare_lora.py", "--peers", "--layers", "8"),  # torch.compile takes minutes for more
     "compiled": ("compare_compiled.py",),
+    "generation": ("compare_generation.py",),
     "qlora": ("compare_qlora.py",),
     "embedding": ("compare_embedding.py",),
     "training": ("compare_training.py",),
