@@ -90,6 +90,12 @@ def in_triton(lora_fused, monkeypatch):
     monkeypatch.setattr(select, "choose_experts", lambda *_: select.TRITON)
 
 
+@pytest.fixture
+def grouped_with_passes(lora_fused, grouped, monkeypatch):
+    """The same with all else in Triton."""
+    monkeypatch.setattr(lora_fused.backends.select, "_experts_kernels", lambda *_: kernels_of(lora_fused, "experts"))
+
+
 @pytest.mark.parametrize("bias,transposed", itertools.product((False, True), repeat=2))
 @pytest.mark.parametrize("gate", (*GATES, "unknown"))
 def test_as_the_oracle(lora_fused, gate, bias, transposed):
@@ -111,6 +117,8 @@ def test_as_the_oracle(lora_fused, gate, bias, transposed):
         ("grouped", "swiglu", False),
         ("grouped", "gpt-oss", True),
         ("grouped", "none", False),
+        ("grouped_with_passes", "gpt-oss", True),
+        ("grouped_with_passes", "unknown", False),
         ("in_triton", "gpt-oss", True),
     ),
 )
@@ -123,7 +131,7 @@ def test_products_of_a_gpu(lora_fused, request, poisoned, gate, transposed, path
         assert_close(case.run(lora_fused.lora_experts), case.run(oracle_of(lora_fused)), 1e-5)
 
 
-@pytest.mark.parametrize("path", ("grouped", "in_triton"))
+@pytest.mark.parametrize("path", ("grouped", "grouped_with_passes", "in_triton"))
 def test_products_of_few_rows(lora_fused, request, poisoned, path):
     """Without a gradient and of fewer rows than experts."""
     request.getfixturevalue(path)
@@ -135,7 +143,7 @@ def test_products_of_few_rows(lora_fused, request, poisoned, path):
     assert_close([seen] * 4, [expected] * 4, 1e-5)
 
 
-@pytest.mark.parametrize("path", ("grouped", "in_triton"))
+@pytest.mark.parametrize("path", ("grouped", "grouped_with_passes", "in_triton"))
 def test_rows_are_not_looked_at(lora_fused, request, monkeypatch, path):
     """A GPU would be waited for."""
     request.getfixturevalue(path)
@@ -239,6 +247,36 @@ def test_triton_kernels(lora_fused, poisoned, monkeypatch, n, k, rank, rows, fus
         expected = 0.3 * torch.stack([left[expert == e].t() @ gathered[expert == e] for e in range(5)])
         assert not seen[0].any() and not seen[4].any()
         assert (seen.double() - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("tile_rows", (16, 128))
+@pytest.mark.parametrize("n,k,rank", ((17, 33, 3), (130, 520, 70), (136, 256, 16)))
+def test_terms_beside_a_product(lora_fused, poisoned, n, k, rank, tile_rows):
+    """Odd sizes and ranks, gathered and not, tiles in parts: against float64; rows of no expert are left alone."""
+    kernels, count = kernels_of(lora_fused, "grouped_term"), 300
+    index = torch.randint(0, 3, (count // 2, 2)) + 1  # the first expert has no rows, the last is left out
+    found = kernels_of(lora_fused, "route").sort_rows(index, 3, tile_rows, True)
+    end, token = int(found.ends[-1]), found.token()
+    expert = found.expert()[:end]
+    x, d, u = torch.randn(count // 2, k).half(), torch.randn(3, rank, k).half(), torch.randn(3, rank, n).half()
+    y, bias = torch.randn(count, n).half(), torch.randn(3, n).half()
+    t, gathered = kernels.grouped_shrink(x, found.order, found.tiles, tile_rows, d / k**0.5, 2, True)
+    assert 0 < end < count and torch.equal(gathered[:end], x[token[:end]])
+    again, nothing = kernels.grouped_shrink(x[token], None, found.tiles, tile_rows, d / k**0.5)
+    assert nothing is None and torch.equal(again[:end], t[:end])
+    shrunk = torch.einsum("sk,srk->sr", gathered[:end].double(), (d / k**0.5).double()[expert])
+    assert (t[:end].double() - shrunk).abs().max() <= 2e-3 * shrunk.abs().max()
+    term = torch.einsum("sr,srn->sn", t[:end].double(), u.double()[expert])
+    wide = y.double()
+    for added, given in (
+        (term, (t, u)),
+        (term + bias.double()[expert], (t, u, bias)),
+        (bias[expert], (None, None, bias)),
+    ):
+        seen = y.clone()
+        assert kernels.grouped_add(seen, found.tiles, tile_rows, *given) is seen
+        assert torch.equal(seen[end:], y[end:])
+        assert ((seen.double() - wide)[:end] - added).abs().max() <= 2e-3 * (wide[:end] + added).abs().max()
 
 
 @pytest.mark.parametrize("transposed", (False, True))
