@@ -233,20 +233,33 @@ def test_triton_kernels(lora_fused, poisoned, monkeypatch, n, k, rank, rows, fus
     assert nothing is None
     assert (plain.double() - torch.einsum("sk,snk->sn", gathered, w.double()[expert])).abs().max() <= 4e-3
     weights = routing.double().reshape(-1, 1)[found.order]
+    sums = []
     for short, long, by_token, routed in (
         (t, x, True, routing),
+        (t, gathered.half(), False, routing),
         (t, gathered.half(), False, None),
         (None, x, True, routing),
     ):
-        out = torch.empty(k, rank if short is not None else 1, 5).permute(2, 1, 0)
-        seen = outer.grouped_outer(
-            short, long, found.order, found.ends, out, scaling=0.3, routing=routed, per_token=per_token * by_token
-        )
+        ranks = rank if short is not None else 1
+        out = torch.empty(k, ranks, 5).permute(2, 1, 0)
+        each = outer.Outer(out, out.stride(), k, short, long, by_token, 0.3)
+        outer.grouped_outer(each, None, ranks, found.order, found.ends, routing=routed, per_token=per_token)
         left = torch.ones(rows, 1).double() if short is None else short.double()
         left = left if routed is None else left * weights
         expected = 0.3 * torch.stack([left[expert == e].t() @ gathered[expert == e] for e in range(5)])
-        assert not seen[0].any() and not seen[4].any()
-        assert (seen.double() - expected).abs().max() <= 2e-3 * expected.abs().max()
+        assert not out[0].any() and not out[4].any()
+        assert (out.double() - expected).abs().max() <= 2e-3 * expected.abs().max()
+        sums.append(each)
+    for first, second in ((sums[0], sums[1]), (sums[1], sums[0])):
+        other = first._replace(long=y, length=n, by_token=False, scaling=-0.7, out=torch.full((5, rank, n), torch.nan))
+        other = other._replace(strides=other.out.stride())
+        together = [each._replace(out=torch.full_like(each.out, torch.nan)) for each in (first, second)]
+        for pair in ((together[0], other), (other, together[0]), (together[0], together[1])):
+            for each in pair:
+                each.out.fill_(torch.nan)
+            outer.grouped_outer(*pair, rank, found.order, found.ends, routing=routing, per_token=per_token)
+            assert torch.equal(together[0].out, first.out) and not other.out.isnan().any()
+        assert torch.equal(together[1].out, second.out)
 
 
 @pytest.mark.parametrize("tile_rows", (16, 128))

@@ -297,6 +297,11 @@ def _experts_kernels(chosen: str, index: Tensor) -> ModuleType | None:
     """Triton's part of a backend for experts; None where there is none."""
     if chosen == REFERENCE or (chosen == GROUPED and not (index.is_cuda and triton_is_there())):
         return None
+    return _triton_experts()
+
+
+@functools.cache
+def _triton_experts() -> ModuleType:
     from .triton import experts
 
     return experts

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...call_context import new_tuple
 from ...specs import AnyGate, ExpertWeights, Gate
 from .. import grouped_mm
 from ..reference.grouped import NO_FACTORS, Factors, Products, Rows
@@ -20,7 +21,7 @@ from .combine_rows import combine_rows
 from .expert_gate import expert_gate, expert_gate_backward
 from .factor_layout import lay_out
 from .grouped_linear import Tile, choose_tile, grouped_linear
-from .grouped_outer import grouped_outer
+from .grouped_outer import Outer, grouped_outer
 from .grouped_term import grouped_add, grouped_shrink
 
 
@@ -55,21 +56,38 @@ class TritonPasses(Products):
     def shrink_back(self, dy, weights: ExpertWeights, factors: Factors) -> Tensor | None:
         return None if factors.b is None else self._shrink(dy, factors.b)[0]
 
-    def gradient(
-        self, factor: Tensor, short: Tensor, long, scaling: float = 1.0, routing: Tensor | None = None
-    ) -> Tensor:
-        return self._outer(torch.empty_like(factor), short, long, scaling, routing)
+    def gradients(
+        self, weights: ExpertWeights, needs: tuple[bool, bool], of_a, of_b, routing: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        a, b, (_, rank, k) = weights.lora_a, weights.lora_b, weights.lora_a.shape
+        da = db = None
+        outers = []
+        if needs[0]:
+            da = torch.empty_like(a)
+            outers.append(self._outer(da, da.stride(), k, *of_a))
+        if needs[1]:
+            db = torch.empty_like(b)
+            by_expert, by_column, by_rank = db.stride()
+            outers.append(self._outer(db, (by_expert, by_rank, by_column), b.shape[1], *of_b, weights.scaling))
+        if outers:
+            self._fill(outers, rank, routing)
+        return da, db
 
     def sums(self, y, bias: Tensor, routing: Tensor | None = None) -> Tensor:
-        return self._outer(torch.empty_like(bias).unsqueeze(1), None, y, 1.0, routing)[:, 0]
+        out = torch.empty_like(bias)
+        by_expert, by_column = out.stride()
+        self._fill([self._outer(out, (by_expert, 0, by_column), bias.shape[1], None, y)], 1, routing)
+        return out
 
     def gate(self, z: Tensor, gate: AnyGate) -> Tensor:
         return expert_gate(z, gate) if isinstance(gate, Gate) else super().gate(z, gate)
 
-    def gate_back(self, z: Tensor, dh: Tensor, routing: Tensor, gate: AnyGate) -> tuple[Tensor, Tensor, Tensor]:
+    def gate_back(
+        self, z: Tensor, dh: Tensor, routing: Tensor, gate: AnyGate, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(gate, Gate):
-            return expert_gate_backward(z, dh, routing, self.rows.order, self.rows.ends, gate)
-        return super().gate_back(z, dh, routing, gate)
+            return expert_gate_backward(z, dh, routing, self.rows.order, self.rows.ends, gate, dtype)
+        return super().gate_back(z, dh, routing, gate, dtype)
 
     def combine(self, y: Tensor, routing: Tensor | None = None) -> Tensor:
         rows = self.rows
@@ -84,18 +102,13 @@ class TritonPasses(Products):
         rows = self.rows
         return grouped_shrink(*self._source(x), rows.tiles, self.tile.m, d, rows.per_token, gather)
 
-    def _outer(self, out: Tensor, short: Tensor | None, long, scaling: float, routing: Tensor | None) -> Tensor:
-        rows, by_token = self.rows, isinstance(long, ByToken)
-        return grouped_outer(
-            short,
-            long.x if by_token else long,
-            rows.order,
-            rows.ends,
-            out,
-            scaling=scaling,
-            routing=routing,
-            per_token=rows.per_token if by_token else 0,
-        )
+    def _outer(self, out: Tensor, strides, length: int, short: Tensor | None, long, scaling: float = 1.0) -> Outer:
+        by_token = isinstance(long, ByToken)
+        return new_tuple(Outer, (out, strides, length, short, long.x if by_token else long, by_token, scaling))
+
+    def _fill(self, outers: list[Outer], rank: int, routing: Tensor | None) -> None:
+        rows, second = self.rows, outers[1] if len(outers) == 2 else None
+        grouped_outer(outers[0], second, rank, rows.order, rows.ends, routing=routing, per_token=rows.per_token)
 
 
 class GroupedProductsWithPasses(TritonPasses):

@@ -90,42 +90,53 @@ _kinds = _Kinds()
 def launch(
     kernel, grid: tuple[int, int, int], arguments: tuple, *, num_warps: int, num_stages: int = 3, **more
 ) -> None:
-    """`kernel[grid](*arguments)` on the GPU of the first argument, a tensor: all arguments by place, constants, too."""
+    """`kernel[grid](*arguments)` on the GPU of the first argument, a tensor: all arguments by place, constants, too.
+    What is compiled is given addresses, of which its launcher does not ask the driver whose they are."""
     x = arguments[0]
     if not x.is_cuda:
         kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **more)
         return
-    device = x.device.index
-    with on_device(x):
-        key = (id(kernel), device, num_warps, num_stages, *specialization(kernel, arguments))
-        compiled = _compiled.get(key)
-        if compiled is not None:
-            compiled[grid](*arguments)
-            return
-        compiled = kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **more)
-        if len(_compiled) >= _MOST_COMPILED:
-            _compiled.clear()
-        if hasattr(compiled, "packed_metadata"):  # not what is still being compiled
-            _compiled[key] = compiled
+    device = x.get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, arguments, num_warps=num_warps, num_stages=num_stages, **more)
+        return
+    found, given = specialization(kernel, arguments)
+    key = (id(kernel), device, num_warps, num_stages, *found)
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[grid](*given, stream=torch._C._cuda_getCurrentRawStream(device))
+        return
+    compiled = kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **more)
+    if len(_compiled) >= _MOST_COMPILED:
+        _compiled.clear()
+    if hasattr(compiled, "packed_metadata"):  # not what is still being compiled
+        _compiled[key] = compiled
 
 
-def specialization(kernel, arguments: tuple) -> list:
+def specialization(kernel, arguments: tuple) -> tuple[list, list]:
     """What a compiled kernel depends on: a constant's value; a tensor's dtype and whether its address is a multiple of
-    16; whether an integer is 1, is a multiple of 16, and has 32 bits; the type of anything else."""
+    16; whether an integer is 1, is a multiple of 16, and has 32 bits; the type of anything else. And the arguments
+    with addresses for tensors."""
     first = _first_constant.get(id(kernel))
     if first is None:
         constants = [parameter.is_constexpr for parameter in kernel.params]
         first = _first_constant[id(kernel)] = constants.index(True)
         assert all(constants[first:]) and len(constants) == len(arguments), "constants stand behind all others"
     found: list[Any] = []
+    given: list[Any] = []
     for argument in arguments[:first]:
         if type(argument) is int:
             found.append(_kinds[argument])
         elif argument is None:
             found.append(None)
         elif isinstance(argument, Tensor):
-            found += argument.dtype, argument.data_ptr() & 15 == 0
+            dtype, argument = argument.dtype, argument.data_ptr()
+            found += dtype, argument & 15 == 0
         else:
             found.append(type(argument))
-    found += arguments[first:]
-    return found
+        given.append(argument)
+    constants = arguments[first:]
+    found += constants
+    given += constants
+    return found, given
