@@ -117,9 +117,11 @@ def test_unknown_backend(lora_fused):
 
 
 class Kernel:
-    """Counts compilations and launches; two arguments and a constant."""
+    """Counts compilations and launches; a tensor, two numbers and a constant."""
 
-    params = tuple(SimpleNamespace(is_constexpr=constant) for constant in (False, False, False, True))
+    params = tuple(
+        SimpleNamespace(name=name, is_constexpr=name == "BLOCK") for name in ("x_ptr", "N", "scale", "BLOCK")
+    )
 
     def __init__(self):
         self.compiled, self.launched = [], []

@@ -141,7 +141,11 @@ def expert_gate_backward(
     return h, dz, dots
 
 
+def numbers_of(gate: Gate) -> tuple[float, float, float]:
+    """Limit, slope and offset as kernels take them."""
+    return 0.0 if gate.limit is None else float(gate.limit), float(gate.slope), float(gate.offset)
+
+
 def _how(gate: Gate) -> tuple:
     """What both kernels take at their end."""
-    numbers = 0.0 if gate.limit is None else gate.limit, gate.slope, gate.offset
-    return *numbers, gate.activation, gate.gated, gate.interleaved, gate.limit is not None, BLOCK
+    return *numbers_of(gate), gate.activation, gate.gated, gate.interleaved, gate.limit is not None, BLOCK

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...specs import ExpertWeights, Gate
 from .combine_rows import combine_choices
+from .expert_gate import numbers_of
 from .gated_act import value_and_slope
 from .launch import MAX_RANK_BLOCK, MIN_DOT, ceil_div, dot_precision, launch, power_of_2, rank_block
 
@@ -165,9 +166,9 @@ def _linear(x: Tensor, index: Tensor, weights: ExpertWeights, n: int, per_token:
     y = torch.empty((count, n), dtype=x.dtype, device=x.device)
     gated = gate is not None and gate.gated
     bias = None if bias is None else bias.contiguous()
-    given = x, index, weight, a, b, bias, y, scaling, count, n, k, rank, per_token
+    given = x, index, weight, a, b, bias, y, float(scaling), count, n, k, rank, per_token
     strides = (*weight.stride(), *(_NONE if a is None else a.stride()), *(_NONE if b is None else b.stride()))
-    numbers = (0.0, 1.0, 0.0) if gate is None else (gate.limit or 0.0, gate.slope, gate.offset)
+    numbers = (0.0, 1.0, 0.0) if gate is None else numbers_of(gate)
     how = gate and gate.activation, gated, gated and gate.interleaved, gated and gate.limit is not None
     # Many experts fill the GPU with fewer, wider programs, each of which reads A.
     columns = (128 if min(count, weight.shape[0]) >= MANY_EXPERTS else 64) // (2 if gated else 1)

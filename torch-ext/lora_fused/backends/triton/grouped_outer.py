@@ -154,11 +154,12 @@ def grouped_outer(
         others = second.long.contiguous(), second.short, second.out
         _, other_strides, other_length, _, _, other_by_token, other_scaling = second
         blocks += ceil_div(other_length, block_l)
-    given = long, short, out, *others, order, routing, ends, scaling, other_scaling, rank, length, other_length
+    given = long, short, out, *others, order, routing, ends
+    sizes = float(scaling), float(other_scaling), rank, length, other_length, per_token
     how = by_token, other_by_token, block_r, block_l, block_s, dot_precision(long)
     launch(
         grouped_outer_kernel,
         (blocks, ends.shape[0], ceil_div(rank, block_r)),
-        (*given, per_token, *strides, *other_strides, *how),
+        (*given, *sizes, *strides, *other_strides, *how),
         num_warps=4,
     )
