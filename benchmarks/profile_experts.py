@@ -3,6 +3,7 @@ decoding, beside what the shape must read and multiply at least.
 
     python benchmarks/profile_experts.py                 # a GPU of 40 GB or more, about a minute
     python benchmarks/profile_experts.py --backend grouped_mm --shapes Qwen3-30B-A3B
+    python benchmarks/profile_experts.py --host --tokens 2048    # and where host time goes, from launch to launch
 
 Host time is what it takes to enqueue a call. The floor counts weights read once a direction, what is saved written and
 read once, and the products' FLOPs; "at peak" divides them by `--bandwidth` and `--flops`.
@@ -11,7 +12,9 @@ read once, and the products' FLOPs; "at peak" divides them by `--bandwidth` and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pathlib
+import statistics
 import sys
 import time
 
@@ -50,6 +53,38 @@ def host(run, calls: int = 20) -> float:
     return 1e6 * total / calls
 
 
+def between_launches(kernels, run, calls: int = 40) -> list[tuple[str, float, float]]:
+    """(kernel, µs of the host before its launch, µs in it) in order, medians; the last is what follows them all."""
+    stamps: list[tuple[str, float, float]] = []
+    prefix = f"{kernels.__name__}.backends.triton."
+    modules = [module for name, module in sys.modules.items() if name.startswith(prefix) and hasattr(module, "launch")]
+
+    def stamped(own):
+        def launch(kernel, *args, **kwargs):
+            start = time.perf_counter()
+            own(kernel, *args, **kwargs)
+            stamps.append((kernel.fn.__name__, start, time.perf_counter()))
+
+        return launch
+
+    rounds = []
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(taking(module, "launch", stamped(module.launch)))
+        for _ in range(calls):
+            torch.cuda.synchronize()
+            stamps.clear()
+            before = time.perf_counter()
+            run()
+            stamps.append(("", time.perf_counter(), time.perf_counter()))
+            starts = [before, *(end for _, _, end in stamps)]
+            rounds.append([(start - last, end - start) for last, (_, start, end) in zip(starts, stamps)])
+    medians = [
+        [1e6 * statistics.median(each[i][part] for each in rounds) for part in (0, 1)] for i in range(len(stamps))
+    ]
+    return [(name, *median) for (name, _, _), median in zip(stamps, medians)]
+
+
 def by_kernel(run, calls: int = 5) -> list[tuple[str, float, float]]:
     """(name, launches, µs) a call of every kernel, longest first."""
     for _ in range(3):
@@ -79,6 +114,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192])
     parser.add_argument("--decoding", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--backend", choices=("default", "triton", "grouped_mm"), default="default")
+    parser.add_argument("--host", action="store_true", help="host time from launch to launch")
     parser.add_argument("--bandwidth", type=float, default=4.8, help="TB/s")
     parser.add_argument("--flops", type=float, default=989, help="TFLOP/s")
     args = parser.parse_args()
@@ -105,6 +141,8 @@ def main() -> None:
                         "both": lambda operands=operands: step(kernels, operands),
                     },
                 )
+                for name, gap, own in between_launches(kernels, lambda: step(kernels, operands)) if args.host else ():
+                    print(f"  {gap:6.0f} us of the host before {name or 'the end'}, {own:.0f} in it")
                 at_peak = read / args.bandwidth * 1e-6, flops / args.flops * 1e-6
                 shown = f"{read / 1e9:.2f} GB, {flops / 1e12:.2f} TFLOP"
                 print(f"  floor: {shown}: {at_peak[0]:.0f} and {at_peak[1]:.0f} us at peak")

@@ -294,6 +294,28 @@ def test_tiles_of_experts(lora_fused, monkeypatch, capsys):
     assert "small 6, us: torch 20" in capsys.readouterr().out
 
 
+def test_processes_compile_all_that_is_measured(lora_fused, monkeypatch):
+    """Each case once: a shape's tokens, a tile, where t is made."""
+    pytest.importorskip("triton")
+    linear, experts = (
+        importlib.import_module(f"{lora_fused.__name__}.backends.triton.{name}")
+        for name in ("grouped_linear", "experts")
+    )
+    own, seen = linear.FUSED_RANK_UP_TO, []
+    monkeypatch.setattr(tune_experts, "SHAPES", (tune_experts.Shape("small", 16, 16, 2, 1, tokens=(6, 7)),))
+    monkeypatch.setattr(tune_experts, "TILES", ((16, 32, 16, 4, 2), (32, 32, 16, 4, 2), (16, 16, 16, 4, 2)))
+    monkeypatch.setattr(
+        tune_experts,
+        "step",
+        lambda kernels, each: seen.append(
+            (len(each.x), experts.choose_tile(each.up.weight, 1), linear.FUSED_RANK_UP_TO)
+        ),
+    )
+    for number in range(4):
+        tune_experts.compile_share(lora_fused, torch.device("cpu"), number, 4)
+    assert len(seen) == len(set(seen)) == 2 * 3 * 2 and linear.FUSED_RANK_UP_TO == own
+
+
 def test_agreement_sees_what_is_left_out():
     expected = [torch.ones(4), torch.tensor([1.0, -2.0])]
     assert tune.agrees(lambda: [tensor * (1 + 2.0**-8) for tensor in expected], expected)

@@ -90,6 +90,12 @@ def in_triton(lora_fused, monkeypatch):
     monkeypatch.setattr(select, "choose_experts", lambda *_: select.TRITON)
 
 
+@pytest.fixture
+def grouped_with_passes(lora_fused, grouped, monkeypatch):
+    """The same with all else in Triton."""
+    monkeypatch.setattr(lora_fused.backends.select, "_experts_kernels", lambda *_: kernels_of(lora_fused, "experts"))
+
+
 @pytest.mark.parametrize("bias,transposed", itertools.product((False, True), repeat=2))
 @pytest.mark.parametrize("gate", (*GATES, "unknown"))
 def test_as_the_oracle(lora_fused, gate, bias, transposed):
@@ -111,6 +117,8 @@ def test_as_the_oracle(lora_fused, gate, bias, transposed):
         ("grouped", "swiglu", False),
         ("grouped", "gpt-oss", True),
         ("grouped", "none", False),
+        ("grouped_with_passes", "gpt-oss", True),
+        ("grouped_with_passes", "unknown", False),
         ("in_triton", "gpt-oss", True),
     ),
 )
@@ -123,7 +131,7 @@ def test_products_of_a_gpu(lora_fused, request, poisoned, gate, transposed, path
         assert_close(case.run(lora_fused.lora_experts), case.run(oracle_of(lora_fused)), 1e-5)
 
 
-@pytest.mark.parametrize("path", ("grouped", "in_triton"))
+@pytest.mark.parametrize("path", ("grouped", "grouped_with_passes", "in_triton"))
 def test_products_of_few_rows(lora_fused, request, poisoned, path):
     """Without a gradient and of fewer rows than experts."""
     request.getfixturevalue(path)
@@ -135,7 +143,7 @@ def test_products_of_few_rows(lora_fused, request, poisoned, path):
     assert_close([seen] * 4, [expected] * 4, 1e-5)
 
 
-@pytest.mark.parametrize("path", ("grouped", "in_triton"))
+@pytest.mark.parametrize("path", ("grouped", "grouped_with_passes", "in_triton"))
 def test_rows_are_not_looked_at(lora_fused, request, monkeypatch, path):
     """A GPU would be waited for."""
     request.getfixturevalue(path)
@@ -225,20 +233,63 @@ def test_triton_kernels(lora_fused, poisoned, monkeypatch, n, k, rank, rows, fus
     assert nothing is None
     assert (plain.double() - torch.einsum("sk,snk->sn", gathered, w.double()[expert])).abs().max() <= 4e-3
     weights = routing.double().reshape(-1, 1)[found.order]
+    sums = []
     for short, long, by_token, routed in (
         (t, x, True, routing),
+        (t, gathered.half(), False, routing),
         (t, gathered.half(), False, None),
         (None, x, True, routing),
     ):
-        out = torch.empty(k, rank if short is not None else 1, 5).permute(2, 1, 0)
-        seen = outer.grouped_outer(
-            short, long, found.order, found.ends, out, scaling=0.3, routing=routed, per_token=per_token * by_token
-        )
+        ranks = rank if short is not None else 1
+        out = torch.empty(k, ranks, 5).permute(2, 1, 0)
+        each = outer.Outer(out, out.stride(), k, short, long, by_token, 0.3)
+        outer.grouped_outer(each, None, ranks, found.order, found.ends, routing=routed, per_token=per_token)
         left = torch.ones(rows, 1).double() if short is None else short.double()
         left = left if routed is None else left * weights
         expected = 0.3 * torch.stack([left[expert == e].t() @ gathered[expert == e] for e in range(5)])
-        assert not seen[0].any() and not seen[4].any()
-        assert (seen.double() - expected).abs().max() <= 2e-3 * expected.abs().max()
+        assert not out[0].any() and not out[4].any()
+        assert (out.double() - expected).abs().max() <= 2e-3 * expected.abs().max()
+        sums.append(each)
+    for first, second in ((sums[0], sums[1]), (sums[1], sums[0])):
+        other = first._replace(long=y, length=n, by_token=False, scaling=-0.7, out=torch.full((5, rank, n), torch.nan))
+        other = other._replace(strides=other.out.stride())
+        together = [each._replace(out=torch.full_like(each.out, torch.nan)) for each in (first, second)]
+        for pair in ((together[0], other), (other, together[0]), (together[0], together[1])):
+            for each in pair:
+                each.out.fill_(torch.nan)
+            outer.grouped_outer(*pair, rank, found.order, found.ends, routing=routing, per_token=per_token)
+            assert torch.equal(together[0].out, first.out) and not other.out.isnan().any()
+        assert torch.equal(together[1].out, second.out)
+
+
+@pytest.mark.parametrize("tile_rows", (16, 128))
+@pytest.mark.parametrize("n,k,rank", ((17, 33, 3), (130, 520, 70), (136, 256, 16)))
+def test_terms_beside_a_product(lora_fused, poisoned, n, k, rank, tile_rows):
+    """Odd sizes and ranks, gathered and not, tiles in parts: against float64; rows of no expert are left alone."""
+    kernels, count = kernels_of(lora_fused, "grouped_term"), 300
+    index = torch.randint(0, 3, (count // 2, 2)) + 1  # the first expert has no rows, the last is left out
+    found = kernels_of(lora_fused, "route").sort_rows(index, 3, tile_rows, True)
+    end, token = int(found.ends[-1]), found.token()
+    expert = found.expert()[:end]
+    x, d, u = torch.randn(count // 2, k).half(), torch.randn(3, rank, k).half(), torch.randn(3, rank, n).half()
+    y, bias = torch.randn(count, n).half(), torch.randn(3, n).half()
+    t, gathered = kernels.grouped_shrink(x, found.order, found.tiles, tile_rows, d / k**0.5, 2, True)
+    assert 0 < end < count and torch.equal(gathered[:end], x[token[:end]])
+    again, nothing = kernels.grouped_shrink(x[token], None, found.tiles, tile_rows, d / k**0.5)
+    assert nothing is None and torch.equal(again[:end], t[:end])
+    shrunk = torch.einsum("sk,srk->sr", gathered[:end].double(), (d / k**0.5).double()[expert])
+    assert (t[:end].double() - shrunk).abs().max() <= 2e-3 * shrunk.abs().max()
+    term = torch.einsum("sr,srn->sn", t[:end].double(), u.double()[expert])
+    wide = y.double()
+    for added, given in (
+        (term, (t, u)),
+        (term + bias.double()[expert], (t, u, bias)),
+        (bias[expert], (None, None, bias)),
+    ):
+        seen = y.clone()
+        assert kernels.grouped_add(seen, found.tiles, tile_rows, *given) is seen
+        assert torch.equal(seen[end:], y[end:])
+        assert ((seen.double() - wide)[:end] - added).abs().max() <= 2e-3 * (wide[:end] + added).abs().max()
 
 
 @pytest.mark.parametrize("transposed", (False, True))

@@ -117,9 +117,11 @@ def test_unknown_backend(lora_fused):
 
 
 class Kernel:
-    """Counts compilations and launches; two arguments and a constant."""
+    """Counts compilations and launches; a tensor, two numbers and a constant."""
 
-    params = tuple(SimpleNamespace(is_constexpr=constant) for constant in (False, False, False, True))
+    params = tuple(
+        SimpleNamespace(name=name, is_constexpr=name == "BLOCK") for name in ("x_ptr", "N", "scale", "BLOCK")
+    )
 
     def __init__(self):
         self.compiled, self.launched = [], []
@@ -140,7 +142,14 @@ class Compiled:
         self.kernel = kernel
 
     def __getitem__(self, grid):
-        return lambda *arguments: self.kernel.launched.append((grid, arguments))
+        return lambda *arguments, stream: self.kernel.launched.append((grid, arguments, stream))
+
+
+@contextlib.contextmanager
+def setting(current, number):
+    before, current[0] = current[0], number
+    yield
+    current[0] = before
 
 
 def test_a_launch_compiles_what_triton_would(lora_fused, monkeypatch):
@@ -151,12 +160,17 @@ def test_a_launch_compiles_what_triton_would(lora_fused, monkeypatch):
 
     class OnGpu(torch.Tensor):
         is_cuda = True
-        device = SimpleNamespace(index=0)
+
+        def get_device(self):
+            return 2
 
     def on_gpu(tensor):
         return torch.Tensor._make_subclass(OnGpu, tensor)
 
-    monkeypatch.setattr(launch, "on_device", lambda x: contextlib.nullcontext())
+    current = [2]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", lambda number: setting(current, number))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: (device, current[0]), raising=False)
     monkeypatch.setattr(launch, "_compiled", {})
     aligned = on_gpu(buffer)
     assert buffer.data_ptr() % 16 == 0
@@ -173,7 +187,9 @@ def test_a_launch_compiles_what_triton_would(lora_fused, monkeypatch):
     launch.launch(kernel, (1, 1, 1), first, num_warps=8)
     assert len(kernel.compiled) == len(others) + 2 and kernel.compiled[-1][1]["num_warps"] == 8
     for arguments in (first, *others, *same):
+        current[0] = 2 if arguments is first else 0  # a launch goes to the tensor's GPU, whichever is current
         launch.launch(kernel, (5, 2, 1), arguments, num_warps=4)
-        grid, launched = kernel.launched[-1]
-        assert grid == (5, 2, 1) and all(seen is given for seen, given in zip(launched, arguments, strict=True))
+        grid, launched, stream = kernel.launched[-1]
+        given = [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments]
+        assert (grid, list(launched), stream) == ((5, 2, 1), given, (2, 2))
     assert len(kernel.compiled) == len(others) + 2 and len(kernel.launched) == len(others) + 3

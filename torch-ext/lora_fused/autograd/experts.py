@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..backends import select
 from ..backends.reference.grouped import Factors, Products, Rows
-from ..call_context import without_autocast
+from ..call_context import new_tuple, without_autocast
 from ..specs import TENSORS_PER_PRODUCT, ExpertsSpec, ExpertWeights
 from .once_differentiable import once_differentiable
 
@@ -86,8 +86,8 @@ class LoraExpertsFunction(torch.autograd.Function):
 def _weights(tensors, spec: ExpertsSpec) -> tuple[ExpertWeights, ExpertWeights]:
     first, second = spec.scalings
     return (
-        ExpertWeights(*tensors[:TENSORS_PER_PRODUCT])._replace(scaling=first),
-        ExpertWeights(*tensors[TENSORS_PER_PRODUCT:])._replace(scaling=second),
+        new_tuple(ExpertWeights, (*tensors[:TENSORS_PER_PRODUCT], first)),
+        new_tuple(ExpertWeights, (*tensors[TENSORS_PER_PRODUCT:], second)),
     )
 
 
@@ -105,17 +105,15 @@ class _Backward:
         products, routing, kept = self.products, self.routing, self.kept
         dy = products.take(dout)
         dh, dt = products.project_back(dy, down, kept.down)
-        h, dz, dots = products.gate_back(kept.z, dh, routing, self.spec.gate)
-        grads: list[Tensor | None] = [None] * TENSORS_PER_PRODUCT
-        if self.needs_down[1]:
-            grads[1] = products.sums(dy, down.bias, routing)
-        if self.needs_down[2]:
-            grads[2] = products.gradient(down.lora_a, dt, h, routing=routing)
-        if self.needs_down[3]:
-            factor = down.lora_b.transpose(1, 2)
-            grads[3] = products.gradient(factor, kept.t2, dy, down.scaling, routing).transpose(1, 2)
+        # Where <dout, b2> follows, they are rounded after it.
+        dtype = routing.dtype if down.bias is None else torch.promote_types(dh.dtype, torch.float32)
+        h, dz, dots = products.gate_back(kept.z, dh, routing, self.spec.gate, dtype)
+        dbias = products.sums(dy, down.bias, routing) if self.needs_down[1] else None
+        factors = None, None
+        if any(self.needs_down[2:]):
+            factors = products.gradients(down, self.needs_down[2:], (dt, h), (kept.t2, dy), routing)
         drouting = self._routing_gradient(dout, dots, down) if self.needs_routing else None
-        return dz if self.needs_x or any(self.needs_up) else None, drouting, grads
+        return dz if self.needs_x or any(self.needs_up) else None, drouting, (None, dbias, *factors)
 
     def _routing_gradient(self, dout: Tensor, dots: Tensor, down: ExpertWeights) -> Tensor:
         """<dout, y> of every choice: <dh', h>, which is <dout, h W2ᵀ + t2 (s2·B2)ᵀ>, and <dout, b2>."""
@@ -135,16 +133,13 @@ class _Backward:
 
     def first(self, dz: Tensor, up: ExpertWeights):
         """(dx or None, gradients of `up`)."""
-        products, kept, dx = self.products, self.kept, None
-        grads: list[Tensor | None] = [None] * TENSORS_PER_PRODUCT
+        products, kept, needs, dx, dt = self.products, self.kept, self.needs_up, None, None
         if self.needs_x:
             dx, dt = products.project_back(dz, up, kept.up)
-        elif self.needs_up[2]:
+        elif needs[2]:
             dt = products.shrink_back(dz, up, kept.up)
-        if self.needs_up[1]:
-            grads[1] = products.sums(dz, up.bias)
-        if self.needs_up[2]:
-            grads[2] = products.gradient(up.lora_a, dt, products.take(kept.x))
-        if self.needs_up[3]:
-            grads[3] = products.gradient(up.lora_b.transpose(1, 2), kept.t1, dz, up.scaling).transpose(1, 2)
-        return None if dx is None else products.combine(dx), grads
+        dbias = products.sums(dz, up.bias) if needs[1] else None
+        factors = None, None
+        if any(needs[2:]):
+            factors = products.gradients(up, needs[2:], (dt, products.take(kept.x)), (kept.t1, dz))
+        return None if dx is None else products.combine(dx), (None, dbias, *factors)

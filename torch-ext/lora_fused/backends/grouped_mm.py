@@ -27,6 +27,11 @@ def fits(weight: Tensor) -> bool:
     )
 
 
+def product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """x M_e by expert: x [S, K], M [E, K, N]; rows from ends[-1] on stay unwritten."""
+    return _grouped_mm(x, matrices, offs=ends)
+
+
 class PerRow:
     """A factor [S, ·, ·] gathered by row, for few rows: of no other expert anything is read."""
 
@@ -56,10 +61,10 @@ class GroupedProducts(Products):
     def times_transposed(self, x: Tensor, matrices: Matrices, out: Tensor | None = None) -> Tensor:
         if isinstance(matrices, PerRow):
             return _sum(torch.bmm(matrices.factor, x.unsqueeze(2)).squeeze(2), out)
-        return _sum(_grouped_mm(x, matrices.transpose(1, 2), offs=self.rows.ends), out)
+        return _sum(product(x, matrices.transpose(1, 2), self.rows.ends), out)
 
     def times(self, x: Tensor, matrices: Matrices, out: Tensor | None = None) -> Tensor:
-        return _sum(_grouped_mm(x, matrices, offs=self.rows.ends), out)
+        return _sum(product(x, matrices, self.rows.ends), out)
 
     def outer(self, x: Tensor, y: Tensor) -> Tensor:
         if self._empty is None:

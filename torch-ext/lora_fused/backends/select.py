@@ -277,10 +277,9 @@ def make_products(rows: Rows, up: ExpertWeights, trains: bool) -> Products:
     if rows.order.numel() == 0 or rows.backend == REFERENCE:
         return LoopedProducts(rows)
     kernels = _experts_kernels(rows.backend, rows.order)
-    if rows.backend == TRITON:
-        return kernels.TritonProducts(rows, up.weight)
-    few = not trains and rows.order.numel() < rows.ends.numel()
-    return (grouped_mm.GroupedProducts if kernels is None else kernels.GroupedProductsWithPasses)(rows, few)
+    if kernels is None:
+        return grouped_mm.GroupedProducts(rows, few=not trains and rows.order.numel() < rows.ends.numel())
+    return (kernels.TritonProducts if rows.backend == TRITON else kernels.GroupedProductsWithPasses)(rows, up.weight)
 
 
 def few_rows(x: Tensor, index: Tensor, up: ExpertWeights, down: ExpertWeights, gate: AnyGate) -> Callable | None:
@@ -298,6 +297,11 @@ def _experts_kernels(chosen: str, index: Tensor) -> ModuleType | None:
     """Triton's part of a backend for experts; None where there is none."""
     if chosen == REFERENCE or (chosen == GROUPED and not (index.is_cuda and triton_is_there())):
         return None
+    return _triton_experts()
+
+
+@functools.cache
+def _triton_experts() -> ModuleType:
     from .triton import experts
 
     return experts

@@ -100,9 +100,9 @@ NO_FACTORS = Factors(None, None)
 class Products:
     """What is made of the rows of one call. `rows` says where they are.
 
-    `project`, `project_back` and `gradient` put together what the six methods before them make, which a backend has:
+    `project`, `project_back` and `gradients` put together what the six methods before them make, which a backend has:
     `weights` and `factor`, matrices [N, K] by expert in a form of its own, and products of them. A backend that has all
-    three otherwise needs `sums` alone.
+    three otherwise needs `shrink_back` and `sums` alone.
     """
 
     rows: Rows
@@ -172,16 +172,28 @@ class Products:
         gradient = self.outer(short, long)[:, : factor.shape[1], : factor.shape[2]].to(factor.dtype)
         return gradient if scaling == 1.0 else gradient * scaling
 
+    def gradients(
+        self, weights: ExpertWeights, needs: tuple[bool, bool], of_a, of_b, routing: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(dA, dB) of an adapter where `needs` says so, else None: Σ w·(dt xᵀ) of (dt, x) and s·Σ w·(dy tᵀ) of
+        (t, dy), rows of each expert."""
+        da = self.gradient(weights.lora_a, *of_a, routing=routing) if needs[0] else None
+        if not needs[1]:
+            return da, None
+        return da, self.gradient(weights.lora_b.transpose(1, 2), *of_b, weights.scaling, routing).transpose(1, 2)
+
     def gate(self, z: Tensor, gate: AnyGate) -> Tensor:
         """h [S, I] of z."""
         return gates.value(z, gate)
 
-    def gate_back(self, z: Tensor, dh: Tensor, routing: Tensor, gate: AnyGate) -> tuple[Tensor, Tensor, Tensor]:
-        """(h, dz, dots) of dh [S, I] before the routing weights [T, k]: dz = gate'(w·dh), dots [T, k] = <dh, h>. dh is
-        overwritten."""
+    def gate_back(
+        self, z: Tensor, dh: Tensor, routing: Tensor, gate: AnyGate, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(h, dz, dots) of dh [S, I] before the routing weights [T, k]: dz = gate'(w·dh), dots [T, k] = <dh, h> summed
+        in float32 or wider, in `dtype`. dh is overwritten."""
         h, pull = gates.with_pullback(z, gate)
         dots = (dh.to(torch.promote_types(dh.dtype, torch.float32)) * h).sum(1)
-        return h, pull(dh.mul_(self.rows.weights(routing))), self.rows.by_choice(dots)
+        return h, pull(dh.mul_(self.rows.weights(routing))), self.rows.by_choice(dots).to(dtype)
 
     def combine(self, y: Tensor, routing: Tensor | None = None) -> Tensor:
         """[T, N]: the sum of each token's rows of y [S, N], times their routing weights [T, k]; in the wider dtype of

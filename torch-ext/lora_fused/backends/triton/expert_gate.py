@@ -115,7 +115,8 @@ def expert_gate_bwd_kernel(
             to_u = to_g + (1 if INTERLEAVED else I)
             tl.store(to_u, du.to(dz_ptr.dtype.element_ty), mask=mask)
     # Rows of no expert hold what memory held.
-    tl.store(dots_ptr + choice, tl.where(row < tl.load(ends_ptr + E - 1), tl.sum(dots, 0), 0.0))
+    dot = tl.where(row < tl.load(ends_ptr + E - 1), tl.sum(dots, 0), 0.0)
+    tl.store(dots_ptr + choice, dot.to(dots_ptr.dtype.element_ty))
 
 
 def expert_gate(z: Tensor, gate: Gate) -> Tensor:
@@ -128,19 +129,23 @@ def expert_gate(z: Tensor, gate: Gate) -> Tensor:
 
 
 def expert_gate_backward(
-    z: Tensor, dh: Tensor, routing: Tensor, order: Tensor, ends: Tensor, gate: Gate
+    z: Tensor, dh: Tensor, routing: Tensor, order: Tensor, ends: Tensor, gate: Gate, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(h [S, I], dz of z's shape, dots [T, k] in float32) of contiguous z and dh [S, I], routing [T, k]; order [S] says
+    """(h [S, I], dz of z's shape, dots [T, k] in `dtype`) of contiguous z and dh [S, I], routing [T, k]; order [S] says
     which choice a row is, ends [E] where rows end: of those beyond, dots are zero."""
     h, dz = torch.empty(dh.shape, dtype=z.dtype, device=z.device), torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    dots = torch.empty(routing.shape, dtype=torch.float32, device=z.device)
+    dots = torch.empty(routing.shape, dtype=dtype, device=z.device)
     given = z, dh, routing.contiguous(), order, ends, h, dz, dots, ends.shape[0], dh.shape[1]
     strides = z.stride(0), dh.stride(0), dz.stride(0)
     launch(expert_gate_bwd_kernel, (z.shape[0], 1, 1), (*given, *strides, *_how(gate)), num_warps=4)
     return h, dz, dots
 
 
+def numbers_of(gate: Gate) -> tuple[float, float, float]:
+    """Limit, slope and offset as kernels take them."""
+    return 0.0 if gate.limit is None else float(gate.limit), float(gate.slope), float(gate.offset)
+
+
 def _how(gate: Gate) -> tuple:
     """What both kernels take at their end."""
-    numbers = 0.0 if gate.limit is None else gate.limit, gate.slope, gate.offset
-    return *numbers, gate.activation, gate.gated, gate.interleaved, gate.limit is not None, BLOCK
+    return *numbers_of(gate), gate.activation, gate.gated, gate.interleaved, gate.limit is not None, BLOCK

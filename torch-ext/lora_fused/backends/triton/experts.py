@@ -12,15 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...call_context import new_tuple
 from ...specs import AnyGate, ExpertWeights, Gate
-from ..grouped_mm import GroupedProducts
+from .. import grouped_mm
 from ..reference.grouped import NO_FACTORS, Factors, Products, Rows
 from . import route
 from .combine_rows import combine_rows
 from .expert_gate import expert_gate, expert_gate_backward
 from .factor_layout import lay_out
 from .grouped_linear import Tile, choose_tile, grouped_linear
-from .grouped_outer import grouped_outer
+from .grouped_outer import Outer, grouped_outer
+from .grouped_term import grouped_add, grouped_shrink
 
 
 class ByToken(NamedTuple):
@@ -35,28 +37,8 @@ def sort_rows(index: Tensor, weight: Tensor, leaves_out: bool) -> Rows:
 
 
 class TritonPasses(Products):
-    """The passes over the rows that multiply no matrices."""
-
-    def gate(self, z: Tensor, gate: AnyGate) -> Tensor:
-        return expert_gate(z, gate) if isinstance(gate, Gate) else super().gate(z, gate)
-
-    def gate_back(self, z: Tensor, dh: Tensor, routing: Tensor, gate: AnyGate) -> tuple[Tensor, Tensor, Tensor]:
-        if isinstance(gate, Gate):
-            return expert_gate_backward(z, dh, routing, self.rows.order, self.rows.ends, gate)
-        return super().gate_back(z, dh, routing, gate)
-
-    def combine(self, y: Tensor, routing: Tensor | None = None) -> Tensor:
-        rows = self.rows
-        dtype = y.dtype if routing is None else torch.promote_types(y.dtype, routing.dtype)
-        return combine_rows(y, routing, rows.place, rows.ends, rows.tokens, dtype)
-
-
-class GroupedProductsWithPasses(TritonPasses, GroupedProducts):
-    """torch's grouped products, and everything between them in Triton."""
-
-
-class TritonProducts(TritonPasses):
-    """Products that begin with a weight, by which their tile is chosen."""
+    """All that is made of the rows but products with the weights: passes, and what the adapters need. Their tables
+    name tiles that are chosen by the first weight."""
 
     def __init__(self, rows: Rows, weight: Tensor):
         self.rows = rows
@@ -71,6 +53,93 @@ class TritonProducts(TritonPasses):
         a, b = weights.lora_a, weights.lora_b.transpose(1, 2)
         return Factors(*lay_out(a, b, weights.weight.dtype, weights.scaling))
 
+    def shrink_back(self, dy, weights: ExpertWeights, factors: Factors) -> Tensor | None:
+        return None if factors.b is None else self._shrink(dy, factors.b)[0]
+
+    def gradients(
+        self, weights: ExpertWeights, needs: tuple[bool, bool], of_a, of_b, routing: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        a, b, (_, rank, k) = weights.lora_a, weights.lora_b, weights.lora_a.shape
+        da = db = None
+        outers = []
+        if needs[0]:
+            da = torch.empty_like(a)
+            outers.append(self._outer(da, da.stride(), k, *of_a))
+        if needs[1]:
+            db = torch.empty_like(b)
+            by_expert, by_column, by_rank = db.stride()
+            outers.append(self._outer(db, (by_expert, by_rank, by_column), b.shape[1], *of_b, weights.scaling))
+        if outers:
+            self._fill(outers, rank, routing)
+        return da, db
+
+    def sums(self, y, bias: Tensor, routing: Tensor | None = None) -> Tensor:
+        out = torch.empty_like(bias)
+        by_expert, by_column = out.stride()
+        self._fill([self._outer(out, (by_expert, 0, by_column), bias.shape[1], None, y)], 1, routing)
+        return out
+
+    def gate(self, z: Tensor, gate: AnyGate) -> Tensor:
+        return expert_gate(z, gate) if isinstance(gate, Gate) else super().gate(z, gate)
+
+    def gate_back(
+        self, z: Tensor, dh: Tensor, routing: Tensor, gate: AnyGate, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(gate, Gate):
+            return expert_gate_backward(z, dh, routing, self.rows.order, self.rows.ends, gate, dtype)
+        return super().gate_back(z, dh, routing, gate, dtype)
+
+    def combine(self, y: Tensor, routing: Tensor | None = None) -> Tensor:
+        rows = self.rows
+        dtype = y.dtype if routing is None else torch.promote_types(y.dtype, routing.dtype)
+        return combine_rows(y, routing, rows.place, rows.ends, rows.tokens, dtype)
+
+    def _source(self, x) -> tuple[Tensor, Tensor | None]:
+        """x, and the order to read it in where it is by token."""
+        return (x.x, self.rows.order) if isinstance(x, ByToken) else (x, None)
+
+    def _shrink(self, x, d: Tensor, gather: bool = False) -> tuple[Tensor, Tensor | None]:
+        rows = self.rows
+        return grouped_shrink(*self._source(x), rows.tiles, self.tile.m, d, rows.per_token, gather)
+
+    def _outer(self, out: Tensor, strides, length: int, short: Tensor | None, long, scaling: float = 1.0) -> Outer:
+        by_token = isinstance(long, ByToken)
+        return new_tuple(Outer, (out, strides, length, short, long.x if by_token else long, by_token, scaling))
+
+    def _fill(self, outers: list[Outer], rank: int, routing: Tensor | None) -> None:
+        rows, second = self.rows, outers[1] if len(outers) == 2 else None
+        grouped_outer(outers[0], second, rank, rows.order, rows.ends, routing=routing, per_token=rows.per_token)
+
+
+class GroupedProductsWithPasses(TritonPasses):
+    """Products with the weights as torch's, the adapters' terms added to them in place."""
+
+    def project(self, x, weights: ExpertWeights, factors: Factors) -> tuple[Tensor, Tensor | None]:
+        return self._product(x, weights.weight.transpose(1, 2), factors, weights.bias)
+
+    def project_back(self, dy, weights: ExpertWeights, factors: Factors) -> tuple[Tensor, Tensor | None]:
+        return self._product(dy, weights.weight, Factors(factors.b, factors.a))
+
+    def _product(
+        self, x, matrices: Tensor, factors: Factors, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(y [S, N], t) of x and matrices [E, K, N], where t is x times the first factor, and y has it times the
+        second."""
+        rows, t, by_token = self.rows, None, isinstance(x, ByToken)
+        if factors.a is not None:
+            t, gathered = self._shrink(x, factors.a, by_token)
+            x = gathered if by_token else x
+        elif by_token:
+            x = x.x[rows.token()]
+        y = grouped_mm.product(x, matrices, rows.ends)
+        if t is not None or bias is not None:
+            grouped_add(y, rows.tiles, self.tile.m, t, factors.b, bias)
+        return y, t
+
+
+class TritonProducts(TritonPasses):
+    """Products, adapters' terms and biases in one launch each."""
+
     def project(self, x, weights: ExpertWeights, factors: Factors) -> tuple[Tensor, Tensor | None]:
         return self._linear(x, weights.weight, factors if factors.a is not None else None, weights.bias)
 
@@ -78,31 +147,6 @@ class TritonProducts(TritonPasses):
         a, b = factors
         return self._linear(dy, weights.weight.transpose(1, 2), None if a is None else (b, a))
 
-    def shrink_back(self, dy, weights: ExpertWeights, factors: Factors) -> Tensor | None:
-        return None if factors.b is None else self._linear(dy, factors.b)[0]
-
-    def gradient(
-        self, factor: Tensor, short: Tensor, long, scaling: float = 1.0, routing: Tensor | None = None
-    ) -> Tensor:
-        return self._outer(torch.empty_like(factor), short, long, scaling, routing)
-
-    def sums(self, y, bias: Tensor, routing: Tensor | None = None) -> Tensor:
-        return self._outer(torch.empty_like(bias).unsqueeze(1), None, y, 1.0, routing)[:, 0]
-
     def _linear(self, x, w: Tensor, adapter=None, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         rows = self.rows
-        x, order = (x.x, rows.order) if isinstance(x, ByToken) else (x, None)
-        return grouped_linear(x, order, rows.tiles, self.tile, w, adapter, bias, rows.per_token)
-
-    def _outer(self, out: Tensor, short: Tensor | None, long, scaling: float, routing: Tensor | None) -> Tensor:
-        rows, by_token = self.rows, isinstance(long, ByToken)
-        return grouped_outer(
-            short,
-            long.x if by_token else long,
-            rows.order,
-            rows.ends,
-            out,
-            scaling=scaling,
-            routing=routing,
-            per_token=rows.per_token if by_token else 0,
-        )
+        return grouped_linear(*self._source(x), rows.tiles, self.tile, w, adapter, bias, rows.per_token)

@@ -60,6 +60,7 @@ def lay_out(a: Tensor, b: Tensor, dtype: torch.dtype, scaling: float) -> tuple[T
     laid_a = a if keeps_a else torch.empty(a.shape, dtype=dtype, device=a.device)
     laid_b = torch.empty(b.shape, dtype=dtype, device=b.device)
     widest, rows = (n, rank) if keeps_a else (max(k, n), 2 * rank)
-    given = a, b, laid_a, laid_b, scaling, experts, rank, k, n, *a.stride(), *b.stride(), keeps_a, BLOCK_E, BLOCK_L
+    sizes = float(scaling), experts, rank, k, n
+    given = a, b, laid_a, laid_b, *sizes, *a.stride(), *b.stride(), keeps_a, BLOCK_E, BLOCK_L
     launch(lay_out_kernel, (ceil_div(widest, BLOCK_L), rows, ceil_div(experts, BLOCK_E)), given, num_warps=4)
     return laid_a, laid_b

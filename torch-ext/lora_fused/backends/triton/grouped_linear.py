@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import device_config
+from .grouped_term import grouped_shrink
 from .launch import (
     MAX_RANK_BLOCK,
     MIN_DOT,
@@ -177,7 +178,7 @@ def grouped_linear(
     d, u = adapter
     rank = d.shape[1]
     if rank > MAX_RANK_BLOCK or count * n * k > FUSED_RANK_UP_TO:
-        t = _launch((x, order), tiles, tile, d, (None, None, None), None, per_token)
+        t, _ = grouped_shrink(x, order, tiles, tile.m, d, per_token)
         return _launch((x, order), tiles, tile, w, (None, u, t), bias, per_token), t
     t = torch.empty((count, rank), dtype=x.dtype, device=x.device)
     return _launch((x, order), tiles, tile, w, (d, u, t), bias, per_token), t

@@ -1,10 +1,13 @@
-"""s·Σ w·(short_r long_rᵀ) over each expert's rows r: the gradient of an adapter's factor, in its own layout and dtype.
+"""s·Σ w·(short_r long_rᵀ) over each expert's rows r: the gradient of an adapter's factor, in its own layout and dtype,
+and that of the other one in the same launch.
 
 One program makes one expert's tile and goes through its rows in order: deterministic, without a wait for where they
 end, and zero where there are none. The long operand may be gathered as it is loaded; bound by reading it once.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -16,12 +19,13 @@ BLOCK_L = 128
 
 
 @triton.jit
-def grouped_outer_kernel(
+def outer_tile(
+    block,
     long_ptr,
-    short_ptr,  # [S, R]; None: ones
-    order_ptr,  # [S] choices
-    routing_ptr,  # [T·k] by choice; None: ones
+    short_ptr,
     out_ptr,
+    order_ptr,
+    routing_ptr,
     ends_ptr,
     scaling,
     R,
@@ -30,7 +34,7 @@ def grouped_outer_kernel(
     stride_e,
     stride_r,
     stride_l,
-    BY_TOKEN: tl.constexpr,  # of the long operand
+    BY_TOKEN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -39,7 +43,7 @@ def grouped_outer_kernel(
     expert = tl.program_id(1)
     start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends_ptr + expert)
-    columns = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    columns = block * BLOCK_L + tl.arange(0, BLOCK_L)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     dtype = long_ptr.dtype.element_ty
     total = tl.zeros((BLOCK_L, BLOCK_R), dtype=tl.float32)
@@ -70,28 +74,92 @@ def grouped_outer_kernel(
     )
 
 
+@triton.jit
+def grouped_outer_kernel(
+    long_ptr,
+    short_ptr,  # [S, R]; None: ones
+    out_ptr,
+    other_long_ptr,  # of a second sum; None: there is none
+    other_short_ptr,
+    other_out_ptr,
+    order_ptr,  # [S] choices
+    routing_ptr,  # [T·k] by choice; None: ones
+    ends_ptr,
+    scaling,
+    other_scaling,
+    R,
+    L,
+    other_L,
+    per_token,
+    stride_e,
+    stride_r,
+    stride_l,
+    other_stride_e,
+    other_stride_r,
+    other_stride_l,
+    BY_TOKEN: tl.constexpr,  # of the long operand
+    OTHER_BY_TOKEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block, blocks = tl.program_id(0), tl.cdiv(L, BLOCK_L)
+    if block < blocks:
+        outer_tile(block, long_ptr, short_ptr, out_ptr, order_ptr, routing_ptr, ends_ptr, scaling, R, L, per_token,
+                   stride_e, stride_r, stride_l, BY_TOKEN, BLOCK_R, BLOCK_L, BLOCK_S, PRECISION)  # fmt: skip
+    else:
+        if other_long_ptr is not None:
+            outer_tile(block - blocks, other_long_ptr, other_short_ptr, other_out_ptr, order_ptr, routing_ptr, ends_ptr,
+                       other_scaling, R, other_L, per_token, other_stride_e, other_stride_r, other_stride_l,
+                       OTHER_BY_TOKEN, BLOCK_R, BLOCK_L, BLOCK_S, PRECISION)  # fmt: skip
+
+
+class Outer(NamedTuple):
+    """One sum: `out` [E, R, L] of any strides and float dtype, given as a tensor and its strides by E, R and L; short
+    [S, R] (None: ones), long [S, L] by row, or [T, L] where it is by token."""
+
+    out: Tensor
+    strides: tuple[int, int, int]
+    length: int
+    short: Tensor | None
+    long: Tensor
+    by_token: bool
+    scaling: float = 1.0
+
+
+_NOTHING = None, None, None
+
+
 def grouped_outer(
-    short: Tensor | None,
-    long: Tensor,
+    first: Outer,
+    second: Outer | None,
+    rank: int,
     order: Tensor,
     ends: Tensor,
-    out: Tensor,
     *,
-    scaling: float = 1.0,
     routing: Tensor | None = None,
-    per_token: int = 0,
-) -> Tensor:
-    """`out` [E, R, L] of any strides and float dtype, filled, sums in float32: of short [S, R] (None: ones) and long
-    [S, L] by row, or [T, L] by token where `per_token` says how many choices a token has; routing [T, k]."""
-    experts, rank, length = out.shape
-    block_l, block_r = min(BLOCK_L, max(MIN_DOT, power_of_2(length))), rank_block(rank)
+    per_token: int = 1,
+) -> None:
+    """Fills `out` of one sum or of two that have a rank and routing weights [T, k] in common, sums in float32;
+    per_token says how many choices a token has."""
+    out, strides, length, short, long, by_token, scaling = first
+    longest = length if second is None else max(length, second.length)
+    block_l, block_r = min(BLOCK_L, max(MIN_DOT, power_of_2(longest))), rank_block(rank)
     block_s = 32 if long.element_size() == 4 else 64
     long, routing = long.contiguous(), None if routing is None else routing.contiguous()
-    given = long, short, order, routing, out, ends, scaling, rank, length, per_token, *out.stride()
+    blocks = ceil_div(length, block_l)
+    others, other_scaling, other_length, other_strides, other_by_token = _NOTHING, 1.0, 0, (0, 0, 0), False
+    if second is not None:
+        others = second.long.contiguous(), second.short, second.out
+        _, other_strides, other_length, _, _, other_by_token, other_scaling = second
+        blocks += ceil_div(other_length, block_l)
+    given = long, short, out, *others, order, routing, ends
+    sizes = float(scaling), float(other_scaling), rank, length, other_length, per_token
+    how = by_token, other_by_token, block_r, block_l, block_s, dot_precision(long)
     launch(
         grouped_outer_kernel,
-        (ceil_div(length, block_l), experts, ceil_div(rank, block_r)),
-        (*given, per_token > 0, block_r, block_l, block_s, dot_precision(long)),
+        (blocks, ends.shape[0], ceil_div(rank, block_r)),
+        (*given, *sizes, *strides, *other_strides, *how),
         num_warps=4,
     )
-    return out

@@ -71,17 +71,20 @@ def on_values(launcher: Callable) -> Callable:
 # Compiled kernels by all that Triton specializes them on. Triton's own launch makes that out anew, in 10 to 30 µs.
 _compiled: dict[tuple, Any] = {}
 _MOST_COMPILED = 4096
-_first_constant: dict[int, int] = {}  # of a kernel's arguments, by its id: a kernel's hash takes a lock
+_parts: dict[int, tuple[int, int]] = {}  # of a kernel's arguments, by its id: a kernel's hash takes a lock
 
 
 class _Kinds(dict):
-    """Of integers: whether one is 1, is a multiple of 16, has 32 bits."""
+    """Of numbers in a tuple: of integers whether one is 1, is a multiple of 16, has 32 bits; the type of others."""
 
-    def __missing__(self, value: int) -> tuple[bool, bool, bool]:
+    def __missing__(self, numbers: tuple) -> tuple:
         if len(self) >= _MOST_COMPILED:
             self.clear()
-        kind = self[value] = value == 1, value % 16 == 0, -(2**31) <= value < 2**31
-        return kind
+        kinds = self[numbers] = tuple(
+            (each == 1, each % 16 == 0, -(2**31) <= each < 2**31) if type(each) is int else type(each)
+            for each in numbers
+        )
+        return kinds
 
 
 _kinds = _Kinds()
@@ -90,42 +93,49 @@ _kinds = _Kinds()
 def launch(
     kernel, grid: tuple[int, int, int], arguments: tuple, *, num_warps: int, num_stages: int = 3, **more
 ) -> None:
-    """`kernel[grid](*arguments)` on the GPU of the first argument, a tensor: all arguments by place, constants, too."""
+    """`kernel[grid](*arguments)` on the GPU of the first argument, a tensor: all arguments by place, tensors first,
+    constants, too, at the end; where a parameter is a float, a float. What is compiled is given addresses, of which its
+    launcher does not ask the driver whose they are."""
     x = arguments[0]
     if not x.is_cuda:
         kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **more)
         return
-    device = x.device.index
-    with on_device(x):
-        key = (id(kernel), device, num_warps, num_stages, *specialization(kernel, arguments))
-        compiled = _compiled.get(key)
-        if compiled is not None:
-            compiled[grid](*arguments)
-            return
-        compiled = kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **more)
-        if len(_compiled) >= _MOST_COMPILED:
-            _compiled.clear()
-        if hasattr(compiled, "packed_metadata"):  # not what is still being compiled
-            _compiled[key] = compiled
+    device = x.get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, arguments, num_warps=num_warps, num_stages=num_stages, **more)
+        return
+    found, addresses = specialization(kernel, arguments)
+    key = (id(kernel), device, num_warps, num_stages, *found)
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        compiled[grid](*addresses, *arguments[len(addresses) :], stream=stream)
+        return
+    compiled = kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **more)
+    if len(_compiled) >= _MOST_COMPILED:
+        _compiled.clear()
+    if hasattr(compiled, "packed_metadata"):  # not what is still being compiled
+        _compiled[key] = compiled
 
 
-def specialization(kernel, arguments: tuple) -> list:
-    """What a compiled kernel depends on: a constant's value; a tensor's dtype and whether its address is a multiple of
-    16; whether an integer is 1, is a multiple of 16, and has 32 bits; the type of anything else."""
-    first = _first_constant.get(id(kernel))
-    if first is None:
-        constants = [parameter.is_constexpr for parameter in kernel.params]
-        first = _first_constant[id(kernel)] = constants.index(True)
-        assert all(constants[first:]) and len(constants) == len(arguments), "constants stand behind all others"
-    found: list[Any] = []
-    for argument in arguments[:first]:
-        if type(argument) is int:
-            found.append(_kinds[argument])
-        elif argument is None:
-            found.append(None)
-        elif isinstance(argument, Tensor):
-            found += argument.dtype, argument.data_ptr() & 15 == 0
-        else:
-            found.append(type(argument))
-    found += arguments[first:]
+def specialization(kernel, arguments: tuple) -> tuple[tuple, list]:
+    """What a compiled kernel depends on: a constant's value, kinds of numbers, a tensor's dtype and where its address
+    stands between multiples of 16. And the tensors' addresses."""
+    tensors, first = _parts.get(id(kernel)) or _parts_of(kernel, arguments)
+    given = arguments[:tensors]
+    addresses = [None if each is None else each.data_ptr() for each in given]
+    dtypes = [None if each is None else each.dtype for each in given]
+    places = [None if each is None else each & 15 for each in addresses]
+    return (_kinds[arguments[tensors:first]], arguments[first:], *dtypes, *places), addresses
+
+
+def _parts_of(kernel, arguments: tuple) -> tuple[int, int]:
+    """Where numbers and where constants begin."""
+    pointers = [parameter.name.endswith("_ptr") for parameter in kernel.params]
+    constants = [parameter.is_constexpr for parameter in kernel.params]
+    tensors, first = pointers.index(False), constants.index(True)
+    in_order = not any(pointers[tensors:]) and all(constants[first:]) and tensors <= first
+    assert in_order and len(constants) == len(arguments), "tensors stand before all others, constants behind"
+    found = _parts[id(kernel)] = tensors, first
     return found

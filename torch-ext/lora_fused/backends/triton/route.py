@@ -19,7 +19,8 @@ from torch import Tensor
 from ..reference.grouped import Rows
 from .launch import MIN_DOT, ceil_div, launch, power_of_2
 
-BLOCK = 512  # choices of one program
+MOST_IN_ONE = 512  # choices of one program, where there is one; else as many programs as count and are counted fast
+PROGRAMS = 128
 COMPARISONS = 16384  # of choices with experts at once: 64 a thread
 
 
@@ -125,8 +126,9 @@ def sort_rows(index: Tensor, experts: int, tile_rows: int, leaves_out: bool) -> 
     order = torch.empty(count, dtype=torch.int64, device=device)
     place, ends, tiles = (torch.empty(size, dtype=torch.int32, device=device) for size in (count, experts, (3, most)))
     block_e = power_of_2(experts + 1)
-    sizes = BLOCK, min(128, max(MIN_DOT, COMPARISONS // block_e)), block_e
-    blocks, counts = ceil_div(count, BLOCK), None
+    block = MOST_IN_ONE if count <= MOST_IN_ONE else min(MOST_IN_ONE, max(128, power_of_2(ceil_div(count, PROGRAMS))))
+    sizes = block, min(128, max(MIN_DOT, COMPARISONS // block_e)), block_e
+    blocks, counts = ceil_div(count, block), None
     if blocks > 1:
         counts = torch.empty((blocks, block_e), dtype=torch.int32, device=device)
         launch(count_kernel, (blocks, 1, 1), (index, counts, count, experts, *sizes), num_warps=8)
