@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput
 from torch._ops import OpOverload
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.fx import Graph, Node
 
 from .calls import X_OF
@@ -26,7 +27,7 @@ def copy_inputs(graph: Graph) -> int:
     """Lets native backwards read a copy of their x, one of each; how many copies were made. None
     - of a graph that writes to its inputs, from which x would be computed again as they are then;
     - of an x about which a checkpoint has decided, by a policy or none;
-    - of a view of an input or a result of the graph, where Inductor would not remove the copy."""
+    - where Inductor would not remove it: x is a view of an input or a result of the graph, or has gaps."""
     (output,) = graph.find_nodes(op="output")
     if _writes_to_inputs(graph, output):
         return 0
@@ -37,7 +38,8 @@ def copy_inputs(graph: Graph) -> int:
         place = X_OF[call.target]
         x = args_of(call)[place]
         if x not in copies:
-            if x.target is aten.clone.default or "recompute" in x.meta or storage_of(x) in outside:
+            is_decided = "recompute" in x.meta or x.target is aten.clone.default
+            if is_decided or storage_of(x) in outside or not is_non_overlapping_and_dense_or_false(x.meta["val"]):
                 continue
             with graph.inserting_before(call):
                 copies[x] = add_call(graph, x, aten.clone.default, (x,))
