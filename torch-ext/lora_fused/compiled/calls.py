@@ -16,7 +16,9 @@ from ..backends.native import GroupOperands, PackedWeight
 from .nodes import args_of
 
 FORWARD, BACKWARD = ops.lora_forward.default, ops.lora_backward.default
-SEEDS_OF = {FORWARD: 3, BACKWARD: 6, ops.gated_forward.default: 3, ops.gated_backward.default: 5}  # of their arguments
+GATED_FORWARD, GATED_BACKWARD = ops.gated_forward.default, ops.gated_backward.default
+SEEDS_OF = {FORWARD: 3, BACKWARD: 6, GATED_FORWARD: 3, GATED_BACKWARD: 5}  # of their arguments
+X_OF = {BACKWARD: 1, GATED_BACKWARD: 1}  # of their arguments
 OPS = frozenset(SEEDS_OF)
 T = 1  # the place of t among `Forward.parts`
 OPERANDS = len(GroupOperands._fields)

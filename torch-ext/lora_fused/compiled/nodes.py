@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,6 +30,11 @@ def args_of(node: Node) -> tuple[Any, ...]:
 def tags(node: Node) -> tuple:
     """What nodes that become one have to have in common."""
     return (*(node.meta.get(tag) for tag in _TAGS), node.meta.get("custom", {}).get("stream"))
+
+
+def in_order(graph: Graph, targets: Collection[Any]) -> list[Node]:
+    """A graph's calls of some targets."""
+    return sorted(node for target in targets for node in graph.find_nodes(op="call_function", target=target))
 
 
 def may_write(node: Node) -> bool:
@@ -70,6 +75,13 @@ def _fake_mode(value: Any) -> AbstractContextManager:
     """In which a tensor has a shape and no memory, for ops that are given none."""
     first = value[0] if isinstance(value, (list, tuple)) else value
     return getattr(first, "fake_mode", nullcontext())
+
+
+def storage_of(node: Node) -> int | None:
+    """Equal for tensors that share memory; None of what is no tensor, or has none."""
+    value = node.meta.get("val")
+    is_plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return value.untyped_storage()._cdata if is_plain else None
 
 
 def add_item(graph: Graph, like: Node, node: Node, place: int) -> Node:
