@@ -33,7 +33,8 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "int leading=0, "
       "float leading_scale=1.0) -> ()");
   ops.def(
-      "gemm_group(Tensor[] x, Tensor[] other, Tensor(a!)[] t, float[] scalings, Tensor[] a, Tensor[] b, int[] segments, "
+      "gemm_group(Tensor[] x, Tensor[] other, Tensor(a!)[] t, float[] scalings, Tensor[] a, Tensor[] b, int[] "
+      "segments, "
       "int[] made, bool b_rows_are_n, Tensor(b!)[] out, Tensor?[] bias, Tensor(c!)? zeros=None) -> ()");
   ops.def("gemm_is_faster(Tensor like, int rows, int cols) -> bool");
   ops.def(

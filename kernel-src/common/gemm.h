@@ -64,7 +64,7 @@ bool gemm_sm90_supports(const Gemm& gemm);
 // allocates nor waits. For what gemm_sm90_supports alone.
 void gemm_sm90(const Gemm& gemm);
 
-// The same of a group: up to 4 shrinks of ranks up to 128, multiples of 8, and up to 4 sums of 8 segments in all.
+// The same of a group: up to 3 shrinks of ranks up to 128, multiples of 8, and up to 3 sums of 8 segments in all.
 // Allocates scratch memory. See sm90/gemm_group.cuh.
 bool gemm_group_sm90_supports(const GemmGroup& group);
 void gemm_group_sm90(const GemmGroup& group);

@@ -37,7 +37,7 @@ void launch(const Gemm& gemm, int count) {
   int next_segment = 0;
   add_output<kBlockN, kRowsAreN>(args, 0, gemm, next_segment);
   args.leading_steps = 0;
-  for (size_t s = 0; s < gemm.leading; ++s) args.leading_steps += args.segment[s].steps;
+  for (size_t s = 0; s < gemm.leading; ++s) args.leading_steps += args.steps_of[s];
   args.accumulate = gemm.accumulate;
   args.mask = mask_of(gemm.mask), args.kept = static_cast<float>(gemm.mask ? scale_of(gemm.mask) : gemm.leading_scale);
 

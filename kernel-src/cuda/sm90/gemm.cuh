@@ -44,27 +44,21 @@ struct Layout {
 };
 static_assert(Layout<256>::bytes <= 227 * 1024 && Layout<128>::bytes <= 227 * 1024);
 
-// One product of a sum.
-struct Segment {
-  CUtensorMap a, b;
-  int steps;  // along K
-};
-
 // One sum that a launch makes, of segments [first_segment, first_segment + segments).
 struct Output {
-  CUtensorMap out, unscaled;
   const void* bias;
   const float* mag_norm_scale;  // with unscaled
   int first_segment, segments, steps;
-  int made;  // its last segments whose a the launch makes itself (gemm_group.cuh)
+  int made;           // its last segments whose a the launch makes itself (gemm_group.cuh)
   int first_tile, n;  // its first column of tiles among those of all outputs; its columns
 };
 
 template <int kMostOutputs>
 struct Arguments {
   static constexpr int kOutputs = kMostOutputs;
-  Segment segment[kGemmSegments];
+  CUtensorMap a[kGemmSegments], b[kGemmSegments], out[kOutputs], unscaled[kOutputs];
   Output output[kOutputs];
+  int steps_of[kGemmSegments];  // K steps of each segment
   int outputs;
   int tiles_m, tiles_n;  // tiles_m in clusters along M, tiles_n of all outputs
   bool accumulate;
@@ -116,10 +110,10 @@ __device__ __forceinline__ void produce(const Arguments<kOutputs>& args, uint32_
   for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n; tile += gridDim.x / kCluster) {
     const Tile place = tile_of<kBlockN>(args, tile, rank);
     const Output& output = args.output[place.output];
-    for (int s = 0; s < output.segments; ++s) {
-      const Segment& segment = args.segment[output.first_segment + s];
-      if (s + output.made == output.segments) made(place.row);
-      for (int step = 0; step < segment.steps; ++step, ring.advance()) {
+    const int end = output.first_segment + output.segments;
+    for (int s = output.first_segment; s < end; ++s) {
+      if (s + output.made == end) made(place.row);
+      for (int step = 0; step < args.steps_of[s]; ++step, ring.advance()) {
         const uint32_t full = base + L::barriers + 8 * ring.stage, empty = full + 8 * L::stages;
         const uint32_t a = base + ring.stage * L::stage_bytes;
         const uint32_t b = a + L::a_bytes + rank * (L::b_bytes / kCluster);
@@ -127,13 +121,13 @@ __device__ __forceinline__ void produce(const Arguments<kOutputs>& args, uint32_
         barrier_wait(empty, ring.phase ^ first_parity);  // the consumers of both blocks are done with the stage
         // All of a and of b arrive here, half of b by the other block's multicast.
         barrier_arrive_expect(full, L::stage_bytes);
-        tensor_load(a, &segment.a, k, place.row, full);
+        tensor_load(a, &args.a[s], k, place.row, full);
         if constexpr (kRowsAreN) {
-          tensor_load_multicast(b, &segment.b, k, n, full, kAll);
+          tensor_load_multicast(b, &args.b[s], k, n, full, kAll);
         } else {
 #pragma unroll
           for (int i = 0; i < kShare / 64; ++i)
-            tensor_load_multicast(b + i * 64 * kBlockK * 2, &segment.b, n + 64 * i, k, full, kAll);
+            tensor_load_multicast(b + i * 64 * kBlockK * 2, &args.b[s], n + 64 * i, k, full, kAll);
         }
       }
     }
@@ -278,8 +272,7 @@ __device__ __forceinline__ void consume(const Arguments<kOutputs>& args, uint32_
   Tile held_at{-1, 0, 0};
   Staging staging{base + L::staging + warp * kStagingSlabs * kSlabBytes};
   const auto store_held = [&](int part) {
-    staging.store(&args.output[held_at.output].out, args.accumulate, held + 16 * part, held_at.row,
-                  held_at.col + 64 * part);
+    staging.store(&args.out[held_at.output], args.accumulate, held + 16 * part, held_at.row, held_at.col + 64 * part);
   };
 
   for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n; tile += gridDim.x / kCluster) {
@@ -289,7 +282,7 @@ __device__ __forceinline__ void consume(const Arguments<kOutputs>& args, uint32_
     const auto store_unscaled = [&](int part) {
       uint32_t pairs[16];
       pack_slab<T>(pairs, acc + 32 * part);
-      staging.store(&output.unscaled, false, pairs, place.row + warp * 16, place.col + 64 * part);
+      staging.store(&args.unscaled[place.output], false, pairs, place.row + warp * 16, place.col + 64 * part);
     };
     int before = 0;  // the stage of the step before, whose product may still run
     for (int step = 0; step < output.steps; ++step) {
@@ -362,8 +355,8 @@ __global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant
     }
     barrier_init_fence();
   } else if (threadIdx.x >= 32 && threadIdx.x < 32 + args.output[0].segments) {
-    tensor_map_prefetch(&args.segment[threadIdx.x - 32].a);
-    tensor_map_prefetch(&args.segment[threadIdx.x - 32].b);
+    tensor_map_prefetch(&args.a[threadIdx.x - 32]);
+    tensor_map_prefetch(&args.b[threadIdx.x - 32]);
   }
   cluster_sync();
   if (threadIdx.x < 128) {

@@ -74,8 +74,8 @@ Tensor add_shrinks(Shrinks& shrinks, const GemmGroup& group, int blocks, cudaStr
     const MatrixView other = other_of(shrink, kRowsAreN);
     e.ranks = static_cast<int>(shrink.t.size(1));
     e.width = (e.ranks + 31) / 32 * 32;
-    encode_tensor_map(e.x, shrink.x, kBlockM);
-    encode_tensor_map(e.other, other, kRowsAreN ? e.width : kBlockK);
+    encode_tensor_map(shrinks.x[i], shrink.x, kBlockM);
+    encode_tensor_map(shrinks.other[i], other, kRowsAreN ? e.width : kBlockK);
     e.out = shrink.t.mutable_data_ptr();
     e.row_stride = shrink.t.stride(0);
     e.scaling = static_cast<float>(shrink.scaling);
@@ -155,7 +155,7 @@ bool gemm_group_sm90_supports(const GemmGroup& group) {
       return false;
   }
   return segments <= kGemmSegments && std::all_of(group.shrinks.begin(), group.shrinks.end(),
-                                                   [&](const Shrink& shrink) { return fits(shrink, first); });
+                                                  [&](const Shrink& shrink) { return fits(shrink, first); });
 }
 
 void gemm_group_sm90(const GemmGroup& group) {

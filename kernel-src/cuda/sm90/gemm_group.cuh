@@ -28,21 +28,21 @@
 
 namespace lora_fused::sm90 {
 
-constexpr int kGroupOutputs = 4, kGroupShrinks = 4, kGroupRanks = 128;
+constexpr int kGroupOutputs = 3, kGroupShrinks = 3, kGroupRanks = 128;
 constexpr int kConsumerThreads = 128 * kConsumers;
 
 // One product t. `width`: of its sums, ranks rounded up to what is compiled.
 struct ShrinkEntry {
-  CUtensorMap x, other;
   void* out;
   int64_t row_stride;
-  float4* sums;        // [slices, width / 8, kConsumerThreads]
-  int* arrived;        // [blocks of 128 rows]: slices whose sums are there
+  float4* sums;  // [slices, width / 8, kConsumerThreads]
+  int* arrived;  // [blocks of 128 rows]: slices whose sums are there
   int ranks, width, steps, splits, first_slice;
   float scaling;
 };
 
 struct Shrinks {
+  CUtensorMap x[kGroupShrinks], other[kGroupShrinks];
   ShrinkEntry entry[kGroupShrinks];
   int entries, rows, slices;
   int* next_slice;
@@ -52,6 +52,7 @@ struct Shrinks {
 struct GroupArguments : Arguments<kGroupOutputs> {
   Shrinks shrinks;
 };
+static_assert(sizeof(GroupArguments) <= 4096);  // drivers before CUDA 12.1 take no more
 
 // Behind what Layout has: barriers of the slices' ring (full, then empty, of each stage), of the taken slice (full,
 // empty), and two numbers: the slice taken, and whether the sums are complete.
@@ -100,20 +101,19 @@ __device__ __forceinline__ void produce_slices(const Shrinks& shrinks, uint32_t 
       const int k = step * kBlockK;
       barrier_wait(empty, ring.phase ^ 1);
       barrier_arrive_expect(full, bytes);
-      tensor_load(a, &e.x, k, slice.row, full);
+      tensor_load(a, &shrinks.x[slice.entry], k, slice.row, full);
       if constexpr (kRowsAreN) {
-        tensor_load(b, &e.other, k, 0, full);
+        tensor_load(b, &shrinks.other[slice.entry], k, 0, full);
       } else {
-        for (int i = 0; i < boxes; ++i) tensor_load(b + i * kBlockK * 128, &e.other, 64 * i, k, full);
+        for (int i = 0; i < boxes; ++i)
+          tensor_load(b + i * kBlockK * 128, &shrinks.other[slice.entry], 64 * i, k, full);
       }
     }
   }
 }
 
 // The threads of both warpgroups meet. Barrier 0 is the whole block's.
-__device__ __forceinline__ void consumers_meet() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory");
-}
+__device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory"); }
 
 // acc becomes the sum over all slices of its rows where this block's is the last of them to be there; else false.
 template <int kCount>
@@ -265,11 +265,11 @@ __global__ __launch_bounds__(kThreads, 1) void gemm_group_kernel(const __grid_co
     barrier_init(base + L::taken_barriers + 8, kConsumerWarps);
     barrier_init_fence();
   } else if (threadIdx.x >= 32 && threadIdx.x < 32 + args.shrinks.entries) {
-    tensor_map_prefetch(&args.shrinks.entry[threadIdx.x - 32].x);
-    tensor_map_prefetch(&args.shrinks.entry[threadIdx.x - 32].other);
+    tensor_map_prefetch(&args.shrinks.x[threadIdx.x - 32]);
+    tensor_map_prefetch(&args.shrinks.other[threadIdx.x - 32]);
   } else if (threadIdx.x >= 64 && threadIdx.x < 64 + args.output[0].segments) {
-    tensor_map_prefetch(&args.segment[threadIdx.x - 64].a);
-    tensor_map_prefetch(&args.segment[threadIdx.x - 64].b);
+    tensor_map_prefetch(&args.a[threadIdx.x - 64]);
+    tensor_map_prefetch(&args.b[threadIdx.x - 64]);
   }
   cluster_sync();
   if (threadIdx.x < 128) {

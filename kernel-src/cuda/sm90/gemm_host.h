@@ -16,14 +16,14 @@ void add_output(Arguments<kOutputs>& args, int at, const Gemm& gemm, int& next_s
   output.made = static_cast<int>(gemm.made);
   output.steps = 0;
   for (const GemmSegment& segment : gemm.segments) {
-    Segment& to = args.segment[next_segment++];
-    encode_tensor_map(to.a, segment.a, kBlockM);
-    encode_tensor_map(to.b, segment.b, kRowsAreN ? kBlockN / kCluster : kBlockK);
-    to.steps = tiles(segment.a.size(1), kBlockK);
-    output.steps += to.steps;
+    const int s = next_segment++;
+    encode_tensor_map(args.a[s], segment.a, kBlockM);
+    encode_tensor_map(args.b[s], segment.b, kRowsAreN ? kBlockN / kCluster : kBlockK);
+    args.steps_of[s] = tiles(segment.a.size(1), kBlockK);
+    output.steps += args.steps_of[s];
   }
-  encode_tensor_map(output.out, gemm.out, 16);
-  if (gemm.unscaled) encode_tensor_map(output.unscaled, *gemm.unscaled, 16);
+  encode_tensor_map(args.out[at], gemm.out, 16);
+  if (gemm.unscaled) encode_tensor_map(args.unscaled[at], *gemm.unscaled, 16);
   output.bias = gemm.bias ? gemm.bias->const_data_ptr() : nullptr;
   output.mag_norm_scale =
       gemm.mag_norm_scale ? static_cast<const float*>(gemm.mag_norm_scale->const_data_ptr()) : nullptr;
