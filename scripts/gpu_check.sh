@@ -43,6 +43,10 @@ if command -v compute-sanitizer >/dev/null; then
         >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
     compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" scripts/check_gemm.py --sanitize >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
+    for tool in memcheck synccheck; do
+        timeout 600 compute-sanitizer --tool $tool --error-exitcode 9 \
+            "$PYTHON" scripts/check_gemm_group.py --sanitize >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
+    done
     compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" scripts/check_skinny.py --sanitize >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
     compute-sanitizer --tool memcheck --error-exitcode 9 \
@@ -55,6 +59,7 @@ fi
 "$PYTHON" scripts/check_row_norm.py >"$OUT/row_norm.log" 2>&1
 row_norm=$?
 "$PYTHON" scripts/check_gemm.py >>"$OUT/row_norm.log" 2>&1 || row_norm=$?
+timeout 300 "$PYTHON" scripts/check_gemm_group.py >>"$OUT/row_norm.log" 2>&1 || row_norm=$?
 "$PYTHON" scripts/check_skinny.py >>"$OUT/row_norm.log" 2>&1 || row_norm=$?
 "$PYTHON" scripts/check_embedding.py >>"$OUT/row_norm.log" 2>&1 || row_norm=$?
 "$PYTHON" benchmarks/compare_lora.py --out "$OUT/benchmark_lora.json" >"$OUT/benchmark.log" 2>&1

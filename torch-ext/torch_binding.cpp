@@ -32,6 +32,10 @@ OPS_LIBRARY(TORCH_EXTENSION_NAME, ops) {
       "Tensor? mag_norm_scale=None, Tensor(b!)? unscaled=None, bool accumulate=False, Tensor? seed=None, float p=0.0, "
       "int leading=0, "
       "float leading_scale=1.0) -> ()");
+  ops.def(
+      "gemm_group(Tensor[] x, Tensor[] other, Tensor(a!)[] t, float[] scalings, Tensor[] a, Tensor[] b, int[] "
+      "segments, "
+      "int[] made, bool b_rows_are_n, Tensor(b!)[] out, Tensor?[] bias, Tensor(c!)? zeros=None) -> ()");
   ops.def("gemm_is_faster(Tensor like, int rows, int cols) -> bool");
   ops.def(
       "skinny(Tensor[] x, Tensor[] other, Tensor(a!)[] out, float scaling, bool by_columns, bool sm90, "
@@ -95,6 +99,7 @@ OPS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("dora_scales", TORCH_BOX(&dora_scales));
   ops.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit));
   ops.impl("gemm", TORCH_BOX(&gemm_cuda));
+  ops.impl("gemm_group", TORCH_BOX(&gemm_group_cuda));
   ops.impl("gemm_is_faster", TORCH_BOX(&gemm_is_faster_cuda));
   ops.impl("skinny", TORCH_BOX(&skinny_cuda));
   ops.impl("dt_db", TORCH_BOX(&dt_db_cuda));

@@ -68,6 +68,14 @@ void gemm_cuda(lora_fused::Tensors a, lora_fused::Tensors b, bool b_rows_are_n, 
                std::optional<torch::stable::Tensor> unscaled, bool accumulate,
                std::optional<torch::stable::Tensor> seed, double p, int64_t leading, double leading_scale);
 
+// Every t = scaling · x otherᵀ [M, R] and every out = Σ a b + bias in one launch; `segments` of a and b belong to each
+// out, the last `made` of whose a are t or columns of it. b_rows_are_n: every other is [R, C] and every b [N, k], else
+// [C, R] and [k, N]. `zeros` as GemmGroup has them. An error where gemm_group_sm90_supports refuses.
+void gemm_group_cuda(lora_fused::Tensors x, lora_fused::Tensors other, lora_fused::Tensors t,
+                     std::vector<double> scalings, lora_fused::Tensors a, lora_fused::Tensors b,
+                     std::vector<int64_t> segments, std::vector<int64_t> made, bool b_rows_are_n,
+                     lora_fused::Tensors out, lora_fused::Optionals bias, std::optional<torch::stable::Tensor> zeros);
+
 // out = scaling · D(x) otherᵀ [M, R], or scaling · D(x)ᵀ other [C, R] where by_columns, of each of a list; D drops with
 // probability p where there is a seed. `sm90`: by cuda/sm90/skinny.cu, else by cuda/sm80/skinny.cu. An error where that
 // does not support it. `bf16x3`, on sm90, the ranks of a member: other is [2R, C] or [M, 2R], with lo below or beside

@@ -34,6 +34,24 @@ struct Gemm {
   std::optional<Dropped> mask = std::nullopt;
   size_t leading = 0;          // fewer than there are segments
   double leading_scale = 1.0;  // in float16 alone
+  size_t made = 0;             // of a GemmGroup: the last segments, whose a are its `shrinks`
+};
+
+// The sums of a group in one launch, with what they read of it: every t of `shrinks` [M, R], and then the outs, in
+// whose last segments a is a t or some columns of one. t and outs share M, dtype and device, shrinks have neither masks
+// nor a `lo`, sums neither masks nor leading segments nor what they would accumulate to; b, and a shrink's a, are all
+// stored as the first sum's.
+struct GemmGroup {
+  std::vector<Shrink> shrinks;
+  std::vector<Gemm> sums;
+  // `counters()` zeros of four bytes, which the launch writes over; made by it where there are none.
+  MaybeMatrixView zeros = std::nullopt;
+
+  // How many slices are taken; of each 128 rows, how many of each shrink are summed, and how many shrinks are made.
+  int64_t counters() const { return counters(sums[0].out.size(0), shrinks.size()); }
+  static int64_t counters(int64_t rows, size_t shrinks) {
+    return 1 + (rows + 127) / 128 * (static_cast<int64_t>(shrinks) + 1);
+  }
 };
 
 #if defined(CUDA_KERNEL)
@@ -45,6 +63,11 @@ bool gemm_sm90_supports(const Gemm& gemm);
 // One launch on the current stream of out's device, which has to be the current device. Neither
 // allocates nor waits. For what gemm_sm90_supports alone.
 void gemm_sm90(const Gemm& gemm);
+
+// The same of a group: up to 3 shrinks of ranks up to 128, multiples of 8, and up to 3 sums of 8 segments in all.
+// Allocates scratch memory. See sm90/gemm_group.cuh.
+bool gemm_group_sm90_supports(const GemmGroup& group);
+void gemm_group_sm90(const GemmGroup& group);
 #endif
 
 }  // namespace lora_fused

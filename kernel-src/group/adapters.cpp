@@ -28,7 +28,8 @@ class Buffer {
 
 }  // namespace
 
-Adapters::Adapters(const MatrixView& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b)
+Adapters::Adapters(const MatrixView& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b,
+                   int64_t counters)
     : splits(members.bf16x3() ? 3 : 1),
       merged(members.bf16x3() && !members.any_masked() && members.common_shrink_scaling(x.scalar_type()) &&
              members.common([&](size_t i) { return members.rank(i); })) {
@@ -37,7 +38,7 @@ Adapters::Adapters(const MatrixView& x, const Members& members, bool need_a, boo
   if (members.bf16x3())
     split(x, members, need_a);
   else
-    convert(x, members, need_a, need_b, layout_of_b);
+    convert(x, members, need_a, need_b, layout_of_b, counters);
 }
 
 void Adapters::split(const MatrixView& x, const Members& members, bool need_a) {
@@ -63,7 +64,8 @@ void Adapters::split(const MatrixView& x, const Members& members, bool need_a) {
   cast_all(casts);
 }
 
-void Adapters::convert(const MatrixView& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b) {
+void Adapters::convert(const MatrixView& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b,
+                       int64_t counters) {
   const ScalarType dtype = x.scalar_type();
   const auto copies_b = [&](size_t i) {
     return need_b && members.b(i) && (members.b(i)->scalar_type() != dtype || layout_of_b != kAsStored);
@@ -89,6 +91,10 @@ void Adapters::convert(const MatrixView& x, const Members& members, bool need_a,
     const MatrixView copy = transposed ? buffer.next(r, n) : buffer.next(n, r);
     casts.push_back({in_rows(*members.b(i)), copy, transposed});
     b[i] = transposed ? copy.transposed() : copy;
+  }
+  if (counters > 0 && !casts.empty()) {
+    zeros = MatrixView(empty(x.base(), {counters}, ScalarType::Float));
+    casts.push_back({*zeros, *zeros, /*transposed=*/false, /*lo=*/true});  // float32 leaves out nothing of itself
   }
   cast_all(casts);
 }

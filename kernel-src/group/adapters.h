@@ -17,7 +17,9 @@ namespace lora_fused {
 // members' hi, all lo, all hi where `merged`, for one product of x with all members.
 struct Adapters {
   enum Layout { kAsStored, kTransposed };
-  Adapters(const MatrixView& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b = kAsStored);
+  // `counters`: how many `zeros` are wanted.
+  Adapters(const MatrixView& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b = kAsStored,
+           int64_t counters = 0);
 
   int64_t ranks() const { return first.back(); }
   int64_t rank(size_t i) const { return first[i + 1] - first[i]; }
@@ -35,10 +37,12 @@ struct Adapters {
   MaybeMatrixView a;
   std::vector<MaybeMatrixView> b;
   std::vector<int64_t> first;  // of each member's ranks, and their total at the end
+  MaybeMatrixView zeros;       // of four bytes, on a GPU, where the launch of a conversion can write them too
 
  private:
   void split(const MatrixView& x, const Members& members, bool need_a);
-  void convert(const MatrixView& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b);
+  void convert(const MatrixView& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b,
+               int64_t counters);
 };
 
 }  // namespace lora_fused

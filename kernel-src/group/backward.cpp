@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+
+#include "../dispatch/table.h"
 #include "passes.h"
 #include "skinny.h"
 
@@ -13,6 +16,21 @@ namespace {
 void zero(const MatrixView& m) {
   Tensor whole = m.tensor();
   torch::stable::zero_(whole);
+}
+
+void multiply_shrinks(const std::vector<Shrink>& products) {
+  SkinnyBatch<Shrink> batch;
+  for (const Shrink& product : products)
+    if (!batch.add(product)) multiply(product.t, product.x, product.a.transposed(), product.scaling, /*add=*/false);
+  batch.run();
+}
+
+// Whether one launch for dx and dt is wanted: no mask is over a part of dx, and everything is in x's dtype.
+bool is_one_launch(const MatrixView& x, const Members& members) {
+  if (!x.is_cuda() || members.bf16x3() || members.any_masked()) return false;
+  int64_t most = 0;
+  for (size_t i = 0; i < members.count(); ++i) most = std::max(most, members.rank(i));
+  return most > 0 && dispatch::gemm_group_is_faster(x, x.size(0), x.size(1), most);
 }
 
 }  // namespace
@@ -88,11 +106,13 @@ Backward::Backward(const Members& members, const MatrixView& x, const Given& giv
       need_dx_(given.need_dx),
       x_(x),
       t_(given.t),
+      at_once_(need_dx_ && is_one_launch(x, members)),
       dunscaled_(members.count()),
       dmagnitudes_(members.count()),
       dbiases_(members.count()),
       dbs_(members.count()),
-      adapters_(x, members, given.need_dx, /*need_b=*/true, layout_of_b(x)) {
+      adapters_(x, members, given.need_dx, /*need_b=*/true, layout_of_b(x),
+                at_once_ ? group_counters(x.size(0), members.count()) : 0) {
   size_t next_unscaled = 0;
   bool any_dt = need_dx_;
   std::vector<ScaleOutputBackward> passes;
@@ -135,11 +155,10 @@ ScaleOutputBackward Backward::pass_over_dy(size_t i, const MaybeMatrixView& unsc
   return work;
 }
 
-// dt = s·dy' B of all members, dy' the gradient of the unscaled output.
+// dt = s·dy' B of all members, dy' the gradient of the unscaled output; what dx's launch makes of it is left waiting.
 void Backward::shrink_dy() {
   const Tensor whole = empty(x_.base(), {x_.size(0), adapters_.ranks()}, x_.scalar_type());
   dt_ = whole;
-  SkinnyBatch<Shrink> batch;
   FusedDtDb fused(dunscaled_);
   for (size_t i = 0; i < members_.count(); ++i) {
     if (!members_.a(i)) continue;
@@ -152,11 +171,13 @@ void Backward::shrink_dy() {
     if (needs(i, kNeedB))
       dbs_[i] = fused.add(dy, b, adapters_.columns_of(t_, i), dt, members_.scaling(i), members_.b(i)->scalar_type(),
                           std::nullopt, members_.expand_scaling(i, x_.scalar_type()));
-    if (!dbs_[i] && !batch.add({dy, b.transposed(), dt, members_.scaling(i), std::nullopt}))
-      multiply(dt, dy, b, members_.scaling(i), /*add=*/false);
+    if (!dbs_[i]) waiting_.push_back({dy, b.transposed(), dt, members_.scaling(i), std::nullopt});
   }
   fused.run();
-  batch.run();
+  if (!at_once_) {
+    multiply_shrinks(waiting_);
+    waiting_.clear();
+  }
   for (size_t i = 0; i < members_.count(); ++i)
     if (dbs_[i] && members_.mag_norm_scale(i) && members_.masked(i)) dunscaled_[i].reset();  // has served
 }
@@ -204,6 +225,8 @@ void Backward::input(const MatrixView& dx) const {
       terms.push_back({adapters_.columns_of(*dt_, i), adapters_.a_of(i)});
   }
   if (dt_ && share) terms.push_back({*dt_, *adapters_.a});
+  if (!waiting_.empty() && multiply_group(waiting_, {{dx, terms, /*made=*/1, std::nullopt}}, adapters_.zeros)) return;
+  multiply_shrinks(waiting_);
   // The mask of one member goes into the product.
   if (!masked.empty() && multiply_dropped(dx, dropped_terms(masked[0]), *members_.mask(masked[0]), terms))
     masked.erase(masked.begin());

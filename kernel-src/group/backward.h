@@ -48,12 +48,14 @@ class Backward {
   const std::vector<int64_t>& needs_;
   bool need_dx_;
   MatrixView x_, t_;
+  bool at_once_;                      // dx and the dt that it reads are to be one launch
   std::vector<MaybeMatrixView> dys_;  // by member, [M, N]
   // dy times DoRA's scale, by member, or dy: the gradient of the sum that the LoRA term is in.
   std::vector<MaybeMatrixView> dunscaled_;
   Optionals dmagnitudes_, dbiases_, dbs_;  // [N], [N], and where made with dt [N, R]
   Adapters adapters_;
   MaybeMatrixView dt_;
+  std::vector<Shrink> waiting_;  // what of dt `input` makes
 };
 
 }  // namespace lora_fused

@@ -1,6 +1,7 @@
 // The forward of projections that share an input, see forward.h.
 #include "forward.h"
 
+#include "../dispatch/table.h"
 #include "adapters.h"
 #include "passes.h"
 #include "products.h"
@@ -61,6 +62,50 @@ Tensor shrink(const MatrixView& x, const Members& members, const Adapters& adapt
   return whole;
 }
 
+// Whether one launch for t and all outputs is wanted: the members share t's scaling and have no masks, everything is in
+// x's dtype, and no weight has to be made for its product.
+bool is_one_launch(const MatrixView& x, const Members& members) {
+  const ScalarType dtype = x.scalar_type();
+  if (!x.is_cuda() || members.bf16x3() || members.any_masked() || !members.common_shrink_scaling(dtype)) return false;
+  int64_t columns = 0, ranks = 0;
+  for (size_t i = 0; i < members.count(); ++i) {
+    if (members.packed(i) || members.expand_scaling(i, dtype) != 1.0) return false;
+    columns += members.outputs(i), ranks += members.rank(i);
+  }
+  return dispatch::gemm_group_is_faster(x, x.size(0), columns, ranks);
+}
+
+// `project` as one launch, where its operands allow it.
+std::optional<Outputs> project_at_once(const MatrixView& x, const Tensor& like, const Members& members,
+                                       const Adapters& adapters, bool with_scaled) {
+  Outputs out{{}, {}, empty(x.base(), {x.size(0), adapters.columns()}, x.scalar_type())};
+  std::vector<Sum> sums;
+  std::vector<ScaleOutput> scales;
+  for (size_t i = 0; i < members.count(); ++i) {
+    std::vector<Term> terms{{x, MatrixView(members.weight(i, x.scalar_type())).transposed()}};
+    if (members.b(i)) terms.push_back({adapters.columns_of(out.t, i), adapters.b[i]->transposed()});
+    const size_t made = terms.size() - 1;
+    out.ys.push_back(empty_as(like, members.outputs(i)));
+    const MatrixView y = matrix(out.ys.back());
+    if (!members.mag_norm_scale(i)) {
+      sums.push_back({y, terms, made, members.bias(i)});
+      continue;
+    }
+    const Tensor unscaled = with_scaled ? fresh_like(y) : y.tensor();
+    out.unscaled.push_back(unscaled);
+    if (with_scaled && !members.bias(i)) {
+      sums.push_back({y, terms, made, std::nullopt, unscaled, members.mag_norm_scale(i)});
+      continue;
+    }
+    sums.push_back({unscaled, terms, made, members.bias(i)});
+    if (with_scaled) scales.push_back({unscaled, y, members.scale_around_bias(i), ScaleOutput::kScale});
+  }
+  const double scaling = *members.common_shrink_scaling(x.scalar_type());
+  if (!multiply_group({{x, *adapters.a, out.t, scaling, std::nullopt}}, sums, adapters.zeros)) return std::nullopt;
+  for (const ScaleOutput& scale : scales) scale_output(scale);
+  return out;
+}
+
 }  // namespace
 
 Tensor shrink(const MatrixView& x, const Members& members) {
@@ -70,7 +115,11 @@ Tensor shrink(const MatrixView& x, const Members& members) {
 }
 
 Outputs project(const MatrixView& x, const Tensor& like, const Members& members, const Norms& norms, bool with_scaled) {
-  const Adapters adapters(x, members, /*need_a=*/true, /*need_b=*/true);
+  const bool at_once = is_one_launch(x, members);
+  const Adapters adapters(x, members, /*need_a=*/true, /*need_b=*/true, Adapters::kAsStored,
+                          at_once ? group_counters(x.size(0), 1) : 0);
+  if (at_once)
+    if (std::optional<Outputs> out = project_at_once(x, like, members, adapters, with_scaled)) return *std::move(out);
   std::vector<MaybeMatrixView> drops(members.count());
   Outputs out{{}, {}, shrink(x, members, adapters, drops)};
   for (size_t i = 0; i < members.count(); ++i) {

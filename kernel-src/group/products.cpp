@@ -45,18 +45,22 @@ bool fill_rows(const MatrixView& out, const Tensor& bias) {
 #if defined(CUDA_KERNEL)
 bool is_scaled(const Term& term) { return term.alpha != 1.0; }
 
-// The sum of terms as one launch of our own, what it does beside still to be filled in. A single term is the
-// library's: it needs no second pass over out.
-std::optional<Gemm> gemm_of(const MatrixView& out, const std::vector<Term>& terms, const std::vector<Term>& leading) {
-  if (!out.is_cuda() || leading.size() + terms.size() < 2 || !dispatch::gemm_is_faster(out, out.size(0), out.size(1)))
-    return std::nullopt;
-  if (std::any_of(terms.begin(), terms.end(), is_scaled)) return std::nullopt;
+// The sum of terms as our own product has it, what it does beside still to be filled in.
+Gemm sum_of(const MatrixView& out, const std::vector<Term>& terms, const std::vector<Term>& leading) {
   const bool rows_are_n = terms[0].b.stride(0) == 1;
   Gemm gemm{{}, rows_are_n, out};
   for (const auto* part : {&leading, &terms})
     for (const Term& term : *part) gemm.segments.push_back({term.a, rows_are_n ? term.b.transposed() : term.b});
   gemm.leading = leading.size();
   return gemm;
+}
+
+// As one launch, where that is faster. A single term is the library's: it needs no second pass over out.
+std::optional<Gemm> gemm_of(const MatrixView& out, const std::vector<Term>& terms, const std::vector<Term>& leading) {
+  if (!out.is_cuda() || leading.size() + terms.size() < 2 || !dispatch::gemm_is_faster(out, out.size(0), out.size(1)))
+    return std::nullopt;
+  if (std::any_of(terms.begin(), terms.end(), is_scaled)) return std::nullopt;
+  return sum_of(out, terms, leading);
 }
 
 // The same of terms of which some have an alpha in common: these lead.
@@ -113,6 +117,25 @@ void multiply(const MatrixView& out, const std::vector<Term>& terms, const std::
       multiply(out, term.a, term.b, term.alpha, !fresh);
     fresh = false;
   }
+}
+
+int64_t group_counters(int64_t rows, size_t shrinks) { return GemmGroup::counters(rows, shrinks); }
+
+bool multiply_group(const std::vector<Shrink>& shrinks, const std::vector<Sum>& sums, const MaybeMatrixView& zeros) {
+#if defined(CUDA_KERNEL)
+  GemmGroup group{shrinks, {}, zeros};
+  for (const Sum& sum : sums) {
+    if (std::any_of(sum.terms.begin(), sum.terms.end(), is_scaled)) return false;
+    Gemm gemm = sum_of(sum.out, sum.terms, {});
+    gemm.bias = sum.bias, gemm.unscaled = sum.unscaled, gemm.mag_norm_scale = sum.mag_norm_scale, gemm.made = sum.made;
+    group.sums.push_back(gemm);
+  }
+  if (!gemm_group_sm90_supports(group)) return false;
+  gemm_group_sm90(group);
+  return true;
+#else
+  return false;
+#endif
 }
 
 bool multiply_dropped(const MatrixView& out, const std::vector<Term>& dropped, const Dropped& mask,

@@ -39,4 +39,20 @@ bool multiply_excess(const MatrixView& out, const MatrixView& unscaled, const st
 bool multiply_scaled(const MatrixView& out, const MatrixView& unscaled, const std::vector<Term>& terms,
                      const Tensor& mag_norm_scale);
 
+// out [M, N] = the sum of the terms + bias [N], or, with mag_norm_scale [N] in float32, unscaled = that sum and out =
+// scale∘unscaled. The a of the last `made` terms are outputs of `multiply_group`'s shrinks.
+struct Sum {
+  MatrixView out;
+  std::vector<Term> terms;
+  size_t made;
+  std::optional<Tensor> bias;
+  MaybeMatrixView unscaled = std::nullopt;
+  MaybeTensor mag_norm_scale = std::nullopt;
+};
+
+// All shrinks and then all sums, where one launch does both; `zeros` of Adapters, GemmGroup::counters of them or none.
+bool multiply_group(const std::vector<Shrink>& shrinks, const std::vector<Sum>& sums, const MaybeMatrixView& zeros);
+// How many of these it can use.
+int64_t group_counters(int64_t rows, size_t shrinks);
+
 }  // namespace lora_fused

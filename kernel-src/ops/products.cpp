@@ -35,6 +35,41 @@ void gemm_cuda(Tensors a, Tensors b, bool b_rows_are_n, Tensor out, std::optiona
   gemm_sm90(gemm);
 }
 
+void gemm_group_cuda(Tensors x, Tensors other, Tensors t, std::vector<double> scalings, Tensors a, Tensors b,
+                     std::vector<int64_t> segments, std::vector<int64_t> made, bool b_rows_are_n, Tensors out,
+                     Optionals bias, std::optional<Tensor> zeros) {
+  STD_TORCH_CHECK(!out.empty() && segments.size() == out.size() && made.size() == out.size() &&
+                      bias.size() == out.size() && other.size() == x.size() && t.size() == x.size() &&
+                      scalings.size() == x.size() && a.size() == b.size(),
+                  "gemm_group: lists of different lengths");
+  for (const Tensors* matrices : {&x, &other, &t, &a, &b, &out})
+    for (const Tensor& m : *matrices) STD_TORCH_CHECK(m.dim() == 2, "gemm_group: expected matrices");
+  GemmGroup group;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const MatrixView of_x = b_rows_are_n ? MatrixView(other[i]) : MatrixView(other[i]).transposed();
+    group.shrinks.push_back({x[i], of_x, t[i], scalings[i], std::nullopt});
+  }
+  size_t next = 0;
+  for (size_t i = 0; i < out.size(); ++i) {
+    STD_TORCH_CHECK(segments[i] >= 1 && made[i] >= 0 && next + segments[i] <= a.size(),
+                    "gemm_group: segments or made of output ", i);
+    Gemm sum{{}, b_rows_are_n, out[i]};
+    for (int64_t s = 0; s < segments[i]; ++s, ++next) sum.segments.push_back({a[next], b[next]});
+    sum.bias = bias[i], sum.made = static_cast<size_t>(made[i]);
+    group.sums.push_back(sum);
+  }
+  if (zeros) {
+    STD_TORCH_CHECK(zeros->scalar_type() == ScalarType::Int && zeros->is_contiguous() && zeros->is_cuda() &&
+                        zeros->numel() >= group.counters(),
+                    "gemm_group: expected zeros in int32, at least ", group.counters());
+    group.zeros = MatrixView(*zeros);
+  }
+  STD_TORCH_CHECK(dispatch::is_sm90(out[0]) && gemm_group_sm90_supports(group),
+                  "gemm_group: not for this device, these dtypes, shapes or strides");
+  const torch::stable::accelerator::DeviceGuard guard(out[0].get_device_index());
+  gemm_group_sm90(group);
+}
+
 void skinny_cuda(Tensors x, Tensors other, Tensors out, double scaling, bool by_columns, bool sm90, MaybeTensor seed,
                  double p, int64_t bf16x3) {
   STD_TORCH_CHECK(!x.empty() && x.size() == other.size() && x.size() == out.size(), "skinny: ", x.size(), " x, ",

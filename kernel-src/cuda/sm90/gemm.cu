@@ -11,6 +11,7 @@
 #include "../../common/gemm.h"
 #include "../../dispatch/table.h"
 #include "gemm.cuh"
+#include "gemm_host.h"
 #include "tma_host.h"
 #include "../common/stream.h"
 
@@ -30,27 +31,15 @@ using torch::stable::Tensor;
 
 template <typename T, int kBlockN, bool kRowsAreN, LeadingOp kLeading>
 void launch(const Gemm& gemm, int count) {
-  Arguments args;
-  args.segments = static_cast<int>(gemm.segments.size());
-  args.steps = 0;
-  for (int s = 0; s < args.segments; ++s) {
-    const GemmSegment& segment = gemm.segments[s];
-    encode_tensor_map(args.a[s], segment.a, kBlockM);
-    encode_tensor_map(args.b[s], segment.b, kRowsAreN ? kBlockN / kCluster : kBlockK);
-    args.steps_of[s] = tiles(segment.a.size(1), kBlockK);
-    args.steps += args.steps_of[s];
-    if (s + 1 == static_cast<int>(gemm.leading)) args.leading_steps = args.steps;
-  }
-  args.mask = mask_of(gemm.mask), args.kept = static_cast<float>(gemm.mask ? scale_of(gemm.mask) : gemm.leading_scale);
-  encode_tensor_map(args.out, gemm.out, 16);
-  if (gemm.unscaled) encode_tensor_map(args.unscaled, *gemm.unscaled, 16);
+  Arguments<1> args;
   args.tiles_m = tiles(gemm.out.size(0), kBlockM * kCluster);
-  args.tiles_n = tiles(gemm.out.size(1), kBlockN);
-  args.n = static_cast<int>(gemm.out.size(1));
+  args.outputs = 1, args.tiles_n = 0;
+  int next_segment = 0;
+  add_output<kBlockN, kRowsAreN>(args, 0, gemm, next_segment);
+  args.leading_steps = 0;
+  for (size_t s = 0; s < gemm.leading; ++s) args.leading_steps += args.steps_of[s];
   args.accumulate = gemm.accumulate;
-  args.bias = gemm.bias ? gemm.bias->const_data_ptr() : nullptr;
-  args.mag_norm_scale =
-      gemm.mag_norm_scale ? static_cast<const float*>(gemm.mag_norm_scale->const_data_ptr()) : nullptr;
+  args.mask = mask_of(gemm.mask), args.kept = static_cast<float>(gemm.mask ? scale_of(gemm.mask) : gemm.leading_scale);
 
   const int device = gemm.out.get_device_index();
   const auto kernel = gemm_kernel<T, kBlockN, kRowsAreN, kLeading>;

@@ -44,28 +44,45 @@ struct Layout {
 };
 static_assert(Layout<256>::bytes <= 227 * 1024 && Layout<128>::bytes <= 227 * 1024);
 
-struct Arguments {
-  CUtensorMap a[kGemmSegments], b[kGemmSegments], out, unscaled;
-  int steps_of[kGemmSegments];  // K steps of each segment
-  int segments, steps;          // the sum of theirs
-  int tiles_m, tiles_n;         // in clusters along M
-  int n;
-  bool accumulate;
+// One sum that a launch makes, of segments [first_segment, first_segment + segments).
+struct Output {
   const void* bias;
   const float* mag_norm_scale;  // with unscaled
+  int first_segment, segments, steps;
+  int made;           // its last segments whose a the launch makes itself (gemm_group.cuh)
+  int first_tile, n;  // its first column of tiles among those of all outputs; its columns
+};
+
+template <int kMostOutputs>
+struct Arguments {
+  static constexpr int kOutputs = kMostOutputs;
+  CUtensorMap a[kGemmSegments], b[kGemmSegments], out[kOutputs], unscaled[kOutputs];
+  Output output[kOutputs];
+  int steps_of[kGemmSegments];  // K steps of each segment
+  int outputs;
+  int tiles_m, tiles_n;  // tiles_m in clusters along M, tiles_n of all outputs
+  bool accumulate;
   Mask mask;
   float kept;         // what is kept of the leading segments' sum is multiplied by it
   int leading_steps;  // of the leading segments, fewer than all
 };
 
-// First row and column of a block's tile. Neighbours in time share a and b in L2: bands of rows.
-template <int kBlockN>
-__device__ __forceinline__ int2 place_of(const Arguments& args, int tile, int rank) {
+// A block's tile: its first row and column of an output.
+struct Tile {
+  int row, col, output;
+};
+
+// Neighbours in time share a and b in L2: bands of rows.
+template <int kBlockN, int kOutputs>
+__device__ __forceinline__ Tile tile_of(const Arguments<kOutputs>& args, int tile, int rank) {
   constexpr int kBand = 8;
   const int band = tile / (kBand * args.tiles_n), within = tile - band * kBand * args.tiles_n;
   const int high = min(args.tiles_m - band * kBand, kBand);
-  const int cluster_m = band * kBand + within % high;
-  return make_int2((cluster_m * kCluster + rank) * kBlockM, within / high * kBlockN);
+  const int cluster_m = band * kBand + within % high, column = within / high;
+  int output = 0;
+  if constexpr (kOutputs > 1)
+    while (output + 1 < args.outputs && column >= args.output[output + 1].first_tile) ++output;
+  return {(cluster_m * kCluster + rank) * kBlockM, (column - args.output[output].first_tile) * kBlockN, output};
 }
 
 // Where a thread is in the ring, and the parity of that stage's current phase.
@@ -81,25 +98,30 @@ struct Ring {
   }
 };
 
-// One thread: all loads of the block's tiles.
-template <int kBlockN, bool kRowsAreN>
-__device__ __forceinline__ void produce(const Arguments& args, uint32_t base, int rank) {
+// One thread: all loads of the block's tiles. `made(row)` is called before the first load of what the launch makes
+// itself of the rows from `row` on; `first_parity` is that of an empty ring's barriers.
+template <int kBlockN, bool kRowsAreN, int kOutputs, typename Made>
+__device__ __forceinline__ void produce(const Arguments<kOutputs>& args, uint32_t base, int rank, uint32_t first_parity,
+                                        const Made& made) {
   using L = Layout<kBlockN>;
   constexpr int kShare = kBlockN / kCluster;  // columns of b that this block loads
   constexpr uint16_t kAll = (1 << kCluster) - 1;
   Ring<L::stages> ring;
   for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n; tile += gridDim.x / kCluster) {
-    const int2 place = place_of<kBlockN>(args, tile, rank);
-    for (int s = 0; s < args.segments; ++s) {
+    const Tile place = tile_of<kBlockN>(args, tile, rank);
+    const Output& output = args.output[place.output];
+    const int end = output.first_segment + output.segments;
+    for (int s = output.first_segment; s < end; ++s) {
+      if (s + output.made == end) made(place.row);
       for (int step = 0; step < args.steps_of[s]; ++step, ring.advance()) {
         const uint32_t full = base + L::barriers + 8 * ring.stage, empty = full + 8 * L::stages;
         const uint32_t a = base + ring.stage * L::stage_bytes;
         const uint32_t b = a + L::a_bytes + rank * (L::b_bytes / kCluster);
-        const int k = step * kBlockK, n = place.y + rank * kShare;
-        barrier_wait(empty, ring.phase ^ 1);  // the consumers of both blocks are done with the stage
+        const int k = step * kBlockK, n = place.col + rank * kShare;
+        barrier_wait(empty, ring.phase ^ first_parity);  // the consumers of both blocks are done with the stage
         // All of a and of b arrive here, half of b by the other block's multicast.
         barrier_arrive_expect(full, L::stage_bytes);
-        tensor_load(a, &args.a[s], k, place.x, full);
+        tensor_load(a, &args.a[s], k, place.row, full);
         if constexpr (kRowsAreN) {
           tensor_load_multicast(b, &args.b[s], k, n, full, kAll);
         } else {
@@ -110,6 +132,22 @@ __device__ __forceinline__ void produce(const Arguments& args, uint32_t base, in
       }
     }
   }
+}
+
+// One warpgroup: acc (+)= a b for its 64 rows of a and all columns of b of a stage, in flight until it is waited for.
+// Rows of 128 bytes, eight rows 1024 apart. A step of 16 along K moves 32 bytes within the swizzle where rows are
+// contiguous along K, and 16 rows where they are contiguous along N. Descriptors count 16 bytes.
+template <typename T, bool kRowsAreN, int kCount>
+__device__ __forceinline__ void multiply_stage(float (&acc)[kCount], uint32_t stage, int group, int keep) {
+  constexpr uint64_t kNextA = kWgmmaK * 2 >> 4;
+  constexpr uint64_t kNextB = (kRowsAreN ? kWgmmaK * 2 : kWgmmaK * 128) >> 4;
+  const uint64_t a = matrix_descriptor(stage + group * 64 * 128, 0, 1024);
+  const uint64_t b = matrix_descriptor(stage + kBlockM * kBlockK * 2, kBlockK * 128, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int part = 0; part < kBlockK / kWgmmaK; ++part)
+    wgmma<T, 0, !kRowsAreN>(acc, a + part * kNextA, b + part * kNextB, keep + part > 0);
+  wgmma_commit();
 }
 
 // 64 columns of a tile as pairs of T, from how wgmma holds them.
@@ -148,26 +186,27 @@ struct Staging {
 
 // The columns of 64 from `col` on of which a lane holds this one and the next. Past the last column, which is not
 // stored, the last one's values serve.
-__device__ __forceinline__ int column_of(const Arguments& args, int col, int j) {
-  return min(col + 8 * j + 2 * int(threadIdx.x % 4), args.n - 2);
+__device__ __forceinline__ int column_of(const Output& output, int col, int j) {
+  return min(col + 8 * j + 2 * int(threadIdx.x % 4), output.n - 2);
 }
 
 // acc = (mag_norm_scale - less)∘acc in 64 columns; all loads before the first use.
-__device__ __forceinline__ void scale(const Arguments& args, float* acc, int col, float less) {
+__device__ __forceinline__ void scale(const Output& output, float* acc, int col, float less) {
   float2 g[8];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) g[j] = *reinterpret_cast<const float2*>(args.mag_norm_scale + column_of(args, col, j));
+  for (int j = 0; j < 8; ++j)
+    g[j] = *reinterpret_cast<const float2*>(output.mag_norm_scale + column_of(output, col, j));
 #pragma unroll
   for (int i = 0; i < 32; ++i) acc[i] *= (i % 2 ? g[i / 4].y : g[i / 4].x) - less;
 }
 
 // acc += bias in the same way.
 template <typename T>
-__device__ __forceinline__ void shift(const Arguments& args, float* acc, int col) {
-  const T* bias = static_cast<const T*>(args.bias);
+__device__ __forceinline__ void shift(const Output& output, float* acc, int col) {
+  const T* bias = static_cast<const T*>(output.bias);
   uint32_t b[8];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) b[j] = *reinterpret_cast<const uint32_t*>(bias + column_of(args, col, j));
+  for (int j = 0; j < 8; ++j) b[j] = *reinterpret_cast<const uint32_t*>(bias + column_of(output, col, j));
 #pragma unroll
   for (int i = 0; i < 32; ++i) acc[i] += i % 2 ? unpack<T>(b[i / 4]).y : unpack<T>(b[i / 4]).x;
 }
@@ -189,7 +228,7 @@ __device__ __forceinline__ void transpose_words(uint32_t (&w)[4]) {
 
 // acc = D(acc) in 64 columns of the tile, from `col` on, for the rows `row` and `row` + 8 of this lane. Of four blocks
 // of eight columns a lane draws one, and has two columns of each.
-__device__ __forceinline__ void drop(const Arguments& args, uint64_t key, float* acc, int row, int col) {
+__device__ __forceinline__ void drop(const Mask& mask, float kept, uint64_t key, float* acc, int row, int col) {
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -199,24 +238,24 @@ __device__ __forceinline__ void drop(const Arguments& args, uint64_t key, float*
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float* const pair = acc + 4 * (block + i) + 2 * half;
-        pair[0] = args.mask.keeps_low(words.word[i]) ? pair[0] * args.kept : 0.0f;
-        pair[1] = args.mask.keeps_high(words.word[i]) ? pair[1] * args.kept : 0.0f;
+        pair[0] = mask.keeps_low(words.word[i]) ? pair[0] * kept : 0.0f;
+        pair[1] = mask.keeps_high(words.word[i]) ? pair[1] * kept : 0.0f;
       }
     }
 }
 
 // Lines of bias and mag_norm_scale that the end of a tile will read.
 template <typename T, int kBlockN>
-__device__ __forceinline__ void prefetch_vectors(const Arguments& args, int col) {
+__device__ __forceinline__ void prefetch_vectors(const Output& output, int col) {
   const int line = threadIdx.x % 128, n = col + line * (128 / sizeof(float));
-  if (args.mag_norm_scale && line < kBlockN / 32 && n < args.n) prefetch_l1(args.mag_norm_scale + n);
-  if (args.bias && line < kBlockN / 32 && n < args.n)
-    prefetch_l1(static_cast<const T*>(args.bias) + n);  // each line of it twice
+  if (output.mag_norm_scale && line < kBlockN / 32 && n < output.n) prefetch_l1(output.mag_norm_scale + n);
+  if (output.bias && line < kBlockN / 32 && n < output.n)
+    prefetch_l1(static_cast<const T*>(output.bias) + n);  // each line of it twice
 }
 
 // One warpgroup: the products and the stores of its rows of the block's tiles.
-template <typename T, int kBlockN, bool kRowsAreN, LeadingOp kLeading>
-__device__ __forceinline__ void consume(const Arguments& args, uint32_t base, int rank) {
+template <typename T, int kBlockN, bool kRowsAreN, LeadingOp kLeading, int kOutputs>
+__device__ __forceinline__ void consume(const Arguments<kOutputs>& args, uint32_t base, int rank) {
   using L = Layout<kBlockN>;
   const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
   const uint32_t full = base + L::barriers;
@@ -230,30 +269,25 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
   // The tile before, rounded: its stores go out behind the first products of this one.
   constexpr int kSlabs = kBlockN / 64;
   uint32_t held[kBlockN / 4];
-  int held_row = -1, held_col = 0;
+  Tile held_at{-1, 0, 0};
   Staging staging{base + L::staging + warp * kStagingSlabs * kSlabBytes};
   const auto store_held = [&](int part) {
-    staging.store(&args.out, args.accumulate, held + 16 * part, held_row, held_col + 64 * part);
+    staging.store(&args.out[held_at.output], args.accumulate, held + 16 * part, held_at.row, held_at.col + 64 * part);
   };
 
   for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n; tile += gridDim.x / kCluster) {
-    const int2 place = place_of<kBlockN>(args, tile, rank);
-    prefetch_vectors<T, kBlockN>(args, place.y);
+    const Tile place = tile_of<kBlockN>(args, tile, rank);
+    const Output& output = args.output[place.output];
+    prefetch_vectors<T, kBlockN>(output, place.col);
     const auto store_unscaled = [&](int part) {
       uint32_t pairs[16];
       pack_slab<T>(pairs, acc + 32 * part);
-      staging.store(&args.unscaled, false, pairs, place.x + warp * 16, place.y + 64 * part);
+      staging.store(&args.unscaled[place.output], false, pairs, place.row + warp * 16, place.col + 64 * part);
     };
     int before = 0;  // the stage of the step before, whose product may still run
-    for (int step = 0; step < args.steps; ++step) {
+    for (int step = 0; step < output.steps; ++step) {
       barrier_wait(full + 8 * ring.stage, ring.phase);
       const uint32_t stage = base + ring.stage * L::stage_bytes;
-      // Rows of 128 bytes, eight rows 1024 apart. A step of 16 along K moves 32 bytes within the swizzle where rows are
-      // contiguous along K, and 16 rows where they are contiguous along N. Descriptors count 16 bytes.
-      const uint64_t a = matrix_descriptor(stage + group * 64 * 128, 0, 1024);
-      const uint64_t b = matrix_descriptor(stage + L::a_bytes, kBlockK * 128, 1024);
-      constexpr uint64_t kNextA = kWgmmaK * 2 >> 4;
-      constexpr uint64_t kNextB = (kRowsAreN ? kWgmmaK * 2 : kWgmmaK * 128) >> 4;
       if constexpr (kLeading != LeadingOp::kNone) {
         if (step == args.leading_steps) {  // the leading segments' sum is whole: once a tile, in registers
           wgmma_wait<0>();
@@ -262,23 +296,19 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
 #pragma unroll
           for (int part = 0; part < kSlabs; ++part) {
             if constexpr (kLeading == LeadingOp::kMask) {
-              drop(args, key, acc + 32 * part, place.x + warp * 16 + lane / 4, place.y + 64 * part);
+              drop(args.mask, args.kept, key, acc + 32 * part, place.row + warp * 16 + lane / 4, place.col + 64 * part);
             } else if constexpr (kLeading == LeadingOp::kScale) {
 #pragma unroll
               for (int i = 0; i < 32; ++i) acc[32 * part + i] *= args.kept;
             } else {
               store_unscaled(part);
-              scale(args, acc + 32 * part, place.y + 64 * part, 1.0f);
+              scale(output, acc + 32 * part, place.col + 64 * part, 1.0f);
             }
           }
         }
       }
-      wgmma_fence();
-#pragma unroll
-      for (int part = 0; part < kBlockK / kWgmmaK; ++part)
-        wgmma<T, 0, !kRowsAreN>(acc, a + part * kNextA, b + part * kNextB, step + part > 0);
-      wgmma_commit();
-      if (step < kSlabs && held_row >= 0) {
+      multiply_stage<T, kRowsAreN>(acc, stage, group, step);
+      if (step < kSlabs && held_at.row >= 0) {
 #pragma unroll
         for (int part = 0; part < kSlabs; ++part)
           if (part == step) store_held(part);
@@ -295,17 +325,16 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
 
 #pragma unroll
     for (int part = 0; part < kSlabs; ++part) {
-      if (part >= args.steps && held_row >= 0) store_held(part);
-      const int col = place.y + 64 * part;
-      if (kLeading != LeadingOp::kExcess && args.mag_norm_scale) {
+      if (part >= output.steps && held_at.row >= 0) store_held(part);
+      const int col = place.col + 64 * part;
+      if (kLeading != LeadingOp::kExcess && output.mag_norm_scale) {
         store_unscaled(part);
-        scale(args, acc + 32 * part, col, 0.0f);
+        scale(output, acc + 32 * part, col, 0.0f);
       }
-      if (args.bias) shift<T>(args, acc + 32 * part, col);
+      if (output.bias) shift<T>(output, acc + 32 * part, col);
       pack_slab<T>(held + 16 * part, acc + 32 * part);
     }
-    held_row = place.x + warp * 16;
-    held_col = place.y;
+    held_at = {place.row + warp * 16, place.col, place.output};
   }
 #pragma unroll
   for (int part = 0; part < kSlabs; ++part) store_held(part);
@@ -313,7 +342,7 @@ __device__ __forceinline__ void consume(const Arguments& args, uint32_t base, in
 }
 
 template <typename T, int kBlockN, bool kRowsAreN, LeadingOp kLeading>
-__global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant__ Arguments args) {
+__global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant__ Arguments<1> args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<kBlockN>;
   extern __shared__ uint8_t shared[];
@@ -325,14 +354,14 @@ __global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant
       barrier_init(base + L::barriers + 8 * (L::stages + stage), kConsumerWarps * kCluster);
     }
     barrier_init_fence();
-  } else if (threadIdx.x >= 32 && threadIdx.x < 32 + args.segments) {
+  } else if (threadIdx.x >= 32 && threadIdx.x < 32 + args.output[0].segments) {
     tensor_map_prefetch(&args.a[threadIdx.x - 32]);
     tensor_map_prefetch(&args.b[threadIdx.x - 32]);
   }
   cluster_sync();
   if (threadIdx.x < 128) {
     registers_lower<40>();
-    if (threadIdx.x == 0) produce<kBlockN, kRowsAreN>(args, base, rank);
+    if (threadIdx.x == 0) produce<kBlockN, kRowsAreN>(args, base, rank, /*first_parity=*/1, [](int) {});
   } else {
     registers_raise<232>();
     consume<T, kBlockN, kRowsAreN, kLeading>(args, base, rank);

@@ -169,6 +169,45 @@ __device__ __forceinline__ void store_wait_all() { asm volatile("cp.async.bulk.w
 // What this thread wrote to shared memory is seen by the copy engine.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// ---- global memory between the blocks of a grid
+
+// Takes a number of its own from a counter; orders nothing.
+__device__ __forceinline__ int counter_take(int* counter) {
+  int before;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
+// Counts one; gives what was there. What this thread knows is written (also of other threads, by a barrier) is seen by
+// who counts later or waits for the count, and the other way round.
+__device__ __forceinline__ int counter_add(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
+// Until so many have counted: what they had written before is seen.
+__device__ __forceinline__ void counter_wait(const int* counter, int wanted) {
+  int seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  } while (seen < wanted);
+}
+
+// Between accesses by ordinary loads and stores and those by the copy engine, of global memory too, on the way from the
+// one to the other.
+__device__ __forceinline__ void any_proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Past the L1.
+__device__ __forceinline__ float4 load_l2(const float4* from) {
+  float4 x;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(from)
+               : "memory");
+  return x;
+}
+
 // ---- registers, matrix stores, caches
 
 __device__ __forceinline__ void prefetch_l1(const void* line) { asm volatile("prefetch.global.L1 [%0];" ::"l"(line)); }
