@@ -25,11 +25,15 @@ void multiply_shrinks(const std::vector<Shrink>& products) {
   batch.run();
 }
 
-// Whether one launch for dx and dt is wanted: no mask is over a part of dx, and everything is in x's dtype.
+// Whether one launch for dx and dt is wanted: no mask is over a part of dx, everything is in x's dtype, and the launch
+// supports the ranks.
 bool is_one_launch(const MatrixView& x, const Members& members) {
   if (!x.is_cuda() || members.bf16x3() || members.any_masked()) return false;
   int64_t most = 0;
-  for (size_t i = 0; i < members.count(); ++i) most = std::max(most, members.rank(i));
+  for (size_t i = 0; i < members.count(); ++i) {
+    if (members.rank(i) % 8 != 0) return false;
+    most = std::max(most, members.rank(i));
+  }
   return most > 0 && dispatch::gemm_group_is_faster(x, x.size(0), x.size(1), most);
 }
 

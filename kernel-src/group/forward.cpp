@@ -62,14 +62,14 @@ Tensor shrink(const MatrixView& x, const Members& members, const Adapters& adapt
   return whole;
 }
 
-// Whether one launch for t and all outputs is wanted: the members share t's scaling and have no masks, everything is in
-// x's dtype, and no weight has to be made for its product.
+// Whether one launch for t and all outputs is wanted: the members share t's scaling and have no masks and ranks that it
+// supports, everything is in x's dtype, and no weight has to be made for its product.
 bool is_one_launch(const MatrixView& x, const Members& members) {
   const ScalarType dtype = x.scalar_type();
   if (!x.is_cuda() || members.bf16x3() || members.any_masked() || !members.common_shrink_scaling(dtype)) return false;
   int64_t columns = 0, ranks = 0;
   for (size_t i = 0; i < members.count(); ++i) {
-    if (members.packed(i) || members.expand_scaling(i, dtype) != 1.0) return false;
+    if (members.packed(i) || members.expand_scaling(i, dtype) != 1.0 || members.rank(i) % 8 != 0) return false;
     columns += members.outputs(i), ranks += members.rank(i);
   }
   return dispatch::gemm_group_is_faster(x, x.size(0), columns, ranks);
