@@ -29,6 +29,7 @@ STACK_BYTES = {
     "adapter_grad_bwd_kernel": {"sm_80": 8, "sm_86": 8, "sm_89": 8, "sm_90a": 24, "sm_100": 216, "sm_120": 320},
     "dropped_expand_add_bwd_kernel": {"sm_80": 16, "sm_86": 16, "sm_89": 16, "sm_90a": 16, "sm_120": 8},
     "gated_activation_kernel": {"sm_90a": 80, "sm_120": 24},
+    "gemm_group_kernel": {"sm_90a": 8},
     "gemm_kernel": {"sm_90a": 16},
     "scale_output_bwd_kernel": {"sm_75": 72, "sm_80": 32, "sm_86": 24, "sm_89": 24, "sm_90a": 48, "sm_120": 8},
     "shrink_fwd_kernel": {"sm_80": 16, "sm_86": 8, "sm_89": 8, "sm_90a": 8, "sm_100": 24, "sm_120": 32},

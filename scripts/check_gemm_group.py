@@ -108,7 +108,7 @@ DRAWS = {"forward": draw_forward, "backward": draw_backward}
 
 def counters(call: Call) -> int:
     """As common/gemm.h has it."""
-    return 1 + -(-call.out[0].shape[0] // 128) * (len(call.x) + 1)
+    return 2 + -(-call.out[0].shape[0] // 128)
 
 
 def check(ops, direction: str, m: int, k: int, members, dtype, bias: bool, zeros: bool) -> None:

@@ -47,11 +47,9 @@ struct GemmGroup {
   // `counters()` zeros of four bytes, which the launch writes over; made by it where there are none.
   MaybeMatrixView zeros = std::nullopt;
 
-  // How many slices are taken; of each 128 rows, how many of each shrink are summed, and how many shrinks are made.
-  int64_t counters() const { return counters(sums[0].out.size(0), shrinks.size()); }
-  static int64_t counters(int64_t rows, size_t shrinks) {
-    return 1 + (rows + 127) / 128 * (static_cast<int64_t>(shrinks) + 1);
-  }
+  // How many clusters have begun and slices are taken; of each 128 rows, how many shrinks are made.
+  int64_t counters() const { return counters(sums[0].out.size(0)); }
+  static int64_t counters(int64_t rows) { return 2 + (rows + 127) / 128; }
 };
 
 #if defined(CUDA_KERNEL)
@@ -65,7 +63,7 @@ bool gemm_sm90_supports(const Gemm& gemm);
 void gemm_sm90(const Gemm& gemm);
 
 // The same of a group: up to 3 shrinks of ranks up to 128, multiples of 8, and up to 3 sums of 8 segments in all.
-// Allocates scratch memory. See sm90/gemm_group.cuh.
+// Allocates counters where it has no zeros. See sm90/gemm_group.cuh.
 bool gemm_group_sm90_supports(const GemmGroup& group);
 void gemm_group_sm90(const GemmGroup& group);
 #endif

@@ -115,8 +115,7 @@ Backward::Backward(const Members& members, const MatrixView& x, const Given& giv
       dmagnitudes_(members.count()),
       dbiases_(members.count()),
       dbs_(members.count()),
-      adapters_(x, members, given.need_dx, /*need_b=*/true, layout_of_b(x),
-                at_once_ ? group_counters(x.size(0), members.count()) : 0) {
+      adapters_(x, members, given.need_dx, /*need_b=*/true, layout_of_b(x), at_once_ ? group_counters(x.size(0)) : 0) {
   size_t next_unscaled = 0;
   bool any_dt = need_dx_;
   std::vector<ScaleOutputBackward> passes;

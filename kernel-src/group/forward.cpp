@@ -117,7 +117,7 @@ Tensor shrink(const MatrixView& x, const Members& members) {
 Outputs project(const MatrixView& x, const Tensor& like, const Members& members, const Norms& norms, bool with_scaled) {
   const bool at_once = is_one_launch(x, members);
   const Adapters adapters(x, members, /*need_a=*/true, /*need_b=*/true, Adapters::kAsStored,
-                          at_once ? group_counters(x.size(0), 1) : 0);
+                          at_once ? group_counters(x.size(0)) : 0);
   if (at_once)
     if (std::optional<Outputs> out = project_at_once(x, like, members, adapters, with_scaled)) return *std::move(out);
   std::vector<MaybeMatrixView> drops(members.count());

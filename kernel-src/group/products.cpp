@@ -119,7 +119,7 @@ void multiply(const MatrixView& out, const std::vector<Term>& terms, const std::
   }
 }
 
-int64_t group_counters(int64_t rows, size_t shrinks) { return GemmGroup::counters(rows, shrinks); }
+int64_t group_counters(int64_t rows) { return GemmGroup::counters(rows); }
 
 bool multiply_group(const std::vector<Shrink>& shrinks, const std::vector<Sum>& sums, const MaybeMatrixView& zeros) {
 #if defined(CUDA_KERNEL)

@@ -53,6 +53,6 @@ struct Sum {
 // All shrinks and then all sums, where one launch does both; `zeros` of Adapters, GemmGroup::counters of them or none.
 bool multiply_group(const std::vector<Shrink>& shrinks, const std::vector<Sum>& sums, const MaybeMatrixView& zeros);
 // How many of these it can use.
-int64_t group_counters(int64_t rows, size_t shrinks);
+int64_t group_counters(int64_t rows);
 
 }  // namespace lora_fused

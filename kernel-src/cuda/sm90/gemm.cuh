@@ -98,16 +98,16 @@ struct Ring {
   }
 };
 
-// One thread: all loads of the block's tiles. `made(row)` is called before the first load of what the launch makes
+// One thread: all loads of the block's tiles, every so many from `first_tile` on as there are clusters. `made(row)` is called before the first load of what the launch makes
 // itself of the rows from `row` on; `first_parity` is that of an empty ring's barriers.
 template <int kBlockN, bool kRowsAreN, int kOutputs, typename Made>
-__device__ __forceinline__ void produce(const Arguments<kOutputs>& args, uint32_t base, int rank, uint32_t first_parity,
-                                        const Made& made) {
+__device__ __forceinline__ void produce(const Arguments<kOutputs>& args, uint32_t base, int rank, int first_tile,
+                                        uint32_t first_parity, const Made& made) {
   using L = Layout<kBlockN>;
   constexpr int kShare = kBlockN / kCluster;  // columns of b that this block loads
   constexpr uint16_t kAll = (1 << kCluster) - 1;
   Ring<L::stages> ring;
-  for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n; tile += gridDim.x / kCluster) {
+  for (int tile = first_tile; tile < args.tiles_m * args.tiles_n; tile += gridDim.x / kCluster) {
     const Tile place = tile_of<kBlockN>(args, tile, rank);
     const Output& output = args.output[place.output];
     const int end = output.first_segment + output.segments;
@@ -255,7 +255,7 @@ __device__ __forceinline__ void prefetch_vectors(const Output& output, int col) 
 
 // One warpgroup: the products and the stores of its rows of the block's tiles.
 template <typename T, int kBlockN, bool kRowsAreN, LeadingOp kLeading, int kOutputs>
-__device__ __forceinline__ void consume(const Arguments<kOutputs>& args, uint32_t base, int rank) {
+__device__ __forceinline__ void consume(const Arguments<kOutputs>& args, uint32_t base, int rank, int first_tile) {
   using L = Layout<kBlockN>;
   const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
   const uint32_t full = base + L::barriers;
@@ -275,7 +275,7 @@ __device__ __forceinline__ void consume(const Arguments<kOutputs>& args, uint32_
     staging.store(&args.out[held_at.output], args.accumulate, held + 16 * part, held_at.row, held_at.col + 64 * part);
   };
 
-  for (int tile = blockIdx.x / kCluster; tile < args.tiles_m * args.tiles_n; tile += gridDim.x / kCluster) {
+  for (int tile = first_tile; tile < args.tiles_m * args.tiles_n; tile += gridDim.x / kCluster) {
     const Tile place = tile_of<kBlockN>(args, tile, rank);
     const Output& output = args.output[place.output];
     prefetch_vectors<T, kBlockN>(output, place.col);
@@ -347,7 +347,7 @@ __global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant
   using L = Layout<kBlockN>;
   extern __shared__ uint8_t shared[];
   const uint32_t base = (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023) / 1024 * 1024;
-  const int rank = static_cast<int>(cluster_rank());
+  const int rank = static_cast<int>(cluster_rank()), cluster = blockIdx.x / kCluster;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < L::stages; ++stage) {
       barrier_init(base + L::barriers + 8 * stage, 1);
@@ -361,10 +361,10 @@ __global__ __launch_bounds__(kThreads, 1) void gemm_kernel(const __grid_constant
   cluster_sync();
   if (threadIdx.x < 128) {
     registers_lower<40>();
-    if (threadIdx.x == 0) produce<kBlockN, kRowsAreN>(args, base, rank, /*first_parity=*/1, [](int) {});
+    if (threadIdx.x == 0) produce<kBlockN, kRowsAreN>(args, base, rank, cluster, /*first_parity=*/1, [](int) {});
   } else {
     registers_raise<232>();
-    consume<T, kBlockN, kRowsAreN, kLeading>(args, base, rank);
+    consume<T, kBlockN, kRowsAreN, kLeading>(args, base, rank, cluster);
   }
   cluster_sync();  // the other block of the cluster still arrives at this one's barriers
 #endif

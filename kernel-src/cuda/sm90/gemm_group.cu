@@ -42,63 +42,41 @@ bool fits(const lora_fused::Shrink& shrink, const Gemm& like) {
          ranks % 8 == 0 && ranks <= kGroupRanks;
 }
 
-// K steps of a slice, the fewest with which there are as many slices as blocks at most: all are made at once, while
-// the blocks begin. A slice takes four steps or more, which its sums cost as much as.
-int steps_of_slice(const GemmGroup& group, int blocks) {
-  const int row_blocks = tiles(group.sums[0].out.size(0), kBlockM);
-  int most = 1;
-  for (const auto& shrink : group.shrinks) most = std::max(most, tiles(shrink.x.size(1), kBlockK));
-  const auto slices = [&](int steps) {
-    int64_t count = 0;
-    for (const auto& shrink : group.shrinks)
-      count += int64_t(row_blocks) * tiles(tiles(shrink.x.size(1), kBlockK), steps);
-    return count;
-  };
-  int steps = std::min(4, most);
-  while (steps < most && slices(steps) > blocks) ++steps;
-  return steps;
+// How many of the clusters make the slices: those that have a tile less than the others, as long as none of their blocks
+// gets more than three, which take less than a tile; else as many as can.
+int makers_of(int slices, int tiles_of_out, int clusters) {
+  const int idle = (clusters - tiles_of_out % clusters) % clusters;
+  const int most = std::min(tiles(slices, kCluster), clusters), fewest = tiles(slices, 3 * kCluster);
+  return idle < fewest ? most : std::min(idle, most);
 }
 
-// The slices of all shrinks, and the memory for their sums and counters.
+// The slices of all shrinks, and their counters where there are none yet.
 template <bool kRowsAreN>
-Tensor add_shrinks(Shrinks& shrinks, const GemmGroup& group, int blocks, cudaStream_t stream) {
+std::optional<Tensor> add_shrinks(Shrinks& shrinks, const GemmGroup& group, cudaStream_t stream) {
   const MatrixView& out = group.sums[0].out;
-  const int row_blocks = tiles(out.size(0), kBlockM), steps = steps_of_slice(group, blocks);
   shrinks.entries = static_cast<int>(group.shrinks.size());
   shrinks.rows = static_cast<int>(out.size(0));
-  shrinks.slices = 0;
-  int64_t sums[kGroupShrinks], scratch = 0;  // floats, from where each entry's begin
+  shrinks.slices = shrinks.entries * tiles(out.size(0), kBlockM);
   for (int i = 0; i < shrinks.entries; ++i) {
     const lora_fused::Shrink& shrink = group.shrinks[i];
     ShrinkEntry& e = shrinks.entry[i];
-    const MatrixView other = other_of(shrink, kRowsAreN);
     e.ranks = static_cast<int>(shrink.t.size(1));
     e.width = (e.ranks + 31) / 32 * 32;
     encode_tensor_map(shrinks.x[i], shrink.x, kBlockM);
-    encode_tensor_map(shrinks.other[i], other, kRowsAreN ? e.width : kBlockK);
+    encode_tensor_map(shrinks.other[i], other_of(shrink, kRowsAreN), kRowsAreN ? e.width : kBlockK);
     e.out = shrink.t.mutable_data_ptr();
     e.row_stride = shrink.t.stride(0);
     e.scaling = static_cast<float>(shrink.scaling);
     e.steps = tiles(shrink.x.size(1), kBlockK);
-    e.splits = tiles(e.steps, steps);
-    e.first_slice = shrinks.slices;
-    sums[i] = scratch;
-    const int slices = row_blocks * e.splits;
-    shrinks.slices += slices;
-    if (e.splits > 1) scratch += int64_t(slices) * kBlockM * e.width;
   }
-  const int64_t counters = group.counters(), before = group.zeros ? 0 : (counters + 3) / 4 * 4;  // sums on 16 bytes
-  const Tensor memory = lora_fused::empty(out.base(), {std::max<int64_t>(before + scratch, 1)}, ScalarType::Float);
-  float* const first = static_cast<float*>(memory.mutable_data_ptr());
-  int* const zeros = static_cast<int*>(group.zeros ? group.zeros->mutable_data_ptr() : first);
-  if (!group.zeros) STD_CUDA_CHECK(cudaMemsetAsync(zeros, 0, counters * sizeof(int), stream));
-  shrinks.next_slice = zeros;
-  shrinks.ready = zeros + 1;
-  for (int i = 0; i < shrinks.entries; ++i) {
-    shrinks.entry[i].arrived = zeros + 1 + (i + 1) * row_blocks;
-    shrinks.entry[i].sums = reinterpret_cast<float4*>(first + before + sums[i]);
+  std::optional<Tensor> counters;
+  if (!group.zeros) {
+    counters = lora_fused::empty(out.base(), {group.counters()}, ScalarType::Float);
+    STD_CUDA_CHECK(cudaMemsetAsync(counters->mutable_data_ptr(), 0, group.counters() * sizeof(int), stream));
   }
-  return memory;
+  int* const zeros = static_cast<int*>(counters ? counters->mutable_data_ptr() : group.zeros->mutable_data_ptr());
+  shrinks.next_cluster = zeros, shrinks.next_slice = zeros + 1, shrinks.ready = zeros + 2;
+  return counters;
 }
 
 template <typename T, int kBlockN, bool kRowsAreN>
@@ -110,15 +88,16 @@ void launch(const GemmGroup& group, int count) {
   args.accumulate = false, args.mask = {}, args.kept = 1.0f, args.leading_steps = 0;
   int next_segment = 0;
   for (int i = 0; i < args.outputs; ++i) add_output<kBlockN, kRowsAreN>(args, i, group.sums[i], next_segment);
-  const int blocks = kCluster * std::min(args.tiles_m * args.tiles_n, count / kCluster);
+  const int all_tiles = args.tiles_m * args.tiles_n, clusters = std::min(all_tiles, count / kCluster);
   const cudaStream_t stream = lora_fused::stream_of(out);
-  const Tensor memory = add_shrinks<kRowsAreN>(args.shrinks, group, blocks, stream);
+  const std::optional<Tensor> counters = add_shrinks<kRowsAreN>(args.shrinks, group, stream);
+  args.shrinks.makers = makers_of(args.shrinks.slices, all_tiles, clusters);
 
   const auto kernel = gemm_group_kernel<T, kBlockN, kRowsAreN>;
   constexpr int kBytes = GroupLayout<kBlockN>::bytes;
   static SharedMemory shared_memory;
   shared_memory.allow(kernel, kBytes, out.get_device_index());
-  launch_clusters(kernel, blocks, kCluster, kThreads, kBytes, stream, args);
+  launch_clusters(kernel, clusters * kCluster, kCluster, kThreads, kBytes, stream, args);
 }
 
 template <typename T, bool kRowsAreN>

@@ -97,6 +97,13 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t r
   return mapped;
 }
 
+// A number at an address of cluster_address.
+__device__ __forceinline__ int cluster_load_int(uint32_t address) {
+  int x;
+  asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+
 // Four floats at an address of cluster_address.
 __device__ __forceinline__ float4 cluster_load(uint32_t address) {
   float4 x;
@@ -197,16 +204,6 @@ __device__ __forceinline__ void counter_wait(const int* counter, int wanted) {
 // Between accesses by ordinary loads and stores and those by the copy engine, of global memory too, on the way from the
 // one to the other.
 __device__ __forceinline__ void any_proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
-
-// Past the L1.
-__device__ __forceinline__ float4 load_l2(const float4* from) {
-  float4 x;
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "l"(from)
-               : "memory");
-  return x;
-}
 
 // ---- registers, matrix stores, caches
 
