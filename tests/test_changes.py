@@ -164,6 +164,21 @@ def test_another_adapter(pair):
     assert_follows(pair, lambda layer: layer.set_adapter("default"))
 
 
+def test_flags_are_where_they_are_read(pair):
+    """A call reads the module's dictionary, and PEFT's properties say what is in force."""
+    _, ours, _ = pair
+    layer = layer_of(ours)
+    ours.add_adapter("second", LoraConfig(r=3, use_dora=True, target_modules=["proj"]))
+    seen = set()
+    for disabled, active in ((False, "default"), (True, "default"), (False, "second")):
+        layer.enable_adapters(not disabled)
+        layer.set_adapter(active)
+        held = vars(layer)["_disable_adapters"], tuple(vars(layer)["_active_adapter"])
+        assert held == (layer.disable_adapters, tuple(layer.active_adapter)) == (disabled, (active,))
+        seen.add(held)
+    assert len(seen) == 3
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 def test_moved_to_another_device(pair):
     plain, ours, x = pair

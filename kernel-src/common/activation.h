@@ -10,6 +10,9 @@
 
 namespace lora_fused {
 
+using std::erf;  // of a float as well: <cmath> need not give ::exp of another type than double
+using std::exp;
+
 template <typename T>
 LORA_FUSED_HD T sigmoid(T x) {
 #if defined(__CUDA_ARCH__)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import last_call, shared_input
@@ -76,7 +76,7 @@ def _unusual_reason(x: object) -> str | None:
         return "torch.func transforms the call"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    return None if isinstance(x, torch.Tensor) else f"x is a {type(x).__name__}"
+    return None if isinstance(x, Tensor) else f"x is a {type(x).__name__}"
 
 
 def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:

@@ -38,7 +38,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .call_context import FORWARD, CallContext
+from .call_context import FORWARD, CallContext, new_tuple
 from .functional import dispatch
 from .last_call import GROUPED
 from .peft import linear as peft_linear, linear_call, small_batch
@@ -282,7 +282,7 @@ def _compute_group(calls, module, leader: _Leader, x: Tensor, call: CallContext,
     for ref in leader.group:
         sibling = ref()
         if sibling is not None and sibling is not module:
-            known = _sibling_state(sibling, x, call)
+            known = _sibling_state(sibling, x, call, state.base.shape[1])
             if known is not None:
                 members.append(sibling)
                 states.append(known)
@@ -299,15 +299,15 @@ def _compute_group(calls, module, leader: _Leader, x: Tensor, call: CallContext,
         precomputed.leaders.append(_owned_by(precomputed.results, module))
         given = None if token is None else token.given
         for i in range(1, len(members)):
-            result = _Result(states[i], _versions(states[i].projection), outputs[i], given, i)
+            result = new_tuple(_Result, (states[i], _versions(states[i].projection), outputs[i], given, i))
             precomputed.results[id(members[i])] = result
         calls.precomputed = precomputed
     return outputs[0]
 
 
-def _sibling_state(sibling: nn.Module, x: Tensor, call: CallContext) -> AdaptedLinear | None:
-    """What the sibling computes, if that can be computed before its call. Its own pre-hooks may change what
-    it computes, so it must have none."""
+def _sibling_state(sibling: nn.Module, x: Tensor, call: CallContext, features: int) -> AdaptedLinear | None:
+    """What the sibling computes, if that can be computed before its call, of an x [..., features] that another takes.
+    Its own pre-hooks may change what it computes, so it must have none."""
     bound = sibling.__dict__.get("forward")
     if getattr(bound, "__func__", None) not in GROUPED or sibling._forward_pre_hooks:
         return None
@@ -316,7 +316,7 @@ def _sibling_state(sibling: nn.Module, x: Tensor, call: CallContext) -> AdaptedL
     state = peft_linear.read_linear(sibling)
     if (
         isinstance(state, Fallback)
-        or linear_call.call_fallback(state, x, call)
+        or linear_call.input_fallback(state, x, call, features)
         or linear_call.own_forward_reason(state, x, call)
     ):
         return None
@@ -326,16 +326,15 @@ def _sibling_state(sibling: nn.Module, x: Tensor, call: CallContext) -> AdaptedL
 def _versions(projection: Projection) -> list[_Version]:
     """Of every operand its version, whether it is trained, and where its memory is, which `.data` may replace under the
     same version."""
-    if projection.spec.quantized is None:
-        return _versions_of(projection)
+    operands, scaling, spec = projection
+    tensors = operands if type(scaling) is float else (*operands, scaling)
+    if spec.quantized is None:
+        return _versions_of(tensors)
     with torch._C.DisableTorchFunctionSubclass():  # a quantized weight is a subclass
-        return _versions_of(projection)
+        return _versions_of(tensors)
 
 
-def _versions_of(projection: Projection) -> list[_Version]:
-    tensors: tuple = projection.operands
-    if type(projection.scaling) is not float:
-        tensors = (*tensors, projection.scaling)
+def _versions_of(tensors: tuple) -> list[_Version]:
     try:
         return [(t._version, t.requires_grad, t.data_ptr()) for t in tensors if t is not None]
     except RuntimeError:  # those of inference mode keep no version

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 
 from ..backends import native
+from ..call_context import FORWARD
 from ..specs import Projection
 from .direct_apply import apply_of
 from .group_native import Prepared, by_trained, group_forward, prepare, put_made
 from .once_differentiable import once_differentiable
+
+# Bound once: torch looks its attributes up in a function of its own.
+_is_grad_enabled, _current_backward = torch.is_grad_enabled, torch._C._current_graph_task_id
+_dispatch_modes, _top_hooks = torch._C._len_torch_dispatch_stack, torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def _gated_forward(
@@ -38,7 +43,7 @@ def gated_mlp(
     """[..., N] of a gated MLP, down as the last projection; options: the activation as its index, and which half
     of a projection that holds both is the gate. `bf16x3` as `NativePath` has it."""
     prepared = prepare(projections, bf16x3)
-    if not torch.is_grad_enabled():
+    if not _is_grad_enabled():
         return _gated_forward(x, seeds, prepared, options)[0]
     if _is_recomputed() and projections[-1].operands.magnitude is None:
         return _recomputed(projections, prepared, options, x, seeds)
@@ -120,13 +125,13 @@ def _makes_u_again(projections: Sequence[Projection]) -> bool:
         or not operands.magnitude.requires_grad
     ):
         return False
-    return torch._C._current_graph_task_id() == -1 and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    return _current_backward() == FORWARD and _top_hooks(True) is None
 
 
 def _is_recomputed() -> bool:
     """Whether this is the forward of a backward pass, and one that may differ from the first: selective checkpoints
     watch every op through a mode, and give out what the same op gave before."""
-    return torch._C._current_graph_task_id() != -1 and torch._C._len_torch_dispatch_stack() == 0
+    return _current_backward() != FORWARD and _dispatch_modes() == 0
 
 
 def _recomputed(

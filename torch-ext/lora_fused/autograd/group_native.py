@@ -23,6 +23,10 @@ from . import separate_backward
 from .direct_apply import apply_of
 from .once_differentiable import once_differentiable
 
+# Bound once: torch looks its attributes up in a function of its own.
+_is_grad_enabled = torch.is_grad_enabled
+_FLOAT16 = torch.float16
+
 _NEED_A, _NEED_B, _NEED_BIAS, _NEED_MAGNITUDE = 1, 2, 4, 8
 _NOT_NATIVE, _NATIVE = NativePath(False), NativePath(True)
 
@@ -36,7 +40,7 @@ def native_path(
     for s·b_B alone where s is beyond 1."""
     if not native.available:
         return NativePath(False)
-    bf16x3, half = False, dtype == torch.float16
+    bf16x3, half = False, dtype == _FLOAT16
     for operands, scaling, spec in projections:
         weight, bias, lora_a, lora_b, lora_bias, magnitude = operands[:6]
         if half and (magnitude is not None or (lora_bias is not None and not -1.0 <= scaling <= 1.0)):
@@ -108,9 +112,9 @@ def prepare(projections: Sequence[Projection], bf16x3: bool) -> Prepared:
     operands: list[Tensor | None] = []
     scalings: list = []  # numbers: `specs.fold` has multiplied those that are tensors into B
     vectors: list[_Dtypes] = []
-    dropouts, needs, trained = [], [], []
+    needs, trained = [], []
     unread, made, elsewhere = [], [], []
-    drops = is_quantized = False
+    drops = is_quantized = has_vectors = False
     for projection in projections:
         tensors, scaling, spec = projection
         weight, bias, lora_a, lora_b, lora_bias, magnitude = tensors[:6]
@@ -122,7 +126,9 @@ def prepare(projections: Sequence[Projection], bf16x3: bool) -> Prepared:
             need |= _NEED_B
             trained.append(lora_b)
         if bias is not None or lora_bias is not None or magnitude is not None:
-            need, of_vectors = _with_vectors(need, bias, lora_bias, magnitude, trained)
+            if lora_bias is not None or magnitude is not None or bias.requires_grad:
+                need, of_vectors = _with_vectors(need, bias, lora_bias, magnitude, trained)
+                has_vectors = has_vectors or need >= _NEED_BIAS
             if lora_bias is not None:
                 bias = _whole_bias(projection)
             if magnitude is None:
@@ -135,17 +141,16 @@ def prepare(projections: Sequence[Projection], bf16x3: bool) -> Prepared:
                 elsewhere.append(at)
         operands += (weight.t() if spec.transposed else weight, bias, lora_a, lora_b, magnitude, None)
         scalings.append(scaling)
-        dropouts.append(spec.dropout)
         needs.append(need)
         vectors.append(of_vectors)
         drops = drops or spec.dropout > 0.0
         is_quantized = is_quantized or spec.quantized is not None
     numbers = _pack(projections, operands) if is_quantized else None
     kept = _of_backward(projections, operands, unread, elsewhere) if unread or made or elsewhere else operands
-    has_vectors = max(needs) >= _NEED_BIAS
+    dropouts = [spec.dropout for _, _, spec in projections] if drops else None
     arguments = new_tuple(
         OpArguments,
-        (scalings, dropouts if drops else None, numbers, bf16x3, needs, vectors if has_vectors else None, made),
+        (scalings, dropouts, numbers, bf16x3, needs, vectors if has_vectors else None, made),
     )
     return new_tuple(Prepared, (operands, kept, arguments, trained))
 
@@ -180,12 +185,13 @@ def _of_backward(
     """`Prepared.of_backward`, where that is not `operands`. unread, elsewhere: where the operands of projections begin
     whose bias the backward does not read, and of those whose norm a forward does not make; their mag_norm_scales are
     put in `operands`."""
-    norms = _other_norms(projections, operands, elsewhere) if elsewhere else ()
+    norms = _other_norms(projections, operands, elsewhere) if elsewhere else None
     kept = operands.copy()
     for at in unread:
         kept[at + _BIAS] = None
-    for at, norm in zip(elsewhere, norms):
-        kept[at + _MAGNITUDE_OR_NORM] = norm
+    if norms:
+        for at, norm in zip(elsewhere, norms):
+            kept[at + _MAGNITUDE_OR_NORM] = norm
     return kept
 
 
@@ -262,7 +268,7 @@ def lora_group(
     """[..., N] of each projection; `bf16x3` as `NativePath` has it, `token` is kept as `LoraLinearFunction` keeps
     it."""
     prepared = prepare(projections, bf16x3)
-    if torch.is_grad_enabled():
+    if _is_grad_enabled():
         return _apply_to(x)(prepared, token, x, seeds, *prepared.trained)
     return tuple(group_forward(x, seeds, prepared)[: len(projections)])
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+_is_grad_enabled = torch.is_grad_enabled  # bound once: torch looks its attributes up in a function of its own
 _TWICE = (
     "lora_fused: gradients of gradients (create_graph=True, gradient penalties, second derivatives) are not computed "
     "by the fused layers; use this model without kernelize for them, where PEFT's own forward runs"
@@ -22,7 +23,7 @@ def once_differentiable(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def run(ctx, *grads):
-        if not torch.is_grad_enabled():
+        if not _is_grad_enabled():
             return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)

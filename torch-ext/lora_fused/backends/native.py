@@ -310,10 +310,13 @@ for _name in (
         _dispatch.impl(_name, _on_values(getattr(ops, _name).default), _key)
 
 
+_without_torch_function = torch._C.DisableTorchFunctionSubclass  # bound once, as `torch` looks its attributes up slowly
+
+
 def _op(name: str, past_subclasses: bool = False):
     """An op as it is called here, with the cause of a failure in place of C++'s words. `past_subclasses`: its operands
     may be bitsandbytes' parameters, a subclass of a tensor that would be asked first."""
-    op = getattr(ops, name).default
+    op = getattr(ops, name).default._op  # past `OpOverload.__call__`, which is Python and calls this
 
     def call(*args):
         try:
@@ -323,7 +326,7 @@ def _op(name: str, past_subclasses: bool = False):
 
     def call_past(*args):
         try:
-            with torch._C.DisableTorchFunctionSubclass():
+            with _without_torch_function():
                 return op(*args)
         except RuntimeError as error:
             raise native_error(error, args) from None

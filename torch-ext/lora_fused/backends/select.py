@@ -28,6 +28,7 @@ HOPPER_GEMM = "native, Hopper GEMM"  # what a reader calls native ops whose prod
 _TORCH = "torch"  # and products of torch, chained in Python
 _WITH_MEMORY = (Tensor, torch.nn.Parameter)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16)
+_FLOAT64 = torch.float64  # bound once: torch looks its attributes up in a function of its own
 
 
 @functools.cache
@@ -167,9 +168,9 @@ def norm_is_native(weight: Tensor, lora_a: Tensor, lora_b: Tensor, quantized: Qu
     if (
         not native.available
         or (native.may_be_old and is_old(weight.device))
-        or dtype == torch.float64
-        or lora_a.dtype == torch.float64
-        or lora_b.dtype == torch.float64
+        or dtype == _FLOAT64
+        or lora_a.dtype == _FLOAT64
+        or lora_b.dtype == _FLOAT64
     ):
         return False
     if quantized is not None:

@@ -64,15 +64,14 @@ def compute_gated(
     *inputs, output = projections = fold((*inputs, output))
     lora_dtype, x = call.autocast, _cast(x, call)
     path = native_path(projections, x.dtype, lora_dtype, x.is_cuda)
-    names = [backend or _choose(x, part, path, lora_dtype) for part in (inputs, (output,))]
+    of_inputs = backend or _choose(x, inputs, path, lora_dtype)
+    of_output = backend or _choose(x, (output,), path, lora_dtype)
     seeds = draw_seeds(x.device, projections)
-    if path.native and names == [select.NATIVE, select.NATIVE]:
+    if path.native and of_inputs == of_output == select.NATIVE:
         return gated_mlp(x, projections, (INDEX[activation], gate_half), seeds, path.bf16x3)
-    of_inputs, of_output = (
-        GroupSpec(tuple(projection.spec for projection in part), name, lora_dtype)
-        for part, name in zip((inputs, (output,)), names)
-    )
-    spec = GatedSpec(of_inputs, of_output, activation, gate_half)
+    members = tuple(projection.spec for projection in projections)
+    group, last = GroupSpec(members[:-1], of_inputs, lora_dtype), GroupSpec(members[-1:], of_output, lora_dtype)
+    spec = GatedSpec(group, last, activation, gate_half)
     scalings = tuple(projection.scaling for projection in projections)
     flat = flatten([projection.operands for projection in projections])
     if call.grad:
@@ -127,7 +126,7 @@ def describe_backend(x: Tensor, projections: Sequence[Projection], rows: int, co
 
 def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Tensor | None:
     """int64 [members] from torch's generator for the device, on the device; None without dropout."""
-    if not any([projection.spec.dropout > 0 for projection in projections]):
+    if not any([spec.dropout > 0 for _, _, spec in projections]):
         return None
     count = len(projections)
     seeds = torch.randint(0, 2**63 - 1, (1 if share_mask else count,), device=device, dtype=torch.int64)

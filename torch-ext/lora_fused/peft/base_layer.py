@@ -77,10 +77,12 @@ def read_base(base: nn.Module, transposed: bool, opaque: bool) -> Base | Fallbac
     """What a base layer computes now; `opaque` where the LoRA layer is one for bases of a kind of its own."""
     if type(base) is nn.Linear and not transposed:  # nearly all, past what others ask
         state = base.__dict__
-        weight = tensor_of(base, "weight")
+        parameters = state["_parameters"]
+        weight = parameters["weight"] if "weight" in parameters else state["weight"]  # as `tensor_of` has it
         if type(weight) in PLAIN_TENSORS:
+            bias = parameters["bias"] if "bias" in parameters else state["bias"]
             shape = (state["out_features"], state["in_features"])
-            return new_tuple(Base, (weight, tensor_of(base, "bias"), shape, None, None, None, _NO_SCALES))
+            return new_tuple(Base, (weight, bias, shape, None, None, None, _NO_SCALES))
     found = _read(base, transposed, opaque)
     if type(base) is nn.Linear or isinstance(found, Fallback) or found.own_forward:
         return found
@@ -255,9 +257,10 @@ def device_of(operands: Operands) -> torch.device:
 def tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> str | None:
     """Of all tensors, or of the adapter's alone where the weight is not floating-point numbers."""
     weight, bias, lora_a, lora_b, lora_bias, magnitude = operands[:6]
-    dense = base.quantized is None and weight is not None
-    device = device_of(operands)
-    own_bias = None if base.own_forward else bias
+    _, _, shape, quantized, _, own_forward, _ = base
+    dense = quantized is None and weight is not None
+    device = weight.device if dense else device_of(operands)
+    own_bias = None if own_forward else bias
     for tensor in (weight if dense else None, own_bias, lora_a, lora_b, lora_bias, magnitude):
         if tensor is not None and (
             type(tensor) not in PLAIN_TENSORS
@@ -270,9 +273,9 @@ def tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> s
             )
     if device == _META:
         return "its tensors are on the meta device"
-    if dense and weight.shape != (base.shape[::-1] if transposed else base.shape):
+    if dense and weight.shape != (shape[::-1] if transposed else shape):
         return f"weight has shape {tuple(weight.shape)} (sharded or replaced)"
-    if own_bias is not None and bias.shape != (base.shape[0],):
+    if own_bias is not None and bias.shape != (shape[0],):
         return f"bias has shape {tuple(bias.shape)}, which does not fit"
     return None
 
@@ -289,8 +292,8 @@ def _unfit_reason(name: str, tensor: Tensor, device: torch.device) -> str:
 
 def fit_reason(operands: Operands, n: int, k: int) -> str | None:
     """An adapter that does not fit gets PEFT's own error."""
-    lora_bias, magnitude = operands.lora_bias, operands.magnitude
-    a, b = operands.lora_a.shape, operands.lora_b.shape
+    _, _, lora_a, lora_b, lora_bias, magnitude = operands[:6]
+    a, b = lora_a.shape, lora_b.shape
     if len(a) != 2 or a[1] != k or b != (n, a[0]):
         return f"lora_A has shape {tuple(a)} and lora_B {tuple(b)}, which do not fit"
     if lora_bias is not None and lora_bias.shape != (n,):

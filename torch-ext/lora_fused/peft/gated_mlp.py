@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..call_context import CallContext
+from ..call_context import CallContext, new_tuple
 from ..last_call import GROUPED
 from ..specs import Fallback, Projection
 from . import linear as peft_linear, linear_call, mlp_tracer, replaced, small_batch
@@ -211,7 +211,8 @@ def _is_as_it_was(module: nn.Module, known: _Recognised) -> bool:
 def projections_of(module: nn.Module, structure: GatedMLP) -> tuple[nn.Module, ...]:
     """The modules of gate, up and down, or of the one that holds gate and up, and of down."""
     names = (structure.gate, structure.down) if structure.fused else (structure.gate, structure.up, structure.down)
-    return tuple([module._modules[name] for name in names])
+    modules = module._modules
+    return tuple([modules[name] for name in names])
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -257,6 +258,7 @@ def read_mlp(module: nn.Module, x: Tensor, call: CallContext, check_features: bo
     parts = projections_of(module, structure)
     features = x.shape[-1] if check_features and x.dim() > 0 else None
     states: list[peft_linear.AdaptedLinear] = []
+    projections: list[Projection] = []
     quantized = 0
     for part in parts:
         state = _read_part(part)
@@ -267,6 +269,7 @@ def read_mlp(module: nn.Module, x: Tensor, call: CallContext, check_features: bo
         if isinstance(state, Fallback):
             return Fallback(f"{_name(module, part)}: {state.reason}")
         states.append(state)
+        projections.append(state.projection)
         quantized += state.base.quantized is not None
     result_dtype = None
     if quantized == len(parts):
@@ -277,8 +280,8 @@ def read_mlp(module: nn.Module, x: Tensor, call: CallContext, check_features: bo
     width, down_width = states[0].base.shape[0], states[-1].base.shape[1]
     if width != (2 * down_width if structure.fused else down_width) or states[-2].base.shape[0] != width:
         return Fallback("gate, up and down do not fit together")
-    *inputs, output = [state.projection for state in states]
-    return AdaptedMLP(tuple(inputs), output, structure.activation, structure.gate_half, result_dtype)
+    inputs, output = tuple(projections[:-1]), projections[-1]
+    return new_tuple(AdaptedMLP, (inputs, output, structure.activation, structure.gate_half, result_dtype))
 
 
 def _between_reason(module: nn.Module, structure: GatedMLP) -> str | None:

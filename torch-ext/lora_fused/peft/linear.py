@@ -127,16 +127,18 @@ def read_linear(module: nn.Module, known: AdaptedLinear | None = None) -> Adapte
     have in common `replaced.linear_reason` looks at. `known` was read of it before: where the module holds the very
     same tensors and numbers it is given again, and its tensors are not looked at."""
     cls = type(module)
-    if _is_traced() or _FORWARDS.get(cls) is not cls.forward or _CODES[cls] is not cls.forward.__code__:
+    forward = cls.forward
+    if _is_traced() or _FORWARDS.get(cls) is not forward or _CODES[cls] is not forward.__code__:
         reason = replaced.forward_reason(cls)
         if reason:
             return Fallback(reason)
-    if module.disable_adapters:
-        return Fallback("adapters are disabled")
     state = module.__dict__
+    # What PEFT's properties `disable_adapters` and `active_adapter` give.
+    if state["_disable_adapters"]:
+        return Fallback("adapters are disabled")
     if state["merged_adapters"]:
         return Fallback("the adapter is merged into the base weight")
-    active, adapters = module.active_adapter, state["_modules"]["lora_A"]._modules
+    active, adapters = state["_active_adapter"], state["_modules"]["lora_A"]._modules
     if len(active) == 1 and active[0] in adapters:  # a list of one, nearly always
         name = active[0]
     else:
@@ -147,16 +149,17 @@ def read_linear(module: nn.Module, known: AdaptedLinear | None = None) -> Adapte
             )
         name = names[0]
     try:
-        return _read_adapter(module, name, known)
+        return _read_adapter(module, state, name, known)
     except (KeyError, RuntimeError) as error:
         return unread(error)
 
 
-def _read_adapter(module: nn.Module, name: str, known: AdaptedLinear | None) -> AdaptedLinear | Fallback:
+def _read_adapter(
+    module: nn.Module, state: dict[str, Any], name: str, known: AdaptedLinear | None
+) -> AdaptedLinear | Fallback:
     # Straight from the dictionaries. An attribute of a module is looked for in all of its classes first, by Python 3.11
     # twice more for a __getattr__ of its own: 0.1 µs each, 0.5 where the interpreter's cache of such looks has two in
     # one place.
-    state = module.__dict__
     modules = state["_modules"]
     layer, kind = modules["base_layer"], (_kinds or linear_kinds())[type(module)]
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
@@ -173,9 +176,10 @@ def _read_adapter(module: nn.Module, name: str, known: AdaptedLinear | None) -> 
     base = read_base(layer, transposed, kind.opaque)
     if isinstance(base, Fallback):
         return base
+    weight, bias, shape, quantized, _, own_forward, scales = base
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return Fallback(f"adapter layers are {type(lora_a).__name__} and {type(lora_b).__name__}, not Linear")
-    if base.own_forward is None:  # what others do to the calls of a base that is called stays
+    if own_forward is None:  # what others do to the calls of a base that is called stays
         watched = replaced.bypass_reason(("base_layer",), (layer,))
         if watched:
             return Fallback(watched)
@@ -194,27 +198,27 @@ def _read_adapter(module: nn.Module, name: str, known: AdaptedLinear | None) -> 
     if _has_any_global_hook():
         return Fallback("hooks on all modules")
     magnitude = None if dora is None else tensor_of(dora, "weight")
-    operands = new_tuple(Operands, (base.weight, base.bias, a, b, lora_bias, magnitude, *base.scales))
+    operands = new_tuple(Operands, (weight, bias, a, b, lora_bias, magnitude) + scales)
     if type(scaling) is not float:
         scaling = read_scaling(scaling, b)
         if isinstance(scaling, Fallback):
             return scaling
-    plain = p == 0.0 and not transposed and base.quantized is None
-    spec = _PLAIN_SPEC if plain else _spec(p, transposed, base.quantized)
+    plain = p == 0.0 and not transposed and quantized is None
+    spec = _PLAIN_SPEC if plain else _spec(p, transposed, quantized)
     casts_input, training = state.get("cast_input_dtype_enabled", True), state["training"]
     if known is not None and _is_as_read(known, operands, scaling, spec, base, (casts_input, training)):
         return known
-    if dora is not None and transposed and base.weight.requires_grad:
+    if dora is not None and transposed and weight.requires_grad:
         return Fallback("DoRA on a trained Conv1D weight, whose gradient PEFT detaches in part")
     reason = tensor_reason(operands, base, transposed)
-    if reason is None and base.shape is not None:
-        reason = fit_reason(operands, *base.shape)
+    if reason is None and shape is not None:
+        reason = fit_reason(operands, shape[0], shape[1])
     if reason:
         return Fallback(reason)
     projection = new_tuple(Projection, (operands, scaling, spec))
-    reason = delta_reason(projection) if base.own_forward else None
+    reason = delta_reason(projection) if own_forward else None
     if reason:
-        return Fallback(f"{reason} ({base.own_forward})")
+        return Fallback(f"{reason} ({own_forward})")
     return new_tuple(AdaptedLinear, (projection, casts_input, base, training, kind.promotes))
 
 
@@ -250,13 +254,11 @@ def _is_as_read(
 ) -> bool:
     """Whether a module holds what was `known` of it. Tensors are compared as objects, a scaling that is one not by
     value, which would have to be waited for."""
-    before = known.projection
+    own_operands, own_scaling, own_spec = known.projection
     return (
-        all(map(operator.is_, before.operands, operands))
-        and (
-            before.scaling is scaling or (type(before.scaling) is type(scaling) is float and before.scaling == scaling)
-        )
-        and before.spec is spec
+        all(map(operator.is_, own_operands, operands))
+        and (own_scaling is scaling or (type(own_scaling) is type(scaling) is float and own_scaling == scaling))
+        and own_spec is spec
         and known.base[2:6] == base[2:6]
         and (known.casts_input, known.training) == flags
     )

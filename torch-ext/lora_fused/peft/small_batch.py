@@ -37,16 +37,18 @@ def small_reason(module: nn.Module, x: Tensor, call: CallContext, rows: int | No
     base: type = type(modules["base_layer"])
     if base is not nn.Linear and not is_listed(base, LINEARS):
         return few if linear_kinds()[type(module)].name == "Linear4bit" else None
-    if not _waits_for_host(x, call, size, features):
+    if size > SMALL_ROWS * features or not _may_wait_for_host(x, call):
         return None
     return SMALL if _is_adapted_in(x.dtype, modules) else few
 
 
 def small_alone_reason(module: nn.Module, x: Tensor, call: CallContext, rows: int | None = None) -> str | None:
     """The same of a linear that no sibling runs with, in training or not; it has no masks to be drawn twice."""
+    if not _may_wait_for_host(x, call):  # the least of all questions
+        return None
     features, modules = module.in_features, module._modules
     size = x.numel() if rows is None else rows * features
-    if not _waits_for_host(x, call, size, features) or has_dropout(module):
+    if size > SMALL_ROWS * features or has_dropout(module):
         return None
     if modules["lora_magnitude_vector"]._modules:
         return None
@@ -54,9 +56,9 @@ def small_alone_reason(module: nn.Module, x: Tensor, call: CallContext, rows: in
     return SMALL_ALONE if (base is nn.Linear or is_listed(base, LINEARS)) and _is_adapted_in(x.dtype, modules) else None
 
 
-def _waits_for_host(x: Tensor, call: CallContext, size: int, features: int) -> bool:
-    """Whether PEFT casts nothing there but an adapter of another dtype, and the host is what a call waits for."""
-    return size <= SMALL_ROWS * features and (x.is_cuda or _SMALL_ANYWHERE) and call.autocast is None
+def _may_wait_for_host(x: Tensor, call: CallContext) -> bool:
+    """Whether PEFT casts nothing there but an adapter of another dtype, and the host is what a small call waits for."""
+    return (x.is_cuda or _SMALL_ANYWHERE) and call.autocast is None
 
 
 def _is_adapted_in(dtype: torch.dtype, modules: dict[str, nn.Module]) -> bool:
