@@ -139,3 +139,12 @@ def test_what_is_found_genuine_later(compiled, lora_fused):
     lora_fused.peft.replaced.forward_reason(Other)
     assert lora_fused.peft.replaced.forward_reason(torch.nn.Conv1d) is None
     assert model.compilations() == 0
+
+
+def test_modules_are_looked_at_once_a_trace(compiled, lora_fused, monkeypatch):
+    """Not at each op, whose number grows with that of modules; a new trace looks again."""
+    looked, note_trace = [], lora_fused.last_call.note_trace
+    monkeypatch.setattr(lora_fused.last_call, "note_trace", lambda: looked.append(None) or note_trace())
+    model = compiled()
+    assert len(looked) == 1
+    assert model.compilations(length=7) == 1 and len(looked) == 2

@@ -4,10 +4,12 @@ read, and put one op into the graph.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
 from torch.autograd import forward_ad
 
 from .. import last_call
@@ -35,13 +37,26 @@ def _unusual_reason() -> str | None:
     return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
 
 
+_prepared: weakref.ref | None = None  # the trace that modules were last prepared for
+
+
+def _prepare_modules() -> None:
+    """Notes and prepares all modules that a trace may meet, once a trace: no Python of a model runs in between."""
+    global _prepared
+    trace = TracingContext.get()
+    if _prepared is not None and _prepared() is trace:
+        return
+    for module in last_call.note_trace():
+        if peft_gated_mlp.is_adapted(module):
+            peft_gated_mlp.prepare_trace(module)
+    _prepared = weakref.ref(trace)
+
+
 def begin() -> tuple[str | None, str | None]:
     """Why a linear's and an embedding's call that is traced now is PEFT's. Dynamo runs this and takes the result for a
     constant; what may change later is compared again where Dynamo guards it. It looks at all that a forward will ask
     for: Dynamo knows a dict as it was when it first met it."""
-    for module in last_call.note_trace():
-        if last_call.is_of_kernel(module) and peft_gated_mlp.is_adapted(module):
-            peft_gated_mlp.prepare_trace(module)
+    _prepare_modules()
     unusual = _unusual_reason()
     reasons = unusual or replaced.linear_reason(), unusual or replaced.embedding_reason()
     replaced.remember((*peft_linear.forwards(), *peft_embedding.forwards()))

@@ -1,4 +1,4 @@
-"""What is done to graphs, as a pass of Inductor's. Imported where there is torch.compile: it imports torch._inductor."""
+"""What is done to graphs, as a pass of Inductor's. Imported where there is torch.compile: it imports Inductor."""
 
 from __future__ import annotations
 
