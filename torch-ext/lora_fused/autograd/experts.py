@@ -44,7 +44,7 @@ def forward_experts(
     spec: ExpertsSpec, products: Products, x: Tensor, routing: Tensor, up: ExpertWeights, down: ExpertWeights
 ) -> tuple[Tensor, Kept]:
     """out [T, H'] in x's dtype, and what is kept."""
-    narrow, factors = x.to(up.weight.dtype), (products.lay_out(up), products.lay_out(down))
+    narrow, factors = x.to(up.weight.dtype), products.lay_out(up, down)
     z, t1 = products.project(products.take(narrow), up, factors[0])
     y, t2 = products.project(products.gate(z, spec.gate), down, factors[1])
     return products.combine(y, routing).to(x.dtype), Kept(narrow, z, t1, t2, factors[0], factors[1])

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...call_context import new_tuple
 from ...specs import AnyGate, ExpertWeights, Gate
 from .. import grouped_mm
-from ..reference.grouped import NO_FACTORS, Factors, Products, Rows
+from ..reference.grouped import Factors, Products, Rows
 from . import route
 from .combine_rows import combine_rows
 from .expert_gate import expert_gate, expert_gate_backward
@@ -47,11 +47,8 @@ class TritonPasses(Products):
     def take(self, x: Tensor) -> ByToken:
         return ByToken(x)
 
-    def lay_out(self, weights: ExpertWeights) -> Factors:
-        if weights.lora_a is None:
-            return NO_FACTORS
-        a, b = weights.lora_a, weights.lora_b.transpose(1, 2)
-        return Factors(*lay_out(a, b, weights.weight.dtype, weights.scaling))
+    def lay_out(self, up: ExpertWeights, down: ExpertWeights) -> tuple[Factors, Factors]:
+        return lay_out(up, down)
 
     def shrink_back(self, dy, weights: ExpertWeights, factors: Factors) -> Tensor | None:
         return None if factors.b is None else self._shrink(dy, factors.b)[0]
