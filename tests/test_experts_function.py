@@ -215,12 +215,21 @@ def test_triton_kernels(lora_fused, poisoned, monkeypatch, n, k, rank, rows, fus
     w = torch.randn(5, k, n).half().transpose(1, 2) / k**0.5
     a, b = torch.randn(5, rank, k).half() / k**0.5, torch.randn(n, rank, 5).permute(2, 0, 1) / rank**0.5
     bias = torch.randn(5, n).half()
-    kept, laid = layout.lay_out(a, b.transpose(1, 2), torch.float16, 0.7)
-    assert kept is a and laid.is_contiguous() and torch.equal(laid, (b.transpose(1, 2) * 0.7).half())
-    made = layout.lay_out(a.float(), b.transpose(1, 2), torch.float16, 0.7)
-    strided = layout.lay_out(a.permute(2, 1, 0).contiguous().permute(2, 1, 0), b.transpose(1, 2), torch.float16, 0.7)
-    for each in (made, strided):
-        assert each[0].is_contiguous() and torch.equal(each[0], a) and torch.equal(each[1], laid)
+    weights = lora_fused.specs.ExpertWeights(w, bias, a, b, 0.7)
+    wide = weights._replace(lora_a=a.float(), scaling=-0.3)
+    strided = weights._replace(lora_a=a.permute(2, 1, 0).contiguous().permute(2, 1, 0))
+    small = weights._replace(lora_a=torch.randn(5, 2, 9), lora_b=torch.randn(5, 70, 2), scaling=1.0)
+    plain = weights._replace(lora_a=None, lora_b=None)
+    for pair in ((weights, strided), (wide, small), (small, weights), (plain, wide), (weights, plain), (wide, wide)):
+        for given, (laid_a, laid_b) in zip(pair, layout.lay_out(*pair), strict=True):
+            if given is plain:
+                assert laid_a is laid_b is None
+                continue
+            assert (laid_a is a) == (given is weights) and laid_a.is_contiguous() and laid_b.is_contiguous()
+            assert torch.equal(laid_a, given.lora_a.half())
+            assert torch.equal(laid_b, (given.lora_b.transpose(1, 2) * given.scaling).half())
+    assert layout.lay_out(plain, plain) == ((None, None), (None, None))
+    laid = layout.lay_out(weights, plain)[0].b
     y, t = kernels.grouped_linear(x, found.order, found.tiles, tile, w, (a, laid), bias, per_token)
     expert, token = found.expert(), found.token()
     gathered = x.double()[token]
@@ -232,7 +241,7 @@ def test_triton_kernels(lora_fused, poisoned, monkeypatch, n, k, rank, rows, fus
     plain, nothing = kernels.grouped_linear(x[token], None, found.tiles, tile, w)
     assert nothing is None
     assert (plain.double() - torch.einsum("sk,snk->sn", gathered, w.double()[expert])).abs().max() <= 4e-3
-    weights = routing.double().reshape(-1, 1)[found.order]
+    routed_by = routing.double().reshape(-1, 1)[found.order]
     sums = []
     for short, long, by_token, routed in (
         (t, x, True, routing),
@@ -245,7 +254,7 @@ def test_triton_kernels(lora_fused, poisoned, monkeypatch, n, k, rank, rows, fus
         each = outer.Outer(out, out.stride(), k, short, long, by_token, 0.3)
         outer.grouped_outer(each, None, ranks, found.order, found.ends, routing=routed, per_token=per_token)
         left = torch.ones(rows, 1).double() if short is None else short.double()
-        left = left if routed is None else left * weights
+        left = left if routed is None else left * routed_by
         expected = 0.3 * torch.stack([left[expert == e].t() @ gathered[expert == e] for e in range(5)])
         assert not out[0].any() and not out[4].any()
         assert (out.double() - expected).abs().max() <= 2e-3 * expected.abs().max()

@@ -44,10 +44,10 @@ def forward_experts(
     spec: ExpertsSpec, products: Products, x: Tensor, routing: Tensor, up: ExpertWeights, down: ExpertWeights
 ) -> tuple[Tensor, Kept]:
     """out [T, H'] in x's dtype, and what is kept."""
-    narrow, factors = x.to(up.weight.dtype), (products.lay_out(up), products.lay_out(down))
+    narrow, factors = x.to(up.weight.dtype), products.lay_out(up, down)
     z, t1 = products.project(products.take(narrow), up, factors[0])
     y, t2 = products.project(products.gate(z, spec.gate), down, factors[1])
-    return products.combine(y, routing).to(x.dtype), Kept(narrow, z, t1, t2, factors[0], factors[1])
+    return products.combine(y, routing).to(x.dtype), new_tuple(Kept, (narrow, z, t1, t2, *factors))
 
 
 class LoraExpertsFunction(torch.autograd.Function):
@@ -70,11 +70,9 @@ class LoraExpertsFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout: Tensor):
         order, ends, place, tiles, index, routing, *rest = ctx.saved_tensors
-        (x, z, t1, t2), tensors = rest[:4], rest[8:]
-        kept = Kept(x, z, t1, t2, Factors(*rest[4:6]), Factors(*rest[6:8]))
-        up, down = _weights(tensors, ctx.spec)
-        tokens, per_token = routing.shape
-        rows = Rows(order, ends, tokens, per_token, ctx.spec.leaves_out, place, tiles, ctx.backend)
+        kept = new_tuple(Kept, (*rest[:4], new_tuple(Factors, rest[4:6]), new_tuple(Factors, rest[6:8])))
+        up, down = _weights(rest[8:], ctx.spec)
+        rows = new_tuple(Rows, (order, ends, *routing.shape, ctx.spec.leaves_out, place, tiles, ctx.backend))
         with without_autocast(dout):
             products = select.make_products(rows, up, trains=True)
             step = _Backward(ctx.spec, products, (index, routing), kept, ctx.needs_input_grad)

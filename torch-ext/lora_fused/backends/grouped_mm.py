@@ -6,6 +6,8 @@ On other GPUs, and for other dtypes, torch's own function loops over experts and
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -21,10 +23,14 @@ def fits(weight: Tensor) -> bool:
     if not weight.is_cuda or weight.dtype != torch.bfloat16 or _grouped_mm is None or weight.data_ptr() % 16:
         return False
     _, n, k = weight.shape
-    dense = weight.is_contiguous() or weight.transpose(1, 2).is_contiguous()
-    return (
-        dense and not (n % _MULTIPLE or k % _MULTIPLE) and torch.cuda.get_device_capability(weight.device)[0] in _MAJORS
-    )
+    if n % _MULTIPLE or k % _MULTIPLE or not _is_of_a_major(weight.device):
+        return False
+    return weight.is_contiguous() or weight.transpose(1, 2).is_contiguous()
+
+
+@functools.cache
+def _is_of_a_major(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] in _MAJORS
 
 
 def product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:

@@ -270,7 +270,7 @@ def sort_rows(index: Tensor, up: ExpertWeights, down: ExpertWeights, leaves_out:
     kernels = _experts_kernels(chosen, index)
     if index.numel() == 0 or kernels is None:
         return Rows.sort(index, up.weight.shape[0], leaves_out)._replace(backend=chosen)
-    return kernels.sort_rows(index, up.weight, leaves_out)._replace(backend=chosen)
+    return kernels.sort_rows(index, up.weight, leaves_out, chosen)
 
 
 def make_products(rows: Rows, up: ExpertWeights, trains: bool) -> Products:

@@ -135,9 +135,9 @@ class Products:
         """x [T, K] by row, for the methods below: [S, K], or what says how to read that."""
         return x[self.rows.token()]
 
-    def lay_out(self, weights: ExpertWeights) -> Factors:
-        """The adapter's factors as `project` and `project_back` read them, where both read the same."""
-        return NO_FACTORS
+    def lay_out(self, up: ExpertWeights, down: ExpertWeights) -> tuple[Factors, Factors]:
+        """The adapters' factors as `project` and `project_back` read them, where both read the same."""
+        return NO_FACTORS, NO_FACTORS
 
     def project(self, x, weights: ExpertWeights, factors: Factors) -> tuple[Tensor, Tensor | None]:
         """(y [S, N], t [S, R]) of x [S, K]: y = x Wᵀ + t (s·B)ᵀ + b, t = x Aᵀ."""

@@ -1,8 +1,8 @@
 """Products over rows that are sorted by expert, in Triton: every GPU, no wait for it, no gathered copy of x.
 
 `grouped_linear` has base product, adapter and bias in one launch, `combine_rows` routing weight and sum in another,
-`grouped_outer` a factor's gradient as the parameter is stored. A training forward of one layer is eight or nine
-launches, a backward eight.
+`grouped_outer` gradients of factors as the parameters are stored. A training forward of one layer is six or seven
+launches, a backward six. Beside products of torch's, adapters' terms are passes of their own (`grouped_term`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ...call_context import new_tuple
 from ...specs import AnyGate, ExpertWeights, Gate
 from .. import grouped_mm
-from ..reference.grouped import NO_FACTORS, Factors, Products, Rows
+from ..reference.grouped import Factors, Products, Rows
 from . import route
 from .combine_rows import combine_rows
 from .expert_gate import expert_gate, expert_gate_backward
@@ -31,9 +31,10 @@ class ByToken(NamedTuple):
     x: Tensor
 
 
-def sort_rows(index: Tensor, weight: Tensor, leaves_out: bool) -> Rows:
-    """The rows of `index` [T, k], the expert that each token chose, for products that begin with this weight."""
-    return route.sort_rows(index, weight.shape[0], choose_tile(weight, index.numel()).m, leaves_out)
+def sort_rows(index: Tensor, weight: Tensor, leaves_out: bool, backend: str) -> Rows:
+    """The rows of `index` [T, k], the expert that each token chose, for products of this backend that begin with this
+    weight."""
+    return route.sort_rows(index, weight.shape[0], choose_tile(weight, index.numel()).m, leaves_out, backend)
 
 
 class TritonPasses(Products):
@@ -47,11 +48,8 @@ class TritonPasses(Products):
     def take(self, x: Tensor) -> ByToken:
         return ByToken(x)
 
-    def lay_out(self, weights: ExpertWeights) -> Factors:
-        if weights.lora_a is None:
-            return NO_FACTORS
-        a, b = weights.lora_a, weights.lora_b.transpose(1, 2)
-        return Factors(*lay_out(a, b, weights.weight.dtype, weights.scaling))
+    def lay_out(self, up: ExpertWeights, down: ExpertWeights) -> tuple[Factors, Factors]:
+        return lay_out(up, down)
 
     def shrink_back(self, dy, weights: ExpertWeights, factors: Factors) -> Tensor | None:
         return None if factors.b is None else self._shrink(dy, factors.b)[0]

@@ -35,6 +35,7 @@ from .launch import (
 )
 
 BAND = 8  # tiles of rows that go through the columns together
+WARPGROUP = 64  # rows of Hopper's product: with fewer, and t beside it, each warp makes all that four could share
 
 
 @triton.jit
@@ -146,7 +147,7 @@ def _tile(device: torch.device, wide: bool, each: int, n: int, k: int) -> Tile:
     """The one measured for the nearest shape, else by rule: at most 96 KiB of shared memory."""
     measured = None if wide else device_config.nearest(device_config.of(device).experts_tiles, (each or 1, n, k))
     if measured is not None:
-        return Tile(*measured)._replace(m=min(measured[0], max(MIN_DOT, 2 * each)))
+        return Tile(*measured)._replace(m=min(measured[0], max(WARPGROUP, 2 * each)))
     rows = 128 if each > 64 else 64 if each > 32 else 32 if each > 16 else MIN_DOT
     if wide or shared_memory(device) <= SMALL_SHARED_MEMORY:
         return Tile(min(rows, 64), 64 if wide else 128, 32 if wide else 64, 4, 2)

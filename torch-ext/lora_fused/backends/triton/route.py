@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...call_context import new_tuple
 from ..reference.grouped import Rows
 from .launch import MIN_DOT, ceil_div, launch, power_of_2
 
@@ -119,7 +120,7 @@ def most_tiles(choices: int, experts: int, tile_rows: int) -> int:
     return min(choices, experts) + choices // tile_rows
 
 
-def sort_rows(index: Tensor, experts: int, tile_rows: int, leaves_out: bool) -> Rows:
+def sort_rows(index: Tensor, experts: int, tile_rows: int, leaves_out: bool, backend: str = "") -> Rows:
     """The rows of index [T, k], at least one choice, with their places and the table of tiles of so many rows."""
     shape, index, count, device = index.shape, index.contiguous(), index.numel(), index.device
     most = most_tiles(count, experts, tile_rows)
@@ -135,4 +136,4 @@ def sort_rows(index: Tensor, experts: int, tile_rows: int, leaves_out: bool) -> 
     given = index, counts, order, place, ends, tiles, count, experts, blocks, most, tile_rows, *sizes
     launch(place_kernel, (blocks, 1, 1), given, num_warps=8, sanitize_overflow=False)
     tokens, per_token = shape
-    return Rows(order, ends, tokens, per_token, leaves_out, place, tiles)
+    return new_tuple(Rows, (order, ends, tokens, per_token, leaves_out, place, tiles, backend))
