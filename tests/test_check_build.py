@@ -249,6 +249,8 @@ EFFECTS = {
     "torch._keep = torch.library.Library('elsewhere', 'DEF'); torch._keep.define('op() -> ()')": (
         "registers elsewhere::op",
     ),
+    "import torch; from ._ops import ops; torch._own = torch.library.Library(ops.name, 'FRAGMENT'); "
+    "torch._own.define('lonely() -> ()')": ("::lonely without a kernel",),
 }  # fmt: skip
 
 
