@@ -294,9 +294,8 @@ def test_torch_to_compile_against_and_its_compiler(tmp_path, monkeypatch):
     assert (torch.version, torch.full_version, torch.cuda) == ((2, 11), "2.11.0+cu130", "13.0")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(
-        SystemExit, match=r"(?s)2\.11\.0\+cu130 is a CUDA build.*pip install torch==2\.11\.0 .*/whl/cpu.*13\.0\.$"
-    ):
+    told = r"(?s)2\.11\.0\+cu130 is a CUDA build.*pip install torch==2\.11\.0 .*/whl/cpu.*13\.0\.$"
+    with pytest.raises(SystemExit, match=told):
         build.choose_backend(torch)
     nvcc = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"  # of a wheel
     nvcc.parent.mkdir(parents=True)
