@@ -37,8 +37,11 @@ check-build: build  ## hold every variant in build/ against what the Hub asks: A
 demo: build  ## fine-tune with PEFT alone and kernelized, and compare
 	$(PYTHON) examples/finetune.py
 
-compare: build  ## the same with a checkpoint and a text file of yours: MODEL=folder DATA=file
-	$(PYTHON) examples/finetune.py --model "$(MODEL)" --data "$(DATA)"
+ifneq ($(if $(MODEL),,$(filter compare,$(MAKECMDGOALS))),)
+$(error MODEL is missing: make compare MODEL=folder of a checkpoint, DATA=file for a text of yours)
+endif
+compare: build  ## the same with a checkpoint of yours, and a text: MODEL=folder DATA=file
+	$(PYTHON) examples/finetune.py --model "$(MODEL)" $(if $(DATA),--data "$(DATA)")
 
 # The wheel of clang-format has no module to run, but a function.
 CLANG_FORMAT = $(PYTHON) -c 'import sys, clang_format; sys.exit(clang_format.clang_format())'
