@@ -1,5 +1,5 @@
-# Without PYTHON: a virtual environment with the pinned dependencies. With PYTHON=python3:
-# that existing environment, no installation and no network.
+# Without PYTHON: a virtual environment with the pinned dependencies, few for a build and the demo, else those of the
+# tests. With PYTHON=python3: that existing environment, no installation and no network.
 .DEFAULT_GOAL := help
 .PHONY: help venv build check-build demo lint format types test test-all test-compile test-trainers docs compare families conformance matrix clean gpu-check bench tune \
   build-cuda build-noarch reproduce variants public-api release-dry-run
@@ -8,7 +8,8 @@ ifdef PYTHON
 READY :=
 else
 PYTHON := .venv/bin/python
-READY := .venv/stamp
+REQUIREMENTS ?= $(if $(filter-out build demo compare,$(MAKECMDGOALS)),requirements-test.txt,requirements.txt)
+READY := .venv/$(basename $(REQUIREMENTS)).stamp
 endif
 BASE_PYTHON ?= python3
 
@@ -18,12 +19,14 @@ help:  ## list the targets
 
 venv: $(READY)  ## make .venv with the pinned dependencies
 
-REQUIREMENTS ?= requirements-test.txt
-
-.venv/stamp: $(wildcard requirements*.txt)
+# The tests' dependencies hold the few; others may replace what an earlier stamp stands for.
+ifdef READY
+$(READY): $(wildcard requirements*.txt)
 	$(BASE_PYTHON) -m venv .venv
+	@rm -f .venv/*.stamp
 	.venv/bin/python -m pip install --quiet -r $(REQUIREMENTS)
-	@touch $@
+	@touch $@ $(if $(filter requirements-test.txt,$(REQUIREMENTS)),.venv/requirements.stamp)
+endif
 
 build: $(READY)  ## build this machine's variant into build/
 	@$(PYTHON) scripts/build.py
@@ -34,8 +37,11 @@ check-build: build  ## hold every variant in build/ against what the Hub asks: A
 demo: build  ## fine-tune with PEFT alone and kernelized, and compare
 	$(PYTHON) examples/finetune.py
 
-compare: build  ## the same with a checkpoint and a text file of yours: MODEL=folder DATA=file
-	$(PYTHON) examples/finetune.py --model "$(MODEL)" --data "$(DATA)"
+ifneq ($(if $(MODEL),,$(filter compare,$(MAKECMDGOALS))),)
+$(error MODEL is missing: make compare MODEL=folder of a checkpoint, DATA=file for a text of yours)
+endif
+compare: build  ## the same with a checkpoint of yours, and a text: MODEL=folder DATA=file
+	$(PYTHON) examples/finetune.py --model "$(MODEL)" $(if $(DATA),--data "$(DATA)")
 
 # The wheel of clang-format has no module to run, but a function.
 CLANG_FORMAT = $(PYTHON) -c 'import sys, clang_format; sys.exit(clang_format.clang_format())'

@@ -2,7 +2,7 @@
 """LoRA fine-tuning of a causal language model, with PEFT alone and with lora-fused, side by side.
 
 Both runs start from the same weights and see the same batches, so their losses must agree.
-Without --model and --data: a Llama built here (on a GPU of a 1B shape), on the language reference
+Without --model: a Llama built here (on a GPU of a 1B shape); without --data: the language reference
 that every Python ships. Exits with 1 if the losses disagree or nothing was fused, with 2 for bad input.
 """
 
@@ -43,8 +43,8 @@ class Run(NamedTuple):
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path, help="folder of a checkpoint with its tokenizer; needs --data")
-    parser.add_argument("--data", type=Path, help="text file to train on")
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint with its tokenizer")
+    parser.add_argument("--data", type=Path, help="text file to train on, default: Python's language reference")
     seq = 1024 if torch.cuda.is_available() else 128
     for name, default in (("steps", 60), ("rank", 16), ("batch", 8), ("seq", seq), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
@@ -54,8 +54,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--trust-remote-code", action="store_true", help="with --kernel, for an untrusted publisher")
     parser.add_argument("--out", type=Path, default=ROOT / ".demo" / "loss.png", help="picture; a .json goes beside it")
     args = parser.parse_args()
-    if args.model and not args.data:
-        parser.error("--model needs --data FILE, the text to train on")
     if min(args.steps, args.rank, args.batch) < 1 or args.seq < 2:
         parser.error("--steps, --rank and --batch must be 1 or more, --seq 2 or more")
     args.out = args.out.with_suffix(".png")
@@ -191,7 +189,8 @@ def draw(peft: Run, fused: Run, path: Path) -> None:
     from matplotlib import pyplot
 
     names, colors = ("PEFT", "lora-fused"), ("tab:orange", "tab:blue")
-    bars = [("step time, ms", [run.step_ms for run in (peft, fused)])]
+    place = "" if peft.peak_bytes is not None else "\non a CPU, no guide to a GPU"
+    bars = [(f"step time, ms{place}", [run.step_ms for run in (peft, fused)])]
     if peft.peak_bytes is not None:
         bars.append(("peak memory, MiB", [run.peak_bytes / 2**20 for run in (peft, fused)]))
     widths = [4, *(1 for _ in bars)]
@@ -235,9 +234,9 @@ def compare(args: argparse.Namespace) -> int:
     gc.collect()
 
     model = lora_fused.apply(make_model())
+    fused = train(model, batches, args.lr, autocast, "PEFT + lora-fused")
     with autocast():
         rows = lora_fused.explain(model)
-    fused = train(model, batches, args.lr, autocast, "PEFT + lora-fused")
 
     difference = max((abs(a - b) for a, b in zip(peft.losses, fused.losses)), key=lambda d: (d != d, d))
     print(f"\n{rows}")

@@ -24,7 +24,7 @@ WATCHED = (
     "os.truncate", "os.unsetenv", "shutil.", "signal.", "socket.", "subprocess.Popen", "tempfile.", "urllib.",
 )  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-DEVICES = ("CPU", "CUDA", "CompositeExplicitAutograd")
+DEVICES = ("CPU", "CUDA", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
 
 
 class Absent:

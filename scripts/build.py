@@ -123,13 +123,16 @@ def with_libraries_of_wheel(nvcc: str, work: Path) -> dict[str, str]:
 
 
 def choose_backend(torch: Torch) -> tuple[str, str]:
-    """(backend, what is left out and why)."""
+    """(backend, what is left out and why). `kernels` gives a CUDA torch no CPU variant, with a GPU or without."""
     if torch.cuda is None:
         return "cpu", f"left out cuda: torch {torch.full_version} is a build without CUDA"
     if find_nvcc(torch) is None:
-        return "cpu", (
-            "left out cuda: nvcc not found (pip install -r requirements-cuda.txt); "
-            "a CUDA torch cannot load this variant"
+        sys.exit(
+            f"build: torch {torch.full_version} is a CUDA build, which loads CUDA variants alone; nvcc is not found.\n"
+            "Without a GPU take torch's CPU build: pip install torch=="
+            f"{torch.full_version.split('+')[0]} --index-url https://download.pytorch.org/whl/cpu\n"
+            "With one install the CUDA toolkit, or nvcc's wheels, which requirements-cuda.txt names, of CUDA "
+            f"{torch.cuda}."
         )
     return "cuda", "left out nothing: the cuda variant holds the CPU op too"
 

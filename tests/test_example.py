@@ -65,7 +65,7 @@ def test_bad_input_is_named(checkpoint, text, tmp_path):
         (("--data", binary), "binary.dat"),
         (("--data", short), "too short: 9 tokens"),
         (("--model", tmp_path, "--data", text), "no config.json"),
-        (("--model", checkpoint), "--model needs --data"),
+        (("--model", checkpoint, "--seq", "10000000"), "too short"),
         (("--steps", "0"), "--steps"),
     ]
     for args, message in cases:

@@ -86,14 +86,18 @@ class _Leader:
 
     def update_group(self) -> None:
         """Takes over what was observed, where no earlier call can be recomputed."""
-        if self.observed == self.group or self.waiting or self.changes > MAX_CHANGES:
-            return
-        members = _alive((*self.observed, *self.group))
+        if self.observed != self.group and self.may_take(self.observed):
+            self.changes += 1
+            self.group = self.observed if self.changes <= MAX_CHANGES else ()
+
+    def may_take(self, observed: Sequence[weakref.ref]) -> bool:
+        """Whether the group changes at the next call, `observed` being what was seen before it."""
+        if observed == self.group or self.waiting or self.changes > MAX_CHANGES:
+            return False
+        members = _alive((*observed, *self.group))
         leaders = [self, *(_leaders[member] for member in members if member in _leaders)]
-        if any([leader.awaits_recomputation() for leader in leaders]) and any(map(peft_linear.has_dropout, members)):
-            return
-        self.changes += 1
-        self.group = self.observed if self.changes <= MAX_CHANGES else ()
+        awaits = any([leader.awaits_recomputation() for leader in leaders])
+        return not (awaits and any(map(peft_linear.has_dropout, members)))
 
     def is_alone(self) -> bool:
         """Asked before a call: one that goes one way has to go the same way when a checkpoint computes it again."""
@@ -264,9 +268,14 @@ def small_reason(module: nn.Module, x: Tensor, call: CallContext, rows: int | No
 
 
 def group_of(module: nn.Module) -> tuple[nn.Module, ...]:
-    """The siblings that `module` leads or belongs to, itself included; empty where it is alone."""
-    for leader in () if _is_deterministic() else list(_leaders.values()):
-        group = _alive(leader.group)
+    """The siblings that are computed together at their next call, `module` among them; empty where it is alone."""
+    if _is_deterministic():
+        return ()
+    seen = tuple(_threads.calls.seen)  # the last ones of a pass, which its leader learns of at the next call
+    for head, leader in list(_leaders.items()):
+        observed = seen if len(seen) > 1 and seen[0]() is head else leader.observed
+        takes = leader.changes < MAX_CHANGES and leader.may_take(observed)
+        group = _alive(observed if takes else leader.group)
         if module in group:
             return group
     return ()

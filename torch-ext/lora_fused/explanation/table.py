@@ -26,9 +26,9 @@ class Row:
     module: its name in the model.
     layer: the layer that serves it where it is fused (`LoraLinear`, `LoraGatedMLP`, ...), else its class.
     fused: whether its next call is computed by this kernel.
-    backend: who computes it: "native", "triton", "torch", or "fused delta" where the base module's own forward
-        makes the product, for the `reason`, and the delta is fused; "native, compiled" and its kind in a graph of
-        torch.compile.
+    backend: who computes it: "native", "triton" or "torch"; of experts "triton", "grouped_mm", which is torch's, or
+        "reference", a product an expert; "fused delta" where the base module's own forward makes the product, for the
+        `reason`, and the delta is fused; "native, compiled" and its kind in a graph of torch.compile.
     group: the modules of one input that are computed together; for projections of a gated MLP that is one Function the
         MLP's name; "single"; or "after the first pass", since what shares an input is seen when the model runs. None
         of linears in a graph, whose compiler merges those of one input.
@@ -136,6 +136,8 @@ class Explanation(Sequence[Row]):
         return lines
 
     def _share(self) -> str:
+        if not self._rows:
+            return "no LoRA modules"
         fused = [row for row in self._rows if row.fused]
         ours, all_of_it = (sum(row.parameters for row in rows) for rows in (fused, self._rows))
         text = (
@@ -145,6 +147,8 @@ class Explanation(Sequence[Row]):
         return f"{text} ({backends})" if backends else text
 
     def __str__(self) -> str:
+        if not self._rows:
+            return self._share()
         cells = [_HEAD, *self._folded()]
         widths = [max(map(len, column)) for column in zip(*cells)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells]
