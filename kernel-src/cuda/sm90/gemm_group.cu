@@ -42,11 +42,16 @@ bool fits(const lora_fused::Shrink& shrink, const Gemm& like) {
          ranks % 8 == 0 && ranks <= kGroupRanks;
 }
 
-// How many of the clusters make the slices: those that have a tile less than the others, as long as none of their blocks
-// gets more than three, which take less than a tile; else as many as can.
-int makers_of(int slices, int tiles_of_out, int clusters) {
-  const int idle = (clusters - tiles_of_out % clusters) % clusters;
-  const int most = std::min(tiles(slices, kCluster), clusters), fewest = tiles(slices, 3 * kCluster);
+// How many of the clusters make the slices: those that have a tile less than the others, as long as their blocks are
+// done with theirs before the first tile comes to t; else as many as can. A step of a slice takes a third of one of a
+// tile, or less.
+template <int kOutputs>
+int makers_of(const Shrinks& shrinks, const Arguments<kOutputs>& args, int clusters) {
+  const int idle = (clusters - args.tiles_m * args.tiles_n % clusters) % clusters;
+  const int most = std::min(tiles(shrinks.slices, kCluster), clusters);
+  int steps = 0;
+  for (int i = 0; i < shrinks.entries; ++i) steps += shrinks.entry[i].steps * (shrinks.slices / shrinks.entries);
+  const int fewest = tiles(steps, 2 * args.output[0].steps * kCluster);
   return idle < fewest ? most : std::min(idle, most);
 }
 
@@ -88,10 +93,10 @@ void launch(const GemmGroup& group, int count) {
   args.accumulate = false, args.mask = {}, args.kept = 1.0f, args.leading_steps = 0;
   int next_segment = 0;
   for (int i = 0; i < args.outputs; ++i) add_output<kBlockN, kRowsAreN>(args, i, group.sums[i], next_segment);
-  const int all_tiles = args.tiles_m * args.tiles_n, clusters = std::min(all_tiles, count / kCluster);
+  const int clusters = std::min(args.tiles_m * args.tiles_n, count / kCluster);
   const cudaStream_t stream = lora_fused::stream_of(out);
   const std::optional<Tensor> counters = add_shrinks<kRowsAreN>(args.shrinks, group, stream);
-  args.shrinks.makers = makers_of(args.shrinks.slices, all_tiles, clusters);
+  args.shrinks.makers = makers_of(args.shrinks, args, clusters);
 
   const auto kernel = gemm_group_kernel<T, kBlockN, kRowsAreN>;
   constexpr int kBytes = GroupLayout<kBlockN>::bytes;
