@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .._ops import add_op_namespace_prefix, ops
 from ..specs import Mask
@@ -74,7 +75,8 @@ is_architecture_forced = False  # by `set_architecture`
 def architecture(device: torch.device) -> str:
     """Whose kernels run on `device`: "cpu", "sm75" before compute capability 8.0, "sm80" for every later GPU but
     Hopper, "sm90" (kernel-src/dispatch/architecture.h)."""
-    return ops.architecture(torch.empty(0, device=device))
+    with _disable_current_modes():  # a trace's tensors are on no device
+        return ops.architecture(torch.empty(0, device=device))
 
 
 # Whether a GPU of this process may be of "sm75": what is asked at every call, until `look_for_old_gpus` has answered.

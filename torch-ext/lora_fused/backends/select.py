@@ -77,6 +77,9 @@ def is_old(device: torch.device) -> bool:
     return native.may_be_old and device.type == "cuda" and native.architecture(device) == "sm75"
 
 
+is_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def old_gpu_reason(x: Tensor, *dtypes: torch.dtype) -> str | None:
     """Why nothing is computed here in one of these dtypes on x's GPU. Asked where `native.may_be_old`."""
     if not x.is_cuda:

@@ -13,6 +13,7 @@ from torch._guards import TracingContext
 from torch.autograd import forward_ad
 
 from .. import last_call
+from ..backends import native
 from ..call_context import FORWARD, CallContext
 from ..peft import (
     base_layer,
@@ -57,6 +58,8 @@ def begin() -> tuple[str | None, str | None]:
     constant; what may change later is compared again where Dynamo guards it. It looks at all that a forward will ask
     for: Dynamo knows a dict as it was when it first met it."""
     _prepare_modules()
+    if native.may_be_old and torch.cuda.is_initialized():
+        native.look_for_old_gpus()
     unusual = _unusual_reason()
     reasons = unusual or replaced.linear_reason(), unusual or replaced.embedding_reason()
     replaced.remember((*peft_linear.forwards(), *peft_embedding.forwards()))
