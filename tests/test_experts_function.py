@@ -220,7 +220,7 @@ def test_triton_kernels(lora_fused, poisoned, monkeypatch, n, k, rank, rows, fus
     strided = weights._replace(lora_a=a.permute(2, 1, 0).contiguous().permute(2, 1, 0))
     small = weights._replace(lora_a=torch.randn(5, 2, 9), lora_b=torch.randn(5, 70, 2), scaling=1.0)
     plain = weights._replace(lora_a=None, lora_b=None)
-    for pair in ((weights, strided), (wide, small), (small, weights), (plain, wide), (weights, plain), (wide, wide)):
+    for pair in ((weights, strided), (weights, small), (small, weights), (plain, wide), (weights, plain), (wide, wide)):
         for given, (laid_a, laid_b) in zip(pair, layout.lay_out(*pair), strict=True):
             if given is plain:
                 assert laid_a is laid_b is None

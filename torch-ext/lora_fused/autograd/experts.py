@@ -107,7 +107,7 @@ class _Backward:
         dtype = routing.dtype if down.bias is None else torch.promote_types(dh.dtype, torch.float32)
         h, dz, dots = products.gate_back(kept.z, dh, routing, self.spec.gate, dtype)
         dbias = products.sums(dy, down.bias, routing) if self.needs_down[1] else None
-        factors = None, None
+        factors: tuple[Tensor | None, Tensor | None] = (None, None)
         if any(self.needs_down[2:]):
             factors = products.gradients(down, self.needs_down[2:], (dt, h), (kept.t2, dy), routing)
         drouting = self._routing_gradient(dout, dots, down) if self.needs_routing else None
@@ -137,7 +137,7 @@ class _Backward:
         elif needs[2]:
             dt = products.shrink_back(dz, up, kept.up)
         dbias = products.sums(dz, up.bias) if needs[1] else None
-        factors = None, None
+        factors: tuple[Tensor | None, Tensor | None] = (None, None)
         if any(needs[2:]):
             factors = products.gradients(up, needs[2:], (dt, products.take(kept.x)), (kept.t1, dz))
         return None if dx is None else products.combine(dx), (None, dbias, *factors)

@@ -69,7 +69,7 @@ class GroupedProducts(Products):
             return _sum(torch.bmm(matrices.factor, x.unsqueeze(2)).squeeze(2), out)
         return _sum(product(x, matrices.transpose(1, 2), self.rows.ends), out)
 
-    def times(self, x: Tensor, matrices: Matrices, out: Tensor | None = None) -> Tensor:
+    def times(self, x: Tensor, matrices: Tensor, out: Tensor | None = None) -> Tensor:
         return _sum(product(x, matrices, self.rows.ends), out)
 
     def outer(self, x: Tensor, y: Tensor) -> Tensor:

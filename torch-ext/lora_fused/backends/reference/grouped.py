@@ -173,7 +173,12 @@ class Products:
         return gradient if scaling == 1.0 else gradient * scaling
 
     def gradients(
-        self, weights: ExpertWeights, needs: tuple[bool, bool], of_a, of_b, routing: Tensor | None = None
+        self,
+        weights: ExpertWeights,
+        needs: tuple[bool, bool],
+        of_a: tuple[Tensor, Any],
+        of_b: tuple[Tensor, Any],
+        routing: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(dA, dB) of an adapter where `needs` says so, else None: Σ w·(dt xᵀ) of (dt, x) and s·Σ w·(dy tᵀ) of
         (t, dy), rows of each expert."""

@@ -7,7 +7,7 @@ launches, a backward six. Beside products of torch's, adapters' terms are passes
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,12 @@ class TritonPasses(Products):
         return None if factors.b is None else self._shrink(dy, factors.b)[0]
 
     def gradients(
-        self, weights: ExpertWeights, needs: tuple[bool, bool], of_a, of_b, routing: Tensor | None = None
+        self,
+        weights: ExpertWeights,
+        needs: tuple[bool, bool],
+        of_a: tuple[Tensor, Any],
+        of_b: tuple[Tensor, Any],
+        routing: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         a, b, (_, rank, k) = weights.lora_a, weights.lora_b, weights.lora_a.shape
         da = db = None

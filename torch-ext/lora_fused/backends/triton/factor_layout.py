@@ -92,7 +92,8 @@ def lay_out(up: ExpertWeights, down: ExpertWeights) -> tuple[Factors, Factors]:
     """(A, scaling · B) of both, [E, R, K] and [E, R, N], contiguous and in the weights' dtype, of A [E, R, K] and B
     [E, N, R] of any strides and dtype; A itself where it is that, nothing where there is no adapter."""
     dtype, experts = up.weight.dtype, up.weight.shape[0]
-    found, sources, targets, sizes, rows, widest = [], [], [], [], 0, 0
+    found, sources, targets, rows, widest = [], [], [], 0, 0
+    sizes: list[float] = []
     for _, _, a, b, scaling in (up, down):
         if a is None:
             found.append(NO_FACTORS)

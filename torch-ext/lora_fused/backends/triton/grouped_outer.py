@@ -128,7 +128,7 @@ class Outer(NamedTuple):
     scaling: float = 1.0
 
 
-_NOTHING = None, None, None
+_NOTHING: tuple[Tensor | None, Tensor | None, Tensor | None] = None, None, None
 
 
 def grouped_outer(
