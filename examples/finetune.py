@@ -189,7 +189,7 @@ def draw(peft: Run, fused: Run, path: Path) -> None:
     from matplotlib import pyplot
 
     names, colors = ("PEFT", "lora-fused"), ("tab:orange", "tab:blue")
-    place = "" if peft.peak_bytes is not None else "\non a CPU, no guide to a GPU"
+    place = "" if peft.peak_bytes is not None else "\non a CPU"
     bars = [(f"step time, ms{place}", [run.step_ms for run in (peft, fused)])]
     if peft.peak_bytes is not None:
         bars.append(("peak memory, MiB", [run.peak_bytes / 2**20 for run in (peft, fused)]))

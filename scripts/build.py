@@ -197,7 +197,7 @@ def compile_library(config: dict, backend: str, torch: Torch, ops_name: str, arc
     if options_changed(work, options):
         configure.insert(1, "--fresh")
     run(configure, env, limit, show=False)
-    run([cmake, "--build", work, "--parallel"], env, limit, show=backend == "cuda")
+    run([cmake, "--build", work, "--parallel"], env, limit, show=True)
     return work / f"{ops_name}.abi3.so"
 
 

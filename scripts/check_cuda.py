@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -51,10 +52,12 @@ def run(tool: str, *arguments: str):
     """Lines of cuobjdump's output, as they come: disassembled, a library is hundreds of megabytes."""
     # nvdisasm, which cuobjdump calls, lies beside it.
     env = os.environ | {"PATH": f"{Path(tool).parent}{os.pathsep}{os.environ['PATH']}"}
-    with subprocess.Popen([tool, *arguments], env=env, text=True, stdout=subprocess.PIPE) as process:
-        yield from process.stdout
-    if process.returncode != 0:
-        sys.exit(f"check-cuda: failed: {tool} {' '.join(arguments)}")
+    with tempfile.TemporaryFile("w+") as said:  # warnings of nvdisasm's, a line a kernel, unless it fails
+        with subprocess.Popen([tool, *arguments], env=env, text=True, stdout=subprocess.PIPE, stderr=said) as process:
+            yield from process.stdout
+        if process.returncode != 0:
+            said.seek(0)
+            sys.exit(f"{said.read()}check-cuda: failed: {tool} {' '.join(arguments)}")
 
 
 def stacks(tool: str, library: Path) -> dict[str, dict[str, int]]:

@@ -83,6 +83,7 @@ def test_gated(lora_fused, device, together, dora, p):
     assert {"gated_forward", "gated_backward"} <= check(calls(lora_fused, run)) <= OPS
 
 
+@pytest.mark.sm80_kernels
 def test_norms_alone(lora_fused, device):
     weights, a = [torch.randn(n, 32, device=device) for n in (24, 40)], [torch.randn(4, 32, device=device)] * 2
     b, magnitudes = (

@@ -267,6 +267,7 @@ def train(model, device, steps=20, autocast=None):
     return losses
 
 
+@pytest.mark.sm80_kernels
 def test_choice_of_backend(lora_fused, monkeypatch):
     gpu, large = torch.device("cuda"), 2**20
     monkeypatch.setattr(

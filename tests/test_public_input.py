@@ -47,8 +47,8 @@ def group(lora_fused, projections):
     return lora_fused.lora_linear_group(X, projections)
 
 
-def embedding(lora_fused, ids):
-    return lora_fused.lora_embedding(ids, TABLE, TABLE_A, TABLE_B, 1.0)
+def embedding(lora_fused, ids, **given):
+    return lora_fused.lora_embedding(ids, TABLE, TABLE_A, TABLE_B, 1.0, **given)
 
 
 def experts(lora_fused, **given):
@@ -130,6 +130,15 @@ def test_of_tensors(lora_fused, name, call, error, message):
     with says(error, message) as raised:
         call(lora_fused)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("call", (linear, lambda f, **backend: embedding(f, IDS, **backend)))
+def test_triton_on_a_cpu(lora_fused, monkeypatch, call):
+    """Which is its interpreter's in these tests."""
+    knobs = pytest.importorskip("triton").knobs
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    with says(ValueError, "backend: 'triton' takes tensors on a GPU, these are on cpu"):
+        call(lora_fused, backend="triton")
 
 
 def test_what_is_right_raises_nothing(lora_fused):

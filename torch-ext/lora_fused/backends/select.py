@@ -119,6 +119,15 @@ def get(name: str) -> ModuleType:
     raise ValueError(f"backend: {name!r} is unknown, expected {NATIVE!r}, {REFERENCE!r} or {TRITON!r}")
 
 
+def check_backend(name: str | None, device: torch.device) -> None:
+    """Of what a public call asks for: an error where it does not run on `device`."""
+    if name == TRITON and device.type == "cpu":
+        from triton import knobs
+
+        if not knobs.runtime.interpret:
+            raise ValueError("backend: 'triton' takes tensors on a GPU, these are on cpu")
+
+
 def pointwise(x: Tensor) -> ModuleType:
     """The module for passes over x that multiply no matrices: `gated`, `gated_backward`, `scale`,
     `scale_sum`."""

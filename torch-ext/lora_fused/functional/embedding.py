@@ -61,6 +61,7 @@ def lora_embedding(
         if not isinstance(padding_idx, int) or not -rows <= padding_idx < rows:
             raise ValueError(f"padding_idx: {padding_idx!r}, expected one of the {rows} rows of weight")
         padding_idx %= rows
+    select.check_backend(backend, weight.device)
     if backend == select.NATIVE and not native_embedding.fits(table):
         raise ValueError("backend: 'native' takes contiguous half-precision tables on a GPU, H a multiple of 8")
     return compute_embedding(ids, table, float(scaling), padding_idx, float(number), backend)

@@ -74,6 +74,7 @@ def lora_linear_group(
             raise TypeError(f"projections: {type(projection).__name__}, expected each to be a Projection")
         _check_projection(x, projection)
     _check_dtypes(x, projections)
+    select.check_backend(backend, x.device)
     return compute_group(x, projections, share_mask=share_mask, backend=backend)
 
 
