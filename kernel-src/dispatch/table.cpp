@@ -68,8 +68,8 @@ bool gemm_is_faster(const MatrixView& like, int64_t m, int64_t n) {
   return is_sm90(like) && GemmTiling(m, n, multiprocessors(like.get_device_index())).efficiency >= kGemmEfficiency;
 }
 
-bool gemm_group_is_faster(const MatrixView& like, int64_t m, int64_t n, int64_t ranks) {
-  return ranks <= kGemmGroupRanks && gemm_is_faster(like, m, n);
+bool gemm_group_is_faster(const MatrixView& like, int64_t m, int64_t n, int64_t shrinks, int64_t ranks) {
+  return shrinks <= kGemmGroupShrinks && ranks <= kGemmGroupRanks && gemm_is_faster(like, m, n);
 }
 
 void check_row_norm_fits(const RowNorm& norm) { check_has_sm80(norm.weight, "row_norm"); }
@@ -80,7 +80,7 @@ bool row_norm_fits_sm90(const RowNorm& norm) {
 }
 #else
 bool wants_b_transposed(const MatrixView&) { return false; }
-bool gemm_group_is_faster(const MatrixView&, int64_t, int64_t, int64_t) { return false; }
+bool gemm_group_is_faster(const MatrixView&, int64_t, int64_t, int64_t, int64_t) { return false; }
 #endif
 
 }  // namespace lora_fused::dispatch

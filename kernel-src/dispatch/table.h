@@ -71,12 +71,12 @@ struct GemmTiling {
 constexpr double kGemmEfficiency = 0.75;
 bool gemm_is_faster(const MatrixView& like, int64_t m, int64_t n);
 
-// Whether the sums [m, n] of a group, n columns in all, are faster as one launch with t or dt of `ranks` ranks in it
-// (sm90/gemm_group.cuh) than as a launch for that and one for each sum. By arithmetic, at 2048 tokens and C=4096: x is
-// read in 5 µs where its own launch takes 10, and the tiles of q, k and v fill three rounds of multiprocessors, which
-// take 135 µs, where a launch each takes 146. Up to the ranks that it was made for.
-constexpr int64_t kGemmGroupRanks = 128;
-bool gemm_group_is_faster(const MatrixView& like, int64_t m, int64_t n, int64_t ranks);
+// Whether the sums [m, n] of a group, n columns in all, are faster as one launch with `shrinks` products t or dt of up to
+// `ranks` ranks in it (sm90/gemm_group.cuh) than as a launch for these and one for each sum. scripts/check_gemm_group.py:
+// q, k and v 160 -> 146 µs, down 355 -> 331, its dx 339 -> 330; but dx of q, k and v, with three dt, 148 -> 159. Ranks
+// are those that it was made for.
+constexpr int64_t kGemmGroupRanks = 128, kGemmGroupShrinks = 1;
+bool gemm_group_is_faster(const MatrixView& like, int64_t m, int64_t n, int64_t shrinks, int64_t ranks);
 
 // ---- DoRA's norms
 

@@ -34,7 +34,8 @@ bool is_one_launch(const MatrixView& x, const Members& members) {
     if (members.rank(i) % 8 != 0) return false;
     most = std::max(most, members.rank(i));
   }
-  return most > 0 && dispatch::gemm_group_is_faster(x, x.size(0), x.size(1), most);
+  return most > 0 &&
+         dispatch::gemm_group_is_faster(x, x.size(0), x.size(1), static_cast<int64_t>(members.count()), most);
 }
 
 }  // namespace

@@ -72,7 +72,7 @@ bool is_one_launch(const MatrixView& x, const Members& members) {
     if (members.packed(i) || members.expand_scaling(i, dtype) != 1.0 || members.rank(i) % 8 != 0) return false;
     columns += members.outputs(i), ranks += members.rank(i);
   }
-  return dispatch::gemm_group_is_faster(x, x.size(0), columns, ranks);
+  return dispatch::gemm_group_is_faster(x, x.size(0), columns, /*shrinks=*/1, ranks);
 }
 
 // `project` as one launch, where its operands allow it.

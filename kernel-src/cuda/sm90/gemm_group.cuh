@@ -51,13 +51,16 @@ struct GroupArguments : Arguments<kGroupOutputs> {
 };
 static_assert(sizeof(GroupArguments) <= 4096);  // drivers before CUDA 12.1 take no more
 
-// Behind what Layout has: barriers of the slices' ring (full, then empty, of each stage), of the taken slice (full,
-// empty), and two numbers: the cluster's own, in its first block, and the slice taken.
+// The slices' ring, smaller stages and more of them, lies where the tiles' is. Behind what Layout has: its barriers (full,
+// then empty, of each stage), those of the taken slice (full, empty), and two numbers: the cluster's own, in its first
+// block, and the slice taken.
 template <int kBlockN>
 struct GroupLayout : Layout<kBlockN> {
   using L = Layout<kBlockN>;
+  static constexpr int slice_bytes = L::a_bytes + kGroupRanks * kBlockK * 2;
+  static constexpr int slice_stages = L::staging / slice_bytes;
   static constexpr int slice_barriers = L::barriers + 2 * L::stages * 8;
-  static constexpr int taken_barriers = slice_barriers + 2 * L::stages * 8;
+  static constexpr int taken_barriers = slice_barriers + 2 * slice_stages * 8;
   static constexpr int number = taken_barriers + 2 * 8, taken = number + 4;
   static constexpr int bytes = taken + 4 + 1024;
 };
@@ -77,7 +80,7 @@ template <int kBlockN, bool kRowsAreN>
 __device__ __forceinline__ void produce_slices(const Shrinks& shrinks, uint32_t base, volatile int* taken) {
   using L = GroupLayout<kBlockN>;
   const uint32_t taken_full = base + L::taken_barriers, taken_empty = taken_full + 8;
-  Ring<L::stages> ring;
+  Ring<L::slice_stages> ring;
   for (uint32_t phase = 0;; phase ^= 1) {
     const int next = counter_take(shrinks.next_slice);
     barrier_wait(taken_empty, phase ^ 1);
@@ -89,8 +92,8 @@ __device__ __forceinline__ void produce_slices(const Shrinks& shrinks, uint32_t 
     const int boxes = kRowsAreN ? 1 : (e.width + 63) / 64;
     const uint32_t bytes = L::a_bytes + (kRowsAreN ? e.width * 128 : boxes * kBlockK * 128);
     for (int step = 0; step < e.steps; ++step, ring.advance()) {
-      const uint32_t full = base + L::slice_barriers + 8 * ring.stage, empty = full + 8 * L::stages;
-      const uint32_t a = base + ring.stage * L::stage_bytes, b = a + L::a_bytes;
+      const uint32_t full = base + L::slice_barriers + 8 * ring.stage, empty = full + 8 * L::slice_stages;
+      const uint32_t a = base + ring.stage * L::slice_bytes, b = a + L::a_bytes;
       const int k = step * kBlockK;
       barrier_wait(empty, ring.phase ^ 1);
       barrier_arrive_expect(full, bytes);
@@ -115,7 +118,7 @@ struct SliceConsumer {
   const Shrinks& shrinks;
   uint32_t base;
   volatile int* taken;
-  Ring<L::stages> ring = {};
+  Ring<L::slice_stages> ring = {};
   uint32_t phase = 0;
 
   __device__ __forceinline__ void run() {
@@ -170,14 +173,14 @@ struct SliceConsumer {
   template <int kCount>
   __device__ __forceinline__ void multiply(int steps, float (&acc)[kCount]) {
     const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
-    const uint32_t full = base + L::slice_barriers, empty = full + 8 * L::stages;
+    const uint32_t full = base + L::slice_barriers, empty = full + 8 * L::slice_stages;
     const auto release = [&](int stage) {
       if (lane == 0) barrier_arrive(empty + 8 * stage);
     };
     int before = 0;
     for (int step = 0; step < steps; ++step, ring.advance()) {
       barrier_wait(full + 8 * ring.stage, ring.phase);
-      multiply_stage<T, kRowsAreN>(acc, base + ring.stage * L::stage_bytes, group, step);
+      multiply_stage<T, kRowsAreN>(acc, base + ring.stage * L::slice_bytes, group, step);
       wgmma_wait<1>();
       if (step > 0) release(before);
       before = ring.stage;
@@ -219,8 +222,10 @@ __global__ __launch_bounds__(kThreads, 1) void gemm_group_kernel(const __grid_co
     for (int stage = 0; stage < L::stages; ++stage) {
       barrier_init(base + L::barriers + 8 * stage, 1);
       barrier_init(base + L::barriers + 8 * (L::stages + stage), kConsumerWarps * kCluster);
+    }
+    for (int stage = 0; stage < L::slice_stages; ++stage) {
       barrier_init(base + L::slice_barriers + 8 * stage, 1);
-      barrier_init(base + L::slice_barriers + 8 * (L::stages + stage), kConsumerWarps);
+      barrier_init(base + L::slice_barriers + 8 * (L::slice_stages + stage), kConsumerWarps);
     }
     barrier_init(base + L::taken_barriers, 1);
     barrier_init(base + L::taken_barriers + 8, kConsumerWarps);
