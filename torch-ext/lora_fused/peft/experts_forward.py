@@ -23,7 +23,7 @@ from ..backends.reference.activations import ACTIVATIONS
 from ..call_context import apart
 from ..specs import AnyGate, ExpertWeights, Gate
 from . import replaced
-from .mlp_tracer import FAR, GRID
+from .activation import FAR, GRID
 
 _MOE = "transformers.integrations.moe"
 EAGER, GROUPED_MM = "eager", "grouped_mm"

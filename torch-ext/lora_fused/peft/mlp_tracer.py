@@ -24,9 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..backends.reference import activations as formulas
-from ..call_context import apart
 from ..specs import Fallback
+from .activation import activation_of
 
 # What an activation may be written with besides child modules: called on one tensor and constants.
 _POINTWISE = frozenset(("silu", "gelu", "relu", "square", "pow", "__pow__"))
@@ -35,11 +34,6 @@ _HALVES: tuple[tuple[tuple, dict], ...] = (((2, -1), {}), ((2,), {"dim": -1}), (
 # Questions to x that no symbol answers: its shape, dtype and device are properties read by __get__.
 _QUESTIONS = frozenset(("__get__", "__bool__", "__len__", "__iter__", "size", "dim", "item"))
 _CONTAINERS = (dict, list, set, OrderedDict)
-# Relative to the argument and the result: rounding of another order of operations, no more.
-TOLERANCE = 1e-13
-# Uneven, so that no mean or extremum vanishes; far ends show a clamp, fine steps an approximation.
-GRID = tuple(sign * 1.0371 * 1.37**step for step in range(-18, 13) for sign in (1.0, -0.8137))
-FAR = (0.0, 3e2, -7e2, 6.6e4, -1e5, 1e12, -3e12, 1e30, -2e30)
 
 
 @dataclass(frozen=True)
@@ -355,33 +349,16 @@ def _contents(module: nn.Module) -> list:
 
 def _activation(chain: tuple[_Call, ...], children: dict, training: bool) -> str:
     """Which of `activations.ACTIVATIONS` a chain of calls on one tensor computes."""
-    shown = ", ".join(map(_show, chain))
-    grid = torch.tensor(GRID + FAR, dtype=torch.float64, device="cpu").unsqueeze(0)
-    value, slope = apart(_differentiated, chain, grid, children, training, shown)
-    near = grid.abs() < 1e6  # beyond it a formula's slope may overflow
-    for name, formula in formulas.TABLE.items():
-        expected = formulas.activate(grid, name)
-        if not bool(((value - expected).abs() <= TOLERANCE * (grid.abs() + expected.abs())).all()):
-            continue
-        if not bool(((slope - formula.slope(grid)).abs() <= 10 * TOLERANCE * (1.0 + grid.abs()))[near].all()):
-            raise _Refusal(f"{shown} has the values of {name} and another gradient")
-        return name
-    raise _Refusal(f"unknown activation {shown}")
 
+    def chained(value: Tensor) -> Tensor:
+        for call in chain:
+            value = _apply(call, value, children, training)
+        return value
 
-def _differentiated(
-    chain: tuple[_Call, ...], grid: Tensor, children: dict, training: bool, shown: str
-) -> tuple[Tensor, Tensor]:
-    """What a chain of calls makes of each element of a grid, and its derivative."""
-    argument = grid.clone().requires_grad_()
-    value: Tensor = argument
-    for call in chain:
-        value = _apply(call, value, children, training)
-    if not isinstance(value, Tensor) or value.shape != grid.shape or value.dtype != grid.dtype:
-        raise _Refusal(f"{shown} is no function by element")
-    if not value.requires_grad:
-        raise _Refusal(f"{shown} has no gradient")
-    return value.detach(), torch.autograd.grad(value.sum(), argument)[0]
+    found = activation_of(chained)
+    if isinstance(found, Fallback):
+        raise _Refusal(f"{', '.join(map(_show, chain))} {found.reason}")
+    return found
 
 
 def _apply(call: _Call, value: Tensor, children: dict, training: bool) -> Tensor:
