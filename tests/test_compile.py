@@ -219,7 +219,8 @@ def test_scalings_that_are_tensors(lora_fused, config, fullgraph):
 
 def test_tensors_in_place_of_numbers(lora_fused):
     """And an embedding's."""
-    model = adapted(tiny_llama(torch.float64, num_hidden_layers=1), target_modules=["embed_tokens", "q_proj", "up_proj"])
+    targets = ["embed_tokens", "q_proj", "up_proj"]
+    model = adapted(tiny_llama(torch.float64, num_hidden_layers=1), target_modules=targets)
     ours, graphs = kernelized(lora_fused, model), Graphs(lora_fused)
     ours.compile(backend=graphs)
     for scaling in (2.0, torch.tensor(0.5), torch.tensor(-1.5)):

@@ -16,8 +16,8 @@ _is_traced = torch.compiler.is_dynamo_compiling
 
 def read_scaling(scaling: Any, lora_b: Tensor) -> float | Tensor | Fallback:
     """The scaling of an adapter with this B, or why PEFT's own forward has to use it. A tensor's value is read where
-    that costs nothing; on a GPU it would have to be waited for, and a trace would end there, so it stays a tensor, which
-    `specs.fold` multiplies B with."""
+    that costs nothing; on a GPU it would have to be waited for, and a graph would be cut there, so it stays a tensor,
+    which `specs.fold` multiplies B with."""
     if isinstance(scaling, (int, float)):
         return float(scaling)
     if type(scaling) not in (Tensor, nn.Parameter):
@@ -31,7 +31,7 @@ def read_scaling(scaling: Any, lora_b: Tensor) -> float | Tensor | Fallback:
     if scaling.device != lora_b.device and not scaling.is_cpu:
         return Fallback(f"scaling is on {scaling.device}, lora_B on {lora_b.device}")
     if (autocast_dtype(lora_b) or lora_b.dtype) == torch.float16:
-        return Fallback("scaling is a tensor on a GPU or in a graph of torch.compile, and its product with lora_B may leave float16's range")
+        return Fallback("scaling is a tensor that is not read, and its product with lora_B may leave float16's range")
     return scaling
 
 
