@@ -178,10 +178,14 @@ def test_dropout_in_a_block(lora_fused):
     assert graphs.ops == FUSED_BLOCK
 
 
-def set_scalings(value, *models):
+def layers_of(*models):
     layers = [module for model in models for module in model.modules() if hasattr(module, "lora_A")]
     assert layers
-    for layer in layers:
+    return layers
+
+
+def set_scalings(value, *models):
+    for layer in layers_of(*models):
         layer.scaling["default"] = value
 
 
@@ -195,6 +199,36 @@ def test_scalings_that_change(lora_fused, config):
         set_scalings(value, ours, model)
         assert_same(results(ours, x_of()), results(model, x_of()))
     assert len(graphs.traced) == 2 and graphs.traced[1] == FUSED_BLOCK
+
+
+@pytest.mark.parametrize("fullgraph", (False, True))
+@pytest.mark.parametrize("config", ("lora", "lora_bias", "dora"))
+def test_scalings_that_are_tensors(lora_fused, config, fullgraph):
+    """On a CPU an eager call reads their value, where a graph would end; in a graph B is multiplied by them."""
+    model, graphs = block(**BLOCKS[config]), Graphs(lora_fused)
+    set_scalings(torch.tensor(1.5), model)
+    ours = kernelized(lora_fused, model, "cpu")
+    ours.compile(backend=graphs, fullgraph=fullgraph)
+    for value in (1.5, 0.25, -3.0):
+        for each in (ours, model):
+            for layer in layers_of(each):
+                layer.scaling["default"].fill_(value)
+        assert_same(results(ours, x_of()), results(model, x_of()))
+    assert graphs.traced == [FUSED_BLOCK]
+
+
+def test_tensors_in_place_of_numbers(lora_fused):
+    """And an embedding's."""
+    targets = ["embed_tokens", "q_proj", "up_proj"]
+    model = adapted(tiny_llama(torch.float64, num_hidden_layers=1), target_modules=targets)
+    ours, graphs = kernelized(lora_fused, model), Graphs(lora_fused)
+    ours.compile(backend=graphs)
+    for scaling in (2.0, torch.tensor(0.5), torch.tensor(-1.5)):
+        set_scalings(scaling, ours, model)
+        for mine, theirs in zip(passed(ours, tokens()), passed(model, tokens()), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9 * (1.0 + theirs.abs().max().item()))
+    ops = dict(traced_linear=1, traced_gated_mlp=1, traced_embedding=1)
+    assert graphs.traced and all(traced == ops for traced in graphs.traced)
 
 
 def test_scalings_in_float16(lora_fused):

@@ -1,6 +1,7 @@
 """Models that are compiled in part, cut, checkpointed or written in between, and what a graph says of bad input."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -166,6 +167,36 @@ def test_two_regions(lora_fused):
         "k_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
     assert rows["q_proj"] == rows["v_proj"] == rows["o_proj"] == "native"
+
+
+class Holder:
+    def __init__(self, models):
+        self.models = models
+
+
+def models_and_sum(lora_fused):
+    """Two kernelized models, and the sum of what PEFT's give."""
+    models = block(), block(use_dora=True)
+    return [kernelized(lora_fused, model, "cpu") for model in models], sum(model(x_of()) for model in models)
+
+
+@pytest.mark.parametrize("hold_models", (list, Holder), ids=("list", "object"))
+def test_a_function_of_models_that_others_hold(lora_fused, hold_models):
+    """Neither is a variable of anybody who calls."""
+    models, expected = models_and_sum(lora_fused)
+    held = hold_models(models)
+    del models
+    graphs = Graphs(lora_fused)
+
+    @functools.partial(torch.compile, backend=graphs, fullgraph=True)
+    def step(x):
+        first, second = held if isinstance(held, list) else held.models
+        return first(x) + second(x)
+
+    torch.testing.assert_close(step(x_of()), expected, rtol=1e-11, atol=1e-11)
+    assert graphs.ops == FUSED_BLOCK + FUSED_BLOCK
+    for model in held if hold_models is list else held.models:
+        assert {row.backend for row in lora_fused.explain(model)} == {"native, compiled"}
 
 
 def test_left_out_of_the_graph(lora_fused):

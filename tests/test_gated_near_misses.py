@@ -116,7 +116,7 @@ MISSES = {
     "inner forward": (lambda self, x: self.w2.forward(self.act(self.w1(x)) * self.w3(x)), "linear"),
     "attribute": (lambda self, x: [setattr(self, "extra", x), self.w2(self.act(self.w1(x)) * self.w3(x))][1], "attr"),
     "list": (lambda self, x: [self.log.append(x), self.w2(self.act(self.w1(x)) * self.w3(x))][1], "attr"),
-    "cube": (lambda self, x: self.w2(F.relu(self.w1(x)) ** 3 * self.w3(x)), "unknown activation relu, pow"),
+    "cube": (lambda self, x: self.w2(F.relu(self.w1(x)) ** 3 * self.w3(x)), "relu, pow is an unknown activation"),
     "fails": (lambda self, x: self.nothing(x), "AttributeError"),
     "no input": (lambda self: None, "no positional input"),
 }
@@ -130,3 +130,36 @@ def test_near_misses(mlp_tracer, name):
     found = mlp_tracer.recognise(module)
     assert isinstance(found, mlp_tracer.Fallback) and re.search(reason, found.reason), found
     assert module.__dict__ == before and module.log == [] and torch.equal(torch.get_rng_state(), random)
+
+
+class Activation(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+# With the values of SiLU.
+GRADIENTS = {
+    "straight through": (lambda x: x + (F.silu(x) - x).detach(), "has the values of silu and another gradient"),
+    "a function of its own": (lambda x: ScaleGradient.apply(F.silu(x)), "has the values of silu and another gradient"),
+    "none": (lambda x: F.silu(x).detach(), "has no gradient"),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_another_gradient(mlp_tracer, name):
+    function, reason = GRADIENTS[name]
+    module = mlp_with(lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x)))
+    module.act = Activation(function)
+    found = mlp_tracer.recognise(module)
+    assert isinstance(found, mlp_tracer.Fallback) and reason in found.reason, found
+
+
+def test_a_checkpoint_s_hooks_do_not_see_it(mlp_tracer):
+    module, seen = mlp_with(lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x))), []
+    with torch.autograd.graph.saved_tensors_hooks(seen.append, lambda packed: packed), torch.autocast("cpu"):
+        found = mlp_tracer.recognise(module)
+    assert not isinstance(found, mlp_tracer.Fallback) and not seen, found

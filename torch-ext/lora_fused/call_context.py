@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,3 +55,10 @@ class CallContext(NamedTuple):
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Dtypes are settled by the caller; entering the context costs host time, so only where it acts."""
     return _UNCHANGED if autocast_dtype(x) is None else torch.autocast(device_type(x), enabled=False)
+
+
+def apart(function: Callable, *args: Any) -> Any:
+    """What a function gives in a thread of its own, where nothing of the caller's holds: autocast, inference, modes,
+    a checkpoint's hooks on saved tensors."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *args).result()

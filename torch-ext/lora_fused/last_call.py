@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 import sys
+import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from torch import nn
 
 TRACED = "in a graph of torch.compile"
@@ -78,14 +80,31 @@ def note_trace() -> list[nn.Module]:
     return found
 
 
-def _running() -> list[nn.Module]:
-    """The outermost module whose method is running, or what a compiled function's callers hold."""
+def _running() -> Iterable[nn.Module]:
+    """The outermost module whose method is running, or what a compiled function's callers hold, in lists and objects
+    too where no variable of theirs is a model of this kernel."""
     frame, outermost, held = sys._getframe(1), None, []
     while frame is not None:
         found = frame.f_locals
         if isinstance(found.get("self"), nn.Module):
             outermost = found["self"]
         if not frame.f_globals.get("__name__", "").startswith("torch."):
-            held += [value for value in found.values() if isinstance(value, nn.Module)]
+            held += found.values()
         frame = frame.f_back
-    return held if outermost is None else [outermost]
+    if outermost is not None:
+        return (outermost,)
+    looks = (list(_modules_in(held, depth)) for depth in range(3))
+    return next((found for found in looks if any(is_of_kernel(m) for root in found for m in root.modules())), ())
+
+
+_MOST_ITEMS = 100  # of a list that may hold models, and no data
+
+
+def _modules_in(values: Iterable[object], depth: int) -> Iterator[nn.Module]:
+    for value in values:
+        if isinstance(value, nn.Module):
+            yield value
+        elif depth and not isinstance(value, (type, types.ModuleType, torch.Tensor)):
+            inner = value if isinstance(value, (dict, list, tuple)) else getattr(value, "__dict__", ())
+            if len(inner) <= _MOST_ITEMS:
+                yield from _modules_in(list(inner.values() if isinstance(inner, dict) else inner), depth - 1)

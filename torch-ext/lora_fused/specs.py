@@ -115,11 +115,12 @@ def fold(projections: Sequence[Projection]) -> Sequence[Projection]:
     """The same projections with scalings that are tensors multiplied into B and its bias, where autograd sees them."""
     for projection in projections:
         if type(projection.scaling) is not float:
-            return tuple(map(_folded, projections))
+            return tuple(map(folded, projections))
     return projections
 
 
-def _folded(projection: Projection) -> Projection:
+def folded(projection: Projection) -> Projection:
+    """`fold` of one projection."""
     operands, scaling, spec = projection
     if not isinstance(scaling, Tensor):
         return projection

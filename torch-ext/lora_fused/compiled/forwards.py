@@ -23,7 +23,7 @@ from ..peft import (
     linear_call,
     replaced,
 )
-from ..specs import Fallback
+from ..specs import Fallback, folded
 from . import ops
 
 _REPLACED = Fallback("a function that PEFT calls is replaced")
@@ -101,7 +101,7 @@ def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | 
     fallback = linear_call.call_fallback(state, x, call, args, kwargs)
     if fallback is not None:
         return fallback
-    operands, scaling, spec = state.projection
+    operands, scaling, spec = folded(state.projection)
     reason = ops.unknown_reason(spec)
     if reason is not None:
         return Fallback(reason)
@@ -130,6 +130,8 @@ def embedding(module: nn.Module, ids: Tensor, args: tuple, kwargs: dict) -> Tens
     if reason is not None:
         return Fallback(reason)
     table, scaling, padding_idx, scale = state
+    if isinstance(scaling, Tensor):
+        table, scaling = table._replace(lora_b=table.lora_b * scaling.clone()), 1.0
     return ops.traced_embedding(ids, list(table), scaling, padding_idx, scale)
 
 
@@ -143,7 +145,7 @@ def gated_mlp(module: nn.Module, x: Tensor) -> Tensor | Fallback:
         return state
     operands: list[Tensor | None] = []
     scalings, dropouts, stored = [], [], []
-    for of, scaling, spec in (*state.inputs, state.output):
+    for of, scaling, spec in map(folded, (*state.inputs, state.output)):
         reason = ops.unknown_reason(spec)
         if reason is not None:
             return Fallback(reason)

@@ -3,12 +3,14 @@ that `use_experts_implementation` describes.
 
 The decorator's flags say what a forward should compute, and transformers' own grouped and batched forwards go by them.
 A model's own forward (the implementation "eager") is held against them once: it runs on a copy of the module with three
-small experts, and so does the oracle. The gate is recognised by its values.
+small experts, and so does the oracle. The gate is recognised by its values and gradients. What both may depend on is
+looked at in every call: weights, an activation, numbers and text on the module; a module that holds more is not known.
 """
 
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backends.reference import experts as oracle
+from ..backends.reference import experts as oracle, gates
 from ..backends.reference.activations import ACTIVATIONS
+from ..call_context import apart
 from ..specs import AnyGate, ExpertWeights, Gate
 from . import replaced
+from .activation import FAR, GRID
 
 _MOE = "transformers.integrations.moe"
 EAGER, GROUPED_MM = "eager", "grouped_mm"
@@ -27,7 +31,11 @@ _FORWARDS = {GROUPED_MM: "grouped_mm_experts_forward", "batched_mm": "batched_mm
 _LIMITS, _SLOPES = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")  # what gates call these attributes
 _EXPERTS, _SIZE = 3, 16  # of the copy
 _MOST_SEEN = 1024
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)  # no part of what a module computes
+_OF_EVERY_MODULE = frozenset((*nn.Module().__dict__, "config", "act_fn", "forward")) - {"training"}
+_VALUES = (int, float, bool, str, type(None))
+_COMPARED = (tuple, types.FunctionType, types.BuiltinFunctionType, type(None))  # keys of activations that tell a change
+_AT_LIMITS = tuple(sign * part for sign in (1.0, -1.0) for part in (0.5, 0.99, 1.0, 1.01, 2.0))
+_SCALES = (1.0, 1e-2, 1.0, 1e2, 1e4)  # of the rows of what is tried
 
 
 class Form(NamedTuple):
@@ -63,20 +71,30 @@ def form_of(base: nn.Module) -> Form | str:
     if reason:
         return reason
     gate = cls._apply_gate if "_apply_gate" not in state else state["_apply_gate"]
-    numbers = [
-        (name, value)
-        for name, value in state.items()
-        if name not in _OF_EVERY_MODULE and type(value) in (int, float, bool)
-    ]
-    key = cls, cls.forward, gate, implementation, _key_of(activation), tuple(numbers)
+    values = _values_of(base)
+    if isinstance(values, str):
+        return values
+    key = cls, cls.forward, gate, implementation, _key_of(activation), values
     if key not in _seen:
         if len(_seen) >= _MOST_SEEN:
             _seen.clear()
-        _seen[key] = _look_at(base, implementation)
+        _seen[key] = apart(_look_at, base, implementation)
     return _seen[key]
 
 
 _seen: dict[tuple, Form | str] = {}
+
+
+def _values_of(base: nn.Module) -> tuple | str:
+    """The numbers and text on an experts module, or what else it holds that its forward may depend on."""
+    first = "gate_up_proj" if base.has_gate else "up_proj"
+    weights = {first, f"{first}_bias", "down_proj", "down_proj_bias"}
+    parts = [*(base._modules.keys() - {"act_fn"}), *(base._parameters.keys() - weights), *base._buffers]
+    found = [(name, value) for name, value in base.__dict__.items() if name not in _OF_EVERY_MODULE]
+    values = [each for each in found if type(each[1]) in _VALUES]
+    if len(values) < len(found):
+        parts += [name for name, value in found if not name.startswith("_") and type(value) not in _VALUES]
+    return f"{type(base).__name__} holds {', '.join(sorted(parts))} besides its weights" if parts else tuple(values)
 
 
 def gate_function(base: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -151,8 +169,7 @@ def _key_of(activation: object) -> object:
     if not isinstance(activation, nn.Module) or activation._parameters or activation._buffers or activation._modules:
         return activation
     public = [(name, value) for name, value in vars(activation).items() if name not in _OF_EVERY_MODULE]
-    numbers = not public or all(type(value) in (int, float, bool, str) for _, value in public)
-    return (type(activation), *public) if numbers else activation
+    return (type(activation), *public) if all(type(value) in _VALUES for _, value in public) else activation
 
 
 def _look_at(base: nn.Module, implementation: str) -> Form | str:
@@ -160,20 +177,53 @@ def _look_at(base: nn.Module, implementation: str) -> Form | str:
     leaves_out = implementation == EAGER or bool(base._is_expert_parallel)
     form = Form(first, bool(base.is_transposed), bool(base.has_bias), None, implementation, leaves_out)
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
-            form = form._replace(gate=_recognise(base))
-            same = _computes_as_described(base, form)
+        with torch.device("cpu"), torch.random.fork_rng(devices=()):
+            tried = _small_copy(base, form)
+            if isinstance(_key_of(_activation_of(base)), _COMPARED):
+                form = form._replace(gate=_recognise(tried))
+            same = _computes_as_described(tried, form)
     except Exception as error:
         return f"{type(base).__name__} cannot be tried on three small experts: {type(error).__name__}: {error}"
     return form if same else f"{type(base).__name__}.forward computes something else than its gate between two products"
 
 
-def _recognise(base: nn.Module) -> Gate | None:
-    """The gate whose values are the module's, over and beyond its limit; None where there is none."""
-    limit, slope = _number(base, _LIMITS), _number(base, _SLOPES)
-    reach = 3.0 if limit is None else max(3.0, 2.0 * limit)
-    z = _draw(torch.Generator().manual_seed(0), 512, 8) * reach
-    seen, has_gate = gate_function(base)(z), bool(base.has_gate)
+class _Configuration:
+    """In place of a module's own, whose values nobody compares from call to call."""
+
+    def __init__(self, implementation: str):
+        self._experts_implementation = implementation
+
+    def __getattr__(self, name: str):
+        raise RuntimeError(f"it asks its configuration for {name}")
+
+
+def _small_copy(base: nn.Module, form: Form) -> nn.Module:
+    """An experts module with three small experts of random weights."""
+    generator = torch.Generator().manual_seed(1)
+    dtype = torch.float32 if form.implementation == GROUPED_MM else torch.float64  # torch's product knows no float64
+    parameters = {}
+    for name, width in ((form.first, _SIZE * (2 if base.has_gate else 1)), ("down_proj", _SIZE)):
+        sizes = (_SIZE, width) if form.transposed else (width, _SIZE)
+        parameters[name] = nn.Parameter(_draw(generator, _EXPERTS, *sizes).to(dtype))
+        if form.biased:
+            parameters[f"{name}_bias"] = nn.Parameter(_draw(generator, _EXPERTS, width).to(dtype))
+    copy = object.__new__(type(base))
+    copy.__dict__.update(base.__dict__)
+    copy.__dict__.update(_parameters=parameters, num_experts=_EXPERTS, config=_Configuration(form.implementation))
+    return copy
+
+
+def _recognise(tried: nn.Module) -> Gate | None:
+    """The gate whose values and gradients are the module's, near and far, at its limit and beyond; None where there is
+    none."""
+    limit, slope, has_gate = _number(tried, _LIMITS), _number(tried, _SLOPES), bool(tried.has_gate)
+    values = [value for value in (*GRID, *FAR) if abs(value) < 1e6]
+    values += [] if limit is None else [limit * part for part in _AT_LIMITS]
+    places = torch.randint(len(values), (2048, 8), generator=torch.Generator().manual_seed(0))
+    z = torch.tensor(values, dtype=torch.float64)[places].requires_grad_()
+    with torch.enable_grad():
+        seen = gate_function(tried)(z)
+        (dz,) = torch.autograd.grad(seen.sum(), z)
     plain = [Gate(activation, has_gate) for activation in ACTIVATIONS]
     layouts = [
         gate._replace(interleaved=split) for gate in plain for split in ((False, True) if has_gate else (False,))
@@ -182,7 +232,19 @@ def _recognise(base: nn.Module) -> Gate | None:
     known = [gate._replace(limit=bound) for gate in layouts for bound in limits]
     if has_gate and slope is not None:
         known += [gate._replace(slope=slope, offset=1.0) for gate in known if gate.activation == "silu"]
-    return next((gate for gate in known if _is_close(seen, oracle.gated(z, gate), 1e-12)), None)
+    return next((gate for gate in known if _is_gate(gate, z.detach(), seen.detach(), dz)), None)
+
+
+def _is_gate(gate: Gate, z: Tensor, seen: Tensor, dz: Tensor) -> bool:
+    """Whether a gate has these values, and these gradients of their sum, up to rounding of what they are made of."""
+    with torch.no_grad():
+        expected, pull = gates.with_pullback(z, gate)
+        if seen.shape != expected.shape or seen.dtype != expected.dtype:
+            return False
+        right = pull(torch.ones_like(expected))
+    operands, found, rights = (gates.halves(each, gate) if gate.gated else (each,) for each in (z, dz, right))
+    bound = 1e-12 * ((operands[0].abs() + 1.0) * (operands[-1].abs() + 1.0) + expected.abs())
+    return all(bool(((a - b).abs() <= bound).all()) for a, b in ((seen, expected), *zip(found, rights)))
 
 
 def _number(base: nn.Module, names: tuple[str, ...]) -> float | None:
@@ -190,37 +252,35 @@ def _number(base: nn.Module, names: tuple[str, ...]) -> float | None:
     return float(found[0]) if found else None
 
 
-def _computes_as_described(base: nn.Module, form: Form) -> bool:
-    """Whether the forward on three small experts gives what the oracle does."""
-    generator = torch.Generator().manual_seed(1)
-    dtype = torch.float32 if form.implementation == GROUPED_MM else torch.float64  # torch's product knows no float64
-    draw = lambda *sizes: _draw(generator, *sizes).to(dtype)  # noqa: E731
-    width = _SIZE * (2 if base.has_gate else 1)
-    up = ExpertWeights(draw(_EXPERTS, width, _SIZE), draw(_EXPERTS, width) if form.biased else None)
-    down = ExpertWeights(draw(_EXPERTS, _SIZE, _SIZE), draw(_EXPERTS, _SIZE) if form.biased else None)
-    parameters = {}
-    for name, weights in ((form.first, up), ("down_proj", down)):
-        stored = weights.weight.transpose(1, 2).contiguous() if form.transposed else weights.weight
-        parameters[name] = nn.Parameter(stored, requires_grad=False)
-        if form.biased:
-            parameters[f"{name}_bias"] = nn.Parameter(weights.bias, requires_grad=False)
-    copy = object.__new__(type(base))
-    copy.__dict__.update(base.__dict__)
-    copy.__dict__.update(_parameters=parameters, num_experts=_EXPERTS)
-    x, routing = draw(5, _SIZE), draw(5, 2)
+def _computes_as_described(tried: nn.Module, form: Form) -> bool:
+    """Whether the forward gives what the oracle does, rows of very different sizes each by itself, and its
+    gradients."""
+    weights = [
+        ExpertWeights(weight.transpose(1, 2) if form.transposed else weight, tried._parameters.get(f"{name}_bias"))
+        for name, weight in ((name, tried._parameters[name]) for name in (form.first, "down_proj"))
+    ]
+    dtype, generator = weights[0].weight.dtype, torch.Generator().manual_seed(2)
+    rows = torch.tensor(_SCALES, dtype=torch.float64).unsqueeze(1)
+    x, routing, dy = (_draw(generator, len(rows), size) for size in (_SIZE, 2, _SIZE))
+    x, routing, dy = (rows * x).to(dtype).requires_grad_(), routing.to(dtype).requires_grad_(), dy.to(dtype)
     index = torch.tensor([[0, 2], [2, 1], [1, 0], [0, 1], [2, 0]])
-    seen = type(base).forward(copy, x, index, routing)
-    gate: AnyGate = form.gate or gate_function(base)
-    return _is_close(
-        seen, oracle.lora_experts(x, index, routing, up, down, gate), 1e-10 if dtype == torch.float64 else 1e-4
-    )
+    leaves = [x, routing, *tried._parameters.values()]
+    gate: AnyGate = form.gate or gate_function(tried)
+    with torch.enable_grad():
+        seen = type(tried).forward(tried, x, index, routing)
+        expected = oracle.lora_experts(x, index, routing, *weights, gate)
+        if not isinstance(seen, Tensor) or seen.shape != expected.shape or seen.dtype != expected.dtype:
+            return False
+        found, right = ([y, *torch.autograd.grad(y, leaves, dy)] for y in (seen, expected))
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    return all(_is_close(a, b, tolerance) for a, b in zip(found, right))
 
 
 def _draw(generator: torch.Generator, *sizes: int) -> Tensor:
     return torch.randn(*sizes, generator=generator, dtype=torch.float64, device="cpu")
 
 
-def _is_close(seen: object, expected: Tensor, tolerance: float) -> bool:
-    if not isinstance(seen, Tensor) or seen.shape != expected.shape or seen.dtype != expected.dtype:
-        return False
-    return bool((seen - expected).abs().max() <= tolerance * expected.abs().max())
+def _is_close(seen: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Of each row or matrix by itself."""
+    size = expected.abs().flatten(1).amax(1)
+    return bool(((seen - expected).abs().flatten(1).amax(1) <= tolerance * size).all())

@@ -2,10 +2,10 @@
 
 The class's forward runs on a symbol in place of x and on shallow copies in place of the module
 and its children; calls are recorded instead of computed. The record must hold the gated MLP and
-nothing else, in training and in evaluation, with and without gradients. The activation is then
-evaluated on a grid in float64 and compared with the formulas of `reference.activations`: neither names nor
-classes decide. The module, hooks, random state and torch's own classes stay untouched, so other
-threads may run models meanwhile. (torch.fx patches nn.Module while it traces, and misses some autograd Functions.)
+nothing else, in training and in evaluation, with and without gradients. The activation is then evaluated and
+differentiated on a grid in float64 and compared with the formulas of `reference.activations`: neither names nor
+classes decide. The module, hooks, random state and torch's own classes stay untouched, so other threads may run
+models meanwhile. (torch.fx patches nn.Module while it traces, and misses some autograd Functions.)
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..backends.reference import activations as formulas
 from ..specs import Fallback
+from .activation import activation_of
 
 # What an activation may be written with besides child modules: called on one tensor and constants.
 _POINTWISE = frozenset(("silu", "gelu", "relu", "square", "pow", "__pow__"))
@@ -34,11 +34,6 @@ _HALVES: tuple[tuple[tuple, dict], ...] = (((2, -1), {}), ((2,), {"dim": -1}), (
 # Questions to x that no symbol answers: its shape, dtype and device are properties read by __get__.
 _QUESTIONS = frozenset(("__get__", "__bool__", "__len__", "__iter__", "size", "dim", "item"))
 _CONTAINERS = (dict, list, set, OrderedDict)
-# Relative to the argument and the result: rounding of another order of operations, no more.
-TOLERANCE = 1e-13
-# Uneven, so that no mean or extremum vanishes; far ends show a clamp, fine steps an approximation.
-_GRID = tuple(sign * 1.0371 * 1.37**step for step in range(-18, 13) for sign in (1.0, -0.8137))
-_FAR = (0.0, 3e2, -7e2, 6.6e4, -1e5, 1e12, -3e12, 1e30, -2e30)
 
 
 @dataclass(frozen=True)
@@ -354,19 +349,16 @@ def _contents(module: nn.Module) -> list:
 
 def _activation(chain: tuple[_Call, ...], children: dict, training: bool) -> str:
     """Which of `activations.ACTIVATIONS` a chain of calls on one tensor computes."""
-    shown = ", ".join(map(_show, chain))
-    with torch.no_grad():
-        grid = torch.tensor(_GRID + _FAR, dtype=torch.float64, device="cpu").unsqueeze(0)
-        value = grid.clone()
+
+    def chained(value: Tensor) -> Tensor:
         for call in chain:
             value = _apply(call, value, children, training)
-        if not isinstance(value, Tensor) or value.shape != grid.shape or value.dtype != grid.dtype:
-            raise _Refusal(f"{shown} is no function by element")
-        for name in formulas.TABLE:
-            expected = formulas.activate(grid, name)
-            if bool(((value - expected).abs() <= TOLERANCE * (grid.abs() + expected.abs())).all()):
-                return name
-    raise _Refusal(f"unknown activation {shown}")
+        return value
+
+    found = activation_of(chained)
+    if isinstance(found, Fallback):
+        raise _Refusal(f"{', '.join(map(_show, chain))} {found.reason}")
+    return found
 
 
 def _apply(call: _Call, value: Tensor, children: dict, training: bool) -> Tensor:

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from ..call_context import autocast_dtype
 from ..specs import Fallback
 
+_is_traced = torch.compiler.is_dynamo_compiling
+
 
 def read_scaling(scaling: Any, lora_b: Tensor) -> float | Tensor | Fallback:
     """The scaling of an adapter with this B, or why PEFT's own forward has to use it. A tensor's value is read where
-    that costs nothing; on a GPU it would have to be waited for, so it stays a tensor, which `specs.fold` multiplies B
-    with."""
+    that costs nothing; on a GPU it would have to be waited for, and a graph would be cut there, so it stays a tensor,
+    which `specs.fold` multiplies B with."""
     if isinstance(scaling, (int, float)):
         return float(scaling)
     if type(scaling) not in (Tensor, nn.Parameter):
@@ -26,12 +28,12 @@ def read_scaling(scaling: Any, lora_b: Tensor) -> float | Tensor | Fallback:
         return Fallback("scaling is trained")
     if _is_at_hand(scaling):
         return float(scaling)
-    if scaling.device != lora_b.device:
+    if scaling.device != lora_b.device and not scaling.is_cpu:
         return Fallback(f"scaling is on {scaling.device}, lora_B on {lora_b.device}")
     if (autocast_dtype(lora_b) or lora_b.dtype) == torch.float16:
-        return Fallback("scaling is a tensor on a GPU, and its product with lora_B may leave float16's range")
+        return Fallback("scaling is a tensor that is not read, and its product with lora_B may leave float16's range")
     return scaling
 
 
 def _is_at_hand(scaling: Tensor) -> bool:
-    return scaling.is_cpu
+    return scaling.is_cpu and not _is_traced()

@@ -23,7 +23,7 @@ def value(z: Tensor, gate: AnyGate) -> Tensor:
         return gate(z)
     if not gate.gated:
         return activations.activate(z, gate.activation).to(z.dtype)
-    g, u = _halves(z, gate)
+    g, u = halves(z, gate)
     if _is_plain(gate):
         return activations.gated(g, u, gate.activation)
     g, u = _arguments(g, u, gate)
@@ -45,7 +45,7 @@ def _gradient(z: Tensor, dh: Tensor, gate: Gate) -> Tensor:
     if not gate.gated:
         activations.gated_backward(dh, z, z.new_ones(()), gate.activation, False, dgate=dz)
         return dz
-    (g, u), (dg, du) = _halves(z, gate), _halves(dz, gate)
+    (g, u), (dg, du) = halves(z, gate), halves(dz, gate)
     if _is_plain(gate):
         activations.gated_backward(dh, g, u, gate.activation, False, dgate=dg, dup=du)
         return dz
@@ -60,7 +60,8 @@ def _gradient(z: Tensor, dh: Tensor, gate: Gate) -> Tensor:
     return dz
 
 
-def _halves(z: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+def halves(z: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+    """The gate's part of z and the other one, views."""
     if gate.interleaved:
         return z[..., ::2], z[..., 1::2]
     g, u = z.chunk(2, -1)
