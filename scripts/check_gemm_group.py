@@ -238,13 +238,15 @@ def launches(run) -> int:
 
 
 def check_layers(lora_fused) -> int:
-    """Groups whose forward and backward are a launch each by the dispatch table, LoRA and DoRA, adapters in the base's
-    dtype or in float32 under autocast: no result is further from float64 than a tenth more than that of the kernels
+    """Groups that the dispatch table sends to it, LoRA and DoRA, adapters in the base's dtype or in float32 under
+    autocast: no result is further from float64 than a tenth more than that of the kernels
     for other GPUs."""
     ops = lora_fused._ops.ops
-    m, k, widths, r = 2000, 1024, (2048, 1024, 1024), 16
+    m, k, r = 2000, 1024, 16
+    # Of three linears the forward is one launch, of one linear the backward as well.
+    cases = {(2048, 1024, 1024): 1, (2048,): 2}
     count = 0
-    for dora, adapter, dtype in itertools.product((False, True), (torch.float32, None), ROUNDING):
+    for widths, dora, adapter, dtype in itertools.product(cases, (False, True), (torch.float32, None), ROUNDING):
         if dora and dtype == torch.float16:
             continue  # not the native ops'
         draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.float64) * shape[-1] ** -0.5  # noqa: E731
@@ -256,7 +258,7 @@ def check_layers(lora_fused) -> int:
         native = (dtype, adapter or dtype, "native")
         together = run(*native)
         ran = launches(lambda: run(*native))
-        assert ran == 2, f"DoRA {dora}, {adapter}, {dtype}: {ran} launches of a group for forward and backward"
+        assert ran == cases[widths], f"{widths}, DoRA {dora}, {adapter}, {dtype}: {ran} launches of a group"
         ops.set_architecture("sm80")
         apart = run(*native)
         ops.set_architecture("")

@@ -114,7 +114,7 @@ def test_checkpointed_layers(lora_fused, reentrant):
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.train()
+    model.to(DEVICE).train()
     ours, graphs = kernelized(lora_fused, model), Graphs(lora_fused)
     for layer in ours.base_model.model.model.layers:
         layer.compile(backend=graphs)

@@ -130,7 +130,7 @@ def results(model, x, seed=5):
     model.zero_grad()
     x = x.detach().clone().requires_grad_()
     y = model(x)
-    weights = torch.linspace(0.5, 2.0, y.numel(), dtype=torch.float64).view(y.shape)
+    weights = torch.linspace(0.5, 2.0, y.numel(), dtype=torch.float64, device=y.device).view(y.shape)
     (y.double() * weights).sum().backward()
     return {"y": y.detach(), "dx": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
 

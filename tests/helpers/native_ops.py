@@ -18,7 +18,7 @@ SCALES = 4  # of a quantized weight, which none of these is
 
 
 def draw(generator, *shape):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu") * shape[-1] ** -0.5
 
 
 def operands_of(generator, k, n, rank, dora, bias):

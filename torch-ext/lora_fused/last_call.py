@@ -83,7 +83,8 @@ def note_trace() -> list[nn.Module]:
 def _running() -> Iterable[nn.Module]:
     """The outermost module whose method is running, or what a compiled function's callers hold, in lists and objects
     too where no variable of theirs is a model of this kernel."""
-    frame, outermost, held = sys._getframe(1), None, []
+    frame: types.FrameType | None = sys._getframe(1)
+    outermost, held = None, list[object]()
     while frame is not None:
         found = frame.f_locals
         if isinstance(found.get("self"), nn.Module):

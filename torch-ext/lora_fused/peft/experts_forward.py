@@ -9,6 +9,7 @@ looked at in every call: weights, an activation, numbers and text on the module;
 
 from __future__ import annotations
 
+import copy
 import sys
 import types
 from collections.abc import Callable
@@ -207,10 +208,12 @@ def _small_copy(base: nn.Module, form: Form) -> nn.Module:
         parameters[name] = nn.Parameter(_draw(generator, _EXPERTS, *sizes).to(dtype))
         if form.biased:
             parameters[f"{name}_bias"] = nn.Parameter(_draw(generator, _EXPERTS, width).to(dtype))
-    copy = object.__new__(type(base))
-    copy.__dict__.update(base.__dict__)
-    copy.__dict__.update(_parameters=parameters, num_experts=_EXPERTS, config=_Configuration(form.implementation))
-    return copy
+    tried = object.__new__(type(base))
+    tried.__dict__.update(base.__dict__)
+    modules = {name: copy.deepcopy(part).cpu() for name, part in base._modules.items()}
+    own = dict(_parameters=parameters, _modules=modules, config=_Configuration(form.implementation))
+    tried.__dict__.update(own, num_experts=_EXPERTS)
+    return tried
 
 
 def _recognise(tried: nn.Module) -> Gate | None:
@@ -255,11 +258,11 @@ def _number(base: nn.Module, names: tuple[str, ...]) -> float | None:
 def _computes_as_described(tried: nn.Module, form: Form) -> bool:
     """Whether the forward gives what the oracle does, rows of very different sizes each by itself, and its
     gradients."""
-    weights = [
+    up, down = (
         ExpertWeights(weight.transpose(1, 2) if form.transposed else weight, tried._parameters.get(f"{name}_bias"))
         for name, weight in ((name, tried._parameters[name]) for name in (form.first, "down_proj"))
-    ]
-    dtype, generator = weights[0].weight.dtype, torch.Generator().manual_seed(2)
+    )
+    dtype, generator = up.weight.dtype, torch.Generator().manual_seed(2)
     rows = torch.tensor(_SCALES, dtype=torch.float64).unsqueeze(1)
     x, routing, dy = (_draw(generator, len(rows), size) for size in (_SIZE, 2, _SIZE))
     x, routing, dy = (rows * x).to(dtype).requires_grad_(), routing.to(dtype).requires_grad_(), dy.to(dtype)
@@ -268,7 +271,7 @@ def _computes_as_described(tried: nn.Module, form: Form) -> bool:
     gate: AnyGate = form.gate or gate_function(tried)
     with torch.enable_grad():
         seen = type(tried).forward(tried, x, index, routing)
-        expected = oracle.lora_experts(x, index, routing, *weights, gate)
+        expected = oracle.lora_experts(x, index, routing, up, down, gate)
         if not isinstance(seen, Tensor) or seen.shape != expected.shape or seen.dtype != expected.dtype:
             return False
         found, right = ([y, *torch.autograd.grad(y, leaves, dy)] for y in (seen, expected))

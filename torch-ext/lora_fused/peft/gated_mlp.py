@@ -103,6 +103,7 @@ class TracedMLP(NamedTuple):
 
 
 TRACED = "_lora_fused_mlp"  # the attribute
+_COMPILED = "_compiled_call_impl"  # what `module.compile()` leaves, and no forward reads
 _VALUES = (int, float, str, type(None))
 
 
@@ -116,9 +117,9 @@ def prepare_trace(module: nn.Module) -> None:
     for name in structure.activation_modules:
         part = module._modules[name]
         activations.append((name, type(part), tuple(_state_of(part).items())))
-    attributes = tuple((name, each) for name, each in vars(module).items() if isinstance(each, _PLAIN))
+    held = ((name, each) for name, each in vars(module).items() if name != _COMPILED and isinstance(each, _PLAIN))
     forward, functions = type(module).forward, _current_functions()
-    vars(module)[TRACED] = TracedMLP(structure, forward, functions, tuple(activations), attributes)
+    vars(module)[TRACED] = TracedMLP(structure, forward, functions, tuple(activations), tuple(held))
 
 
 def untraced_reason(module: nn.Module, structure: GatedMLP) -> str | None:
