@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -229,6 +230,23 @@ def test_tensors_in_place_of_numbers(lora_fused):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9 * (1.0 + theirs.abs().max().item()))
     ops = dict(traced_linear=1, traced_gated_mlp=1, traced_embedding=1)
     assert graphs.traced and all(traced == ops for traced in graphs.traced)
+
+
+@pytest.mark.parametrize("dora", (False, True), ids=("lora", "dora"))
+def test_few_rows_without_a_gradient(lora_fused, monkeypatch, dora):
+    """As in decoding: Inductor fuses PEFT's own products best, but for DoRA."""
+    monkeypatch.setattr(lora_fused.peft.small_batch, "_SMALL_ANYWHERE", True)
+    model = block(use_dora=dora).eval()
+    ours, graphs = kernelized(lora_fused, model, "cpu"), Graphs(lora_fused)
+    ours.compile(backend=graphs, fullgraph=True)
+    for rows in (1, 200):
+        x = x_of(rows)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), model(x), rtol=0, atol=1e-10)
+    assert graphs.traced == [FUSED_BLOCK if dora else Counter(), FUSED_BLOCK]
+    with torch.no_grad():
+        rows = lora_fused.explain(ours, rows=1)
+    assert {row.reason for row in rows} == {None if dora else lora_fused.peft.small_batch.FEW_TRACED}
 
 
 def test_scalings_in_float16(lora_fused):

@@ -106,7 +106,8 @@ def test_small_batches(lora_fused, own_calls, monkeypatch):
     assert {row.reason for row in rows} == {lora_fused.peft.small_batch.SMALL}
     model.compile(backend="eager")  # a graph does not wait for the host
     with torch.no_grad():
-        assert in_graphs(explain(lora_fused, model, TOKENS))
+        few, more = (explain(lora_fused, model, rows) for rows in (TOKENS, 65))
+    assert {row.reason for row in few} == {lora_fused.peft.small_batch.FEW_TRACED} and in_graphs(more)
 
 
 def disable(model):

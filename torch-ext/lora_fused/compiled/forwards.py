@@ -22,6 +22,7 @@ from ..peft import (
     linear as peft_linear,
     linear_call,
     replaced,
+    small_batch,
 )
 from ..specs import Fallback, folded
 from . import ops
@@ -102,7 +103,7 @@ def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | 
     if fallback is not None:
         return fallback
     operands, scaling, spec = folded(state.projection)
-    reason = ops.unknown_reason(spec)
+    reason = ops.unknown_reason(spec) or small_batch.few_traced_reason(x, call, (state.projection,))
     if reason is not None:
         return Fallback(reason)
     if linear_call.own_forward_reason(state, x, call) is None:
@@ -140,12 +141,17 @@ def gated_mlp(module: nn.Module, x: Tensor) -> Tensor | Fallback:
     refused = _refused(module, peft_gated_mlp.parts_of)
     if refused is not None:
         return refused
-    state = peft_gated_mlp.read_mlp(module, x, context_of(x))
+    call = context_of(x)
+    state = peft_gated_mlp.read_mlp(module, x, call)
     if isinstance(state, Fallback):
         return state
+    projections = (*state.inputs, state.output)
+    reason = small_batch.few_traced_reason(x, call, projections)
+    if reason is not None:
+        return Fallback(reason)
     operands: list[Tensor | None] = []
     scalings, dropouts, stored = [], [], []
-    for of, scaling, spec in map(folded, (*state.inputs, state.output)):
+    for of, scaling, spec in map(folded, projections):
         reason = ops.unknown_reason(spec)
         if reason is not None:
             return Fallback(reason)

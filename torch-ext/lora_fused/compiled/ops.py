@@ -88,8 +88,8 @@ def _projections(
 def _apart(scaling: _Scaling, lora_b: Tensor) -> tuple[float, Any]:
     """A scaling as a number of the graph, and as a factor of B, whose product it is. One that has changed is a symbol
     from then on, so that a graph serves all values, and is multiplied into B. That may leave float16's range, so there
-    each value is a number and has its graph, and on a GPU, where torch 2.11's graphs with such a symbol do not run
-    (PEFT's hang, ours crash; tests/test_compile_gpu.py)."""
+    each value is a number and has its graph. So it is on a GPU, where Inductor of torch 2.11 makes a kernel for the CPU
+    of such a symbol: it takes long to compile, and a backward of ours crashed there."""
     if not isinstance(scaling, torch.SymFloat) or lora_b.dtype == torch.float16 or lora_b.is_cuda:
         return float(scaling), None
     return 1.0, scaling

@@ -20,6 +20,7 @@ from ..peft import (
     linear as peft_linear,
     linear_call,
     replaced,
+    small_batch,
 )
 from ..specs import Fallback
 from .recorder import Calls
@@ -122,7 +123,9 @@ class Model:
         call = CallContext.of(example)
         fallback = linear_call.call_fallback(state, example, call)
         reason = fallback.reason if fallback else None
-        if reason is None and not compiled:
+        if reason is None and compiled:
+            reason = small_batch.few_traced_reason(example, call, (state.projection,), self.rows)
+        elif reason is None:
             reason = shared_input.small_reason(module, example, call, self.rows)
         if reason:
             return _unfused(row, reason)
