@@ -38,7 +38,7 @@ SYSTEM_LIBRARIES = r"lib(stdc\+\+\.so\.6|gcc_s\.so\.1|m\.so\.6|c\.so\.6|dl\.so\.
 TORCH_LIBRARIES = r"lib(torch|torch_cpu|c10)\.so"
 CUDA_LIBRARIES = r"lib(torch_cuda|c10_cuda)\.so|libcudart\.so\.\d+"
 # Ops that a CPU variant registers and has no kernel of.
-GPU_ALONE = {"column_norm", "dt_db", "embedding_backward", "embedding_forward", "gemm", "skinny"}
+GPU_ALONE = {"column_norm", "dt_db", "embedding_backward", "embedding_forward", "gemm", "gemm_group", "skinny"}
 MARKERS = {"_edata", "_end", "__bss_start", "_init", "_fini"}  # of the linker's, and on aarch64 as well
 MARKERS |= {"__bss_start__", "_bss_end__", "__bss_end__", "__end__"}
 TORCH_NAMESPACES = re.compile(r"(?<!\d)(?:3c10|2at|6caffe2|5torch(?!6stable))")
