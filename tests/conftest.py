@@ -83,6 +83,12 @@ def activation_formulas(lora_fused):
     return importlib.import_module(f"{lora_fused.__name__}.backends.reference.activations")
 
 
+@pytest.fixture
+def ops(lora_fused):
+    """The native ops, by their schemas' names."""
+    return lora_fused._ops.ops
+
+
 @pytest.fixture(scope="session")
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"

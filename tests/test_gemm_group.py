@@ -5,18 +5,13 @@ import sys
 
 import pytest
 import torch
+from helpers.hopper import HOPPER_ALONE
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "scripts"))
 
 import check_gemm_group
 
-SERVED = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [pytest.mark.skipif(not SERVED, reason="needs a Hopper GPU"), pytest.mark.own_architecture]
-
-
-@pytest.fixture
-def ops(lora_fused):
-    return lora_fused._ops.ops
+pytestmark = HOPPER_ALONE
 
 
 @pytest.mark.parametrize("shape", check_gemm_group.SMALL + check_gemm_group.LARGER, ids=str)

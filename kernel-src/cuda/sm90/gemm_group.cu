@@ -43,8 +43,8 @@ bool fits(const lora_fused::Shrink& shrink, const Gemm& like) {
 }
 
 // How many of the clusters make the slices: those that have a tile less than the others, as long as their blocks are
-// done with theirs before the first tile comes to t; else as many as can. A step of a slice takes a third of one of a
-// tile, or less.
+// done with theirs before the first tile comes to t; else as many as can. A step of a slice is counted as half of one of
+// a tile.
 template <int kOutputs>
 int makers_of(const Shrinks& shrinks, const Arguments<kOutputs>& args, int clusters) {
   const int idle = (clusters - args.tiles_m * args.tiles_n % clusters) % clusters;

@@ -185,12 +185,11 @@ __device__ __forceinline__ int counter_take(int* counter) {
   return before;
 }
 
-// Counts one; gives what was there. What this thread knows is written (also of other threads, by a barrier) is seen by
-// who counts later or waits for the count, and the other way round.
-__device__ __forceinline__ int counter_add(int* counter) {
-  int before;
+// Counts one. What this thread knows is written (also of other threads, by a barrier) is seen by who counts later or waits
+// for the count, and the other way round.
+__device__ __forceinline__ void counter_add(int* counter) {
+  [[maybe_unused]] int before;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before;
 }
 
 // Until so many have counted: what they had written before is seen.
