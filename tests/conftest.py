@@ -63,7 +63,7 @@ def lora_fused(pytestconfig):
     else:
         package = get_local_kernel(ROOT / "build")
     # Tests are of our forward, however small; `test_fallbacks.py` has those of when PEFT's is preferred.
-    package.peft.small_batch.SMALL_ROWS = -1
+    package.peft.small_batch.SMALL_ROWS = package.peft.small_batch.FEW_TRACED_ROWS = -1
     architecture = pytestconfig.getoption("architecture")
     package.backends.native.set_architecture(architecture)
     if architecture == "sm75":  # the GPU that stands in has bfloat16's products, whose tests run with them

@@ -235,7 +235,9 @@ def test_tensors_in_place_of_numbers(lora_fused):
 @pytest.mark.parametrize("dora", (False, True), ids=("lora", "dora"))
 def test_few_rows_without_a_gradient(lora_fused, monkeypatch, dora):
     """As in decoding: Inductor fuses PEFT's own products best, but for DoRA."""
-    monkeypatch.setattr(lora_fused.peft.small_batch, "_SMALL_ANYWHERE", True)
+    small_batch = lora_fused.peft.small_batch
+    monkeypatch.setattr(small_batch, "_SMALL_ANYWHERE", True)
+    monkeypatch.setattr(small_batch, "FEW_TRACED_ROWS", 64)
     model = block(use_dora=dora).eval()
     ours, graphs = kernelized(lora_fused, model, "cpu"), Graphs(lora_fused)
     ours.compile(backend=graphs, fullgraph=True)
@@ -246,7 +248,7 @@ def test_few_rows_without_a_gradient(lora_fused, monkeypatch, dora):
     assert graphs.traced == [FUSED_BLOCK if dora else Counter(), FUSED_BLOCK]
     with torch.no_grad():
         rows = lora_fused.explain(ours, rows=1)
-    assert {row.reason for row in rows} == {None if dora else lora_fused.peft.small_batch.FEW_TRACED}
+    assert {row.reason for row in rows} == {None if dora else small_batch.FEW_TRACED}
 
 
 def test_scalings_in_float16(lora_fused):

@@ -100,6 +100,7 @@ def test_before_the_first_call(lora_fused):
 def test_small_batches(lora_fused, own_calls, monkeypatch):
     monkeypatch.setattr(lora_fused.peft.small_batch, "_SMALL_ANYWHERE", True)
     monkeypatch.setattr(lora_fused.peft.small_batch, "SMALL_ROWS", 512)
+    monkeypatch.setattr(lora_fused.peft.small_batch, "FEW_TRACED_ROWS", 64)
     model = kernelize_in_place(lora_fused, peft_llama())
     with torch.no_grad():
         rows = holds(lora_fused, model, own_calls, evaluate, fused=0)

@@ -23,7 +23,9 @@ def draw(generator, *shape):
 
 def operands_of(generator, k, n, rank, dora, bias):
     weight, a, b = draw(generator, n, k), draw(generator, rank, k), draw(generator, n, rank)
-    magnitude = (weight + 0.5 * b @ a).norm(dim=1) * (1 + 0.3 * torch.rand(n, generator=generator)) if dora else None
+    magnitude = None
+    if dora:
+        magnitude = (weight + 0.5 * b @ a).norm(dim=1) * (1 + 0.3 * torch.rand(n, generator=generator, device="cpu"))
     return [weight, draw(generator, n) if bias else None, a, b, None, magnitude]
 
 
@@ -69,7 +71,7 @@ def check_group(lora_fused, device, m, k, group, dtype, adapter):
     specs = [lora_fused.ProjectionSpec(p) for _, _, p, _, _ in group]
     operands = [operands_of(generator, k, n, r, dora, bias) for n, r, _, dora, bias in group]
     operands = [[None if t is None else t.to(dtype).double() for t in each] for each in operands]
-    x, seeds = draw(generator, m, k).to(dtype).double(), torch.tensor([5, 2**40 + 1, 77])
+    x, seeds = draw(generator, m, k).to(dtype).double(), torch.tensor([5, 2**40 + 1, 77], device="cpu")
     dys = [draw(generator, m, n).to(dtype).double() for n, *_ in group]
     scalings = (0.5, 0.7, 0.5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import os
 import pathlib
@@ -76,12 +77,14 @@ def count_computations(lora_fused) -> dict:
 
 def serve(rank: int, build: pathlib.Path, port: int, cases, compare):
     """A process of the pair: compares each case that it is sent and sends back what went wrong, or None."""
+    faulthandler.enable()  # a signal that ends the process says where
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer"  # of PEFT's policy
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     torch.set_num_threads(1)
     lora_fused = get_local_kernel(build)
-    lora_fused.peft.small_batch.SMALL_ROWS = -1  # as conftest.py has it
+    small_batch = lora_fused.peft.small_batch
+    small_batch.SMALL_ROWS = small_batch.FEW_TRACED_ROWS = -1  # as conftest.py has it
     counts = count_computations(lora_fused)
     while (case := cases.recv()) is not None:
         try:
@@ -116,11 +119,12 @@ class Pair:
             self.start()
         for _, cases in self.running:
             cases.send(case)
-        for rank, (_, cases) in enumerate(self.running):
+        for rank, (process, cases) in enumerate(self.running):
             try:
                 error = cases.recv() if cases.poll(LONGEST) else f"no answer within {LONGEST} s"
             except EOFError:
-                error = "ended without an answer"
+                process.join(LONGEST)
+                error = f"ended without an answer, exit code {process.exitcode}"
             if error is not None:
                 self.stop(kill=True)
                 pytest.fail(f"process {rank}: {error}", pytrace=False)
