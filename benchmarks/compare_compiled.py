@@ -10,8 +10,6 @@ they broke off. A GPU is required; `--match` chooses cases.
 
 from __future__ import annotations
 
-import argparse
-import pathlib
 import time
 
 import compare_lora
@@ -20,7 +18,8 @@ import kernels
 import peers
 import profile_step
 import torch
-from compare_lora import ROOT
+from measuring import release_memory
+from reporting import environment, first_line, parsed_on_a_gpu, parser_of, written
 
 
 def timed(model, inputs, case: dict, **how) -> dict:
@@ -36,9 +35,9 @@ def timed(model, inputs, case: dict, **how) -> dict:
                 print(profile_step.gpu_table(model, inputs, case["autocast"], case["profile"]))
         return {**found, **notes}
     except Exception as error:  # a row's result
-        return {"failed": compare_lora.first_line(error)}
+        return {"failed": first_line(error)}
     finally:
-        compare_lora.release_memory()
+        release_memory()
 
 
 def make_base(case: dict, layers: int) -> torch.nn.Module:
@@ -52,18 +51,10 @@ def make_base(case: dict, layers: int) -> torch.nn.Module:
 def check(case: dict, lora_fused, inputs) -> dict:
     """Output and gradient norm of two compiled layers beside PEFT's eager ones; without dropout's masks."""
     model = compare_lora.adapt(make_base(case, 2), case, torch.float32)
-
-    def found():
-        y, grad = compare_lora.norms(model, inputs, case["autocast"])
-        if "dropout" in case["variant"]:
-            y, _ = compare_lora.norms(model.eval(), inputs, case["autocast"])
-            model.train()
-        return y, grad
-
-    theirs = found()
+    theirs = compare_lora.unmasked(model, inputs, case)
     with compare_lora.fused(model, lora_fused), peers.compiled(model):
-        result = compare_lora.agreement(theirs, found())
-    compare_lora.release_memory()
+        result = compare_lora.agreement(theirs, compare_lora.unmasked(model, inputs, case))
+    release_memory()
     return result
 
 
@@ -120,16 +111,12 @@ def cases(repeats: int, layers: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", type=pathlib.Path, default=ROOT / "build", help="build folder to load")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark_compiled.json"))
+    parser = parser_of(__doc__, "benchmark_compiled.json")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="print the kernels of a step, so many")
     parser.add_argument("--match", nargs="+", metavar="WORD", help="only cases whose first words hold one of these")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("a CUDA GPU is required")
+    arguments = parsed_on_a_gpu(parser)
     lora_fused = kernels.get_local_kernel(arguments.kernel)
     results = []
     for case in cases(arguments.repeats, arguments.layers):
@@ -138,8 +125,8 @@ def main() -> None:
             continue
         results.append(run_case({**case, "profile": arguments.profile}, lora_fused))
         print(describe(results[-1]), flush=True)
-        compare_lora.release_memory()
-        arguments.out.write_text(compare_lora.written(compare_lora.environment(), results))
+        release_memory()
+        arguments.out.write_text(written(environment(), results))
 
 
 if __name__ == "__main__":

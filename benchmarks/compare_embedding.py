@@ -11,18 +11,15 @@ measured in the same run. A GPU is required.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
-import pathlib
-import statistics
 
 import kernels
+import measuring
 import peft
 import torch
-import triton
+from reporting import environment, parsed_on_a_gpu, parser_of
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 VOCABULARY, RANK, SCALING = 151936, 32, 2.0
 WARM_UP = 30  # steps: the first ones of a model are slow for longer than three
 TOLERANCE = 1.5e-2  # ‖ours - PEFT's‖ / ‖PEFT's‖ of the output and of each gradient, bfloat16
@@ -56,18 +53,8 @@ def timed(step, before, repeats: int, calls: int = 1) -> dict:
         step()
     torch.cuda.synchronize()
     torch._C._cuda_clearCublasWorkspaces()  # one for each stream that a graph had
-    torch.cuda.reset_peak_memory_stats()
-    pairs = []
-    for _ in range(repeats):
-        before()
-        pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
-        pairs[-1][0].record()
-        for _ in range(calls):
-            step()
-        pairs[-1][1].record()
-    torch.cuda.synchronize()
-    times = [start.elapsed_time(end) / calls for start, end in pairs]
-    return {"ms": statistics.median(times), "min_ms": min(times), "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+    found = measuring.measured(step, before, repeats, calls)
+    return {name: found[name] for name in ("ms", "min_ms", "peak_gb")}
 
 
 def measure(model, ids, dy, repeats: int) -> dict:
@@ -83,21 +70,8 @@ def measure(model, ids, dy, repeats: int) -> dict:
     step = lambda: layer(ids).backward(dy)  # noqa: E731
     measured = timed(step, change, repeats)
     change()
-    replay = captured(step)
+    replay = measuring.captured(step, 1)
     return {**measured, "graph_ms": timed(replay, change, repeats)["ms"]}
-
-
-def captured(step):
-    """The replay of a step in a CUDA graph, which takes the GPU's time alone."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def layer_of(model) -> torch.nn.Module:
@@ -136,9 +110,9 @@ def norm_and_floor(table, lora_fused, hidden: int, adapter_dtype) -> dict:
         "floor_ms": lambda: copy_to.copy_(copy_from),
         "sum_ms": lambda: flat.view(torch.float32).sum(),  # a library's read
     }
-    # In turns, ten calls in a row: no host time, and whatever the clocks do, they do to all.
-    rounds = [{name: timed(step, lambda: None, 3, calls=10)["ms"] for name, step in steps.items()} for _ in range(3)]
-    return {name: statistics.median(each[name] for each in rounds) for name in steps}
+    # Ten calls in a row: no host time.
+    ways = {name: functools.partial(timed, step, lambda: None, 3, calls=10) for name, step in steps.items()}
+    return {name: found["ms"] for name, found in measuring.in_turns(ways, rounds=3).items()}
 
 
 def run_case(model, ids, dy, lora_fused, repeats: int) -> dict:
@@ -171,21 +145,11 @@ def describe(case: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", type=pathlib.Path, default=ROOT / "build", help="build folder to load")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark_embedding.json"))
+    parser = parser_of(__doc__, "benchmark_embedding.json")
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 64, 65536])
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("a CUDA GPU is required")
+    arguments = parsed_on_a_gpu(parser)
     lora_fused = kernels.get_local_kernel(arguments.kernel)
-    environment = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "peft": peft.__version__,
-    }
     torch.manual_seed(0)
     results, floors = [], []
     for hidden in (2560, 4096):
@@ -211,7 +175,7 @@ def main() -> None:
                     base = model.unload()
                     del model, ids, dy
                     torch.cuda.empty_cache()
-                    written = {"environment": environment, "norm": floors, "results": results}
+                    written = {"environment": environment(), "norm": floors, "results": results}
                     arguments.out.write_text(json.dumps(written, indent=1))
     if any("failed" in case for case in results):
         raise SystemExit("parity failed")

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import gc
 import json
 import logging
 import pathlib
@@ -27,9 +26,11 @@ import warnings
 from typing import NamedTuple
 
 import kernels
+import measuring
 import peft
 import torch
 import transformers
+from measuring import release_memory
 from torch import nn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -126,50 +127,24 @@ def kernelized(lora_fused, model: nn.Module, device: str) -> nn.Module:
         return kernels.kernelize(model, mode=kernels.Mode.TRAINING, device=device)
 
 
-class Clock:
-    """Times of steps on one device."""
-
-    def __init__(self, device: str):
-        self.on_gpu = device == "cuda"
-
-    def synchronize(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-
-    def allocated(self) -> float:
-        return torch.cuda.memory_allocated() / 1e9 if self.on_gpu else 0.0
-
-    def time(self, step, before, repeats: int, warm_up: int) -> dict:
-        """The median in ms and the peak in GB above what was allocated; steps are queued without a wait between
-        them."""
-        for _ in range(warm_up):
-            before()
-            step()
-        self.synchronize()
-        held = self.allocated()
-        if not self.on_gpu:
-            return dict(ms=statistics.median(self._on_host(step, before) for _ in range(repeats)), peak_gb=None)
-        torch.cuda.reset_peak_memory_stats()
-        pairs = []
-        for _ in range(repeats):
-            before()
-            pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
-            pairs[-1][0].record()
-            step()
-            pairs[-1][1].record()
-        torch.cuda.synchronize()
-        times = [start.elapsed_time(end) for start, end in pairs]
-        return dict(ms=statistics.median(times), peak_gb=torch.cuda.max_memory_allocated() / 1e9 - held)
-
-    @staticmethod
-    def _on_host(step, before) -> float:
+def timed(step, before, repeats: int, warm_up: int, device: str) -> dict:
+    """The median in ms and the peak in GB above what was allocated, which a CPU has none of."""
+    for _ in range(warm_up):
+        before()
+        step()
+    if device == "cuda":
+        found = measuring.measured(step, before, repeats)
+        return dict(ms=found["ms"], peak_gb=found["transient_gb"])
+    times = []
+    for _ in range(repeats):
         before()
         start = time.perf_counter()
         step()
-        return 1e3 * (time.perf_counter() - start)
+        times.append(1e3 * (time.perf_counter() - start))
+    return dict(ms=statistics.median(times), peak_gb=None)
 
 
-def train(model: nn.Module, x: torch.Tensor, dy: torch.Tensor, clock: Clock, repeats: int) -> dict:
+def train(model: nn.Module, x: torch.Tensor, dy: torch.Tensor, repeats: int) -> dict:
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def before():
@@ -179,7 +154,7 @@ def train(model: nn.Module, x: torch.Tensor, dy: torch.Tensor, clock: Clock, rep
                 parameter.grad = None
                 parameter.mul_(1.0 + 1e-6)
 
-    measured = clock.time(lambda: model(x).backward(dy), before, repeats, warm_up=5)
+    measured = timed(lambda: model(x).backward(dy), before, repeats, 5, x.device.type)
     return {**measured, "saved_gb": saved(model, x) / 1e9}
 
 
@@ -220,13 +195,13 @@ def differences(ours: dict, theirs: dict) -> dict:
 
 
 def training_rows(lora_fused, shape: Shape, tokens: int, args) -> list[dict]:
-    clock, rows = Clock(args.device), []
+    rows = []
     x = torch.randn(1, tokens, shape.sizes["hidden_size"], device=args.device, dtype=args.dtype).requires_grad_()
     dy = torch.randn_like(x)
     layer = build(shape, args.device, args.dtype)
     for implementation in args.frozen:
         set_implementation(layer, implementation)
-        rows.append(attempt(f"frozen, {implementation}", lambda: train(layer, x, dy, clock, args.repeats)))
+        rows.append(attempt(f"frozen, {implementation}", lambda: train(layer, x, dy, args.repeats)))
     set_implementation(layer, "grouped_mm")
     for adapter_dtype in args.adapters:
         kind = str(adapter_dtype).removeprefix("torch.")
@@ -234,32 +209,32 @@ def training_rows(lora_fused, shape: Shape, tokens: int, args) -> list[dict]:
         if args.compile:
             torch._dynamo.reset()
             compiled = torch.compile(model, dynamic=False)
-            row = attempt(f"PEFT compiled, {kind}", lambda: train(compiled, x, dy, clock, args.repeats))
+            row = attempt(f"PEFT compiled, {kind}", lambda: train(compiled, x, dy, args.repeats))
             rows.append(row)
         theirs = results_of(model, x, dy)
-        rows.append(attempt(f"PEFT, {kind}", lambda: train(model, x, dy, clock, args.repeats)))
+        rows.append(attempt(f"PEFT, {kind}", lambda: train(model, x, dy, args.repeats)))
         model = None
-        free()
+        release_memory()
         model = kernelized(lora_fused, adapt(copy.deepcopy(layer), adapter_dtype), args.device)
         for backend in args.backends:
             with backend_of(lora_fused, backend):
                 found = differences(results_of(model, x, dy), theirs)
                 assert_fused(lora_fused, model)
-                row = attempt(variant(kind, backend), lambda: train(model, x, dy, clock, args.repeats))
+                row = attempt(variant(kind, backend), lambda: train(model, x, dy, args.repeats))
             rows.append({**row, "differs": max(error for error, _ in found.values()), "differences": found})
         model = theirs = None
-        free()
+        release_memory()
     return [dict(row, shape=shape.title, tokens=tokens, kind="training") for row in rows]
 
 
 def decoding_rows(lora_fused, shape: Shape, tokens: int, args) -> list[dict]:
-    clock, rows = Clock(args.device), []
+    rows = []
     x = torch.randn(1, tokens, shape.sizes["hidden_size"], device=args.device, dtype=args.dtype)
     layer = build(shape, args.device, args.dtype).eval()
 
     @torch.no_grad()
     def row(name, model):
-        return attempt(name, lambda: clock.time(lambda: model(x), lambda: None, 5 * args.repeats, warm_up=10))
+        return attempt(name, lambda: timed(lambda: model(x), lambda: None, 5 * args.repeats, 10, args.device))
 
     for implementation in ("grouped_mm", "batched_mm"):
         set_implementation(layer, implementation)
@@ -274,7 +249,7 @@ def decoding_rows(lora_fused, shape: Shape, tokens: int, args) -> list[dict]:
             with backend_of(lora_fused, backend):
                 rows.append(row(variant(kind, backend), model))
         model = None
-        free()
+        release_memory()
     return [dict(each, shape=shape.title, tokens=tokens, kind="decoding") for each in rows]
 
 
@@ -310,12 +285,6 @@ def attempt(name: str, measure) -> dict:
         return dict(
             variant=name, note=f"{type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"
         )
-
-
-def free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def with_ratios(rows: list[dict]) -> list[dict]:
@@ -384,10 +353,10 @@ def main() -> None:
         found = []
         for tokens in args.tokens:
             found += training_rows(lora_fused, shape, tokens, args)
-            free()
+            release_memory()
         for tokens in args.decoding:
             found += decoding_rows(lora_fused, shape, tokens, args)
-            free()
+            release_memory()
         show(with_ratios(found))
         rows += found
     if args.out:

@@ -10,8 +10,6 @@ GPU is required.
 
 from __future__ import annotations
 
-import argparse
-import pathlib
 import statistics
 import time
 
@@ -20,6 +18,8 @@ import kernels
 import peft
 import torch
 import transformers
+from measuring import release_memory
+from reporting import environment, parsed_on_a_gpu, parser_of, written
 
 PROMPT, FEW, MANY, REPEATS = 128, 8, 72, 5
 SHAPE = dict(common.LLAMAS["llama-8b"], vocab_size=32000)
@@ -89,21 +89,17 @@ def describe(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", type=pathlib.Path, default=common.ROOT / "build", help="build folder to load")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark_generation.json"))
+    parser = parser_of(__doc__, "benchmark_generation.json")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("a CUDA GPU is required")
+    arguments = parsed_on_a_gpu(parser)
     lora_fused = kernels.get_local_kernel(arguments.kernel)
     results = []
     for batch in arguments.batch:
         results += run_case({"batch": batch, "layers": arguments.layers}, lora_fused)
         print("\n".join(describe(result) for result in results[-2:]), flush=True)
-        common.release_memory()
-        arguments.out.write_text(common.written(common.environment(), results))
+        release_memory()
+        arguments.out.write_text(written(environment(), results))
 
 
 if __name__ == "__main__":

@@ -12,22 +12,20 @@ one captured step, so nothing waits for the host. `--peers` measures other ways 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import gc
-import json
-import pathlib
-import statistics
+import functools
 import time
 
 import kernels
+import measuring
 import peers
 import peft
 import torch
 import transformers
-import triton
+from lora_cases import KINDS, VARIANTS, cases, head_of, peer_cases, shape_of
+from measuring import release_memory
+from reporting import environment, first_line, parsed_on_a_gpu, parser_of, written
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Steps at most and at least, and the seconds that are enough: groups form in the second step, the first ones of a
 # process are slow for longer.
@@ -61,11 +59,6 @@ def llama_shape(shape: str, layers: int, bias: bool) -> torch.nn.Module:
     return transformers.LlamaModel(config)
 
 
-def shape_of(case: dict) -> str:
-    """ "linear" or a key of LLAMAS; kinds that mix shapes name it."""
-    return case.get("shape", case["kind"])
-
-
 def build(make, seed=0, device="cuda") -> torch.nn.Module:
     torch.manual_seed(seed)
     with torch.device(device):
@@ -75,15 +68,6 @@ def build(make, seed=0, device="cuda") -> torch.nn.Module:
         finally:
             torch.set_default_dtype(torch.float32)
     return model.requires_grad_(False)
-
-
-VARIANTS = {
-    "LoRA": {},
-    "LoRA, dropout 0.1": dict(lora_dropout=0.1),
-    "LoRA, bias all": dict(bias="all"),
-    "DoRA": dict(use_dora=True),
-    "DoRA, dropout 0.1": dict(use_dora=True, lora_dropout=0.1),
-}
 
 
 def adapt(model, case: dict, adapter_dtype) -> torch.nn.Module:
@@ -153,25 +137,25 @@ def norms(model, inputs, autocast):
     return y.detach(), grad
 
 
-def captured(model, inputs, autocast):
-    """The replay of a step; parameters and x are read anew at every replay."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            step(model, inputs, autocast, cache=False)
-    torch.cuda.current_stream().wait_stream(aside)
-    change_parameters(model)
-    inputs["leaf"].grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(model, inputs, autocast, cache=False)
-    return graph.replay
+def unmasked(model, inputs, case: dict):
+    """`norms`, the output without dropout, whose masks differ between implementations."""
+    y, grad = norms(model, inputs, case["autocast"])
+    if "dropout" in case["variant"]:
+        y, _ = norms(model.eval(), inputs, case["autocast"])
+        model.train()
+    return y, grad
 
 
 def measure(model, inputs, case):
-    autocast, repeats = case["autocast"], case["repeats"]
-    run = captured(model, inputs, autocast) if case.get("graph") else lambda: step(model, inputs, autocast)
+    def change():
+        change_parameters(model)
+        inputs["leaf"].grad = None
+
+    def run(cache: bool = True):
+        return step(model, inputs, case["autocast"], cache)
+
+    if case.get("graph"):
+        run = measuring.captured(functools.partial(run, cache=False), 3, before=change)
     start = time.perf_counter()
     for i in range(WARM_UP):
         change_parameters(model)
@@ -179,29 +163,8 @@ def measure(model, inputs, case):
         torch.cuda.synchronize()
         if i + 1 >= FEWEST and time.perf_counter() - start > ENOUGH:
             break
-    change_parameters(model)
-    inputs["leaf"].grad = None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    pairs = []
-    for _ in range(repeats):
-        change_parameters(model)
-        inputs["leaf"].grad = None
-        pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
-        pairs[-1][0].record()
-        run()
-        pairs[-1][1].record()
-    torch.cuda.synchronize()
-    times = [start.elapsed_time(end) for start, end in pairs]
-    peak = torch.cuda.max_memory_allocated()
-    return {
-        "ms": statistics.median(times),
-        "min_ms": min(times),
-        "times_ms": [round(time, 3) for time in times],  # a host that others use shows in their spread
-        "peak_gb": peak / 1e9,
-        "transient_gb": (peak - held) / 1e9,  # of a step, gradients included
-    }
+    change()
+    return measuring.measured(run, change, case["repeats"])
 
 
 def bytes_of(model) -> int:
@@ -209,26 +172,22 @@ def bytes_of(model) -> int:
 
 
 def measure_in_turns(base, model, lora_fused, inputs, case, rounds: int = 5) -> dict:
-    """Frozen, ours and PEFT round after round in changing order: a GPU that has just rested runs faster than one at its
-    power limit, so that the first to be measured would win. Medians of the rounds; each peak without the other
-    model."""
+    """Frozen, ours and PEFT; each peak without the other model."""
+
+    def way(measured, other, scope=contextlib.nullcontext):
+        def run() -> dict:
+            with scope():
+                found = measure(measured, inputs, case)
+            return {**found, "peak_gb": found["peak_gb"] - bytes_of(other) / 1e9}
+
+        return run
+
     ways = {
-        "frozen": (base, model, contextlib.nullcontext),
-        "ours": (model, base, lambda: fused(model, lora_fused)),
-        "peft": (model, base, contextlib.nullcontext),
+        "frozen": way(base, model),
+        "ours": way(model, base, lambda: fused(model, lora_fused)),
+        "peft": way(model, base),
     }
-    found = {name: [] for name in ways}
-    for i in range(rounds):
-        for name in [*ways][i % len(ways) :] + [*ways][: i % len(ways)]:
-            measured, other, way = ways[name]
-            with way():
-                found[name].append(measure(measured, inputs, case))
-            found[name][-1]["peak_gb"] -= bytes_of(other) / 1e9
-    over = {"min_ms": min, "times_ms": lambda rounds: [time for times in rounds for time in times]}
-    return {
-        name: {key: over.get(key, statistics.median)([part[key] for part in parts]) for key in parts[0]}
-        for name, parts in found.items()
-    }
+    return measuring.in_turns(ways, rounds)
 
 
 def fuse(model, lora_fused) -> None:
@@ -264,19 +223,11 @@ def agreement(theirs: tuple, ours: tuple) -> dict:
 def compare(case: dict, lora_fused, inputs) -> dict:
     """Our output and gradient norm beside PEFT's, for a model of two layers: rounding differences
     of two correct bfloat16 runs grow from layer to layer, mistakes show at once."""
-
-    def output_and_grad():
-        y, grad = norms(model, inputs, case["autocast"])
-        if "dropout" in case["variant"]:
-            y, _ = norms(model.eval(), inputs, case["autocast"])
-            model.train()
-        return y, grad
-
     device = inputs["leaf"].device
     model = adapt(build(lambda: make_model({**case, "layers": 2}), device=device), case, adapter_dtype_of(case))
-    theirs = output_and_grad()
+    theirs = unmasked(model, inputs, case)
     with fused(model, lora_fused):
-        result = agreement(theirs, output_and_grad())
+        result = agreement(theirs, unmasked(model, inputs, case))
     return {**result, "grad_norm": {"peft": theirs[1], "ours": result["grad_norm"]}}
 
 
@@ -284,14 +235,6 @@ def make_model(case: dict) -> torch.nn.Module:
     if shape_of(case) == "linear":
         return SingleLinear(case["k"], case["n"])
     return llama_shape(shape_of(case), case["layers"], "bias" in VARIANTS[case["variant"]])
-
-
-def release_memory() -> None:
-    """What the last models held, cycles included, so that the next peak is the next model's own."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch._C._cuda_clearCublasWorkspaces()  # one for each stream that a graph had
-    torch.cuda.empty_cache()
 
 
 def run_case(case: dict, lora_fused, device="cuda") -> dict:
@@ -315,12 +258,6 @@ def run_case(case: dict, lora_fused, device="cuda") -> dict:
     except torch.cuda.OutOfMemoryError:
         result["peft"] = None
     return result
-
-
-def first_line(error: Exception) -> str:
-    """What a row says of an error."""
-    kind = "not installed" if isinstance(error, ModuleNotFoundError) else type(error).__name__
-    return f"{kind}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def against_peft(case: dict, ways: dict, inputs) -> dict:
@@ -362,94 +299,6 @@ def run_peers(case: dict, lora_fused, device="cuda") -> dict:
     return result
 
 
-def single_cases(kind: str, tokens, shapes, precisions, **options) -> list[dict]:
-    """Single linears of rank 32 with LoRA but for `options`; a precision is (adapter, under autocast)."""
-    fixed = {**dict(kind=kind, shape="linear", variant="LoRA", rank=32), **options}
-    return [
-        dict(fixed, m=m, k=k, n=n, adapter=adapter, autocast=autocast)
-        for m in tokens
-        for k, n in shapes
-        for adapter, autocast in precisions
-    ]
-
-
-PRECISIONS = (("fp32", True), ("bf16", False))
-
-
-def small_cases(repeats: int) -> list[dict]:
-    """Work that waits for the host: few rows without a gradient, and a small model."""
-    options = dict(forward_only=True, repeats=3 * repeats)
-    single = single_cases("small", (1, 16, 64, 256), ((4096, 4096),), PRECISIONS, **options)
-    model = dict(kind="small", shape="llama-1b", variant="LoRA", layers=16, batch=1, seq=512, rank=32, repeats=repeats)
-    return single + [
-        dict(model, adapter=adapter, autocast=autocast, forward_only=forward_only)
-        for forward_only in (False, True)
-        for adapter, autocast in PRECISIONS
-    ]
-
-
-def high_rank_cases(repeats: int) -> list[dict]:
-    shapes = ((4096, 4096), (8192, 8192))
-    options = dict(variant="DoRA", rank=384, repeats=3 * repeats)
-    return [
-        case
-        for graph in (False, True)
-        for case in single_cases("high-rank", (4096,), shapes, PRECISIONS[1:], graph=graph, **options)
-    ]
-
-
-def model_cases(repeats: int, layers: int) -> list[dict]:
-    short = [(variant, "fp32", variant != "LoRA, bias all") for variant in VARIANTS] + [("LoRA", "bf16", False)]
-    runs = [(1, *run, False, graph) for graph in (False, True) for run in short]
-    runs += [(1, variant, "fp32", False, False, False) for variant in ("LoRA", "LoRA, dropout 0.1")]
-    runs += [(4, variant, "fp32", True, cp, False) for cp in (False, True) for variant in ("LoRA", "DoRA")]
-    return [
-        dict(
-            kind="llama-8b",
-            variant=variant,
-            layers=layers,
-            batch=batch,
-            seq=2048,
-            rank=32,
-            adapter="bf16" if variant == "LoRA, bias all" else adapter,
-            autocast=autocast,
-            checkpointing=checkpointing,
-            graph=graph,
-            repeats=repeats,
-        )
-        for batch, variant, adapter, autocast, checkpointing, graph in runs
-    ]
-
-
-def cases(repeats: int, layers: int) -> list[dict]:
-    shapes = ((4096, 4096), (4096, 14336), (14336, 4096))
-    single = single_cases("linear", (64, 2048, 8192), shapes, PRECISIONS, repeats=3 * repeats)
-    # Fewer tokens take the GPU less time than the host takes to ask for a replay.
-    single += single_cases("linear", (2048, 8192), shapes, PRECISIONS, repeats=3 * repeats, graph=True)
-    return single + model_cases(repeats, layers) + small_cases(repeats) + high_rank_cases(repeats)
-
-
-KINDS = ("linear", "llama-8b", "small", "high-rank")
-
-
-def peer_cases(repeats: int, layers: int) -> list[dict]:
-    """The model first: what other packages change in PEFT when they are imported comes with the single linears."""
-    model = dict(kind="llama-8b", layers=layers, batch=1, seq=2048, rank=32, adapter="fp32", autocast=True)
-    single = single_cases("linear", (8192,), ((4096, 4096), (4096, 14336)), PRECISIONS, repeats=3 * repeats)
-    return [dict(model, variant=variant, repeats=repeats) for variant in ("LoRA", "DoRA")] + single
-
-
-def head_of(result: dict) -> str:
-    if shape_of(result) == "linear":
-        shape = f"linear {result['k']}->{result['n']}, M={result['m']}"
-    else:
-        shape = f"{result['layers']} {shape_of(result).title()} layers, {result['batch']}x{result['seq']}"
-    for option, text in (("checkpointing", "checkpointing"), ("graph", "CUDA graph"), ("forward_only", "forward")):
-        shape += f", {text}" if result.get(option) else ""
-    variant = result["variant"] + (f" r={result['rank']}" if result["rank"] != 32 else "")
-    return f"{shape:50} {variant:18} {result['adapter']}{' autocast' if result['autocast'] else '':9}"
-
-
 def times_of(measured: dict | None, frozen: dict) -> str:
     if measured is None:
         return "out of memory"
@@ -478,34 +327,14 @@ def describe_peers(result: dict) -> str:
     return "\n".join(lines)
 
 
-def environment(device: str = "cuda") -> dict:
-    return {
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else "none",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "peft": peft.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def written(environment: dict, results: list[dict]) -> str:
-    """JSON with a line for each case."""
-    rows = ",\n".join(json.dumps(result) for result in results)
-    return f'{{"environment": {json.dumps(environment)}, "results": [\n{rows}\n]}}\n'
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", type=pathlib.Path, default=ROOT / "build", help="build folder to load")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark_lora.json"))
+    parser = parser_of(__doc__, "benchmark_lora.json")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, help="only these cases")
     parser.add_argument("--match", nargs="+", metavar="WORD", help="only cases whose first words hold one of these")
     parser.add_argument("--peers", action="store_true", help="other ways to run the adapter, on a few cases")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("a CUDA GPU is required")
+    arguments = parsed_on_a_gpu(parser)
     lora_fused = kernels.get_local_kernel(arguments.kernel)
     results = []
     make, run, show = (peer_cases, run_peers, describe_peers) if arguments.peers else (cases, run_case, describe)

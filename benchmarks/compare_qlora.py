@@ -11,20 +11,17 @@ GPU is required.
 
 from __future__ import annotations
 
-import argparse
 import json
-import pathlib
 import sys
 import time
 
 import bitsandbytes as bnb
 import compare_lora as common
 import kernels
-import peft
 import torch
-import transformers
+from measuring import release_memory
+from reporting import ROOT, environment, first_line, parsed_on_a_gpu, parser_of
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from check_row_norm import CACHE, microseconds as graph_us
@@ -145,7 +142,7 @@ def measure(model, inputs, case: dict) -> dict:
     try:
         return common.measure(model, inputs, case)
     except RuntimeError as error:
-        return {"failed": common.first_line(error)}
+        return {"failed": first_line(error)}
 
 
 def model_case(case: dict, lora_fused) -> dict:
@@ -156,11 +153,11 @@ def model_case(case: dict, lora_fused) -> dict:
     result = {**case, **common.agreement(theirs, common.norms(two, inputs, case["autocast"]))}
     result["grad_norm"] = {"peft": theirs[1], "ours": result["grad_norm"]}
     del two, theirs
-    common.release_memory()
+    release_memory()
     if "failed" in result:
         return result
     base = quantized_model(case["layers"])
-    common.release_memory()
+    release_memory()
     result["frozen"] = measure(base, inputs, case)
     model = common.adapt(base, case, dtype)
     fuse(model, lora_fused)
@@ -211,27 +208,16 @@ def describe(r: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", type=pathlib.Path, default=ROOT / "build", help="build folder to load")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark_qlora.json"))
+    parser = parser_of(__doc__, "benchmark_qlora.json")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--kind", choices=("dequantize", "few rows", "llama-8b"), help="only these cases")
     parser.add_argument("--variant", choices=("LoRA", "DoRA"), help="only the model's cases of this variant")
     parser.add_argument("--graph", action="store_true", help="only the model's cases in a CUDA graph")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("a CUDA GPU is required")
+    arguments = parsed_on_a_gpu(parser)
     lora_fused = kernels.get_local_kernel(arguments.kernel)
     rate = bandwidth()
-    environment = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "peft": peft.__version__,
-        "bitsandbytes": bnb.__version__,
-        "transformers": transformers.__version__,
-        "copy_tb_per_s": rate / 1e12,
-    }
+    made_with = {**environment(), "bitsandbytes": bnb.__version__, "copy_tb_per_s": rate / 1e12}
     results = []
 
     def run(kind, make):
@@ -239,8 +225,8 @@ def main() -> None:
             return
         results.append(make())
         print(describe(results[-1]), flush=True)
-        common.release_memory()
-        arguments.out.write_text(json.dumps({"environment": environment, "results": results}, indent=1))
+        release_memory()
+        arguments.out.write_text(json.dumps({"environment": made_with, "results": results}, indent=1))
 
     for shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float32):

@@ -8,7 +8,6 @@ a second process. The frozen model's first step is what CUDA and its libraries c
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pathlib
@@ -21,6 +20,7 @@ import time
 import compare_lora as bench
 import kernels
 import torch
+from reporting import environment, parser_of
 
 LATER = 5  # steps after the first, of which the median is given
 RUNS = (("frozen", "empty"), ("PEFT", "empty"), ("lora-fused", "empty"), ("lora-fused", "filled"))
@@ -80,9 +80,7 @@ def describe(row: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", type=pathlib.Path, default=bench.ROOT / "build", help="build folder to load")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark_first_call.json"))
+    parser = parser_of(__doc__, "benchmark_first_call.json")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--run", nargs=2, metavar=("CASE", "WHO"), help="one case, as JSON, in this process")
@@ -93,14 +91,13 @@ def main() -> None:
         case, who = arguments.run
         print(json.dumps(first_steps(json.loads(case), who, arguments.kernel, arguments.device)))
         return
-    environment = bench.environment(arguments.device)
-    results = []
+    made_with, results = environment(arguments.device), []
     for case in cases(arguments.layers):
         with tempfile.TemporaryDirectory() as folder:
             for who, cache in RUNS:
                 results.append(in_a_process(case, who, cache, folder, arguments))
                 print(describe(results[-1]), flush=True)
-        arguments.out.write_text(json.dumps({"environment": environment, "results": results}, indent=1))
+        arguments.out.write_text(json.dumps({"environment": made_with, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import time
 import compare_lora as bench
 import kernels
 import torch
+from reporting import ROOT, parsed_on_a_gpu
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -60,16 +61,14 @@ def gpu_table(model, inputs: dict, autocast: bool, rows: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", type=pathlib.Path, default=bench.ROOT / "build", help="build folder to load")
+    parser.add_argument("--kernel", type=pathlib.Path, default=ROOT / "build", help="build folder to load")
     parser.add_argument("--variant", choices=bench.VARIANTS, default="LoRA")
     parser.add_argument("--adapter", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--no-autocast", action="store_true")
     parser.add_argument("--tokens", type=int, nargs="+", default=[32, 2048])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rows", type=int, default=25, help="kernels to list")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("a CUDA GPU is required")
+    arguments = parsed_on_a_gpu(parser)
     lora_fused, autocast = kernels.get_local_kernel(arguments.kernel), not arguments.no_autocast
     case = dict(kind="llama-8b", variant=arguments.variant, layers=arguments.layers, rank=32)
     dtype = torch.float32 if arguments.adapter == "fp32" else torch.bfloat16
