@@ -24,7 +24,7 @@ from reporting import ROOT, environment, first_line, parsed_on_a_gpu, parser_of
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from check_row_norm import CACHE, microseconds as graph_us
+from kernel_checks import CACHE, microseconds as graph_us
 
 SHAPES = ((1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672))
 

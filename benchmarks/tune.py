@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / name) for name in ("scripts", "benchmarks")]
 
 import tune_experts
-from check_row_norm import CACHE, host_microseconds, microseconds
+from kernel_checks import CACHE, host_microseconds, microseconds
 
 RANK, SCALING = 32, 0.1  # of operands of size one: a delta about as large as what it is added to
 LINEARS = (

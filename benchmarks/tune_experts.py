@@ -29,7 +29,7 @@ from torch import Tensor, bfloat16, float32
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from check_row_norm import microseconds
+from kernel_checks import microseconds
 
 RANK, SCALING, AGREES = 16, 2.0, 2e-2
 

@@ -6,17 +6,11 @@ mistake shows. Timed over random inputs larger than the L2, contenders in turn, 
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import pathlib
-import random
-import statistics
 
 import torch
-from check_row_norm import CACHE, host_microseconds
-from torch import Tensor
+from kernel_checks import CACHE, ROUNDING, begin, host_microseconds, medians, padded
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 # M, N, k of every segment
 SMALL = (
     (1, 8, (8,)),
@@ -34,7 +28,6 @@ LARGER = (
     (2048, 4096, (4096, 1024, 1024, 96)),
     (70000, 264, (128, 32)),
 )
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a last place
 EPILOGUES = (
     "plain",
     "bias",
@@ -52,13 +45,6 @@ EPILOGUES = (
 FORMS = [(rows, name) for rows in (True, False) for name in EPILOGUES if rows or "excess" not in name]
 P, SEED = 0.3, 2**40 + 1  # of what is dropped, or multiplied in float16: the sum of the first half of the segments
 LINEARS = ((4096, 4096), (4096, 14336), (14336, 4096))  # in, out
-
-
-def padded(rows: int, cols: int, dtype, fill=None) -> Tensor:
-    """[rows, cols] with NaN around it; `fill`: its own value, random unless given."""
-    whole = torch.full((rows + 3, (cols + 7) // 8 * 8 + 8), float("nan"), device="cuda", dtype=dtype)
-    part = whole[:rows, :cols]
-    return part.normal_() if fill is None else part.fill_(fill)
 
 
 def check(ops, m: int, n: int, ks: tuple[int, ...], rows_are_n: bool, epilogue: str, dtype) -> None:
@@ -120,30 +106,6 @@ def check_all(ops, shapes) -> int:
     return count
 
 
-def medians(contenders: dict, inputs: list, rounds: int = 15) -> dict[str, float]:
-    """Microseconds of a call of each, from graphs over all inputs, replayed in random order: the clock follows the
-    load."""
-    graphs = {}
-    for name, function in contenders.items():
-        for x in inputs:
-            function(*x)
-        torch.cuda.synchronize()
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            for x in inputs:
-                function(*x)
-    times = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, graph in random.sample(list(graphs.items()), len(graphs)):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end) * 1e3 / len(inputs))
-    return {name: statistics.median(each[1:]) for name, each in times.items()}
-
-
 def draw(m: int, n: int, ks: tuple[int, ...], rows_are_n: bool) -> list:
     """Enough sets of (a, b, out) to pass the L2."""
     size = 2 * (m * n + sum(ks) * (m + n))
@@ -200,15 +162,7 @@ def report(gemms: dict, linear_expand, tokens, ranks, linears=LINEARS) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sanitize", action="store_true", help="small checks only, for a run under compute-sanitizer")
-    sanitize = parser.parse_args().sanitize
-    from kernels import get_local_kernel
-
-    if torch.cuda.get_device_capability() != (9, 0):
-        print("gemm: for compute capability 9.0 alone, not run")
-        return
-    lora_fused = get_local_kernel(ROOT / "build")
+    lora_fused, sanitize = begin(__doc__, hopper="gemm")
     gemm = lora_fused._ops.ops.gemm
     print(f"gemm: {check_all(lora_fused._ops.ops, SMALL)} small cases right", flush=True)
     if sanitize:

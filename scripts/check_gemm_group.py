@@ -10,18 +10,14 @@ so that a launch that hangs is known when a time limit ends the script:
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import pathlib
 from typing import NamedTuple
 
 import torch
-from check_gemm import ROUNDING, medians, padded
-from check_row_norm import CACHE, host_microseconds
 from check_skinny import assert_close, assert_nothing_around, assert_product
+from kernel_checks import CACHE, ROUNDING, begin, host_microseconds, medians, padded
 from torch import Tensor
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 # M, K, and of each member N and rank
 SMALL = (
     (1, 8, ((8, 8),)),
@@ -333,15 +329,7 @@ def report(ops, tokens=(2048, 8192)) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sanitize", action="store_true", help="small checks only, for a run under compute-sanitizer")
-    sanitize = parser.parse_args().sanitize
-    from kernels import get_local_kernel
-
-    if torch.cuda.get_device_capability() != (9, 0):
-        print("gemm_group: for compute capability 9.0 alone, not run")
-        return
-    lora_fused = get_local_kernel(ROOT / "build")
+    lora_fused, sanitize = begin(__doc__, hopper="gemm_group")
     ops = lora_fused._ops.ops
 
     def part(name: str, run) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import pathlib
-import statistics
 import sys
-import time
 
 import torch
-from kernels import get_local_kernel
+from kernel_checks import CACHE, begin, host_microseconds, microseconds
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHAPES = (
     (1, 1, 1),
     (17, 33, 3),
@@ -34,7 +29,6 @@ TIMED = tuple((*nk, r) for nk in LINEARS for r in (16, 32, 64)) + (
     (28672, 8192, 384),
 )
 ADAPTERS = (torch.bfloat16, torch.float32)  # of a bfloat16 base; PEFT keeps float32
-CACHE = 256 * 2**20  # more than any L2: inputs rotate through this much memory
 
 
 def draw(n, k, r, weight_dtype, adapter_dtype):
@@ -57,11 +51,8 @@ def check(lora_fused) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sanitize", action="store_true", help="check only, for a run under compute-sanitizer")
-    sanitize = parser.parse_args().sanitize
+    lora_fused, sanitize = begin(__doc__)
     torch.manual_seed(0)
-    lora_fused = get_local_kernel(ROOT / "build")
     print(f"row_norm: worst relative error against float64 {check(lora_fused):.2g}")
     if sanitize:
         return
@@ -83,37 +74,6 @@ def main() -> None:
             f"{host_microseconds(lambda: lora_fused.row_norm(*first, 0.7)):8.1f}",
             flush=True,
         )
-
-
-def microseconds(function, inputs, repeats=7) -> float:
-    """Median GPU time of a call over inputs in turn, from replays of a graph: no host time."""
-    for x in inputs:
-        function(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for x in inputs + inputs:
-            function(x)
-    times = []
-    for _ in range(repeats + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / (2 * len(inputs)))
-    return statistics.median(times[1:])
-
-
-def host_microseconds(function, calls=20) -> float:
-    """Time to enqueue a call."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    elapsed = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return elapsed / calls * 1e6
 
 
 if __name__ == "__main__":

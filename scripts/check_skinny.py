@@ -1,21 +1,17 @@
 """Products of activations with an adapter's rank on a GPU: against float64, then timed against the library.
 
-Inputs lie in larger buffers full of NaN, and outputs are NaN before a call. Timed as check_gemm.py does; the floor
-is one read of x at the rate of a copy.
+Inputs lie in larger buffers full of NaN, and outputs are NaN before a call. Timed over
+random inputs larger than the L2, contenders in turn, GPU time alone; the floor is one read of x at the rate of a copy.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import pathlib
 
 import torch
-from check_gemm import ROUNDING, medians, padded
-from check_row_norm import CACHE, host_microseconds
+from kernel_checks import CACHE, ROUNDING, begin, host_microseconds, medians, padded
 from torch import Tensor
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 # M, C, R
 SMALL = ((1, 8, 8), (64, 64, 16), (129, 264, 24), (300, 520, 32), (70, 1032, 40), (257, 136, 96), (200, 72, 128))
 LARGER = ((2048, 4096, 32), (1000, 14336, 16), (2500, 1000, 64), (8192, 1024, 96), (5000, 4104, 128), (70000, 128, 8))
@@ -285,15 +281,8 @@ def report(skinny, tokens, widths, ranks, dropouts=(0.0, 0.1)) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sanitize", action="store_true", help="small checks only, for a run under compute-sanitizer")
-    sanitize = parser.parse_args().sanitize
-    from kernels import get_local_kernel
-
-    if torch.cuda.get_device_capability() != (9, 0):
-        print("skinny: for compute capability 9.0 alone, not run")
-        return
-    ops = get_local_kernel(ROOT / "build")._ops.ops
+    lora_fused, sanitize = begin(__doc__, hopper="skinny")
+    ops = lora_fused._ops.ops
     skinny = ops.skinny
     print(f"skinny: {check_all(ops, SMALL)} small cases right", flush=True)
     print(f"products of dy: {check_all_of_dy(ops.dt_db, *SMALL_OF_DY)} small cases right", flush=True)

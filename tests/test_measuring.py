@@ -1,4 +1,5 @@
-"""How the benchmarks measure, on a GPU that is a stand-in: what is timed, in which order, and what comes of it."""
+"""How benchmarks and checks of kernels measure, on a GPU that is a stand-in: what is timed, in which order, and what is
+made of it."""
 
 import contextlib
 import itertools
@@ -9,11 +10,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / name) for name in ("benchmarks", "scripts")]
 
 import compare_embedding
 import compare_experts
 import compare_lora
+import kernel_checks
 import measuring
 
 
@@ -165,3 +167,44 @@ def test_experts_say_what_a_step_needs_besides(gpu):
     steps = []
     on_cpu = compare_experts.timed(lambda: steps.append(1), lambda: None, 3, 2, "cpu")
     assert on_cpu["ms"] > 0 and on_cpu["peak_gb"] is None and len(steps) == 5
+
+
+class Graph:
+    """Takes the time of what was captured, the first time ten times that."""
+
+    def __init__(self, gpu):
+        self.gpu, self.ms, self.replays = gpu, 0.0, 0
+
+    def replay(self):
+        self.replays += 1
+        self.gpu.take(self.ms * (10 if self.replays == 1 else 1))
+
+    @contextlib.contextmanager
+    def capture(self):
+        start = self.gpu.ms
+        yield
+        self.ms, self.gpu.ms = self.gpu.ms - start, start
+
+
+def test_kernels_are_timed_by_replays(gpu, monkeypatch):
+    graphs = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(Graph(gpu)) or graphs[-1])
+    monkeypatch.setattr(torch.cuda, "graph", Graph.capture)
+    ways = {"once": gpu.take, "twice": lambda ms: gpu.take(2 * ms)}
+    assert kernel_checks.medians(ways, [(1.0,), (3.0,)], rounds=2) == {"once": 2000.0, "twice": 4000.0}
+    assert [graph.replays for graph in graphs] == [2, 2]
+    assert kernel_checks.microseconds(gpu.take, [1.0, 3.0, 5.0], repeats=1) == 3000.0
+    assert graphs[-1].ms == 18.0 and graphs[-1].replays == 2
+
+
+def test_a_check_begins_where_its_kernel_is(monkeypatch, capsys):
+    monkeypatch.setattr(kernel_checks, "get_local_kernel", lambda path: path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(sys, "argv", ["check.py", "--sanitize"])
+    assert kernel_checks.begin("what it does") == (ROOT / "build", True)
+    with pytest.raises(SystemExit) as end:
+        kernel_checks.begin("what it does", hopper="gemm")
+    assert not end.value.code and "gemm: for compute capability 9.0 alone" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(sys, "argv", ["check.py"])
+    assert kernel_checks.begin("what it does", hopper="gemm") == (ROOT / "build", False)
