@@ -146,3 +146,14 @@ def assert_same(ours, theirs, tolerance=1e-11):
             torch.testing.assert_close(
                 ours[name], value, rtol=0, atol=bound, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+def layers_of(*models):
+    layers = [module for model in models for module in model.modules() if hasattr(module, "lora_A")]
+    assert layers
+    return layers
+
+
+def set_scalings(value, *models):
+    for layer in layers_of(*models):
+        layer.scaling["default"] = value

@@ -158,3 +158,48 @@ def counted(lora_fused):
         yield calls
     finally:
         layers.compute_experts = own
+
+
+def example(tokens=(2, 9), dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and dy."""
+    return torch.randn(*tokens, 32, dtype=dtype), torch.randn(*tokens, 32, dtype=dtype)
+
+
+def mixture_of(model):
+    return model.base_model.model.mixture
+
+
+def base_of(model):
+    (base,) = filter(is_experts, model.modules())
+    return base
+
+
+def assert_fused(lora_fused, ours, theirs):
+    x, dy = example()
+    with counted(lora_fused) as calls:
+        seen = results(ours, x, dy)
+    assert len(calls) == 1
+    expected = results(theirs, x, dy)
+    assert all(error(seen[name], expected[name]) <= 1e-12 for name in expected)
+
+
+def assert_peft_runs(lora_fused, ours, theirs, reason, rows=2):
+    """The result, all gradients, and what is said before and after."""
+    x, dy = example()
+    before = explain(lora_fused, ours)
+    with counted(lora_fused) as calls:
+        seen = results(ours, x, dy)
+    assert not calls
+    expected = results(theirs, x, dy)
+    assert seen.keys() == expected.keys() and len(seen) > 2
+    assert all(torch.equal(seen[name], expected[name]) for name in expected)
+    after = explain(lora_fused, ours)
+    assert len(before) == len(after) == rows
+    for row in (*before, *after):
+        assert not row.fused and reason in row.reason, str(row)
+    assert {row.last for row in after} == {after[0].reason}
+
+
+def pair(lora_fused, name="qwen3_moe", **options):
+    model = adapt(block_of(name, **options))
+    return kernelized(lora_fused, model), model

@@ -1,0 +1,134 @@
+"""Models by torch.compile, whole, by layer and by regions: loss and gradients against PEFT's, and the ops of graphs."""
+
+import pytest
+import torch
+from helpers.cases import DEVICE, randomise_adapters, tiny_llama
+from helpers.compiling import Graphs, fresh_compiler, set_scalings
+from helpers.kernelizing import explain, kernelized
+from helpers.llamas import passed, tokens
+from helpers.quantized import eight_bit, llama as four_bit_llama, replace
+from peft import LoraConfig, get_peft_model
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    with fresh_compiler():
+        yield
+
+
+def adapted(base, **config):
+    model = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", **config}))
+    randomise_adapters(model, next(base.parameters()).dtype)
+    return model.train()
+
+
+def whole(model, graphs):
+    model.compile(backend=graphs, fullgraph=True)
+
+
+def by_layer(model, graphs):
+    for layer in model.base_model.model.model.layers:
+        layer.compile(backend=graphs, fullgraph=True)
+
+
+def by_regions(model, graphs):
+    """As accelerate's `use_regional_compilation`; the model is another one."""
+    from accelerate.utils import compile_regions
+
+    return compile_regions(model, backend=graphs, fullgraph=True)
+
+
+def hold_llama(lora_fused, model, compiled, ops, ids=None, tolerance=1e-9):
+    """Loss and all gradients of a model that is compiled are PEFT's, and its graphs have `ops`."""
+    model, ids = model.to(DEVICE), tokens() if ids is None else ids
+    ours, graphs = kernelized(lora_fused, model), Graphs(lora_fused)
+    ours = compiled(ours, graphs) or ours
+    for mine, theirs in zip(passed(ours, ids), passed(model, ids), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance * (1.0 + theirs.abs().max().item()))
+    assert graphs.ops == ops
+    return ours
+
+
+LLAMA = dict(traced_linear=8, traced_gated_mlp=2)
+LAYER = dict(traced_linear=4, traced_gated_mlp=1)
+
+
+def test_a_llama_whole(lora_fused):
+    rows = explain(lora_fused, hold_llama(lora_fused, adapted(tiny_llama(torch.float64)), whole, LLAMA))
+    assert {row.backend for row in rows} == {"native, compiled"}
+
+
+@pytest.mark.parametrize("compiled", (by_layer, by_regions), ids=lambda f: f.__name__)
+def test_a_llama_by_layer(lora_fused, compiled):
+    """One graph for layers whose x has a gradient, and one for the first."""
+    model = adapted(tiny_llama(torch.float64, num_hidden_layers=3, use_cache=False))
+    hold_llama(lora_fused, model, compiled, dict(traced_linear=8, traced_gated_mlp=2))
+
+
+@pytest.mark.parametrize("config", (dict(bias="all"), dict(use_dora=True)), ids=("bias", "dora"))
+def test_variants_of_llamas(lora_fused, config):
+    base = tiny_llama(torch.float64, num_hidden_layers=1, attention_bias=True)
+    hold_llama(lora_fused, adapted(base, **config), whole, LAYER)
+
+
+def test_an_embedding(lora_fused):
+    model = adapted(
+        tiny_llama(torch.float64, num_hidden_layers=1), target_modules=["embed_tokens", "q_proj", "lm_head"],
+        use_dora=True,
+    )  # fmt: skip
+    hold_llama(lora_fused, model, whole, dict(traced_embedding=1, traced_linear=2))
+
+
+def test_scalings_of_an_embedding(lora_fused):
+    model = adapted(tiny_llama(torch.float64, num_hidden_layers=1), target_modules=["embed_tokens"])
+    ours = hold_llama(lora_fused, model, whole, dict(traced_embedding=1))
+    torch._dynamo.utils.counters.clear()
+    for value in (0.25, 3.0, -1.0):
+        set_scalings(value, ours, model)
+        torch.testing.assert_close(passed(ours, tokens()), passed(model, tokens()), rtol=1e-9, atol=1e-9)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if DEVICE == "cpu" else 3)
+
+
+def test_tensors_in_place_of_numbers(lora_fused):
+    """And an embedding's."""
+    targets = ["embed_tokens", "q_proj", "up_proj"]
+    model = adapted(tiny_llama(torch.float64, num_hidden_layers=1), target_modules=targets).to(DEVICE)
+    ours, graphs = kernelized(lora_fused, model), Graphs(lora_fused)
+    ours.compile(backend=graphs)
+    for scaling in (2.0, torch.tensor(0.5, device=DEVICE), torch.tensor(-1.5, device=DEVICE)):
+        set_scalings(scaling, ours, model)
+        for mine, theirs in zip(passed(ours, tokens()), passed(model, tokens()), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9 * (1.0 + theirs.abs().max().item()))
+    ops = dict(traced_linear=1, traced_gated_mlp=1, traced_embedding=1)
+    assert graphs.traced and all(traced == ops for traced in graphs.traced)
+
+
+@pytest.mark.parametrize("dora", (False, True))
+def test_four_bits(lora_fused, dora):
+    model, ids = four_bit_llama(DEVICE, use_dora=dora)
+    hold_llama(lora_fused, model, whole, LLAMA, ids, 1e-4)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="bitsandbytes' int8 product on a GPU is not traced")
+def test_a_base_that_is_called(lora_fused):
+    """bitsandbytes' int8 product beside a fused delta."""
+    base = replace(tiny_llama(torch.float32, num_hidden_layers=1), eight_bit, ["q_proj", "v_proj"])
+    model = adapted(base, target_modules=["q_proj", "v_proj", "o_proj"])
+    hold_llama(lora_fused, model, whole, dict(traced_delta=2, traced_linear=1), tolerance=1e-4)
+
+
+def test_weights_that_are_stored_the_other_way(lora_fused):
+    """GPT-2's Conv1D."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0
+    )
+    base = transformers.GPT2LMHeadModel(config).double()
+    model = adapted(base, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True)
+
+    def the_layer(model, graphs):
+        model.base_model.model.transformer.h[0].compile(backend=graphs, fullgraph=True)
+
+    hold_llama(lora_fused, model, the_layer, dict(traced_linear=4))
