@@ -2,8 +2,8 @@
 //
 // W [N,K], A [R,K], B [N,R], each fp32, bf16 or fp16. B·A exists only as a 4×16 register
 // tile: A is packed once into fp32 panels of 16 columns ([R][16], R·K floats in all), a
-// block of 32 rows walks over the panels, and the tile starts from W, mag_norm_scales the rank-R
-// product and is squared into the row's sum. fp32 accumulation in an order that depends
+// block of 32 rows walks over the panels, and the tile starts from W, takes the rank-R product
+// on top and is squared into the row's sum. fp32 accumulation in an order that depends
 // on the shape alone, so that the result does not change with the number of threads.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

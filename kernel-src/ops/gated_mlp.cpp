@@ -5,9 +5,9 @@
 //
 // Gate and up may be the halves of one projection. The activation and h are computed again in
 // backward. DoRA's scale of gate and up is part of the activation's pass where they have no dropout: their y
-// is never written, `outputs` is unscaled. With dropout both are there, and the backward makes the unscaled output of
-// the first one again where its `unscaled` come without. `up_to_h` leaves out down's product and gives h [M, I] for y:
-// all that the backward needs, for LoRA, is there before it.
+// is never written, and `outputs` are unscaled. With dropout the forward gives outputs and unscaled outputs; the
+// backward computes the first member's unscaled output again if the caller has not kept it. `up_to_h` leaves out down's
+// product and gives h [M, I] in place of y: for LoRA, all that the backward needs exists before that product.
 #include <tuple>
 #include <utility>
 

@@ -5,8 +5,8 @@
 //
 // Fused: DoRA's scale of gate and up, value, slope, both gradients and h again; bound by traffic. float32 inside
 // (float64 for float64), one rounding. A thread takes eight neighbouring columns, in one 16-byte access of half
-// precision where every row starts on such a boundary: a kernel of its own, in which no registers serve loads of both
-// kinds.
+// precision where every row starts on such a boundary. That is a kernel of its own: one for both kinds of access would
+// hold registers for both.
 #pragma once
 
 #include "../../common/activation.h"

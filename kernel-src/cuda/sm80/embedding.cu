@@ -1,7 +1,7 @@
 // An adapted embedding on CUDA, one op a direction: embedding_common.cuh says what they compute.
 //
 // Fused: the gather of W and A, the rank-r product, scale and mag_norm_scale forward; all of dA, dB and dm
-// backward, with nothing between the launches but this file. Operands are contiguous, H a multiple
+// backward, in two launches without a torch operation between them. Operands are contiguous, H a multiple
 // of 8 and rows 16-byte aligned; W in bfloat16 or float16, A and B in float32 too, mag_norm_scale and norm in
 // float32. An id out of range stops the kernel with a device-side assertion, as torch's own does.
 #include <torch/csrc/stable/macros.h>
