@@ -42,8 +42,7 @@ TINY = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_ke
 def cases(options: argparse.Namespace) -> list[dict]:
     """Base and tokens of a row."""
     fixed = dict(kind="llama-8b", layers=options.layers, batch=1, rank=RANK, world=options.world, steps=options.steps)
-    sizes = (32, 64) if options.tiny else (8192, 16384)
-    return [dict(fixed, base=base, seq=seq) for base in options.base for seq in sizes]
+    return [dict(fixed, base=base, seq=seq) for base in options.base for seq in options.tokens]
 
 
 def ways_of(options: argparse.Namespace) -> list[str]:
@@ -227,6 +226,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="32, or 2 with --tiny")
     parser.add_argument("--steps", type=int, default=5, help=f"that count, after {WARM_UP} that do not")
     parser.add_argument("--base", nargs="+", choices=("bf16", "NF4"), default=("bf16", "NF4"), help="only these")
+    parser.add_argument("--tokens", nargs="+", type=int, help="of a row; 8192 16384, or 32 64 with --tiny")
     parser.add_argument("--compiled", action="store_true", help="torch.compile by layer, too: minutes for 32 of them")
     parser.add_argument("--fsdp", action="store_true", help="sharded over the processes that torchrun has started")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU")
@@ -234,6 +234,7 @@ def parse_args() -> argparse.Namespace:
     if not options.tiny and not torch.cuda.is_available():
         parser.error("a CUDA GPU is required, or --tiny")
     options.layers = options.layers or (2 if options.tiny else 32)
+    options.tokens = options.tokens or ((32, 64) if options.tiny else (8192, 16384))
     options.rank, options.world = (int(os.environ[name]) if options.fsdp else int(name == "WORLD_SIZE")
                                    for name in ("RANK", "WORLD_SIZE"))  # fmt: skip
     options.device = "cpu" if options.tiny else f"cuda:{os.environ['LOCAL_RANK']}" if options.fsdp else "cuda"
