@@ -8,8 +8,9 @@
 
 PEFT and lora-fused train the same model on the same rows: each is built anew from the same seed, takes a few steps that
 do not count, then those that do, one queued after another. The frozen base goes forward and backward alone. Adapters
-are float32 under bfloat16's autocast, as Trainer has them. Rows are packed as they come ("wrapped"): attention sees the
-whole row. What does not have PEFT's losses has no speed to report.
+are float32 under bfloat16's autocast, as Trainer has them, and B is drawn: from zero, PEFT's first updates are lost
+where bfloat16 adds them to the base output (first_step.py). Rows are packed as they come ("wrapped"): attention sees
+the whole row. What does not have PEFT's losses has no speed to report.
 """
 
 from __future__ import annotations
@@ -31,9 +32,7 @@ import transformers
 from torch.distributed.fsdp import fully_shard
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Groups form in the second step. The rate is so low that rounding, which Adam's first steps make as large as a step,
-# does not grow from loss to loss.
-RANK, WARM_UP, LEARNING_RATE = 32, 3, 1e-5
+RANK, WARM_UP, LEARNING_RATE = 32, 3, 1e-5  # groups form in the second step
 TOLERANCE = 5e-2  # of a step's loss, bfloat16
 HEAD = "lm_head"  # stays as it is: neither adapted nor, as transformers does, quantized
 LLAMA_8B = dict(common.LLAMAS["llama-8b"], vocab_size=128256)
@@ -43,8 +42,7 @@ TINY = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_ke
 def cases(options: argparse.Namespace) -> list[dict]:
     """Base and tokens of a row."""
     fixed = dict(kind="llama-8b", layers=options.layers, batch=1, rank=RANK, world=options.world, steps=options.steps)
-    sizes = (32, 64) if options.tiny else (8192, 16384)
-    return [dict(fixed, base=base, seq=seq) for base in options.base for seq in sizes]
+    return [dict(fixed, base=base, seq=seq) for base in options.base for seq in options.tokens]
 
 
 def ways_of(options: argparse.Namespace) -> list[str]:
@@ -98,11 +96,19 @@ def built(case: dict, way: str, options: argparse.Namespace) -> torch.nn.Module:
         torch.manual_seed(1)
         targets = dict(target_modules=common.LINEARS, task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, **targets))
+        draw_b(model)
     if options.fsdp:
         for layer in layers:
             fully_shard(layer)
         fully_shard(model)
     return model
+
+
+def draw_b(model: torch.nn.Module) -> None:
+    """As of an adapter that has been trained: of the adapter's part in an output a tenth of the base output's."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1 * parameter.shape[1] ** -0.5)
 
 
 class Clock:
@@ -220,6 +226,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="32, or 2 with --tiny")
     parser.add_argument("--steps", type=int, default=5, help=f"that count, after {WARM_UP} that do not")
     parser.add_argument("--base", nargs="+", choices=("bf16", "NF4"), default=("bf16", "NF4"), help="only these")
+    parser.add_argument("--tokens", nargs="+", type=int, help="of a row; 8192 16384, or 32 64 with --tiny")
     parser.add_argument("--compiled", action="store_true", help="torch.compile by layer, too: minutes for 32 of them")
     parser.add_argument("--fsdp", action="store_true", help="sharded over the processes that torchrun has started")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU")
@@ -227,6 +234,7 @@ def parse_args() -> argparse.Namespace:
     if not options.tiny and not torch.cuda.is_available():
         parser.error("a CUDA GPU is required, or --tiny")
     options.layers = options.layers or (2 if options.tiny else 32)
+    options.tokens = options.tokens or ((32, 64) if options.tiny else (8192, 16384))
     options.rank, options.world = (int(os.environ[name]) if options.fsdp else int(name == "WORLD_SIZE")
                                    for name in ("RANK", "WORLD_SIZE"))  # fmt: skip
     options.device = "cpu" if options.tiny else f"cuda:{os.environ['LOCAL_RANK']}" if options.fsdp else "cuda"
