@@ -19,6 +19,7 @@ import compare_qlora
 import kernels
 import peers
 import profile_step
+import progress
 import torch
 from compare_lora import ROOT
 
@@ -119,6 +120,10 @@ def cases(repeats: int, layers: int) -> list[dict]:
     ]
 
 
+def head_of(case: dict) -> str:
+    return f"{case['batch']}x{case['seq']} {case['variant']} {case['base']}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", type=pathlib.Path, default=ROOT / "build", help="build folder to load")
@@ -132,10 +137,8 @@ def main() -> None:
         parser.error("a CUDA GPU is required")
     lora_fused = kernels.get_local_kernel(arguments.kernel)
     results = []
-    for case in cases(arguments.repeats, arguments.layers):
-        head = f"{case['batch']}x{case['seq']} {case['variant']} {case['base']}"
-        if arguments.match and not any(word in head for word in arguments.match):
-            continue
+    words, chosen = arguments.match or [""], cases(arguments.repeats, arguments.layers)
+    for case in progress.numbered([case for case in chosen if any(word in head_of(case) for word in words)]):
         results.append(run_case({**case, "profile": arguments.profile}, lora_fused))
         print(describe(results[-1]), flush=True)
         compare_lora.release_memory()

@@ -18,6 +18,7 @@ import time
 import compare_lora as common
 import kernels
 import peft
+import progress
 import torch
 import transformers
 
@@ -99,7 +100,7 @@ def main() -> None:
         parser.error("a CUDA GPU is required")
     lora_fused = kernels.get_local_kernel(arguments.kernel)
     results = []
-    for batch in arguments.batch:
+    for batch in progress.numbered(arguments.batch):
         results += run_case({"batch": batch, "layers": arguments.layers}, lora_fused)
         print("\n".join(describe(result) for result in results[-2:]), flush=True)
         common.release_memory()

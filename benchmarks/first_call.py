@@ -20,6 +20,7 @@ import time
 
 import compare_lora as bench
 import kernels
+import progress
 import torch
 
 LATER = 5  # steps after the first, of which the median is given
@@ -95,7 +96,7 @@ def main() -> None:
         return
     environment = bench.environment(arguments.device)
     results = []
-    for case in cases(arguments.layers):
+    for case in progress.numbered(cases(arguments.layers)):
         with tempfile.TemporaryDirectory() as folder:
             for who, cache in RUNS:
                 results.append(in_a_process(case, who, cache, folder, arguments))
