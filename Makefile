@@ -34,14 +34,15 @@ build: $(READY)  ## build this machine's variant into build/
 check-build: build  ## hold every variant in build/ against what the Hub asks: ABI, symbols, digest, a bare import (RELEASE=1)
 	@$(PYTHON) scripts/check_build.py $(if $(RELEASE),--release) $(if $(TORCH),--torch $(TORCH))
 
-demo: build  ## fine-tune with PEFT alone and kernelized, and compare
+demo: build  ## fine-tune with PEFT alone and kernelized, on a GPU compiled as well, and compare
 	$(PYTHON) examples/finetune.py
 
 ifneq ($(if $(MODEL),,$(filter compare,$(MAKECMDGOALS))),)
 $(error MODEL is missing: make compare MODEL=folder of a checkpoint, DATA=file for a text of yours)
 endif
-compare: build  ## the same with a checkpoint of yours, and a text: MODEL=folder DATA=file
-	$(PYTHON) examples/finetune.py --model "$(MODEL)" $(if $(DATA),--data "$(DATA)")
+compare: build  ## the same with a checkpoint of yours: MODEL=folder (DATA=file: a text; COMPILED=1: compiled on a CPU too, COMPILED=0: nowhere)
+	$(PYTHON) examples/finetune.py --model "$(MODEL)" $(if $(DATA),--data "$(DATA)") \
+	  $(if $(COMPILED),$(if $(filter 0,$(COMPILED)),--no-compiled,--compiled))
 
 # The wheel of clang-format has no module to run, but a function.
 CLANG_FORMAT = $(PYTHON) -c 'import sys, clang_format; sys.exit(clang_format.clang_format())'
@@ -89,8 +90,9 @@ docs: $(READY)  ## write the parts of the pages that are made from results, test
 	$(PYTHON) benchmarks/charts.py
 	$(PYTHON) scripts/pages.py
 
-conformance: build  ## run PEFT's own LoRA tests with and without the kernel (SDIST=file: no download; COMPILED=1: compiled models)
-	$(PYTHON) scripts/conformance.py $(if $(SDIST),--sdist $(SDIST)) $(if $(COMPILED),--compiled)
+conformance: build  ## run PEFT's own LoRA tests with and without the kernel (SDIST=file: no download; COMPILED=1: compiled models; ONLY=modules; PART=2/5)
+	$(PYTHON) scripts/conformance.py $(if $(SDIST),--sdist $(SDIST)) $(if $(COMPILED),--compiled) \
+	  $(if $(ONLY),--only $(ONLY)) $(if $(PART),--part $(PART))
 
 matrix: build  ## run some tests with other versions of PEFT, kernels, transformers, and write the table of them (ROWS=0,3: those; COMPILED=1: tests of compiled models, with this torch)
 	$(PYTHON) scripts/version_matrix.py $(if $(ROWS),--rows $(ROWS)) $(if $(COMPILED),--compiled)

@@ -17,6 +17,7 @@ import compare_qlora
 import kernels
 import peers
 import profile_step
+import progress
 import torch
 from measuring import release_memory
 from reporting import environment, first_line, parsed_on_a_gpu, parser_of, written
@@ -110,6 +111,10 @@ def cases(repeats: int, layers: int) -> list[dict]:
     ]
 
 
+def head_of(case: dict) -> str:
+    return f"{case['batch']}x{case['seq']} {case['variant']} {case['base']}"
+
+
 def main() -> None:
     parser = parser_of(__doc__, "benchmark_compiled.json")
     parser.add_argument("--repeats", type=int, default=10)
@@ -119,10 +124,8 @@ def main() -> None:
     arguments = parsed_on_a_gpu(parser)
     lora_fused = kernels.get_local_kernel(arguments.kernel)
     results = []
-    for case in cases(arguments.repeats, arguments.layers):
-        head = f"{case['batch']}x{case['seq']} {case['variant']} {case['base']}"
-        if arguments.match and not any(word in head for word in arguments.match):
-            continue
+    words, chosen = arguments.match or [""], cases(arguments.repeats, arguments.layers)
+    for case in progress.numbered([case for case in chosen if any(word in head_of(case) for word in words)]):
         results.append(run_case({**case, "profile": arguments.profile}, lora_fused))
         print(describe(results[-1]), flush=True)
         release_memory()

@@ -16,6 +16,7 @@ import time
 import compare_lora as common
 import kernels
 import peft
+import progress
 import torch
 import transformers
 from measuring import release_memory
@@ -95,7 +96,7 @@ def main() -> None:
     arguments = parsed_on_a_gpu(parser)
     lora_fused = kernels.get_local_kernel(arguments.kernel)
     results = []
-    for batch in arguments.batch:
+    for batch in progress.numbered(arguments.batch):
         results += run_case({"batch": batch, "layers": arguments.layers}, lora_fused)
         print("\n".join(describe(result) for result in results[-2:]), flush=True)
         release_memory()

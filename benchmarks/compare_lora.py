@@ -20,6 +20,7 @@ import kernels
 import measuring
 import peers
 import peft
+import progress
 import torch
 import transformers
 from lora_cases import KINDS, VARIANTS, cases, head_of, peer_cases, shape_of
@@ -338,10 +339,9 @@ def main() -> None:
     lora_fused = kernels.get_local_kernel(arguments.kernel)
     results = []
     make, run, show = (peer_cases, run_peers, describe_peers) if arguments.peers else (cases, run_case, describe)
-    for case in make(arguments.repeats, arguments.layers):
-        matches = not arguments.match or any(word in head_of(case) for word in arguments.match)
-        if case["kind"] not in arguments.kind or not matches:
-            continue
+    words, chosen = arguments.match or [""], make(arguments.repeats, arguments.layers)
+    chosen = [case for case in chosen if any(word in head_of(case) for word in words)]
+    for case in progress.numbered([case for case in chosen if case["kind"] in arguments.kind]):
         results.append(run(case, lora_fused))
         print(show(results[-1]), flush=True)
         release_memory()

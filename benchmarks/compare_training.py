@@ -26,6 +26,7 @@ import compare_lora as common
 import kernels
 import peers
 import peft
+import progress
 import torch
 import torch.distributed as dist
 import transformers
@@ -249,7 +250,7 @@ def main() -> None:
         dist.init_process_group("gloo" if options.tiny else "nccl")
     lora_fused = kernels.get_local_kernel(options.kernel)
     environment, results = common.environment("cpu" if options.tiny else "cuda"), []
-    for case in cases(options):
+    for case in progress.numbered(cases(options), shown=options.rank == 0):
         results.append(run_case(case, lora_fused, options))
         if options.rank == 0:
             print(describe(results[-1]), flush=True)

@@ -19,6 +19,7 @@ import time
 
 import compare_lora as bench
 import kernels
+import progress
 import torch
 from reporting import environment, parser_of
 
@@ -92,7 +93,7 @@ def main() -> None:
         print(json.dumps(first_steps(json.loads(case), who, arguments.kernel, arguments.device)))
         return
     made_with, results = environment(arguments.device), []
-    for case in cases(arguments.layers):
+    for case in progress.numbered(cases(arguments.layers)):
         with tempfile.TemporaryDirectory() as folder:
             for who, cache in RUNS:
                 results.append(in_a_process(case, who, cache, folder, arguments))

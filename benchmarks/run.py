@@ -12,6 +12,7 @@ import argparse
 import pathlib
 import subprocess
 import sys
+import time
 
 import torch
 
@@ -45,7 +46,9 @@ def main() -> None:
     gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
     results = BENCHMARKS / "results" / gpu
     results.mkdir(parents=True, exist_ok=True)
-    for name in names:
+    started = time.monotonic()
+    for i, name in enumerate(names, 1):
+        print(f"{name}: {i} of {len(names)}, {(time.monotonic() - started) / 60:.0f} min passed", flush=True)
         script, *options = RUNS[name]
         out = results / f"benchmark_{name}.json"
         launcher = TWO_GPUS.get(name, ())

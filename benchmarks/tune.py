@@ -212,11 +212,15 @@ def measure(kernels, device: torch.device) -> dict:
         sys.exit(f"tune: device {device}, but a CUDA GPU is required")
     cases: dict[str, list[Case]] = {name: [] for name in OPS}
     torch.cuda.set_device(device)
-    for name, op in OPS.items():
+    for i, (name, op) in enumerate(OPS.items(), 1):
+        print(f"{name}: {i} of {len(OPS) + 2}", flush=True)
         for case in op.cases(kernels, device):
             cases[name].append(case)
             print(f"{name} {case.sizes}: library {case.library:.0f}, Triton {case.triton:.0f} us", flush=True)
-    return configuration(cases, tile_times(kernels, device), tune_experts.tile_times(kernels, device))
+    print(f"tiles of linears: {len(OPS) + 1} of {len(OPS) + 2}", flush=True)
+    tiles = tile_times(kernels, device)
+    print(f"tiles of experts: {len(OPS) + 2} of {len(OPS) + 2}", flush=True)
+    return configuration(cases, tiles, tune_experts.tile_times(kernels, device))
 
 
 def main() -> None:

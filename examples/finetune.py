@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """LoRA fine-tuning of a causal language model, with PEFT alone and with lora-fused, side by side.
 
-Both runs start from the same weights and see the same batches, so their losses must agree.
+All runs start from the same weights and see the same batches, so their losses must agree. On a GPU, or with --compiled,
+both run once more with torch.compile, decoder layer by decoder layer.
 Without --model: a Llama built here (on a GPU of a 1B shape); without --data: the language reference
 that every Python ships. Exits with 1 if the losses disagree or nothing was fused, with 2 for bad input.
 """
@@ -27,12 +28,27 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # largest |difference of losses| of a step
-WARMUP_STEPS = 5  # left out of the step time
+WARMUP_STEPS = 5  # left out of the step time: groups form, the compiler runs
 BASE_LR = {"cpu": 3e-3, "cuda": 3e-4}  # the base model is first trained itself, for half of --steps
 
 
 class BadInput(Exception):
     """The user's arguments or files cannot be used."""
+
+
+class Way(NamedTuple):
+    title: str
+    fused: bool
+    compiled: bool
+
+
+WAYS = (
+    Way("PEFT", fused=False, compiled=False),
+    Way("lora-fused", fused=True, compiled=False),
+    Way("PEFT, compiled", fused=False, compiled=True),
+    Way("lora-fused, compiled", fused=True, compiled=True),
+)
+COLORS = {"PEFT": "tab:orange", "lora-fused": "tab:blue", "PEFT, compiled": "tab:red", WAYS[-1].title: "tab:green"}
 
 
 class Run(NamedTuple):
@@ -50,6 +66,9 @@ def parse_args() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base: bfloat16 on a GPU, else float32")
+    shown = "torch.compile as well: on a GPU unless --no-compiled"
+    action, default = argparse.BooleanOptionalAction, torch.cuda.is_available()
+    parser.add_argument("--compiled", action=action, default=default, help=shown)
     parser.add_argument("--kernel", metavar="ORG/NAME", help="load the kernel from the Hub instead of build/")
     parser.add_argument("--trust-remote-code", action="store_true", help="with --kernel, for an untrusted publisher")
     parser.add_argument("--out", type=Path, default=ROOT / ".demo" / "loss.png", help="picture; a .json goes beside it")
@@ -149,7 +168,7 @@ def train(model, batches: list[torch.Tensor], lr: float, autocast: Callable, tit
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     losses, seconds = [], []
-    for batch in (bar := tqdm(batches, desc=f"{title:<17}", unit="step", file=sys.stderr)):
+    for batch in (bar := tqdm(batches, desc=f"{title:<20}", unit="step", file=sys.stderr)):
         start = time.perf_counter()
         batch = batch.to(device)
         with autocast():
@@ -166,46 +185,107 @@ def train(model, batches: list[torch.Tensor], lr: float, autocast: Callable, tit
     return Run(losses, 1e3 * statistics.median(measured), torch.cuda.max_memory_allocated() if cuda else None)
 
 
-def report(peft: Run, fused: Run, difference: float, tolerance: float) -> None:
-    print(f"\n{'step':>14}  {'PEFT':>12}  {'lora-fused':>12}  {'difference':>12}")
-    for i, (a, b) in enumerate(zip(peft.losses, fused.losses)):
+def compile_layers(model) -> None:
+    """torch.compile, in place: each decoder layer, which takes less time than the model, or else the model."""
+    base = model.get_base_model()
+    names = getattr(base, "_no_split_modules", None) or ()
+    for layer in [module for module in base.modules() if type(module).__name__ in names] or [model]:
+        layer.compile()
+
+
+def difference_of(run: Run, peft: Run) -> float:
+    """The largest of two runs' losses of a step; a NaN is the largest."""
+    return max((abs(a - b) for a, b in zip(peft.losses, run.losses)), key=lambda d: (d != d, d))
+
+
+def report(runs: dict[str, Run], tolerance: float) -> None:
+    peft, widths = runs["PEFT"], {title: max(12, len(title)) for title in runs}
+    columns = functools.partial(print, sep="  ")
+    columns(f"\n{'step':>14}", *(f"{title:>{width}}" for title, width in widths.items()))
+    for i in range(len(peft.losses)):
         if i % max(1, len(peft.losses) // 12) == 0 or i + 1 == len(peft.losses):
-            print(f"{i + 1:>14}  {a:>12.6f}  {b:>12.6f}  {abs(a - b):>12.1e}")
-    print(f"{'step time':>14}  {peft.step_ms:>9.1f} ms  {fused.step_ms:>9.1f} ms    (median)")
+            columns(f"{i + 1:>14}", *(f"{run.losses[i]:>{widths[title]}.6f}" for title, run in runs.items()))
+    rows = {
+        "difference": lambda run: f"{difference_of(run, peft):.1e}",
+        "step time": lambda run: f"{run.step_ms:.1f} ms",
+        "over PEFT": lambda run: f"{run.step_ms / peft.step_ms:.2f}x",
+    }
+    if peft.peak_bytes is not None:
+        rows["peak memory"] = lambda run: f"{run.peak_bytes / 2**20:.0f} MiB"
+    for name, cell in rows.items():
+        columns(f"{name:>14}", *(f"{cell(run):>{widths[title]}}" for title, run in runs.items()))
+    print(f"difference: the largest of the losses from PEFT's, tolerance {tolerance:.0e}; step time: the median")
     if peft.peak_bytes is None:
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"{'peak memory':>14}  {resident:.0f} MiB resident, the whole process: a CPU has no figure per run")
+        print(f"peak memory: {resident:.0f} MiB resident, the whole process: a CPU has no figure per run")
         print("A CPU shows that results agree; what is gained in time and memory shows on a GPU.")
-    else:
-        print(f"{'peak memory':>14}", *(f" {run.peak_bytes / 2**20:>8.1f} MiB" for run in (peft, fused)), "   (GPU)")
-    print(f"largest difference of the losses: {difference:.1e}, tolerance {tolerance:.0e}")
 
 
-def draw(peft: Run, fused: Run, path: Path) -> None:
+def draw(runs: dict[str, Run], path: Path) -> None:
     """Losses, step time, and on a GPU peak memory."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names, colors = ("PEFT", "lora-fused"), ("tab:orange", "tab:blue")
+    peft = runs["PEFT"]
     place = "" if peft.peak_bytes is not None else "\non a CPU"
-    bars = [(f"step time, ms{place}", [run.step_ms for run in (peft, fused)])]
+    bars = [(f"step time, ms{place}", [run.step_ms for run in runs.values()])]
     if peft.peak_bytes is not None:
-        bars.append(("peak memory, MiB", [run.peak_bytes / 2**20 for run in (peft, fused)]))
-    widths = [4, *(1 for _ in bars)]
+        bars.append(("peak memory, MiB", [run.peak_bytes / 2**20 for run in runs.values()]))
+    widths = [4, *(len(runs) / 2 for _ in bars)]
     figure, (axes, *panels) = pyplot.subplots(
-        1, len(widths), figsize=(6 + 2 * len(bars), 4), width_ratios=widths, constrained_layout=True
+        1, len(widths), figsize=(6 + len(runs) * len(bars), 4), width_ratios=widths, constrained_layout=True
     )
-    steps = range(1, len(peft.losses) + 1)
-    axes.plot(steps, peft.losses, color=colors[0], linewidth=5, alpha=0.45, label="PEFT")
-    axes.plot(steps, fused.losses, color=colors[1], linewidth=1.5, label="PEFT, kernelized with lora-fused")
+    steps, colors = range(1, len(peft.losses) + 1), [COLORS[title] for title in runs]
+    for title, run in runs.items():
+        look = dict(linewidth=5, alpha=0.45) if title == "PEFT" else dict(linewidth=1.5)
+        axes.plot(steps, run.losses, color=COLORS[title], label=title, **look)
     axes.set(xlabel="step", ylabel="loss", title="LoRA fine-tuning, same seed and data")
     axes.legend()
     for panel, (title, values) in zip(panels, bars):
-        panel.bar_label(panel.bar(names, values, color=colors), fmt="%.1f")
+        panel.bar_label(panel.bar([name.replace(", ", ",\n") for name in runs], values, color=colors), fmt="%.1f")
         panel.set(title=title)
     figure.savefig(path, dpi=120)
+
+
+def run_all(
+    ways: list[Way], lora_fused, make_model: Callable, train_one: Callable, autocast: Callable
+) -> tuple[dict[str, Run], list]:
+    """The run of each way by its title, and what `explain` says of each kernelized model."""
+    runs, explained = {}, []
+    for way in ways:
+        model = make_model()
+        if way.fused:
+            lora_fused.apply(model)
+        try:
+            if way.compiled:
+                compile_layers(model)
+            runs[way.title] = train_one(model, title=way.title)
+            if way.fused:
+                with autocast():
+                    explained.append(lora_fused.explain(model))
+        except RuntimeError as error:  # a compiler that is not there, or fails: what ran without it is still to be seen
+            if not way.compiled:
+                raise
+            said = " ".join(str(error).split("\n")[:2])  # "backend=... raised:", and what
+            print(f"{way.title}: failed: {said}", file=sys.stderr)
+        del model
+        gc.collect()
+        torch.compiler.reset()
+    return runs, explained
+
+
+def problem_of(ways: list[Way], runs: dict[str, Run], explained: list, tolerance: float) -> str | None:
+    """What is not as it should be with the kernelized models."""
+    ours = [way.title for way in ways if way.fused]
+    if not all(title in runs for title in ours):
+        return "a compiled model did not run"
+    if not all(any(row.fused for row in rows) for rows in explained):
+        return "no LoRA module was fused"
+    if not all(difference_of(runs[title], runs["PEFT"]) <= tolerance for title in ours):  # a NaN is no agreement
+        return "the losses differ by more than the tolerance"
+    return None
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -228,32 +308,27 @@ def compare(args: argparse.Namespace) -> int:
         config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(base, config)
 
-    model = make_model()
-    peft = train(model, batches, args.lr, autocast, "PEFT")
-    del model
-    gc.collect()
-
-    model = lora_fused.apply(make_model())
-    fused = train(model, batches, args.lr, autocast, "PEFT + lora-fused")
-    with autocast():
-        rows = lora_fused.explain(model)
-
-    difference = max((abs(a - b) for a, b in zip(peft.losses, fused.losses)), key=lambda d: (d != d, d))
-    print(f"\n{rows}")
-    report(peft, fused, difference, TOLERANCE[dtype])
+    ways = [way for way in WAYS if args.compiled or not way.compiled]
+    train_one = functools.partial(train, batches=batches, lr=args.lr, autocast=autocast)
+    runs, explained = run_all(ways, lora_fused, make_model, train_one, autocast)
+    print(f"\n{explained[0]}")
+    if len(explained) > 1:
+        print(f"compiled: {explained[1].headline()}")
+    tolerance = TOLERANCE[dtype]
+    report(runs, tolerance)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    draw(peft, fused, args.out)
-    fused_modules = sum(row.fused for row in rows)
-    result = dict(device=device, dtype=str(dtype), fused_modules=fused_modules, lora_modules=len(rows))
-    result.update(largest_difference=difference, tolerance=TOLERANCE[dtype])
-    result.update(peft=peft._asdict(), lora_fused=fused._asdict())
+    draw(runs, args.out)
+    result = dict(device=device, dtype=str(dtype), tolerance=tolerance, lora_modules=len(explained[0]))
+    result["fused_modules"] = sum(row.fused for row in explained[0])
+    result["runs"] = {
+        title: run._asdict() | dict(largest_difference=difference_of(run, runs["PEFT"])) for title, run in runs.items()
+    }
     args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"picture: {args.out}, all losses: {args.out.with_suffix('.json')}")
-    if fused_modules and difference <= TOLERANCE[dtype]:  # a NaN is no agreement
-        return 0
-    why = "the losses differ by more than the tolerance" if fused_modules else "no LoRA module was fused"
-    print(f"FAILED: {why}, see the tables above", file=sys.stderr)
-    return 1
+    problem = problem_of(ways, runs, explained, tolerance)
+    if problem:
+        print(f"FAILED: {problem}, see the tables above", file=sys.stderr)
+    return 1 if problem else 0
 
 
 def main() -> int:

@@ -3,19 +3,22 @@
     python scripts/conformance.py            everything that concerns LoRA
     python scripts/conformance.py --quick    a part of it, as the project's own tests run it
     python scripts/conformance.py --compiled compiled models alone
+    python scripts/conformance.py --part 2/5 every fifth test, from the second on: all five are the whole
 
 PEFT's source distribution is downloaded once into .conformance/, or given with --sdist; the models that
 the tests ask the Hub for are built there (scripts/conformance_hub.py). All modules run twice at the same
 time, alone and with scripts/conformance_plugin.py kernelizing every model. A test that fails only with
-the kernel is run again alone, both ways, before it counts. The report goes to .conformance/report.json;
-the exit status is 1 if anything fails only with the kernel, if a module ran nothing, if fewer than
-MIN_FUSED of the calls were fused, or if torch.compile traced no op of the kernel in a module of compiled models.
+the kernel is run again alone, both ways, before it counts. Two bars show how far each of the runs is.
+The report goes to .conformance/report.json, that of a part to report-2-of-5.json; the exit status is 1
+if anything fails only with the kernel, or of the whole if a module ran nothing, if fewer than MIN_FUSED
+of the calls were fused, or if torch.compile traced no op of the kernel in a module of compiled models.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -28,6 +31,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".conformance"
@@ -106,11 +110,26 @@ def sdist(given: pathlib.Path | None) -> pathlib.Path:
     return folder
 
 
+def follow(process: subprocess.Popen, out: pathlib.Path, kernel: bool) -> None:
+    """A bar of the tests that `process` has done, as the plugin counts them in `out`, until it ends."""
+    title, every = "kernelized" if kernel else "PEFT alone", 0.5 if sys.stderr.isatty() else 60
+    with tqdm(desc=title, unit="test", position=int(kernel), mininterval=every, maxinterval=every) as bar:
+        ended = False
+        while not ended:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+            ended = process.poll() is not None
+            chosen, done = out / "chosen", out / "done"
+            bar.total = int(chosen.read_text() or 0) if chosen.exists() else None
+            bar.update((done.stat().st_size if done.exists() else 0) - bar.n)
+
+
 def run(tests: list[str], folder: pathlib.Path, kernel: bool, workers: int, choice: dict) -> tuple[dict, dict]:
     """(outcome of every test, calls by layer) of one pytest run in PEFT's folder. `choice` says what of
     the modules runs, as the plugin reads it."""
-    with tempfile.TemporaryDirectory() as out:
-        env = os.environ | {"CONFORMANCE_OUT": out, "CONFORMANCE_CHOICE": json.dumps(choice)}
+    with tempfile.TemporaryDirectory() as folder_of_results:
+        out = pathlib.Path(folder_of_results)
+        env = os.environ | {"CONFORMANCE_OUT": str(out), "CONFORMANCE_CHOICE": json.dumps(choice)}
         env |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_HOME": str(CACHE / "hf")}
         env |= {"PEFT_DEBUG_WITH_TORCH_COMPILE": "1"}  # PEFT's own leave these tests out, for the time they take
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "scripts"), env.get("PYTHONPATH", "")])
@@ -122,14 +141,18 @@ def run(tests: list[str], folder: pathlib.Path, kernel: bool, workers: int, choi
         command += ["-W", "ignore", "--tb=short", *tests]
         if workers:
             command += ["-n", str(workers), "--dist", "load"]
-        done = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True)
+        with open(out / "printed", "w") as printed:
+            done = subprocess.Popen(command, cwd=folder, env=env, stdout=printed, stderr=subprocess.STDOUT)
+            if workers:
+                follow(done, out, kernel)
+            done.wait()
         outcomes, calls = {}, collections.Counter()
-        for path in pathlib.Path(out).glob("*.json"):
+        for path in out.glob("*.json"):
             part = json.loads(path.read_text())
             outcomes.update(part["outcomes"])
             calls.update(part["calls"])
         if done.returncode not in (0, 1, 5):
-            print(done.stdout[-2000:], done.stderr[-2000:], sep="\n")
+            print((out / "printed").read_text()[-4000:])
             outcomes[f"{tests[0]}::collection"] = {"outcome": "failed", "error": f"pytest exits with {done.returncode}"}
         return outcomes, calls
 
@@ -183,7 +206,14 @@ def build_models() -> None:
         sys.exit(f"the models cannot be built\n{done.stderr}")
 
 
-def main() -> int:
+def part_of(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected I/N as 2/5")
+    return int(index), int(count)
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a part that takes about a minute")
     parser.add_argument("--sdist", type=pathlib.Path, help="PEFT's source distribution, where it cannot be downloaded")
@@ -191,9 +221,14 @@ def main() -> int:
     parser.add_argument("--without", nargs="+", metavar="WORD", default=[], help="words in names of tests to leave out")
     parser.add_argument("--compiled", action="store_true", help="only tests of compiled models")
     parser.add_argument("--only", nargs="+", metavar="MODULE", help="modules of PEFT's tests", choices=MODULES | ON_GPU)
-    arguments = parser.parse_args()
+    parser.add_argument("--part", type=part_of, metavar="I/N", default=(1, 1), help="every Nth test, from the Ith on")
     if not (ROOT / "build").is_dir():
         parser.error("no build folder: run `make build` first")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_args()
     folder = sdist(arguments.sdist)
     modules = QUICK if arguments.quick else MODULES | (ON_GPU if torch.cuda.is_available() else {})
     if arguments.only or arguments.compiled:
@@ -201,8 +236,9 @@ def main() -> int:
         modules = {module: (MODULES | ON_GPU)[module] for module in chosen}
     if not arguments.quick:
         build_models()
-    choice = {"modules": modules, "classes": QUICK_CLASSES if arguments.quick else ()}
-    choice |= {"without": arguments.without, "words": COMPILED_ELSEWHERE if arguments.compiled else {}}
+    choice = {"modules": modules, "without": arguments.without, "part": arguments.part}
+    choice["classes"] = QUICK_CLASSES if arguments.quick else ()
+    choice["words"] = COMPILED_ELSEWHERE if arguments.compiled else {}
     tests, started = [f"tests/{module}" for module in modules], time.time()
     workers = max(1, arguments.workers // 2)
     with ThreadPoolExecutor(2) as pool:
@@ -220,13 +256,17 @@ def main() -> int:
     fused = sum(count for name, count in calls.items() if name.endswith(": fused"))
     share = fused / max(1, sum(calls.values()))
     written = {"modules": report, "calls": calls, "traced": traced, "total": total}
-    (CACHE / "report.json").write_text(json.dumps(written, indent=1))
+    whole = arguments.part == (1, 1)
+    name = "report.json" if whole else "report-{}-of-{}.json".format(*arguments.part)
+    (CACHE / name).write_text(json.dumps(written, indent=1))
     print(f"{time.time() - started:.0f} s:", ", ".join(f"{key} {value}" for key, value in total.items()))
     print(f"{share:.0%} of {sum(calls.values())} calls fused:", ", ".join(f"{k} {v}" for k, v in sorted(calls.items())))
     print(f"{traced} ops of the kernel in graphs of torch.compile")
     nothing_ran = [module for module, each in report.items() if not each["run"]]
     if nothing_ran:
         print("no test ran in", ", ".join(nothing_ran))
+    if not whole:
+        return 1 if total["failed only with the kernel"] or not total["run"] else 0
     nothing_traced = COMPILED in modules and not traced
     return 1 if total["failed only with the kernel"] or nothing_ran or share < MIN_FUSED or nothing_traced else 0
 

@@ -2,9 +2,10 @@
 
 Loaded with `-p conformance_plugin`. With CONFORMANCE_BUILD (a build folder) in the environment the
 layers of that build take PEFT's forwards; without it PEFT runs alone. Results and counts of a process
-go to a JSON file of its own in CONFORMANCE_OUT; what runs of each module is in CONFORMANCE_CHOICE. Nothing
-may leave the machine: models come from the cache that scripts/conformance_hub.py filled, and a
-test that needs more of the Hub fails at once, and is told by that.
+go to a JSON file of its own in CONFORMANCE_OUT, beside the numbers of tests chosen and done; what runs
+of each module, and which part of all, is in CONFORMANCE_CHOICE. Nothing may leave the machine: models
+come from the cache that scripts/conformance_hub.py filled, and a test that needs more of the Hub fails
+at once, and is told by that.
 """
 
 from __future__ import annotations
@@ -137,9 +138,12 @@ class _EverythingWasSeen(dict):
 
 
 def pytest_collection_modifyitems(config, items):
-    chosen = [item for item in items if is_chosen(item.nodeid)]
-    config.hook.pytest_deselected(items=[item for item in items if not is_chosen(item.nodeid)])
+    first, every = CHOICE.get("part", (1, 1))
+    chosen = [item for item in items if is_chosen(item.nodeid)][first - 1 :: every]
+    kept = set(map(id, chosen))
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
     items[:] = chosen
+    (OUT / "chosen").write_text(str(len(chosen)))
     utils = sys.modules.get("tests.testing_utils")
     if utils is not None:
         utils._HUB_MODEL_ACCESSES = _EverythingWasSeen()
@@ -148,6 +152,9 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
+    if report.when == "teardown":
+        with open(OUT / "done", "ab") as done:  # a byte a test, whoever runs it
+            done.write(b".")
     if report.when != "call" and report.outcome == "passed":
         return
     text = "" if report.outcome == "passed" else str(report.longrepr)

@@ -16,15 +16,20 @@ for name in transformers kernels; do
     "$PYTHON" -c "import sys, $name; sys.exit($name.__version__ != '$pinned')" ||
         { echo "gpu_check: $name $pinned is wanted, as in requirements.txt (pip install --no-deps $name==$pinned)"; exit 1; }
 done
+say() { echo "gpu_check: $1, $((SECONDS / 60)) min passed"; }  # where it is
+
+say "1 of 6, build"
 make build PYTHON="$PYTHON" || exit 1
 
+say "2 of 6, tests"
 # Most of the time goes into compiling Triton kernels: in parallel where pytest-xdist is installed.
 "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 12 --dist loadgroup) || parallel=()
-"$PYTHON" -m pytest -q -p no:cacheprovider "${parallel[@]}" tests >"$OUT/tests.log" 2>&1
-tests=$?
+"$PYTHON" -m pytest -q -p no:cacheprovider "${parallel[@]}" tests 2>&1 | tee "$OUT/tests.log" | grep --line-buffered '%\]$'
+tests=${PIPESTATUS[0]}
 
+say "3 of 6, PEFT's own tests"
 if [ -n "${SDIST:-}" ]; then
-    "$PYTHON" scripts/conformance.py --sdist "$SDIST" --workers 14 >"$OUT/conformance.log" 2>&1
+    "$PYTHON" scripts/conformance.py --sdist "$SDIST" --workers 14 >"$OUT/conformance.log"  # its bars are seen
     conformance=$?
     cp .conformance/report.json "$OUT/conformance.json"
 else
@@ -32,6 +37,7 @@ else
     echo "not run: no SDIST" >"$OUT/conformance.log"
 fi
 
+say "4 of 6, compute-sanitizer"
 if command -v compute-sanitizer >/dev/null; then
     compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" scripts/check_row_norm.py --sanitize >"$OUT/sanitizer.log" 2>&1
@@ -56,6 +62,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
     sanitizer="not installed"
 fi
+say "5 of 6, kernels by themselves, benchmarks"
 "$PYTHON" scripts/check_row_norm.py >"$OUT/row_norm.log" 2>&1
 row_norm=$?
 "$PYTHON" scripts/check_gemm.py >>"$OUT/row_norm.log" 2>&1 || row_norm=$?
@@ -70,8 +77,10 @@ benchmark=$?
 "$PYTHON" -c 'import bitsandbytes' 2>/dev/null && {
     "$PYTHON" benchmarks/compare_qlora.py --out "$OUT/benchmark_qlora.json" >>"$OUT/benchmark.log" 2>&1 || benchmark=$?
 }
+say "6 of 6, loss curves"
 "$PYTHON" benchmarks/train_curves.py --out "$OUT/train_curves.json" >"$OUT/curves.log" 2>&1
 curves=$?
+say "done"
 
 grep -E '^(FAILED|ERROR)|passed|failed' "$OUT/tests.log" | tail -40
 tail -5 "$OUT/sanitizer.log" 2>/dev/null

@@ -84,6 +84,19 @@ def test_loading_sets_up_no_handler(lora_fused):
     assert log.handlers == [] and log.level == logging.NOTSET
 
 
+def test_applying_leaves_logging_to_the_user(lora_fused, monkeypatch, capsys):
+    """`kernels` gives the root logger a handler, after which `basicConfig` would do nothing."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    lora_fused.apply(peft_llama())
+    assert root.handlers == [] and capsys.readouterr().err == ""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    lora_fused.apply(peft_llama())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lora_fused: 14 of 14 LoRA modules fused")
+
+
 @pytest.mark.parametrize(
     "bind", (lambda lora_fused, model: lora_fused.apply(model), kernelize_in_place), ids=("apply", "kernelize")
 )

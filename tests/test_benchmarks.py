@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import json
+import re
 import sys
 import types
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare_lora
 import first_call
 import peers
+import progress
 import run as bench_run
 import tables
 
@@ -95,6 +97,9 @@ def test_benchmarks_run_by_name(monkeypatch, tmp_path, capsys):
     for names in (["peers"], ["training_fsdp"], []):
         monkeypatch.setattr(sys, "argv", ["run.py", *names])
         bench_run.main()
+    said = re.findall(r"^(\w+): (\d+) of (\d+), 0 min passed$", capsys.readouterr().out, re.MULTILINE)
+    assert said[:2] == [("peers", "1", "1"), ("training_fsdp", "1", "1")]
+    assert [int(number) for _, number, _ in said[2:]] == list(range(1, len(bench_run.RUNS)))
     results = tmp_path / "results" / "h100"
     options = ["--peers", "--layers", "8", "--out", results / "benchmark_peers.json"]
     assert ran[0] == [tmp_path / "compare_lora.py", *options]
@@ -107,6 +112,15 @@ def test_benchmarks_run_by_name(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench_run.main()
     assert "unknown: speed" in capsys.readouterr().err
+
+
+def test_a_benchmark_says_where_it_is(monkeypatch, capsys):
+    """Three cases of two minutes each."""
+    monkeypatch.setattr(progress.time, "monotonic", iter([0, 0, 120, 240]).__next__)
+    assert list(progress.numbered(["a", "b", "c"])) == ["a", "b", "c"]
+    assert capsys.readouterr().err.splitlines() == ["[1/3]", "[2/3, about 4 min left]", "[3/3, about 2 min left]"]
+    monkeypatch.undo()
+    assert list(progress.numbered([1, 2], shown=False)) == [1, 2] and not capsys.readouterr().err
 
 
 def test_cases_of_the_model_benchmarks():

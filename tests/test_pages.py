@@ -2,6 +2,7 @@
 is named is there."""
 
 import ast
+import pathlib
 import re
 import subprocess
 import sys
@@ -128,29 +129,48 @@ def test_make_help_lists_every_target():
     assert re.findall(r"^  make ([a-z-]+)  ", shown, re.MULTILINE) == listed
 
 
-def test_every_reason_in_troubleshooting_is_one():
-    """The words that `explain` would say."""
+def first_cells(title):
+    """What is quoted in the first column of a table of docs/troubleshooting.md."""
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
-    table = text.partition("## By what `explain` says")[2].partition("## Symptoms")[0]
-    quoted = [
-        quote.strip(" .")
-        for row in re.findall(r"^\| (.*?) \|", table, re.MULTILINE)[1:]
-        for quote in re.findall(r"`([^`]+)`", row)
-    ]
-    assert len(quoted) >= 18
+    table = text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.*?) \|", table, re.MULTILINE)[1:]
+    return [quote.strip(" .") for row in rows for quote in re.findall(r"`([^`]+)`", row)]
+
+
+def said_in(*folders):
+    """Every text in their sources, what is filled in left out."""
     sources = set()
-    for path in api_page.PACKAGE.rglob("*.py"):
+    for path in (path for folder in folders for path in folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 sources.add("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 sources.add(node.value)
-    said = "\n".join(sources)
-    for quote in quoted:
-        parts = [
-            part for part in re.split(r"\.\.\.|\(|512", quote) if len(part.strip()) > 3 and "ParamWrapper" not in part
-        ]
+    return "\n".join(sources)
+
+
+def assert_said(quotes, said):
+    for quote in quotes:
+        parts = [part for part in re.split(r"\.\.\.|\(|512|7\.5", quote) if len(part.strip()) > 3]
         assert all(part.strip(" .;)") in said for part in parts), quote
+
+
+def test_every_reason_in_troubleshooting_is_one():
+    """The words that `explain` would say."""
+    quoted = first_cells("By what `explain` says")
+    assert len(quoted) >= 20
+    assert_said(quoted, said_in(api_page.PACKAGE))
+
+
+def test_every_error_in_troubleshooting_is_one():
+    """The words of this package or of `kernels`. httpx's are of a header, which no source of either has."""
+    import kernels
+
+    quoted = first_cells("Errors")
+    quoted.remove("httpx.LocalProtocolError")
+    named = {"ValueError"}
+    assert len(quoted) >= 11 and named < set(quoted)
+    assert_said(set(quoted) - named, said_in(api_page.PACKAGE, pathlib.Path(kernels.__file__).parent))
 
 
 def test_the_readme_is_short():

@@ -12,7 +12,7 @@ import torch
 from helpers.cases import peft_llama, tiny_llama
 from helpers.heads import heads
 from helpers.kernelizing import explain, forwards
-from kernels import Mode
+from kernels import Mode, kernelize
 from torch import nn
 
 X, WEIGHT, A, B = torch.ones(5, 32), torch.ones(16, 32), torch.ones(4, 32), torch.ones(16, 4)
@@ -190,3 +190,46 @@ def test_explain_says_what_to_do(lora_fused, change, reason):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert said["suggestion"] in str(found)
+
+
+# ---- another device, as a Mac's: rehearsed by the meta device, said to be one ----
+
+ON_MPS = "on mps, a device without layers of this kernel"
+
+
+@pytest.fixture
+def no_cpu(lora_fused, monkeypatch):
+    assert lora_fused.backends.select.device_reason(torch.device("mps")) == ON_MPS
+    assert lora_fused.backends.select.device_reason(torch.device("meta")) == "on the meta device"
+    monkeypatch.setattr(lora_fused.backends.select, "device_reason", lambda device: ON_MPS)
+
+
+def says_mps(lora_fused, model, reason, modules):
+    with pytest.warns(UserWarning, match=reason):
+        found = lora_fused.explain(model).to_dict()
+    assert found["fused"] == 0 and {row["reason"] for row in found["rows"]} == {reason}
+    assert len(found["rows"]) == modules and len(found["reasons"]) == 1
+    assert found["reasons"][0]["suggestion"].startswith("move the model to a CPU or a CUDA GPU")
+
+
+def test_a_model_that_moves_to_a_device_without_layers(lora_fused, no_cpu):
+    """PEFT's forward runs there, not an op that the device has not."""
+    model = lora_fused.apply(peft_llama())
+    says_mps(lora_fused, model.to("meta"), f"its tensors are {ON_MPS}", 14)
+    with lora_fused.record() as calls:
+        model(input_ids=torch.zeros(1, 3, dtype=torch.int64, device="meta"))
+    assert calls.fused == 0 and set(calls.total) >= {f"its tensors are {ON_MPS}"}
+
+
+def test_a_model_kernelized_on_a_device_without_layers(lora_fused, no_cpu):
+    """`kernelize` has bound the class's own forward by then. What is on a CPU here is not said to be."""
+    model = peft_llama()
+    with lora_fused.use_peft_layers():
+        kernelize(model, mode=Mode.TRAINING, device="mps")
+    for parameter in model.parameters():
+        parameter.__class__ = OnMps
+    says_mps(lora_fused, model, f"not kernelized: its tensors are {ON_MPS}", 14)
+
+
+class OnMps(nn.Parameter):
+    is_cpu = is_cuda = is_meta = False

@@ -66,6 +66,16 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def device_reason(device: torch.device) -> str | None:
+    """Why nothing is computed here for tensors that are neither on a CPU nor on a CUDA GPU, as torch calls ROCm's too:
+    the end of a sentence. None where a variant without native ops computes it by torch."""
+    if device.type == "meta":
+        return "on the meta device"
+    if device.type == "xpu" and not native.available:
+        return None
+    return f"on {device.type}, a device without layers of this kernel"
+
+
 def is_hopper(device: torch.device) -> bool:
     """Whether the native ops run Hopper's kernels on `device`."""
     return native.architecture(device) == "sm90"

@@ -64,17 +64,21 @@ def kernelize_adapted(model: nn.Module, *, mode, device: str | torch.device | No
 
 @contextlib.contextmanager
 def _without_a_line_a_module() -> Iterator[None]:
-    """`kernels` logs on the root logger which layer each module gets."""
+    """`kernels` logs on the root logger which layer each module gets, by `logging.info`, which gives that logger a
+    handler where it has none; the user's own `basicConfig` would do nothing then."""
 
     def other(record: logging.LogRecord) -> bool:
         return not (record.levelno <= logging.INFO and __package__.partition(".")[0] in record.getMessage())
 
     root = logging.getLogger()
     root.addFilter(other)
+    handlers = root.handlers[:]
     try:
         yield
     finally:
         root.removeFilter(other)
+        for handler in [handler for handler in root.handlers if handler not in handlers]:
+            root.removeHandler(handler)
 
 
 def _device(alone: _Alone) -> str | None:

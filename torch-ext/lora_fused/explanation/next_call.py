@@ -325,6 +325,11 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> str | None:
             return "not kernelized: call kernelize(model, mode=Mode.TRAINING)"
         return "not kernelized: call register_peft_layers(), then kernelize(model)"
     if replaced.is_own(bound, module):
+        first = next(module.parameters(), None)
+        if first is not None and not (first.is_cuda or first.is_cpu or first.is_meta):
+            elsewhere = select.device_reason(first.device)
+            if elsewhere:
+                return f"not kernelized: its tensors are {elsewhere}"
         return (
             "not kernelized: its class's own forward is bound to it, since it was pickled, or kernelized without a "
             "layer of this kernel: there is none for devices that this variant is not built for, or before "

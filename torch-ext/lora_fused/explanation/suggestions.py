@@ -7,6 +7,7 @@ import re
 # In the order in which they are tried. A pattern is found anywhere in the reason.
 SUGGESTIONS = (
     (r"^torch\.compile", "leave it out of what is compiled (torch.compiler.disable), where eager is faster for you"),
+    (r"without layers of this kernel", "move the model to a CPU or a CUDA GPU, then run lora_fused.apply(model)"),
     (r"devices that this variant is not built for", "run lora_fused.apply(model), on a GPU or a CPU"),
     (r"^not kernelized|another build of this kernel|bound to another module", "run lora_fused.apply(model)"),
     (

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..backends import select
 from ..call_context import autocast_dtype, device_type, new_tuple
 from ..specs import EightBit, Fallback, FourBit, Operands, Quantized
 from . import replaced
@@ -18,7 +19,7 @@ from . import replaced
 _is_traced = torch.compiler.is_dynamo_compiling
 PLAIN_TENSORS = (nn.Parameter, Tensor)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-STRIDED, _META = torch.strided, torch.device("meta")
+STRIDED = torch.strided
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -271,8 +272,9 @@ def tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> s
             return _unfit_reason(
                 next(name for name, each in zip(Operands._fields, operands) if each is tensor), tensor, device
             )
-    if device == _META:
-        return "its tensors are on the meta device"
+    known = weight if dense else lora_a
+    if not (known is None or known.is_cuda or known.is_cpu) and (elsewhere := select.device_reason(device)):
+        return f"its tensors are {elsewhere}"
     if dense and weight.shape != (shape[::-1] if transposed else shape):
         return f"weight has shape {tuple(weight.shape)} (sharded or replaced)"
     if own_bias is not None and bias.shape != (shape[0],):

@@ -162,8 +162,8 @@ def _tensor_reason(table: EmbeddingOperands, shape: tuple[int, int]) -> str | No
             return f"{name} is a {type(tensor).__name__} (sharded or wrapped)"
         if tensor.layout is not torch.strided:
             return f"{name} has the layout {tensor.layout}"
-        if tensor.is_meta:
-            return f"{name} is on the meta device"
+        if not (tensor.is_cuda or tensor.is_cpu) and (elsewhere := select.device_reason(tensor.device)):
+            return f"{name} is {elsewhere}"
         if tensor.dtype not in _DTYPES:
             return f"{name} has dtype {tensor.dtype}"
         if tensor.device != device:

@@ -267,8 +267,8 @@ def _tensor_reason(what: str, tensor: Tensor, like: Tensor) -> str | None:
         return f"{what} is a {type(tensor).__name__} (sharded or wrapped)"
     if tensor.layout is not torch.strided:
         return f"{what} has the layout {tensor.layout}"
-    if tensor.is_meta:
-        return f"{what} is on the meta device"
+    if not (tensor.is_cuda or tensor.is_cpu) and (elsewhere := select.device_reason(tensor.device)):
+        return f"{what} is {elsewhere}"
     if tensor.dtype not in DTYPES:
         return f"{what} has dtype {tensor.dtype}"
     if tensor.device != like.device:
