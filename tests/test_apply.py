@@ -12,7 +12,7 @@ from helpers.cases import DEVICE, LINEARS, OwnForwards, peft_llama, tiny_llama
 from helpers.heads import heads, inner
 from helpers.kernelizing import explain, forwards, kernelize_in_place, ours_in
 from helpers.llamas import passed, same_bits, tokens
-from kernels import Mode, kernelize
+from kernels import Mode, kernelize, use_kernel_mapping
 from kernels.layer.globals import _KERNEL_MAPPING
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
@@ -212,6 +212,32 @@ def test_unregistered(lora_fused, unregistered):
     lora_fused.register_peft_layers()
     assert len(ours_in(lora_fused, kernelize(other, mode=Mode.TRAINING, device=DEVICE))) == 16
     lora_fused.unregister_peft_layers()
+
+
+@pytest.mark.parametrize("first_again", (False, True))
+def test_registrations_end_in_any_order(lora_fused, unregistered, first_again):
+    """Two of them, as of two builds in one process: the one that ends does not take the other away, nor does it come
+    back with it."""
+    before = marks()
+    first, second = lora_fused.mapping.Marks(), lora_fused.mapping.Marks()
+    for each in (first, second, *([first] if first_again else [])):
+        each.mark_all()
+    earlier, later = (second, first) if first_again else (first, second)
+    earlier.restore()
+    with use_kernel_mapping(lora_fused.mapping.layer_mapping()):
+        assert len(ours_in(lora_fused, kernelize(peft_llama(), mode=Mode.TRAINING, device=DEVICE))) == 16
+        later.restore()
+        assert marks() == before
+        assert ours_in(lora_fused, kernelize(peft_llama(), mode=Mode.TRAINING, device=DEVICE)) == []
+
+
+def test_unregistered_inside_of_a_block(lora_fused, unregistered):
+    before = marks()
+    lora_fused.register_peft_layers()
+    with lora_fused.use_peft_layers():
+        lora_fused.unregister_peft_layers()
+        assert len(ours_in(lora_fused, kernelize(peft_llama(), mode=Mode.TRAINING, device=DEVICE))) == 16
+    assert marks() == before
 
 
 def test_under_torch_compile(lora_fused):

@@ -62,6 +62,19 @@ def test_what_is_not_fused_is_in_the_report(lora_fused, tmp_path):
     assert reports(trainer)[0] == pytest.approx(12 / 14)
 
 
+def test_unloaded_before_the_first_log(lora_fused, tmp_path):
+    """By another callback: nothing is left to report of, and training goes on."""
+
+    class Unload(TrainerCallback):
+        def on_step_end(self, *args, model, **kwargs):
+            model.unload()
+
+    trainer = trainer_of(peft_llama(), tmp_path, lora_fused.LoraFusedCallback(), max_steps=1)
+    trainer.add_callback(Unload())
+    trainer.train()
+    assert len(explain(lora_fused, trainer.model)) == 0 and reports(trainer)[0] == 0.0
+
+
 def test_what_others_log_sees_the_report(lora_fused, tmp_path):
     seen = []
 

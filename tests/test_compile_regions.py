@@ -199,6 +199,40 @@ def test_a_function_of_models_that_others_hold(lora_fused, hold_models):
         assert {row.backend for row in lora_fused.explain(model)} == {"native, compiled"}
 
 
+class Wrapper(nn.Module):
+    """Its model is no submodule."""
+
+    def __init__(self, models):
+        super().__init__()
+        self.models = models
+
+    def forward(self, x):
+        return self.models[0](x)
+
+
+class CompiledFunction(Wrapper):
+    def __init__(self, models, **options):
+        super().__init__(None)
+        self.function = torch.compile(lambda x: models[0](x), **options)
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("compiled", ("model", "wrapper", "function"))
+def test_a_model_that_a_module_holds_in_a_list(lora_fused, compiled):
+    model = block()
+    models, expected = [kernelized(lora_fused, model, "cpu")], model(x_of())
+    graphs = Graphs(lora_fused)
+    options = dict(backend=graphs, fullgraph=True)
+    wrapper = CompiledFunction(models, **options) if compiled == "function" else Wrapper(models)
+    if compiled != "function":
+        (models[0] if compiled == "model" else wrapper).compile(**options)
+    torch.testing.assert_close(wrapper(x_of()), expected, rtol=1e-11, atol=1e-11)
+    assert graphs.ops == FUSED_BLOCK
+    assert {row.backend for row in lora_fused.explain(models[0])} == {"native, compiled"}
+
+
 def test_left_out_of_the_graph(lora_fused):
     """A linear that `torch.compiler.disable` takes out is eager in between."""
     model = block()

@@ -6,6 +6,7 @@ A note is None where our forward computed the call, TRACED where a graph did, el
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import types
@@ -71,8 +72,7 @@ def ran_since_trace(module: nn.Module) -> bool:
 def note_trace() -> list[nn.Module]:
     """Called while torch.compile traces a forward of this kernel, without a break of its graph. It takes no argument,
     since Dynamo would compile again for every other one: one graph may serve all layers of a model. So all that is
-    below the outermost module that is running is noted; each notes itself again when it is called outside of a
-    graph."""
+    below the modules that are running is noted; each notes itself again when it is called outside of a graph."""
     found = [module for module in {m: None for root in _running() for m in root.modules()} if is_of_kernel(module)]
     for module in found:
         note(module, TRACED)
@@ -81,20 +81,18 @@ def note_trace() -> list[nn.Module]:
 
 
 def _running() -> Iterable[nn.Module]:
-    """The outermost module whose method is running, or what a compiled function's callers hold, in lists and objects
-    too where no variable of theirs is a model of this kernel."""
+    """The modules whose methods are running, or what they and a compiled function's callers hold, in lists and objects
+    too: the first of these that has a module of this kernel."""
     frame: types.FrameType | None = sys._getframe(1)
-    outermost, held = None, list[object]()
+    running, held = list[nn.Module](), list[object]()
     while frame is not None:
         found = frame.f_locals
         if isinstance(found.get("self"), nn.Module):
-            outermost = found["self"]
+            running.append(found["self"])
         if not frame.f_globals.get("__name__", "").startswith("torch."):
             held += found.values()
         frame = frame.f_back
-    if outermost is not None:
-        return (outermost,)
-    looks = (list(_modules_in(held, depth)) for depth in range(3))
+    looks = itertools.chain((running,), (list(_modules_in([*running, *held], depth)) for depth in range(3)))
     return next((found for found in looks if any(is_of_kernel(m) for root in found for m in root.modules())), ())
 
 
@@ -105,7 +103,7 @@ def _modules_in(values: Iterable[object], depth: int) -> Iterator[nn.Module]:
     for value in values:
         if isinstance(value, nn.Module):
             yield value
-        elif depth and not isinstance(value, (type, types.ModuleType, torch.Tensor)):
+        if depth and not isinstance(value, (type, types.ModuleType, torch.Tensor)):
             inner = value if isinstance(value, (dict, list, tuple)) else getattr(value, "__dict__", ())
             if len(inner) <= _MOST_ITEMS:
                 yield from _modules_in(list(inner.values() if isinstance(inner, dict) else inner), depth - 1)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -50,17 +51,39 @@ def layer_mapping() -> dict:
     return {layer.__name__: {device: LoadedLayer(layer) for device in _DEVICES} for layer in mapped}
 
 
+class _Mark:
+    """The condition that a class is marked with: whether a module of it gets our forward. Never once it is `over`, as
+    another registration, of another build too, may have come in between and put it back. before: what the class said
+    until then."""
+
+    def __init__(self, condition: Callable[[nn.Module], bool], before: dict[str, Any]):
+        self.condition, self.before, self.over = condition, before, False
+
+    def __call__(self, module: nn.Module) -> bool:
+        return not self.over and self.condition(module)
+
+
+def _attributes(cls: type) -> dict[str, Any]:
+    return {name: cls.__dict__[name] for name in _CLASS_ATTRIBUTES if name in cls.__dict__}
+
+
+def _mark_in(attributes: dict[str, Any]) -> Any:
+    return getattr(attributes.get("kernel_condition"), "__func__", None)  # a static method
+
+
 class Marks:
-    """Classes that `kernelize` is told of, and what they said before."""
+    """Classes that `kernelize` is told of, and how."""
 
     def __init__(self):
-        self.before: dict[type, dict] = {}
+        self.marked: dict[type, _Mark] = {}
 
     def mark(self, cls: type, layer_name: str, condition: Callable[[nn.Module], bool]) -> None:
         from kernels import replace_kernel_forward_from_hub
 
-        self.before.setdefault(cls, {name: cls.__dict__[name] for name in _CLASS_ATTRIBUTES if name in cls.__dict__})
-        replace_kernel_forward_from_hub(cls, layer_name, condition=condition)
+        if cls in self.marked:
+            self.marked[cls].over = True
+        mark = self.marked[cls] = _Mark(condition, _attributes(cls))
+        replace_kernel_forward_from_hub(cls, layer_name, condition=mark)
 
     def mark_all(self) -> None:
         """PEFT's linears, embedding and wrappers of parameters, and the roots of models, at which their gated MLPs are
@@ -95,13 +118,20 @@ class Marks:
             self.mark(cls, layer.__name__, functools.partial(_is_free, layer, adapted))
 
     def restore(self) -> None:
-        for cls, attributes in self.before.items():
+        """Classes say what they did before, but for those that somebody else has marked since."""
+        for cls, mark in self.marked.items():
+            mark.over = True
+            if _mark_in(_attributes(cls)) is not mark:
+                continue
+            attributes = mark.before
+            while getattr(_mark_in(attributes), "over", False):
+                attributes = _mark_in(attributes).before
             for name in _CLASS_ATTRIBUTES:
                 if name in attributes:
                     setattr(cls, name, attributes[name])
                 elif name in cls.__dict__:
                     delattr(cls, name)
-        self.before.clear()
+        self.marked.clear()
 
 
 def _is_free(layer: type[nn.Module], serves: Callable[[nn.Module], bool], module: nn.Module) -> bool:

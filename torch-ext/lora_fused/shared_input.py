@@ -32,7 +32,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -267,18 +267,29 @@ def small_reason(module: nn.Module, x: Tensor, call: CallContext, rows: int | No
     return reason if leader is not None and leader.is_alone() else None
 
 
-def group_of(module: nn.Module) -> tuple[nn.Module, ...]:
-    """The siblings that are computed together at their next call, `module` among them; empty where it is alone."""
+def groups_of(module: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+    """Siblings that the first of them computes together if its next call is fused, `module` among them."""
     if _is_deterministic():
-        return ()
+        return
     seen = tuple(_threads.calls.seen)  # the last ones of a pass, which its leader learns of at the next call
     for head, leader in list(_leaders.items()):
         observed = seen if len(seen) > 1 and seen[0]() is head else leader.observed
         takes = leader.changes < MAX_CHANGES and leader.may_take(observed)
         group = _alive(observed if takes else leader.group)
         if module in group:
-            return group
-    return ()
+            yield group
+
+
+def states_together(
+    module: nn.Module, group: Sequence[nn.Module], state: AdaptedLinear, x: Tensor, call: CallContext, rows: int
+) -> list[AdaptedLinear | None]:
+    """What the members of a group, `module` in the given state among them, are in one call that computes them for
+    `rows` rows like those of x. None of one that it leaves out, and of all where nothing else or not the first one, who
+    computes them, is in it."""
+    width = state.base.shape[1]
+    states = [state if each is module else _sibling_state(each, x, call, width, rows) for each in group]
+    together = len(states) - states.count(None) > 1 and states[0] is not None
+    return states if together else [None] * len(states)
 
 
 def _alive(group: Sequence[weakref.ref]) -> tuple[nn.Module, ...]:
@@ -314,19 +325,21 @@ def _compute_group(calls, module, leader: _Leader, x: Tensor, call: CallContext,
     return outputs[0]
 
 
-def _sibling_state(sibling: nn.Module, x: Tensor, call: CallContext, features: int) -> AdaptedLinear | None:
+def _sibling_state(
+    sibling: nn.Module, x: Tensor, call: CallContext, features: int, rows: int | None = None
+) -> AdaptedLinear | None:
     """What the sibling computes, if that can be computed before its call, of an x [..., features] that another takes.
-    Its own pre-hooks may change what it computes, so it must have none."""
+    Its own pre-hooks may change what it computes, so it must have none. `rows` in place of x's own, where given."""
     bound = sibling.__dict__.get("forward")
     if getattr(bound, "__func__", None) not in GROUPED or sibling._forward_pre_hooks:
         return None
-    if small_reason(sibling, x, call):
+    if small_reason(sibling, x, call, rows):
         return None
     state = peft_linear.read_linear(sibling)
     if (
         isinstance(state, Fallback)
         or linear_call.input_fallback(state, x, call, features)
-        or linear_call.own_forward_reason(state, x, call)
+        or linear_call.own_forward_reason(state, x, call, rows)
     ):
         return None
     return state

@@ -54,7 +54,7 @@ def kernelize_adapted(model: nn.Module, *, mode, device: str | torch.device | No
             marks.mark_gated_mlp(module)
         with use_kernel_mapping(layer_mapping(), inherit_mapping=False), _without_a_line_a_module():
             for module in modules:
-                if type(module) in marks.before:
+                if type(module) in marks.marked:
                     alone = _Alone(module)
                     kernelize(alone, mode=mode, device=device or _device(alone))
     finally:

@@ -45,7 +45,7 @@ class LoraFusedCallback:
             return
         self._reports = False
         found = read(model)
-        share = sum(row.last == FUSED or (row.fused and row.last == TRACED) for row in found) / len(found)
+        share = sum(row.last == FUSED or (row.fused and row.last == TRACED) for row in found) / max(len(found), 1)
         logs["lora_fused"] = share
         if state.log_history:  # a copy of the log, by now
             state.log_history[-1]["lora_fused"] = share

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,10 @@ from ..peft import (
     linear as peft_linear,
     linear_call,
     replaced,
+    scaling as peft_scaling,
     small_batch,
 )
-from ..specs import Fallback
+from ..specs import Fallback, Projection
 from .recorder import Calls
 from .table import FUSED, Row
 
@@ -32,6 +34,7 @@ BETWEEN_CALLS = "between calls; FSDP gathers it for a call, whose own state deci
 UNSEEN = "after the first pass"  # in place of a group
 COMPILED = "compiled"  # beside the backend of what a graph of torch.compile holds
 EXPERTS_COMPILED = "torch.compile: its graph has PEFT's own forward of experts"
+Projections = Sequence[Projection]
 _GATED = ({"gate", "down"}, {"w1", "w2", "w3"}, {"wi_0", "wi_1", "wo"})  # how gated MLPs name their projections
 
 
@@ -49,6 +52,9 @@ class Model:
         self.never_called = {module._modules.get("out_proj") for module in attentions}  # attention multiplies itself
         self.parents: dict[nn.Module, nn.Module] = {}  # gated MLPs with a forward of this kernel, by projection
         self.mlps: dict[nn.Module, nn.Module] = {}  # those that are one Function at their next call
+        self.mlp_groups: dict[
+            nn.Module, tuple[Projections, ...]
+        ] = {}  # what that computes, the projection's group first
         self.mlp_reasons: dict[nn.Module, str] = {}  # by projection, of the others
         self.outermost: dict[nn.Module, nn.Module] = {}  # of wrappers inside others, around one experts module
         for module in modules:
@@ -123,10 +129,13 @@ class Model:
         call = CallContext.of(example)
         fallback = linear_call.call_fallback(state, example, call)
         reason = fallback.reason if fallback else None
-        if reason is None and compiled:
-            reason = small_batch.few_traced_reason(example, call, (state.projection,), self.rows)
-        elif reason is None:
-            reason = shared_input.small_reason(module, example, call, self.rows)
+        if reason is None and module not in self.mlps:
+            reason = (
+                small_batch.few_traced_reason(example, call, (state.projection,), self.rows)
+                or peft_scaling.traced_reason(module, state.projection.operands.lora_b)
+                if compiled
+                else shared_input.small_reason(module, example, call, self.rows)
+            )
         if reason:
             return _unfused(row, reason)
         called = linear_call.own_forward_reason(state, example, call, self.rows)
@@ -136,12 +145,14 @@ class Model:
                 return _unfused(row, f"{reason} ({called})")
             found = Row(name, layer.__name__, fused=True, backend=FUSED_DELTA, group="single", reason=called)
             return _in_graph(found) if compiled else found
-        chosen = dispatch.describe_backend(example, (state.projection,), self.rows, compiled)
         if module in self.mlps:
-            group = self.names[self.mlps[module]]
-            found = Row(name, layers.LoraGatedMLP.__name__, fused=True, backend=chosen, group=group)
+            layer, group, groups = layers.LoraGatedMLP, self.names[self.mlps[module]], self.mlp_groups[module]
         else:
-            found = Row(name, layer.__name__, fused=True, backend=chosen, group=self._group(module))
+            members = () if compiled else self._computed_with(module, state, example, call)
+            group = self._group(module, [member for member, _ in members])
+            groups = ([known.projection for _, known in members] or [state.projection],)
+        chosen = dispatch.describe_backend(example, state.projection, groups, self.rows, compiled)
+        found = Row(name, layer.__name__, fused=True, backend=chosen, group=group)
         return _in_graph(found) if compiled else found
 
     def _next_embedding_call(self, module: nn.Module, row: Row) -> Row:
@@ -152,6 +163,8 @@ class Model:
             return _unfused(row, state.reason)
         example = torch.empty((0,), dtype=torch.int64, device=state.table.weight.device)
         reason = peft_embedding.embedding_call_reason(state, example, (), {})
+        if reason is None and compiled:
+            reason = peft_scaling.traced_reason(module, state.table.lora_b)
         if reason:
             return _unfused(row, reason)
         chosen = select.describe_embedding(select.choose_embedding(state.table, self.rows, compiled))
@@ -166,9 +179,10 @@ class Model:
         if isinstance(state, Fallback):
             return _unfused(row, self._when_gathered(outermost, state.reason))
         weight = state.up.weight
-        example = weight.new_empty((0, weight.shape[2]))
-        index = torch.empty((0, 1), dtype=torch.int64, device=weight.device)
-        call = peft_experts.read_call(state, example, (index, weight.new_empty((0, 1))), {})
+        tokens = min(self.rows, 1)
+        example, routing = weight.new_empty((tokens, weight.shape[2])), weight.new_empty((tokens, 1))
+        index = torch.zeros((tokens, 1), dtype=torch.int64, device=weight.device)
+        call = peft_experts.read_call(state, example, (index, routing), {})
         if isinstance(call, Fallback):
             return _unfused(row, call.reason)
         if self._is_in_graph(outermost):
@@ -178,9 +192,17 @@ class Model:
         backend = select.choose_experts(state.up, state.down, _ROWS_AN_EXPERT * len(weight))
         return Row(row.module, layer.__name__, fused=True, backend=backend, group=group)
 
-    def _group(self, module: nn.Module) -> str:
+    def _computed_with(self, module: nn.Module, state: peft_linear.AdaptedLinear, example: Tensor, call: CallContext):
+        """The siblings that one call computes and their states, a module's own among them; none where it is alone."""
+        for members in shared_input.groups_of(module):
+            whole = [module if member is module else self._at_call(member) for member in members]
+            states = shared_input.states_together(module, whole, state, example, call, self.rows)
+            if any(known is not None for known in states):
+                return [(member, known) for member, known in zip(members, states) if known is not None]
+        return []
+
+    def _group(self, module: nn.Module, members: Sequence[nn.Module]) -> str:
         """The last parts of the siblings' names; which modules share an input is seen when the model runs."""
-        members = shared_input.group_of(module)
         if not members and last_call.of(module) is last_call.NEVER and not torch.are_deterministic_algorithms_enabled():
             return UNSEEN
         return "+".join(self.names.get(member, "?").rpartition(".")[2] for member in members) or "single"
@@ -200,24 +222,32 @@ class Model:
         if not adapted:
             return
         structure = peft_gated_mlp.structure_of(module)
-        if not isinstance(structure, Fallback) and last_call.is_of_kernel(module):
-            self.parents.update((part, module) for part in peft_gated_mlp.projections_of(module, structure))
-        reason = self._mlp_reason(module, structure)
-        if reason is None and not isinstance(structure, Fallback):
-            self.mlps.update((part, module) for part in peft_gated_mlp.projections_of(module, structure))
-        elif not isinstance(structure, Fallback) or _looks_gated(module):
-            self.mlp_reasons.update((part, reason) for part in adapted)
-
-    def _mlp_reason(self, module: nn.Module, structure: peft_gated_mlp.GatedMLP | Fallback) -> str | None:
         if isinstance(structure, Fallback):
-            return _replaced_in(module) or structure.reason
+            if _looks_gated(module):
+                reason = _replaced_in(module) or structure.reason
+                self.mlp_reasons.update((part, reason) for part in adapted)
+            return
+        parts = peft_gated_mlp.projections_of(module, structure)
+        if last_call.is_of_kernel(module):
+            self.parents.update((part, module) for part in parts)
+        found = self._mlp_of(module, structure)
+        if isinstance(found, str):
+            self.mlp_reasons.update((part, found) for part in adapted)
+            return
+        groups = found.inputs, (found.output,)
+        self.mlps.update((part, module) for part in parts)
+        self.mlp_groups.update((part, groups if part is not parts[-1] else groups[::-1]) for part in parts)
+
+    def _mlp_of(self, module: nn.Module, structure: peft_gated_mlp.GatedMLP) -> peft_gated_mlp.AdaptedMLP | str:
+        """What a gated MLP computes as one Function, or why it does not."""
         layer = layers.GATED_MLP_BY_INPUT.get(structure.input)
         if layer is None:
             return f"its input is called {structure.input}"
         reason = _unmapped_reason(module, layer)
         if reason:
             return reason
-        if self._is_in_graph(module) and (reason := peft_gated_mlp.untraced_reason(module, structure)):
+        compiled = self._is_in_graph(module)
+        if compiled and (reason := peft_gated_mlp.untraced_reason(module, structure)):
             return f"torch.compile: {reason}"
         whole = self._at_call(module)
         part = next(filter(peft_linear.is_lora_linear, peft_gated_mlp.projections_of(whole, structure)), None)
@@ -228,8 +258,13 @@ class Model:
             return state.reason
         example = _example(state)
         call = CallContext.of(example)
-        whole_state = peft_gated_mlp.read_mlp(whole, example, call, check_features=False)
-        return whole_state.reason if isinstance(whole_state, Fallback) else None
+        found = peft_gated_mlp.read_mlp(whole, example, call, check_features=False)
+        if isinstance(found, Fallback):
+            return found.reason
+        if compiled:
+            reason = small_batch.few_traced_reason(example, call, (*found.inputs, found.output), self.rows)
+            return reason or peft_gated_mlp.scaling_reason(whole, structure, found) or found
+        return peft_gated_mlp.small_reason(whole, example, call, self.rows) or found
 
 
 def _replaced_in(module: nn.Module) -> str | None:

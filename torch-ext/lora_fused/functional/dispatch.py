@@ -111,17 +111,19 @@ def _is_wide(lora_a: Tensor | None) -> bool:
     return lora_a is not None and lora_a.dtype != torch.float16
 
 
-def describe_backend(x: Tensor, projections: Sequence[Projection], rows: int, compiled: bool = False) -> str:
-    """What a reader calls the backend of a group of projections of `rows` rows like those of x; `compiled` where
-    torch.compile traces it, which takes no other than NATIVE."""
+def describe_backend(
+    x: Tensor, projection: Projection, groups: Sequence[Sequence[Projection]], rows: int, compiled: bool = False
+) -> str:
+    """What a reader calls the backend of a projection of `rows` rows like those of x. `groups`: what one Function
+    computes, a group or a gated MLP's two, the projection's own first. `compiled` where torch.compile traces it, which
+    takes no other than NATIVE."""
     call = CallContext.of(x)
     lora_dtype, x = call.autocast, _cast(x, call)
-    path = native_path(projections, x.dtype, lora_dtype, x.is_cuda)
-    chosen = select.NATIVE if compiled else _choose(x, projections, path, lora_dtype, rows)
-    if not path.native or chosen != select.NATIVE:
-        return select.describe(chosen)
-    is_fused = any([select.gemm_is_faster(x, rows, projection.shape[0]) for projection in projections])
-    return select.HOPPER_GEMM if is_fused else select.NATIVE
+    path = native_path([each for group in groups for each in group], x.dtype, lora_dtype, x.is_cuda)
+    chosen = [select.NATIVE if compiled else _choose(x, group, path, lora_dtype, rows) for group in groups]
+    if not path.native or set(chosen) != {select.NATIVE}:
+        return select.describe(chosen[0])
+    return select.HOPPER_GEMM if select.gemm_is_faster(x, rows, projection.shape[0]) else select.NATIVE
 
 
 def draw_seeds(device: torch.device, projections: Sequence[Projection], share_mask: bool = False) -> Tensor | None:

@@ -22,7 +22,7 @@ from ..call_context import autocast_dtype
 from ..specs import AnyGate, ExpertWeights, Fallback
 from . import replaced as replacements
 from .base_layer import DTYPES, PLAIN_TENSORS, tensor_of, unread
-from .experts_forward import GROUPED_MM, Form, form_of, gate_function
+from .experts_forward import EAGER, GROUPED_MM, Form, form_of, gate_function
 from .scaling import read_scaling
 
 _INDEX_DTYPES = (torch.int64, torch.int32)
@@ -31,6 +31,7 @@ _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz",
 
 
 INSIDE = "PEFT's own forward of the wrapper around it runs"
+NO_ROWS = "no token has an expert, and the model's own forward leaves parameters without a gradient then"
 
 
 class WrongInPeft(str):
@@ -306,8 +307,11 @@ def read_call(adapted: AdaptedExperts, x: Any, args: tuple, kwargs: dict) -> tup
     if reason:
         return Fallback(reason)
     index = given[0]
-    if index.is_cpu and index.numel() and int(index.min()) < 0:
-        return Fallback(f"the index has {int(index.min())}, expected numbers of experts, from 0 on", raises=True)
+    lowest = int(index.min()) if index.is_cpu and index.numel() else 0
+    if lowest < 0:
+        return Fallback(f"the index has {lowest}, expected numbers of experts, from 0 on", raises=True)
+    if adapted.form.implementation == EAGER and (not index.numel() or lowest >= len(adapted.up.weight)):
+        return Fallback(NO_ROWS)
     return given
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..call_context import CallContext, new_tuple
 from ..last_call import GROUPED
 from ..specs import Fallback, Projection
-from . import linear as peft_linear, linear_call, mlp_tracer, replaced, small_batch
+from . import linear as peft_linear, linear_call, mlp_tracer, replaced, scaling, small_batch
 from .mlp_tracer import GatedMLP
 
 
@@ -133,6 +133,16 @@ def untraced_reason(module: nn.Module, structure: GatedMLP) -> str | None:
     return None
 
 
+def scaling_reason(module: nn.Module, structure: GatedMLP, adapted: AdaptedMLP) -> str | None:
+    """The same of a gated MLP that was read: a scaling whose value an eager call alone reads."""
+    for part, projection in zip(projections_of(module, structure), (*adapted.inputs, adapted.output)):
+        lora_b = projection.operands.lora_b
+        reason = None if lora_b is None else scaling.traced_reason(part, lora_b)
+        if reason:
+            return f"{_name(module, part)}: {reason}"
+    return None
+
+
 _BARE = nn.Module()
 
 
@@ -232,12 +242,13 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
     return parts + [each for part in parts if peft_linear.is_lora_linear(part) for each in peft_linear.parts_of(part)]
 
 
-def small_reason(module: nn.Module, x: Tensor, call: CallContext) -> str | None:
-    """Why its projections had better run alone, as PEFT runs them; as the first that has an adapter says."""
+def small_reason(module: nn.Module, x: Tensor, call: CallContext, rows: int | None = None) -> str | None:
+    """Why its projections had better run alone, as PEFT runs them; as the first that has an adapter says. `rows` in
+    place of x's own, where given."""
     if not call.grad:
         for part in module._modules.values():
             if peft_linear.is_lora_linear(part):
-                return small_batch.small_reason(part, x, call)
+                return small_batch.small_reason(part, x, call, rows)
     return None
 
 
