@@ -243,7 +243,13 @@ class ExpertWeights(NamedTuple):
         return self.weight, self.bias, self.lora_a, self.lora_b
 
 
-TENSORS_PER_PRODUCT = 4
+class StoredFactors(NamedTuple):
+    """The parameters that lora_a and lora_b of one product are views of, without a graph, as PEFT stores them: a
+    [E·R, ·] and b [·, R·E]. crossed: lora_a is of b, and lora_b of a."""
+
+    a: Tensor
+    b: Tensor
+    crossed: bool
 
 
 class Gate(NamedTuple):
@@ -268,10 +274,11 @@ class ExpertsSpec(NamedTuple):
     """All of a call but its tensors.
 
     gate: a `Gate`, or a function of z without parameters of its own, which autograd differentiates.
-    scalings: of the first and the second product's adapter.
     leaves_out: whether indices from E on may occur on a GPU, where looking would wait for it.
+    crossed: of the first and the second product, `StoredFactors.crossed`; None where gradients are those of lora_a and
+    lora_b themselves.
     """
 
     gate: AnyGate
-    scalings: tuple[float, float]
     leaves_out: bool
+    crossed: tuple[bool | None, bool | None] = (None, None)

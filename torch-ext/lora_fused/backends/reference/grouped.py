@@ -23,7 +23,8 @@ class Rows(NamedTuple):
     from ends[-1] on are of no expert; `leaves_out` where there may be some.
 
     What a backend may know besides, int32: place [S], the row of a choice; tiles [3, ·], of tiles of rows that each are
-    of one expert, the expert, the first row, and the end of the expert's rows. backend: whose products take these rows.
+    of one expert, the expert, the first row, and the end of the expert's rows; tile, the launch configuration that they
+    are for. backend: whose products take these rows.
     """
 
     order: Tensor
@@ -34,6 +35,7 @@ class Rows(NamedTuple):
     place: Tensor | None = None
     tiles: Tensor | None = None
     backend: str = ""
+    tile: Any = None
 
     @classmethod
     def sort(cls, index: Tensor, experts: int, leaves_out: bool) -> Rows:

@@ -20,7 +20,7 @@ from . import route
 from .combine_rows import combine_rows
 from .expert_gate import expert_gate, expert_gate_backward
 from .factor_layout import lay_out
-from .grouped_linear import Tile, choose_tile, grouped_linear
+from .grouped_linear import choose_tile, grouped_linear
 from .grouped_outer import Outer, grouped_outer
 from .grouped_term import grouped_add, grouped_shrink
 
@@ -33,20 +33,19 @@ class ByToken(NamedTuple):
 
 def sort_rows(index: Tensor, weight: Tensor, leaves_out: bool, backend: str) -> Rows:
     """The rows of `index` [T, k], the expert that each token chose, for products of this backend that begin with this
-    weight."""
-    return route.sort_rows(index, weight.shape[0], choose_tile(weight, index.numel()).m, leaves_out, backend)
+    weight, by which their tile is chosen."""
+    tile = choose_tile(weight, index.numel())
+    return route.sort_rows(index, weight.shape[0], tile.m, leaves_out, backend, tile)
 
 
 class TritonPasses(Products):
-    """All that is made of the rows but products with the weights: passes, and what the adapters need. Their tables
-    name tiles that are chosen by the first weight."""
+    """All that is made of the rows but products with the weights: passes, and what the adapters need."""
 
-    def __init__(self, rows: Rows, weight: Tensor):
-        self.rows = rows
-        self.tile: Tile = choose_tile(weight, rows.order.numel())
+    def __init__(self, rows: Rows):
+        self.rows, self.tile = rows, rows.tile
 
     def take(self, x: Tensor) -> ByToken:
-        return ByToken(x)
+        return new_tuple(ByToken, (x,))
 
     def lay_out(self, up: ExpertWeights, down: ExpertWeights) -> tuple[Factors, Factors]:
         return lay_out(up, down)
@@ -94,7 +93,9 @@ class TritonPasses(Products):
 
     def combine(self, y: Tensor, routing: Tensor | None = None) -> Tensor:
         rows = self.rows
-        dtype = y.dtype if routing is None else torch.promote_types(y.dtype, routing.dtype)
+        dtype = y.dtype
+        if routing is not None and routing.dtype is not dtype:
+            dtype = torch.promote_types(dtype, routing.dtype)
         return combine_rows(y, routing, rows.place, rows.ends, rows.tokens, dtype)
 
     def _source(self, x) -> tuple[Tensor, Tensor | None]:
