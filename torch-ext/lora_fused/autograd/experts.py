@@ -25,7 +25,7 @@ from torch import Tensor
 from ..backends import select
 from ..backends.reference.grouped import Factors, Products, Rows
 from ..call_context import new_tuple, without_autocast
-from ..specs import ExpertsSpec, ExpertWeights
+from ..specs import ExpertsSpec, ExpertWeights, StoredFactors, with_factors
 from .once_differentiable import once_differentiable
 
 
@@ -56,9 +56,9 @@ def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class LoraExpertsFunction(torch.autograd.Function):
-    """Apply as `(spec, up, down, index, x, routing, *trained, *trained)`, bias and factors of `up` and of `down` that get
-    gradients: their own or the `StoredFactors` that they are views of. Gives [T, H'] in x's dtype. Double backward
-    raises. Autocast is off inside."""
+    """Apply as `(spec, up, down, index, x, routing, *trained, *trained)` with what gets gradients of `up` and of `down`:
+    bias, and both factors as they are or as `StoredFactors` has them, where they are not in `up` and `down`. Gives
+    [T, H'] in x's dtype. Double backward raises. Autocast is off inside."""
 
     @staticmethod
     def forward(
@@ -71,6 +71,7 @@ class LoraExpertsFunction(torch.autograd.Function):
         routing: Tensor,
         *trained: Tensor | None,
     ):
+        up, down = _complete(up, trained[1:3], spec.crossed[0]), _complete(down, trained[4:], spec.crossed[1])
         with without_autocast(x):
             rows = select.sort_rows(index, up, down, spec.leaves_out)
             products = select.make_products(rows, trains=True)
@@ -99,7 +100,11 @@ class LoraExpertsFunction(torch.autograd.Function):
 
 
 _NO_GRADIENTS = None, None, None
-_FactorGradients = tuple[Tensor | None, Tensor | None]
+_FactorGradients = tuple[Tensor | None, Tensor | None]  # of lora_a and lora_b, or of what they are stored in
+
+
+def _complete(weights: ExpertWeights, factors, crossed: bool | None) -> ExpertWeights:
+    return weights if crossed is None else with_factors(weights, new_tuple(StoredFactors, (*factors, crossed)))
 
 
 def _of_views(needs: tuple[bool, bool, bool], crossed: bool | None) -> tuple[bool, bool, bool]:
@@ -108,17 +113,10 @@ def _of_views(needs: tuple[bool, bool, bool], crossed: bool | None) -> tuple[boo
     return (bias, b, a) if crossed else needs
 
 
-def _as_stored(gradients: _FactorGradients, crossed: bool | None) -> _FactorGradients:
-    """Gradients of lora_a [E, R, K] and lora_b [E, N, R] as those of `StoredFactors`, where they are views of some."""
-    if crossed is None:
-        return gradients
-    da, db = gradients
-    if crossed:
-        da, db = None if db is None else db.transpose(1, 2), None if da is None else da.transpose(1, 2)
-    return (
-        None if da is None else da.reshape(-1, da.shape[2]),
-        None if db is None else db.permute(1, 2, 0).reshape(db.shape[1], -1),
-    )
+def _ordered(of_views: _FactorGradients, crossed: bool | None) -> _FactorGradients:
+    """The gradients of lora_a and lora_b in the order of what they are stored in."""
+    da, db = of_views
+    return (db, da) if crossed else of_views
 
 
 class _Backward:
@@ -132,19 +130,20 @@ class _Backward:
 
     def second(self, dout: Tensor, down: ExpertWeights):
         """(dz or None where nobody asks, drouting, gradients of bias and factors)."""
-        products, routing, kept = self.products, self.routing, self.kept
+        spec, products, routing, kept = self.spec, self.products, self.routing, self.kept
         dy = products.take(dout)
         dh, dt = products.project_back(dy, down, kept.down)
         # Where <dout, b2> follows, they are rounded after it.
         dtype = routing.dtype if down.bias is None else torch.promote_types(dh.dtype, torch.float32)
-        h, dz, dots = products.gate_back(kept.z, dh, routing, self.spec.gate, dtype)
+        h, dz, dots = products.gate_back(kept.z, dh, routing, spec.gate, dtype)
         dbias = products.sums(dy, down.bias, routing) if self.needs_down[0] else None
         factors: _FactorGradients = (None, None)
         if any(self.needs_down[1:]):
-            factors = products.gradients(down, self.needs_down[1:], (dt, h), (kept.t2, dy), routing)
+            crossed = spec.crossed[1]
+            found = products.gradients(down, self.needs_down[1:], (dt, h), (kept.t2, dy), routing, crossed)
+            factors = _ordered(found, crossed)
         drouting = self._routing_gradient(dout, dots, down) if self.needs_routing else None
-        of_down = dbias, *_as_stored(factors, self.spec.crossed[1])
-        return dz if self.needs_x or any(self.needs_up) else None, drouting, of_down
+        return dz if self.needs_x or any(self.needs_up) else None, drouting, (dbias, *factors)
 
     def _routing_gradient(self, dout: Tensor, dots: Tensor, down: ExpertWeights) -> Tensor:
         """<dout, y> of every choice: <dh', h>, which is <dout, h W2ᵀ + t2 (s2·B2)ᵀ>, and <dout, b2>."""
@@ -172,5 +171,6 @@ class _Backward:
         dbias = products.sums(dz, up.bias) if needs[0] else None
         factors: _FactorGradients = (None, None)
         if any(needs[1:]):
-            factors = products.gradients(up, needs[1:], (dt, products.take(kept.x)), (kept.t1, dz))
-        return None if dx is None else products.combine(dx), (dbias, *_as_stored(factors, self.spec.crossed[0]))
+            of_a, crossed = (dt, products.take(kept.x)), self.spec.crossed[0]
+            factors = _ordered(products.gradients(up, needs[1:], of_a, (kept.t1, dz), None, crossed), crossed)
+        return None if dx is None else products.combine(dx), (dbias, *factors)

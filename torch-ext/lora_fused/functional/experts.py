@@ -10,7 +10,7 @@ from ..autograd.experts import LoraExpertsFunction, forward_experts
 from ..backends import select
 from ..backends.reference.activations import ACTIVATIONS
 from ..call_context import new_tuple, without_autocast
-from ..specs import AnyGate, ExpertsSpec, ExpertWeights, Gate, StoredFactors
+from ..specs import AnyGate, ExpertsSpec, ExpertWeights, Gate, StoredFactors, with_factors
 from .checks import check_number, check_tensor
 
 SWIGLU = Gate()
@@ -75,8 +75,7 @@ def compute_experts(
     leaves_out: bool,
     stored: tuple[StoredFactors | None, StoredFactors | None] = (None, None),
 ) -> Tensor:
-    """`lora_experts` on operands that are known to be right; gradients of the factors go to what is `stored` where
-    they are views of it."""
+    """`lora_experts` on operands that are known to be right, their factors as they are or as they are `stored`."""
     first, second = stored
     if _is_grad_enabled():
         of_up = up[2:4] if first is None else first[:2]
@@ -86,7 +85,7 @@ def compute_experts(
             crossed = first and first.crossed, second and second.crossed
             spec = new_tuple(ExpertsSpec, (gate, leaves_out, crossed))
             return _function_for(x)(spec, up, down, index, *trained)
-    spec = ExpertsSpec(gate, leaves_out)
+    spec, up, down = ExpertsSpec(gate, leaves_out), with_factors(up, first), with_factors(down, second)
     with without_autocast(x):
         few_rows = select.few_rows(x, index, up, down, gate)
         if few_rows is not None:

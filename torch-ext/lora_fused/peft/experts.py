@@ -27,6 +27,7 @@ from .scaling import read_scaling
 
 _INDEX_DTYPES = (torch.int64, torch.int32)
 _ARGUMENTS = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))  # as experts' forwards call them
+_CALLED = "x", "the index", "the routing weights"
 _ADAPTER_LAYERS = "lora_A", "lora_B", "lora_dropout"
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
 
@@ -39,8 +40,8 @@ class WrongInPeft(str):
 
 
 class AdaptedExperts(NamedTuple):
-    """An experts module ready to compute; `form` is what transformers says of it. Factors are views without a graph of
-    what is `stored`, where a product has an adapter."""
+    """An experts module ready to compute; `form` is what transformers says of it. Factors are those `stored`, and not in
+    `up` and `down`; None where a product has no adapter."""
 
     up: ExpertWeights
     down: ExpertWeights
@@ -101,7 +102,8 @@ def read_experts(module: nn.Module) -> AdaptedExperts | Fallback:
 
 
 def _read(wrappers: list[nn.Module], base: nn.Module) -> AdaptedExperts | str:
-    adapted = {wrapper.parameter_name: wrapper for wrapper in wrappers}
+    # Of wrappers straight from their dictionaries: an attribute of a module is looked for in all of its classes first.
+    adapted = {wrapper.__dict__["parameter_name"]: wrapper for wrapper in wrappers}
     for wrapper in wrappers:
         reason = _storage_reason(wrapper, base)
         if reason:
@@ -117,12 +119,11 @@ def _read(wrappers: list[nn.Module], base: nn.Module) -> AdaptedExperts | str:
     if other:
         return f"{', '.join(sorted(other))} is adapted, which is none of the products' weights {names[0]} and {names[1]}"
     products = []
-    with torch.no_grad():  # autograd's nodes for views of parameters would cost more than the views
-        for name in names:
-            read = _read_product(adapted.get(name), base, name, form)
-            if isinstance(read, str):
-                return f"{name}: {read}"
-            products.append(read)
+    for name in names:
+        read = _read_product(adapted.get(name), base, name, form)
+        if isinstance(read, str):
+            return f"{name}: {read}"
+        products.append(read)
     (up, first), (down, second) = products
     reason = _fit_reason(up, down, base)
     gate = form.gate or gate_function(base)
@@ -133,9 +134,10 @@ def _wrapper_reason(wrappers: list[nn.Module], base: nn.Module, adapted: dict) -
     if len(adapted) < len(wrappers):
         return "a parameter is wrapped twice"
     for wrapper in wrappers:
-        if wrapper.disable_adapters:
+        state = wrapper.__dict__  # what PEFT's properties `disable_adapters` and `merged` give
+        if state["_disable_adapters"]:
             return "adapters are disabled"
-        if wrapper.merged:
+        if state["merged_adapters"]:
             return "the adapter is merged into the base weight"
     for inner in wrappers[1:]:
         bound = inner.__dict__.get("forward")
@@ -171,7 +173,7 @@ def _parametrised_reason(wrappers: list[nn.Module], base: nn.Module) -> str | No
 
 def _storage_reason(wrapper: nn.Module, base: nn.Module) -> str | None:
     """Of a parameter that is no weight of experts in floating point."""
-    name = wrapper.parameter_name
+    name = wrapper.__dict__["parameter_name"]
     weight = base._parameters.get(name, base.__dict__.get(name))
     if weight is None:
         return f"{type(base).__name__} has no parameter {name}: another tool has put it in between, or taken that out"
@@ -205,7 +207,9 @@ def _leaves_proxies() -> bool:
 
 
 def _active(wrapper: nn.Module) -> list[str]:
-    return [name for name in wrapper.active_adapters if name in wrapper._modules["lora_A"]._modules]
+    state = wrapper.__dict__
+    active, adapters = state["_active_adapter"], state["_modules"]["lora_A"]._modules  # as `active_adapters` has it
+    return [name for name in ((active,) if isinstance(active, str) else active) if name in adapters]
 
 
 def _read_product(
@@ -224,44 +228,39 @@ def _read_product(
     adapter = None if wrapper is None else _read_adapter(wrapper, weight, device)
     if isinstance(adapter, str):
         return adapter
-    experts = weight.shape[0]
     if form.transposed:
         weight = weight.transpose(1, 2)
     if adapter is None:
         return ExpertWeights(weight, bias), None
-    stored_a, stored_b, scaling, swapped = adapter
-    a = stored_a.view(experts, -1, stored_a.shape[1])
-    b = stored_b.view(stored_b.shape[0], -1, experts).permute(2, 0, 1)
-    crossed = swapped == form.transposed  # the delta of the weight [N, K] is (B A)ᵀ
-    if crossed:
-        a, b = b.transpose(1, 2), a.transpose(1, 2)
-    stored = new_tuple(StoredFactors, (stored_a, stored_b, crossed))
-    return new_tuple(ExpertWeights, (weight, bias, a, b, scaling)), stored
+    a, b, scaling, swapped = adapter
+    stored = new_tuple(StoredFactors, (a, b, swapped == form.transposed))  # the delta of the weight [N, K] is (B A)ᵀ
+    return new_tuple(ExpertWeights, (weight, bias, None, None, scaling)), stored
 
 
 def _read_adapter(wrapper: nn.Module, weight: Tensor, device: torch.device) -> Adapter | str:
     """The active adapter of a parameter [E, ., .] on `device`."""
-    active = _active(wrapper)
+    state = wrapper.__dict__
+    active, modules = _active(wrapper), state["_modules"]
     if len(active) != 1:
         return f"several active adapters ({', '.join(active)})" if active else "no active adapter on this parameter"
-    (name,), modules = active, wrapper._modules
-    if name in wrapper.lora_variant:
-        return f"LoRA variant {type(wrapper.lora_variant[name]).__name__}"
+    (name,), variants = active, state["lora_variant"]
+    if name in variants:
+        return f"LoRA variant {type(variants[name]).__name__}"
     lora_a, lora_b, dropout = layers = [modules[part]._modules[name] for part in _ADAPTER_LAYERS]
     if not (type(lora_a) is nn.Linear and type(lora_b) is nn.Linear and type(dropout) is nn.Identity):
         return f"adapter layers are {', '.join(type(layer).__name__ for layer in layers)}"
     if tensor_of(lora_a, "bias") is not None or tensor_of(lora_b, "bias") is not None:
         return "a bias where PEFT has none"
-    a, b, experts = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight"), wrapper.num_experts
+    a, b, experts = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight"), state["num_experts"]
     reason = _tensor_reason("lora_A", a, device) or _tensor_reason("lora_B", b, device)
     if reason:
         return reason
-    scaling = read_scaling(wrapper.scaling[name], b)
+    scaling = read_scaling(state["scaling"][name], b)
     if isinstance(scaling, Fallback):
         return scaling.reason
     if isinstance(scaling, Tensor):
         return "scaling is a tensor on a GPU"
-    swapped = bool(getattr(wrapper, "_did_swap_in_out_features", False))
+    swapped = bool(state.get("_did_swap_in_out_features", False))
     of_weight, p, q = weight.shape if not swapped else (weight.shape[0], weight.shape[2], weight.shape[1])
     rank = a.shape[0] // experts
     if experts == 1 or of_weight != experts or a.shape != (experts * rank, p) or b.shape != (q, experts * rank) or not rank:
@@ -296,6 +295,8 @@ def _fit_reason(up: ExpertWeights, down: ExpertWeights, base: nn.Module) -> str 
     for weights in (up, down):
         if weights.bias is not None and weights.bias.shape != weights.weight.shape[:2]:
             return f"a bias of shape {tuple(weights.bias.shape)} on weights of {tuple(weights.weight.shape)}"
+    if up.bias is None and down.bias is None and up.weight.dtype is down.weight.dtype:
+        return None
     dtypes = {tensor.dtype for tensor in (up.weight, down.weight, up.bias, down.bias) if tensor is not None}
     return f"weights of several dtypes ({', '.join(sorted(map(str, dtypes)))})" if len(dtypes) > 1 else None
 
@@ -322,18 +323,19 @@ def read_call(adapted: AdaptedExperts, x: Any, args: tuple, kwargs: dict) -> tup
 
 
 def _tensors_reason(adapted: AdaptedExperts, x: object, index: object, routing: object) -> str | None:
-    for what, tensor in (("x", x), ("the index", index), ("the routing weights", routing)):
-        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.dim() != 2:
+    device = adapted.up.weight.device
+    for number, tensor in enumerate((x, index, routing)):
+        if type(tensor) is not Tensor or tensor.layout is not STRIDED or tensor.dim() != 2:
             shape = tuple(getattr(tensor, "shape", ()))
-            return f"{what} is a {type(tensor).__name__} of shape {shape}, expected a dense matrix"
-        if tensor.device != adapted.up.weight.device:
-            return f"{what} is on {tensor.device}, the base weight on {adapted.up.weight.device}"
+            return f"{_CALLED[number]} is a {type(tensor).__name__} of shape {shape}, expected a dense matrix"
+        if tensor.device != device:
+            return f"{_CALLED[number]} is on {tensor.device}, the base weight on {device}"
     return None
 
 
 def _values_reason(adapted: AdaptedExperts, x: Tensor, index: Tensor, routing: Tensor) -> str | None:
-    weight = adapted.up.weight
-    if x.shape[1] != weight.shape[2] or index.shape != routing.shape or len(index) != len(x):
+    weight, shape, (tokens, width) = adapted.up.weight, index.shape, x.shape
+    if width != weight.shape[2] or shape != routing.shape or shape[0] != tokens:
         return (
             f"x has shape {tuple(x.shape)}, the index {tuple(index.shape)}, the routing weights {tuple(routing.shape)}"
         )

@@ -60,17 +60,26 @@ class TritonPasses(Products):
         of_a: tuple[Tensor, Any],
         of_b: tuple[Tensor, Any],
         routing: Tensor | None = None,
+        crossed: bool | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        a, b, (_, rank, k) = weights.lora_a, weights.lora_b, weights.lora_a.shape
-        da = db = None
-        outers = []
+        a, b, da, db, outers = weights.lora_a, weights.lora_b, None, None, []
+        experts, rank, k = a.shape
         if needs[0]:
-            da = torch.empty_like(a)
-            outers.append(self._outer(da, da.stride(), k, *of_a))
+            if crossed is None:
+                da = torch.empty_like(a)
+                strides = da.stride()
+            else:
+                da, strides = _new_stored(a, experts, rank, k, crossed)
+            outers.append(self._outer(da, strides, k, *of_a))
         if needs[1]:
-            db = torch.empty_like(b)
-            by_expert, by_column, by_rank = db.stride()
-            outers.append(self._outer(db, (by_expert, by_rank, by_column), b.shape[1], *of_b, weights.scaling))
+            n = b.shape[1]
+            if crossed is None:
+                db = torch.empty_like(b)
+                by_expert, by_column, by_rank = db.stride()
+                strides = by_expert, by_rank, by_column
+            else:
+                db, strides = _new_stored(b, experts, rank, n, not crossed)
+            outers.append(self._outer(db, strides, n, *of_b, weights.scaling))
         if outers:
             self._fill(outers, rank, routing)
         return da, db
@@ -113,6 +122,13 @@ class TritonPasses(Products):
     def _fill(self, outers: list[Outer], rank: int, routing: Tensor | None) -> None:
         rows, second = self.rows, outers[1] if len(outers) == 2 else None
         grouped_outer(outers[0], second, rank, rows.order, rows.ends, routing=routing, per_token=rows.per_token)
+
+
+def _new_stored(like: Tensor, experts: int, rank: int, length: int, experts_last: bool):
+    """Memory for a gradient [E, R, L] as `reference.grouped.as_stored` shapes it, and its strides by E, R and L."""
+    if experts_last:
+        return like.new_empty((length, rank * experts)), (1, experts, rank * experts)
+    return like.new_empty((experts * rank, length)), (rank * length, length, 1)
 
 
 class GroupedProductsWithPasses(TritonPasses):

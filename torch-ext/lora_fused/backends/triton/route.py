@@ -11,6 +11,7 @@ for the most tiles that there can be.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -123,6 +124,15 @@ def most_tiles(choices: int, experts: int, tile_rows: int) -> int:
     return min(choices, experts) + choices // tile_rows
 
 
+@functools.lru_cache(1024)
+def _plan(count: int, experts: int, tile_rows: int) -> tuple[int, int, tuple[int, int, int]]:
+    """(tiles, programs, (BLOCK, CHUNK, BLOCK_E)) for so many choices."""
+    block_e = power_of_2(experts + 1)
+    block = MOST_IN_ONE if count <= MOST_IN_ONE else min(MOST_IN_ONE, max(128, power_of_2(ceil_div(count, PROGRAMS))))
+    chunk = min(128, max(MIN_DOT, COMPARISONS // block_e))
+    return most_tiles(count, experts, tile_rows), ceil_div(count, block), (block, chunk, block_e)
+
+
 def sort_rows(
     index: Tensor, experts: int, tile_rows: int, leaves_out: bool, backend: str = "", tile: Any = None
 ) -> Rows:
@@ -130,15 +140,12 @@ def sort_rows(
     and tile as `Rows` has them."""
     (tokens, per_token), index = index.shape, index.contiguous()
     count = tokens * per_token
-    most = most_tiles(count, experts, tile_rows)
+    most, blocks, sizes = _plan(count, experts, tile_rows)
     order, place = index.new_empty(count, dtype=_INT64), index.new_empty(count, dtype=_INT32)
     ends, tiles = index.new_empty(experts, dtype=_INT32), index.new_empty((3, most), dtype=_INT32)
-    block_e = power_of_2(experts + 1)
-    block = MOST_IN_ONE if count <= MOST_IN_ONE else min(MOST_IN_ONE, max(128, power_of_2(ceil_div(count, PROGRAMS))))
-    sizes = block, min(128, max(MIN_DOT, COMPARISONS // block_e)), block_e
-    blocks, counts = ceil_div(count, block), None
+    counts = None
     if blocks > 1:
-        counts = index.new_empty((blocks, block_e), dtype=_INT32)
+        counts = index.new_empty((blocks, sizes[2]), dtype=_INT32)
         launch(count_kernel, (blocks, 1, 1), (index, counts, count, experts, *sizes), num_warps=8)
     given = index, counts, order, place, ends, tiles, count, experts, blocks, most, tile_rows, *sizes
     launch(place_kernel, (blocks, 1, 1), given, num_warps=8, sanitize_overflow=False)
