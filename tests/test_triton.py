@@ -173,9 +173,9 @@ def test_a_launch_compiles_what_triton_would(lora_fused, monkeypatch):
         return torch.Tensor._make_subclass(OnGpu, tensor)
 
     current = [2]
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(launch, "_current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", lambda number: setting(current, number))
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: (device, current[0]), raising=False)
+    monkeypatch.setattr(launch, "_current_stream", lambda device: (device, current[0]))
     monkeypatch.setattr(launch, "_compiled", {})
     aligned = on_gpu(buffer)
     assert buffer.data_ptr() % 16 == 0
@@ -198,7 +198,7 @@ def test_a_launch_compiles_what_triton_would(lora_fused, monkeypatch):
         given = [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments]
         assert (grid, list(launched), stream) == ((5, 2, 1), given, (2, 2))
     assert len(kernel.compiled) == len(others) + 2 and len(kernel.launched) == len(others) + 3
-    each = list(launch._compiled.values())
+    each = [compiled for compiled, *_ in launch._compiled.values()]
     assert not any(compiled.watched for compiled in each)
     for name in ("launch_enter_hook", "launch_exit_hook"):  # a profiler's, called by Triton's own launch
         with monkeypatch.context() as patched:

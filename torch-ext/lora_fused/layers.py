@@ -223,7 +223,8 @@ def _fused_experts(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict
     if isinstance(call, Fallback):
         return call
     _note_fused(module)
-    return functional_experts.compute_experts(x, *call, state.up, state.down, state.gate, state.form.leaves_out)
+    up, down, gate, form, stored = state
+    return functional_experts.compute_experts(x, *call, up, down, gate, form.leaves_out, stored)
 
 
 class LoraExperts(nn.Module):

@@ -243,7 +243,34 @@ class ExpertWeights(NamedTuple):
         return self.weight, self.bias, self.lora_a, self.lora_b
 
 
-TENSORS_PER_PRODUCT = 4
+class StoredFactors(NamedTuple):
+    """An adapter of one product as PEFT stores it: A [E·R, p] and B [q, R·E], whose views lora_a and lora_b are.
+    crossed: lora_a is of B, and lora_b of A."""
+
+    a: Tensor
+    b: Tensor
+    crossed: bool
+
+    def views(self, experts: int) -> tuple[Tensor, Tensor]:
+        """(lora_a [E, R, K], lora_b [E, N, R]), to be made where autograd does not record: its node of a view costs more
+        than the view."""
+        a, b, crossed = self
+        (rows, p), q, (a_row, a_column), (b_row, b_column) = a.shape, b.shape[0], a.stride(), b.stride()
+        rank = rows // experts
+        by_rank = experts * b_column
+        if crossed:
+            of_b = b.as_strided((experts, rank, q), (b_column, by_rank, b_row))
+            return of_b, a.as_strided((experts, p, rank), (rank * a_row, a_column, a_row))
+        of_a = a.as_strided((experts, rank, p), (rank * a_row, a_row, a_column))
+        return of_a, b.as_strided((experts, q, rank), (b_column, b_row, by_rank))
+
+
+def with_factors(weights: ExpertWeights, stored: StoredFactors | None) -> ExpertWeights:
+    """`weights` with the factors that are stored beside them, if any are."""
+    if stored is None:
+        return weights
+    weight, bias, _, _, scaling = weights
+    return ExpertWeights(weight, bias, *stored.views(weight.shape[0]), scaling)
 
 
 class Gate(NamedTuple):
@@ -268,10 +295,10 @@ class ExpertsSpec(NamedTuple):
     """All of a call but its tensors.
 
     gate: a `Gate`, or a function of z without parameters of its own, which autograd differentiates.
-    scalings: of the first and the second product's adapter.
     leaves_out: whether indices from E on may occur on a GPU, where looking would wait for it.
+    crossed: `StoredFactors.crossed` of both products; None where factors are not stored so.
     """
 
     gate: AnyGate
-    scalings: tuple[float, float]
     leaves_out: bool
+    crossed: tuple[bool | None, bool | None] = (None, None)

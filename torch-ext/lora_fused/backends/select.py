@@ -270,10 +270,10 @@ def choose_experts(up: ExpertWeights, down: ExpertWeights, choices: int) -> str:
     weight = up.weight
     if not _is_for_triton(weight):
         return GROUPED if grouped_mm.fits(weight) and grouped_mm.fits(down.weight) else REFERENCE
-    if grouped_mm.fits(weight) and grouped_mm.fits(down.weight):
-        experts, n, k = weight.shape
-        return TRITON if _experts_tile(weight.device, max(choices // experts - 1, 0).bit_length(), n, k) else GROUPED
-    return TRITON
+    experts, n, k = weight.shape
+    if _experts_tile(weight.device, max(choices // experts - 1, 0).bit_length(), n, k):
+        return TRITON
+    return GROUPED if grouped_mm.fits(weight) and grouped_mm.fits(down.weight) else TRITON
 
 
 def _is_for_triton(weight: Tensor) -> bool:
@@ -288,21 +288,22 @@ def _experts_tile(device: torch.device, bits: int, n: int, k: int) -> tuple[int,
 
 def sort_rows(index: Tensor, up: ExpertWeights, down: ExpertWeights, leaves_out: bool) -> Rows:
     """The rows of one call's `index` [T, k], for the products of the backend that is chosen here."""
-    chosen = choose_experts(up, down, index.numel())
+    choices = index.numel()
+    chosen = choose_experts(up, down, choices)
     kernels = _experts_kernels(chosen, index)
-    if index.numel() == 0 or kernels is None:
+    if choices == 0 or kernels is None:
         return Rows.sort(index, up.weight.shape[0], leaves_out)._replace(backend=chosen)
     return kernels.sort_rows(index, up.weight, leaves_out, chosen)
 
 
-def make_products(rows: Rows, up: ExpertWeights, trains: bool) -> Products:
+def make_products(rows: Rows, trains: bool) -> Products:
     """The products of one call's rows; `trains` where a backward follows."""
+    if rows.tile is not None:
+        kernels = _triton_experts()
+        return (kernels.TritonProducts if rows.backend == TRITON else kernels.GroupedProductsWithPasses)(rows)
     if rows.order.numel() == 0 or rows.backend == REFERENCE:
         return LoopedProducts(rows)
-    kernels = _experts_kernels(rows.backend, rows.order)
-    if kernels is None:
-        return grouped_mm.GroupedProducts(rows, few=not trains and rows.order.numel() < rows.ends.numel())
-    return (kernels.TritonProducts if rows.backend == TRITON else kernels.GroupedProductsWithPasses)(rows, up.weight)
+    return grouped_mm.GroupedProducts(rows, few=not trains and rows.order.numel() < rows.ends.numel())
 
 
 def few_rows(x: Tensor, index: Tensor, up: ExpertWeights, down: ExpertWeights, gate: AnyGate) -> Callable | None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..autograd.direct_apply import apply_of
 from ..autograd.experts import LoraExpertsFunction, forward_experts
 from ..backends import select
 from ..backends.reference.activations import ACTIVATIONS
-from ..call_context import without_autocast
-from ..specs import AnyGate, ExpertsSpec, ExpertWeights, Gate
+from ..call_context import new_tuple, without_autocast
+from ..specs import AnyGate, ExpertsSpec, ExpertWeights, Gate, StoredFactors, with_factors
 from .checks import check_number, check_tensor
 
 SWIGLU = Gate()
 INDEX_DTYPES = (torch.int64, torch.int32)
+_function_for, _is_grad_enabled = apply_of(LoraExpertsFunction), torch.is_grad_enabled
 
 
 def lora_experts(
@@ -64,18 +66,31 @@ def lora_experts(
 
 
 def compute_experts(
-    x: Tensor, index: Tensor, routing: Tensor, up: ExpertWeights, down: ExpertWeights, gate: AnyGate, leaves_out: bool
+    x: Tensor,
+    index: Tensor,
+    routing: Tensor,
+    up: ExpertWeights,
+    down: ExpertWeights,
+    gate: AnyGate,
+    leaves_out: bool,
+    stored: tuple[StoredFactors | None, StoredFactors | None] = (None, None),
 ) -> Tensor:
-    """`lora_experts` on operands that are known to be right."""
-    spec = ExpertsSpec(gate, (up.scaling, down.scaling), leaves_out)
-    tensors = *up.tensors, *down.tensors
-    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, routing, *tensors)]):
-        return LoraExpertsFunction.apply(spec, index, x, routing, *tensors)
+    """`lora_experts` on operands that are known to be right, their factors as they are or as they are `stored`."""
+    first, second = stored
+    if _is_grad_enabled():
+        of_up = up[2:4] if first is None else first[:2]
+        of_down = down[2:4] if second is None else second[:2]
+        trained = x, routing, up.bias, *of_up, down.bias, *of_down
+        if x.requires_grad or any([t is not None and t.requires_grad for t in trained]):
+            crossed = first and first.crossed, second and second.crossed
+            spec = new_tuple(ExpertsSpec, (gate, leaves_out, crossed))
+            return _function_for(x)(spec, up, down, index, *trained)
+    spec, up, down = ExpertsSpec(gate, leaves_out), with_factors(up, first), with_factors(down, second)
     with without_autocast(x):
         few_rows = select.few_rows(x, index, up, down, gate)
         if few_rows is not None:
             return few_rows(x.to(up.weight.dtype), index, routing, up, down, gate).to(x.dtype)
-        products = select.make_products(select.sort_rows(index, up, down, leaves_out), up, trains=False)
+        products = select.make_products(select.sort_rows(index, up, down, leaves_out), trains=False)
         return forward_experts(spec, products, x, routing, up, down)[0]
 
 

@@ -18,15 +18,17 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import last_call
 from ..backends import native, select
-from ..call_context import autocast_dtype
-from ..specs import AnyGate, ExpertWeights, Fallback
+from ..call_context import autocast_dtype, new_tuple
+from ..specs import AnyGate, ExpertWeights, Fallback, StoredFactors
 from . import replaced as replacements
-from .base_layer import DTYPES, PLAIN_TENSORS, tensor_of, unread
+from .base_layer import DTYPES, PLAIN_TENSORS, STRIDED, tensor_of, unread
 from .experts_forward import EAGER, GROUPED_MM, Form, form_of, gate_function
 from .scaling import read_scaling
 
 _INDEX_DTYPES = (torch.int64, torch.int32)
 _ARGUMENTS = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))  # as experts' forwards call them
+_CALLED = "x", "the index", "the routing weights"
+_ADAPTER_LAYERS = "lora_A", "lora_B", "lora_dropout"
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
 
 
@@ -39,17 +41,19 @@ class WrongInPeft(str):
 
 
 class AdaptedExperts(NamedTuple):
-    """An experts module ready to compute; `form` is what transformers says of it."""
+    """An experts module ready to compute; `form` is what transformers says of it. Factors are those `stored`, and not in
+    `up` and `down`; None where a product has no adapter."""
 
     up: ExpertWeights
     down: ExpertWeights
     gate: AnyGate
     form: Form
+    stored: tuple[StoredFactors | None, StoredFactors | None]
 
 
 class Adapter(NamedTuple):
-    """One parameter's active adapter by expert, A [E, R, p] and B [E, q, R]. swapped: whether delta[e] is B[e] A[e],
-    and not the transpose."""
+    """One parameter's active adapter as PEFT stores it, A [E·R, p] and B [q, R·E]. swapped: whether delta[e] is
+    B[e] A[e], and not the transpose."""
 
     a: Tensor
     b: Tensor
@@ -99,36 +103,42 @@ def read_experts(module: nn.Module) -> AdaptedExperts | Fallback:
 
 
 def _read(wrappers: list[nn.Module], base: nn.Module) -> AdaptedExperts | str:
-    adapted = {wrapper.parameter_name: wrapper for wrapper in wrappers}
-    reasons = (_storage_reason(wrapper, base) for wrapper in wrappers)
-    reason = next(filter(None, reasons), None) or _wrapper_reason(wrappers, base, adapted)
+    # Of wrappers straight from their dictionaries: an attribute of a module is looked for in all of its classes first.
+    adapted = {wrapper.__dict__["parameter_name"]: wrapper for wrapper in wrappers}
+    for wrapper in wrappers:
+        reason = _storage_reason(wrapper, base)
+        if reason:
+            return reason
+    reason = _wrapper_reason(wrappers, base, adapted)
     if reason:
         return reason
     form = form_of(base)
     if isinstance(form, str):
         return form
     names = form.first, "down_proj"
-    other = sorted(adapted.keys() - set(names))
+    other = adapted.keys() - names
     if other:
-        return f"{', '.join(other)} is adapted, which is none of the products' weights {names[0]} and {names[1]}"
+        return f"{', '.join(sorted(other))} is adapted, which is none of the products' weights {names[0]} and {names[1]}"
     products = []
     for name in names:
         read = _read_product(adapted.get(name), base, name, form)
         if isinstance(read, str):
             return f"{name}: {read}"
         products.append(read)
-    up, down = products
+    (up, first), (down, second) = products
     reason = _fit_reason(up, down, base)
-    return reason or AdaptedExperts(up, down, form.gate or gate_function(base), form)
+    gate = form.gate or gate_function(base)
+    return reason or new_tuple(AdaptedExperts, (up, down, gate, form, (first, second)))
 
 
 def _wrapper_reason(wrappers: list[nn.Module], base: nn.Module, adapted: dict) -> str | None:
     if len(adapted) < len(wrappers):
         return "a parameter is wrapped twice"
     for wrapper in wrappers:
-        if wrapper.disable_adapters:
+        state = wrapper.__dict__  # what PEFT's properties `disable_adapters` and `merged` give
+        if state["_disable_adapters"]:
             return "adapters are disabled"
-        if wrapper.merged:
+        if state["merged_adapters"]:
             return "the adapter is merged into the base weight"
     for inner in wrappers[1:]:
         bound = inner.__dict__.get("forward")
@@ -164,7 +174,7 @@ def _parametrised_reason(wrappers: list[nn.Module], base: nn.Module) -> str | No
 
 def _storage_reason(wrapper: nn.Module, base: nn.Module) -> str | None:
     """Of a parameter that is no weight of experts in floating point."""
-    name = wrapper.parameter_name
+    name = wrapper.__dict__["parameter_name"]
     weight = base._parameters.get(name, base.__dict__.get(name))
     if weight is None:
         return f"{type(base).__name__} has no parameter {name}: another tool has put it in between, or taken that out"
@@ -198,82 +208,81 @@ def _leaves_proxies() -> bool:
 
 
 def _active(wrapper: nn.Module) -> list[str]:
-    return [name for name in wrapper.active_adapters if name in wrapper._modules["lora_A"]._modules]
+    state = wrapper.__dict__
+    active, adapters = state["_active_adapter"], state["_modules"]["lora_A"]._modules  # as `active_adapters` has it
+    return [name for name in ((active,) if isinstance(active, str) else active) if name in adapters]
 
 
-def _read_product(wrapper: nn.Module | None, base: nn.Module, name: str, form: Form) -> ExpertWeights | str:
-    stored = tensor_of(base, name)
+def _read_product(
+    wrapper: nn.Module | None, base: nn.Module, name: str, form: Form
+) -> tuple[ExpertWeights, StoredFactors | None] | str:
+    weight = tensor_of(base, name)
     bias = tensor_of(base, f"{name}_bias") if form.biased else None
-    weight = stored if not form.transposed else stored.transpose(1, 2)
-    for what, tensor in (("the weight", stored), ("the bias", bias)):
-        reason = None if tensor is None else _tensor_reason(what, tensor, stored)
-        if reason:
-            return reason
-    if stored.dim() != 3:
-        return f"shape {tuple(stored.shape)}, expected three dimensions"
-    if stored.requires_grad:
+    device = weight.device
+    reason = _tensor_reason("the weight", weight, device) or (bias is not None and _tensor_reason("the bias", bias, device))
+    if reason:
+        return reason
+    if weight.dim() != 3:
+        return f"shape {tuple(weight.shape)}, expected three dimensions"
+    if weight.requires_grad:
         return "the base weight is trained"
-    if wrapper is None:
-        return ExpertWeights(weight, bias)
-    adapter = _read_adapter(wrapper, stored)
+    adapter = None if wrapper is None else _read_adapter(wrapper, weight, device)
     if isinstance(adapter, str):
         return adapter
+    if form.transposed:
+        weight = weight.transpose(1, 2)
+    if adapter is None:
+        return ExpertWeights(weight, bias), None
     a, b, scaling, swapped = adapter
-    if swapped == form.transposed:  # the delta of the weight [N, K] is (B A)ᵀ
-        a, b = b.transpose(1, 2), a.transpose(1, 2)
-    return ExpertWeights(weight, bias, a, b, scaling)
+    stored = new_tuple(StoredFactors, (a, b, swapped == form.transposed))  # the delta of the weight [N, K] is (B A)ᵀ
+    return new_tuple(ExpertWeights, (weight, bias, None, None, scaling)), stored
 
 
-def _read_adapter(wrapper: nn.Module, stored: Tensor) -> Adapter | str:
-    active = _active(wrapper)
+def _read_adapter(wrapper: nn.Module, weight: Tensor, device: torch.device) -> Adapter | str:
+    """The active adapter of a parameter [E, ., .] on `device`."""
+    state = wrapper.__dict__
+    active, modules = _active(wrapper), state["_modules"]
     if len(active) != 1:
         return f"several active adapters ({', '.join(active)})" if active else "no active adapter on this parameter"
-    (name,), modules = active, wrapper._modules
-    if name in wrapper.lora_variant:
-        return f"LoRA variant {type(wrapper.lora_variant[name]).__name__}"
-    layers = [modules[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout")]
-    if [type(layer) for layer in layers] != [nn.Linear, nn.Linear, nn.Identity]:
+    (name,), variants = active, state["lora_variant"]
+    if name in variants:
+        return f"LoRA variant {type(variants[name]).__name__}"
+    lora_a, lora_b, dropout = layers = [modules[part]._modules[name] for part in _ADAPTER_LAYERS]
+    if not (type(lora_a) is nn.Linear and type(lora_b) is nn.Linear and type(dropout) is nn.Identity):
         return f"adapter layers are {', '.join(type(layer).__name__ for layer in layers)}"
-    lora_a, lora_b = layers[:2]
     if tensor_of(lora_a, "bias") is not None or tensor_of(lora_b, "bias") is not None:
         return "a bias where PEFT has none"
-    a, b, experts = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight"), wrapper.num_experts
-    for what, tensor in (("lora_A", a), ("lora_B", b)):
-        reason = _tensor_reason(what, tensor, stored)
-        if reason:
-            return reason
-    scaling = read_scaling(wrapper.scaling[name], b)
+    a, b, experts = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight"), state["num_experts"]
+    reason = _tensor_reason("lora_A", a, device) or _tensor_reason("lora_B", b, device)
+    if reason:
+        return reason
+    scaling = read_scaling(state["scaling"][name], b)
     if isinstance(scaling, Fallback):
         return scaling.reason
     if isinstance(scaling, Tensor):
         return "scaling is a tensor on a GPU"
-    swapped = bool(getattr(wrapper, "_did_swap_in_out_features", False))
-    p, q = stored.shape[2 if swapped else 1], stored.shape[1 if swapped else 2]
+    swapped = bool(state.get("_did_swap_in_out_features", False))
+    of_weight, p, q = weight.shape if not swapped else (weight.shape[0], weight.shape[2], weight.shape[1])
     rank = a.shape[0] // experts
-    if (
-        experts == 1
-        or stored.shape[0] != experts
-        or a.shape != (experts * rank, p)
-        or b.shape != (q, experts * rank)
-        or not rank
-    ):
+    if experts == 1 or of_weight != experts or a.shape != (experts * rank, p) or b.shape != (q, experts * rank) or not rank:
         return (
-            f"lora_A of shape {tuple(a.shape)} and lora_B of {tuple(b.shape)} on a parameter of {tuple(stored.shape)}"
+            f"lora_A of shape {tuple(a.shape)} and lora_B of {tuple(b.shape)} on a parameter of {tuple(weight.shape)}"
         )
-    return Adapter(a.view(experts, rank, p), b.view(q, rank, experts).permute(2, 0, 1), scaling, swapped)
+    return new_tuple(Adapter, (a, b, scaling, swapped))
 
 
-def _tensor_reason(what: str, tensor: Tensor, like: Tensor) -> str | None:
+def _tensor_reason(what: str, tensor: Tensor, device: torch.device) -> str | None:
+    """Why a tensor is none that the products take; `device` is the base weight's."""
     if type(tensor) not in PLAIN_TENSORS:
         return f"{what} is a {type(tensor).__name__} (sharded or wrapped)"
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not STRIDED:
         return f"{what} has the layout {tensor.layout}"
     if not (tensor.is_cuda or tensor.is_cpu) and (elsewhere := select.device_reason(tensor.device)):
         return f"{what} is {elsewhere}"
     if tensor.dtype not in DTYPES:
         return f"{what} has dtype {tensor.dtype}"
-    if tensor.device != like.device:
-        return f"{what} is on {tensor.device}, the base weight on {like.device}"
+    if tensor.device != device:
+        return f"{what} is on {tensor.device}, the base weight on {device}"
     return None
 
 
@@ -287,6 +296,8 @@ def _fit_reason(up: ExpertWeights, down: ExpertWeights, base: nn.Module) -> str 
     for weights in (up, down):
         if weights.bias is not None and weights.bias.shape != weights.weight.shape[:2]:
             return f"a bias of shape {tuple(weights.bias.shape)} on weights of {tuple(weights.weight.shape)}"
+    if up.bias is None and down.bias is None and up.weight.dtype is down.weight.dtype:
+        return None
     dtypes = {tensor.dtype for tensor in (up.weight, down.weight, up.bias, down.bias) if tensor is not None}
     return f"weights of several dtypes ({', '.join(sorted(map(str, dtypes)))})" if len(dtypes) > 1 else None
 
@@ -316,18 +327,19 @@ def read_call(adapted: AdaptedExperts, x: Any, args: tuple, kwargs: dict) -> tup
 
 
 def _tensors_reason(adapted: AdaptedExperts, x: object, index: object, routing: object) -> str | None:
-    for what, tensor in (("x", x), ("the index", index), ("the routing weights", routing)):
-        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.dim() != 2:
+    device = adapted.up.weight.device
+    for number, tensor in enumerate((x, index, routing)):
+        if type(tensor) is not Tensor or tensor.layout is not STRIDED or tensor.dim() != 2:
             shape = tuple(getattr(tensor, "shape", ()))
-            return f"{what} is a {type(tensor).__name__} of shape {shape}, expected a dense matrix"
-        if tensor.device != adapted.up.weight.device:
-            return f"{what} is on {tensor.device}, the base weight on {adapted.up.weight.device}"
+            return f"{_CALLED[number]} is a {type(tensor).__name__} of shape {shape}, expected a dense matrix"
+        if tensor.device != device:
+            return f"{_CALLED[number]} is on {tensor.device}, the base weight on {device}"
     return None
 
 
 def _values_reason(adapted: AdaptedExperts, x: Tensor, index: Tensor, routing: Tensor) -> str | None:
-    weight = adapted.up.weight
-    if x.shape[1] != weight.shape[2] or index.shape != routing.shape or len(index) != len(x):
+    weight, shape, (tokens, width) = adapted.up.weight, index.shape, x.shape
+    if width != weight.shape[2] or shape != routing.shape or shape[0] != tokens:
         return (
             f"x has shape {tuple(x.shape)}, the index {tuple(index.shape)}, the routing weights {tuple(routing.shape)}"
         )

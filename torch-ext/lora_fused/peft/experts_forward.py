@@ -34,6 +34,8 @@ _EXPERTS, _SIZE = 3, 16  # of the copy
 _MOST_SEEN = 1024
 _OF_EVERY_MODULE = frozenset((*nn.Module().__dict__, "config", "act_fn", "forward")) - {"training"}
 _VALUES = (int, float, bool, str, type(None))
+_KNOWN_MODULES, _PRODUCTS = {"act_fn"}, ("down_proj", "down_proj_bias")
+_WEIGHTS = {has_gate: {first, f"{first}_bias", *_PRODUCTS} for has_gate, first in ((True, "gate_up_proj"), (False, "up_proj"))}
 _COMPARED = (tuple, types.FunctionType, types.BuiltinFunctionType, type(None))  # keys of activations that tell a change
 _AT_LIMITS = tuple(sign * part for sign in (1.0, -1.0) for part in (0.5, 0.99, 1.0, 1.01, 2.0))
 _SCALES = (1.0, 1e-2, 1.0, 1e2, 1e4)  # of the rows of what is tried
@@ -76,26 +78,27 @@ def form_of(base: nn.Module) -> Form | str:
     if isinstance(values, str):
         return values
     key = cls, cls.forward, gate, implementation, _key_of(activation), values
-    if key not in _seen:
+    found = _seen.get(key)
+    if found is None:
         if len(_seen) >= _MOST_SEEN:
             _seen.clear()
-        _seen[key] = apart(_look_at, base, implementation)
-    return _seen[key]
+        found = _seen[key] = apart(_look_at, base, implementation)
+    return found
 
 
 _seen: dict[tuple, Form | str] = {}
 
 
-def _values_of(base: nn.Module) -> tuple | str:
+def _values_of(base: nn.Module) -> frozenset | str:
     """The numbers and text on an experts module, or what else it holds that its forward may depend on."""
-    first = "gate_up_proj" if base.has_gate else "up_proj"
-    weights = {first, f"{first}_bias", "down_proj", "down_proj_bias"}
-    parts = [*(base._modules.keys() - {"act_fn"}), *(base._parameters.keys() - weights), *base._buffers]
-    found = [(name, value) for name, value in base.__dict__.items() if name not in _OF_EVERY_MODULE]
-    values = [each for each in found if type(each[1]) in _VALUES]
-    if len(values) < len(found):
-        parts += [name for name, value in found if not name.startswith("_") and type(value) not in _VALUES]
-    return f"{type(base).__name__} holds {', '.join(sorted(parts))} besides its weights" if parts else tuple(values)
+    state = base.__dict__
+    parameters, weights = state["_parameters"].keys(), _WEIGHTS[bool(base.has_gate)]
+    parts = [*(state["_modules"].keys() - _KNOWN_MODULES), *(parameters - weights), *state["_buffers"]]
+    names = state.keys() - _OF_EVERY_MODULE  # in C: a look at all values of a module costs more than at their names
+    values = frozenset([(name, state[name]) for name in names if type(state[name]) in _VALUES])
+    if len(values) < len(names):
+        parts += [name for name in names if not name.startswith("_") and type(state[name]) not in _VALUES]
+    return f"{type(base).__name__} holds {', '.join(sorted(parts))} besides its weights" if parts else values
 
 
 def gate_function(base: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -151,12 +154,17 @@ def _activation_of(base: nn.Module) -> object:
     return getattr(base, "act_fn", None)
 
 
+_FUNCTIONS = "silu", "gelu", "relu"
+_genuine = [None, None, None]  # the last of these functions that were found so
+
+
 def _activation_reason(activation: object) -> str | None:
     """Why an activation cannot be taken for the function of z that it was seen to be."""
-    for name in ("silu", "gelu", "relu"):
-        reason = replaced.function_reason(F, name)
-        if reason:
-            return reason
+    if not (F.silu is _genuine[0] and F.gelu is _genuine[1] and F.relu is _genuine[2]):
+        reasons = [replaced.function_reason(F, name) for name in _FUNCTIONS]
+        if any(reasons):
+            return next(filter(None, reasons))
+        _genuine[:] = F.silu, F.gelu, F.relu
     if not isinstance(activation, nn.Module):
         return None
     nested = activation._parameters or activation._modules
@@ -169,8 +177,10 @@ def _key_of(activation: object) -> object:
     """What an activation's values depend on, or the activation itself where it may be more than numbers."""
     if not isinstance(activation, nn.Module) or activation._parameters or activation._buffers or activation._modules:
         return activation
-    public = [(name, value) for name, value in vars(activation).items() if name not in _OF_EVERY_MODULE]
-    return (type(activation), *public) if all(type(value) in _VALUES for _, value in public) else activation
+    state = activation.__dict__
+    public = [(name, state[name]) for name in state.keys() - _OF_EVERY_MODULE]
+    known = all([type(value) in _VALUES for _, value in public])
+    return (type(activation), frozenset(public)) if known else activation
 
 
 def _look_at(base: nn.Module, implementation: str) -> Form | str:

@@ -23,7 +23,8 @@ class Rows(NamedTuple):
     from ends[-1] on are of no expert; `leaves_out` where there may be some.
 
     What a backend may know besides, int32: place [S], the row of a choice; tiles [3, ·], of tiles of rows that each are
-    of one expert, the expert, the first row, and the end of the expert's rows. backend: whose products take these rows.
+    of one expert, the expert, the first row, and the end of the expert's rows; tile, the launch configuration that they
+    are for. backend: whose products take these rows.
     """
 
     order: Tensor
@@ -34,6 +35,7 @@ class Rows(NamedTuple):
     place: Tensor | None = None
     tiles: Tensor | None = None
     backend: str = ""
+    tile: Any = None
 
     @classmethod
     def sort(cls, index: Tensor, experts: int, leaves_out: bool) -> Rows:
@@ -179,13 +181,19 @@ class Products:
         of_a: tuple[Tensor, Any],
         of_b: tuple[Tensor, Any],
         routing: Tensor | None = None,
+        crossed: bool | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(dA, dB) of an adapter where `needs` says so, else None: Σ w·(dt xᵀ) of (dt, x) and s·Σ w·(dy tᵀ) of
-        (t, dy), rows of each expert."""
-        da = self.gradient(weights.lora_a, *of_a, routing=routing) if needs[0] else None
-        if not needs[1]:
-            return da, None
-        return da, self.gradient(weights.lora_b.transpose(1, 2), *of_b, weights.scaling, routing).transpose(1, 2)
+        (t, dy), rows of each expert; in the shapes that they are stored in unless `crossed`, of `StoredFactors`, is
+        None."""
+        da = db = None
+        if needs[0]:
+            da = self.gradient(weights.lora_a, *of_a, routing=routing)
+            da = da if crossed is None else as_stored(da, experts_last=crossed)
+        if needs[1]:
+            db = self.gradient(weights.lora_b.transpose(1, 2), *of_b, weights.scaling, routing)
+            db = db.transpose(1, 2) if crossed is None else as_stored(db, experts_last=not crossed)
+        return da, db
 
     def gate(self, z: Tensor, gate: AnyGate) -> Tensor:
         """h [S, I] of z."""
@@ -208,6 +216,11 @@ class Products:
             same = torch.promote_types(y.dtype, weights.dtype) == y.dtype
             y = y.mul_(weights) if same else y * weights
         return self.rows.combine(y)
+
+
+def as_stored(factor: Tensor, experts_last: bool) -> Tensor:
+    """[E, R, L] as `StoredFactors` has it: [L, R·E], or [E·R, L]."""
+    return factor.permute(2, 1, 0).flatten(1) if experts_last else factor.flatten(0, 1)
 
 
 class LoopedProducts(Products):

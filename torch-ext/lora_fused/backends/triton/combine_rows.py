@@ -3,7 +3,6 @@ memory."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -46,7 +45,7 @@ def combine_rows_kernel(
 
 def _combine(y: Tensor, routing: Tensor | None, where, experts: int, tokens: int, dtype) -> Tensor:
     y, n = y.contiguous(), y.shape[1]
-    out = torch.empty((tokens, n), dtype=dtype, device=y.device)
+    out = y.new_empty((tokens, n), dtype=dtype)
     block = min(1024, power_of_2(n))
     routing = None if routing is None else routing.contiguous()
     given = y, routing, *where, out, experts, n, y.shape[0] // tokens, block

@@ -123,7 +123,7 @@ def expert_gate(z: Tensor, gate: Gate) -> Tensor:
     """h [S, I] of z [S, 2I], or of z [S, I] where there is no gate; in z's dtype."""
     rows, width = z.shape
     i = width // 2 if gate.gated else width
-    h = torch.empty((rows, i), dtype=z.dtype, device=z.device)
+    h = z.new_empty((rows, i))
     launch(expert_gate_fwd_kernel, (rows, ceil_div(i, BLOCK), 1), (z, h, i, z.stride(0), *_how(gate)), num_warps=4)
     return h
 
@@ -133,8 +133,7 @@ def expert_gate_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h [S, I], dz of z's shape, dots [T, k] in `dtype`) of contiguous z and dh [S, I], routing [T, k]; order [S] says
     which choice a row is, ends [E] where rows end: of those beyond, dots are zero."""
-    h, dz = torch.empty(dh.shape, dtype=z.dtype, device=z.device), torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    dots = torch.empty(routing.shape, dtype=dtype, device=z.device)
+    h, dz, dots = z.new_empty(dh.shape), z.new_empty(z.shape), z.new_empty(routing.shape, dtype=dtype)
     given = z, dh, routing.contiguous(), order, ends, h, dz, dots, ends.shape[0], dh.shape[1]
     strides = z.stride(0), dh.stride(0), dz.stride(0)
     launch(expert_gate_bwd_kernel, (z.shape[0], 1, 1), (*given, *strides, *_how(gate)), num_warps=4)

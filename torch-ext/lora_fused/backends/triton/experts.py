@@ -20,7 +20,7 @@ from . import route
 from .combine_rows import combine_rows
 from .expert_gate import expert_gate, expert_gate_backward
 from .factor_layout import lay_out
-from .grouped_linear import Tile, choose_tile, grouped_linear
+from .grouped_linear import choose_tile, grouped_linear
 from .grouped_outer import Outer, grouped_outer
 from .grouped_term import grouped_add, grouped_shrink
 
@@ -33,20 +33,19 @@ class ByToken(NamedTuple):
 
 def sort_rows(index: Tensor, weight: Tensor, leaves_out: bool, backend: str) -> Rows:
     """The rows of `index` [T, k], the expert that each token chose, for products of this backend that begin with this
-    weight."""
-    return route.sort_rows(index, weight.shape[0], choose_tile(weight, index.numel()).m, leaves_out, backend)
+    weight, by which their tile is chosen."""
+    tile = choose_tile(weight, index.numel())
+    return route.sort_rows(index, weight.shape[0], tile.m, leaves_out, backend, tile)
 
 
 class TritonPasses(Products):
-    """All that is made of the rows but products with the weights: passes, and what the adapters need. Their tables
-    name tiles that are chosen by the first weight."""
+    """All that is made of the rows but products with the weights: passes, and what the adapters need."""
 
-    def __init__(self, rows: Rows, weight: Tensor):
-        self.rows = rows
-        self.tile: Tile = choose_tile(weight, rows.order.numel())
+    def __init__(self, rows: Rows):
+        self.rows, self.tile = rows, rows.tile
 
     def take(self, x: Tensor) -> ByToken:
-        return ByToken(x)
+        return new_tuple(ByToken, (x,))
 
     def lay_out(self, up: ExpertWeights, down: ExpertWeights) -> tuple[Factors, Factors]:
         return lay_out(up, down)
@@ -61,17 +60,26 @@ class TritonPasses(Products):
         of_a: tuple[Tensor, Any],
         of_b: tuple[Tensor, Any],
         routing: Tensor | None = None,
+        crossed: bool | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        a, b, (_, rank, k) = weights.lora_a, weights.lora_b, weights.lora_a.shape
-        da = db = None
-        outers = []
+        a, b, da, db, outers = weights.lora_a, weights.lora_b, None, None, []
+        experts, rank, k = a.shape
         if needs[0]:
-            da = torch.empty_like(a)
-            outers.append(self._outer(da, da.stride(), k, *of_a))
+            if crossed is None:
+                da = torch.empty_like(a)
+                strides = da.stride()
+            else:
+                da, strides = _new_stored(a, experts, rank, k, crossed)
+            outers.append(self._outer(da, strides, k, *of_a))
         if needs[1]:
-            db = torch.empty_like(b)
-            by_expert, by_column, by_rank = db.stride()
-            outers.append(self._outer(db, (by_expert, by_rank, by_column), b.shape[1], *of_b, weights.scaling))
+            n = b.shape[1]
+            if crossed is None:
+                db = torch.empty_like(b)
+                by_expert, by_column, by_rank = db.stride()
+                strides = by_expert, by_rank, by_column
+            else:
+                db, strides = _new_stored(b, experts, rank, n, not crossed)
+            outers.append(self._outer(db, strides, n, *of_b, weights.scaling))
         if outers:
             self._fill(outers, rank, routing)
         return da, db
@@ -94,7 +102,9 @@ class TritonPasses(Products):
 
     def combine(self, y: Tensor, routing: Tensor | None = None) -> Tensor:
         rows = self.rows
-        dtype = y.dtype if routing is None else torch.promote_types(y.dtype, routing.dtype)
+        dtype = y.dtype
+        if routing is not None and routing.dtype is not dtype:
+            dtype = torch.promote_types(dtype, routing.dtype)
         return combine_rows(y, routing, rows.place, rows.ends, rows.tokens, dtype)
 
     def _source(self, x) -> tuple[Tensor, Tensor | None]:
@@ -112,6 +122,13 @@ class TritonPasses(Products):
     def _fill(self, outers: list[Outer], rank: int, routing: Tensor | None) -> None:
         rows, second = self.rows, outers[1] if len(outers) == 2 else None
         grouped_outer(outers[0], second, rank, rows.order, rows.ends, routing=routing, per_token=rows.per_token)
+
+
+def _new_stored(like: Tensor, experts: int, rank: int, length: int, experts_last: bool):
+    """Memory for a gradient [E, R, L] as `reference.grouped.as_stored` shapes it, and its strides by E, R and L."""
+    if experts_last:
+        return like.new_empty((length, rank * experts)), (1, experts, rank * experts)
+    return like.new_empty((experts * rank, length)), (rank * length, length, 1)
 
 
 class GroupedProductsWithPasses(TritonPasses):

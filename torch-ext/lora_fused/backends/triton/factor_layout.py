@@ -4,7 +4,6 @@ element."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -98,14 +97,14 @@ def lay_out(up: ExpertWeights, down: ExpertWeights) -> tuple[Factors, Factors]:
         if a is None:
             found.append(NO_FACTORS)
             continue
-        (_, rank, k), n, (by_expert, by_column, by_rank) = a.shape, b.shape[1], b.stride()
-        laid_a, laid_b = a, torch.empty((experts, rank, n), dtype=dtype, device=b.device)
+        (_, n, rank), (by_expert, by_column, by_rank) = b.shape, b.stride()
+        laid_a, laid_b = a, b.new_empty((experts, rank, n), dtype=dtype)
         sources.append(b)
         targets.append(laid_b)
         sizes += float(scaling), rank, n, by_expert, by_rank, by_column
         rows, widest = rows + rank, max(widest, n)
         if a.dtype != dtype or not a.is_contiguous():
-            laid_a = torch.empty(a.shape, dtype=dtype, device=a.device)
+            k, laid_a = a.shape[2], a.new_empty(a.shape, dtype=dtype)
             sources.append(a)
             targets.append(laid_a)
             sizes += 1.0, rank, k, *a.stride()

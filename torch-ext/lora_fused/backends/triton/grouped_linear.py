@@ -181,13 +181,13 @@ def grouped_linear(
     if rank > MAX_RANK_BLOCK or count * n * k > FUSED_RANK_UP_TO:
         t, _ = grouped_shrink(x, order, tiles, tile.m, d, per_token)
         return _launch((x, order), tiles, tile, w, (None, u, t), bias, per_token), t
-    t = torch.empty((count, rank), dtype=x.dtype, device=x.device)
+    t = x.new_empty((count, rank))
     return _launch((x, order), tiles, tile, w, (d, u, t), bias, per_token), t
 
 
 def _launch(source, tiles: Tensor, tile: Tile, w: Tensor, adapter, bias: Tensor | None, per_token: int) -> Tensor:
     (x, order), (d, u, t), (_, n, k) = source, adapter, w.shape
-    y = torch.empty(((x if order is None else order).shape[0], n), dtype=x.dtype, device=x.device)
+    y = x.new_empty(((x if order is None else order).shape[0], n))
     columns, depth = min(tile.n, max(MIN_DOT, power_of_2(n))), tile.k
     most, rank = tiles.shape[1], 0 if t is None else t.shape[1]
     given = x, order, w, d, u, t, bias, y, tiles, most, n, k, rank, per_token, *w.stride()

@@ -69,11 +69,15 @@ def on_values(launcher: Callable) -> Callable:
     return launch
 
 
-# Compiled kernels by all that Triton specializes them on. Triton's own launch makes that out anew, in 10 to 30 µs.
-_compiled: dict[tuple, Any] = {}
+# Compiled kernels by all that Triton specializes them on, with what their launch takes. Triton's own makes that out anew,
+# in 10 to 30 µs.
+_compiled: dict[tuple, tuple[Any, Callable, Any, Any]] = {}
 _MOST_COMPILED = 4096
 _runtime = knobs.runtime
 _parts: dict[int, tuple[int, int]] = {}  # of a kernel's arguments, by its id: a kernel's hash takes a lock
+# Bound once: torch's own functions look first whether CUDA has begun, which a tensor on a GPU says. Not there without it.
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class _Kinds(dict):
@@ -103,43 +107,39 @@ def launch(
         kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **more)
         return
     device = x.get_device()
-    if device != torch.cuda.current_device():
+    if device != _current_device():
         with torch.cuda.device(device):
             launch(kernel, grid, arguments, num_warps=num_warps, num_stages=num_stages, **more)
         return
-    found, addresses = specialization(kernel, arguments)
-    key = (id(kernel), device, num_warps, num_stages, *found)
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        stream, given = torch._C._cuda_getCurrentRawStream(device), arguments[len(addresses) :]
-        if _is_watched():
-            compiled[grid](*addresses, *given, stream=stream)
-        else:
-            handle, metadata = compiled.function, compiled.packed_metadata
-            compiled.run(*grid, stream, handle, metadata, None, None, None, *addresses, *given)
+    # What a compiled kernel depends on: a constant's value, kinds of numbers, a tensor's dtype and where its address
+    # stands between multiples of 16.
+    tensors, first = _parts.get(id(kernel)) or _parts_of(kernel, arguments)
+    given = arguments[:tensors]
+    addresses = [None if each is None else each.data_ptr() for each in given]
+    dtypes = [None if each is None else each.dtype for each in given]
+    places = [None if each is None else each & 15 for each in addresses]
+    numbers = _kinds[arguments[tensors:first]]
+    key = (id(kernel), device, num_warps, num_stages, numbers, arguments[first:], *dtypes, *places)
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **more)
+        if len(_compiled) >= _MOST_COMPILED:
+            _compiled.clear()
+        if hasattr(compiled, "packed_metadata"):  # not what is still being compiled
+            _compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
         return
-    compiled = kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **more)
-    if len(_compiled) >= _MOST_COMPILED:
-        _compiled.clear()
-    if hasattr(compiled, "packed_metadata"):  # not what is still being compiled
-        _compiled[key] = compiled
+    compiled, run, handle, metadata = found
+    stream = _current_stream(device)
+    if _is_watched():
+        compiled[grid](*addresses, *arguments[tensors:], stream=stream)
+    else:
+        run(*grid, stream, handle, metadata, None, None, None, *addresses, *arguments[tensors:])
 
 
 def _is_watched() -> bool:
     """Whether somebody, as a profiler, is to be called at every launch."""
     enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
-
-
-def specialization(kernel, arguments: tuple) -> tuple[tuple, list]:
-    """What a compiled kernel depends on: a constant's value, kinds of numbers, a tensor's dtype and where its address
-    stands between multiples of 16. And the tensors' addresses."""
-    tensors, first = _parts.get(id(kernel)) or _parts_of(kernel, arguments)
-    given = arguments[:tensors]
-    addresses = [None if each is None else each.data_ptr() for each in given]
-    dtypes = [None if each is None else each.dtype for each in given]
-    places = [None if each is None else each & 15 for each in addresses]
-    return (_kinds[arguments[tensors:first]], arguments[first:], *dtypes, *places), addresses
 
 
 def _parts_of(kernel, arguments: tuple) -> tuple[int, int]:

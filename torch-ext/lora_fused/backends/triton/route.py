@@ -11,6 +11,9 @@ for the most tiles that there can be.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +26,7 @@ from .launch import MIN_DOT, ceil_div, launch, power_of_2
 MOST_IN_ONE = 512  # choices of one program, where there is one; else as many programs as count and are counted fast
 PROGRAMS = 128
 COMPARISONS = 16384  # of choices with experts at once: 64 a thread
+_INT32, _INT64 = torch.int32, torch.int64
 
 
 @triton.jit
@@ -120,20 +124,29 @@ def most_tiles(choices: int, experts: int, tile_rows: int) -> int:
     return min(choices, experts) + choices // tile_rows
 
 
-def sort_rows(index: Tensor, experts: int, tile_rows: int, leaves_out: bool, backend: str = "") -> Rows:
-    """The rows of index [T, k], at least one choice, with their places and the table of tiles of so many rows."""
-    shape, index, count, device = index.shape, index.contiguous(), index.numel(), index.device
-    most = most_tiles(count, experts, tile_rows)
-    order = torch.empty(count, dtype=torch.int64, device=device)
-    place, ends, tiles = (torch.empty(size, dtype=torch.int32, device=device) for size in (count, experts, (3, most)))
+@functools.lru_cache(1024)
+def _plan(count: int, experts: int, tile_rows: int) -> tuple[int, int, tuple[int, int, int]]:
+    """(tiles, programs, (BLOCK, CHUNK, BLOCK_E)) for so many choices."""
     block_e = power_of_2(experts + 1)
     block = MOST_IN_ONE if count <= MOST_IN_ONE else min(MOST_IN_ONE, max(128, power_of_2(ceil_div(count, PROGRAMS))))
-    sizes = block, min(128, max(MIN_DOT, COMPARISONS // block_e)), block_e
-    blocks, counts = ceil_div(count, block), None
+    chunk = min(128, max(MIN_DOT, COMPARISONS // block_e))
+    return most_tiles(count, experts, tile_rows), ceil_div(count, block), (block, chunk, block_e)
+
+
+def sort_rows(
+    index: Tensor, experts: int, tile_rows: int, leaves_out: bool, backend: str = "", tile: Any = None
+) -> Rows:
+    """The rows of index [T, k], at least one choice, with their places and the table of tiles of so many rows; backend
+    and tile as `Rows` has them."""
+    (tokens, per_token), index = index.shape, index.contiguous()
+    count = tokens * per_token
+    most, blocks, sizes = _plan(count, experts, tile_rows)
+    order, place = index.new_empty(count, dtype=_INT64), index.new_empty(count, dtype=_INT32)
+    ends, tiles = index.new_empty(experts, dtype=_INT32), index.new_empty((3, most), dtype=_INT32)
+    counts = None
     if blocks > 1:
-        counts = torch.empty((blocks, block_e), dtype=torch.int32, device=device)
+        counts = index.new_empty((blocks, sizes[2]), dtype=_INT32)
         launch(count_kernel, (blocks, 1, 1), (index, counts, count, experts, *sizes), num_warps=8)
     given = index, counts, order, place, ends, tiles, count, experts, blocks, most, tile_rows, *sizes
     launch(place_kernel, (blocks, 1, 1), given, num_warps=8, sanitize_overflow=False)
-    tokens, per_token = shape
-    return new_tuple(Rows, (order, ends, tokens, per_token, leaves_out, place, tiles, backend))
+    return new_tuple(Rows, (order, ends, tokens, per_token, leaves_out, place, tiles, backend, tile))
