@@ -131,6 +131,46 @@ def test_products_of_a_gpu(lora_fused, request, poisoned, gate, transposed, path
         assert_close(case.run(lora_fused.lora_experts), case.run(oracle_of(lora_fused)), 1e-5)
 
 
+@pytest.mark.parametrize("crossed", (False, True))
+@pytest.mark.parametrize("path", ("looped", "grouped", "grouped_with_passes", "in_triton"))
+def test_factors_as_they_are_stored(lora_fused, request, poisoned, path, crossed):
+    """Parameters as PEFT stores them, and of one product not contiguous, against views that autograd sees; one of both
+    without a gradient, too."""
+    if path != "looped":
+        request.getfixturevalue(path)
+    case, specs = Case(lora_fused, dtype=torch.float32), lora_fused.specs
+    case.index[0, 0] = E
+    stored, bare = [], []
+    for weights, step in ((case.up, 1), (case.down, 2)):
+        (_, n, k), rank = weights.weight.shape, weights.lora_a.shape[1]
+        p, q = (n, k) if crossed else (k, n)
+        drawn = (torch.rand(rows * step, columns)[::step] for rows, columns in ((E * rank, p), (q, rank * E)))
+        stored.append(specs.StoredFactors(*drawn, crossed))
+        bare.append(weights._replace(lora_a=None, lora_b=None))
+        assert all(tensor.is_contiguous() == (step == 1) for tensor in stored[-1][:2])
+
+    def viewed(weights, a, b):
+        a, b = a.unflatten(0, (E, -1)), b.unflatten(1, (-1, E)).permute(2, 0, 1)
+        return weights._replace(lora_a=b.mT if crossed else a, lora_b=a.mT if crossed else b)
+
+    def gradients(y, leaves):
+        return y.detach(), *torch.autograd.grad(y, leaves, case.dy)
+
+    given = case.x, case.index, case.routing
+    for frozen in (None, 0, 1):
+        for factors in stored:
+            for number in (0, 1):
+                factors[number].requires_grad_(number != frozen)
+        leaves = [case.x, case.routing, *(each for factors in stored for each in factors[:2] if each.requires_grad)]
+        up, down = (viewed(weights, *factors[:2]) for weights, factors in zip(bare, stored))
+        expected = oracle_of(lora_fused)(*given, up, down, case.gate)
+        seen = lora_fused.functional.experts.compute_experts(*given, *bare, case.gate, True, tuple(stored))
+        assert_close(gradients(seen, leaves), gradients(expected, leaves), 1e-5)
+    with torch.no_grad():
+        seen = lora_fused.functional.experts.compute_experts(*given, *bare, case.gate, True, tuple(stored))
+    assert_close([seen] * 4, [expected.detach()] * 4, 1e-5)
+
+
 @pytest.mark.parametrize("path", ("grouped", "grouped_with_passes", "in_triton"))
 def test_products_of_few_rows(lora_fused, request, poisoned, path):
     """Without a gradient and of fewer rows than experts."""

@@ -252,8 +252,8 @@ class StoredFactors(NamedTuple):
     crossed: bool
 
     def views(self, experts: int) -> tuple[Tensor, Tensor]:
-        """(lora_a [E, R, K], lora_b [E, N, R]), to be made where autograd does not record: its node of a view costs more
-        than the view."""
+        """(lora_a [E, R, K], lora_b [E, N, R]), to be made where autograd does not record: its node of a view costs
+        more than the view."""
         a, b, crossed = self
         (rows, p), q, (a_row, a_column), (b_row, b_column) = a.shape, b.shape[0], a.stride(), b.stride()
         rank = rows // experts

@@ -56,9 +56,9 @@ def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class LoraExpertsFunction(torch.autograd.Function):
-    """Apply as `(spec, up, down, index, x, routing, *trained, *trained)` with what gets gradients of `up` and of `down`:
-    bias, and both factors as they are or as `StoredFactors` has them, where they are not in `up` and `down`. Gives
-    [T, H'] in x's dtype. Double backward raises. Autocast is off inside."""
+    """Apply as `(spec, up, down, index, x, routing, *trained, *trained)` with what gets gradients of `up` and of
+    `down`: bias, and both factors as they are or as `StoredFactors` has them, where they are not in `up` and `down`.
+    Gives [T, H'] in x's dtype. Double backward raises. Autocast is off inside."""
 
     @staticmethod
     def forward(

@@ -41,8 +41,8 @@ class WrongInPeft(str):
 
 
 class AdaptedExperts(NamedTuple):
-    """An experts module ready to compute; `form` is what transformers says of it. Factors are those `stored`, and not in
-    `up` and `down`; None where a product has no adapter."""
+    """An experts module ready to compute; `form` is what transformers says of it. Factors are `stored`, None where a
+    product has no adapter, and not in `up` and `down`."""
 
     up: ExpertWeights
     down: ExpertWeights
@@ -118,7 +118,9 @@ def _read(wrappers: list[nn.Module], base: nn.Module) -> AdaptedExperts | str:
     names = form.first, "down_proj"
     other = adapted.keys() - names
     if other:
-        return f"{', '.join(sorted(other))} is adapted, which is none of the products' weights {names[0]} and {names[1]}"
+        return (
+            f"{', '.join(sorted(other))} is adapted, which is none of the products' weights {names[0]} and {names[1]}"
+        )
     products = []
     for name in names:
         read = _read_product(adapted.get(name), base, name, form)
@@ -219,7 +221,9 @@ def _read_product(
     weight = tensor_of(base, name)
     bias = tensor_of(base, f"{name}_bias") if form.biased else None
     device = weight.device
-    reason = _tensor_reason("the weight", weight, device) or (bias is not None and _tensor_reason("the bias", bias, device))
+    reason = _tensor_reason("the weight", weight, device)
+    if reason is None and bias is not None:
+        reason = _tensor_reason("the bias", bias, device)
     if reason:
         return reason
     if weight.dim() != 3:
@@ -262,9 +266,11 @@ def _read_adapter(wrapper: nn.Module, weight: Tensor, device: torch.device) -> A
     if isinstance(scaling, Tensor):
         return "scaling is a tensor on a GPU"
     swapped = bool(state.get("_did_swap_in_out_features", False))
-    of_weight, p, q = weight.shape if not swapped else (weight.shape[0], weight.shape[2], weight.shape[1])
+    of_weight, *sizes = weight.shape
+    q, p = sizes if swapped else reversed(sizes)
     rank = a.shape[0] // experts
-    if experts == 1 or of_weight != experts or a.shape != (experts * rank, p) or b.shape != (q, experts * rank) or not rank:
+    fits = rank and experts > 1 and of_weight == experts
+    if not fits or a.shape != (experts * rank, p) or b.shape != (q, experts * rank):
         return (
             f"lora_A of shape {tuple(a.shape)} and lora_B of {tuple(b.shape)} on a parameter of {tuple(weight.shape)}"
         )

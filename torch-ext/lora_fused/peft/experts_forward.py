@@ -34,8 +34,8 @@ _EXPERTS, _SIZE = 3, 16  # of the copy
 _MOST_SEEN = 1024
 _OF_EVERY_MODULE = frozenset((*nn.Module().__dict__, "config", "act_fn", "forward")) - {"training"}
 _VALUES = (int, float, bool, str, type(None))
-_KNOWN_MODULES, _PRODUCTS = {"act_fn"}, ("down_proj", "down_proj_bias")
-_WEIGHTS = {has_gate: {first, f"{first}_bias", *_PRODUCTS} for has_gate, first in ((True, "gate_up_proj"), (False, "up_proj"))}
+_MODULES, _SECOND = {"act_fn"}, ("down_proj", "down_proj_bias")
+_WEIGHTS = {True: {"gate_up_proj", "gate_up_proj_bias", *_SECOND}, False: {"up_proj", "up_proj_bias", *_SECOND}}
 _COMPARED = (tuple, types.FunctionType, types.BuiltinFunctionType, type(None))  # keys of activations that tell a change
 _AT_LIMITS = tuple(sign * part for sign in (1.0, -1.0) for part in (0.5, 0.99, 1.0, 1.01, 2.0))
 _SCALES = (1.0, 1e-2, 1.0, 1e2, 1e4)  # of the rows of what is tried
@@ -93,7 +93,7 @@ def _values_of(base: nn.Module) -> frozenset | str:
     """The numbers and text on an experts module, or what else it holds that its forward may depend on."""
     state = base.__dict__
     parameters, weights = state["_parameters"].keys(), _WEIGHTS[bool(base.has_gate)]
-    parts = [*(state["_modules"].keys() - _KNOWN_MODULES), *(parameters - weights), *state["_buffers"]]
+    parts = [*(state["_modules"].keys() - _MODULES), *(parameters - weights), *state["_buffers"]]
     names = state.keys() - _OF_EVERY_MODULE  # in C: a look at all values of a module costs more than at their names
     values = frozenset([(name, state[name]) for name in names if type(state[name]) in _VALUES])
     if len(values) < len(names):
@@ -155,7 +155,7 @@ def _activation_of(base: nn.Module) -> object:
 
 
 _FUNCTIONS = "silu", "gelu", "relu"
-_genuine = [None, None, None]  # the last of these functions that were found so
+_genuine: list[Any] = [None, None, None]  # the last of these functions that were found so
 
 
 def _activation_reason(activation: object) -> str | None:
