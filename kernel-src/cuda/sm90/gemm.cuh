@@ -50,7 +50,6 @@ struct Output {
   const float* mag_norm_scale;  // with unscaled
   int first_segment, segments, steps;
   int made;           // its last segments whose a the launch makes itself (gemm_group.cuh)
-  bool ends_half;     // of the last step's columns of a, half or fewer exist: an adapter's rank, mostly
   int first_tile, n;  // its first column of tiles among those of all outputs; its columns
 };
 
@@ -136,11 +135,10 @@ __device__ __forceinline__ void produce(const Arguments<kOutputs>& args, uint32_
   }
 }
 
-// One warpgroup: acc (+)= a b for its 64 rows of a, the first `kColumns` along K and all columns of b of a stage, in
-// flight until it is waited for. Rows of 128 bytes, eight rows 1024 apart. A step of 16 along K moves 32 bytes within
-// the swizzle where rows are contiguous along K, and 16 rows where they are contiguous along N. Descriptors count 16
-// bytes.
-template <typename T, bool kRowsAreN, int kColumns = kBlockK, int kCount>
+// One warpgroup: acc (+)= a b for its 64 rows of a and all columns of b of a stage, in flight until it is waited for.
+// Rows of 128 bytes, eight rows 1024 apart. A step of 16 along K moves 32 bytes within the swizzle where rows are
+// contiguous along K, and 16 rows where they are contiguous along N. Descriptors count 16 bytes.
+template <typename T, bool kRowsAreN, int kCount>
 __device__ __forceinline__ void multiply_stage(float (&acc)[kCount], uint32_t stage, int group, int keep) {
   constexpr uint64_t kNextA = kWgmmaK * 2 >> 4;
   constexpr uint64_t kNextB = (kRowsAreN ? kWgmmaK * 2 : kWgmmaK * 128) >> 4;
@@ -148,7 +146,7 @@ __device__ __forceinline__ void multiply_stage(float (&acc)[kCount], uint32_t st
   const uint64_t b = matrix_descriptor(stage + kBlockM * kBlockK * 2, kBlockK * 128, 1024);
   wgmma_fence();
 #pragma unroll
-  for (int part = 0; part < kColumns / kWgmmaK; ++part)
+  for (int part = 0; part < kBlockK / kWgmmaK; ++part)
     wgmma<T, 0, !kRowsAreN>(acc, a + part * kNextA, b + part * kNextB, keep + part > 0);
   wgmma_commit();
 }
@@ -310,10 +308,7 @@ __device__ __forceinline__ void consume(const Arguments<kOutputs>& args, uint32_
           }
         }
       }
-      if (output.ends_half && step + 1 == output.steps)
-        multiply_stage<T, kRowsAreN, kBlockK / 2>(acc, stage, group, step);
-      else
-        multiply_stage<T, kRowsAreN>(acc, stage, group, step);
+      multiply_stage<T, kRowsAreN>(acc, stage, group, step);
       if (step < kSlabs && held_at.row >= 0) {
 #pragma unroll
         for (int part = 0; part < kSlabs; ++part)

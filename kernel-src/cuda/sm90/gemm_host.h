@@ -22,8 +22,6 @@ void add_output(Arguments<kOutputs>& args, int at, const Gemm& gemm, int& next_s
     args.steps_of[s] = tiles(segment.a.size(1), kBlockK);
     output.steps += args.steps_of[s];
   }
-  const int64_t last = (gemm.segments.back().a.size(1) - 1) % kBlockK + 1;
-  output.ends_half = last <= kBlockK / 2;
   encode_tensor_map(args.out[at], gemm.out, 16);
   if (gemm.unscaled) encode_tensor_map(args.unscaled[at], *gemm.unscaled, 16);
   output.bias = gemm.bias ? gemm.bias->const_data_ptr() : nullptr;
