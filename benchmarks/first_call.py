@@ -91,7 +91,8 @@ def main() -> None:
         case, who = arguments.run
         print(json.dumps(first_steps(json.loads(case), who, arguments.kernel, arguments.device)))
         return
-    made_with, results = environment(arguments.device), []
+    made_with = environment(arguments.device)
+    results = []
     for case in cases(arguments.layers):
         with tempfile.TemporaryDirectory() as folder:
             for who, cache in RUNS:
