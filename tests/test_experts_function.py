@@ -1,66 +1,14 @@
-"""`lora_experts` on tensors: the oracle, every backend, gates, what is read, saved and made, input errors."""
+"""`lora_experts` on tensors: the oracle, every backend, gates, what is read, saved and made."""
 
 import importlib
 import itertools
 
 import pytest
 import torch
+from helpers.expert_operands import GATES, R1, R2, Case, E, H, I, K, T, tanh_gate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.usefixtures("on_device")
-
-E, T, K, H, I, R1, R2 = 5, 10, 2, 32, 16, 3, 6
-GATES = {
-    "swiglu": dict(),
-    "geglu": dict(activation="gelu_tanh"),
-    "reglu": dict(activation="relu"),
-    "clamped": dict(limit=0.7),
-    "gpt-oss": dict(interleaved=True, limit=0.7, slope=1.702, offset=1.0),
-    "none": dict(gated=False, activation="relu2"),
-    "none, silu": dict(gated=False),
-}
-
-
-def tanh_gate(z):
-    g, u = z.chunk(2, -1)
-    return torch.tanh(g) * u
-
-
-class Case:
-    """Operands of one call, drawn anew; leaves are those that get gradients."""
-
-    def __init__(
-        self, lora_fused, gate="swiglu", bias=False, transposed=False, ranks=(R1, R2), dtype=torch.float64, experts=E
-    ):
-        specs = lora_fused.specs
-        self.gate = tanh_gate if gate == "unknown" else specs.Gate(**GATES[gate])
-        width = I if gate.startswith("none") else 2 * I
-
-        def draw(*sizes):
-            return torch.randn(*sizes, dtype=torch.float64).mul_(0.4).to(dtype)
-
-        def product(n, k, rank):
-            weight = draw(experts, k, n).transpose(1, 2) if transposed else draw(experts, n, k)
-            a = draw(experts, rank, k).requires_grad_() if rank else None
-            b = draw(n, rank, experts).permute(2, 0, 1).requires_grad_() if rank else None
-            return specs.ExpertWeights(weight, draw(experts, n).requires_grad_() if bias else None, a, b, 0.7)
-
-        self.up, self.down = product(width, H, ranks[0]), product(H, I, ranks[1])
-        self.x, self.dy = draw(T, H).requires_grad_(), draw(T, H)
-        self.index, self.routing = (
-            torch.randint(0, experts, (T, K)),
-            torch.rand(T, K, dtype=torch.float64).to(dtype).requires_grad_(),
-        )
-        given = (self.x, self.routing, *self.up[1:4], *self.down[1:4])
-        self.leaves = [tensor for tensor in given if tensor is not None]
-
-    @property
-    def operands(self):
-        return self.x, self.index, self.routing, self.up, self.down, self.gate
-
-    def run(self, function, **options):
-        y = function(*self.operands, **options)
-        return y.detach(), *torch.autograd.grad(y, self.leaves, self.dy)
 
 
 def oracle_of(lora_fused):
@@ -449,65 +397,3 @@ def test_gradients_that_nobody_wants(lora_fused):
         y = lora_fused.lora_experts(*case.operands)
         (grad,) = torch.autograd.grad(y, case.leaves[wanted], case.dy)
         assert torch.equal(grad, every[1 + wanted])
-
-
-# --- input errors ---
-
-
-def bad(lora_fused, **changes):
-    with torch.device("cpu"):
-        case = Case(lora_fused, bias=True)
-    given = dict(x=case.x, index=case.index, routing=case.routing, up=case.up, down=case.down, gate=case.gate)
-    for name, value in changes.items():
-        place, _, part = name.partition("_")
-        given[place] = given[place]._replace(**{part: value}) if part else value
-    return lora_fused.lora_experts(**given)
-
-
-@pytest.mark.parametrize(
-    "change,message",
-    (
-        (dict(x=torch.randn(T, H + 1).double()), r"x: shape \(10, 33\), expected \[T, 32\]"),
-        (dict(index=torch.zeros(T, 3).long()), r"routing: shape \(10, 2\)"),
-        (dict(index=torch.full((T, K), -1)), "index: -1"),
-        (dict(routing=torch.rand(T - 1, K).double()), "routing: shape"),
-        (dict(up_weight=torch.randn(E, I, H).double()), "up.bias: shape"),
-        (dict(down_weight=torch.randn(E + 1, H, I).double()), "down.weight: shape"),
-        (dict(down_bias=torch.randn(E, I).double()), "down.bias: shape"),
-        (dict(up_lora_a=torch.randn(E, R1, H + 1).double()), "up.lora_a: shape"),
-        (dict(up_lora_a=torch.randn(E, 0, H).double()), "up.lora_a: shape"),
-        (dict(down_lora_b=torch.randn(E, H, R1).double()), "down.lora_b: shape"),
-        (dict(down_lora_b=None), "down.lora_b: missing"),
-        (dict(up_weight=torch.randn(E, 2 * I, H).double().requires_grad_()), "up.weight: requires a gradient"),
-        (dict(x=torch.empty(T, H, device="meta", dtype=torch.float64)), "x: on meta"),
-    ),
-    ids=lambda each: each if isinstance(each, str) else "-".join(each),
-)  # fmt: skip
-def test_bad_values_name_the_tensor(lora_fused, change, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
-        bad(lora_fused, **change)
-
-
-@pytest.mark.parametrize(
-    "change,message",
-    (
-        (dict(x=[1.0]), "x: list"),
-        (dict(index=torch.rand(T, K)), "index: dtype"),
-        (dict(up_scaling=float("nan")), "up.scaling: nan"),
-        (dict(down_weight=torch.randn(E, H, I)), "down.weight: dtype torch.float32, expected torch.float64"),
-        (dict(up_lora_a=torch.zeros(E, R1, H).int()), "up.lora_a: dtype"),
-        (dict(gate="silu"), "gate: str"),
-    ),
-    ids=lambda each: each if isinstance(each, str) else "-".join(each),
-)
-def test_bad_types_name_the_tensor(lora_fused, change, message):
-    with pytest.raises(TypeError, match=f"^{message}"):
-        bad(lora_fused, **change)
-
-
-def test_bad_gates(lora_fused):
-    gate = lora_fused.specs.Gate
-    with pytest.raises(ValueError, match="^gate: activation 'swish'"):
-        bad(lora_fused, gate=gate("swish"))
-    with pytest.raises(ValueError, match=r"^up.weight: shape \(5, 32, 32\), expected \[E, 16, 32\]"):
-        bad(lora_fused, gate=gate(gated=False))

@@ -65,6 +65,13 @@ def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
+@pytest.mark.parametrize("folder", ("benchmarks", "scripts"))
+def test_tools_stay_short(folder):
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / folder).glob("*.py")}
+    assert len(lengths) > 10
+    assert not {name: length for name, length in lengths.items() if length > 400}
+
+
 def test_loading_imports_neither_triton_nor_peft():
     code = (
         "import sys, torch\n"

@@ -1,5 +1,5 @@
-// What the library says of itself: the names of what its ops take as numbers, and whose kernels run, which tests and
-// benchmarks can set.
+// What the library says of itself: the names of what its ops take as numbers, and which architecture's kernels run,
+// which tests and benchmarks can set.
 #include "../dispatch/architecture.h"
 #include "../../torch-ext/torch_binding.h"
 #include "../common/names.h"

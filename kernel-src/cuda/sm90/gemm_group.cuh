@@ -16,8 +16,8 @@
 //
 // Order of memory. (1) t: every thread stores, then fences ordinary accesses against the copy engine's; the warpgroups
 // meet, one thread counts `ready` with release. The thread that loads t waits for the count with acquire, fences the
-// same way, and asks the copy engine for t, for its own block's rows alone: a multicast from the other block holds b,
-// which no launch makes for itself. (2) The ring: tiles of out use the memory of the slices' ring, and the other block
+// same way, and asks the copy engine for t, for its own block's rows alone. What the other block multicasts to it is b,
+// an input of the launch, which needs no order. (2) The ring: tiles of out use the memory of the slices' ring, and the other block
 // writes there. So a ring's stage counts as full until all consumers of both blocks have no slice left to multiply:
 // their first arrivals at `empty` say so, and the loads wait for these first.
 #pragma once
