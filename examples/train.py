@@ -17,6 +17,7 @@ import argparse
 import logging
 import sys
 
+import torch
 from peft import LoraConfig, get_peft_model
 from shared import load_kernel, small_data, small_model
 from transformers import Trainer, TrainingArguments
@@ -43,11 +44,13 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("lora_fused").setLevel(logging.INFO)
 
+    on_cpu = args.cpu or not torch.accelerator.is_available()  # several processes on CPUs train together if it is said
+
     lora_fused = load_kernel()
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     arguments = TrainingArguments(
         output_dir=".demo/train", max_steps=args.steps, per_device_train_batch_size=12, learning_rate=1e-2,
-        logging_steps=1, save_strategy="no", report_to=[], use_cpu=args.cpu, disable_tqdm=True,
+        logging_steps=1, save_strategy="no", report_to=[], use_cpu=on_cpu, disable_tqdm=True,
         deepspeed=args.deepspeed, use_liger_kernel=args.liger, torch_compile=args.compile,
         liger_kernel_config=dict(swiglu=False),  # its MLP would hide that there is a gated one
     )  # fmt: skip

@@ -291,9 +291,9 @@ def together(tmp_path):
         launcher, *words = shlex.split(command)
         if torch.cuda.device_count() == 1 and (launcher == "accelerate" or "--deepspeed" in words):
             pytest.skip("needs two GPUs, or none")
-        arguments = [] if torch.cuda.device_count() >= 2 else ["--cpu"]
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu"} if arguments else None
-        command = [*launchers[launcher], *words, *arguments]
+        gpus = torch.cuda.device_count()
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu"} if gpus < 2 else None
+        command = [*launchers[launcher], *words, *(["--cpu"] if gpus == 1 else [])]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -346,7 +346,9 @@ FSDP2 = "accelerate launch --config_file examples/fsdp2.yaml examples/train.py" 
 )
 def test_command_of_two_processes(together, command):
     skip_without(COMMANDS[command])
-    assert_trained(command, together(command))
+    out = together(command)
+    assert_trained(command, out)
+    assert out.count(" fused calls, ") == 1  # two trainings of one process each would say it twice
 
 
 def test_fsdp2_by_accelerates_configuration(together):
