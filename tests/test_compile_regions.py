@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -231,6 +232,23 @@ def test_a_model_that_a_module_holds_in_a_list(lora_fused, compiled):
     torch.testing.assert_close(wrapper(x_of()), expected, rtol=1e-11, atol=1e-11)
     assert graphs.ops == FUSED_BLOCK
     assert {row.backend for row in lora_fused.explain(models[0])} == {"native, compiled"}
+
+
+def test_another_thread_calls_meanwhile(lora_fused):
+    """torch's flag that something is compiled is one for all threads: an eager call elsewhere is an eager call."""
+    model, calls = block(), []
+    ours, expected = kernelized(lora_fused, model, "cpu"), model(x_of())
+
+    def backend(graph, inputs):
+        with ThreadPoolExecutor(1) as other, lora_fused.record() as recorded:
+            calls.append((other.submit(ours, x_of()).result(), recorded))
+        return graph.forward
+
+    y = torch.compile(kernelized(lora_fused, model, "cpu"), backend=backend)(x_of())
+    ((meanwhile, recorded),) = calls
+    assert recorded.fused == 5 and recorded.own == 0
+    for each in (y, meanwhile):
+        torch.testing.assert_close(each, expected, rtol=1e-11, atol=1e-11)
 
 
 def test_left_out_of_the_graph(lora_fused):

@@ -99,6 +99,7 @@ OF_TENSORS = [
     ("ProjectionSpec", lambda f: group(f, [projection(f)._replace(spec="dense")]), TypeError,
      "spec: str, expected a ProjectionSpec"),
     ("compile_options", lambda f: f.compile_options("fast"), ValueError, "mode: 'fast', expected None or one of"),
+    ("compile_options", lambda f: f.compile_options(["fast"]), ValueError, "mode: ['fast'], expected None or one of"),
     ("row_norm", lambda f: f.row_norm([1.0], A, B, 1.0), TypeError, "weight: list, expected a torch.Tensor"),
     ("row_norm", lambda f: f.row_norm(WEIGHT, A, B.T, 1.0), ValueError, "lora_b: shape (4, 16), expected"),
     ("lora_embedding", lambda f: embedding(f, [1]), TypeError, "ids: list, expected a torch.Tensor"),

@@ -80,7 +80,7 @@ def _unusual_reason(x: object) -> str | None:
 
 
 def _linear(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
-    if _is_compiling():
+    if _is_compiling() and compiled.is_here():
         y = compiled.linear(module, x, args, kwargs)
         if not isinstance(y, Fallback):
             return y
@@ -173,7 +173,7 @@ GATED_MLP_BY_INPUT = {
 
 
 def _gated_mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if _is_compiling():
+    if _is_compiling() and compiled.is_here():
         y = compiled.gated_mlp(module, x)
         return type(module).forward(module, x) if isinstance(y, Fallback) else y
     reason = _unusual_reason(x)
@@ -197,7 +197,7 @@ class LoraEmbedding(nn.Module):
     has_backward = True
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if _is_compiling():
+        if _is_compiling() and compiled.is_here():
             y = compiled.embedding(self, x, args, kwargs)
             return type(self).forward(self, x, *args, **kwargs) if isinstance(y, Fallback) else y
         reason = _unusual_reason(x) or replaced.embedding_reason()
@@ -237,7 +237,7 @@ class LoraExperts(nn.Module):
     has_backward = True
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if _is_compiling():
+        if _is_compiling() and compiled.is_here():
             compiled.begin()
             return type(self).forward(self, x, *args, **kwargs)
         reason = _unusual_reason(x) or replaced.linear_reason()

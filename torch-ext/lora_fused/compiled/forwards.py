@@ -27,7 +27,13 @@ from ..peft import (
 from ..specs import Fallback, folded
 from . import ops
 
+_is_traced = torch.compiler.is_dynamo_compiling
 _REPLACED = Fallback("a function that PEFT calls is replaced")
+
+
+def is_here() -> bool:
+    """Whether what torch compiles is traced in this thread: `is_compiling` is one answer for all threads."""
+    return _is_traced() or TracingContext.try_get() is not None
 
 
 def _unusual_reason() -> str | None:

@@ -26,7 +26,7 @@ def compile_options(mode: str | None = None) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     modes = list_mode_options()
-    if mode is not None and mode not in modes:
+    if mode is not None and (not isinstance(mode, str) or mode not in modes):
         raise ValueError(f"mode: {mode!r}, expected None or one of {', '.join(map(repr, modes))}")
     options = dict(modes[mode]) if mode is not None else {}
     if native.available:
