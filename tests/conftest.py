@@ -111,7 +111,7 @@ def _seed():
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """torch.empty and empty_like give NaN, so an element that a kernel leaves out shows."""
+    """torch.empty, empty_like and new_empty give NaN, so an element that a kernel leaves out shows."""
 
     def poison(make):
         def nan(*args, **kwargs):
@@ -120,8 +120,8 @@ def poisoned(monkeypatch):
 
         return nan
 
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
 @pytest.fixture

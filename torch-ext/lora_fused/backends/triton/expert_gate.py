@@ -9,6 +9,8 @@ the second product's adapter, dz and dot. float32 inside, one rounding. Formulas
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from ...specs import Gate
 from .gated_act import value_and_slope
-from .launch import ceil_div, launch
+from .launch import SIZES_KEPT, ceil_div, launch
 
 BLOCK = 1024  # columns of h that a program takes at once
 
@@ -145,6 +147,7 @@ def numbers_of(gate: Gate) -> tuple[float, float, float]:
     return 0.0 if gate.limit is None else float(gate.limit), float(gate.slope), float(gate.offset)
 
 
+@functools.lru_cache(SIZES_KEPT)
 def _how(gate: Gate) -> tuple:
     """What both kernels take at their end."""
     return *numbers_of(gate), gate.activation, gate.gated, gate.interleaved, gate.limit is not None, BLOCK

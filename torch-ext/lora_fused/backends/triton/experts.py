@@ -20,7 +20,7 @@ from . import route
 from .combine_rows import combine_rows
 from .expert_gate import expert_gate, expert_gate_backward
 from .factor_layout import lay_out
-from .grouped_linear import choose_tile, grouped_linear
+from .grouped_linear import Tile, choose_tile, grouped_linear
 from .grouped_outer import Outer, grouped_outer
 from .grouped_term import grouped_add, grouped_shrink
 
@@ -42,7 +42,8 @@ class TritonPasses(Products):
     """All that is made of the rows but products with the weights: passes, and what the adapters need."""
 
     def __init__(self, rows: Rows):
-        self.rows, self.tile = rows, rows.tile
+        self.rows = rows
+        self.tile: Tile = rows.tile
 
     def take(self, x: Tensor) -> ByToken:
         return new_tuple(ByToken, (x,))

@@ -25,6 +25,7 @@ from .grouped_term import grouped_shrink
 from .launch import (
     MAX_RANK_BLOCK,
     MIN_DOT,
+    SIZES_KEPT,
     SMALL_SHARED_MEMORY,
     ceil_div,
     dot_precision,
@@ -188,15 +189,17 @@ def grouped_linear(
 def _launch(source, tiles: Tensor, tile: Tile, w: Tensor, adapter, bias: Tensor | None, per_token: int) -> Tensor:
     (x, order), (d, u, t), (_, n, k) = source, adapter, w.shape
     y = x.new_empty(((x if order is None else order).shape[0], n))
-    columns, depth = min(tile.n, max(MIN_DOT, power_of_2(n))), tile.k
     most, rank = tiles.shape[1], 0 if t is None else t.shape[1]
     given = x, order, w, d, u, t, bias, y, tiles, most, n, k, rank, per_token, *w.stride()
-    blocks = tile.m, columns, depth, rank_block(rank), BAND
-    launch(
-        grouped_linear_kernel,
-        (ceil_div(most, BAND) * BAND * ceil_div(n, columns), 1, 1),
-        (*given, *blocks, n % columns == 0, k % depth == 0, dot_precision(x)),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    grid, blocks = _blocks(tile, most, n, k, rank)
+    arguments = *given, *blocks, dot_precision(x)
+    launch(grouped_linear_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
     return y
+
+
+@functools.lru_cache(SIZES_KEPT)
+def _blocks(tile: Tile, most: int, n: int, k: int, rank: int) -> tuple[tuple[int, int, int], tuple]:
+    """Grid and constants, but the precision, of so many tiles."""
+    columns, depth = min(tile.n, max(MIN_DOT, power_of_2(n))), tile.k
+    grid = ceil_div(most, BAND) * BAND * ceil_div(n, columns), 1, 1
+    return grid, (tile.m, columns, depth, rank_block(rank), BAND, n % columns == 0, k % depth == 0)

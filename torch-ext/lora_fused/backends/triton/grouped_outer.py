@@ -7,13 +7,14 @@ end, and zero where there are none. The long operand may be gathered as it is lo
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MIN_DOT, ceil_div, dot_precision, launch, power_of_2, rank_block
+from .launch import MIN_DOT, SIZES_KEPT, ceil_div, dot_precision, launch, power_of_2, rank_block
 
 BLOCK_L = 128
 
@@ -144,22 +145,21 @@ def grouped_outer(
     """Fills `out` of one sum or of two that have a rank and routing weights [T, k] in common, sums in float32;
     per_token says how many choices a token has."""
     out, strides, length, short, long, by_token, scaling = first
-    longest = length if second is None else max(length, second.length)
-    block_l, block_r = min(BLOCK_L, max(MIN_DOT, power_of_2(longest))), rank_block(rank)
-    block_s = 32 if long.element_size() == 4 else 64
     long, routing = long.contiguous(), None if routing is None else routing.contiguous()
-    blocks = ceil_div(length, block_l)
     others, other_scaling, other_length, other_strides, other_by_token = _NOTHING, 1.0, 0, (0, 0, 0), False
     if second is not None:
         others = second.long.contiguous(), second.short, second.out
         _, other_strides, other_length, _, _, other_by_token, other_scaling = second
-        blocks += ceil_div(other_length, block_l)
+    grid, blocks = _blocks(ends.shape[0], rank, length, other_length, long.element_size())
     given = long, short, out, *others, order, routing, ends
     sizes = float(scaling), float(other_scaling), rank, length, other_length, per_token
-    how = by_token, other_by_token, block_r, block_l, block_s, dot_precision(long)
-    launch(
-        grouped_outer_kernel,
-        (blocks, ends.shape[0], ceil_div(rank, block_r)),
-        (*given, *sizes, *strides, *other_strides, *how),
-        num_warps=4,
-    )
+    how = by_token, other_by_token, *blocks, dot_precision(long)
+    launch(grouped_outer_kernel, grid, (*given, *sizes, *strides, *other_strides, *how), num_warps=4)
+
+
+@functools.lru_cache(SIZES_KEPT)
+def _blocks(experts: int, rank: int, length: int, other_length: int, element_size: int):
+    """Grid and block sizes (BLOCK_R, BLOCK_L, BLOCK_S) of two sums; the second's length is 0 where there is one."""
+    block_l, block_r = min(BLOCK_L, max(MIN_DOT, power_of_2(max(length, other_length)))), rank_block(rank)
+    grid = ceil_div(length, block_l) + ceil_div(other_length, block_l), experts, ceil_div(rank, block_r)
+    return grid, (block_r, block_l, 32 if element_size == 4 else 64)

@@ -17,6 +17,8 @@ from ..values import with_values
 MIN_DOT = 16  # tl.dot needs at least 16 in every dimension
 MAX_RANK_BLOCK = 64
 SMALL_SHARED_MEMORY = 99 * 1024  # compute capability 8.6 and 8.9
+SIZES_KEPT = 1024  # what a launcher makes of sizes alone: its grid and its blocks
+_FLOAT32 = torch.float32
 
 
 def ceil_div(size: int, block: int) -> int:
@@ -37,7 +39,7 @@ def rank_block(rank: int) -> int:
 def dot_precision(x: Tensor) -> str:
     """float32 products use TF32 only where torch's own matrix products may."""
     # `allow_tf32` raises where somebody has set this, as transformers' Trainer does.
-    if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if x.dtype is _FLOAT32 and x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 

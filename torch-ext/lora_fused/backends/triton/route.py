@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...call_context import new_tuple
 from ..reference.grouped import Rows
-from .launch import MIN_DOT, ceil_div, launch, power_of_2
+from .launch import MIN_DOT, SIZES_KEPT, ceil_div, launch, power_of_2
 
 MOST_IN_ONE = 512  # choices of one program, where there is one; else as many programs as count and are counted fast
 PROGRAMS = 128
@@ -124,7 +124,7 @@ def most_tiles(choices: int, experts: int, tile_rows: int) -> int:
     return min(choices, experts) + choices // tile_rows
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(SIZES_KEPT)
 def _plan(count: int, experts: int, tile_rows: int) -> tuple[int, int, tuple[int, int, int]]:
     """(tiles, programs, (BLOCK, CHUNK, BLOCK_E)) for so many choices."""
     block_e = power_of_2(experts + 1)
