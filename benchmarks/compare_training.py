@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import pathlib
 import statistics
 import time
 
@@ -30,9 +29,10 @@ import progress
 import torch
 import torch.distributed as dist
 import transformers
+from measuring import release_memory
+from reporting import environment, first_line, parser_of, written
 from torch.distributed.fsdp import fully_shard
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 RANK, WARM_UP, LEARNING_RATE = 32, 3, 1e-5  # groups form in the second step
 TOLERANCE = 5e-2  # of a step's loss, bfloat16
 HEAD = "lm_head"  # stays as it is: neither adapted nor, as transformers does, quantized
@@ -188,7 +188,7 @@ def run_way(case: dict, way: str, lora_fused, options: argparse.Namespace) -> di
             return {"failed": f"not all of it is fused: {', '.join(map(str.strip, str(calls).splitlines()))}"}
         found = over_processes(found, options.device) if options.fsdp else found
     except (torch.OutOfMemoryError, ImportError) as error:
-        return {"failed": common.first_line(error)}
+        return {"failed": first_line(error)}
     return {**found, "tokens_per_s": 1e3 * case["world"] * case["seq"] / found["ms"]}
 
 
@@ -197,7 +197,7 @@ def run_case(case: dict, lora_fused, options: argparse.Namespace) -> dict:
     ways = {}
     for way in ways_of(options):
         ways[way] = run_way(case, way, lora_fused, options)
-        common.release_memory()
+        release_memory()
         theirs, ours = ways.get("PEFT"), ways[way]
         if way not in ("frozen base", "PEFT") and "failed" not in {**theirs, **ours}:
             apart = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
@@ -221,9 +221,7 @@ def describe(result: dict) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", type=pathlib.Path, default=ROOT / "build", help="build folder to load")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark_training.json"))
+    parser = parser_of(__doc__, "benchmark_training.json")
     parser.add_argument("--layers", type=int, help="32, or 2 with --tiny")
     parser.add_argument("--steps", type=int, default=5, help=f"that count, after {WARM_UP} that do not")
     parser.add_argument("--base", nargs="+", choices=("bf16", "NF4"), default=("bf16", "NF4"), help="only these")
@@ -236,8 +234,9 @@ def parse_args() -> argparse.Namespace:
         parser.error("a CUDA GPU is required, or --tiny")
     options.layers = options.layers or (2 if options.tiny else 32)
     options.tokens = options.tokens or ((32, 64) if options.tiny else (8192, 16384))
-    options.rank, options.world = (int(os.environ[name]) if options.fsdp else int(name == "WORLD_SIZE")
-                                   for name in ("RANK", "WORLD_SIZE"))  # fmt: skip
+    options.rank, options.world = 0, 1
+    if options.fsdp:
+        options.rank, options.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     options.device = "cpu" if options.tiny else f"cuda:{os.environ['LOCAL_RANK']}" if options.fsdp else "cuda"
     return options
 
@@ -249,12 +248,12 @@ def main() -> None:
             torch.cuda.set_device(options.device)
         dist.init_process_group("gloo" if options.tiny else "nccl")
     lora_fused = kernels.get_local_kernel(options.kernel)
-    environment, results = common.environment("cpu" if options.tiny else "cuda"), []
+    made_with, results = environment("cpu" if options.tiny else "cuda"), []
     for case in progress.numbered(cases(options), shown=options.rank == 0):
         results.append(run_case(case, lora_fused, options))
         if options.rank == 0:
             print(describe(results[-1]), flush=True)
-            options.out.write_text(common.written(environment, results))
+            options.out.write_text(written(made_with, results))
     if options.fsdp:
         dist.destroy_process_group()
 

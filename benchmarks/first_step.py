@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 
-import compare_lora as common
 import compare_training
 import kernels
 import torch
+from reporting import ROOT
 
 
 def built(case: dict, options: argparse.Namespace) -> torch.nn.Module:
@@ -46,7 +46,7 @@ def main() -> None:
     seq = 512 if options.tiny else 8192
     case = dict(layers=options.layers or (4 if options.tiny else 32), base="bf16", seq=seq, world=1)
     ids = compare_training.rows_of(case, 1, 0)[0].to(options.device)
-    lora_fused = kernels.get_local_kernel(compare_training.ROOT / "build")
+    lora_fused = kernels.get_local_kernel(ROOT / "build")
 
     exact = built(case, options).float()
     before = loss_of(exact, ids, autocast=False)
@@ -66,7 +66,6 @@ def main() -> None:
         with torch.no_grad():
             after = loss_of(model, ids, autocast=way.endswith("bfloat16")).item()
         print(f"{way:22} loss {before:.5f} -> {after:.5f}, falls by {before - after:.5f}", flush=True)
-    common.release_memory()
 
 
 if __name__ == "__main__":

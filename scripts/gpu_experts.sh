@@ -23,9 +23,8 @@ run() { # name, seconds that it may take, command
 # Threads of torch's CPU operations would take the workers' cores from each other.
 export OMP_NUM_THREADS=1
 "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 8) || parallel=()
-run tests 400 "$PYTHON" -m pytest -q -p no:cacheprovider "${parallel[@]}" tests/test_experts.py \
-    tests/test_experts_training.py tests/test_experts_classes.py tests/test_experts_fallbacks.py \
-    tests/test_experts_function.py tests/test_experts_input.py
+run tests 400 "$PYTHON" -m pytest -q -p no:cacheprovider "${parallel[@]}" tests/test_experts*.py \
+    --ignore tests/test_experts_distributed.py
 command -v compute-sanitizer >/dev/null && run sanitize 300 compute-sanitizer --tool memcheck --error-exitcode 9 \
     "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_experts_function.py -k "triton or sort or few_rows"
 run tune 300 "$PYTHON" benchmarks/tune_experts.py
