@@ -21,8 +21,8 @@ def half_precision(lora_fused, dtype, wide=(), **config):
     return kernelize_in_place(lora_fused, model, "cpu").cpu()
 
 
-def said(lora_fused, model):
-    rows = explain(lora_fused, model)
+def said(lora_fused, model, count=8192):
+    rows = explain(lora_fused, model, count)
     return {row.module.rpartition(".")[2]: row for row in rows}
 
 
@@ -90,7 +90,7 @@ def test_a_small_gated_mlp_is_one_answer(lora_fused, monkeypatch):
         part.lora_variant.clear()
         part.lora_magnitude_vector.clear()
     with torch.no_grad(), lora_fused.record() as calls:
-        rows = said(lora_fused, model)
+        rows = said(lora_fused, model, tokens().numel())
         model(input_ids=tokens().cpu())
     assert calls.of(model.base_model.model.model.layers[0].mlp)["fused"] == 1
     assert {(rows[name].layer, rows[name].fused) for name in MLP} == {("LoraGatedMLP", True)}
