@@ -36,7 +36,7 @@ SIZES = dict(
     eos_token_id=2,
 )
 GPT2 = dict(n_embd=32, n_head=4, n_layer=2, n_positions=256, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2)
-OPT = dict(SIZES, ffn_dim=64, word_embed_proj_dim=32)  # rows of whole blocks of 32, for bitsandbytes on a CPU
+OPT = dict(SIZES, hidden_size=16, ffn_dim=48, word_embed_proj_dim=16)
 OPT_125M = dict(SIZES, num_hidden_layers=12, ffn_dim=48, word_embed_proj_dim=32)
 T5 = dict(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
 T5 |= dict(pad_token_id=0, eos_token_id=2)
