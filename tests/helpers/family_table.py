@@ -76,7 +76,7 @@ def counted(lora_fused):
         (
             layers.functional_experts,
             "compute_experts",
-            lambda x, index, routing, *products: dict(projections=sum(p.lora_a is not None for p in products[:2])),
+            lambda *args: dict(projections=sum(factors is not None for factors in args[-1])),  # as they are stored
         ),
     )
     with contextlib.ExitStack() as stack:
