@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 examples/fsdp2.py
     torchrun --nproc-per-node 2 examples/fsdp2.py --qlora
 
---qlora: the base in NF4, whose packed weights are sharded as any other. Prints the losses and what ran. Exits with 1 if
+--qlora: the base in NF4, whose packed weights are sharded as any other, kept as bfloat16, since FSDP2 of torch 2.11
+shards no integers. Prints the losses and what ran. Exits with 1 if
 not every call was fused.
 """
 
@@ -28,7 +29,7 @@ def four_bit_model():
 
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         small_model().save_pretrained(folder)

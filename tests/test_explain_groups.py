@@ -106,7 +106,7 @@ def test_a_scaling_that_a_graph_does_not_read(lora_fused, name):
         model = half_precision(lora_fused, torch.float16, target_modules=[*LINEARS, "embed_tokens"])
         inner = model.base_model.model.model
         part = inner.embed_tokens if name == "embed_tokens" else projection(model, name)
-        part.scaling["default"] = torch.tensor(part.scaling["default"])
+        part.scaling["default"] = torch.tensor(part.scaling["default"], device="cpu")
         assert all(row.fused for row in explain(lora_fused, model))
         graphs = Graphs(lora_fused)
         model.compile(backend=graphs)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.cases import DEVICE, peft_llama
 from helpers.kernelizing import explain
-from helpers.llamas import passed, tokens
+from helpers.llamas import keep_names, passed, tokens
 
 monkey_patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -16,11 +16,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 @pytest.fixture
 def liger(monkeypatch):
     """Patches the base of a PEFT model, as Trainer's `use_liger_kernel` does."""
-    from transformers.models.llama import modeling_llama
-
-    for name, value in list(vars(modeling_llama).items()):
-        if not name.startswith("__"):
-            monkeypatch.setattr(modeling_llama, name, value)  # what it is set back to
+    keep_names(monkeypatch)
 
     def patch(model, **options):
         monkey_patch.apply_liger_kernel_to_llama(model=model.get_base_model(), **options)

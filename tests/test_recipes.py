@@ -17,6 +17,7 @@ from conftest import ROOT
 from helpers.cases import randomise_adapters
 from helpers.checkpoints import save_checkpoint
 from helpers.kernelizing import explain, forwards
+from helpers.llamas import keep_names
 from torch._dynamo.backends.registry import lookup_backend
 from transformers import CompileConfig
 
@@ -263,6 +264,7 @@ def alone(monkeypatch, tmp_path, capsys):
     """Runs `python examples/...` in this process, and gives what it prints."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    keep_names(monkeypatch)  # --liger replaces them
 
     def run(command):
         _, script, *arguments = shlex.split(command)
