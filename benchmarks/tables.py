@@ -223,6 +223,25 @@ def training_table() -> str:
     return "\n".join(lines)
 
 
+def experts_table() -> str:
+    """Each shape and number of tokens: the frozen layer's time, and the others' over it; of decoding the faster of
+    the frozen layer's implementations."""
+    lines = [
+        "| Layer | Tokens | Frozen | PEFT | lora-fused | Saved: frozen, PEFT, lora-fused |",
+        "|---|---|---|---|---|---|",
+    ]
+    cases: dict[tuple, list[dict]] = {}
+    for r in read("compare_experts.json")["rows"]:
+        cases.setdefault((r["kind"], r["shape"], r["tokens"]), []).append(r)
+    for (kind, shape, tokens), rows in sorted(cases.items(), key=lambda case: case[0][0], reverse=True):
+        frozen = min((r for r in rows if r["variant"].startswith("frozen")), key=lambda r: r["ms"])
+        theirs, ours = (next(r for r in rows if r["variant"].startswith(who)) for who in ("PEFT", "lora-fused"))
+        ratios = " | ".join(f"{r['ms'] / frozen['ms']:.2f}x" for r in (theirs, ours))
+        saved = ", ".join(f"{r['saved_gb']:.2f}" for r in (frozen, theirs, ours)) + " GB" if kind == "training" else ""
+        lines.append(f"| {shape}, {kind} | {tokens} | {frozen['ms']:.2f} ms | {ratios} | {saved} |")
+    return "\n".join(lines)
+
+
 def _training_cells(measured: dict) -> str:
     if "failed" in measured:
         return f"{measured['failed']} | | |"

@@ -76,6 +76,7 @@ SECTIONS = {
     "requirements": requirements,
     "targets": targets,
     "training table": tables.training_table,
+    "experts table": tables.experts_table,
     "versions table": lambda: version_matrix.table(json.loads(version_matrix.RESULTS.read_text())),
 }
 
