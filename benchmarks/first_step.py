@@ -51,7 +51,8 @@ def main() -> None:
     exact = built(case, options).float()
     before = loss_of(exact, ids, autocast=False)
     before.backward()
-    torch.optim.AdamW(trained(exact).values(), lr=compare_training.LEARNING_RATE).step()
+    adapter = trained(exact)
+    torch.optim.AdamW(adapter.values(), lr=compare_training.LEARNING_RATE).step()
     falls = {"PEFT, float32": (before.item(), exact)}
     for way in ("PEFT, bfloat16", "lora-fused, bfloat16"):
         model = built(case, options)
@@ -60,7 +61,7 @@ def main() -> None:
         with torch.no_grad():
             before = loss_of(model, ids, autocast=True).item()
             for name, parameter in trained(model).items():
-                parameter.copy_(trained(exact)[name])
+                parameter.copy_(adapter[name])
         falls[way] = before, model
     for way, (before, model) in falls.items():
         with torch.no_grad():
