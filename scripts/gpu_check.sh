@@ -56,6 +56,8 @@ if command -v compute-sanitizer >/dev/null; then
     compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" scripts/check_skinny.py --sanitize >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
     compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$PYTHON" scripts/check_adapter_grads.py --sanitize >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
+    compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" scripts/check_embedding.py native >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?
     compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" scripts/check_dequantize.py >>"$OUT/sanitizer.log" 2>&1 || sanitizer=$?

@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "matrix_view.h"
+#include "side_stream.h"
 
 namespace lora_fused {
 
@@ -35,6 +36,7 @@ struct Gemm {
   size_t leading = 0;          // fewer than there are segments
   double leading_scale = 1.0;  // in float16 alone
   size_t made = 0;             // of a GemmGroup: the last segments, whose a are its `shrinks`
+  SideStream* side = nullptr;  // for what is to run beside the launch
 };
 
 // The sums of a group in one launch, with what they read of it: every t of `shrinks` [M, R], and then the outs, in
@@ -46,6 +48,7 @@ struct GemmGroup {
   std::vector<Gemm> sums;
   // `counters()` zeros of four bytes, which the launch writes over; made by it where there are none.
   MaybeMatrixView zeros = std::nullopt;
+  SideStream* side = nullptr;
 
   // How many clusters have begun and slices are taken; of each 128 rows, how many shrinks are made.
   int64_t counters() const { return counters(sums[0].out.size(0)); }

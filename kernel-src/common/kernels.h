@@ -14,6 +14,7 @@
 #include "four_bit.h"
 #include "matrix_view.h"
 #include "names.h"
+#include "side_stream.h"
 
 namespace lora_fused {
 
@@ -179,7 +180,7 @@ bool skinny_sm90_supports(const MatrixView& matrix);  // as x, a or t of one
 bool skinny_sm90_supports(const Shrink& product);
 bool skinny_sm90_supports(const AdapterGrad& product);
 void skinny_sm90(const std::vector<Shrink>& products);
-void skinny_sm90(const std::vector<AdapterGrad>& products);
+void skinny_sm90(const std::vector<AdapterGrad>& products, SideStream* side = nullptr);
 
 // On sm90, up to rank 64, bf16x3 up to 32. Two launches for every four entries, which share M and dtype.
 bool dt_db_sm90_supports(const DtDb& products);

@@ -20,10 +20,10 @@ bool is_launch_bound(const MatrixView& x) {
 }
 
 template <typename Product>
-SkinnyKernel skinny_kernel(const Product& product, const MatrixView& other, bool alone) {
+SkinnyKernel skinny_kernel(const Product& product, const MatrixView& other, bool alone, bool beside) {
   const MatrixView& x = product.x;
   if (!x.is_cuda()) return SkinnyKernel::kLibrary;
-  const bool fits_sm90 = product.mask || x.size(0) <= kSkinnySm90Tokens;
+  const bool fits_sm90 = product.mask || beside || x.size(0) <= kSkinnySm90Tokens;
   if (fits_sm90 && is_sm90(x) && skinny_sm90_supports(product)) return SkinnyKernel::kSm90;
   // The sm80 kernels know no lo.
   if (alone || product.lo) return SkinnyKernel::kLibrary;
@@ -33,8 +33,12 @@ SkinnyKernel skinny_kernel(const Product& product, const MatrixView& other, bool
 
 }  // namespace
 
-SkinnyKernel skinny_kernel(const Shrink& product, bool alone) { return skinny_kernel(product, product.a, alone); }
-SkinnyKernel skinny_kernel(const AdapterGrad& product) { return skinny_kernel(product, product.t, /*alone=*/false); }
+SkinnyKernel skinny_kernel(const Shrink& product, bool alone) {
+  return skinny_kernel(product, product.a, alone, /*beside=*/false);
+}
+SkinnyKernel skinny_kernel(const AdapterGrad& product, bool beside) {
+  return skinny_kernel(product, product.t, /*alone=*/false, beside);
+}
 
 bool skinny_fits_sm80(const MatrixView& operand) { return has_sm80(operand) && skinny_supports(operand); }
 
@@ -44,6 +48,12 @@ bool wants_b_transposed(const MatrixView& x) {
 
 bool dt_db_is_faster(const MatrixView& dy, int64_t elements) {
   return dy.size(0) >= kDtDbTokens && elements >= kDtDbElements && is_sm90(dy);
+}
+
+bool run_beside(const MatrixView& x, const AdapterGradsOf& of) {
+  if (x.size(0) < kBesideTokens || !gemm_is_faster(x, x.size(0), x.size(1))) return false;
+  if (of.mlp) return true;
+  return !of.bf16x3 && (of.masked ? of.members > 1 : x.size(0) >= kBesideTokensOfLinears);
 }
 
 unsigned skinny_cluster(int all_tiles, int most_steps, int multiprocessors, unsigned most) {
@@ -80,6 +90,7 @@ bool row_norm_fits_sm90(const RowNorm& norm) {
 }
 #else
 bool wants_b_transposed(const MatrixView&) { return false; }
+bool run_beside(const MatrixView&, const AdapterGradsOf&) { return false; }
 bool gemm_group_is_faster(const MatrixView&, int64_t, int64_t, int64_t, int64_t) { return false; }
 #endif
 

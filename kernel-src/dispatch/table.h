@@ -29,7 +29,8 @@ constexpr int64_t kSkinnySm80Tokens = 1024, kSkinnySm80Ranks = 64, kSkinnySm90To
 // D(x) (scripts/check_skinny.py, p=0.1, t of 8192 tokens, C=4096: sm90 33 µs, where a read and a write of x alone take
 // 50). `alone`: a product that shares its launch with no other, for which the library is as good but on Hopper.
 SkinnyKernel skinny_kernel(const Shrink& product, bool alone = false);
-SkinnyKernel skinny_kernel(const AdapterGrad& product);
+// `beside`: it runs beside a product, which hides its time.
+SkinnyKernel skinny_kernel(const AdapterGrad& product, bool beside);
 
 // Whether the sm80 kernels run where this operand is, and support it.
 bool skinny_fits_sm80(const MatrixView& operand);
@@ -42,6 +43,17 @@ bool wants_b_transposed(const MatrixView& x);
 // costs 6 to 10 µs of host time.
 constexpr int64_t kDtDbTokens = 2048, kDtDbElements = int64_t(1) << 24;
 bool dt_db_is_faster(const MatrixView& dy, int64_t elements);
+
+// Whether dA and dB run beside dx [M, K], like `x`: in the multiprocessors that its last round of tiles leaves idle.
+// scripts/check_adapter_grads.py, µs at 2048 and 8192 tokens: a gated MLP, whose down's run beside dx of gate and up too,
+// 1155 -> 1106 and 4929 -> 4799; q, k and v with dropout 266 -> 236 and 899 -> 815, without 624 -> 604 at 8192 tokens, but
+// 173 -> 175 at 2048, and with DoRA 232 -> 239; o with dropout 142 -> 155. Below 2048 tokens nothing was measured.
+struct AdapterGradsOf {
+  size_t members;
+  bool mlp, masked, bf16x3;
+};
+constexpr int64_t kBesideTokens = 2048, kBesideTokensOfLinears = 4096;
+bool run_beside(const MatrixView& x, const AdapterGradsOf& of);
 
 // Of the sm80 kernels. Warps of a block of `shrink`: sixteen where blocks of eight would leave a GPU with less than two
 // blocks a multiprocessor (t of down, K=14336, 2048 tokens: 98 -> 39 µs together with masks by bits).

@@ -28,23 +28,22 @@ class Buffer {
 
 }  // namespace
 
-Adapters::Adapters(const MatrixView& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b,
-                   int64_t counters)
+Adapters::Adapters(const MatrixView& x, const Members& members, std::vector<Cast>& casts, bool need_a, bool need_b,
+                   Layout layout_of_b, int64_t counters)
     : splits(members.bf16x3() ? 3 : 1),
       merged(members.bf16x3() && !members.any_masked() && members.common_shrink_scaling(x.scalar_type()) &&
              members.common([&](size_t i) { return members.rank(i); })) {
   first.push_back(0);
   for (size_t i = 0; i < members.count(); ++i) first.push_back(first.back() + members.rank(i));
   if (members.bf16x3())
-    split(x, members, need_a);
+    split(x, members, casts, need_a);
   else
-    convert(x, members, need_a, need_b, layout_of_b, counters);
+    convert(x, members, casts, need_a, need_b, layout_of_b, counters);
 }
 
-void Adapters::split(const MatrixView& x, const Members& members, bool need_a) {
+void Adapters::split(const MatrixView& x, const Members& members, std::vector<Cast>& casts, bool need_a) {
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "bf16x3: expected x in bfloat16");
-  std::vector<Cast> casts;
   if (need_a && ranks() > 0) a = empty(x.base(), {columns(), x.size(1)}, dtype);
   for (size_t i = 0; i < members.count(); ++i) {
     if (!members.b(i)) {
@@ -61,11 +60,10 @@ void Adapters::split(const MatrixView& x, const Members& members, bool need_a) {
       casts.push_back({of_b, b[i]->columns(at * rank(i), rank(i)), false, lo});
     }
   }
-  cast_all(casts);
 }
 
-void Adapters::convert(const MatrixView& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b,
-                       int64_t counters) {
+void Adapters::convert(const MatrixView& x, const Members& members, std::vector<Cast>& casts, bool need_a, bool need_b,
+                       Layout layout_of_b, int64_t counters) {
   const ScalarType dtype = x.scalar_type();
   const auto copies_b = [&](size_t i) {
     return need_b && members.b(i) && (members.b(i)->scalar_type() != dtype || layout_of_b != kAsStored);
@@ -77,7 +75,6 @@ void Adapters::convert(const MatrixView& x, const Members& members, bool need_a,
   for (size_t i = 0; i < members.count(); ++i)
     if (copies_b(i)) total += Buffer::padded(members.b(i)->numel());
   Buffer buffer(x.base(), total, dtype);
-  std::vector<Cast> casts;
   if (copies_a) {
     a = buffer.next(ranks(), x.size(1));
     for (size_t i = 0; i < members.count(); ++i)
@@ -92,11 +89,10 @@ void Adapters::convert(const MatrixView& x, const Members& members, bool need_a,
     casts.push_back({in_rows(*members.b(i)), copy, transposed});
     b[i] = transposed ? copy.transposed() : copy;
   }
-  if (counters > 0 && !casts.empty()) {
+  if (counters > 0 && total > 0) {
     zeros = MatrixView(empty(x.base(), {counters}, ScalarType::Float));
     casts.push_back({*zeros, *zeros, /*transposed=*/false, /*lo=*/true});  // float32 leaves out nothing of itself
   }
-  cast_all(casts);
 }
 
 }  // namespace lora_fused

@@ -17,9 +17,10 @@ namespace lora_fused {
 // members' hi, all lo, all hi where `merged`, for one product of x with all members.
 struct Adapters {
   enum Layout { kAsStored, kTransposed };
-  // `counters`: how many `zeros` are wanted.
-  Adapters(const MatrixView& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b = kAsStored,
-           int64_t counters = 0);
+  // Of x's dtype, columns and device. What has to be converted for it goes to `casts`, which the caller runs before
+  // anything is read. `counters`: how many `zeros` are wanted.
+  Adapters(const MatrixView& x, const Members& members, std::vector<Cast>& casts, bool need_a, bool need_b,
+           Layout layout_of_b = kAsStored, int64_t counters = 0);
 
   int64_t ranks() const { return first.back(); }
   int64_t rank(size_t i) const { return first[i + 1] - first[i]; }
@@ -40,9 +41,9 @@ struct Adapters {
   MaybeMatrixView zeros;       // of four bytes, on a GPU, where the launch of a conversion can write them too
 
  private:
-  void split(const MatrixView& x, const Members& members, bool need_a);
-  void convert(const MatrixView& x, const Members& members, bool need_a, bool need_b, Layout layout_of_b,
-               int64_t counters);
+  void split(const MatrixView& x, const Members& members, std::vector<Cast>& casts, bool need_a);
+  void convert(const MatrixView& x, const Members& members, std::vector<Cast>& casts, bool need_a, bool need_b,
+               Layout layout_of_b, int64_t counters);
 };
 
 }  // namespace lora_fused

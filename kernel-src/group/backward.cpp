@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "../dispatch/table.h"
 #include "passes.h"
@@ -40,72 +41,12 @@ bool is_one_launch(const MatrixView& x, const Members& members) {
 
 }  // namespace
 
-// The products tᵀ D(input) of a group's adapters, those that own kernels make in one launch. Results are there after
-// `run`.
-class AdapterGrads {
- public:
-  explicit AdapterGrads(const MatrixView& x) : x_(x) {}
+Adapters Backward::adapters(const MatrixView& x, const Members& members, std::vector<Cast>& casts, bool need_dx) {
+  const int64_t counters = need_dx && is_one_launch(x, members) ? group_counters(x.size(0)) : 0;
+  return {x, members, casts, need_dx, /*need_b=*/true, layout_of_b(x), counters};
+}
 
-  // scaling·tᵀ D(input) or, transposed, its transpose, in `dtype`: with all others of its kind, by the library into
-  // what is wanted, or by a conversion of its product in x's dtype.
-  Tensor product(const MatrixView& t, const MatrixView& input, ScalarType dtype, bool transposed,
-                 const std::optional<Dropped>& mask, double scaling = 1.0) {
-    const int64_t rank = t.size(1), cols = input.size(1);
-    const std::vector<int64_t> sizes{transposed ? cols : rank, transposed ? rank : cols};
-    const Tensor wanted = empty(x_.base(), sizes, dtype);
-    const bool direct = dtype == x_.scalar_type() || (dtype == ScalarType::Float && supports_float_output(x_));
-    if (direct && batch_.add({t, input, wanted, transposed, mask, std::nullopt, scaling})) return wanted;
-    const Tensor own = direct ? wanted : empty(x_.base(), sizes, x_.scalar_type());
-    const MatrixView from = mask ? dropped(input, *mask) : input;
-    transposed ? multiply(own, from.transposed(), t, scaling, /*add=*/false)
-               : multiply(own, t.transposed(), from, scaling, /*add=*/false);
-    if (!direct) casts_.push_back({own, wanted});
-    return wanted;
-  }
-
-  // (hi + lo)ᵀ D(input) or, transposed, its transpose, in float32; hi and lo are next to each other.
-  Tensor product_bf16x3(const MatrixView& both, const MatrixView& input, bool transposed,
-                        const std::optional<Dropped>& mask) {
-    const int64_t rank = both.size(1) / 2, cols = input.size(1);
-    const auto shaped = [&](int64_t ranks) {
-      return empty(x_.base(), {transposed ? cols : ranks, transposed ? ranks : cols}, ScalarType::Float);
-    };
-    const Tensor out = shaped(rank);
-    const MatrixView hi = both.columns(0, rank), lo = both.columns(rank, rank);
-    if (batch_.add({hi, input, out, transposed, mask, lo})) return out;
-    const MatrixView wide = shaped(2 * rank), from = kept(input, mask);
-    if (transposed) {
-      multiply(wide, from.transposed(), both, 1.0, /*add=*/false);
-      sums_.push_back({wide.columns(0, rank), wide.columns(rank, rank), out, scale_of(mask)});
-    } else {
-      multiply(wide, both.transposed(), from, 1.0, /*add=*/false);
-      sums_.push_back({wide.rows(0, rank), wide.rows(rank, rank), out, scale_of(mask)});
-    }
-    return out;
-  }
-
-  // A float32 result of product_bf16x3, or some rows of it, in `dtype`.
-  Tensor converted(const MatrixView& sum, ScalarType dtype) {
-    if (dtype == ScalarType::Float) return sum.tensor();
-    const Tensor wanted = empty(x_.base(), {sum.size(0), sum.size(1)}, dtype);
-    casts_.push_back({sum, wanted});
-    return wanted;
-  }
-
-  void run() const {
-    batch_.run();
-    sum_hi_lo(sums_);
-    cast_all(casts_);
-  }
-
- private:
-  const MatrixView& x_;
-  SkinnyBatch<AdapterGrad> batch_;
-  std::vector<HiLoSum> sums_;
-  std::vector<Cast> casts_;
-};
-
-Backward::Backward(const Members& members, const MatrixView& x, const Given& given)
+Backward::Backward(const Members& members, const MatrixView& x, Adapters adapters, const Given& given)
     : members_(members),
       needs_(given.needs),
       need_dx_(given.need_dx),
@@ -116,7 +57,7 @@ Backward::Backward(const Members& members, const MatrixView& x, const Given& giv
       dmagnitudes_(members.count()),
       dbiases_(members.count()),
       dbs_(members.count()),
-      adapters_(x, members, given.need_dx, /*need_b=*/true, layout_of_b(x), at_once_ ? group_counters(x.size(0)) : 0) {
+      adapters_(std::move(adapters)) {
   size_t next_unscaled = 0;
   bool any_dt = need_dx_;
   std::vector<ScaleOutputBackward> passes;
@@ -215,7 +156,7 @@ void Backward::shrink_dy_bf16x3() {
   sum_hi_lo(sums);
 }
 
-void Backward::input(const MatrixView& dx) const {
+void Backward::input(const MatrixView& dx, SideStream* side) const {
   std::vector<Term> terms;
   std::vector<size_t> masked;
   const bool share = !members_.any_masked();
@@ -229,13 +170,14 @@ void Backward::input(const MatrixView& dx) const {
       terms.push_back({adapters_.columns_of(*dt_, i), adapters_.a_of(i)});
   }
   if (dt_ && share) terms.push_back({*dt_, *adapters_.a});
-  if (!waiting_.empty() && multiply_group(waiting_, {{dx, terms, /*made=*/1, std::nullopt}}, adapters_.zeros)) return;
+  if (!waiting_.empty() && multiply_group(waiting_, {{dx, terms, /*made=*/1, std::nullopt}}, adapters_.zeros, side))
+    return;
   multiply_shrinks(waiting_);
   // The mask of one member goes into the product.
-  if (!masked.empty() && multiply_dropped(dx, dropped_terms(masked[0]), *members_.mask(masked[0]), terms))
+  if (!masked.empty() && multiply_dropped(dx, dropped_terms(masked[0]), *members_.mask(masked[0]), terms, side))
     masked.erase(masked.begin());
   else
-    multiply(dx, terms, std::nullopt);
+    multiply(dx, terms, std::nullopt, side);
   if (!masked.empty()) add_dropped(dx, masked);
 }
 
@@ -299,8 +241,7 @@ Tensor Backward::grad_b(size_t i, AdapterGrads& products) const {
   return products.converted(products.product_bf16x3(both, *dunscaled_[i], /*transposed=*/true, std::nullopt), dtype);
 }
 
-void Backward::parameters(const MatrixView& x, Tensors& grads) const {
-  AdapterGrads products(x);
+void Backward::parameters(const MatrixView& x, Tensors& grads, AdapterGrads& products) const {
   MaybeTensor all;
   for (size_t i = 0; i < members_.count(); ++i) {
     if (needs(i, kNeedA)) grads.push_back(grad_a(i, x, products, all));
@@ -311,7 +252,6 @@ void Backward::parameters(const MatrixView& x, Tensors& grads) const {
     if (needs(i, kNeedBias)) grads.push_back(*dbiases_[i]);
     if (needs(i, kNeedMagnitude)) grads.push_back(*dmagnitudes_[i]);
   }
-  products.run();
 }
 
 }  // namespace lora_fused

@@ -3,13 +3,12 @@
 
 #include <vector>
 
+#include "adapter_grads.h"
 #include "adapters.h"
 #include "members.h"
 #include "products.h"
 
 namespace lora_fused {
-
-class AdapterGrads;  // backward.cpp
 
 // The backward of `project`, in the steps that a gated MLP needs apart: dt, dB and the sums over tokens are made by the
 // constructor, dx by `input`, what else is wanted by `parameters`.
@@ -24,15 +23,22 @@ class Backward {
     bool own_dys = false;  // whether they may be written over
   };
 
+  // What it reads of the adapters; conversions go to `casts`, which the caller runs.
+  static Adapters adapters(const MatrixView& x, const Members& members, std::vector<Cast>& casts, bool need_dx);
+
   // `x` gives dtype and shape alone: it need not be filled before `parameters`.
-  Backward(const Members& members, const MatrixView& x, const Given& given);
+  Backward(const Members& members, const MatrixView& x, Adapters adapters, const Given& given);
+
+  // Whether `input` makes nothing that `parameters` reads: a product of the library's or of ours, beside which these
+  // may run.
+  bool makes_dx_alone() const { return need_dx_ && waiting_.empty(); }
 
   // dx [M, K] of all members.
-  void input(const MatrixView& dx) const;
+  void input(const MatrixView& dx, SideStream* side = nullptr) const;
 
   // Appends the gradients that are wanted: of each member in turn A, B, bias, magnitude. A and B in their own dtype,
   // the sums over tokens in float32 (float64 for float64).
-  void parameters(const MatrixView& x, Tensors& grads) const;
+  void parameters(const MatrixView& x, Tensors& grads, AdapterGrads& products) const;
 
  private:
   bool needs(size_t i, Need need) const { return dys_[i] && (needs_[members_.index(i)] & need) != 0; }

@@ -108,17 +108,19 @@ std::optional<Outputs> project_at_once(const MatrixView& x, const Tensor& like, 
 
 }  // namespace
 
-Tensor shrink(const MatrixView& x, const Members& members) {
-  const Adapters adapters(x, members, /*need_a=*/true, /*need_b=*/false);
+Adapters forward_adapters(const MatrixView& x, const Members& members, std::vector<Cast>& casts, bool need_b) {
+  const int64_t counters = need_b && is_one_launch(x, members) ? group_counters(x.size(0)) : 0;
+  return {x, members, casts, /*need_a=*/true, need_b, Adapters::kAsStored, counters};
+}
+
+Tensor shrink(const MatrixView& x, const Members& members, const Adapters& adapters) {
   std::vector<MaybeMatrixView> drops(members.count());
   return shrink(x, members, adapters, drops);
 }
 
-Outputs project(const MatrixView& x, const Tensor& like, const Members& members, const Norms& norms, bool with_scaled) {
-  const bool at_once = is_one_launch(x, members);
-  const Adapters adapters(x, members, /*need_a=*/true, /*need_b=*/true, Adapters::kAsStored,
-                          at_once ? group_counters(x.size(0)) : 0);
-  if (at_once)
+Outputs project(const MatrixView& x, const Tensor& like, const Members& members, const Adapters& adapters,
+                const Norms& norms, bool with_scaled) {
+  if (is_one_launch(x, members))
     if (std::optional<Outputs> out = project_at_once(x, like, members, adapters, with_scaled)) return *std::move(out);
   std::vector<MaybeMatrixView> drops(members.count());
   Outputs out{{}, {}, shrink(x, members, adapters, drops)};
@@ -158,7 +160,9 @@ Outputs project(const MatrixView& x, const Tensor& like, const Members& members,
 }
 
 Tensor project_dropped(const MatrixView& x, const Members& members, size_t i, const Tensor& t) {
-  const Adapters adapters(x, members, /*need_a=*/false, /*need_b=*/true);
+  std::vector<Cast> casts;
+  const Adapters adapters(x, members, casts, /*need_a=*/false, /*need_b=*/true);
+  cast_all(casts);
   const Tensor weight = members.weight(i, x.scalar_type());
   const Tensor unscaled = empty(x.base(), {x.size(0), members.outputs(i)}, x.scalar_type());
   const Term base{dropped(x, *members.mask(i)), MatrixView(weight).transposed()};

@@ -1,7 +1,7 @@
 // The operands of an op: projections of one input, each a member of a group.
 //
 // What a reader of group/ meets in this order: members.h (operands), adapters.h (A and B as the products read them),
-// forward.h, backward.h; beside them products.h (sums of matrix products), skinny.h (products with a rank),
+// forward.h, backward.h, adapter_grads.h; beside them products.h (sums of matrix products), skinny.h (products with a rank),
 // dora_norms.h and passes.h (everything else that runs on a device).
 #pragma once
 

@@ -101,10 +101,11 @@ void multiply(const MatrixView& out, const MatrixView& a, const MatrixView& b, d
   addmm(to, to, as(out.scalar_type(), a), as(out.scalar_type(), b), add ? 1.0 : 0.0, alpha);
 }
 
-void multiply(const MatrixView& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias) {
+void multiply(const MatrixView& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias,
+              SideStream* side) {
 #if defined(CUDA_KERNEL)
   if (std::optional<Gemm> gemm = gemm_of(out, terms)) {
-    gemm->bias = bias;
+    gemm->bias = bias, gemm->side = side;
     if (run_if_supported(*gemm)) return;
   }
 #endif
@@ -121,9 +122,10 @@ void multiply(const MatrixView& out, const std::vector<Term>& terms, const std::
 
 int64_t group_counters(int64_t rows) { return GemmGroup::counters(rows); }
 
-bool multiply_group(const std::vector<Shrink>& shrinks, const std::vector<Sum>& sums, const MaybeMatrixView& zeros) {
+bool multiply_group(const std::vector<Shrink>& shrinks, const std::vector<Sum>& sums, const MaybeMatrixView& zeros,
+                    SideStream* side) {
 #if defined(CUDA_KERNEL)
-  GemmGroup group{shrinks, {}, zeros};
+  GemmGroup group{shrinks, {}, zeros, side};
   for (const Sum& sum : sums) {
     if (std::any_of(sum.terms.begin(), sum.terms.end(), is_scaled)) return false;
     Gemm gemm = sum_of(sum.out, sum.terms, {});
@@ -139,11 +141,11 @@ bool multiply_group(const std::vector<Shrink>& shrinks, const std::vector<Sum>& 
 }
 
 bool multiply_dropped(const MatrixView& out, const std::vector<Term>& dropped, const Dropped& mask,
-                      const std::vector<Term>& terms) {
+                      const std::vector<Term>& terms, SideStream* side) {
 #if defined(CUDA_KERNEL)
   if (std::any_of(dropped.begin(), dropped.end(), is_scaled)) return false;
   if (std::optional<Gemm> gemm = gemm_of(out, terms, dropped)) {
-    gemm->mask = mask;
+    gemm->mask = mask, gemm->side = side;
     return run_if_supported(*gemm);
   }
 #endif

@@ -6,6 +6,7 @@
 
 #include "../common/kernels.h"
 #include "../common/matrix_view.h"
+#include "../common/side_stream.h"
 #include "../common/tensors.h"
 
 namespace lora_fused {
@@ -23,11 +24,12 @@ struct Term {
 
 // out [M, N] = the sum of all terms + bias [N], of which the first has an alpha of 1: one launch of our own GEMM where
 // that is supported and faster than the library's products one after another.
-void multiply(const MatrixView& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias);
+void multiply(const MatrixView& out, const std::vector<Term>& terms, const std::optional<Tensor>& bias,
+              SideStream* side = nullptr);
 
 // out [M, N] = D(the sum of the terms `dropped`) + the sum of `terms`, where one launch does it.
 bool multiply_dropped(const MatrixView& out, const std::vector<Term>& dropped, const Dropped& mask,
-                      const std::vector<Term>& terms);
+                      const std::vector<Term>& terms, SideStream* side = nullptr);
 
 // unscaled [M, N] = the sum of the terms `leading` and out = (scale - 1)∘unscaled + the sum of `terms` + bias, with
 // mag_norm_scale [N] in float32, where one launch does both.
@@ -51,7 +53,8 @@ struct Sum {
 };
 
 // All shrinks and then all sums, where one launch does both; `zeros` of Adapters, GemmGroup::counters of them or none.
-bool multiply_group(const std::vector<Shrink>& shrinks, const std::vector<Sum>& sums, const MaybeMatrixView& zeros);
+bool multiply_group(const std::vector<Shrink>& shrinks, const std::vector<Sum>& sums, const MaybeMatrixView& zeros,
+                    SideStream* side = nullptr);
 // How many of these it can use.
 int64_t group_counters(int64_t rows);
 

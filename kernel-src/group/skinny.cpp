@@ -9,8 +9,16 @@ namespace lora_fused {
 namespace {
 
 #if defined(CUDA_KERNEL)
+dispatch::SkinnyKernel kernel_of(const Shrink& product, bool) { return dispatch::skinny_kernel(product); }
+dispatch::SkinnyKernel kernel_of(const AdapterGrad& product, bool beside) {
+  return dispatch::skinny_kernel(product, beside);
+}
+
 void run_sm80(const std::vector<Shrink>& products) { shrink_cuda(products); }
 void run_sm80(const std::vector<AdapterGrad>& products) { adapter_grad_cuda(products); }
+
+void run_sm90(const std::vector<Shrink>& products, SideStream*) { skinny_sm90(products); }
+void run_sm90(const std::vector<AdapterGrad>& products, SideStream* side) { skinny_sm90(products, side); }
 #endif
 
 }  // namespace
@@ -40,7 +48,7 @@ void multiply_shrink(const MatrixView& out, const MatrixView& x, const MatrixVie
 template <typename Product>
 bool SkinnyBatch<Product>::add(const Product& product) {
 #if defined(CUDA_KERNEL)
-  const dispatch::SkinnyKernel kernel = dispatch::skinny_kernel(product);
+  const dispatch::SkinnyKernel kernel = kernel_of(product, beside_);
   if (kernel == dispatch::SkinnyKernel::kLibrary) return false;
   (kernel == dispatch::SkinnyKernel::kSm90 ? sm90_ : sm80_).push_back(product);
   return true;
@@ -50,10 +58,12 @@ bool SkinnyBatch<Product>::add(const Product& product) {
 }
 
 template <typename Product>
-void SkinnyBatch<Product>::run() const {
+void SkinnyBatch<Product>::run(SideStream* side) {
 #if defined(CUDA_KERNEL)
-  if (!sm90_.empty()) skinny_sm90(sm90_);
+  if (!sm90_.empty()) run_sm90(sm90_, side);
   if (!sm80_.empty()) run_sm80(sm80_);
+  sm90_.clear();
+  sm80_.clear();
 #endif
 }
 

@@ -23,11 +23,15 @@ void multiply_shrink(const MatrixView& out, const MatrixView& x, const MatrixVie
 template <typename Product>
 class SkinnyBatch {
  public:
+  // `beside`: `run` gets a product to run beside.
+  explicit SkinnyBatch(bool beside = false) : beside_(beside) {}
+
   // False where the library's product is to be taken instead.
   bool add(const Product& product);
-  void run() const;
+  void run(SideStream* side = nullptr);
 
  private:
+  bool beside_;
   std::vector<Product> sm80_, sm90_;
 };
 

@@ -8,10 +8,12 @@
 // is never written, and `outputs` are unscaled. With dropout the forward gives outputs and unscaled outputs; the
 // backward computes the first member's unscaled output again if the caller has not kept it. `up_to_h` leaves out down's
 // product and gives h [M, I] in place of y: for LoRA, all that the backward needs exists before that product.
+#include <optional>
 #include <tuple>
 #include <utility>
 
 #include "../../torch-ext/torch_binding.h"
+#include "../dispatch/table.h"
 #include "../group/backward.h"
 #include "../group/forward.h"
 #include "../group/passes.h"
@@ -33,10 +35,15 @@ MaybeTensor half_of_vector(const MaybeTensor& vector, int64_t half) {
   return Tensor(handle);
 }
 
+// h for those who ask about it before there is any: not to be read.
+MatrixView shape_of_h(const Tensor& x, int64_t rows, int64_t width) { return {x, rows, width, width, 1, 0}; }
+
 // Gate and up among the outputs [M, I] or [M, 2I] of the first group.
 struct Halves {
   bool fused;
   int64_t gate_half;
+
+  int64_t width(const Members& in) const { return fused ? in.outputs(0) / 2 : in.outputs(0); }
 
   std::tuple<MatrixView, MatrixView> of(const Tensors& outputs) const {
     if (!fused) return {outputs[0], outputs[1]};
@@ -71,11 +78,16 @@ Tensors gated_forward(const Tensor& x, Optionals operands, std::vector<double> s
   STD_TORCH_CHECK(!up_to_h || !out.mag_norm_scale(0), "gated_forward: DoRA's backward needs the last product");
   const Halves halves{inputs == 1, gate_half};
   const MatrixView rows = matrix(x);
-  Outputs first = project(rows, rows.tensor(), in, norms, /*with_scaled=*/false);
+  std::vector<Cast> casts;
+  const Adapters of_in = forward_adapters(rows, in, casts),
+                 of_out = forward_adapters(shape_of_h(x, rows.size(0), halves.width(in)), out, casts, !up_to_h);
+  cast_all(casts);
+  Outputs first = project(rows, rows.tensor(), in, of_in, norms, /*with_scaled=*/false);
   const auto [gate, up] = halves.of(first.ys);
   const MatrixView h = fresh_like(gate);
   run_activation({gate, up, h, {}, {}, {}, activation, halves.scale(in, 0), halves.scale(in, 1)});
-  Outputs last = up_to_h ? Outputs{{h.tensor()}, {}, shrink(h, out)} : project(h, x, out, norms, /*with_scaled=*/true);
+  Outputs last = up_to_h ? Outputs{{h.tensor()}, {}, shrink(h, out, of_out)}
+                         : project(h, x, out, of_out, norms, /*with_scaled=*/true);
   Tensors found{last.ys[0]};
   append(found, first.ys);
   append(found, {first.t, last.t});
@@ -110,15 +122,25 @@ Tensors gated_backward(const Tensor& dy, const Tensor& x, Tensors kept, Optional
   Tensors grads, last_grads, d_outputs;
   for (const Tensor& output : outputs) d_outputs.push_back(fresh_like(output));
   const auto [dgate, dup] = halves.of(d_outputs);
-  {
-    const MatrixView h = fresh_like(gate), dh = halves.fused ? MatrixView(fresh_like(gate)) : dgate;
-    const Tensors last_unscaled = out.mag_norm_scale(0) ? Tensors{unscaled.back()} : Tensors{};
-    const Backward last(out, h, {Optionals{dy}, last_unscaled, needs, /*need_dx=*/true, last_t});
-    last.input(dh);
-    run_activation({gate, up, h, dh, dgate, dup, activation, halves.scale(in, 0), halves.scale(in, 1)});
-    last.parameters(h, last_grads);
-  }
   const MatrixView rows = matrix(x);
+  MaybeMatrixView h = fresh_like(gate), dh = halves.fused ? MatrixView(fresh_like(gate)) : dgate;
+  const Tensors last_unscaled = out.mag_norm_scale(0) ? Tensors{unscaled.back()} : Tensors{};
+  std::vector<Cast> casts;
+  Adapters of_in = Backward::adapters(rows, in, casts, need_dx),
+           of_out = Backward::adapters(*h, out, casts, /*need_dx=*/true);
+  cast_all(casts);
+  const Backward::Given of_dy{Optionals{dy}, last_unscaled, needs, /*need_dx=*/true, last_t};
+  std::optional<Backward> last(std::in_place, out, *h, std::move(of_out), of_dy);
+  last->input(*dh);
+  run_activation({gate, up, *h, *dh, dgate, dup, activation, halves.scale(in, 0), halves.scale(in, 1)});
+  const bool masked = in.any_masked() || out.any_masked();
+  const bool beside = need_dx && dispatch::run_beside(rows, {args.count(), /*mlp=*/true, masked, bf16x3});
+  AdapterGrads products(rows, beside);
+  last->parameters(*h, last_grads, products);
+  if (!beside) {
+    products.run();
+    last.reset(), h.reset(), dh.reset();
+  }
   // What is made again lives as long as the pass over dy that reads it.
   const auto first_unscaled = [&] {
     Tensors found;
@@ -131,12 +153,14 @@ Tensors gated_backward(const Tensor& dy, const Tensor& x, Tensors kept, Optional
     return found;
   };
   const Optionals first_dys(d_outputs.begin(), d_outputs.end());
-  const Backward first(in, rows, {first_dys, first_unscaled(), needs, need_dx, t, /*own_dys=*/true});
-  if (need_dx) {
-    grads.push_back(empty_as(x, rows.size(1)));
-    first.input(matrix(grads[0]));
-  }
-  first.parameters(rows, grads);
+  const Backward first(in, rows, std::move(of_in), {first_dys, first_unscaled(), needs, need_dx, t, /*own_dys=*/true});
+  const bool alone = beside && first.makes_dx_alone();
+  SideStream side(rows);
+  if (need_dx) grads.push_back(empty_as(x, rows.size(1)));
+  if (alone) first.parameters(rows, grads, products);
+  if (need_dx) first.input(matrix(grads[0]), alone ? &side : nullptr);
+  if (!alone) first.parameters(rows, grads, products);
+  products.run(&side);
   append(grads, last_grads);
   return grads;
 }

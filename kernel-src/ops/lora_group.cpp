@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "../../torch-ext/torch_binding.h"
+#include "../dispatch/table.h"
 #include "../group/backward.h"
 #include "../group/forward.h"
 
@@ -32,7 +33,12 @@ Tensors lora_forward(const Tensor& x, Optionals operands, std::vector<double> sc
   GroupArgs args{std::move(operands), scalings, seeds, dropouts, quantized, bf16x3};
   args.check();
   const Norms norms(args, x.scalar_type());
-  Outputs out = project(matrix(x), x, Members(args, 0, args.count()), norms, /*with_scaled=*/true);
+  const Members members(args, 0, args.count());
+  const MatrixView rows = matrix(x);
+  std::vector<Cast> casts;
+  const Adapters adapters = forward_adapters(rows, members, casts);
+  cast_all(casts);
+  Outputs out = project(rows, x, members, adapters, norms, /*with_scaled=*/true);
   Tensors found = std::move(out.ys);
   found.push_back(out.t);
   append(found, out.unscaled);
@@ -50,12 +56,19 @@ Tensors lora_backward(Optionals dys, const Tensor& x, const Tensor& t, std::opti
   args.check();
   const Members members(args, 0, args.count());
   const MatrixView rows = matrix(x);
-  const Backward backward(members, rows, {dys, unscaled.value_or(Tensors{}), needs, need_dx, t});
+  std::vector<Cast> casts;
+  Adapters adapters = Backward::adapters(rows, members, casts, need_dx);
+  cast_all(casts);
+  const Backward backward(members, rows, std::move(adapters), {dys, unscaled.value_or(Tensors{}), needs, need_dx, t});
+  const bool beside = backward.makes_dx_alone() &&
+                      dispatch::run_beside(rows, {args.count(), /*mlp=*/false, members.any_masked(), bf16x3});
   Tensors grads;
-  if (need_dx) {
-    grads.push_back(empty_as(x, rows.size(1)));
-    backward.input(matrix(grads[0]));
-  }
-  backward.parameters(rows, grads);
+  AdapterGrads products(rows, beside);
+  SideStream side(rows);
+  if (need_dx) grads.push_back(empty_as(x, rows.size(1)));
+  if (beside) backward.parameters(rows, grads, products);
+  if (need_dx) backward.input(matrix(grads[0]), beside ? &side : nullptr);
+  if (!beside) backward.parameters(rows, grads, products);
+  products.run(&side);
   return grads;
 }

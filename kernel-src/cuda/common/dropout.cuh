@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) dropout_fwd_kernel(const __grid_cons
   const W scale = static_cast<W>(a.keep.scale);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < a.total; i += step) {
-    const int64_t row = i / a.blocks, col = kColumns * (i - row * a.blocks);
+    const int64_t row = quotient(i, a.blocks), col = kColumns * (i - row * a.blocks);
     const int64_t count = min(static_cast<int64_t>(kColumns), a.cols - col);
     Columns<In> x;
     Columns<Out> out;

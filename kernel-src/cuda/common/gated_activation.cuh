@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) gated_activation_kernel(const __grid
   using W = Wide<T>;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < a.total; i += step) {
-    const int64_t row = i / a.blocks, col = kColumns * (i - row * a.blocks);
+    const int64_t row = quotient(i, a.blocks), col = kColumns * (i - row * a.blocks);
     const int64_t count = min(static_cast<int64_t>(kColumns), a.cols - col);
     Columns<T> gate, up, h, dh, dgate, dup;
     load(gate, a.gate, row, col, count, kAligned);

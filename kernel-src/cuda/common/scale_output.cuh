@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) scale_output_fwd_kernel(const __grid
   const Wide<T> less = a.form == ScaleOutput::kScale && !has_bias ? 0 : 1;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < a.total; i += step) {
-    const int64_t row = i / a.blocks, col = kColumns * (i - row * a.blocks), count = a.cols - col;
+    const int64_t row = quotient(i, a.blocks), col = kColumns * (i - row * a.blocks), count = a.cols - col;
     Columns<T> u, y, bias{};
     Columns<Wide<T>> scale;
     load(u, a.unscaled, row, col, count, kAligned);

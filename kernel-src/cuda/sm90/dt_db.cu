@@ -73,7 +73,7 @@ void launch(const std::vector<DtDb>& products, size_t begin) {
   const cudaStream_t stream = stream_of(like);
   dt_db_kernel<T><<<dim3(slabs, args.shares), kThreads, kBytes, stream>>>(args);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  finish_kernel<T><<<dim3(tiles(most_quads, kFinishThreads), 2 * args.entries), kFinishThreads, 0, stream>>>(sums);
+  finish_kernel<T><<<dim3(tiles(most_quads, kFinishQuads), 2 * args.entries), kFinishThreads, 0, stream>>>(sums);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -24,7 +24,9 @@ constexpr int kBox = 64 * 128;  // bytes of 64 rows of 64 elements
 constexpr int kStages = 4, kStageBytes = 4 * kBox, kSlots = 2, kSlotBytes = 2 * kBox;
 constexpr int kB = kStages * kStageBytes, kT = kB + kSlab / 64 * kBox, kBarriers = kT + kSlots * kSlotBytes;
 constexpr int kBytes = kBarriers + 8 * (2 * kStages + 2 * kSlots + 1) + 1024;  // to align the base
-constexpr int kMostRanks = 64, kEntries = 4, kFinishThreads = 256;
+constexpr int kMostRanks = 64, kEntries = 4;
+// Of the second kernel: outputs of a block, four ranks each, and threads that share the sum of one.
+constexpr int kFinishQuads = 64, kFinishShares = 4, kFinishThreads = kFinishQuads * kFinishShares;
 
 struct Entry {
   CUtensorMap dy, b, t;
@@ -207,31 +209,37 @@ struct Sums {
   Sum sum[2 * kEntries];
 };
 
-__device__ __forceinline__ float4 sum_of_partials(const float4* partials, int count, int64_t stride) {
+__device__ __forceinline__ float4 plus(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+
+__device__ __forceinline__ float4 sum_of_partials(const float4* partials, int first, int last, int64_t stride) {
   float4 sum{};
 #pragma unroll 8
-  for (int part = 0; part < count; ++part) {
-    const float4 x = partials[part * stride];
-    sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
-  }
+  for (int part = first; part < last; ++part) sum = plus(sum, partials[part * stride]);
   return sum;
 }
 
-// Four ranks a thread, a sum for each y of the grid.
+// Four ranks of an output for each column of threads, whose shares of the partials meet in shared memory; a sum for each
+// y of the grid.
 template <typename T>
 __global__ __launch_bounds__(kFinishThreads) void finish_kernel(const __grid_constant__ Sums args) {
   const Sum& s = args.sum[blockIdx.y];
-  const int quads = s.width / 4;
-  const int64_t all = int64_t{s.rows} * quads, i = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
-  if (i >= all) return;
+  __shared__ float4 shares[kFinishShares - 1][kFinishQuads];
+  const int quads = s.width / 4, column = threadIdx.x % kFinishQuads, share = threadIdx.x / kFinishQuads;
+  const int64_t all = int64_t{s.rows} * quads, i = int64_t{blockIdx.x} * kFinishQuads + column;
   const int rank = static_cast<int>(i % quads) * 4;
-  if (rank >= s.ranks) return;
-  const float4* const partials = reinterpret_cast<const float4*>(s.partials) + i;
-  float4 sum = sum_of_partials(partials, s.count, all);
-  if (s.bf16x3) {
-    const float4 lo = sum_of_partials(partials + s.ranks / 4, s.count, all);
-    sum = {sum.x + lo.x, sum.y + lo.y, sum.z + lo.z, sum.w + lo.w};
+  const bool is_there = i < all && rank < s.ranks;
+  float4 sum{};
+  if (is_there) {
+    const float4* const partials = reinterpret_cast<const float4*>(s.partials) + i;
+    const int first = share * s.count / kFinishShares, last = (share + 1) * s.count / kFinishShares;
+    sum = sum_of_partials(partials, first, last, all);
+    if (s.bf16x3) sum = plus(sum, sum_of_partials(partials + s.ranks / 4, first, last, all));
   }
+  if (share > 0) shares[share - 1][column] = sum;
+  __syncthreads();
+  if (share > 0 || !is_there) return;
+#pragma unroll
+  for (int other = 0; other < kFinishShares - 1; ++other) sum = plus(sum, shares[other][column]);
   const float values[] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
   for (int j = 0; j < 4; ++j) {

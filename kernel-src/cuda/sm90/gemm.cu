@@ -47,7 +47,7 @@ void launch(const Gemm& gemm, int count) {
   static SharedMemory shared_memory;
   shared_memory.allow(kernel, kBytes, device);
   const int blocks = kCluster * std::min(args.tiles_m * args.tiles_n, count / kCluster);
-  launch_clusters(kernel, blocks, kCluster, kThreads, kBytes, stream_of(gemm.out), args);
+  launch_clusters(kernel, blocks, kCluster, kThreads, kBytes, stream_of(gemm.out), args, gemm.side);
 }
 
 template <typename T, bool kRowsAreN, LeadingOp kLeading>

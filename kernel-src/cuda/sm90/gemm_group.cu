@@ -102,7 +102,7 @@ void launch(const GemmGroup& group, int count) {
   constexpr int kBytes = GroupLayout<kBlockN>::bytes;
   static SharedMemory shared_memory;
   shared_memory.allow(kernel, kBytes, out.get_device_index());
-  launch_clusters(kernel, clusters * kCluster, kCluster, kThreads, kBytes, stream, args);
+  launch_clusters(kernel, clusters * kCluster, kCluster, kThreads, kBytes, stream, args, group.side);
 }
 
 template <typename T, bool kRowsAreN>

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "../../common/matrix_view.h"
+#include "../../common/side_stream.h"
 #include "../common/shared_memory.h"
 
 namespace lora_fused::sm90 {
@@ -83,11 +84,17 @@ inline cudaLaunchConfig_t clusters_of(cudaLaunchAttribute& dimension, unsigned b
 
 template <typename Kernel, typename Arguments>
 void launch_clusters(Kernel kernel, unsigned blocks, unsigned cluster, unsigned threads, size_t bytes,
-                     cudaStream_t stream, const Arguments& args) {
-  cudaLaunchAttribute dimension;
-  cudaLaunchConfig_t config = clusters_of(dimension, blocks, cluster, threads, bytes);
+                     cudaStream_t stream, const Arguments& args, SideStream* side = nullptr) {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = clusters_of(attributes[0], blocks, cluster, threads, bytes);
   config.stream = stream;
+  if (side != nullptr) {
+    attributes[1].id = cudaLaunchAttributeLaunchCompletionEvent;
+    attributes[1].val.launchCompletionEvent = {side->begun(), 0};
+    config.numAttrs = 2;
+  }
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
+  if (side != nullptr) side->started();
 }
 
 // Clusters that the current device runs at once.
