@@ -1,44 +1,29 @@
 """torch.compile by decoder layer: the frozen model, PEFT and lora-fused compiled in one process, beside both eager.
 
 Forward and backward by the rules of compare_lora.py: every trainable parameter changes before each step, medians of
-queued steps, results checked against PEFT's first on two layers. Ratios are to the compiled frozen model. "options":
-layers are compiled with `lora_fused.compile_options()`. Each row says how many graphs its steps have, and how often
-they broke off. A GPU is required; `--match` chooses cases.
+queued steps, results checked against PEFT's first on two layers. The compiled models take turns, in changing order; the
+eager ones come before. Ratios are to the compiled frozen model. "options": layers are compiled with
+`lora_fused.compile_options()`. Each row says how many graphs its steps have, and how often they broke off. A GPU is
+required; `--match` chooses cases.
 
     python benchmarks/compare_compiled.py --kernel build --out results.json
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import compare_lora
 import compare_qlora
 import kernels
+import measuring
 import peers
 import profile_step
 import progress
 import torch
 from measuring import release_memory
-from reporting import environment, first_line, parsed_on_a_gpu, parser_of, written
-
-
-def timed(model, inputs, case: dict, **how) -> dict:
-    """`compare_lora.measure` of the compiled model, or "failed": why there is nothing to report. With case["profile"]
-    the GPU's time by kernel is printed."""
-    start = time.perf_counter()
-    try:
-        with peers.compiled(model, **how) as notes:
-            compare_lora.step(model, inputs, case["autocast"])
-            torch.cuda.synchronize()
-            found = {"first_step_s": round(time.perf_counter() - start, 1), **compare_lora.measure(model, inputs, case)}
-            if case["profile"]:
-                print(profile_step.gpu_table(model, inputs, case["autocast"], case["profile"]))
-        return {**found, **notes}
-    except Exception as error:  # a row's result
-        return {"failed": first_line(error)}
-    finally:
-        release_memory()
+from reporting import environment, parsed_on_a_gpu, parser_of, written
 
 
 def make_base(case: dict, layers: int) -> torch.nn.Module:
@@ -59,25 +44,68 @@ def check(case: dict, lora_fused, inputs) -> dict:
     return result
 
 
+class Contender:
+    """A model whose layers are compiled, in turns with others: each step's figures are of it alone."""
+
+    def __init__(self, model: torch.nn.Module, inputs, case: dict):
+        self.model, self.inputs, self.case = model, inputs, case
+        self.notes = dict(graphs=0, graph_breaks=0)
+
+    def __call__(self) -> dict:
+        """`compare_lora.measure`; memory without what other models hold."""
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        own = compare_lora.bytes_of(self.model)
+        release_memory()
+        others = torch.cuda.memory_allocated() - own
+        found = compare_lora.measure(self.model, self.inputs, self.case)
+        for tensor in (self.inputs["leaf"], *self.model.parameters()):
+            tensor.grad = None
+        self.notes["graphs"] += counters["stats"]["unique_graphs"]
+        self.notes["graph_breaks"] += sum(counters["graph_break"].values())
+        return {**found, "peak_gb": found["peak_gb"] - others / 1e9}
+
+    def first_step(self) -> None:
+        start, counters = time.perf_counter(), torch._dynamo.utils.counters
+        counters.clear()
+        compare_lora.step(self.model, self.inputs, self.case["autocast"])
+        torch.cuda.synchronize()
+        self.notes["first_step_s"] = round(time.perf_counter() - start, 1)
+        self.notes["graphs"] += counters["stats"]["unique_graphs"]
+        self.notes["graph_breaks"] += sum(counters["graph_break"].values())
+
+
 def run_case(case: dict, lora_fused) -> dict:
     inputs = compare_lora.inputs_of(case)
     result = {**case, **check(case, lora_fused, inputs)}
     if "failed" in result:
         return result
-    base = make_base(case, case["layers"])
-    result["frozen, eager"] = compare_lora.measure(base, inputs, case)
-    result["frozen"] = timed(base, inputs, case)
-    model = compare_lora.adapt(base, case, torch.float32)
-    with compare_lora.fused(model, lora_fused):
-        result["ours, eager"] = compare_lora.measure(model, inputs, case)
-        result["ours"] = timed(model, inputs, case)
-        if case["options"] and not case["profile"]:
-            result["ours, options"] = timed(model, inputs, case, options=lora_fused.compile_options())
-    if case["peft"] and not case["profile"]:
-        result["PEFT"] = timed(model, inputs, case)
+    names = ["frozen", "ours"] + ["ours, options"] * case["options"] + ["PEFT"] * case["peft"]
+    with contextlib.ExitStack() as scopes:
+        contenders = {}
+        for name in names:
+            model = make_base(case, case["layers"])
+            if name != "frozen":
+                model = compare_lora.adapt(model, case, torch.float32)
+            if name.startswith("ours"):
+                compare_lora.fuse(model, lora_fused)
+            contenders[name] = Contender(model, inputs, case)
+        for name in ("frozen", "ours"):
+            result[f"{name}, eager"] = contenders[name]()
+        for name, contender in contenders.items():
+            how = {"options": lora_fused.compile_options()} if "options" in name else {}
+            scopes.enter_context(peers.compiled(contender.model, **how))
+        for contender in contenders.values():
+            contender.first_step()
+        if case["profile"]:
+            for name in ("frozen", "ours"):
+                print(profile_step.gpu_table(contenders[name].model, inputs, case["autocast"], case["profile"]))
+        for name, found in measuring.in_turns(contenders, ROUNDS).items():
+            result[name] = {**found, **contenders[name].notes}
     return result
 
 
+ROUNDS = 3
 ROWS = ("frozen, eager", "frozen", "ours, eager", "ours", "ours, options", "PEFT")
 
 
@@ -89,9 +117,6 @@ def describe(result: dict) -> str:
     for name in ROWS:
         row = result.get(name)
         if row is None:
-            continue
-        if "failed" in row:
-            lines.append(f"  {name:14} {row['failed']}")
             continue
         text = f"  {name:14} {row['ms']:8.2f} ms {row['ms'] / frozen['ms']:5.2f}x  {row['peak_gb']:6.2f} GB "
         text += f"{row['peak_gb'] / frozen['peak_gb']:4.2f}x, {row['transient_gb']:.2f} a step"
@@ -117,7 +142,7 @@ def head_of(case: dict) -> str:
 
 def main() -> None:
     parser = parser_of(__doc__, "benchmark_compiled.json")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=4, help=f"steps of each model in each of {ROUNDS} turns")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="print the kernels of a step, so many")
     parser.add_argument("--match", nargs="+", metavar="WORD", help="only cases whose first words hold one of these")
