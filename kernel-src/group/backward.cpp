@@ -40,6 +40,10 @@ bool is_one_launch(const MatrixView& x, const Members& members) {
 
 }  // namespace
 
+bool needs_any_a(const std::vector<int64_t>& needs, size_t count) {
+  return std::any_of(needs.begin(), needs.begin() + count, [](int64_t need) { return (need & kNeedA) != 0; });
+}
+
 // The products tᵀ D(input) of a group's adapters, those that own kernels make in one launch. Results are there after
 // `run`.
 class AdapterGrads {

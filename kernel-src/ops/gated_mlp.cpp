@@ -92,7 +92,8 @@ Tensors gated_forward(const Tensor& x, Optionals operands, std::vector<double> s
 }
 
 // `kept`: the outputs of the first group, its t and down's, and the unscaled outputs, as the forward gives them. Gives
-// dx, where it is needed, and the gradients in turn.
+// dx, where it is needed, and the gradients in turn. Where no gradient of an A of the first group is needed, and no
+// unscaled output is made again, x gives its shape alone.
 Tensors gated_backward(const Tensor& dy, const Tensor& x, Tensors kept, Optionals operands,
                        std::vector<double> scalings, std::optional<Tensor> seeds, Numbers dropouts, Integers quantized,
                        bool bf16x3, int64_t activation, int64_t gate_half, bool need_dx, std::vector<int64_t> needs) {
@@ -118,14 +119,14 @@ Tensors gated_backward(const Tensor& dy, const Tensor& x, Tensors kept, Optional
     run_activation({gate, up, h, dh, dgate, dup, activation, halves.scale(in, 0), halves.scale(in, 1)});
     last.parameters(h, last_grads);
   }
-  const MatrixView rows = matrix(x);
+  const MatrixView rows = needs_any_a(needs, inputs) ? matrix(x) : unread_matrix(x);
   // What is made again lives as long as the pass over dy that reads it.
   const auto first_unscaled = [&] {
     Tensors found;
     auto next = unscaled.end() - (out.mag_norm_scale(0) ? 1 : 0);
     for (size_t i = inputs; i-- > 0;) {
       if (!in.mag_norm_scale(i)) continue;
-      const auto masked_one = [&] { return next == unscaled.begin() ? project_dropped(rows, in, i, t) : *--next; };
+      const auto masked_one = [&] { return next == unscaled.begin() ? project_dropped(matrix(x), in, i, t) : *--next; };
       found.insert(found.begin(), in.masked(i) ? masked_one() : outputs[i]);
     }
     return found;
