@@ -206,7 +206,7 @@ def _saves_by_hooks() -> bool:
 def _let_go_of_checkpoints(phase: str, _: dict, threads: _Threads = _threads) -> None:
     """What a checkpoint has saved holds the function that it runs again, and so modules, and what that is called with:
     results of a checkpoint that was left may hold themselves. They are let go when their thread collects garbage."""
-    precomputed = threads.calls.precomputed
+    precomputed = getattr(getattr(threads, "calls", None), "precomputed", None)  # no calls yet: making them collects
     if phase == "start" and precomputed is not None and precomputed.in_checkpoint and not _saves_by_hooks():
         precomputed.results.clear()
 
