@@ -24,7 +24,7 @@ import progress
 import torch
 import transformers
 from lora_cases import KINDS, VARIANTS, cases, head_of, peer_cases, shape_of
-from measuring import release_memory
+from measuring import change_parameters, release_memory
 from reporting import environment, first_line, parsed_on_a_gpu, parser_of, written
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -117,15 +117,6 @@ def step(model, inputs, autocast: bool, cache: bool = True):
     return y
 
 
-def change_parameters(model):
-    with torch.no_grad():
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        if parameters:
-            torch._foreach_mul_(parameters, 1.0 + 1e-6)
-            for p in parameters:
-                p.grad = None
-
-
 def norms(model, inputs, autocast):
     """The output, and the norm of all parameters' gradients together."""
     for p in model.parameters():
@@ -156,7 +147,7 @@ def measure(model, inputs, case):
         return step(model, inputs, case["autocast"], cache)
 
     if case.get("graph"):
-        run = measuring.captured(functools.partial(run, cache=False), 3, before=change)
+        run = measuring.captured(functools.partial(run, cache=False), change)
     start = time.perf_counter()
     for i in range(WARM_UP):
         change_parameters(model)
