@@ -71,6 +71,24 @@ def build(make, seed=0, device="cuda") -> torch.nn.Module:
     return model.requires_grad_(False)
 
 
+def four_bit(model: torch.nn.Module, storage: torch.dtype = torch.uint8) -> torch.nn.Module:
+    """`model` with its linears in NF4, double-quantized, kept as elements of `storage`: all but the head, which
+    transformers leaves as it is."""
+    import bitsandbytes as bnb
+
+    options = dict(compress_statistics=True, quant_type="nf4", quant_storage=storage)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Linear and name != "lm_head":
+                sizes = child.in_features, child.out_features
+                new = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, **options)
+                new.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, module=new, **options)
+                setattr(parent, name, new.to(child.weight.device))
+                del child
+    model.is_loaded_in_4bit = True
+    return model
+
+
 def adapt(model, case: dict, adapter_dtype) -> torch.nn.Module:
     rank, targets = case["rank"], ["proj"] if shape_of(case) == "linear" else LINEARS
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **VARIANTS[case["variant"]])
