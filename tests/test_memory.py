@@ -337,6 +337,7 @@ def grads_of(model, x):
     return found
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("variant", ADAPTED)
 @pytest.mark.parametrize("implementation", WITHOUT_A)
 def test_x_is_not_saved_where_no_gradient_of_an_a_is_wanted(lora_fused, device, variant, implementation):
