@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends import native
 from ..call_context import FORWARD
-from ..specs import Projection
+from ..specs import NEED_A, Projection
 from .direct_apply import apply_of
 from .group_native import Prepared, by_trained, group_forward, prepare, put_made, reads_x
 from .once_differentiable import once_differentiable
@@ -66,7 +66,8 @@ class NativeGatedFunction(torch.autograd.Function):
         if makes_u_again:
             del kept[len(projections) + 1]  # the first unscaled output, after the outputs, t and down's t
         ctx.arguments, ctx.options, ctx.kept = prepared.arguments, options, len(kept)
-        is_read = makes_u_again or reads_x(prepared.arguments.needs[:-1])
+        needs = prepared.arguments.needs
+        is_read = needs[0] & NEED_A or makes_u_again or reads_x(needs[:-1])  # nearly always the first's
         ctx.save_for_backward(x if is_read else left_out(ctx, x), seeds, *kept, *prepared.of_backward)
         return y
 

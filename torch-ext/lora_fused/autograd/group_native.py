@@ -288,13 +288,14 @@ class NativeGroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, prepared: Prepared, token, x: Tensor, seeds: Tensor | None, *_):
         outputs = group_forward(x, seeds, prepared)
-        count = len(prepared.arguments.needs)
+        needs = prepared.arguments.needs
+        count = len(needs)
         ctx.arguments, ctx.token, ctx.kept = prepared.arguments, token, None
         ctx.outputs, ctx.operands = len(outputs), len(prepared.of_backward)
         ctx.set_materialize_grads(False)
         if count > 1:
             x = x.detach()  # a graph that holds no x: `shared_input` keeps results as long as there is one
-        kept = x if reads_x(prepared.arguments.needs) else left_out(ctx, x)
+        kept = x if needs[0] & NEED_A or reads_x(needs) else left_out(ctx, x)  # nearly always the first's
         ctx.save_for_backward(kept, seeds, *outputs[count:], *prepared.of_backward)
         return tuple(outputs[:count])
 
