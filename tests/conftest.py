@@ -110,6 +110,16 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_tf32():
+    """Trainers that compile allow TF32 for the whole process: it ends with the test."""
+    yield
+    products = torch.backends.cuda.matmul
+    if (torch.backends.fp32_precision, products.fp32_precision) != ("none", "none"):
+        products.allow_tf32 = False  # first: torch refuses to read it beside the new settings
+        torch.backends.fp32_precision = products.fp32_precision = "none"
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """torch.empty, empty_like and new_empty give NaN, so an element that a kernel leaves out shows."""

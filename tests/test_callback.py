@@ -131,20 +131,14 @@ def test_trained_on_after_restoring(lora_fused, tmp_path):
     assert_same(found, whole, 1e-5)
 
 
-def test_compiled_by_the_trainer(lora_fused, tmp_path, monkeypatch):
+def test_compiled_by_the_trainer(lora_fused, tmp_path):
     """What is fused in the graph counts, and an MLP's projections with it."""
-    import transformers
-
     torch.compiler.reset()
-    monkeypatch.setattr(transformers.training_args, "enable_tf32", lambda enable: None)  # for the tests after this one
     model = peft_llama(shape=dict(num_hidden_layers=1))
     trainer = trainer_of(
         model, tmp_path, lora_fused.LoraFusedCallback(), max_steps=2, torch_compile=True, torch_compile_backend="eager"
     )
-    try:
-        trainer.train()
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False  # accelerate allows it where it compiles
+    trainer.train()
     assert reports(trainer)[0] == 1.0
     assert {row.backend for row in explain(lora_fused, model)} == {"native, compiled"}
 

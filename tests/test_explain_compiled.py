@@ -124,20 +124,16 @@ def test_one_graph_serves_all_layers(lora_fused):
     assert in_graphs(explain(lora_fused, model))
 
 
-def test_trainer_that_compiles(lora_fused, own_calls, tmp_path, monkeypatch):
+def test_trainer_that_compiles(lora_fused, own_calls, tmp_path):
     torch.compiler.reset()
-    monkeypatch.setattr(transformers.training_args, "enable_tf32", lambda enable: None)  # for the tests after this one
     model = kernelize_in_place(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
     data = [{"input_ids": ids, "labels": ids} for ids in tokens().cpu()]
     arguments = transformers.TrainingArguments(
         output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no",
         use_cpu=DEVICE == "cpu", torch_compile=True, torch_compile_backend="eager", disable_tqdm=True,
     )  # fmt: skip
-    try:
-        with torch.device("cpu"):
-            transformers.Trainer(model=model, args=arguments, train_dataset=data).train()
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False  # accelerate allows it where it compiles
+    with torch.device("cpu"):
+        transformers.Trainer(model=model, args=arguments, train_dataset=data).train()
     assert not own_calls
     assert in_graphs(explain(lora_fused, model))
 
