@@ -15,7 +15,6 @@ import contextlib
 import time
 
 import compare_lora
-import compare_qlora
 import kernels
 import measuring
 import peers
@@ -31,7 +30,7 @@ def make_base(case: dict, layers: int) -> torch.nn.Module:
         return compare_lora.llama_shape("llama-8b", layers, False)
 
     base = compare_lora.build(make)
-    return compare_qlora.replace(base).cuda() if case["base"] == "nf4" else base
+    return compare_lora.four_bit(base) if case["base"] == "nf4" else base
 
 
 def check(case: dict, lora_fused, inputs) -> dict:

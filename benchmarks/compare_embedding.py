@@ -58,19 +58,10 @@ def timed(step, before, repeats: int, calls: int = 1) -> dict:
 
 
 def measure(model, ids, dy, repeats: int) -> dict:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    layer = layer_of(model)
-
-    def change():
-        with torch.no_grad():
-            torch._foreach_mul_(trained, 1.0 + 1e-6)
-        for p in trained:
-            p.grad = None
-
+    layer, change = layer_of(model), functools.partial(measuring.change_parameters, model)
     step = lambda: layer(ids).backward(dy)  # noqa: E731
     measured = timed(step, change, repeats)
-    change()
-    replay = measuring.captured(step, 1)
+    replay = measuring.captured(step, change)
     return {**measured, "graph_ms": timed(replay, change, repeats)["ms"]}
 
 

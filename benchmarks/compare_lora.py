@@ -24,7 +24,7 @@ import progress
 import torch
 import transformers
 from lora_cases import KINDS, VARIANTS, cases, head_of, peer_cases, shape_of
-from measuring import release_memory
+from measuring import change_parameters, release_memory
 from reporting import environment, first_line, parsed_on_a_gpu, parser_of, written
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -69,6 +69,24 @@ def build(make, seed=0, device="cuda") -> torch.nn.Module:
         finally:
             torch.set_default_dtype(torch.float32)
     return model.requires_grad_(False)
+
+
+def four_bit(model: torch.nn.Module, storage: torch.dtype = torch.uint8) -> torch.nn.Module:
+    """`model` with its linears in NF4, double-quantized, kept as elements of `storage`: all but the head, which
+    transformers leaves as it is."""
+    import bitsandbytes as bnb
+
+    options = dict(compress_statistics=True, quant_type="nf4", quant_storage=storage)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Linear and name != "lm_head":
+                sizes = child.in_features, child.out_features
+                new = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, **options)
+                new.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, module=new, **options)
+                setattr(parent, name, new.to(child.weight.device))
+                del child
+    model.is_loaded_in_4bit = True
+    return model
 
 
 def adapt(model, case: dict, adapter_dtype) -> torch.nn.Module:
@@ -117,15 +135,6 @@ def step(model, inputs, autocast: bool, cache: bool = True):
     return y
 
 
-def change_parameters(model):
-    with torch.no_grad():
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        if parameters:
-            torch._foreach_mul_(parameters, 1.0 + 1e-6)
-            for p in parameters:
-                p.grad = None
-
-
 def norms(model, inputs, autocast):
     """The output, and the norm of all parameters' gradients together."""
     for p in model.parameters():
@@ -156,7 +165,7 @@ def measure(model, inputs, case):
         return step(model, inputs, case["autocast"], cache)
 
     if case.get("graph"):
-        run = measuring.captured(functools.partial(run, cache=False), 3, before=change)
+        run = measuring.captured(functools.partial(run, cache=False), change)
     start = time.perf_counter()
     for i in range(WARM_UP):
         change_parameters(model)

@@ -80,29 +80,10 @@ def dequantization(lora_fused, shape, dtype, copy_rate) -> dict:
     return result
 
 
-def four_bit(linear):
-    new = bnb.nn.Linear4bit(
-        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-    )
-    new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=new)
-    return new.cuda()
-
-
-def replace(model):
-    """`model` with its linears in NF4, double-quantized."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is torch.nn.Linear:
-                setattr(parent, name, four_bit(child))
-                del child
-    model.is_loaded_in_4bit = True
-    return model
-
-
 def few_rows(lora_fused, k, n, rows, backward) -> dict:
     """One linear: PEFT, PEFT's own forward as we come to run it, the fused path, wall time of a call."""
     case = dict(kind="linear", variant="LoRA", rank=32)
-    model = common.adapt(replace(common.build(lambda: common.SingleLinear(k, n))), case, torch.bfloat16)
+    model = common.adapt(common.four_bit(common.build(lambda: common.SingleLinear(k, n))), case, torch.bfloat16)
     x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16, requires_grad=backward)
     dy = torch.randn(rows, n, device="cuda", dtype=torch.bfloat16)
 
@@ -132,7 +113,7 @@ def fuse(model, lora_fused) -> None:
 
 
 def quantized_model(layers: int) -> torch.nn.Module:
-    return replace(common.build(lambda: common.llama_shape("llama-8b", layers, False)))
+    return common.four_bit(common.build(lambda: common.llama_shape("llama-8b", layers, False)))
 
 
 def measure(model, inputs, case: dict) -> dict:

@@ -35,7 +35,6 @@ from torch.distributed.fsdp import fully_shard
 
 RANK, WARM_UP, LEARNING_RATE = 32, 3, 1e-5  # groups form in the second step
 TOLERANCE = 5e-2  # of a step's loss, bfloat16
-HEAD = "lm_head"  # stays as it is: neither adapted nor, as transformers does, quantized
 LLAMA_8B = dict(common.LLAMAS["llama-8b"], vocab_size=128256)
 TINY = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=256)
 
@@ -62,24 +61,6 @@ def rows_of(case: dict, count: int, rank: int) -> list[torch.Tensor]:
     return [text[start : start + case["seq"]][None] for start in starts]
 
 
-def four_bit(model: torch.nn.Module, storage: torch.dtype) -> torch.nn.Module:
-    """`model` with its linears in NF4, double-quantized, kept as elements of `storage`."""
-    import bitsandbytes as bnb
-
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is torch.nn.Linear and name != HEAD:
-                options = dict(compress_statistics=True, quant_type="nf4", quant_storage=storage)
-                new = bnb.nn.Linear4bit(
-                    child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16, **options
-                )
-                new.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, module=new, **options)
-                setattr(parent, name, new.to(child.weight.device))
-                del child
-    model.is_loaded_in_4bit = True
-    return model
-
-
 def built(case: dict, way: str, options: argparse.Namespace) -> torch.nn.Module:
     """The model that is trained, the same each time; sharded where it is to be."""
     shape = TINY if options.tiny else LLAMA_8B
@@ -89,7 +70,7 @@ def built(case: dict, way: str, options: argparse.Namespace) -> torch.nn.Module:
     model = common.build(lambda: transformers.LlamaForCausalLM(config), device=options.device)
     if case["base"] == "NF4":
         # FSDP2 of torch 2.11 makes parameters that may have gradients of what it shards.
-        model = four_bit(model, torch.bfloat16 if options.fsdp else torch.uint8)
+        model = common.four_bit(model, torch.bfloat16 if options.fsdp else torch.uint8)
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     layers = model.model.layers

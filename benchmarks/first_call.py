@@ -21,6 +21,7 @@ import compare_lora as bench
 import kernels
 import progress
 import torch
+from measuring import change_parameters
 from reporting import environment, parser_of
 
 LATER = 5  # steps after the first, of which the median is given
@@ -54,7 +55,7 @@ def first_steps(case: dict, who: str, kernel: pathlib.Path, device: str) -> dict
         result["kernelize_s"] = seconds(lambda: bench.fuse(model, loaded[0]), device)
     times = []
     for _ in range(1 + LATER):
-        bench.change_parameters(model)
+        change_parameters(model)
         inputs["leaf"].grad = None
         times.append(seconds(lambda: bench.step(model, inputs, case["autocast"]), device))
     return {**result, "first_s": times[0], "later_s": statistics.median(times[1:])}

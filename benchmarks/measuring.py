@@ -43,13 +43,26 @@ def measured(step: Callable, before: Callable, repeats: int, calls: int = 1) -> 
     }
 
 
-def captured(step: Callable, warm_up: int, before: Callable = lambda: None) -> Callable:
+def change_parameters(model: torch.nn.Module) -> None:
+    """Before a step, as an optimizer leaves them: every trained parameter has changed in place, and no gradient is left
+    that a backward would add to."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        return
+    with torch.no_grad():
+        torch._foreach_mul_(trained, 1.0 + 1e-6)
+    for p in trained:
+        p.grad = None
+
+
+def captured(step: Callable, before: Callable) -> Callable:
     """The replay of a step in a CUDA graph, which the host takes no part in; parameters and inputs are read anew at
-    every replay. `before` runs between warming up and the capture."""
+    every replay. `before` runs between warming up, three steps since groups form in the second, and the capture: what
+    it runs before every other step, so that the graph writes the gradients that these would add to."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        for _ in range(warm_up):
+        for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(aside)
     before()

@@ -16,6 +16,7 @@ import time
 import compare_lora as bench
 import kernels
 import torch
+from measuring import change_parameters
 from reporting import ROOT, parsed_on_a_gpu
 from torch.profiler import ProfilerActivity, profile
 
@@ -29,7 +30,7 @@ def step_times(model, inputs: dict, autocast: bool, repeats: int) -> tuple[float
     """Medians in ms: of a step with nothing queued before it, and of the host's part of it."""
     walls, hosts = [], []
     for i in range(repeats + 3):
-        bench.change_parameters(model)
+        change_parameters(model)
         inputs["leaf"].grad = None
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -45,7 +46,7 @@ def step_times(model, inputs: dict, autocast: bool, repeats: int) -> tuple[float
 def gpu_table(model, inputs: dict, autocast: bool, rows: int) -> str:
     """Busy time, launches and the kernels with the largest shares."""
     with profile(activities=[ProfilerActivity.CUDA]) as run:
-        bench.change_parameters(model)
+        change_parameters(model)
         bench.step(model, inputs, autocast)
         torch.cuda.synchronize()
     # The host's calls are among the rows, without time on the device.

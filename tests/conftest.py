@@ -156,3 +156,18 @@ def group_function(lora_fused, request, monkeypatch):
             lora_fused.functional.dispatch, "native_path", lambda *_: lora_fused.specs.NativePath(False)
         )
     return request.param
+
+
+@pytest.fixture
+def own_calls(monkeypatch):
+    """The modules whose own forward PEFT has entered."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    entered, check = [], LoraLayer._check_forward_args
+
+    def counted(self, *args, **kwargs):
+        entered.append(self)
+        return check(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoraLayer, "_check_forward_args", counted)
+    return entered

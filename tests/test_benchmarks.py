@@ -76,7 +76,7 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("name", bench_run.RUNS)
 def test_every_benchmark_takes_its_options_and_wants_a_gpu(name, monkeypatch, capsys):
-    if name in ("qlora", "compiled"):
+    if name == "qlora":
         pytest.importorskip("bitsandbytes")
     script, *options = bench_run.RUNS[name]
     module = importlib.import_module(script.removesuffix(".py"))
@@ -139,7 +139,6 @@ def test_cases_of_the_model_benchmarks():
 
 
 def test_cases_of_compiled_layers():
-    pytest.importorskip("bitsandbytes")
     import compare_compiled
 
     found = compare_compiled.cases(10, 32)
@@ -343,6 +342,18 @@ def test_what_cannot_be_captured_says_so(qlora, monkeypatch):
     assert "peft 2.0 ms" in qlora.describe(case)
     with pytest.raises(RuntimeError):
         qlora.measure(None, None, dict(case, graph=False))
+
+
+@pytest.mark.parametrize("storage", (torch.uint8, torch.bfloat16), ids=str)
+def test_a_base_in_four_bits(qlora, device, storage):
+    base = torch.nn.ModuleDict({"proj": torch.nn.Linear(64, 64, bias=False), "lm_head": torch.nn.Linear(64, 8)})
+    given = base["proj"].weight.detach().to(device)
+    model = compare_lora.four_bit(base.to(device, torch.bfloat16), storage)
+    weight = model["proj"].weight
+    assert type(model["lm_head"]) is torch.nn.Linear and weight.dtype == storage and not weight.requires_grad
+    assert weight.quant_state.nested and weight.quant_state.quant_type == "nf4"
+    back = qlora.bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    assert 0 < (back - given).norm() / given.norm() < 0.15
 
 
 def test_qlora_models_with_and_without_graph(qlora):

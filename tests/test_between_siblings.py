@@ -1,5 +1,9 @@
 """What may happen between two siblings of a group, none of which may change a result."""
 
+import gc
+import sys
+import threading
+
 import pytest
 import torch
 from helpers.cases import DEVICE
@@ -237,3 +241,21 @@ def test_cross_attention(lora_fused):
         assert_same(result, step(model, x))
     assert fused_functions(result[0]) == 2
     assert [row.group for row in lora_fused.explain(ours)] == ["single", "k+v", "k+v"]
+
+
+def test_a_collection_while_a_thread_begins(lora_fused, monkeypatch):
+    """Making what is kept of a thread's calls starts the garbage collection, which looks for them."""
+    shared_input, raised = lora_fused.shared_input, []
+
+    class Collecting(shared_input._Calls):
+        def __init__(self):
+            gc.collect()
+            super().__init__()
+
+    monkeypatch.setattr(shared_input, "_Calls", Collecting)
+    monkeypatch.setattr(sys, "unraisablehook", lambda each: raised.append(each.exc_value))
+    made = []
+    thread = threading.Thread(target=lambda: made.append(shared_input._threads.calls))
+    thread.start()
+    thread.join()
+    assert isinstance(made[0], Collecting) and not raised

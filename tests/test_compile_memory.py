@@ -237,6 +237,18 @@ def test_what_is_kept(lora_fused, body, kept):
     assert kept_inputs(lora_fused, graphs) == [kept, True]
 
 
+def test_an_x_that_nothing_reads(lora_fused):
+    """Neither the input nor the product, which has to be kept where an A is trained; the square reads its y."""
+    graphs, sizes = Partitioned(), []
+    for frozen in (False, True):
+        siblings, function, by_graphs = compiled(lora_fused, a_product, graphs)
+        if frozen:
+            siblings.freeze_a()
+        assert_same(siblings.run(by_graphs), siblings.run(function), 1e-13)
+        sizes.append([tuple(node.meta["val"].shape) for node in graphs.saved[-1]].count((*siblings.x.shape[:-1], K)))
+    assert sizes == [3, 1]
+
+
 def test_an_input_that_is_written(lora_fused):
     """From which x would be computed again as it is then: half as many bytes as x, and no gradient."""
 

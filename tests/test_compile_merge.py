@@ -107,6 +107,15 @@ def test_exact_adapters(lora_fused):
     check(siblings, three, (1, 1, 0), 2**-7)
 
 
+@pytest.mark.parametrize("trained", ((), (1,)), ids=str)
+@pytest.mark.parametrize("group", ("DoRA", "dropout"))
+def test_a_without_a_gradient(lora_fused, group, trained):
+    """Backwards that read no x are of the group of the others."""
+    siblings = Siblings(lora_fused, GROUPS[group])
+    siblings.freeze_a(but=trained)
+    check(siblings, three, (1, 1, int(group == "dropout")))
+
+
 def test_without_a_gradient(lora_fused):
     siblings = Siblings(lora_fused, GROUPS["DoRA"])
     with torch.no_grad():

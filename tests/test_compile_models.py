@@ -1,5 +1,7 @@
 """Models by torch.compile, whole, by layer and by regions: loss and gradients against PEFT's, and the ops of graphs."""
 
+import importlib
+
 import pytest
 import torch
 from helpers.cases import DEVICE, randomise_adapters, tiny_llama
@@ -77,6 +79,18 @@ def test_an_embedding(lora_fused):
         use_dora=True,
     )  # fmt: skip
     hold_llama(lora_fused, model, whole, dict(traced_embedding=1, traced_linear=2))
+
+
+@pytest.mark.parametrize("model", ("gemma3.modeling_gemma3", "bart.modeling_bart"))
+def test_a_scaled_embedding(lora_fused, model):
+    """By a buffer, and by a number."""
+    module = importlib.import_module(f"transformers.models.{model}")
+    (scaled,) = [cls for name, cls in vars(module).items() if name.endswith("ScaledWordEmbedding")]
+    base = tiny_llama(torch.float64, num_hidden_layers=1)
+    base.model.embed_tokens = scaled(*base.model.embed_tokens.weight.shape, 0, embed_scale=3.0).double()
+    # Dynamo begins again where a number of a graph comes from a tensor of no dimensions.
+    times = 2 if "gemma" in model else 1
+    hold_llama(lora_fused, adapted(base, target_modules=["embed_tokens"]), whole, dict(traced_embedding=times))
 
 
 def test_scalings_of_an_embedding(lora_fused):

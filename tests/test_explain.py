@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-import transformers
 from helpers.cases import DEVICE, LINEARS, peft_llama, tiny_llama
+from helpers.explained import TOKENS, add_adapter, disable, evaluate, holds, in_graphs, train
 from helpers.kernelizing import explain, kernelize_in_place
 from helpers.mlps import LigerSwiGLUMLP
 from kernels import Mode, kernelize
@@ -15,66 +15,11 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("on_device")
-TOKENS = 18
-
-
-@pytest.fixture
-def own_calls(monkeypatch):
-    """The modules whose own forward PEFT has entered."""
-    entered, check = [], LoraLayer._check_forward_args
-
-    def counted(self, *args, **kwargs):
-        entered.append(self)
-        return check(self, *args, **kwargs)
-
-    monkeypatch.setattr(LoraLayer, "_check_forward_args", counted)
-    return entered
-
-
-def tokens():
-    return torch.randint(0, 64, (2, TOKENS // 2), generator=torch.Generator(DEVICE).manual_seed(3))
-
-
-def train(model):
-    model.train()
-    ids = tokens()
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-
-
-def evaluate(model):
-    model.eval()
-    with torch.no_grad():
-        model(input_ids=tokens())
 
 
 def under_autocast(model):
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         train(model)
-
-
-def holds(lora_fused, model, own_calls, run=train, *, fused, again=True, rows=TOKENS, root=None):
-    """What `explain` says of the next call and of the last one is what PEFT's forward has been entered for; `fused` is
-    how many LoRA modules are. Asked of `root`, where the model that runs is another one's copy or wrapper."""
-    root = model if root is None else root
-    for _ in range(2 if again else 1):
-        before = explain(lora_fused, root, rows)
-        own_calls.clear()
-        run(model)
-    after = explain(lora_fused, root, rows)
-    modules = dict(root.named_modules())
-    entered = {id(module) for module in own_calls}
-    assert len(after) == len(before) and len(after) > 0
-    for row, earlier in zip(after, before):
-        own = id(modules[row.module]) in entered
-        if row.last != lora_fused.last_call.TRACED:  # by a graph, which tells nobody what it ran
-            assert (row.last == "fused") != own, (row, own)
-        assert row.fused != own, (row, own)
-        assert row.fused == (row.reason is None) or row.backend == "fused delta", row
-        if again:
-            assert earlier.fused == row.fused, (earlier, row)
-    assert sum(row.fused for row in after) == fused
-    return after
 
 
 @pytest.mark.parametrize("dora", (False, True))
@@ -109,15 +54,6 @@ def test_small_batches(lora_fused, own_calls, monkeypatch):
     with torch.no_grad():
         few, more = (explain(lora_fused, model, rows) for rows in (TOKENS, 65))
     assert {row.reason for row in few} == {lora_fused.peft.small_batch.FEW_TRACED} and in_graphs(more)
-
-
-def disable(model):
-    model.base_model.disable_adapter_layers()
-
-
-def add_adapter(model):
-    model.add_adapter("other", LoraConfig(r=2, target_modules=LINEARS))
-    model.base_model.set_adapter(["default", "other"])
 
 
 def hook(model):
@@ -169,151 +105,7 @@ def test_a_state_that_has_changed_since_the_last_call_shows(lora_fused, own_call
     assert "last call: adapters are disabled" in str(rows)
 
 
-# ---- torch.compile ----
-
-
-def in_graphs(rows):
-    return len(rows) > 0 and {(row.fused, row.backend) for row in rows} == {(True, "native, compiled")}
-
-
-def compile_model(model):
-    return torch.compile(model, backend="eager", fullgraph=True)
-
-
-def compile_in_place(model):
-    model.compile(backend="eager")
-    return model
-
-
-def compile_layers(model):
-    for layer in model.base_model.model.model.layers:
-        layer.compile(backend="eager")
-    return model
-
-
-def compile_regions(model):
-    from accelerate.utils import compile_regions
-
-    return compile_regions(model, backend="eager")
-
-
-def compile_the_forward(model):
-    model.forward = torch.compile(model.forward, backend="eager")
-    return model
-
-
-@pytest.mark.parametrize(
-    "compiled",
-    (compile_model, compile_in_place, compile_layers, compile_regions, compile_the_forward),
-    ids=lambda f: f.__name__,
-)
-def test_compiled(lora_fused, own_calls, compiled):
-    """What runs is asked of the model that was kernelized, which may not know who compiles it."""
-    torch.compiler.reset()
-    model = kernelize_in_place(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
-    evaluate(model)
-    wrapped = compiled(model)
-    if wrapped is model and compiled is not compile_the_forward:  # it shows before the first call
-        assert in_graphs(explain(lora_fused, model))
-    rows = holds(lora_fused, wrapped, own_calls, evaluate, again=False, fused=7, root=model)
-    assert in_graphs(rows) and {row.group for row in rows} == {None, "base_model.model.model.layers.0.mlp"}
-    evaluate(wrapped)  # no trace, and what is said stays
-    assert in_graphs(explain(lora_fused, model)) and in_graphs(explain(lora_fused, wrapped))
-    assert {row.last for row in explain(lora_fused, model)} == {lora_fused.last_call.TRACED}
-    if wrapped is not model and compiled is compile_model:
-        rows = holds(lora_fused, model, own_calls, fused=7)  # called past the compiler
-        assert {row.backend for row in rows} == {"native"}
-
-
-def test_a_compiled_function(lora_fused, own_calls):
-    torch.compiler.reset()
-    model = kernelize_in_place(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
-    rows = holds(lora_fused, model, own_calls, torch.compile(train, backend="eager"), again=False, fused=7)
-    assert in_graphs(rows)
-
-
-@pytest.mark.parametrize("change", (disable, lambda model: model.merge_adapter(), add_adapter))
-def test_compiled_fallbacks(lora_fused, own_calls, change):
-    """What a graph has of PEFT's own, and the reason of an eager call; fused again when it is called past the graph."""
-    torch.compiler.reset()
-    model = kernelize_in_place(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
-    model.compile(backend="eager")
-    evaluate(model)
-    assert in_graphs(explain(lora_fused, model))
-    change(model)
-    rows = holds(lora_fused, model, own_calls, evaluate, fused=0)
-    assert len({row.reason for row in rows}) == 1 and not rows[0].reason.startswith("torch.compile")
-
-
-def test_what_a_graph_does_not_have(lora_fused, own_calls):
-    """A gated MLP whose activation Dynamo could not guard: its projections are fused alone."""
-    torch.compiler.reset()
-    model = kernelize_in_place(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
-    model.base_model.model.model.layers[0].mlp.act_fn.extra = torch.zeros(())
-    assert all(row.mlp is None for row in holds(lora_fused, model, own_calls, evaluate, fused=7))
-    model.compile(backend="eager")
-    rows = holds(lora_fused, model, own_calls, evaluate, fused=7)
-    assert [row.mlp for row in rows[4:]] == ["torch.compile: act_fn holds more than numbers and text"] * 3
-    assert {row.group for row in rows} == {None} and all("torch.compile: act_fn" in str(rows) for _ in rows)
-
-
-def test_another_model_that_is_compiled_changes_nothing(lora_fused, own_calls):
-    torch.compiler.reset()
-    model, other = (kernelize_in_place(lora_fused, peft_llama()) for _ in range(2))
-    train(model)
-    train(compile_model(other))
-    assert all(row.fused and row.last == "fused" for row in explain(lora_fused, model))
-
-
-def test_a_compiler_that_is_switched_off(lora_fused, own_calls):
-    torch.compiler.reset()
-    model = kernelize_in_place(lora_fused, peft_llama())
-    compiled = compile_in_place(model)
-    with torch._dynamo.config.patch(disable=True):
-        holds(lora_fused, compiled, own_calls, fused=14)
-
-
-def test_one_graph_serves_all_layers(lora_fused):
-    """The note of a trace asks Dynamo for nothing that differs between the layers of a model."""
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    shape = dict(num_hidden_layers=4, use_cache=False)
-    plain, model = peft_llama(shape=shape), kernelize_in_place(lora_fused, peft_llama(shape=shape))
-    frames = []
-    for each in (plain, model):
-        torch.compiler.reset()
-        torch._dynamo.utils.counters.clear()
-        evaluate(compile_layers(each))
-        frames.append(dict(torch._dynamo.utils.counters["frames"]))
-    assert frames[0] == frames[1] and frames[0]["ok"] < 4
-    assert in_graphs(explain(lora_fused, model))
-
-
-def test_trainer_that_compiles(lora_fused, own_calls, tmp_path):
-    torch.compiler.reset()
-    model = kernelize_in_place(lora_fused, peft_llama(shape=dict(num_hidden_layers=1)))
-    data = [{"input_ids": ids, "labels": ids} for ids in tokens().cpu()]
-    arguments = transformers.TrainingArguments(
-        output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no",
-        use_cpu=DEVICE == "cpu", torch_compile=True, torch_compile_backend="eager", disable_tqdm=True,
-    )  # fmt: skip
-    with torch.device("cpu"):
-        transformers.Trainer(model=model, args=arguments, train_dataset=data).train()
-    assert not own_calls
-    assert in_graphs(explain(lora_fused, model))
-
-
 # ---- what is not kernelized, and why ----
-
-
-def test_modes_with_torch_compile(lora_fused, own_calls):
-    """Our forwards are bound, which are traced, and serve eager calls as well."""
-    lora_fused.register_peft_layers()
-    for mode in (Mode.TRAINING | Mode.TORCH_COMPILE, Mode.INFERENCE | Mode.TORCH_COMPILE):
-        model = kernelize(peft_llama(shape=dict(num_hidden_layers=1)), mode=mode, device=DEVICE)
-        holds(lora_fused, model, own_calls, fused=7)
-        torch.compiler.reset()
-        assert in_graphs(holds(lora_fused, compile_in_place(model), own_calls, evaluate, fused=7))
 
 
 def test_a_device_without_layers(lora_fused):

@@ -268,3 +268,17 @@ def test_torchao(lora_fused):
     assert type(layer).__name__ == "TorchaoLoraLinear"
     randomise_adapters(model, F32)
     assert_as_peft(lora_fused, Model(layer.train()), layer, dtypes=(F32,))
+
+
+@pytest.mark.parametrize("trained", (True, False))
+def test_x_is_saved_for_a_alone(lora_fused, trained):
+    x, base = torch.randn(5, 16, requires_grad=True), torch.randn(5, 12)
+    a, b = torch.randn(3, 16, requires_grad=trained), torch.randn(12, 3, requires_grad=True)
+    projection = lora_fused.Projection(lora_fused.Operands(torch.randn(12, 16), lora_a=a, lora_b=b), 0.5)
+    saved, dy = [], torch.randn(5, 12)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = lora_fused.functional.delta.add_delta(base, x, projection, False)
+    assert [t.data_ptr() for t in saved].count(x.data_ptr()) == trained
+    dx, db = torch.autograd.grad(y, (x, b), dy)
+    torch.testing.assert_close(dx, 0.5 * dy @ b @ a)
+    torch.testing.assert_close(db, 0.5 * dy.t() @ (x @ a.t()))

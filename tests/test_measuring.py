@@ -6,6 +6,7 @@ import itertools
 import sys
 import types
 
+import peft
 import pytest
 import torch
 from conftest import ROOT
@@ -104,7 +105,9 @@ def test_all_take_turns_and_each_is_first():
     }
 
 
-def test_a_step_is_captured_after_warming_up(monkeypatch):
+@pytest.fixture
+def capture(monkeypatch):
+    """What a capture asks of the GPU, in order."""
     log = []
 
     class Graph:
@@ -123,10 +126,31 @@ def test_a_step_is_captured_after_warming_up(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda _: within("stream"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda _: within("graph"))
-    replay = measuring.captured(lambda: log.append("step"), 2, before=lambda: log.append("before"))
+    return log
+
+
+def test_a_step_is_captured_after_warming_up(capture):
+    replay = measuring.captured(lambda: capture.append("step"), lambda: capture.append("before"))
     replay()
-    aside = ["wait", "in stream", "step", "step", "out of stream", "wait"]
-    assert log == [*aside, "before", "in graph", "step", "out of graph", "replay"]
+    aside = ["wait", "in stream", "step", "step", "step", "out of stream", "wait"]
+    assert capture == [*aside, "before", "in graph", "step", "out of graph", "replay"]
+
+
+def test_a_graph_of_an_embedding_adds_to_no_gradient(gpu, capture):
+    """Nor does any other of its steps but those that warm up the graph."""
+    base = torch.nn.Module()
+    base.table = torch.nn.Embedding(9, 4)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["table"]))
+    seen, table = [], model.base_model.model.table
+
+    def look(*_):
+        seen.append(([p.grad for p in model.parameters() if p.requires_grad], capture[-1:]))
+
+    table.register_forward_pre_hook(look)
+    found = compare_embedding.measure(model, torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, 4), repeats=2)
+    assert set(found) == {"ms", "min_ms", "peak_gb", "graph_ms"}
+    assert all(len(grads) == 2 for grads, _ in seen) and ["in graph"] in [where for _, where in seen]
+    assert all(grads == [None, None] for grads, where in seen if where != ["in stream"])
 
 
 def test_a_linear_is_measured_with_new_parameters_each_step(gpu, monkeypatch):

@@ -305,3 +305,83 @@ def test_the_watch_sees_a_wide_copy_of_x(lora_fused):
     with Watch(model.named_parameters(), x) as watch:
         model(x)
     assert watch.widened_x
+
+
+# ---- x, which dA alone reads ----
+
+# Base and adapter of what the native ops compute, and of what they do not.
+WITHOUT_A = {"native": (torch.float32, torch.float32), "chain": (torch.float32, torch.bfloat16)}
+
+
+def freeze_a(model, but=()):
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name and not any(f".{module}." in name for module in but):
+            parameter.requires_grad_(False)
+
+
+def is_native(result):
+    output = result[0] if isinstance(result, tuple) else result
+    return type(output.grad_fn).__name__.startswith("Native")
+
+
+def grads_of(model, x):
+    """The result of a call with fixed masks, and every gradient by name, x's included; the model's are cleared."""
+    torch.manual_seed(3)
+    x.grad = None
+    result = model(x)
+    loss_of(result).backward()
+    found = {"x": x.grad}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[name], parameter.grad = parameter.grad, None
+    return found
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("variant", ADAPTED)
+@pytest.mark.parametrize("implementation", WITHOUT_A)
+def test_x_is_not_saved_where_no_gradient_of_an_a_is_wanted(lora_fused, device, variant, implementation):
+    """LoRA-FA trains B alone. What else is saved is what it was, and so are the other gradients, to the last bit."""
+    model, x = build(lora_fused, device, variant, *WITHOUT_A[implementation])
+    expected = grads_of(model, x)
+    before, _ = saved_tensors(model, x)
+    freeze_a(model)
+    others, times_x = saved_tensors(model, x)
+    assert times_x == 0
+    assert is_native(model(x)) == (implementation == "native")
+    assert sorted(tuple(t.shape) for t in others) == sorted(tuple(t.shape) for t in before)
+    found = grads_of(model, x)
+    assert set(found) == {name for name in expected if "lora_A" not in name}
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("implementation", WITHOUT_A)
+def test_x_may_change_once_nothing_reads_it(lora_fused, device, implementation):
+    model, x = build(lora_fused, device, "LoRA", *WITHOUT_A[implementation])
+    freeze_a(model)
+    expected = grads_of(model, x)
+    x.grad = None
+    between = x * 1
+    result = model(between)
+    between.mul_(2)
+    loss_of(result).backward()
+    (lora_b,) = [p for p in model.parameters() if p.requires_grad]
+    assert torch.equal(x.grad, expected.pop("x"))
+    assert torch.equal(lora_b.grad, *expected.values())
+
+
+@pytest.mark.parametrize("implementation", WITHOUT_A)
+@pytest.mark.parametrize(
+    ("variant", "module", "times"),
+    (("group of three, LoRA", "k", 1), ("gated MLP, LoRA", "up", 1), ("gated MLP, LoRA", "down", 0)),
+)
+def test_one_a_that_reads_x_is_enough(lora_fused, device, variant, module, times, implementation):
+    """Down's reads h, which is made again."""
+    model, x = build(lora_fused, device, variant, *WITHOUT_A[implementation])
+    expected = grads_of(model, x)
+    freeze_a(model, but=(module,))
+    assert saved_tensors(model, x)[1] == times
+    found = grads_of(model, x)
+    assert {name.split(".")[-4] for name in found if "lora_A" in name} == {module}
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)

@@ -1,16 +1,26 @@
 """Few rows on a device that waits for its host: which calls are PEFT's own forward then, and which stay fused."""
 
 import copy
-import warnings
 
 import pytest
 import torch
-from helpers.cases import DEVICE, Case, peft_linear, peft_llama
-from helpers.kernelizing import kernelize_in_place
+from helpers.cases import DEVICE, LINEARS, Case, peft_linear, peft_llama, randomise_adapters
+from helpers.kernelizing import explain, kernelize_in_place
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.usefixtures("on_device")
 CASE = Case((6,), 32, 16, 4, bias=True)
+
+
+class Siblings(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(32, 16), nn.Linear(32, 16)
+
+    def forward(self, x, alone=False):
+        return self.q(x) if alone else self.q(x) + self.k(x)
 
 
 @pytest.fixture
@@ -55,11 +65,9 @@ def test_small_work_without_a_gradient(lora_fused, computed, rows, adapter, conf
     with torch.set_grad_enabled(grad), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         torch.manual_seed(3)
         expected = type(layer).forward(layer, x)
+        (row,) = explain(lora_fused, ours, rows)
         torch.manual_seed(3)
         result = ours(x)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            row = lora_fused.explain(ours, rows=rows)[0]
     assert computed == ([] if own else ["compute_group"])
     assert row.fused != own and (row.reason == lora_fused.peft.small_batch.SMALL) == own, row
     if own:
@@ -77,22 +85,52 @@ def test_small_work_without_a_gradient(lora_fused, computed, rows, adapter, conf
     ],
 )
 def test_small_training_of_a_linear_alone(lora_fused, computed, rows, config, adapter, own):
-    """From the call on at which it is known to be alone, with PEFT's own results."""
+    """From the second call on, since the first one was alone, with PEFT's own results."""
     model, layer = peft_linear(CASE, torch.bfloat16, adapter, **config)
     ours, x = kernelize_in_place(lora_fused, model), torch.randn(rows, 32).bfloat16().requires_grad_()
-    for _ in range(2):
-        ours(x.detach().clone().requires_grad_()).sum().backward()
-    assert computed == ["compute_group"] * 2
+    ours(x.detach().clone().requires_grad_()).sum().backward()
+    assert computed == ["compute_group"]
+    (row,) = explain(lora_fused, ours, rows)
     result = ours(x)
-    assert len(computed) == (2 if own else 3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        row = lora_fused.explain(ours, rows=rows)[0]
+    assert len(computed) == (1 if own else 2)
     assert row.fused != own and (row.reason == lora_fused.peft.small_batch.SMALL_ALONE) == own, row
     if own:
         assert torch.equal(result, type(layer).forward(layer, x))
     ours(torch.randn(513, 32).bfloat16())
-    assert len(computed) == (3 if own else 4)
+    assert len(computed) == (2 if own else 3)
+
+
+@pytest.mark.parametrize("names", (LINEARS, ["o_proj"], ["q_proj", "k_proj", "o_proj"]), ids=str)
+def test_explain_is_true_before_every_pass(lora_fused, computed, names):
+    """Of the model's last linears, too, which no other one is called after."""
+    ours, ids = kernelize_in_place(lora_fused, peft_llama(target_modules=names)), torch.arange(8)[None]
+    own = set()
+    for _ in range(4):
+        said = {row.module: "fused" if row.fused else row.reason for row in explain(lora_fused, ours, ids.numel())}
+        with lora_fused.record() as calls:
+            loss = ours(ids).logits.sum()
+        ran = {row.module: [what for what, _ in row.calls] for row in lora_fused.explain(ours, calls=calls)}
+        loss.backward()
+        assert ran == {name: [what] for name, what in said.items()}
+        own.add(frozenset(name.rpartition(".")[2] for name, what in said.items() if what != "fused"))
+    assert own == {frozenset(), frozenset(["o_proj"])}
+
+
+def test_explain_decides_nothing(lora_fused, computed):
+    """A linear that was alone in a large pass and was asked about few rows has siblings in the next one."""
+    model = get_peft_model(Siblings(), LoraConfig(r=4, target_modules=["q", "k"]))
+    randomise_adapters(model, torch.float32)
+    ours, few, many = kernelize_in_place(lora_fused, model), torch.randn(8, 32), torch.randn(513, 32)
+    ours(many.clone(), alone=True).sum().backward()
+    assert [row.fused for row in explain(lora_fused, ours, 8)] == [False, True]
+    for _ in range(2):
+        ours(many.clone()).sum().backward()
+    computed.clear()
+    assert [row.group for row in explain(lora_fused, ours, 8)] == ["q+k", "q+k"]
+    ours(few)
+    assert computed == ["compute_group"]
+    ours(many.clone(), alone=True).sum().backward()
+    assert explain(lora_fused, ours)[0].group == "single"
 
 
 @pytest.mark.parametrize("reentrant", (True, False))

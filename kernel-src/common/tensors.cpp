@@ -23,6 +23,11 @@ MatrixView matrix(const Tensor& y) {
   return MatrixView(whole, rows_in(y), cols, cols, 1);
 }
 
+MatrixView unread_matrix(const Tensor& y) {
+  const int64_t cols = y.size(y.dim() - 1);
+  return MatrixView(y, rows_in(y), cols, cols, 1);
+}
+
 Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);

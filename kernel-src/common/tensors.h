@@ -31,6 +31,9 @@ Tensor in_rows(const Tensor& t);
 // [..., N] as [M, N]; a copy only of what is not contiguous.
 MatrixView matrix(const Tensor& y);
 
+// The same of one whose values nobody reads: any strides will do.
+MatrixView unread_matrix(const Tensor& y);
+
 // Straight from the allocator, past the dispatcher; on like's device.
 Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);
 

@@ -41,6 +41,10 @@ bool is_one_launch(const MatrixView& x, const Members& members) {
 
 }  // namespace
 
+bool needs_any_a(const std::vector<int64_t>& needs, size_t count) {
+  return std::any_of(needs.begin(), needs.begin() + count, [](int64_t need) { return (need & kNeedA) != 0; });
+}
+
 Adapters Backward::adapters(const MatrixView& x, const Members& members, std::vector<Cast>& casts, bool need_dx) {
   const int64_t counters = need_dx && is_one_launch(x, members) ? group_counters(x.size(0)) : 0;
   return {x, members, casts, need_dx, /*need_b=*/true, layout_of_b(x), counters};

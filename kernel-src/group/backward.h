@@ -10,6 +10,9 @@
 
 namespace lora_fused {
 
+// Whether x is read for a gradient of one of the first `count` members.
+bool needs_any_a(const std::vector<int64_t>& needs, size_t count);
+
 // The backward of `project`, in the steps that a gated MLP needs apart: dt, dB and the sums over tokens are made by the
 // constructor, dx by `input`, what else is wanted by `parameters`.
 class Backward {

@@ -104,7 +104,8 @@ Tensors gated_forward(const Tensor& x, Optionals operands, std::vector<double> s
 }
 
 // `kept`: the outputs of the first group, its t and down's, and the unscaled outputs, as the forward gives them. Gives
-// dx, where it is needed, and the gradients in turn.
+// dx, where it is needed, and the gradients in turn. Where no gradient of an A of the first group is needed, and no
+// unscaled output is made again, x gives its shape alone.
 Tensors gated_backward(const Tensor& dy, const Tensor& x, Tensors kept, Optionals operands,
                        std::vector<double> scalings, std::optional<Tensor> seeds, Numbers dropouts, Integers quantized,
                        bool bf16x3, int64_t activation, int64_t gate_half, bool need_dx, std::vector<int64_t> needs) {
@@ -122,7 +123,7 @@ Tensors gated_backward(const Tensor& dy, const Tensor& x, Tensors kept, Optional
   Tensors grads, last_grads, d_outputs;
   for (const Tensor& output : outputs) d_outputs.push_back(fresh_like(output));
   const auto [dgate, dup] = halves.of(d_outputs);
-  const MatrixView rows = matrix(x);
+  const MatrixView rows = needs_any_a(needs, inputs) ? matrix(x) : unread_matrix(x);
   MaybeMatrixView h = fresh_like(gate), dh = halves.fused ? MatrixView(fresh_like(gate)) : dgate;
   const Tensors last_unscaled = out.mag_norm_scale(0) ? Tensors{unscaled.back()} : Tensors{};
   std::vector<Cast> casts;
@@ -147,7 +148,7 @@ Tensors gated_backward(const Tensor& dy, const Tensor& x, Tensors kept, Optional
     auto next = unscaled.end() - (out.mag_norm_scale(0) ? 1 : 0);
     for (size_t i = inputs; i-- > 0;) {
       if (!in.mag_norm_scale(i)) continue;
-      const auto masked_one = [&] { return next == unscaled.begin() ? project_dropped(rows, in, i, t) : *--next; };
+      const auto masked_one = [&] { return next == unscaled.begin() ? project_dropped(matrix(x), in, i, t) : *--next; };
       found.insert(found.begin(), in.masked(i) ? masked_one() : outputs[i]);
     }
     return found;

@@ -47,7 +47,7 @@ Tensors lora_forward(const Tensor& x, Optionals operands, std::vector<double> sc
   return found;
 }
 
-// Gives dx, where it is needed, and the gradients in turn.
+// Gives dx, where it is needed, and the gradients in turn. Where no gradient of an A is needed x gives its shape alone.
 Tensors lora_backward(Optionals dys, const Tensor& x, const Tensor& t, std::optional<Tensors> unscaled,
                       Optionals operands, std::vector<double> scalings, std::optional<Tensor> seeds, Numbers dropouts,
                       Integers quantized, bool bf16x3, bool need_dx, std::vector<int64_t> needs) {
@@ -55,7 +55,7 @@ Tensors lora_backward(Optionals dys, const Tensor& x, const Tensor& t, std::opti
   const GroupArgs args{std::move(operands), scalings, seeds, dropouts, quantized, bf16x3};
   args.check();
   const Members members(args, 0, args.count());
-  const MatrixView rows = matrix(x);
+  const MatrixView rows = needs_any_a(needs, args.count()) ? matrix(x) : unread_matrix(x);
   std::vector<Cast> casts;
   Adapters adapters = Backward::adapters(rows, members, casts, need_dx);
   cast_all(casts);

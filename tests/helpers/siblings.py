@@ -46,6 +46,13 @@ class Siblings:
         self.trained = [tensor for tensor in self.flat if tensor is not None and tensor.requires_grad]
         self.x = torch.randn(2, 5, K, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
+    def freeze_a(self, but=()):
+        size = len(self.flat) // len(self.specs)
+        for i in range(len(self.specs)):
+            if i not in but:
+                self.flat[size * i + 2].requires_grad_(False)
+        self.trained = [tensor for tensor in self.trained if tensor.requires_grad]
+
     def traced(self, body):
         """body(x, call) as a function of tensors, call(i, x) one linear."""
 

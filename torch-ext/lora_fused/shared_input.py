@@ -99,11 +99,14 @@ class _Leader:
         awaits = any([leader.awaits_recomputation() for leader in leaders])
         return not (awaits and any(map(peft_linear.has_dropout, members)))
 
-    def is_alone(self) -> bool:
-        """Asked before a call: one that goes one way has to go the same way when a checkpoint computes it again."""
-        if self.was_alone and not self.waiting and torch._C._current_graph_task_id() == FORWARD:
-            self.stays_alone = True
-        return self.stays_alone
+    def is_alone(self, module: nn.Module) -> bool:
+        """Asked before a call of `module`, whose calls these are: one that goes one way has to go the same way when a
+        checkpoint computes it again."""
+        if self.stays_alone:
+            return True
+        if self.waiting or torch._C._current_graph_task_id() != FORWARD:
+            return False
+        return self.was_alone or _is_seen_alone(module)
 
     def awaits_recomputation(self) -> bool:
         """A matrix that is gone says nothing: FSDP1 has others in every pass."""
@@ -203,7 +206,7 @@ def _saves_by_hooks() -> bool:
 def _let_go_of_checkpoints(phase: str, _: dict, threads: _Threads = _threads) -> None:
     """What a checkpoint has saved holds the function that it runs again, and so modules, and what that is called with:
     results of a checkpoint that was left may hold themselves. They are let go when their thread collects garbage."""
-    precomputed = threads.calls.precomputed
+    precomputed = getattr(getattr(threads, "calls", None), "precomputed", None)  # no calls yet: making them collects
     if phase == "start" and precomputed is not None and precomputed.in_checkpoint and not _saves_by_hooks():
         precomputed.results.clear()
 
@@ -264,7 +267,11 @@ def small_reason(module: nn.Module, x: Tensor, call: CallContext, rows: int | No
     if reason is None or _is_deterministic():
         return None
     leader = _leaders.get(module)
-    return reason if leader is not None and leader.is_alone() else None
+    if leader is None or not leader.is_alone(module):
+        return None
+    if rows is None:  # a call
+        leader.stays_alone = True
+    return reason
 
 
 def groups_of(module: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
@@ -273,7 +280,9 @@ def groups_of(module: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
         return
     seen = tuple(_threads.calls.seen)  # the last ones of a pass, which its leader learns of at the next call
     for head, leader in list(_leaders.items()):
-        observed = seen if len(seen) > 1 and seen[0]() is head else leader.observed
+        observed = leader.observed
+        if seen and seen[0]() is head:
+            observed = () if len(seen) == 1 else seen
         takes = leader.changes < MAX_CHANGES and leader.may_take(observed)
         group = _alive(observed if takes else leader.group)
         if module in group:
@@ -374,6 +383,13 @@ def _observe(calls: _Calls, module: nn.Module, x: Tensor) -> None:
         calls.precomputed = None  # another pass over the same input: what is left of the last one has its graph
     _note_siblings(calls.seen)
     calls.seen_x, calls.seen_version, calls.seen = weakref.ref(x), x._version, [ref]
+
+
+def _is_seen_alone(module: nn.Module) -> bool:
+    """Whether a module was the last one called, with an x that no other was called with; asked before its next call,
+    which is when that is noted."""
+    seen = _threads.calls.seen
+    return len(seen) == 1 and seen[0]() is module
 
 
 def _note_siblings(seen: list[weakref.ref]) -> None:

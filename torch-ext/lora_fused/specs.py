@@ -171,6 +171,10 @@ class NativePath(NamedTuple):
     bf16x3: bool = False
 
 
+# What a gradient is wanted of, by projection: bits of the native ops' `needs` (kernel-src/group/members.h).
+NEED_A, NEED_B, NEED_BIAS, NEED_MAGNITUDE = 1, 2, 4, 8
+
+
 class Mask(NamedTuple):
     """Dropout with probability p, a function of seed (int64 [1], on the device), row and column."""
 

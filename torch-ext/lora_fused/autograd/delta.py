@@ -69,7 +69,8 @@ class DeltaFunction(torch.autograd.Function):
                 y, z = reference.rescale(y, native.mag_norm_scale(magnitude, norm), bias)
             y = y.to(spec.out_dtype)
         ctx.spec, ctx.shape, ctx.dtypes = spec, x.shape, (base.dtype, x.dtype)
-        ctx.save_for_backward(rows, t, z, seed, lora_a, lora_b, lora_bias, magnitude, norm)
+        kept = rows if ctx.needs_input_grad[5] else None  # dA alone reads it
+        ctx.save_for_backward(kept, t, z, seed, lora_a, lora_b, lora_bias, magnitude, norm)
         return y.view(base.shape)
 
     @staticmethod

@@ -19,9 +19,10 @@ from torch import Tensor
 from ..backends import select
 from ..call_context import without_autocast
 from ..specs import GatedSpec, flatten, unflatten
-from .group_eager import Saved, backward_group, forward_group, is_scaled, scaled_output
+from .group_eager import Saved, backward_group, forward_group, is_scaled, reads_x, scaled_output
 from .members import Member, members_of
 from .once_differentiable import once_differentiable
+from .saved_input import left_out, stand_in
 
 
 def _halves(spec: GatedSpec, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,8 @@ class GatedMLPFunction(torch.autograd.Function):
         own = [None if is_scaled(member) else output for member, output in zip(members, outputs)]
         kept = [*own, *first.flat(), *second.flat()]
         ctx.kept = len(kept), len(first.flat())
-        ctx.save_for_backward(rows, seeds, *kept, *flat)
+        is_read = reads_x(unflatten(ctx.needs_input_grad[4:])[:-1])
+        ctx.save_for_backward(rows if is_read else left_out(ctx, rows), seeds, *kept, *flat)
         return y
 
     @staticmethod
@@ -64,6 +66,7 @@ class GatedMLPFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         spec, inputs = ctx.spec, ctx.inputs
         rows, seeds, *rest = ctx.saved_tensors
+        rows = stand_in(ctx) if rows is None else rows
         kept, flat = rest[: ctx.kept[0]], rest[ctx.kept[0] :]
         first = Saved.of(kept[inputs : inputs + ctx.kept[1]], inputs)
         second = Saved.of(kept[inputs + ctx.kept[1] :], 1)
@@ -79,8 +82,7 @@ class GatedMLPFunction(torch.autograd.Function):
             ]
             gate, up = _halves(spec, outputs)
             ops = select.pointwise(rows)
-            needs_h = needs[-1].lora_a or needs[-1].weight
-            h = ops.gated(gate, up, spec.activation) if needs_h else gate
+            h = ops.gated(gate, up, spec.activation) if reads_x(needs[-1:]) else gate
             needs_inputs = needs_x or any(any(n) for n in needs[:-1])
             dh, last = backward_group(spec.output, h, members[-1:], second, [dy], needs_inputs, needs[-1:])
             dx, grads = None, [type(n)(None) for n in needs[:-1]]

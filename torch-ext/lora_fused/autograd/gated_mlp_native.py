@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..backends import native
 from ..call_context import FORWARD
-from ..specs import Projection
+from ..specs import NEED_A, Projection
 from .direct_apply import apply_of
-from .group_native import Prepared, by_trained, group_forward, prepare, put_made
+from .group_native import Prepared, by_trained, group_forward, prepare, put_made, reads_x
 from .once_differentiable import once_differentiable
+from .saved_input import left_out, stand_in
 
 # Bound once: torch looks its attributes up in a function of its own.
 _is_grad_enabled, _current_backward = torch.is_grad_enabled, torch._C._current_graph_task_id
@@ -61,10 +62,13 @@ class NativeGatedFunction(torch.autograd.Function):
     @staticmethod
     def _run(ctx, projections, prepared: Prepared, options, x: Tensor, seeds: Tensor | None, up_to_h: bool) -> Tensor:
         y, *kept = _gated_forward(x, seeds, prepared, options, up_to_h)
-        if _makes_u_again(projections):
+        makes_u_again = _makes_u_again(projections)
+        if makes_u_again:
             del kept[len(projections) + 1]  # the first unscaled output, after the outputs, t and down's t
         ctx.arguments, ctx.options, ctx.kept = prepared.arguments, options, len(kept)
-        ctx.save_for_backward(x, seeds, *kept, *prepared.of_backward)
+        needs = prepared.arguments.needs
+        is_read = needs[0] & NEED_A or makes_u_again or reads_x(needs[:-1])  # nearly always the first's
+        ctx.save_for_backward(x if is_read else left_out(ctx, x), seeds, *kept, *prepared.of_backward)
         return y
 
     @staticmethod
@@ -72,6 +76,8 @@ class NativeGatedFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         saved, start = ctx.saved_tensors, 2 + ctx.kept
         x, seeds = saved[:2]
+        if x is None:
+            x = stand_in(ctx)
         need_dx, (scalings, dropouts, quantized, bf16x3, needs, _, _) = ctx.needs_input_grad[3], ctx.arguments
         grads = native.gated_backward(
             dy, x, saved[2:start], saved[start:], scalings, seeds, dropouts, quantized, bf16x3, *ctx.options, need_dx,

@@ -33,6 +33,7 @@ from ..specs import GroupSpec, Operands, flatten, unflatten
 from . import eager_products, separate_backward
 from .members import Member, batches_of, cat, members_of, split
 from .once_differentiable import once_differentiable
+from .saved_input import left_out, stand_in
 
 
 class Saved(NamedTuple):
@@ -170,7 +171,8 @@ class LoraLinearFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         made = saved.flat()
         ctx.made = len(made)
-        ctx.save_for_backward(rows, seeds, *made, *flat)
+        is_read = reads_x(unflatten(ctx.needs_input_grad[5:]))
+        ctx.save_for_backward(rows if is_read else left_out(ctx, rows), seeds, *made, *flat)
         return tuple(ys)
 
     @staticmethod
@@ -179,6 +181,7 @@ class LoraLinearFunction(torch.autograd.Function):
         used = [dy is not None for dy in dys]
         saved = separate_backward.saved_tensors(ctx, used, _operands)
         rows, seeds, *rest = saved
+        rows = stand_in(ctx) if rows is None else rows
         made, flat = rest[: ctx.made], rest[ctx.made :]
         needs_x, _, *needs_flat = ctx.needs_input_grad[3:]
         with without_autocast(rows):
@@ -188,6 +191,11 @@ class LoraLinearFunction(torch.autograd.Function):
         result = (None, None, None, None if dx is None else dx.view(ctx.shape), None, *flatten(grads))
         separate_backward.ran(ctx, used, saved, result)
         return result
+
+
+def reads_x(needs: Sequence[Operands]) -> bool:
+    """Whether the backward of projections of one x reads its values, for the gradients that are wanted."""
+    return any(need.lora_a or need.weight for need in needs)
 
 
 def _operands(ctx) -> list[separate_backward.Operand | None]:

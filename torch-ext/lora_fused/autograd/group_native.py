@@ -18,16 +18,16 @@ from torch import Tensor
 from .. import quantization
 from ..backends import native, select
 from ..call_context import new_tuple
-from ..specs import NativePath, Projection
+from ..specs import NEED_A, NEED_B, NEED_BIAS, NEED_MAGNITUDE, NativePath, Projection
 from . import separate_backward
 from .direct_apply import apply_of
 from .once_differentiable import once_differentiable
+from .saved_input import left_out, stand_in
 
 # Bound once: torch looks its attributes up in a function of its own.
 _is_grad_enabled = torch.is_grad_enabled
 _FLOAT16 = torch.float16
 
-_NEED_A, _NEED_B, _NEED_BIAS, _NEED_MAGNITUDE = 1, 2, 4, 8
 _NOT_NATIVE, _NATIVE = NativePath(False), NativePath(True)
 
 
@@ -120,15 +120,15 @@ def prepare(projections: Sequence[Projection], bf16x3: bool) -> Prepared:
         weight, bias, lora_a, lora_b, lora_bias, magnitude = tensors[:6]
         need, of_vectors, at = 0, _NO_VECTORS, len(operands)
         if lora_a is not None and lora_a.requires_grad:
-            need = _NEED_A
+            need = NEED_A
             trained.append(lora_a)
         if lora_b is not None and lora_b.requires_grad:
-            need |= _NEED_B
+            need |= NEED_B
             trained.append(lora_b)
         if bias is not None or lora_bias is not None or magnitude is not None:
             if lora_bias is not None or magnitude is not None or bias.requires_grad:
                 need, of_vectors = _with_vectors(need, bias, lora_bias, magnitude, trained)
-                has_vectors = has_vectors or need >= _NEED_BIAS
+                has_vectors = has_vectors or need >= NEED_BIAS
             if lora_bias is not None:
                 bias = _whole_bias(projection)
             if magnitude is None:
@@ -161,13 +161,13 @@ def _with_vectors(
     """`need` with that of a projection's vectors, and the dtypes of those that are trained, which `trained` gets."""
     of_bias = of_lora_bias = of_magnitude = None
     if bias is not None and bias.requires_grad:
-        need, of_bias = need | _NEED_BIAS, bias.dtype
+        need, of_bias = need | NEED_BIAS, bias.dtype
         trained.append(bias)
     if lora_bias is not None and lora_bias.requires_grad:
-        need, of_lora_bias = need | _NEED_BIAS, lora_bias.dtype
+        need, of_lora_bias = need | NEED_BIAS, lora_bias.dtype
         trained.append(lora_bias)
     if magnitude is not None and magnitude.requires_grad:
-        need, of_magnitude = need | _NEED_MAGNITUDE, magnitude.dtype
+        need, of_magnitude = need | NEED_MAGNITUDE, magnitude.dtype
         trained.append(magnitude)
     return need, (of_bias, of_lora_bias, of_magnitude)
 
@@ -212,6 +212,14 @@ def _other_norms(
     return norms
 
 
+def reads_x(needs: Sequence[int]) -> bool:
+    """Whether the backward of projections of one x reads its values."""
+    for need in needs:
+        if need & NEED_A:
+            return True
+    return False
+
+
 def put_made(operands: list[Tensor | None], places: Sequence[int], made: Sequence[Tensor]) -> None:
     """Puts in `of_backward` the norms and then the mag_norm_scales that a forward has made."""
     for i, at in enumerate(places):
@@ -236,11 +244,11 @@ def by_trained(grads: list[Tensor], arguments: OpArguments, used: Sequence[bool]
     result: list[Tensor | None] = []
     vectors = arguments.vectors or [_NO_VECTORS] * len(used)
     for needs, (bias, lora_bias, magnitude), scaling, use in zip(arguments.needs, vectors, arguments.scalings, used):
-        if needs & _NEED_A:
+        if needs & NEED_A:
             result.append(next(found) if use else None)
-        if needs & _NEED_B:
+        if needs & NEED_B:
             result.append(next(found) if use else None)
-        db = next(found) if use and needs & _NEED_BIAS else None
+        db = next(found) if use and needs & NEED_BIAS else None
         if bias is not None:
             result.append(db.to(bias) if use else None)
         if lora_bias is not None:
@@ -280,13 +288,15 @@ class NativeGroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, prepared: Prepared, token, x: Tensor, seeds: Tensor | None, *_):
         outputs = group_forward(x, seeds, prepared)
-        count = len(prepared.arguments.needs)
+        needs = prepared.arguments.needs
+        count = len(needs)
         ctx.arguments, ctx.token, ctx.kept = prepared.arguments, token, None
         ctx.outputs, ctx.operands = len(outputs), len(prepared.of_backward)
         ctx.set_materialize_grads(False)
         if count > 1:
             x = x.detach()  # a graph that holds no x: `shared_input` keeps results as long as there is one
-        ctx.save_for_backward(x, seeds, *outputs[count:], *prepared.of_backward)
+        kept = x if needs[0] & NEED_A or reads_x(needs) else left_out(ctx, x)  # nearly always the first's
+        ctx.save_for_backward(kept, seeds, *outputs[count:], *prepared.of_backward)
         return tuple(outputs[:count])
 
     @staticmethod
@@ -295,6 +305,8 @@ class NativeGroupFunction(torch.autograd.Function):
         used = [dy is not None for dy in dys]
         saved = separate_backward.saved_tensors(ctx, used, _operands)
         x, seeds, t = saved[:3]
+        if x is None:
+            x = stand_in(ctx)
         start = 2 + ctx.outputs - len(dys)
         scalings, dropouts, quantized, bf16x3, needs, _, _ = ctx.arguments
         need_dx = ctx.needs_input_grad[2] and any(used)

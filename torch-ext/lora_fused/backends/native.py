@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .._ops import add_op_namespace_prefix, ops
-from ..specs import Mask
+from ..specs import NEED_A, NEED_B, NEED_BIAS, NEED_MAGNITUDE, Mask
 from .native_errors import native_error
 from .values import with_values
 
@@ -209,9 +209,9 @@ def _gradients(x, used, widths, downs, lora_b, need_dx, needs):
     for use, n, down, b, need in zip(used, widths, downs, lora_b, needs):
         if not use:
             continue
-        grads += [down] if need & 1 else []
-        grads += [torch.empty_like(b)] if need & 2 else []
-        grads += [x.new_empty(n, dtype=wide) for bit in (4, 8) if need & bit]
+        grads += [down] if need & NEED_A else []
+        grads += [torch.empty_like(b)] if need & NEED_B else []
+        grads += [x.new_empty(n, dtype=wide) for bit in (NEED_BIAS, NEED_MAGNITUDE) if need & bit]
     return [torch.empty_like(x), *grads] if need_dx else grads
 
 

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from .._ops import ops
 from ..backends.native import GroupOperands, PackedWeight
+from ..specs import NEED_A
 from .nodes import args_of
 
 FORWARD, BACKWARD = ops.lora_forward.default, ops.lora_backward.default
@@ -172,6 +173,10 @@ class Backward:
     bf16x3: bool
     need_dx: bool
     needs: tuple[int, ...]
+
+    @property
+    def reads_x(self) -> bool:
+        return any(need & NEED_A for need in self.needs)
 
     @classmethod
     def of(cls, node: Node) -> Backward | None:

@@ -57,6 +57,8 @@ def _prepare_modules() -> None:
     for module in last_call.note_trace():
         if peft_gated_mlp.is_adapted(module):
             peft_gated_mlp.prepare_trace(module)
+        elif peft_embedding.is_plain_embedding(module):
+            replaced.remember((type(module._modules["base_layer"]),))  # scaled embeddings are no list of classes
     _prepared = weakref.ref(trace)
 
 

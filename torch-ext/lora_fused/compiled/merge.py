@@ -141,8 +141,10 @@ def _backward(node: Node, places: dict[Node, _Place]) -> tuple[Hashable, tuple[B
     if place is None:
         return None
     own = place.calls[place.member]
-    if (call.x, call.bf16x3, call.group.count, call.group.ranks, call.group.masked) != (
-        own.x, own.bf16x3, own.group.count, own.group.ranks, own.group.masked
+    if call.reads_x and call.x is not own.x:
+        return None
+    if (call.bf16x3, call.group.count, call.group.ranks, call.group.masked) != (
+        own.bf16x3, own.group.count, own.group.ranks, own.group.masked
     ):  # fmt: skip
         return None
     if any(own.group.masked) and call.seeds is not own.seeds:
@@ -195,7 +197,8 @@ def _arguments(calls: dict[int, Backward], place: _Place) -> tuple:
         needs += [0] * forward.group.count if call is None else call.needs
         groups.append(forward.group.without_gradient() if call is None else call.group)
     any_call = next(iter(calls.values()))
-    x, t, joined = place.calls[0].x, args_of(any_call.t)[0], args_of(place.merged)[SEEDS_OF[FORWARD]]
+    x = place.calls[0].x if any(call.reads_x for call in calls.values()) else any_call.x
+    t, joined = args_of(any_call.t)[0], args_of(place.merged)[SEEDS_OF[FORWARD]]
     numbers = Group.joined(groups).arguments(joined, any_call.bf16x3)
     return dys, x, t, unscaled or None, *numbers, any_call.need_dx, needs
 

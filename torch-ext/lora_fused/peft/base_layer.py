@@ -269,7 +269,7 @@ def tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> s
             or tensor.dtype not in DTYPES
             or tensor.device != device
         ):
-            return _unfit_reason(
+            return unfit_reason(
                 next(name for name, each in zip(Operands._fields, operands) if each is tensor), tensor, device
             )
     known = weight if dense else lora_a
@@ -282,14 +282,19 @@ def tensor_reason(operands: Operands, base: Base, transposed: bool = False) -> s
     return None
 
 
-def _unfit_reason(name: str, tensor: Tensor, device: torch.device) -> str:
+def unfit_reason(name: str, tensor: Tensor, device: torch.device) -> str | None:
+    """Why a tensor is none that the products take; `device` is the base weight's."""
     if type(tensor) not in PLAIN_TENSORS:
         return f"{name} is a {type(tensor).__name__} (sharded or wrapped)"
     if tensor.layout is not STRIDED:
         return f"{name} has the layout {tensor.layout}"
+    if not (tensor.is_cuda or tensor.is_cpu) and (elsewhere := select.device_reason(tensor.device)):
+        return f"{name} is {elsewhere}"
     if tensor.dtype not in DTYPES:
         return f"{name} has dtype {tensor.dtype}"
-    return f"{name} is on {tensor.device}, the base weight on {device}"
+    if tensor.device != device:
+        return f"{name} is on {tensor.device}, the base weight on {device}"
+    return None
 
 
 def fit_reason(operands: Operands, n: int, k: int) -> str | None:

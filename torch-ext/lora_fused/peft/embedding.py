@@ -14,11 +14,12 @@ from ..backends import native, select
 from ..call_context import autocast_dtype, new_tuple
 from ..specs import EmbeddingOperands, Fallback
 from . import replaced
-from .base_layer import PLAIN_TENSORS, tensor_of, unread
+from .adapters import only_active
+from .base_layer import tensor_of, unfit_reason, unread
+from .dora import EMBEDDING, forwards as dora_forwards, read_dora
 from .scaling import read_scaling
 
 _ID_DTYPES = (torch.int64, torch.int32)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Its forward puts a second table in place of some ids.
 _SCALED_BUT_DIFFERENT = ("T5Gemma2TextScaledWordEmbedding",)
 
@@ -58,16 +59,9 @@ def read_embedding(module: nn.Module) -> AdaptedTable | Fallback:
     # Straight from the registries: nn.Module.__getattr__ would cost more than the checks do.
     modules = module._modules
     adapters = modules["lora_embedding_A"]._parameters
-    active = module.active_adapters
-    if len(active) == 1 and active[0] in adapters:
-        name = active[0]
-    else:
-        names = [name for name in active if name in adapters]
-        if len(names) != 1:
-            return Fallback(
-                f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
-            )
-        name = names[0]
+    name = only_active(module.active_adapters, adapters)
+    if isinstance(name, Fallback):
+        return name
     try:
         return _read_adapter(module, name)
     except (KeyError, RuntimeError) as error:
@@ -79,12 +73,10 @@ def _read_adapter(module: nn.Module, name: str) -> AdaptedTable | Fallback:
     base = modules["base_layer"]
     magnitude = None
     if name in module.lora_variant:
-        variant = module.lora_variant[name]
-        if type(variant) is not _dora_variant():
-            return Fallback(f"LoRA variant {type(variant).__name__}")
-        dora = modules["lora_magnitude_vector"]._modules[name]
-        reason = replaced.forward_reason(type(variant)) or replaced.forward_reason(type(dora))
-        reason = reason or replaced.bypass_reason(("lora_magnitude_vector",), (dora,))
+        dora = read_dora(module, name, EMBEDDING)
+        if isinstance(dora, Fallback):
+            return dora
+        reason = replaced.bypass_reason(("lora_magnitude_vector",), (dora,))
         if reason:
             return Fallback(reason)
         magnitude = tensor_of(dora, "weight")
@@ -101,7 +93,7 @@ def _read_adapter(module: nn.Module, name: str) -> AdaptedTable | Fallback:
     scale, number = (own, 1.0) if isinstance(own, Tensor) else (None, float(own))
     a, b = modules["lora_embedding_A"]._parameters[name], modules["lora_embedding_B"]._parameters[name]
     table = new_tuple(EmbeddingOperands, (tensor_of(base, "weight"), a, b, magnitude, scale))
-    reason = _tensor_reason(table, (base.num_embeddings, base.embedding_dim))
+    reason = _table_reason(table, (base.num_embeddings, base.embedding_dim))
     if reason:
         return Fallback(reason)
     scaling = module.scaling[name]
@@ -114,20 +106,7 @@ def _read_adapter(module: nn.Module, name: str) -> AdaptedTable | Fallback:
 
 def forwards() -> tuple[type, ...]:
     """The classes whose forwards run in PEFT's LoRA embedding."""
-    from peft.tuners.lora.dora import DoraEmbeddingLayer
-
-    return embedding_class(), _dora_variant(), DoraEmbeddingLayer
-
-
-_variants: list[type] = []
-
-
-def _dora_variant() -> type:
-    if not _variants:
-        from peft.tuners.lora.variants import DoraEmbeddingVariant
-
-        _variants.append(DoraEmbeddingVariant)
-    return _variants[0]
+    return embedding_class(), *dora_forwards(EMBEDDING)
 
 
 def _base_reason(base: nn.Module) -> str | None:
@@ -153,21 +132,14 @@ def _is_scaled(cls: type) -> bool:
     return known and cls.__name__ not in _SCALED_BUT_DIFFERENT and issubclass(cls, nn.Embedding)
 
 
-def _tensor_reason(table: EmbeddingOperands, shape: tuple[int, int]) -> str | None:
+def _table_reason(table: EmbeddingOperands, shape: tuple[int, int]) -> str | None:
     device, (rows, columns) = table.weight.device, shape
     for name, tensor in zip(EmbeddingOperands._fields, table):
         if tensor is None:
             continue
-        if type(tensor) not in PLAIN_TENSORS and not (name == "scale" and isinstance(tensor, nn.Buffer)):
-            return f"{name} is a {type(tensor).__name__} (sharded or wrapped)"
-        if tensor.layout is not torch.strided:
-            return f"{name} has the layout {tensor.layout}"
-        if not (tensor.is_cuda or tensor.is_cpu) and (elsewhere := select.device_reason(tensor.device)):
-            return f"{name} is {elsewhere}"
-        if tensor.dtype not in _DTYPES:
-            return f"{name} has dtype {tensor.dtype}"
-        if tensor.device != device:
-            return f"{name} is on {tensor.device}, the base weight on {device}"
+        reason = unfit_reason(name, tensor, device)
+        if reason:
+            return reason
     if table.weight.shape != shape:
         return f"weight has shape {tuple(table.weight.shape)} (sharded or replaced)"
     if table.lora_a.shape[1] != rows or table.lora_b.shape != (columns, table.lora_a.shape[0]):

@@ -21,7 +21,7 @@ from ..backends import native, select
 from ..call_context import autocast_dtype, new_tuple
 from ..specs import AnyGate, ExpertWeights, Fallback, StoredFactors
 from . import replaced as replacements
-from .base_layer import DTYPES, PLAIN_TENSORS, STRIDED, tensor_of, unread
+from .base_layer import DTYPES, STRIDED, tensor_of, unfit_reason, unread
 from .experts_forward import EAGER, GROUPED_MM, Form, form_of, gate_function
 from .scaling import read_scaling
 
@@ -221,9 +221,9 @@ def _read_product(
     weight = tensor_of(base, name)
     bias = tensor_of(base, f"{name}_bias") if form.biased else None
     device = weight.device
-    reason = _tensor_reason("the weight", weight, device)
+    reason = unfit_reason("the weight", weight, device)
     if reason is None and bias is not None:
-        reason = _tensor_reason("the bias", bias, device)
+        reason = unfit_reason("the bias", bias, device)
     if reason:
         return reason
     if weight.dim() != 3:
@@ -257,7 +257,7 @@ def _read_adapter(wrapper: nn.Module, weight: Tensor, device: torch.device) -> A
     if tensor_of(lora_a, "bias") is not None or tensor_of(lora_b, "bias") is not None:
         return "a bias where PEFT has none"
     a, b, experts = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight"), state["num_experts"]
-    reason = _tensor_reason("lora_A", a, device) or _tensor_reason("lora_B", b, device)
+    reason = unfit_reason("lora_A", a, device) or unfit_reason("lora_B", b, device)
     if reason:
         return reason
     scaling = read_scaling(state["scaling"][name], b)
@@ -275,21 +275,6 @@ def _read_adapter(wrapper: nn.Module, weight: Tensor, device: torch.device) -> A
             f"lora_A of shape {tuple(a.shape)} and lora_B of {tuple(b.shape)} on a parameter of {tuple(weight.shape)}"
         )
     return new_tuple(Adapter, (a, b, scaling, swapped))
-
-
-def _tensor_reason(what: str, tensor: Tensor, device: torch.device) -> str | None:
-    """Why a tensor is none that the products take; `device` is the base weight's."""
-    if type(tensor) not in PLAIN_TENSORS:
-        return f"{what} is a {type(tensor).__name__} (sharded or wrapped)"
-    if tensor.layout is not STRIDED:
-        return f"{what} has the layout {tensor.layout}"
-    if not (tensor.is_cuda or tensor.is_cpu) and (elsewhere := select.device_reason(tensor.device)):
-        return f"{what} is {elsewhere}"
-    if tensor.dtype not in DTYPES:
-        return f"{what} has dtype {tensor.dtype}"
-    if tensor.device != device:
-        return f"{what} is on {tensor.device}, the base weight on {device}"
-    return None
 
 
 def _fit_reason(up: ExpertWeights, down: ExpertWeights, base: nn.Module) -> str | None:

@@ -18,7 +18,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..call_context import new_tuple
 from ..specs import Fallback, Operands, Projection, ProjectionSpec, Quantized
 from . import replaced
+from .adapters import only_active
 from .base_layer import Base, fit_reason, read_base, tensor_of, tensor_reason, unread
+from .dora import LINEAR, forwards as dora_forwards, read_dora
 from .scaling import read_scaling
 
 _is_traced = torch.compiler.is_dynamo_compiling
@@ -142,12 +144,10 @@ def read_linear(module: nn.Module, known: AdaptedLinear | None = None) -> Adapte
     if len(active) == 1 and active[0] in adapters:  # a list of one, nearly always
         name = active[0]
     else:
-        names = [name for name in ((active,) if isinstance(active, str) else active) if name in adapters]
-        if len(names) != 1:
-            return Fallback(
-                f"several active adapters ({', '.join(names)})" if names else "no active adapter on this layer"
-            )
-        name = names[0]
+        only = only_active(active, adapters)
+        if isinstance(only, Fallback):
+            return only
+        name = only
     try:
         return _read_adapter(module, state, name, known)
     except (KeyError, RuntimeError) as error:
@@ -165,7 +165,7 @@ def _read_adapter(
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout, dora = modules["lora_dropout"]._modules[name], None
     if name in state["lora_variant"]:
-        dora = _read_dora(module, name)
+        dora = read_dora(module, name, LINEAR)
         if isinstance(dora, Fallback):
             return dora
     # Before a weight is looked at, which may be a tool's to fetch from elsewhere.
@@ -230,25 +230,6 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
     return [modules["base_layer"], *(parts[name] for parts in of_adapters for name in names if name in parts)]
 
 
-def _read_dora(module: nn.Module, name: str) -> nn.Module | Fallback:
-    """The module with the magnitude of an adapter that is of a variant of LoRA, which DoRA is and others are not."""
-    variant = module.lora_variant[name]
-    if type(variant) is not _dora_variant():
-        return Fallback(f"LoRA variant {type(variant).__name__}")
-    dora = module._modules["lora_magnitude_vector"]._modules[name]
-    kind_of_variant: type[Any] = type(variant)
-    kind_of_dora = type(dora)
-    if (
-        _is_traced()
-        or _FORWARDS.get(kind_of_variant) is not kind_of_variant.forward
-        or _FORWARDS.get(kind_of_dora) is not kind_of_dora.forward
-    ):
-        reason = replaced.forward_reason(kind_of_variant) or replaced.forward_reason(kind_of_dora)
-        if reason:
-            return Fallback(reason)
-    return dora
-
-
 def _is_as_read(
     known: AdaptedLinear, operands: Operands, scaling: float | Tensor, spec: ProjectionSpec, base: Base, flags: tuple
 ) -> bool:
@@ -284,20 +265,7 @@ def read_plain(module: nn.Module) -> AdaptedLinear | Fallback:
 
 def forwards() -> tuple[type, ...]:
     """The classes whose forwards run in one of PEFT's LoRA linears."""
-    from peft.tuners.lora.dora import DoraLinearLayer
-
-    return (*linear_kinds(), _dora_variant(), DoraLinearLayer)
-
-
-_variants: list[type] = []
-
-
-def _dora_variant() -> type:
-    if not _variants:
-        from peft.tuners.lora.variants import DoraLinearVariant
-
-        _variants.append(DoraLinearVariant)
-    return _variants[0]
+    return (*linear_kinds(), *dora_forwards(LINEAR))
 
 
 _specs: dict[tuple, ProjectionSpec] = {}
