@@ -50,28 +50,29 @@ class Contender:
         self.model, self.inputs, self.case = model, inputs, case
         self.notes = dict(graphs=0, graph_breaks=0)
 
-    def __call__(self) -> dict:
-        """`compare_lora.measure`; memory without what other models hold."""
+    def noted(self, run):
+        """What `run` gives; graphs and breaks that it makes are this model's."""
         counters = torch._dynamo.utils.counters
         counters.clear()
-        own = compare_lora.bytes_of(self.model)
-        release_memory()
-        others = torch.cuda.memory_allocated() - own
-        found = compare_lora.measure(self.model, self.inputs, self.case)
-        for tensor in (self.inputs["leaf"], *self.model.parameters()):
-            tensor.grad = None
+        found = run()
         self.notes["graphs"] += counters["stats"]["unique_graphs"]
         self.notes["graph_breaks"] += sum(counters["graph_break"].values())
-        return {**found, "peak_gb": found["peak_gb"] - others / 1e9}
+        return found
 
     def first_step(self) -> None:
-        start, counters = time.perf_counter(), torch._dynamo.utils.counters
-        counters.clear()
-        compare_lora.step(self.model, self.inputs, self.case["autocast"])
+        start = time.perf_counter()
+        self.noted(lambda: compare_lora.step(self.model, self.inputs, self.case["autocast"]))
         torch.cuda.synchronize()
         self.notes["first_step_s"] = round(time.perf_counter() - start, 1)
-        self.notes["graphs"] += counters["stats"]["unique_graphs"]
-        self.notes["graph_breaks"] += sum(counters["graph_break"].values())
+
+    def __call__(self) -> dict:
+        """`compare_lora.measure`; memory without what other models hold."""
+        release_memory()
+        others = torch.cuda.memory_allocated() - compare_lora.bytes_of(self.model)
+        found = self.noted(lambda: compare_lora.measure(self.model, self.inputs, self.case))
+        for tensor in (self.inputs["leaf"], *self.model.parameters()):
+            tensor.grad = None
+        return {**found, "peak_gb": found["peak_gb"] - others / 1e9}
 
 
 def run_case(case: dict, lora_fused) -> dict:
