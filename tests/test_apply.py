@@ -271,8 +271,46 @@ def test_a_wrapped_model(lora_fused):
     assert ours_in(lora_fused, wrapped) == [] and same_bits(wrapped, model)
 
 
+def test_applied_anew_after_restoring(lora_fused):
+    """What ran before does not count: not what PEFT's forward has run in between, nor that it was in a graph."""
+    torch.compiler.reset()
+    model = lora_fused.apply(peft_llama(shape=dict(num_hidden_layers=1)))
+    passed(torch.compile(model, backend="eager"), tokens())
+    assert {row.last for row in explain(lora_fused, model)} == {lora_fused.last_call.TRACED}
+    passed(lora_fused.restore(model), tokens())
+    lora_fused.apply(model)
+    assert {(row.last, row.backend) for row in explain(lora_fused, model)} == {(None, "native")}
+
+
+class Pipeline:
+    """As diffusers has them."""
+
+    def __init__(self):
+        self.unet, self.text_encoder, self.steps = heads(), heads(), 3
+
+
+def on_two_gpus():
+    model = nn.DataParallel(heads())
+    model.device_ids = [0, 1]
+    return model
+
+
 BAD = {
     "not a module": (lambda: ["model"], {}, TypeError, "model: list, expected a torch.nn.Module"),
+    "a class": (lambda: nn.Linear, {}, TypeError, "model: the class Linear, expected a torch.nn.Module"),
+    "models": (
+        lambda: [heads(), heads()],
+        {},
+        TypeError,
+        r"model: list, expected .*; it holds modules \(0, 1\): give them one by one",
+    ),
+    "a pipeline": (
+        Pipeline,
+        {},
+        TypeError,
+        r"model: Pipeline, expected .*; it holds modules \(unet, text_encoder\): give them one by one",
+    ),
+    "on several GPUs": (on_two_gpus, {}, ValueError, "model: nn.DataParallel, .* start a process a GPU: torchrun"),
     "None": (lambda: None, {}, TypeError, "model: NoneType, expected"),
     "no PEFT model": (
         tiny_llama,
