@@ -361,7 +361,7 @@ def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> str | None:
     if getattr(called, "__func__", None) is layer.forward:
         if called.__self__ is module:
             return None
-        return "its forward is bound to another module, as copy.copy leaves it"
+        return "its forward is bound to another module, which runs in its place, as copy.copy leaves it"
     if bound is None:
         return "not kernelized: no forward of this kernel is bound"
     if replaced.is_own(bound, module):
