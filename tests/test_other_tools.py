@@ -347,7 +347,8 @@ def test_layers_of_which_some_are_on_disk(lora_fused, tmp_path, first):
     for row in rows:
         assert row.calls == (() if first else ((row.reason or "fused", 2),)), row
         assert row.fused or ("set" in row.reason and "tool" in row.suggestion)
-    assert [row.mlp for row in rows if row.mlp] == [] if first else ["gate_proj: another tool set its forward"] * 3
+    mlps = [] if first else ["gate_proj: another tool set its forward"] * 3
+    assert [row.mlp for row in rows if row.mlp] == mlps
     lora_fused.restore(ours)
     assert ours_in(lora_fused, ours) == []
     with lora_fused.record() as calls, torch.no_grad():
