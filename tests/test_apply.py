@@ -231,6 +231,24 @@ def test_registrations_end_in_any_order(lora_fused, unregistered, first_again):
         assert ours_in(lora_fused, kernelize(peft_llama(), mode=Mode.TRAINING, device=DEVICE)) == []
 
 
+@pytest.mark.parametrize("how", ("register_peft_layers", "use_peft_layers", "apply"))
+def test_an_error_while_classes_are_marked_leaves_none(lora_fused, unregistered, monkeypatch, how):
+    """As where a class of PEFT is another than this build knows."""
+
+    def fails():
+        raise AttributeError("ParamWrapper")
+
+    before = marks()
+    monkeypatch.setattr(lora_fused.peft.experts, "wrapper_class", fails)
+    with pytest.raises(AttributeError, match="ParamWrapper"):
+        if how == "use_peft_layers":
+            with lora_fused.use_peft_layers():
+                raise AssertionError("not reached")
+        else:
+            getattr(lora_fused, how)(*([heads()] if how == "apply" else []))
+    assert marks() == before
+
+
 def test_unregistered_inside_of_a_block(lora_fused, unregistered):
     before = marks()
     lora_fused.register_peft_layers()

@@ -281,6 +281,7 @@ REASONS = {
     "base_layer has hooks (its weights are sharded, DTensors)": "nothing to do",
     "weight has a forward of its own, set by another tool (its weights are sharded, DTensors)": "nothing to do",
     "the embedding is sharded by tensor parallelism": "nothing to do",
+    "lora_a is on meta, the base weight on cpu": "model.to(device)",
     "base layer's own forward: FP8Linear": "the delta is fused",
     "GPU of compute capability 7.5: bfloat16 is computed from 8.0 on": "float16",
     "torch.compile: its graph has PEFT's own forward of experts": "torch.compiler.disable",

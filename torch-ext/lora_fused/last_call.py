@@ -13,6 +13,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ def note(module: nn.Module, reason: str | None) -> None:
 def _change(module: nn.Module, reason: str | None) -> None:
     key = id(module)
     if key not in _references:
-        _references[key] = weakref.ref(module, lambda _, key=key: _forget(key))
+        _references[key] = weakref.ref(module, functools.partial(_forget, key))
     notes[key] = reason
 
 
@@ -47,7 +48,7 @@ def forget(module: nn.Module) -> None:
     _forget(id(module))
 
 
-def _forget(key: int) -> None:
+def _forget(key: int, _: weakref.ref | None = None) -> None:
     _references.pop(key, None)
     notes.pop(key, None)
     _traced.discard(key)
@@ -68,7 +69,7 @@ def ends_in_kernel(module: nn.Module) -> bool:
     return _is_of_package(called_forward(module))
 
 
-def called_forward(module: nn.Module) -> object:
+def called_forward(module: nn.Module) -> Any:
     """The forward on an instance, None for its class's. Around it there may be a hook of accelerate's, which keeps the
     forward that it found and calls it."""
     return module.__dict__.get("_old_forward" if is_hooked(module) else "forward")

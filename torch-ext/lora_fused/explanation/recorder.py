@@ -60,9 +60,10 @@ class Calls:
 
     def __repr__(self) -> str:
         total = self.total
+        unseen = "" if total else "; what graphs of torch.compile run is not seen"
         fused = total.pop(FUSED, 0)
         reasons = "".join(f"\n    {number} x {reason}" for reason, number in total.most_common())
-        return f"{fused} fused calls, {total.total()} of the modules' own forwards{reasons}"
+        return f"{fused} fused calls, {total.total()} of the modules' own forwards{unseen}{reasons}"
 
 
 class _Unknown(dict):

@@ -31,6 +31,7 @@ SUGGESTIONS = (
     ),
     (r"rows without a gradient|alone with their input", "nothing to do: few rows are faster as PEFT runs them"),
     (r"not quantized yet|meta device", "load the weights or move the model to its device first"),
+    (r", the base weight on ", "move it to the base weight's device: model.to(device)"),
     (r"sharded", "under FSDP each call decides: run a step and look at what the last call ran"),
     (r"without autocast|adapter dtypes differ|two dtypes differ", "one dtype for x and base, or torch.autocast"),
     (r"^GPU of compute capability", "float16 or float32 for the model, quantized weights and autocast, on this GPU"),

@@ -192,7 +192,8 @@ def _notes(row: Row) -> str:
     if row.last not in (None, last_call.TRACED, FUSED if row.fused else row.reason):
         notes.append(f"last call: {row.last}")
     if row.calls is not None:
-        notes.append("calls: " + (", ".join(_count(row, *each) for each in row.calls) or "none"))
+        none = "none outside of its graph" if row.last == last_call.TRACED else "none"
+        notes.append("calls: " + (", ".join(_count(row, *each) for each in row.calls) or none))
     return "; ".join(notes)
 
 
