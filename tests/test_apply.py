@@ -5,7 +5,6 @@ import logging
 import types
 import warnings
 
-import accelerate
 import pytest
 import torch
 from helpers.cases import DEVICE, LINEARS, OwnForwards, peft_llama, tiny_llama
@@ -19,7 +18,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 pytestmark = pytest.mark.usefixtures("on_device")
 TARGETS = [*LINEARS, "embed_tokens"]
@@ -139,32 +138,6 @@ def test_restored_while_merged(lora_fused):
     for each in (ours, model):
         each.unmerge_adapter()
     assert ours_in(lora_fused, ours) == [] and same_bits(ours, model)
-
-
-def test_forwards_of_others_stay(lora_fused):
-    model = lora_fused.apply(peft_llama())
-    hooked = [module for module in model.modules() if isinstance(module, LlamaRMSNorm)]
-    for module in hooked:
-        accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
-    q_proj = model.base_model.model.model.layers[0].self_attn.q_proj
-    theirs = q_proj.forward = types.MethodType(type(q_proj).forward, q_proj)
-    before = [vars(module)["forward"] for module in hooked]
-    lora_fused.restore(model)
-    assert [vars(module)["forward"] for module in hooked] == before and len(before) == 5
-    assert vars(q_proj)["forward"] is theirs
-
-
-def test_what_a_hook_calls_is_the_modules_own(lora_fused):
-    """accelerate keeps the forward that it found, which was ours."""
-    model = heads()
-    ours = lora_fused.apply(copy.deepcopy(model))
-    accelerate.hooks.add_hook_to_module(inner(ours).q, accelerate.hooks.ModelHook())
-    lora_fused.restore(ours)
-    assert ours_in(lora_fused, ours) == []
-    x = torch.randn(40, 32, dtype=torch.float64)
-    assert torch.equal(ours(x), model(x))
-    accelerate.hooks.remove_hook_from_module(inner(ours).q)
-    assert ours_in(lora_fused, ours) == [] and torch.equal(ours(x), model(x))
 
 
 def test_another_builds_forwards_go_too(lora_fused):
@@ -287,17 +260,6 @@ def test_a_wrapped_model(lora_fused):
     assert all(row.fused for row in explain(lora_fused, wrapped)) and len(ours_in(lora_fused, wrapped)) == 16
     lora_fused.restore(wrapped)
     assert ours_in(lora_fused, wrapped) == [] and same_bits(wrapped, model)
-
-
-def test_applied_anew_after_restoring(lora_fused):
-    """What ran before does not count: not what PEFT's forward has run in between, nor that it was in a graph."""
-    torch.compiler.reset()
-    model = lora_fused.apply(peft_llama(shape=dict(num_hidden_layers=1)))
-    passed(torch.compile(model, backend="eager"), tokens())
-    assert {row.last for row in explain(lora_fused, model)} == {lora_fused.last_call.TRACED}
-    passed(lora_fused.restore(model), tokens())
-    lora_fused.apply(model)
-    assert {(row.last, row.backend) for row in explain(lora_fused, model)} == {(None, "native")}
 
 
 class Pipeline:

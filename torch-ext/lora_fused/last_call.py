@@ -6,6 +6,7 @@ A note is None where our forward computed the call, TRACED where a graph did, el
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import re
@@ -70,15 +71,28 @@ def ends_in_kernel(module: nn.Module) -> bool:
 
 
 def called_forward(module: nn.Module) -> Any:
-    """The forward on an instance, None for its class's. Around it there may be a hook of accelerate's, which keeps the
-    forward that it found and calls it."""
-    return module.__dict__.get("_old_forward" if is_hooked(module) else "forward")
+    """The forward on an instance, None for its class's; of another tool's, which keeps the one of this kernel that it
+    found and calls it, that one."""
+    bound = module.__dict__.get("_old_forward" if is_hooked(module) else "forward")
+    if bound is None or is_of_any_build(bound):
+        return bound
+    return next(filter(is_of_any_build, _kept_by(bound)), bound)
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether the forward on an instance is a hook of accelerate's."""
     bound = module.__dict__.get("forward")
     return isinstance(bound, functools.partial) and bound.func.__module__ == "accelerate.hooks"
+
+
+def _kept_by(bound: object) -> Iterator[object]:
+    """What a function has found, as far as it shows: what it says that it wraps, what its closure and defaults hold."""
+    function = getattr(bound, "__func__", bound)
+    yield getattr(function, "__wrapped__", None)
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty one
+            yield cell.cell_contents
+    yield from getattr(function, "__defaults__", None) or ()
 
 
 def _is_of_package(bound: object) -> bool:

@@ -12,7 +12,7 @@ from .. import last_call
 from ..environment import versions
 from ..explanation import BETWEEN_CALLS, read
 from ..functional.checks import check_module, shown
-from ..peft import gated_mlp as peft_gated_mlp, linear as peft_linear
+from ..peft import gated_mlp as peft_gated_mlp, linear as peft_linear, replaced
 from .adapted import kernelize_adapted
 
 if TYPE_CHECKING:
@@ -75,19 +75,25 @@ def restore(model: nn.Module) -> nn.Module:
 
     Whoever bound them: `apply`, `kernelize`, or another build of this kernel; and whatever became of the model since:
     `unload()` and `merge_and_unload()` leave the MLPs' forwards, wrappers and copies hold the same modules. Forwards of
-    others stay. Where `register_peft_layers()` was called, `unregister_peft_layers()` ends that; a later `kernelize`
-    would bind our forwards again. Raises TypeError if `model` is no module.
+    others stay; one that keeps ours and calls it is named in a line at level WARNING. Where `register_peft_layers()`
+    was called, `unregister_peft_layers()` ends that; a later `kernelize` would bind our forwards again. Raises
+    TypeError if `model` is no module.
     """
     check_module("model", model)
-    for module in model.modules():
+    kept = []
+    for module_name, module in model.named_modules():
         module.__dict__.pop(peft_gated_mlp.TRACED, None)
         for name in _FORWARDS:
             if last_call.is_of_any_build(module.__dict__.get(name)):
                 _put_back(module, None, name)
                 last_call.forget(module)
-        outer = module.__dict__.get("forward")  # a hook says what it is around
-        if last_call.is_of_any_build(getattr(outer, "__wrapped__", None)):
-            outer.__wrapped__ = types.MethodType(type(module).forward, module)
+                if name == "_old_forward" and last_call.is_hooked(module):  # which says what it is around
+                    module.__dict__["forward"].__wrapped__ = module.__dict__[name]
+        if last_call.is_of_any_build(last_call.called_forward(module)):
+            kept.append(f"{module_name}: {replaced.name_of(module.__dict__['forward'])}")
+    if kept:
+        text = "another tool's forward keeps ours and calls it, on %d modules (%s): undo it, then restore again"
+        _log.warning(text, len(kept), kept[0])
     return model
 
 

@@ -195,8 +195,8 @@ class Model:
     def _computed_with(self, module: nn.Module, state: peft_linear.AdaptedLinear, example: Tensor, call: CallContext):
         """The siblings that one call computes and their states, a module's own among them; none where it is alone."""
         for members in shared_input.groups_of(module):
-            if members[0] is not module and last_call.is_hooked(module):
-                continue  # whoever leads passes over what a hook has to see
+            if members[0] is not module and not last_call.is_of_kernel(module):
+                continue  # whoever leads passes over what another tool's forward has to see
             whole = [module if member is module else self._at_call(member) for member in members]
             states = shared_input.states_together(module, whole, state, example, call, self.rows)
             if any(known is not None for known in states):
