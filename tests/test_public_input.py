@@ -104,6 +104,7 @@ OF_TENSORS = [
     ("lora_linear", lambda f: linear(f, scaling="1"), TypeError, "scaling: '1', expected a finite number"),
     ("lora_linear", lambda f: linear(f, lora_a=A.to("meta")), ValueError, "lora_a: on meta, expected cpu"),
     ("lora_linear", lambda f: linear(f, scaling=WEIGHT), TypeError, "scaling: Tensor, expected a finite number"),
+    ("lora_linear", lambda f: linear(f, scaling=[0.5] * 99), TypeError, "scaling: list, expected a finite number"),
     ("lora_linear", lambda f: linear(f, dropout=X), ValueError, "dropout: Tensor, expected a probability"),
     ("lora_linear", lambda f: linear(f, backend=X), TypeError, "backend: Tensor, expected 'native', 'reference'"),
     ("Operands", lambda f: group(f, [f.Projection(f.Operands(WEIGHT, absmax=X))]), ValueError, "absmax: Tensor, expe"),
