@@ -195,13 +195,22 @@ class Model:
     def _computed_with(self, module: nn.Module, state: peft_linear.AdaptedLinear, example: Tensor, call: CallContext):
         """The siblings that one call computes and their states, a module's own among them; none where it is alone."""
         for members in shared_input.groups_of(module):
-            if members[0] is not module and not last_call.is_of_kernel(module):
-                continue  # whoever leads passes over what another tool's forward has to see
-            whole = [module if member is module else self._at_call(member) for member in members]
-            states = shared_input.states_together(module, whole, state, example, call, self.rows)
-            if any(known is not None for known in states):
-                return [(member, known) for member, known in zip(members, states) if known is not None]
+            first = state if members[0] is module else self._leading(members[0], example, call)
+            led = [self._at_call(member) for member in members[1:]]
+            states = [] if first is None else [first, *shared_input.states_led(led, example, call, self.rows)]
+            together = [(member, known) for member, known in zip(members, states) if known is not None]
+            if len(together) > 1 and any(member is module for member, _ in together):
+                return together
         return []
+
+    def _leading(self, module: nn.Module, x: Tensor, call: CallContext) -> peft_linear.AdaptedLinear | None:
+        """The state in which the first of siblings computes all of them; None where its call is not fused."""
+        if not last_call.ends_in_kernel(module) or shared_input.small_reason(module, x, call, self.rows):
+            return None
+        state = peft_linear.read_linear(self._at_call(module))
+        if isinstance(state, Fallback) or linear_call.call_fallback(state, x, call):
+            return None
+        return None if linear_call.own_forward_reason(state, x, call, self.rows) else state
 
     def _group(self, module: nn.Module, members: Sequence[nn.Module]) -> str:
         """The last parts of the siblings' names; which modules share an input is seen when the model runs."""
