@@ -116,6 +116,21 @@ def test_several_gpus_in_one_process(lora_fused, tmp_path, caplog):
     logs = {}
     callback.on_log(None, TrainerState(), None, logs=logs, model=model)
     assert logs == {"lora_fused": 0.0}
+    model.get_base_model().is_loaded_in_4bit = True  # which it does not copy
+    callback.on_train_begin(types.SimpleNamespace(n_gpu=2), TrainerState(), None, model=model)
+    assert len(ours_in(lora_fused, model)) == 16
+
+
+@pytest.mark.parametrize("quantized", (False, True))
+def test_whom_the_trainer_copies(lora_fused, tmp_path, monkeypatch, quantized):
+    """Its own choice is the callback's: it is asked of the trainer itself."""
+    trainer = trainer_of(peft_llama(), tmp_path)
+    trainer.model.get_base_model().is_loaded_in_8bit = quantized
+    monkeypatch.setattr(type(trainer.args), "n_gpu", 2)
+    copied = isinstance(trainer._wrap_model(trainer.model), torch.nn.DataParallel)
+    callback = lora_fused.LoraFusedCallback()
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert copied is not quantized and (ours_in(lora_fused, trainer.model) == []) is copied
 
 
 def test_a_class_that_derives_from_it(lora_fused, tmp_path):

@@ -27,8 +27,8 @@ class LoraFusedCallback:
     them fused, from 0 to 1; it stands in `trainer.state.log_history` and in what is printed. What is fused and why not,
     `explain(trainer.model)` says. The forwards stay bound when training ends; `restore(trainer.model)` takes them off.
 
-    Where one process sees several GPUs the trainer takes `nn.DataParallel`: then PEFT's own forward runs, and one line
-    at level WARNING says so.
+    Where one process sees several GPUs the trainer takes `nn.DataParallel`, but for quantized models: then PEFT's own
+    forward runs, and one line at level WARNING says so.
 
     `mode` as `apply` takes it, whose errors of it come at once, and those of the model when training begins. An
     instance is a `transformers.TrainerCallback`, one of a class that derives from this one too; transformers is
@@ -44,7 +44,7 @@ class LoraFusedCallback:
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Before the first step, when the trainer has wrapped and placed the model."""
-        if getattr(args, "n_gpu", 1) > 1:
+        if _is_copied(args, model):
             _log.warning("nothing is fused: the trainer takes nn.DataParallel, %s", ON_ITS_COPIES)
         else:
             apply(model, self.mode)
@@ -60,6 +60,13 @@ class LoraFusedCallback:
         logs["lora_fused"] = share
         if state.log_history:  # a copy of the log, by now
             state.log_history[-1]["lora_fused"] = share
+
+
+def _is_copied(args: object, model: object) -> bool:
+    """Whether the trainer takes `nn.DataParallel`, which is not among what a callback is given. It wraps no model that
+    bitsandbytes has quantized."""
+    quantized = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+    return getattr(args, "n_gpu", 1) > 1 and not quantized
 
 
 @functools.cache
