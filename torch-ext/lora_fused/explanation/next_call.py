@@ -71,8 +71,8 @@ class Model:
         )
 
     def _recorded(self, module: nn.Module, calls: Calls) -> tuple[tuple[str, int], ...]:
-        """A fused call of an MLP is one of each of its projections."""
-        counts, parent = calls.of(module), self.parents.get(module)
+        """A fused call of an MLP is one of each of its projections, and the outermost wrapper's one of all wrappers."""
+        counts, parent = calls.of(module), self.parents.get(module) or self.outermost.get(module)
         if parent is not None and (fused := calls.of(parent)[FUSED]):
             counts[FUSED] += fused
         return tuple(counts.most_common())
