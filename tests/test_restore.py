@@ -75,6 +75,19 @@ def test_a_forward_of_ours_that_another_tool_keeps(lora_fused, caplog, wrap):
     assert ours_in(lora_fused, lora_fused.restore(ours)) == [] and forwards(ours) == {} and caplog.records == []
 
 
+def test_a_forward_of_another_module_that_is_kept(lora_fused, caplog):
+    """Which computes that one: nothing is said to be fused of the module in whose place it runs."""
+    ours = lora_fused.apply(heads(rank_pattern={}))
+    q, k = inner(ours).q, inner(ours).k
+    k.forward = WRAPPERS["closure"](vars(q)["forward"])
+    rows = {row.module.rpartition(".")[2]: row for row in explain(lora_fused, ours)}
+    assert not rows["k"].fused and rows["k"].reason.startswith("another tool set its forward: test_restore.")
+    assert rows["q"].fused and rows["v"].fused
+    caplog.clear()
+    lora_fused.restore(ours)
+    assert ["base_model.model.k" in record.getMessage() for record in caplog.records] == [True]
+
+
 def test_applied_anew_after_restoring(lora_fused):
     """What ran before does not count: not what PEFT's forward has run in between, nor that it was in a graph."""
     torch.compiler.reset()

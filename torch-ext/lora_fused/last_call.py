@@ -71,18 +71,23 @@ def ends_in_kernel(module: nn.Module) -> bool:
 
 
 def called_forward(module: nn.Module) -> Any:
-    """The forward on an instance, None for its class's; of another tool's, which keeps the one of this kernel that it
-    found and calls it, that one."""
+    """The forward on an instance, None for its class's; of another tool's, which keeps the module's own of this kernel
+    that it found and calls it, that one."""
     bound = module.__dict__.get("_old_forward" if is_hooked(module) else "forward")
     if bound is None or is_of_any_build(bound):
         return bound
-    return next(filter(is_of_any_build, _kept_by(bound)), bound)
+    return next((kept for kept in ours_kept_by(bound) if kept.__self__ is module), bound)
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether the forward on an instance is a hook of accelerate's."""
     bound = module.__dict__.get("forward")
     return isinstance(bound, functools.partial) and bound.func.__module__ == "accelerate.hooks"
+
+
+def ours_kept_by(bound: object) -> list[types.MethodType]:
+    """Forwards of this kernel, of any build, that another tool's function keeps."""
+    return [kept for kept in _kept_by(bound) if isinstance(kept, types.MethodType) and is_of_any_build(kept)]
 
 
 def _kept_by(bound: object) -> Iterator[object]:

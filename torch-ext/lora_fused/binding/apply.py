@@ -89,7 +89,7 @@ def restore(model: nn.Module) -> nn.Module:
                 last_call.forget(module)
                 if name == "_old_forward" and last_call.is_hooked(module):  # which says what it is around
                     module.__dict__["forward"].__wrapped__ = module.__dict__[name]
-        if last_call.is_of_any_build(last_call.called_forward(module)):
+        if any(last_call.ours_kept_by(module.__dict__.get(name)) for name in _FORWARDS):
             kept.append(f"{module_name}: {replaced.name_of(module.__dict__['forward'])}")
     if kept:
         text = "another tool's forward keeps ours and calls it, on %d modules (%s): undo it, then restore again"
