@@ -341,7 +341,8 @@ def test_layers_of_which_some_are_on_disk(lora_fused, tmp_path, first):
         lora_fused.apply(ours)
     with lora_fused.record() as calls, torch.no_grad():
         for _ in range(2):
-            torch.testing.assert_close(ours(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+            result, expected = ours(input_ids=tokens()).logits, model(input_ids=tokens()).logits
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
     rows = lora_fused.explain(ours, calls=calls)
     assert [row.fused for row in rows] == ([False] * 14 if first else [True] * 7 + [False] * 7)
     for row in rows:
