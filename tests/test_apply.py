@@ -5,7 +5,6 @@ import logging
 import types
 import warnings
 
-import accelerate
 import pytest
 import torch
 from helpers.cases import DEVICE, LINEARS, OwnForwards, peft_llama, tiny_llama
@@ -19,7 +18,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 pytestmark = pytest.mark.usefixtures("on_device")
 TARGETS = [*LINEARS, "embed_tokens"]
@@ -141,32 +140,6 @@ def test_restored_while_merged(lora_fused):
     assert ours_in(lora_fused, ours) == [] and same_bits(ours, model)
 
 
-def test_forwards_of_others_stay(lora_fused):
-    model = lora_fused.apply(peft_llama())
-    hooked = [module for module in model.modules() if isinstance(module, LlamaRMSNorm)]
-    for module in hooked:
-        accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
-    q_proj = model.base_model.model.model.layers[0].self_attn.q_proj
-    theirs = q_proj.forward = types.MethodType(type(q_proj).forward, q_proj)
-    before = [vars(module)["forward"] for module in hooked]
-    lora_fused.restore(model)
-    assert [vars(module)["forward"] for module in hooked] == before and len(before) == 5
-    assert vars(q_proj)["forward"] is theirs
-
-
-def test_what_a_hook_calls_is_the_modules_own(lora_fused):
-    """accelerate keeps the forward that it found, which was ours."""
-    model = heads()
-    ours = lora_fused.apply(copy.deepcopy(model))
-    accelerate.hooks.add_hook_to_module(inner(ours).q, accelerate.hooks.ModelHook())
-    lora_fused.restore(ours)
-    assert ours_in(lora_fused, ours) == []
-    x = torch.randn(40, 32, dtype=torch.float64)
-    assert torch.equal(ours(x), model(x))
-    accelerate.hooks.remove_hook_from_module(inner(ours).q)
-    assert ours_in(lora_fused, ours) == [] and torch.equal(ours(x), model(x))
-
-
 def test_another_builds_forwards_go_too(lora_fused):
     names = {"__name__": "_lora_fused_cuda_1234567.layers"}
     exec("def forward(self, x, *args, **kwargs):\n    raise AssertionError('another build')\n", names)
@@ -231,6 +204,24 @@ def test_registrations_end_in_any_order(lora_fused, unregistered, first_again):
         assert ours_in(lora_fused, kernelize(peft_llama(), mode=Mode.TRAINING, device=DEVICE)) == []
 
 
+@pytest.mark.parametrize("how", ("register_peft_layers", "use_peft_layers", "apply"))
+def test_an_error_while_classes_are_marked_leaves_none(lora_fused, unregistered, monkeypatch, how):
+    """As where a class of PEFT is another than this build knows."""
+
+    def fails():
+        raise AttributeError("ParamWrapper")
+
+    before = marks()
+    monkeypatch.setattr(lora_fused.peft.experts, "wrapper_class", fails)
+    with pytest.raises(AttributeError, match="ParamWrapper"):
+        if how == "use_peft_layers":
+            with lora_fused.use_peft_layers():
+                raise AssertionError("not reached")
+        else:
+            getattr(lora_fused, how)(*([heads()] if how == "apply" else []))
+    assert marks() == before
+
+
 def test_unregistered_inside_of_a_block(lora_fused, unregistered):
     before = marks()
     lora_fused.register_peft_layers()
@@ -271,8 +262,35 @@ def test_a_wrapped_model(lora_fused):
     assert ours_in(lora_fused, wrapped) == [] and same_bits(wrapped, model)
 
 
+class Pipeline:
+    """As diffusers has them."""
+
+    def __init__(self):
+        self.unet, self.text_encoder, self.steps = heads(), heads(), 3
+
+
+def on_two_gpus():
+    model = nn.DataParallel(heads())
+    model.device_ids = [0, 1]
+    return model
+
+
 BAD = {
     "not a module": (lambda: ["model"], {}, TypeError, "model: list, expected a torch.nn.Module"),
+    "a class": (lambda: nn.Linear, {}, TypeError, "model: the class Linear, expected a torch.nn.Module"),
+    "models": (
+        lambda: [heads(), heads()],
+        {},
+        TypeError,
+        r"model: list, expected .*; it holds modules \(0, 1\): give them one by one",
+    ),
+    "a pipeline": (
+        Pipeline,
+        {},
+        TypeError,
+        r"model: Pipeline, expected .*; it holds modules \(unet, text_encoder\): give them one by one",
+    ),
+    "on several GPUs": (on_two_gpus, {}, ValueError, "model: nn.DataParallel, .* start a process a GPU: torchrun"),
     "None": (lambda: None, {}, TypeError, "model: NoneType, expected"),
     "no PEFT model": (
         tiny_llama,

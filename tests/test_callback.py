@@ -3,6 +3,7 @@ restoring."""
 
 import copy
 import logging
+import types
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from helpers.cases import DEVICE, LINEARS, OwnForwards, peft_llama, tiny_llama
 from helpers.kernelizing import explain, ours_in
 from helpers.llamas import same_bits
 from helpers.trainers import STEPS, assert_same, losses_and_adapter as trained, rows, trainer_of
+from kernels import Mode
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 
 def reports(trainer):
@@ -96,9 +98,54 @@ def test_each_training_reports_once(lora_fused, tmp_path):
 
 
 def test_a_mode(lora_fused, tmp_path):
-    trainer = trainer_of(peft_llama(), tmp_path, lora_fused.LoraFusedCallback(mode="training"))
     with pytest.raises(TypeError, match="mode: 'training', expected a kernels.Mode"):
-        trainer.train()
+        lora_fused.LoraFusedCallback(mode="training")
+    trainer = trainer_of(peft_llama(), tmp_path, lora_fused.LoraFusedCallback(mode=Mode.INFERENCE), max_steps=1)
+    trainer.train()
+    assert reports(trainer)[0] == 1.0
+
+
+def test_several_gpus_in_one_process(lora_fused, tmp_path, caplog):
+    """The trainer copies the model to each, and what is bound to it would run the first one's."""
+    callback, model = lora_fused.LoraFusedCallback(), peft_llama()
+    with caplog.at_level(logging.WARNING, logger="lora_fused"):
+        callback.on_train_begin(types.SimpleNamespace(n_gpu=2), TrainerState(), None, model=model)
+    assert ours_in(lora_fused, model) == []
+    (record,) = [record for record in caplog.records if record.name == "lora_fused"]
+    assert record.levelno == logging.WARNING and "torchrun" in record.getMessage()
+    logs = {}
+    callback.on_log(None, TrainerState(), None, logs=logs, model=model)
+    assert logs == {"lora_fused": 0.0}
+    model.get_base_model().is_loaded_in_4bit = True  # which it does not copy
+    callback.on_train_begin(types.SimpleNamespace(n_gpu=2), TrainerState(), None, model=model)
+    assert len(ours_in(lora_fused, model)) == 16
+
+
+@pytest.mark.parametrize("quantized", (False, True))
+def test_whom_the_trainer_copies(lora_fused, tmp_path, monkeypatch, quantized):
+    """Its own choice is the callback's: it is asked of the trainer itself."""
+    trainer = trainer_of(peft_llama(), tmp_path)
+    trainer.model.get_base_model().is_loaded_in_8bit = quantized
+    monkeypatch.setattr(type(trainer.args), "n_gpu", 2)
+    copied = isinstance(trainer._wrap_model(trainer.model), torch.nn.DataParallel)
+    callback = lora_fused.LoraFusedCallback()
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert copied is not quantized and (ours_in(lora_fused, trainer.model) == []) is copied
+
+
+def test_a_class_that_derives_from_it(lora_fused, tmp_path):
+    class Mine(lora_fused.LoraFusedCallback):
+        began = 0
+
+        def on_train_begin(self, *args, **kwargs):
+            super().on_train_begin(*args, **kwargs)
+            self.began += 1
+
+    callback = Mine()
+    assert isinstance(callback, Mine) and isinstance(callback, TrainerCallback)
+    trainer = trainer_of(peft_llama(), tmp_path, callback, max_steps=1)
+    trainer.train()
+    assert callback.began == 1 and reports(trainer)[0] == 1.0
 
 
 def test_a_model_without_adapters(lora_fused, tmp_path):

@@ -280,6 +280,20 @@ def test_something_between_the_wrappers(lora_fused):
     assert not row.fused and "Between has no parameter down_proj" in row.reason
 
 
+@pytest.mark.parametrize("merged", (False, True))
+def test_calls_of_both_wrappers_are_recorded(lora_fused, merged):
+    """The outermost one computes the other's, too; PEFT's forward calls it."""
+    ours, _ = pair(lora_fused)
+    wrapper = mixture_of(ours).experts
+    for each in (wrapper, wrapper.base_layer) if merged else ():
+        each.merge()
+    with lora_fused.record() as calls:
+        ours(example()[0])
+    rows = lora_fused.explain(ours, calls=calls)
+    assert len(rows) == 2 and {row.fused for row in rows} == {not merged}
+    assert {row.calls for row in rows} == {((rows[0].reason or "fused", 1),)}, str(rows)
+
+
 def test_not_kernelized(lora_fused):
     model = adapt(block_of("qwen3_moe"))
     rows = explain(lora_fused, model)

@@ -111,12 +111,15 @@ def test_a_state_that_has_changed_since_the_last_call_shows(lora_fused, own_call
 def test_a_device_without_layers(lora_fused):
     lora_fused.register_peft_layers()
     model = kernelize(peft_llama(), mode=Mode.TRAINING, device="xpu")
-    assert all("devices that this variant is not built for" in row.reason for row in explain(lora_fused, model))
+    assert all("kernelize() without our layers" in row.reason for row in explain(lora_fused, model))
 
 
-def test_not_kernelized_yet(lora_fused):
-    lora_fused.register_peft_layers()
-    assert all(row.reason.startswith("not kernelized: call kernelize(") for row in explain(lora_fused, peft_llama()))
+@pytest.mark.parametrize("register", (True, False))
+def test_not_kernelized_yet(lora_fused, register):
+    (lora_fused.register_peft_layers if register else lora_fused.unregister_peft_layers)()
+    (said,) = explain(lora_fused, peft_llama()).to_dict()["reasons"]
+    assert said["reason"] == "not kernelized: no forward of this kernel is bound"
+    assert said["suggestion"] == "run lora_fused.apply(model)"
 
 
 def test_another_build_of_this_kernel(lora_fused, own_calls):
@@ -150,7 +153,7 @@ def test_a_pickled_model(lora_fused, own_calls):
     )
     loaded = pickle.loads(pickle.dumps(model))
     rows = holds(lora_fused, loaded, own_calls, lambda each: each(torch.randn(3, 16)), fused=0)
-    assert all("pickled" in row.reason for row in rows)
+    assert all("as pickle and kernelize" in row.reason for row in rows)
     assert all(row.fused for row in explain(lora_fused, kernelize_in_place(lora_fused, loaded)))
 
 

@@ -1,10 +1,12 @@
 """What `explain` says of modules that are computed together: a group and a gated MLP have one backend each, and a graph
 has what a trace reads."""
 
+import accelerate
 import pytest
 import torch
 from helpers.cases import LINEARS, peft_llama
 from helpers.compiling import Graphs, fresh_compiler
+from helpers.heads import NAMES, heads, inner
 from helpers.kernelizing import explain, fused_functions, kernelize_in_place
 from helpers.llamas import passed, tokens
 
@@ -119,3 +121,33 @@ def test_a_scaling_that_a_graph_does_not_read(lora_fused, name):
             assert "float16" in rows[name].reason
             others = {rows[each].mlp for each in MLP if each != name}
             assert others == ({f"up_proj: {rows[name].reason}"} if name == "up_proj" else {None})
+
+
+OBSERVED = {
+    "none": lambda layer: None,
+    "a hook": lambda layer: layer.register_forward_hook(lambda *_: None),
+    "a hook before it": lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+    "accelerate's": lambda layer: accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.ModelHook()),
+}
+
+
+@pytest.mark.parametrize("watch", OBSERVED.values(), ids=OBSERVED)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_member_that_somebody_watches(lora_fused, monkeypatch, name, watch):
+    """What sees its input before our forward does is called with it; the first one leads all the same."""
+    ours, x = lora_fused.apply(heads()), torch.randn(5, 32, dtype=torch.float64)
+    watch(getattr(inner(ours), name))
+    inner(ours)(x)
+    groups = {name: row.group for name, row in said(lora_fused, ours).items()}
+    sizes, own = [], lora_fused.functional.dispatch.compute_group
+
+    def counted(x, projections, *args, **kwargs):
+        sizes.append(len(projections))
+        return own(x, projections, *args, **kwargs)
+
+    monkeypatch.setattr(lora_fused.functional.dispatch, "compute_group", counted)
+    inner(ours)(x)
+    leaves_out = name != "q" and watch not in (OBSERVED["none"], OBSERVED["a hook"])
+    together = [each for each in NAMES if not (leaves_out and each == name)]
+    assert groups == {each: "+".join(together) if each in together else "single" for each in NAMES}
+    assert sorted(sizes) == ([1, 2] if leaves_out else [3])

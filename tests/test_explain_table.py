@@ -9,9 +9,11 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers.cases import peft_llama, tiny_llama
+from helpers.heads import heads
 from helpers.kernelizing import explain
 from helpers.llamas import evaluated as evaluate, passed, tokens
 from helpers.mlps import LigerSwiGLUMLP
+from peft import LoHaConfig, LoraConfig, get_peft_model
 
 pytestmark = pytest.mark.usefixtures("on_device")
 PACKAGE = ROOT / "torch-ext" / "lora_fused"
@@ -233,8 +235,6 @@ def test_groups_are_not_guessed_before_the_first_pass(lora_fused):
 
 
 def test_mlps_that_are_not_one_function_are_in_the_summary(lora_fused):
-    from peft import LoraConfig, get_peft_model
-
     base = tiny_llama()
     base.model.layers[0].mlp = LigerSwiGLUMLP(base.model.layers[0].mlp)
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -275,8 +275,13 @@ REASONS = {
     "weight of MixtralTopKRouter is no weight of experts: shape (4, 32)": "nothing to do",
     "Llama4TextExperts has no forward of transformers' use_experts_implementation": "set_experts_implementation",
     "no fused layer for peft.tuners.lora.layer.Conv2d": "docs/support.md",
-    "not kernelized: call register_peft_layers(), then kernelize(model)": "lora_fused.apply(model)",
+    "not kernelized: no forward of this kernel is bound": "lora_fused.apply(model)",
     "another tool set its forward: accelerate.hooks.f": "before the tool",
+    "lora_A has a forward of its own, set by another tool": "leave out the tool",
+    "base_layer has hooks (its weights are sharded, DTensors)": "nothing to do",
+    "weight has a forward of its own, set by another tool (its weights are sharded, DTensors)": "nothing to do",
+    "the embedding is sharded by tensor parallelism": "nothing to do",
+    "lora_a is on meta, the base weight on cpu": "model.to(device)",
     "base layer's own forward: FP8Linear": "the delta is fused",
     "GPU of compute capability 7.5: bfloat16 is computed from 8.0 on": "float16",
     "torch.compile: its graph has PEFT's own forward of experts": "torch.compiler.disable",
@@ -313,9 +318,39 @@ def test_what_a_suggestion_names_helps(lora_fused):
         (dict(model=3), TypeError, "model: int, expected a torch.nn.Module"),
         (dict(rows=1.5), TypeError, "rows: 1.5, expected an int"),
         (dict(rows=-1), ValueError, "rows: -1, expected at least 0"),
+        (dict(rows=2**63), ValueError, "rows: 9223372036854775808, expected at least 0 and less than"),
         (dict(calls={}), TypeError, "calls: dict, expected what `with lora_fused.record\\(\\) as calls` gives"),
     ),
 )
 def test_bad_input(lora_fused, options, error, message):
     with pytest.raises(error, match=message):
         lora_fused.explain(**{"model": peft_llama(), **options})
+
+
+def test_a_part_of_the_rows(lora_fused):
+    rows = explain(lora_fused, lora_fused.apply(peft_llama()))
+    assert type(rows[7:]) is type(rows) and list(rows[7:]) == list(rows)[7:] and isinstance(rows[3], lora_fused.Row)
+    assert str(rows[7:]).startswith("7 of 7 LoRA modules fused")
+
+
+def test_one_module_by_itself(lora_fused):
+    layer = lora_fused.apply(heads()).base_model.model.q
+    assert [line.split()[0] for line in str(explain(lora_fused, layer)).splitlines()[2:]] == ["module", "(itself)"]
+
+
+def test_another_tuner_around_the_modules(lora_fused):
+    """Which are its base layers then, or have it as theirs."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"]), mixed=True)
+    model.add_adapter("other", LoHaConfig(r=4, target_modules=["q_proj", "k_proj", "o_proj"]))
+    model.set_adapter(["default", "other"])
+    lora_fused.apply(model)
+    evaluate(model)
+    evaluate(model)
+    rows = {row.module.partition("self_attn.")[2]: row for row in explain(lora_fused, model)}
+    assert set(rows) == {"q_proj.base_layer", "k_proj.base_layer", "v_proj"}
+    assert {row.group for row in rows.values()} == {"q_proj.base_layer+k_proj.base_layer+v_proj"}
+    model = get_peft_model(tiny_llama(), LoHaConfig(r=4, target_modules=["q_proj"]), mixed=True)
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
+    model.set_adapter(["default", "other"])
+    reasons = {row.reason for row in explain(lora_fused, lora_fused.apply(model))}
+    assert reasons == {"unknown base layer Linear of peft.tuners.loha.layer"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.cases import DEVICE, LINEARS, peft_llama, tiny_llama
 from helpers.heads import assert_same, heads, inner, learned, step, take_out
-from helpers.kernelizing import explain, fused_functions, kernelize_in_place
+from helpers.kernelizing import explain, fused_functions, kernelize_in_place, ours_in
 from helpers.llamas import tokens
 from helpers.mlps import assert_same as assert_same_mlp, glu, mlp_of, step as mlp_step
 from kernels import Mode, kernelize
@@ -50,12 +50,16 @@ def test_hooks_of_accelerate(lora_fused, first):
         kernelize(ours, mode=Mode.TRAINING, device=DEVICE)
     for _ in range(3):
         assert_same(step(ours, x), step(model, x))
-    reasons = {row.module.rpartition(".")[2]: row.reason for row in explain(lora_fused, ours)}
-    assert reasons == {
-        "q": None,
-        "k": "another tool set its forward: accelerate.hooks.add_hook_to_module.<locals>.new_forward",
-        "v": None,
-    }
+    with lora_fused.record() as calls:
+        step(ours, x)
+    rows = {row.module.rpartition(".")[2]: row for row in lora_fused.explain(ours, calls=calls)}
+    theirs = "another tool set its forward: accelerate.hooks.add_hook_to_module.<locals>.new_forward"
+    assert {name: row.reason for name, row in rows.items()} == dict(q=None, k=theirs if first else None, v=None)
+    if first:
+        assert rows["k"].calls == ()
+    else:  # the hook calls what it found, alone
+        assert rows["k"].calls == (("fused", 1),) and rows["k"].group == "single" and rows["k"].last == "fused"
+    assert rows["q"].group == rows["v"].group == "q+v"
     for each in (model, ours):
         accelerate.hooks.remove_hook_from_module(inner(each).k)
     assert_same(step(ours, x), step(model, x))
@@ -322,6 +326,35 @@ def test_weights_on_meta_until_a_hook_fires(lora_fused, first):
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(ours(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
+@pytest.mark.parametrize("first", (True, False), ids=("offloaded first", "kernelized first"))
+def test_layers_of_which_some_are_on_disk(lora_fused, tmp_path, first):
+    """What is said is what runs: accelerate's hook on a module that stays where it is calls the forward that it
+    found."""
+    model = peft_llama().eval()
+    names, layer = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "base_model.model.model.layers"
+    places = {f"base_model.model.{name}": DEVICE for name in names} | {f"{layer}.0": DEVICE, f"{layer}.1": "disk"}
+    ours = copy.deepcopy(model) if first else lora_fused.apply(copy.deepcopy(model))
+    accelerate.dispatch_model(ours, places, main_device=DEVICE, offload_dir=tmp_path, force_hooks=True)
+    if first:
+        lora_fused.apply(ours)
+    with lora_fused.record() as calls, torch.no_grad():
+        for _ in range(2):
+            result, expected = ours(input_ids=tokens()).logits, model(input_ids=tokens()).logits
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
+    rows = lora_fused.explain(ours, calls=calls)
+    assert [row.fused for row in rows] == ([False] * 14 if first else [True] * 7 + [False] * 7)
+    for row in rows:
+        assert row.calls == (() if first else ((row.reason or "fused", 2),)), row
+        assert row.fused or ("set" in row.reason and "tool" in row.suggestion)
+    mlps = [] if first else ["gate_proj: another tool set its forward"] * 3
+    assert [row.mlp for row in rows if row.mlp] == mlps
+    lora_fused.restore(ours)
+    assert ours_in(lora_fused, ours) == []
+    with lora_fused.record() as calls, torch.no_grad():
+        torch.testing.assert_close(ours(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+    assert calls.total == {}
 
 
 @pytest.mark.parametrize("backend", ("eager", "aot_eager"))

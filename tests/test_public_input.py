@@ -56,6 +56,11 @@ def experts(lora_fused, **given):
     return lora_fused.lora_experts(**{**right, **given})
 
 
+def recorded(lora_fused):
+    with lora_fused.record() as calls:
+        return calls
+
+
 # Public name, call, model, error and how it begins.
 NO_PEFT = "model: {} has no PEFT LoRA modules; adapt it first: get_peft_model"
 OF_MODELS = [
@@ -76,6 +81,15 @@ OF_MODELS = [
     ("restore", lambda f, m: f.restore(m), lambda: ["model"], TypeError, "model: list, expected a torch.nn.Module"),
     ("restore", lambda f, m: f.restore(m), lambda: X, TypeError, "model: Tensor, expected a torch.nn.Module"),
     ("explain", lambda f, m: f.explain(m), lambda: ["model"], TypeError, "model: list, expected a torch.nn.Module"),
+    ("restore", lambda f, m: f.restore(type(m)), heads, TypeError, "model: the class PeftModel, expected a torch.nn"),
+    ("explain", lambda f, m: f.explain([m]), heads, TypeError,
+     "model: list, expected a torch.nn.Module, as get_peft_model returns it; it holds modules (0): give them one by"),
+    ("LoraFusedCallback", lambda f, m: f.LoraFusedCallback(m), heads, TypeError, "mode: PeftModel, expected a kernels"),
+    ("record", lambda f, m: recorded(f).of("q"), heads, TypeError, "module: str, expected a torch.nn.Module"),
+    ("record", lambda f, m: recorded(f).by_module([m]), heads, TypeError, "model: list, expected a torch.nn.Module"),
+    ("Row", lambda f, m: f.Explanation([m]), heads, TypeError, "rows: list, expected a list of Rows"),
+    ("Explanation", lambda f, m: f.Explanation(3), heads, TypeError, "rows: 3, expected a list of Rows"),
+    ("Explanation", lambda f, m: explain(f, m).filter(fused=1), heads, TypeError, "fused: 1, expected True"),
     ("explain", lambda f, m: f.explain(m, "8"), heads, TypeError, "rows: '8', expected an int"),
     ("explain", lambda f, m: f.explain(m, -1), heads, ValueError, "rows: -1, expected at least 0"),
     ("explain", lambda f, m: f.explain(m, calls=3), heads, TypeError, "calls: int, expected what `with lora_fused"),
@@ -89,6 +103,20 @@ OF_TENSORS = [
     ("lora_linear", lambda f: linear(f, x=None), TypeError, "x: NoneType, expected a torch.Tensor"),
     ("lora_linear", lambda f: linear(f, scaling="1"), TypeError, "scaling: '1', expected a finite number"),
     ("lora_linear", lambda f: linear(f, lora_a=A.to("meta")), ValueError, "lora_a: on meta, expected cpu"),
+    ("lora_linear", lambda f: linear(f, scaling=WEIGHT), TypeError, "scaling: Tensor, expected a finite number"),
+    ("lora_linear", lambda f: linear(f, scaling=[0.5] * 99), TypeError, "scaling: list, expected a finite number"),
+    ("lora_linear", lambda f: linear(f, dropout=X), ValueError, "dropout: Tensor, expected a probability"),
+    ("lora_linear", lambda f: linear(f, backend=X), TypeError, "backend: Tensor, expected 'native', 'reference'"),
+    ("Operands", lambda f: group(f, [f.Projection(f.Operands(WEIGHT, absmax=X))]), ValueError, "absmax: Tensor, expe"),
+    ("ProjectionSpec", lambda f: group(f, [projection(f)._replace(spec=f.ProjectionSpec(quantized="nf4"))]),
+     ValueError, "quantized: 'nf4', expected None"),
+    ("lora_embedding", lambda f: embedding(f, IDS, padding_idx=TABLE), ValueError, "padding_idx: Tensor, expected one"),
+    ("Gate", lambda f: experts(f, gate=nn.SiLU), TypeError, "gate: the class SiLU, expected a Gate or a function"),
+    ("Gate", lambda f: experts(f, gate=f.Gate(gated="no")), TypeError, "gate: gated 'no', expected True or False"),
+    ("Gate", lambda f: experts(f, gate=f.Gate(limit="7")), TypeError, "gate: limit: '7', expected a finite number"),
+    ("Gate", lambda f: experts(f, gate=f.Gate(slope=None)), TypeError, "gate: slope: None, expected a finite number"),
+    ("Gate", lambda f: experts(f, gate=f.Gate(slope=0.0)), ValueError, "gate: slope 0, expected another number"),
+    ("Gate", lambda f: experts(f, gate=f.Gate(offset=X)), TypeError, "gate: offset: Tensor, expected a finite number"),
     ("lora_linear", lambda f: linear(f, backend="mine"), ValueError, "backend: 'mine' is unknown, expected"),
     ("lora_linear_group", lambda f: group(f, None), TypeError, "projections: NoneType, expected a list"),
     ("lora_linear_group", lambda f: group(f, []), ValueError, "projections: empty, expected at least one"),
@@ -149,10 +177,10 @@ def test_what_is_right_raises_nothing(lora_fused):
 
 
 def test_the_table_has_every_public_name(lora_fused):
-    """But for a result's row, the layers, which are PEFT's modules' forwards, and what takes no argument."""
-    without = {name for name in lora_fused.__all__ if name.endswith("_peft_layers") or name == "record"}
-    assert all(not inspect.signature(getattr(lora_fused, name)).parameters for name in without) and len(without) == 4
-    assert {row[0] for row in (*OF_MODELS, *OF_TENSORS)} == {*lora_fused.__all__} - without - {"Row", "layers"}
+    """But for the layers, which are PEFT's modules' forwards, and what takes no argument."""
+    without = {name for name in lora_fused.__all__ if name.endswith("_peft_layers")}
+    assert all(not inspect.signature(getattr(lora_fused, name)).parameters for name in without) and len(without) == 3
+    assert {row[0] for row in (*OF_MODELS, *OF_TENSORS)} == {*lora_fused.__all__} - without - {"layers"}
 
 
 @pytest.mark.parametrize("make", (tiny_llama, nn.Sequential, ia3))
@@ -173,7 +201,7 @@ def of_another_build(model):
 
 
 STATES = {
-    "not kernelized": (lambda lora_fused, model: model, "not kernelized: call "),
+    "not kernelized": (lambda lora_fused, model: model, "not kernelized: no forward of this kernel"),
     "another build": (lambda lora_fused, model: of_another_build(model), "kernelized by another build of this kernel"),
     "meta": (lambda lora_fused, model: lora_fused.apply(model).to("meta"), "its tensors are on the meta device"),
 }
@@ -183,8 +211,9 @@ STATES = {
 def test_explain_says_what_to_do(lora_fused, change, reason):
     """One reason for all modules, with a suggestion in what is printed."""
     model = change(lora_fused, peft_llama())
-    with pytest.warns(UserWarning, match=reason):
+    with pytest.warns(UserWarning, match=reason) as warned:
         found = lora_fused.explain(model)
+    assert str(warned[0].message).endswith(f"{found[0].reason}; {found[0].suggestion}")
     assert len(found) == 14 and {row.fused for row in found} == {False}
     (said,) = found.to_dict()["reasons"]
     assert said["modules"] == 14 and said["suggestion"]

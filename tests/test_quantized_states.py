@@ -74,6 +74,9 @@ def test_a_weight_not_quantized_yet(lora_fused):
         quantized.fuse(lora_fused, model)
     with pytest.raises(ValueError, match=r"model\.proj: .*not quantized yet"):
         model(torch.randn(7, case.k))
+    with pytest.warns(UserWarning, match=r"move it to its device; load the weights"):
+        (row,) = lora_fused.explain(model)
+    assert row.reason == "base weight of torch.float32 is not quantized yet: move it to its device"  # of any shape
 
 
 def test_x_on_another_device(lora_fused):

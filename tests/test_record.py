@@ -159,6 +159,8 @@ def test_a_graph_is_not_traced_again(lora_fused):
     with lora_fused.record() as calls:
         evaluate(compiled)
     assert calls.fused == calls.own == 0 and not torch._dynamo.utils.counters["frames"]
+    assert str(calls).endswith("; what graphs of torch.compile run is not seen")
+    assert "calls: none outside of its graph" in str(lora_fused.explain(model, calls=calls))
     torch.compiler.reset()
     with lora_fused.record() as calls:
         evaluate(compiled)

@@ -70,10 +70,11 @@ def forwards(model):
 
 
 def ours_in(lora_fused, model):
-    """Every attribute of a module that is a forward of this package."""
+    """Every attribute of a module that is a forward of this package, or says that it wraps one."""
     return [
         (name, attribute)
         for name, module in model.named_modules()
         for attribute, value in vars(module).items()
-        if getattr(getattr(value, "__func__", None), "__module__", "").startswith(lora_fused.__name__)
+        for bound in (value, getattr(value, "__wrapped__", None))
+        if getattr(getattr(bound, "__func__", None), "__module__", "").startswith(lora_fused.__name__)
     ]

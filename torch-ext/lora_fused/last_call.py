@@ -6,12 +6,15 @@ A note is None where our forward computed the call, TRACED where a graph did, el
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import re
 import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,14 +40,19 @@ def note(module: nn.Module, reason: str | None) -> None:
 def _change(module: nn.Module, reason: str | None) -> None:
     key = id(module)
     if key not in _references:
-
-        def forget(_, key=key):
-            _references.pop(key, None)
-            notes.pop(key, None)
-            _traced.discard(key)
-
-        _references[key] = weakref.ref(module, forget)
+        _references[key] = weakref.ref(module, functools.partial(_forget, key))
     notes[key] = reason
+
+
+def forget(module: nn.Module) -> None:
+    """What a module ran does not count any more."""
+    _forget(id(module))
+
+
+def _forget(key: int, _: weakref.ref | None = None) -> None:
+    _references.pop(key, None)
+    notes.pop(key, None)
+    _traced.discard(key)
 
 
 def of(module: nn.Module) -> str | None:
@@ -53,8 +61,47 @@ def of(module: nn.Module) -> str | None:
 
 
 def is_of_kernel(module: nn.Module) -> bool:
-    """Whether a module runs a forward of this kernel, which notes its calls."""
-    forward = getattr(module.__dict__.get("forward"), "__func__", None)
+    """Whether a forward of this kernel is bound to a module."""
+    return _is_of_package(module.__dict__.get("forward"))
+
+
+def ends_in_kernel(module: nn.Module) -> bool:
+    """Whether a call of a module ends in a forward of this kernel, which notes it."""
+    return _is_of_package(called_forward(module))
+
+
+def called_forward(module: nn.Module) -> Any:
+    """The forward on an instance, None for its class's; of another tool's, which keeps the module's own of this kernel
+    that it found and calls it, that one."""
+    bound = module.__dict__.get("_old_forward" if is_hooked(module) else "forward")
+    if bound is None or is_of_any_build(bound):
+        return bound
+    return next((kept for kept in ours_kept_by(bound) if kept.__self__ is module), bound)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether the forward on an instance is a hook of accelerate's."""
+    bound = module.__dict__.get("forward")
+    return isinstance(bound, functools.partial) and bound.func.__module__ == "accelerate.hooks"
+
+
+def ours_kept_by(bound: object) -> list[types.MethodType]:
+    """Forwards of this kernel, of any build, that another tool's function keeps."""
+    return [kept for kept in _kept_by(bound) if isinstance(kept, types.MethodType) and is_of_any_build(kept)]
+
+
+def _kept_by(bound: object) -> Iterator[object]:
+    """What a function has found, as far as it shows: what it says that it wraps, what its closure and defaults hold."""
+    function = getattr(bound, "__func__", bound)
+    yield getattr(function, "__wrapped__", None)
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty one
+            yield cell.cell_contents
+    yield from getattr(function, "__defaults__", None) or ()
+
+
+def _is_of_package(bound: object) -> bool:
+    forward = getattr(bound, "__func__", None)
     return forward is not None and forward.__module__.startswith(_PACKAGE)
 
 
@@ -73,7 +120,7 @@ def note_trace() -> list[nn.Module]:
     """Called while torch.compile traces a forward of this kernel, without a break of its graph. It takes no argument,
     since Dynamo would compile again for every other one: one graph may serve all layers of a model. So all that is
     below the modules that are running is noted; each notes itself again when it is called outside of a graph."""
-    found = [module for module in {m: None for root in _running() for m in root.modules()} if is_of_kernel(module)]
+    found = [module for module in {m: None for root in _running() for m in root.modules()} if ends_in_kernel(module)]
     for module in found:
         note(module, TRACED)
         _traced.add(id(module))
@@ -93,7 +140,7 @@ def _running() -> Iterable[nn.Module]:
             held += found.values()
         frame = frame.f_back
     looks = itertools.chain((running,), (list(_modules_in([*running, *held], depth)) for depth in range(3)))
-    return next((found for found in looks if any(is_of_kernel(m) for root in found for m in root.modules())), ())
+    return next((found for found in looks if any(ends_in_kernel(m) for root in found for m in root.modules())), ())
 
 
 _MOST_ITEMS = 100  # of a list that may hold models, and no data

@@ -87,15 +87,17 @@ class Marks:
 
     def mark_all(self) -> None:
         """PEFT's linears, embedding and wrappers of parameters, and the roots of models, at which their gated MLPs are
-        looked for."""
-        for cls, kind in peft_linear.linear_kinds().items():
-            layer = layers.LoraLinearOfX if kind.only_x else layers.LoraLinear
-            self.mark(cls, layer.__name__, functools.partial(_is_free, layer, peft_linear.is_lora_linear))
-        embedding = functools.partial(_is_free, layers.LoraEmbedding, peft_embedding.is_plain_embedding)
-        self.mark(peft_embedding.embedding_class(), layers.LoraEmbedding.__name__, embedding)
-        experts = functools.partial(_is_free, layers.LoraExperts, peft_experts.is_param_wrapper)
-        self.mark(peft_experts.wrapper_class(), layers.LoraExperts.__name__, experts)
-        for root in peft_linear.root_classes():
+        looked for. All of them are found before the first is marked, so that an error leaves none."""
+        marked: list[tuple[type, type[nn.Module], Callable[[nn.Module], bool]]] = [
+            (cls, layers.LoraLinearOfX if kind.only_x else layers.LoraLinear, peft_linear.is_lora_linear)
+            for cls, kind in peft_linear.linear_kinds().items()
+        ]
+        marked.append((peft_embedding.embedding_class(), layers.LoraEmbedding, peft_embedding.is_plain_embedding))
+        marked.append((peft_experts.wrapper_class(), layers.LoraExperts, peft_experts.is_param_wrapper))
+        roots = peft_linear.root_classes()
+        for cls, layer, serves in marked:
+            self.mark(cls, layer.__name__, functools.partial(_is_free, layer, serves))
+        for root in roots:
             self.mark(root, layers.LoraGatedMLP.__name__, self.find_gated_mlps)
 
     def find_gated_mlps(self, root: nn.Module) -> bool:

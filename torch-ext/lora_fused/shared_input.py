@@ -289,16 +289,10 @@ def groups_of(module: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
             yield group
 
 
-def states_together(
-    module: nn.Module, group: Sequence[nn.Module], state: AdaptedLinear, x: Tensor, call: CallContext, rows: int
-) -> list[AdaptedLinear | None]:
-    """What the members of a group, `module` in the given state among them, are in one call that computes them for
-    `rows` rows like those of x. None of one that it leaves out, and of all where nothing else or not the first one, who
-    computes them, is in it."""
-    width = state.base.shape[1]
-    states = [state if each is module else _sibling_state(each, x, call, width, rows) for each in group]
-    together = len(states) - states.count(None) > 1 and states[0] is not None
-    return states if together else [None] * len(states)
+def states_led(group: Sequence[nn.Module], x: Tensor, call: CallContext, rows: int) -> list[AdaptedLinear | None]:
+    """What siblings are that another one's call computes before theirs, for `rows` rows like those of x; None of one
+    that it leaves out."""
+    return [_sibling_state(each, x, call, x.shape[-1], rows) for each in group]
 
 
 def _alive(group: Sequence[weakref.ref]) -> tuple[nn.Module, ...]:

@@ -131,6 +131,8 @@ def get(name: str) -> ModuleType:
 
 def check_backend(name: str | None, device: torch.device) -> None:
     """Of what a public call asks for: an error where it does not run on `device`."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"backend: {type(name).__name__}, expected {NATIVE!r}, {REFERENCE!r}, {TRITON!r} or None")
     if name == TRITON and device.type == "cpu":
         from triton import knobs
 

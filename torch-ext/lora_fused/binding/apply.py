@@ -11,7 +11,8 @@ from torch import nn
 from .. import last_call
 from ..environment import versions
 from ..explanation import BETWEEN_CALLS, read
-from ..peft import gated_mlp as peft_gated_mlp, linear as peft_linear
+from ..functional.checks import check_module, shown
+from ..peft import gated_mlp as peft_gated_mlp, linear as peft_linear, replaced
 from .adapted import kernelize_adapted
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("lora_fused")
 _FORWARDS = ("forward", "_old_forward")  # the second is where accelerate's hooks keep what they found
+ON_ITS_COPIES = (
+    "whose copies on other GPUs would call the first one's modules; start a process a GPU: torchrun --nproc-per-node N"
+)
 
 
 def apply(model: nn.Module, mode: Mode | None = None) -> nn.Module:
@@ -43,9 +47,11 @@ def apply(model: nn.Module, mode: Mode | None = None) -> nn.Module:
 
     On an error the forwards stay as they were.
     """
-    _check_module(model)
+    check_module("model", model)
     versions.check()
-    mode = _checked(mode)
+    mode = checked_mode(mode)
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise ValueError(f"model: nn.DataParallel, {ON_ITS_COPIES}")
     if not any(map(peft_linear.is_lora_module, model.modules())):
         raise ValueError(
             f"model: {type(model).__name__} has no PEFT LoRA modules; adapt it first: "
@@ -69,30 +75,36 @@ def restore(model: nn.Module) -> nn.Module:
 
     Whoever bound them: `apply`, `kernelize`, or another build of this kernel; and whatever became of the model since:
     `unload()` and `merge_and_unload()` leave the MLPs' forwards, wrappers and copies hold the same modules. Forwards of
-    others stay. Where `register_peft_layers()` was called, `unregister_peft_layers()` ends that; a later `kernelize`
-    would bind our forwards again. Raises TypeError if `model` is no module.
+    others stay; one that keeps ours and calls it is named in a line at level WARNING. Where `register_peft_layers()`
+    was called, `unregister_peft_layers()` ends that; a later `kernelize` would bind our forwards again. Raises
+    TypeError if `model` is no module.
     """
-    _check_module(model)
-    for module in model.modules():
+    check_module("model", model)
+    kept = []
+    for module_name, module in model.named_modules():
         module.__dict__.pop(peft_gated_mlp.TRACED, None)
         for name in _FORWARDS:
             if last_call.is_of_any_build(module.__dict__.get(name)):
                 _put_back(module, None, name)
+                last_call.forget(module)
+                if name == "_old_forward" and last_call.is_hooked(module):  # which says what it is around
+                    module.__dict__["forward"].__wrapped__ = module.__dict__[name]
+        if any(last_call.ours_kept_by(module.__dict__.get(name)) for name in _FORWARDS):
+            kept.append(f"{module_name}: {replaced.name_of(module.__dict__['forward'])}")
+    if kept:
+        text = "another tool's forward keeps ours and calls it, on %d modules (%s): undo it, then restore again"
+        _log.warning(text, len(kept), kept[0])
     return model
 
 
-def _check_module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__}, expected a torch.nn.Module, as get_peft_model returns it")
-
-
-def _checked(mode: Mode | None) -> Mode:
+def checked_mode(mode: Mode | None) -> Mode:
+    """The mode that None stands for, or an error as `apply` raises it."""
     from kernels import Mode
 
     if mode is None:
         return Mode.TRAINING
     if not isinstance(mode, Mode):
-        raise TypeError(f"mode: {mode!r}, expected a kernels.Mode, such as Mode.TRAINING")
+        raise TypeError(f"mode: {shown(mode)}, expected a kernels.Mode, such as Mode.TRAINING")
     if Mode.TRAINING not in mode and Mode.INFERENCE not in mode:
         raise ValueError(f"mode: {mode}, expected one that contains Mode.TRAINING or Mode.INFERENCE")
     return mode

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import TYPE_CHECKING
 
 from ..explanation import FUSED, read
 from ..last_call import TRACED
-from .apply import apply
+from .apply import ON_ITS_COPIES, apply, checked_mode
 
 if TYPE_CHECKING:
     from kernels import Mode
+
+
+_log = logging.getLogger("lora_fused")
 
 
 class LoraFusedCallback:
@@ -23,20 +27,27 @@ class LoraFusedCallback:
     them fused, from 0 to 1; it stands in `trainer.state.log_history` and in what is printed. What is fused and why not,
     `explain(trainer.model)` says. The forwards stay bound when training ends; `restore(trainer.model)` takes them off.
 
-    `mode` as `apply` takes it, whose errors it raises when training begins. An instance is a
-    `transformers.TrainerCallback`; transformers is imported when the first one is made.
+    Where one process sees several GPUs the trainer takes `nn.DataParallel`, but for quantized models: then PEFT's own
+    forward runs, and one line at level WARNING says so.
+
+    `mode` as `apply` takes it, whose errors of it come at once, and those of the model when training begins. An
+    instance is a `transformers.TrainerCallback`, one of a class that derives from this one too; transformers is
+    imported when the first one is made.
     """
 
     def __new__(cls, *args, **kwargs):
-        return super().__new__(_trainer_callback() if cls is LoraFusedCallback else cls)
+        return super().__new__(_with_every_event(cls))
 
     def __init__(self, mode: Mode | None = None):
-        self.mode = mode
+        self.mode = checked_mode(mode)
         self._reports = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Before the first step, when the trainer has wrapped and placed the model."""
-        apply(model, self.mode)
+        if _is_copied(args, model):
+            _log.warning("nothing is fused: the trainer takes nn.DataParallel, %s", ON_ITS_COPIES)
+        else:
+            apply(model, self.mode)
         self._reports = True
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
@@ -51,9 +62,18 @@ class LoraFusedCallback:
             state.log_history[-1]["lora_fused"] = share
 
 
+def _is_copied(args: object, model: object) -> bool:
+    """Whether the trainer takes `nn.DataParallel`, which is not among what a callback is given. It wraps no model that
+    bitsandbytes has quantized."""
+    quantized = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+    return getattr(args, "n_gpu", 1) > 1 and not quantized
+
+
 @functools.cache
-def _trainer_callback() -> type:
+def _with_every_event(cls: type) -> type:
     """The class with transformers' base, which has a method for every event."""
     from transformers import TrainerCallback
 
-    return type(LoraFusedCallback.__name__, (LoraFusedCallback, TrainerCallback), {"__module__": __name__})
+    if issubclass(cls, TrainerCallback):
+        return cls
+    return type(cls.__name__, (cls, TrainerCallback), {"__module__": cls.__module__})

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from ..backends import native
+from ..functional.checks import shown
 
 
 def compile_options(mode: str | None = None) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def compile_options(mode: str | None = None) -> dict[str, Any]:
 
     modes = list_mode_options()
     if mode is not None and (not isinstance(mode, str) or mode not in modes):
-        raise ValueError(f"mode: {mode!r}, expected None or one of {', '.join(map(repr, modes))}")
+        raise ValueError(f"mode: {shown(mode)}, expected None or one of {', '.join(map(repr, modes))}")
     options = dict(modes[mode]) if mode is not None else {}
     if native.available:
         from .inductor import the_pass

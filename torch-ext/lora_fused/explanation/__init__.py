@@ -6,6 +6,7 @@ import warnings
 
 from torch import nn
 
+from ..functional.checks import check_module, shown
 from ..peft import linear as peft_linear
 from .next_call import BETWEEN_CALLS, COMPILED, EXPERTS_COMPILED, Model
 from .recorder import Calls, record
@@ -23,6 +24,7 @@ __all__ = [
     "read",
     "record",
 ]
+_MOST_ROWS = 2**63
 
 
 def explain(model: nn.Module, rows: int = 8192, *, calls: Calls | None = None) -> Explanation:
@@ -32,14 +34,13 @@ def explain(model: nn.Module, rows: int = 8192, *, calls: Calls | None = None) -
     autocast's inside an autocast block. Of a module that torch.compile has traced, or will trace, it is what a trace
     takes now. Weights that FSDP shards between calls are known by what the last call ran. With the `calls` of
     `record()` each row has what it ran meanwhile. Warns where nothing is fused. Raises TypeError if `model` is no
-    module, `rows` no number of rows or `calls` no recording, ValueError if `rows` is negative.
+    module, `rows` no number of rows or `calls` no recording, ValueError if `rows` is negative or no tensor has as many.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__}, expected a torch.nn.Module")
+    check_module("model", model)
     if not isinstance(rows, int) or isinstance(rows, bool):
-        raise TypeError(f"rows: {rows!r}, expected an int, the number of rows of a call")
-    if rows < 0:
-        raise ValueError(f"rows: {rows}, expected at least 0")
+        raise TypeError(f"rows: {shown(rows)}, expected an int, the number of rows of a call")
+    if not 0 <= rows < _MOST_ROWS:
+        raise ValueError(f"rows: {rows}, expected at least 0 and less than 2**63")
     if calls is not None and not isinstance(calls, Calls):
         raise TypeError(f"calls: {type(calls).__name__}, expected what `with lora_fused.record() as calls` gives")
     table = read(model, rows, calls)
@@ -50,8 +51,10 @@ def explain(model: nn.Module, rows: int = 8192, *, calls: Calls | None = None) -
             stacklevel=2,
         )
     elif not any(row.fused for row in table):
+        first = table[0]
+        advice = f"; {first.suggestion}" if first.suggestion else ""
         warnings.warn(
-            f"lora_fused: none of the {len(table)} LoRA modules is fused; {table[0].module}: {table[0].reason}",
+            f"lora_fused: none of the {len(table)} LoRA modules is fused; {first.module}: {first.reason}{advice}",
             stacklevel=2,
         )
     return table

@@ -71,15 +71,15 @@ class Model:
         )
 
     def _recorded(self, module: nn.Module, calls: Calls) -> tuple[tuple[str, int], ...]:
-        """A fused call of an MLP is one of each of its projections."""
-        counts, parent = calls.of(module), self.parents.get(module)
+        """A fused call of an MLP is one of each of its projections, and the outermost wrapper's one of all wrappers."""
+        counts, parent = calls.of(module), self.parents.get(module) or self.outermost.get(module)
         if parent is not None and (fused := calls.of(parent)[FUSED]):
             counts[FUSED] += fused
         return tuple(counts.most_common())
 
     def _now(self, module: nn.Module, name: str) -> Row:
         row = self._next_call(module, name)
-        if last_call.is_of_kernel(module):
+        if last_call.ends_in_kernel(module):
             row = dataclasses.replace(row, last=self._last(module))
         if row.fused and module not in self.mlps:
             row = dataclasses.replace(row, mlp=self.mlp_reasons.get(module))
@@ -94,7 +94,7 @@ class Model:
     def _is_in_graph(self, module: nn.Module) -> bool:
         """Whether its next call is a graph's, as far as its last one and the model tell."""
         called = self._called(module)
-        if last_call.is_of_kernel(called) and last_call.of(called) is last_call.TRACED:
+        if last_call.ends_in_kernel(called) and last_call.of(called) is last_call.TRACED:
             return True
         return module in self.compiled and not last_call.ran_since_trace(called)
 
@@ -195,17 +195,33 @@ class Model:
     def _computed_with(self, module: nn.Module, state: peft_linear.AdaptedLinear, example: Tensor, call: CallContext):
         """The siblings that one call computes and their states, a module's own among them; none where it is alone."""
         for members in shared_input.groups_of(module):
-            whole = [module if member is module else self._at_call(member) for member in members]
-            states = shared_input.states_together(module, whole, state, example, call, self.rows)
-            if any(known is not None for known in states):
-                return [(member, known) for member, known in zip(members, states) if known is not None]
+            first = state if members[0] is module else self._leading(members[0], example, call)
+            led = [self._at_call(member) for member in members[1:]]
+            states = [] if first is None else [first, *shared_input.states_led(led, example, call, self.rows)]
+            together = [(member, known) for member, known in zip(members, states) if known is not None]
+            if len(together) > 1 and any(member is module for member, _ in together):
+                return together
         return []
+
+    def _leading(self, module: nn.Module, x: Tensor, call: CallContext) -> peft_linear.AdaptedLinear | None:
+        """The state in which the first of siblings computes all of them; None where its call is not fused."""
+        if not last_call.ends_in_kernel(module) or shared_input.small_reason(module, x, call, self.rows):
+            return None
+        state = peft_linear.read_linear(self._at_call(module))
+        if isinstance(state, Fallback) or linear_call.call_fallback(state, x, call):
+            return None
+        return None if linear_call.own_forward_reason(state, x, call, self.rows) else state
 
     def _group(self, module: nn.Module, members: Sequence[nn.Module]) -> str:
         """The last parts of the siblings' names; which modules share an input is seen when the model runs."""
         if not members and last_call.of(module) is last_call.NEVER and not torch.are_deterministic_algorithms_enabled():
             return UNSEEN
-        return "+".join(self.names.get(member, "?").rpartition(".")[2] for member in members) or "single"
+        return "+".join(map(self._last_part, members)) or "single"
+
+    def _last_part(self, module: nn.Module) -> str:
+        """Of a module's name; with the one before where another tuner of PEFT's is around it."""
+        parts = self.names.get(module, "?").split(".")
+        return ".".join(parts[-2:] if parts[-1] == "base_layer" else parts[-1:])
 
     def _at_call(self, module: nn.Module) -> nn.Module:
         """A module as its calls find it."""
@@ -228,7 +244,7 @@ class Model:
                 self.mlp_reasons.update((part, reason) for part in adapted)
             return
         parts = peft_gated_mlp.projections_of(module, structure)
-        if last_call.is_of_kernel(module):
+        if last_call.ends_in_kernel(module):
             self.parents.update((part, module) for part in parts)
         found = self._mlp_of(module, structure)
         if isinstance(found, str):
@@ -350,26 +366,20 @@ def _in_graph(row: Row) -> Row:
 def _unmapped_reason(module: nn.Module, layer: type[nn.Module]) -> str | None:
     """Why the layer's forward is not the one that a module runs; None where it is."""
     bound = module.__dict__.get("forward")
-    forward = getattr(bound, "__func__", None)
-    if forward is layer.forward:
-        if bound.__self__ is module:
+    called = last_call.called_forward(module)
+    if getattr(called, "__func__", None) is layer.forward:
+        if called.__self__ is module:
             return None
-        return "its forward is bound to another module, as copy.copy leaves it: kernelize the copy"
+        return "its forward is bound to another module, which runs in its place, as copy.copy leaves it"
     if bound is None:
-        if type(module).__dict__.get("kernel_layer_name") == layer.__name__:
-            return "not kernelized: call kernelize(model, mode=Mode.TRAINING)"
-        return "not kernelized: call register_peft_layers(), then kernelize(model)"
+        return "not kernelized: no forward of this kernel is bound"
     if replaced.is_own(bound, module):
         first = next(module.parameters(), None)
         if first is not None and not (first.is_cuda or first.is_cpu or first.is_meta):
             elsewhere = select.device_reason(first.device)
             if elsewhere:
                 return f"not kernelized: its tensors are {elsewhere}"
-        return (
-            "not kernelized: its class's own forward is bound to it, since it was pickled, or kernelized without a "
-            "layer of this kernel: there is none for devices that this variant is not built for, or before "
-            "register_peft_layers()"
-        )
-    if getattr(forward, "__qualname__", None) == layer.forward.__qualname__:
-        return f"kernelized by another build of this kernel, {forward.__module__.rpartition('.')[0]}"
+        return "not kernelized: its class's own forward is bound, as pickle and kernelize() without our layers leave it"
+    if getattr(getattr(called, "__func__", None), "__qualname__", None) == layer.forward.__qualname__:
+        return f"kernelized by another build of this kernel, {called.__module__.rpartition('.')[0]}"
     return f"another tool set its forward: {replaced.name_of(bound)}"

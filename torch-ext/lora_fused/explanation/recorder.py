@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from .. import last_call, layers
+from ..functional.checks import check_module
 from .table import FUSED
 
 
@@ -31,11 +32,14 @@ class Calls:
             self._counts.setdefault(module, Counter())[FUSED if reason is None else reason] += 1
 
     def of(self, module: nn.Module) -> Counter[str]:
-        """How often a module's call was "fused", or which reason its own forward had."""
+        """How often a module's call was "fused", or which reason its own forward had.
+        Raises TypeError where `module` is none."""
+        check_module("module", module, "a torch.nn.Module")
         return Counter(self._counts.get(module, ()))
 
     def by_module(self, model: nn.Module) -> dict[str, Counter[str]]:
-        """`of` by name, of the modules of `model` that were called."""
+        """`of` by name, of the modules of `model` that were called. Raises TypeError if that is none."""
+        check_module("model", model)
         return {name: self.of(module) for name, module in model.named_modules() if module in self._counts}
 
     @property
@@ -56,9 +60,10 @@ class Calls:
 
     def __repr__(self) -> str:
         total = self.total
+        unseen = "" if total else "; what graphs of torch.compile run is not seen"
         fused = total.pop(FUSED, 0)
         reasons = "".join(f"\n    {number} x {reason}" for reason, number in total.most_common())
-        return f"{fused} fused calls, {total.total()} of the modules' own forwards{reasons}"
+        return f"{fused} fused calls, {total.total()} of the modules' own forwards{unseen}{reasons}"
 
 
 class _Unknown(dict):

@@ -8,12 +8,10 @@ import re
 SUGGESTIONS = (
     (r"^torch\.compile", "leave it out of what is compiled (torch.compiler.disable), where eager is faster for you"),
     (r"without layers of this kernel", "move the model to a CPU or a CUDA GPU, then run lora_fused.apply(model)"),
-    (r"devices that this variant is not built for", "run lora_fused.apply(model), on a GPU or a CPU"),
     (r"^not kernelized|another build of this kernel|bound to another module", "run lora_fused.apply(model)"),
-    (
-        r"set its forward|has a forward of its own",
-        "run lora_fused.apply(model) before the tool that set it, or leave that out",
-    ),
+    (r"DTensors\)|by tensor parallelism", "nothing to do: parallelism shards it in a forward of its own"),
+    (r"^another tool set its forward", "run lora_fused.apply(model) before the tool that set it, or leave that out"),
+    (r"has a forward of its own", "leave out the tool that set it, or accept PEFT's forward where it is"),
     (r"hooks", "remove the hooks (register_forward_hook and its kind), or accept PEFT's forward where they are"),
     (r"is replaced by", "undo the replacement: PEFT would call it, so it is called"),
     (r"^adapters are disabled", "model.enable_adapter_layers(), or leave the disable_adapter() block"),
@@ -33,6 +31,7 @@ SUGGESTIONS = (
     ),
     (r"rows without a gradient|alone with their input", "nothing to do: few rows are faster as PEFT runs them"),
     (r"not quantized yet|meta device", "load the weights or move the model to its device first"),
+    (r", the base weight on ", "move it to the base weight's device: model.to(device)"),
     (r"sharded", "under FSDP each call decides: run a step and look at what the last call ran"),
     (r"without autocast|adapter dtypes differ|two dtypes differ", "one dtype for x and base, or torch.autocast"),
     (r"^GPU of compute capability", "float16 or float32 for the model, quantized weights and autocast, on this GPU"),

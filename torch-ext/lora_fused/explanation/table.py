@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from .. import last_call
 from ..backends import native
+from ..functional.checks import shown
 from .folding import fold, without_prefix
 from .suggestions import suggestion_for
 
@@ -62,13 +63,16 @@ class Explanation(Sequence[Row]):
     modules that differ in numbers of their names alone share a row."""
 
     def __init__(self, rows: Sequence[Row]):
+        if not isinstance(rows, Sequence) or not all(isinstance(row, Row) for row in rows):
+            raise TypeError(f"rows: {shown(rows)}, expected a list of Rows, as explain(model) makes it")
         self._rows = tuple(rows)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index):
-        return self._rows[index]
+        found = self._rows[index]
+        return Explanation(found) if isinstance(index, slice) else found
 
     def filter(
         self, pattern: str = "*", *, fused: bool | None = None, backend: str | None = None, reason: str | None = None
@@ -77,9 +81,9 @@ class Explanation(Sequence[Row]):
         backend begins with `backend`, and whose notes contain `reason`. Raises TypeError for anything else."""
         for name, value in (("pattern", pattern), ("backend", backend or ""), ("reason", reason or "")):
             if not isinstance(value, str):
-                raise TypeError(f"{name}: {value!r}, expected a str")
-        if fused not in (None, True, False):
-            raise TypeError(f"fused: {fused!r}, expected True, False or None")
+                raise TypeError(f"{name}: {shown(value)}, expected a str")
+        if fused is not None and not isinstance(fused, bool):
+            raise TypeError(f"fused: {shown(fused)}, expected True, False or None")
         return Explanation(
             [
                 row
@@ -174,7 +178,7 @@ class Explanation(Sequence[Row]):
             group = (row.group or "-").rpartition(".")[2] if row.layer.startswith(_GATED_LAYER) else row.group or "-"
             lines.setdefault((words, runs, row.backend or "-", group, _notes(row)), []).append(name)
         return [
-            (pattern, str(len(names)) if number == 0 else "", *key[1:])
+            (pattern or "(itself)", str(len(names)) if number == 0 else "", *key[1:])
             for key, names in lines.items()
             for number, pattern in enumerate(fold(names))
         ]
@@ -188,7 +192,8 @@ def _notes(row: Row) -> str:
     if row.last not in (None, last_call.TRACED, FUSED if row.fused else row.reason):
         notes.append(f"last call: {row.last}")
     if row.calls is not None:
-        notes.append("calls: " + (", ".join(_count(row, *each) for each in row.calls) or "none"))
+        none = "none outside of its graph" if row.last == last_call.TRACED else "none"
+        notes.append("calls: " + (", ".join(_count(row, *each) for each in row.calls) or none))
     return "; ".join(notes)
 
 

@@ -10,7 +10,7 @@ from ..autograd.embedding import LoraEmbeddingFunction, forward_embedding
 from ..backends import native_embedding, select
 from ..call_context import new_tuple, without_autocast
 from ..specs import EmbeddingOperands, EmbeddingSpec
-from .checks import check_number, check_tensor
+from .checks import check_number, check_tensor, shown
 
 ID_DTYPES = (torch.int64, torch.int32)
 
@@ -59,7 +59,7 @@ def lora_embedding(
     if padding_idx is not None:
         rows = weight.shape[0]
         if not isinstance(padding_idx, int) or not -rows <= padding_idx < rows:
-            raise ValueError(f"padding_idx: {padding_idx!r}, expected one of the {rows} rows of weight")
+            raise ValueError(f"padding_idx: {shown(padding_idx)}, expected one of the {rows} rows of weight")
         padding_idx %= rows
     select.check_backend(backend, weight.device)
     if backend == select.NATIVE and not native_embedding.fits(table):

@@ -11,7 +11,7 @@ from ..backends import select
 from ..backends.reference.activations import ACTIVATIONS
 from ..call_context import new_tuple, without_autocast
 from ..specs import AnyGate, ExpertsSpec, ExpertWeights, Gate, StoredFactors, with_factors
-from .checks import check_number, check_tensor
+from .checks import check_number, check_tensor, shown
 
 SWIGLU = Gate()
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -138,13 +138,25 @@ def _check_shapes(
                 f"{name}: shape {tuple(tensor.shape)}, expected [{x.shape[0]}, k], the same of index and routing"
             )
     if not isinstance(gate, Gate):
-        if not callable(gate):
-            raise TypeError(f"gate: {type(gate).__name__}, expected a Gate or a function")
+        if not callable(gate) or isinstance(gate, type):
+            seen = shown(gate) if isinstance(gate, type) else type(gate).__name__
+            raise TypeError(f"gate: {seen}, expected a Gate or a function")
         return
-    if gate.activation not in ACTIVATIONS:
-        raise ValueError(f"gate: activation {gate.activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    _check_gate(gate)
     width = down.weight.shape[2] * (2 if gate.gated else 1)
     if up.weight.shape[1] != width:
         raise ValueError(
             f"up.weight: shape {tuple(up.weight.shape)}, expected [E, {width}, {hidden}] for this gate and down"
         )
+
+
+def _check_gate(gate: Gate) -> None:
+    if gate.activation not in ACTIVATIONS:
+        raise ValueError(f"gate: activation {shown(gate.activation)}, expected one of {', '.join(ACTIVATIONS)}")
+    for name in ("gated", "interleaved"):
+        if not isinstance(getattr(gate, name), bool):
+            raise TypeError(f"gate: {name} {shown(getattr(gate, name))}, expected True or False")
+    for name in ("slope", "offset", *(() if gate.limit is None else ("limit",))):
+        check_number(f"gate: {name}", getattr(gate, name))
+    if gate.slope == 0:
+        raise ValueError("gate: slope 0, expected another number, by which its result is divided")

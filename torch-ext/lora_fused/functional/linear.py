@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import select
 from ..call_context import autocast_dtype
 from ..specs import Operands, Projection, ProjectionSpec
-from .checks import check_number, check_tensor
+from .checks import check_number, check_tensor, shown
 from .dispatch import compute_group
 
 
@@ -102,8 +102,9 @@ def _check_projection(x: Tensor, projection: Projection) -> None:
         raise TypeError(f"spec: {type(spec).__name__}, expected a ProjectionSpec")
     check_number("scaling", projection.scaling)
     if not isinstance(spec.dropout, (int, float)) or not 0.0 <= spec.dropout <= 1.0:
-        raise ValueError(f"dropout: {spec.dropout!r}, expected a probability from 0 to 1")
+        raise ValueError(f"dropout: {shown(spec.dropout)}, expected a probability from 0 to 1")
     _check_operands(operands, spec.transposed)
+    _check_not_quantized(operands, spec)
     if x.device != operands.weight.device:
         raise ValueError(f"x: on {x.device}, expected {operands.weight.device} as weight is")
     features = operands.weight.shape[0 if spec.transposed else 1]
@@ -112,6 +113,13 @@ def _check_projection(x: Tensor, projection: Projection) -> None:
             f"x: last dimension {x.shape[-1]} (shape {tuple(x.shape)}), expected {features} "
             f"as weight of shape {tuple(operands.weight.shape)} has"
         )
+
+
+def _check_not_quantized(operands: Operands, spec: ProjectionSpec) -> None:
+    scales = {name: getattr(operands, name) for name in ("absmax", "nested_absmax", "nested_code", "offset")}
+    for name, given in (("quantized", spec.quantized), *scales.items()):
+        if given is not None:
+            raise ValueError(f"{name}: {shown(given)}, expected None: a weight is of floating-point numbers here")
 
 
 def _check_dtypes(x: Tensor, projections: Sequence[Projection]) -> None:

@@ -111,7 +111,7 @@ def _read(base: nn.Module, transposed: bool, opaque: bool) -> Base | Fallback:
             return read(base)
     if opaque or is_listed(cls, _OWN_FORWARD):
         return _with_own_forward(f"{cls.__name__}")
-    return Fallback(f"unknown base layer {cls.__name__}")
+    return Fallback(f"unknown base layer {cls.__name__}" + ("" if _is_traced() else f" of {cls.__module__}"))
 
 
 _is_listed: dict[tuple, bool] = {}
@@ -151,8 +151,7 @@ def _read_4bit(base: nn.Module) -> Base | Fallback:
         state = base.quant_state if own is None else own  # FSDP's tensors have lost it; bitsandbytes looks there, too
         shape = (base.out_features, base.in_features)
         if state is None:
-            text = f"base weight of {weight.dtype}, shape {tuple(weight.shape)}, is not quantized yet"
-            return Fallback(f"{text}: move the layer to its device", raises=True)
+            return Fallback(f"base weight of {weight.dtype} is not quantized yet: move it to its device", raises=True)
         if weight.is_meta:
             return Fallback("weight is on the meta device")
         if getattr(state, "packing_format_for_cpu", False):

@@ -116,7 +116,7 @@ def _base_reason(base: nn.Module) -> str | None:
         if "embed_scale" in base.__dict__ or "embed_scale" in base._buffers:
             return "embed_scale on a plain Embedding"
     elif not _is_scaled(cls):
-        return f"unknown base layer {cls.__name__}"
+        return f"unknown base layer {cls.__name__} of {cls.__module__}"
     elif not isinstance(base.embed_scale, (int, float)) and getattr(base.embed_scale, "numel", lambda: 0)() != 1:
         return "embed_scale is neither a number nor a tensor of one element"
     if base.max_norm is not None:

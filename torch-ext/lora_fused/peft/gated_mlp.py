@@ -324,7 +324,7 @@ def _read_part(part: nn.Module) -> peft_linear.AdaptedLinear | Fallback:
         return peft_linear.read_plain(part)
     bound = part.__dict__.get("forward")
     if not isinstance(bound, types.MethodType) or bound.__func__ not in GROUPED:
-        return Fallback("not kernelized")
+        return Fallback("not kernelized" if bound is None else "another tool set its forward")
     watched = replaced.hooks_reason("the layer", part)
     return Fallback(watched) if watched else peft_linear.read_linear(part)
 
