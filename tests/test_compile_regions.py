@@ -124,6 +124,25 @@ def test_checkpointed_layers(lora_fused, reentrant):
     assert graphs.ops["traced_gated_mlp"] >= 1 and graphs.ops["traced_linear"] == 4 * graphs.ops["traced_gated_mlp"]
 
 
+class CheckpointedOnce(Block):
+    """The same operations in a checkpoint's graph first, and in the outer one."""
+
+    def forward(self, x):
+        x = x + checkpoint(self.attend, x, use_reentrant=False)
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("config", (dict(), dict(use_dora=True)), ids=("lora", "dora"))
+def test_sizes_that_are_dynamic_from_the_start(lora_fused, config):
+    """Dynamo makes inputs of the numbers that it reads, too, and a checkpoint's graph holds what it read first."""
+    model = block(CheckpointedOnce, **config)
+    ours, graphs = kernelized(lora_fused, model, "cpu"), Graphs(lora_fused)
+    ours.compile(backend=graphs, fullgraph=True, dynamic=True)
+    for rows in (5, 7):
+        assert_same(results(ours, x_of(rows)), results(model, x_of(rows)))
+    assert len(graphs.traced) == 1
+
+
 # ---- in parts ----
 
 
@@ -312,7 +331,8 @@ def test_a_weight_that_is_damaged(lora_fused, whole):
         ours(torch.randn(6, 64))
 
 
-def test_an_x_that_does_not_fit(lora_fused):
+@pytest.mark.parametrize("x", (x_of()[..., :31], x_of().to("meta")), ids=("size", "device"))
+def test_an_x_that_does_not_fit(lora_fused, x):
     """PEFT's own error."""
     model = block()
     ours = kernelized(lora_fused, model, "cpu")
@@ -321,7 +341,7 @@ def test_an_x_that_does_not_fit(lora_fused):
         torch.compiler.reset()
         each.compile(backend="eager")
         with pytest.raises(Exception) as error:
-            each(torch.randn(2, 5, 31, dtype=torch.float64))
+            each(x)
         errors.append(type(error.value))
     assert errors[0] is errors[1]
 
