@@ -89,7 +89,7 @@ def _folded(projection: Projection) -> Projection:
     """`specs.folded`. The spec that all plain projections share is made anew: under `dynamic=True` a number that Dynamo
     finds in an object is an input of the graph, and where the graph of a checkpoint took it first, no other has it."""
     operands, scaling, spec = folded(projection)
-    return Projection(operands, scaling, ProjectionSpec() if spec is peft_linear.PLAIN_SPEC else spec)
+    return Projection(operands, scaling, ProjectionSpec(0.0) if spec is peft_linear.PLAIN_SPEC else spec)
 
 
 def _refused(module: nn.Module, parts_of: Callable[[nn.Module], list[nn.Module]]) -> Fallback | None:
