@@ -124,25 +124,6 @@ def test_checkpointed_layers(lora_fused, reentrant):
     assert graphs.ops["traced_gated_mlp"] >= 1 and graphs.ops["traced_linear"] == 4 * graphs.ops["traced_gated_mlp"]
 
 
-class CheckpointedOnce(Block):
-    """The same operations in a checkpoint's graph first, and in the outer one."""
-
-    def forward(self, x):
-        x = x + checkpoint(self.attend, x, use_reentrant=False)
-        return x + self.mlp(x)
-
-
-@pytest.mark.parametrize("config", (dict(), dict(use_dora=True)), ids=("lora", "dora"))
-def test_sizes_that_are_dynamic_from_the_start(lora_fused, config):
-    """Dynamo makes inputs of the numbers that it reads, too, and a checkpoint's graph holds what it read first."""
-    model = block(CheckpointedOnce, **config)
-    ours, graphs = kernelized(lora_fused, model, "cpu"), Graphs(lora_fused)
-    ours.compile(backend=graphs, fullgraph=True, dynamic=True)
-    for rows in (5, 7):
-        assert_same(results(ours, x_of(rows)), results(model, x_of(rows)))
-    assert len(graphs.traced) == 1
-
-
 # ---- in parts ----
 
 
