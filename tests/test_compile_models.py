@@ -1,5 +1,6 @@
 """Models by torch.compile, whole, by layer and by regions: loss and gradients against PEFT's, and the ops of graphs."""
 
+import functools
 import importlib
 
 import pytest
@@ -65,6 +66,23 @@ def test_a_llama_by_layer(lora_fused, compiled):
     """One graph for layers whose x has a gradient, and one for the first."""
     model = adapted(tiny_llama(torch.float64, num_hidden_layers=3, use_cache=False))
     hold_llama(lora_fused, model, compiled, dict(traced_linear=8, traced_gated_mlp=2))
+
+
+def test_an_activation_that_holds_a_function(lora_fused):
+    """As Gemma's does: one graph for all layers, another one where the function's keywords are others."""
+    model = adapted(tiny_llama(torch.float64, hidden_act="gelu_pytorch_tanh", use_cache=False))
+    model.enable_input_require_grads()  # so that every layer's x has a gradient
+    ours, graphs = kernelized(lora_fused, model.to(DEVICE)), Graphs(lora_fused)
+    by_layer(ours, graphs)
+    counts = []
+    for approximate in ("tanh", "none", "tanh"):
+        for each in (ours, model):
+            for layer in each.base_model.model.model.layers:
+                layer.mlp.act_fn.act = functools.partial(torch.nn.functional.gelu, approximate=approximate)
+        for mine, theirs in zip(passed(ours, tokens()), passed(model, tokens()), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9 * (1.0 + theirs.abs().max().item()))
+        counts.append(len(graphs.traced))
+    assert counts == [1, 2, 3] and graphs.traced == [LAYER] * 3
 
 
 @pytest.mark.parametrize("config", (dict(bias="all"), dict(use_dora=True)), ids=("bias", "dora"))

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from helpers.compiling import Graphs, fresh_compiler
+from helpers.compiling import Block, Graphs, assert_same, block, fresh_compiler, results, x_of
 from helpers.kernelizing import explain, kernelized
 from helpers.llamas import randomise_adapters, tiny_llama
 from peft import LoraConfig, get_peft_model
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+from torch.utils.checkpoint import checkpoint
 
 CONFIG = dict(r=4, lora_alpha=6, target_modules="all-linear")
 STEPS = 20
@@ -148,3 +149,23 @@ def test_modules_are_looked_at_once_a_trace(compiled, lora_fused, monkeypatch):
     model = compiled()
     assert len(looked) == 1
     assert model.compilations(length=7) == 1 and len(looked) == 2
+
+
+class CheckpointedOnce(Block):
+    """The same operations in a checkpoint's graph first, and in the outer one."""
+
+    def forward(self, x):
+        x = x + checkpoint(self.attend, x, use_reentrant=False)
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("config", (dict(), dict(use_dora=True)), ids=("lora", "dora"))
+def test_sizes_that_are_dynamic_from_the_start(lora_fused, config):
+    """Dynamo makes inputs of the numbers that it reads, too, and a checkpoint's graph holds what it read first."""
+    model = block(CheckpointedOnce, **config)
+    ours, graphs = kernelized(lora_fused, model, "cpu"), Graphs(lora_fused)
+    with fresh_compiler():
+        ours.compile(backend=graphs, fullgraph=True, dynamic=True)
+        for rows in (5, 7):
+            assert_same(results(ours, x_of(rows)), results(model, x_of(rows)))
+    assert len(graphs.traced) == 1

@@ -312,7 +312,8 @@ def test_a_weight_that_is_damaged(lora_fused, whole):
         ours(torch.randn(6, 64))
 
 
-def test_an_x_that_does_not_fit(lora_fused):
+@pytest.mark.parametrize("x", (x_of()[..., :31], x_of().to("meta")), ids=("size", "device"))
+def test_an_x_that_does_not_fit(lora_fused, x):
     """PEFT's own error."""
     model = block()
     ours = kernelized(lora_fused, model, "cpu")
@@ -321,7 +322,7 @@ def test_an_x_that_does_not_fit(lora_fused):
         torch.compiler.reset()
         each.compile(backend="eager")
         with pytest.raises(Exception) as error:
-            each(torch.randn(2, 5, 31, dtype=torch.float64))
+            each(x)
         errors.append(type(error.value))
     assert errors[0] is errors[1]
 

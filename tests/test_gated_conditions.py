@@ -1,6 +1,7 @@
 """Gated MLPs that are one Function under a condition: their input's name, dropouts that drop nothing, one dtype."""
 
 import copy
+import functools
 import inspect
 
 import pytest
@@ -191,3 +192,16 @@ def test_an_attribute_of_an_activation_that_changes(lora_fused):
     for model in (ours, plain):
         model.base_model.model.mlp.act.approximate = "tanh"
     compare(ours, plain, one_function=True)
+
+
+# ---- functions that an activation holds ----
+
+
+def test_an_activation_s_function_is_exchanged(lora_fused):
+    """Gemma's holds `F.gelu` with keywords: what it holds at the call is computed."""
+    ours, plain = pair(lora_fused, transformers_mlp("gemma.GemmaMLP"))
+    for approximate in ("tanh", "none", "tanh"):
+        for model in (ours, plain):
+            (mlp,) = [module for name, module in model.named_modules() if name.endswith("mlp")]
+            mlp.act_fn.act = functools.partial(nn.functional.gelu, approximate=approximate)
+        compare(ours, plain, one_function=True)

@@ -4,10 +4,11 @@ import random
 
 import pytest
 import torch
+from helpers.compiling import Block, assert_same, block, results, x_of
 from helpers.heads import NAMES, heads, inner, take_out
 from helpers.kernelizing import kernelized
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 pytestmark = pytest.mark.usefixtures("on_device")
 PASSES = (NAMES, NAMES, NAMES, ("q", "k"), ("k", "v", "q"), ("v",), ("q", "v"))
@@ -76,3 +77,25 @@ def test_random_passes(lora_fused, monkeypatch, seed, out):
             for x, y, dy, b in done:
                 torch.testing.assert_close(((y - b) * dy).sum(), (x * x.grad).sum())
     assert checked > 0 and not waiting
+
+
+class Selective(Block):
+    """Its checkpoints keep products."""
+
+    def around(self, function, x):
+        def keeping():
+            return create_selective_checkpoint_contexts([torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+
+        return checkpoint(function, x, use_reentrant=False, context_fn=keeping)
+
+
+@pytest.mark.parametrize("config", (
+    dict(), dict(alpha_pattern={"k_proj": 3}), dict(use_dora=True), dict(lora_bias=True),
+), ids=("lora", "scalings", "dora", "lora_bias"))  # fmt: skip
+def test_products_that_a_checkpoint_keeps(lora_fused, group_function, config):
+    """The chain of operations writes to products, of which the checkpoint then has copies."""
+    with torch.device("cpu"):
+        model = block(Selective, **config)
+        ours = kernelized(lora_fused, model, "cpu")
+        for _ in range(3):  # alone, and then as a group
+            assert_same(results(ours, x_of()), results(model, x_of()))

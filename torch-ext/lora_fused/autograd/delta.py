@@ -49,7 +49,7 @@ def _sum(spec: DeltaSpec, base: Tensor, t: Tensor, lora_b: Tensor, lora_bias: Te
         y = y if wide else y.to(spec.out_dtype)
     if lora_bias is None:
         return y
-    return y.add_((lora_bias.float() if wide else lora_bias) * spec.scaling)
+    return reference.writable(y).add_((lora_bias.float() if wide else lora_bias) * spec.scaling)
 
 
 class DeltaFunction(torch.autograd.Function):

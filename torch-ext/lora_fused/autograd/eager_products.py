@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..backends import reference
 from .members import Gradients, Member, Outputs, cat, split
 
 
@@ -21,7 +22,7 @@ def _shrink(ops: ModuleType, x: Tensor, batch: Sequence[Member], dtype: torch.dt
     scalings = [member.split_scaling(x.dtype, dtype)[0] for member in batch]
     if len(set(scalings)) == 1:
         return ops.shrink(x, lora_a, scalings[0], dtype, batch[0].mask)
-    t = ops.shrink(x, lora_a, 1.0, dtype)
+    t = reference.writable(ops.shrink(x, lora_a, 1.0, dtype))
     for scaling, part in zip(scalings, split(t, batch)):
         part.mul_(scaling)
     return t

@@ -24,7 +24,7 @@ from ..peft import (
     replaced,
     small_batch,
 )
-from ..specs import Fallback, folded
+from ..specs import Fallback, Projection, ProjectionSpec, folded
 from . import ops
 
 _is_traced = torch.compiler.is_dynamo_compiling
@@ -82,8 +82,16 @@ begin._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def context_of(x: Tensor) -> CallContext:
     """`CallContext.of` for Dynamo."""
     kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    is_on = kind != "meta" and torch.is_autocast_enabled(kind)  # there is none for meta, and torch raises
+    autocast = torch.get_autocast_dtype(kind) if is_on else None
     return CallContext(torch.is_grad_enabled(), x.requires_grad, autocast, FORWARD)
+
+
+def _folded(projection: Projection) -> Projection:
+    """`specs.folded`. The spec that all plain projections share is made anew: under `dynamic=True` a number that Dynamo
+    finds in an object is an input of the graph, and where the graph of a checkpoint took it first, no other has it."""
+    operands, scaling, spec = folded(projection)
+    return Projection(operands, scaling, ProjectionSpec(0.0) if spec is peft_linear.PLAIN_SPEC else spec)
 
 
 def _refused(module: nn.Module, parts_of: Callable[[nn.Module], list[nn.Module]]) -> Fallback | None:
@@ -110,8 +118,8 @@ def linear(module: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor | 
     fallback = linear_call.call_fallback(state, x, call, args, kwargs)
     if fallback is not None:
         return fallback
-    operands, scaling, spec = folded(state.projection)
-    reason = ops.unknown_reason(spec) or small_batch.few_traced_reason(x, call, (state.projection,))
+    operands, scaling, spec = projection = _folded(state.projection)
+    reason = ops.unknown_reason(spec) or small_batch.few_traced_reason(x, call, (projection,))
     if reason is not None:
         return Fallback(reason)
     if linear_call.own_forward_reason(state, x, call) is None:
@@ -153,13 +161,13 @@ def gated_mlp(module: nn.Module, x: Tensor) -> Tensor | Fallback:
     state = peft_gated_mlp.read_mlp(module, x, call)
     if isinstance(state, Fallback):
         return state
-    projections = (*state.inputs, state.output)
+    projections = [_folded(each) for each in (*state.inputs, state.output)]
     reason = small_batch.few_traced_reason(x, call, projections)
     if reason is not None:
         return Fallback(reason)
     operands: list[Tensor | None] = []
     scalings, dropouts, stored = [], [], []
-    for of, scaling, spec in map(folded, projections):
+    for of, scaling, spec in projections:
         reason = ops.unknown_reason(spec)
         if reason is not None:
             return Fallback(reason)

@@ -102,6 +102,13 @@ class TracedMLP(NamedTuple):
         return self
 
 
+class _Bound(NamedTuple):
+    """A `functools.partial` in a `TracedMLP`, where the object itself would differ from module to module."""
+
+    function: Callable
+    keywords: tuple[tuple[str, Any], ...]
+
+
 TRACED = "_lora_fused_mlp"  # the attribute
 _COMPILED = "_compiled_call_impl"  # what `module.compile()` leaves, and no forward reads
 _VALUES = (int, float, str, type(None))
@@ -116,7 +123,8 @@ def prepare_trace(module: nn.Module) -> None:
     activations = []
     for name in structure.activation_modules:
         part = module._modules[name]
-        activations.append((name, type(part), tuple(_state_of(part).items())))
+        state = ((key, _described(value)) for key, value in _state_of(part).items())
+        activations.append((name, type(part), tuple(state)))
     held = ((name, each) for name, each in vars(module).items() if name != _COMPILED and isinstance(each, _PLAIN))
     forward, functions = type(module).forward, _current_functions()
     vars(module)[TRACED] = TracedMLP(structure, forward, functions, tuple(activations), tuple(held))
@@ -152,12 +160,35 @@ def _state_of(activation: nn.Module) -> dict[str, Any]:
 
 
 def _values_of(activation: nn.Module) -> dict[str, Any]:
-    """Those that are numbers and text."""
+    """Those that are numbers, text, and functions with such keywords: none of them holds a module."""
     return {key: value for key, value in _state_of(activation).items() if _are_values((value,))}
 
 
 def _are_values(values: Iterable[object]) -> bool:
-    return all([type(value) is bool or isinstance(value, _VALUES) for value in values])
+    return all([isinstance(value, _VALUES) or _is_bound(value) for value in values])
+
+
+def _is_bound(value: object) -> bool:
+    """Whether a value is a builtin function with keywords that are values, as transformers' GELUTanh has one."""
+    return (
+        type(value) is functools.partial
+        and isinstance(value.func, types.BuiltinFunctionType)
+        and not value.args
+        and all([isinstance(each, _VALUES) for each in value.keywords.values()])
+    )
+
+
+def _described(value: Any) -> Any:
+    return _Bound(value.func, tuple(value.keywords.items())) if _is_bound(value) else value
+
+
+def _is_described(now: Any, value: Any) -> bool:
+    """Whether `_described` of an attribute as it is now would be `value`; Dynamo traces it."""
+    if type(value) is not _Bound:
+        return now == value
+    if type(now) is not functools.partial or now.args:
+        return False
+    return now.func is value.function and tuple(now.keywords.items()) == value.keywords
 
 
 def _traced_structure(module: nn.Module) -> GatedMLP | Fallback:
@@ -172,7 +203,7 @@ def _traced_structure(module: nn.Module) -> GatedMLP | Fallback:
         if type(part) is not cls:
             return Fallback(f"{name} is another")
         for key, value in state:
-            if getattr(part, key) != value:
+            if not _is_described(getattr(part, key), value):
                 return Fallback(f"{name}.{key} has changed")
     for name, function in known.attributes:
         if module.__dict__.get(name) is not function:

@@ -25,7 +25,7 @@ from .scaling import read_scaling
 
 _is_traced = torch.compiler.is_dynamo_compiling
 _PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
-_PLAIN_SPEC = ProjectionSpec()
+PLAIN_SPEC = ProjectionSpec()
 _FORWARDS, _CODES = replaced.FORWARDS, replaced.CODES
 
 
@@ -204,7 +204,7 @@ def _read_adapter(
         if isinstance(scaling, Fallback):
             return scaling
     plain = p == 0.0 and not transposed and quantized is None
-    spec = _PLAIN_SPEC if plain else _spec(p, transposed, quantized)
+    spec = PLAIN_SPEC if plain else _spec(p, transposed, quantized)
     casts_input, training = state.get("cast_input_dtype_enabled", True), state["training"]
     if known is not None and _is_as_read(known, operands, scaling, spec, base, (casts_input, training)):
         return known

@@ -16,6 +16,7 @@ from .linear import (
     scale_sum,
     shrink,
     token_sum,
+    writable,
 )  # fmt: skip
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "scale_sum",
     "shrink",
     "token_sum",
+    "writable",
 ]  # fmt: skip

@@ -15,6 +15,14 @@ from torch import Tensor
 from ...specs import FourBit, Mask, Operands
 from .. import native
 
+_dispatch_modes, _is_compiling = torch._C._len_torch_dispatch_stack, torch.compiler.is_compiling
+
+
+def writable(product: Tensor) -> Tensor:
+    """A product that is about to be written to: a copy of it where a mode may keep it, as a selective checkpoint does
+    for its recomputation. In a graph nothing is written."""
+    return product.clone() if _dispatch_modes() and not _is_compiling() else product
+
 
 def dropout(x: Tensor, mask: Mask, dtype: torch.dtype | None = None) -> Tensor:
     """mask ∘ x / (1 - p) for x [M, K], in `dtype` or x's."""
@@ -47,7 +55,7 @@ def linear_expand(
     y = torch.nn.functional.linear(x, weight, bias) if out is None else out.addmm_(x, weight.t())
     if t is None:
         return y
-    up = up.to(t.dtype)
+    up, y = up.to(t.dtype), writable(y) if out is None else y
     if mask is None and t.dtype == y.dtype:
         return y.addmm_(t, up.t(), alpha=scaling)
     delta = t @ up.t()
@@ -108,8 +116,8 @@ def linear_expand_dropped(
     y is summed as x weightᵀ + b + (g - 1)∘(d weightᵀ) + g∘(s·t upᵀ): a large t upᵀ makes the norm large and
     g small, so a sum rounded before g is applied would cost y its last bits.
     """
-    z = torch.nn.functional.linear(d, weight)
-    y = torch.nn.functional.linear(x, weight, bias)
+    z = writable(torch.nn.functional.linear(d, weight))
+    y = writable(torch.nn.functional.linear(x, weight, bias))
     up = up.to(t.dtype)
     if x.dtype == torch.float16:
         y, z, delta = y.float(), z.float(), (t @ up.t()).float().mul_(scaling)
