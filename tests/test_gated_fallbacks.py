@@ -27,9 +27,14 @@ def disabled(mlp):
     mlp.w1.enable_adapters(False)
 
 
-def other_forward(mlp):
+def forward_around(mlp):
     before = mlp.w3.forward
     mlp.w3.forward = lambda x: 2 * before(x)
+
+
+def other_forward(mlp):
+    own = mlp.w3
+    own.forward = lambda x: 2 * type(own).forward(own, x)
 
 
 def second_adapter(mlp):
@@ -43,10 +48,11 @@ def second_adapter(mlp):
         (hook_on("w2"), {"w1": True, "w2": True, "w3": True}),
         (disabled, {"w1": False, "w2": True, "w3": True}),
         (lambda mlp: mlp.w2.merge(), {"w1": True, "w2": False, "w3": True}),
+        (forward_around, {"w1": True, "w2": True, "w3": True}),
         (other_forward, {"w1": True, "w2": True, "w3": False}),
         (second_adapter, {"w1": True, "w2": False, "w3": True}),
     ),
-    ids=("hook", "hook on down", "disabled", "merged", "another tool's forward", "hook inside"),
+    ids=("hook", "hook on down", "disabled", "merged", "forward around ours", "another tool's forward", "hook inside"),
 )
 def test_a_projection_falls_back_alone(lora_fused, change, alone):
     model, x = glu(), torch.randn(5, 32, dtype=torch.float64)
