@@ -35,4 +35,13 @@ const std::vector<Device>& devices() {
 int device_count() { return static_cast<int>(devices().size()); }
 const Device& device_of(int index) { return devices().at(index); }
 
+bool has_launch_completion_events() {
+  static const bool has = [] {
+    int version = 0;
+    STD_CUDA_CHECK(cudaDriverGetVersion(&version));
+    return version >= 12030;
+  }();
+  return has;
+}
+
 }  // namespace lora_fused

@@ -11,6 +11,9 @@ struct Device {
 
 int device_count();
 const Device& device_of(int index);
+// Whether launches can record an event once all their blocks run: CUDA 12.3's drivers and later ones, while builds for
+// 12.6 run with those of 12.0 on.
+bool has_launch_completion_events();
 inline int multiprocessors(int device) { return device_of(device).multiprocessors; }
 
 }  // namespace lora_fused

@@ -51,7 +51,8 @@ bool dt_db_is_faster(const MatrixView& dy, int64_t elements) {
 }
 
 bool run_beside(const MatrixView& x, const AdapterGradsOf& of) {
-  if (x.size(0) < kBesideTokens || !gemm_is_faster(x, x.size(0), x.size(1))) return false;
+  if (x.size(0) < kBesideTokens || !gemm_is_faster(x, x.size(0), x.size(1)) || !has_launch_completion_events())
+    return false;
   if (of.mlp) return true;
   return !of.bf16x3 && (of.masked ? of.members > 1 : x.size(0) >= kBesideTokensOfLinears);
 }
