@@ -1,4 +1,4 @@
-// dA and dB: the products of t and dt with what they were made beside.
+// dA and dB: the products of dt with x and of t with dy.
 #pragma once
 
 #include <optional>
