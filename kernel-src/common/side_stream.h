@@ -39,7 +39,6 @@ class SideStream {
 #else
 struct SideStream {
   explicit SideStream(const MatrixView&) {}
-  bool is_started() const { return false; }
 };
 #endif
 

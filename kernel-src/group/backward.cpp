@@ -258,4 +258,17 @@ void Backward::parameters(const MatrixView& x, Tensors& grads, AdapterGrads& pro
   }
 }
 
+void Backward::gradients(const Tensor& x, const MatrixView& rows, bool beside, AdapterGrads& products,
+                         Tensors& grads) const {
+  const bool alone = beside && makes_dx_alone();
+  SideStream side(rows);
+  MaybeTensor dx;
+  if (need_dx_) grads.push_back(*(dx = empty_as(x, rows.size(1))));
+  // Beside dx, what the products write is allocated before its launch (side_stream.h).
+  if (alone) parameters(rows, grads, products);
+  if (dx) input(matrix(*dx), alone ? &side : nullptr);
+  if (!alone) parameters(rows, grads, products);
+  products.run(&side);
+}
+
 }  // namespace lora_fused

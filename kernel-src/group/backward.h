@@ -43,6 +43,10 @@ class Backward {
   // the sums over tokens in float32 (float64 for float64).
   void parameters(const MatrixView& x, Tensors& grads, AdapterGrads& products) const;
 
+  // Both, with dx [..., K] like `x` in front where it is needed, and runs `products`: beside dx's launch where that is
+  // wanted and can be.
+  void gradients(const Tensor& x, const MatrixView& rows, bool beside, AdapterGrads& products, Tensors& grads) const;
+
  private:
   bool needs(size_t i, Need need) const { return dys_[i] && (needs_[members_.index(i)] & need) != 0; }
   ScaleOutputBackward pass_over_dy(size_t i, const MaybeMatrixView& unscaled, const MaybeTensor& norm, bool own_dy);

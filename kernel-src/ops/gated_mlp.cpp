@@ -155,13 +155,7 @@ Tensors gated_backward(const Tensor& dy, const Tensor& x, Tensors kept, Optional
   };
   const Optionals first_dys(d_outputs.begin(), d_outputs.end());
   const Backward first(in, rows, std::move(of_in), {first_dys, first_unscaled(), needs, need_dx, t, /*own_dys=*/true});
-  const bool alone = beside && first.makes_dx_alone();
-  SideStream side(rows);
-  if (need_dx) grads.push_back(empty_as(x, rows.size(1)));
-  if (alone) first.parameters(rows, grads, products);
-  if (need_dx) first.input(matrix(grads[0]), alone ? &side : nullptr);
-  if (!alone) first.parameters(rows, grads, products);
-  products.run(&side);
+  first.gradients(x, rows, beside, products, grads);
   append(grads, last_grads);
   return grads;
 }

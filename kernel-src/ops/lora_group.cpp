@@ -64,11 +64,6 @@ Tensors lora_backward(Optionals dys, const Tensor& x, const Tensor& t, std::opti
                       dispatch::run_beside(rows, {args.count(), /*mlp=*/false, members.any_masked(), bf16x3});
   Tensors grads;
   AdapterGrads products(rows, beside);
-  SideStream side(rows);
-  if (need_dx) grads.push_back(empty_as(x, rows.size(1)));
-  if (beside) backward.parameters(rows, grads, products);
-  if (need_dx) backward.input(matrix(grads[0]), beside ? &side : nullptr);
-  if (!beside) backward.parameters(rows, grads, products);
-  products.run(&side);
+  backward.gradients(x, rows, beside, products, grads);
   return grads;
 }
