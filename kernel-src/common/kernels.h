@@ -42,19 +42,10 @@ struct HiLoSum {
   std::optional<SplitLayout> split = std::nullopt;
 };
 
-// DoRA's scale of an output u that holds the bias b: scale∘(u - b) + b, in the order that leaves u unchanged where the
+// DoRA's scale of an output u that holds the bias b: scale∘(u - b) + b, as a sum that leaves u unchanged where the
 // scale is 1. Vectors [N]: the scale in float32 (float64 for float64), the bias in u's dtype.
 struct ScaleAroundBias {
   MaybeTensor scale, bias;
-};
-
-// Matrices [M, I] with contiguous rows: gate and up may be halves of wider ones, and so may their gradients. Without dh
-// the forward, h = f(gate)·up; else dgate, dup and h. Gate and up are unscaled where a scale is given.
-struct GatedActivation {
-  MatrixView gate, up, h;
-  MaybeMatrixView dh, dgate, dup;
-  int64_t activation;  // an Activation
-  ScaleAroundBias gate_scale, up_scale;
 };
 
 // With u the unscaled output: y = scale∘(u - b) + b, y = (scale - 1)∘u or y += (scale - 1)∘u; u and y [M, N]
@@ -66,15 +57,34 @@ struct ScaleOutput {
   Form form;
 };
 
-// The backward of y = scale∘(u - b) + b with scale = magnitude / norm, in one pass over dy [M, N], contiguous:
-// dunscaled = scale∘dy, which may be dy's own memory, dmagnitude = Σ dy∘(u - b) / norm and dbias = Σ dy over tokens.
-// What is not there is not computed. The sums [N] are in float32 (float64 for float64), in a fixed order.
+// The backward of y = scale∘(u - b) + b with scale = magnitude / norm, in one pass over dy [M, N], rows contiguous and
+// strided or not: dunscaled = scale∘dy, which may be dy's own memory, dmagnitude = Σ dy∘(u - b) / norm and dbias = Σ dy
+// over tokens. What is not there is not computed. The sums [N] are in float32 (float64 for float64), in a fixed order.
 struct ScaleOutputBackward {
   MatrixView dy;
   MaybeMatrixView unscaled, dunscaled;
   MaybeTensor norm, dmagnitude, dbias;
   ScaleAroundBias scale;
 };
+
+// Matrices [M, I] with contiguous rows: gate and up may be halves of wider ones, and so may their gradients. Without dh
+// the forward, h = f(gate)·up; else dgate, dup and h. Gate and up are unscaled where a scale is given. A pass follows on
+// dgate or dup, as on any dy, in whose memory it leaves the gradient of the unscaled output.
+struct GatedActivation {
+  MatrixView gate, up, h;
+  MaybeMatrixView dh, dgate, dup;
+  int64_t activation;  // an Activation
+  ScaleAroundBias gate_scale, up_scale;
+  std::optional<ScaleOutputBackward> gate_pass = std::nullopt, up_pass = std::nullopt;
+};
+
+// Those that there are.
+inline std::vector<ScaleOutputBackward> passes_of(const GatedActivation& work) {
+  std::vector<ScaleOutputBackward> passes;
+  for (const auto* pass : {&work.gate_pass, &work.up_pass})
+    if (*pass) passes.push_back(**pass);
+  return passes;
+}
 
 // t [M, R] = scaling · D(x) aᵀ for x [M, C] and a [R, C]; rows of t may be strided. bf16x3: a is the sum of a and of
 // `lo`, in the same memory, and t is written as `split`.

@@ -1,4 +1,4 @@
-// The gated activation on the CPU: h = f(gate)·up, and with dh its backward in the same pass.
+// The gated activation on the CPU: h = f(gate)·up, and with dh its backward in the same pass, without what follows it.
 //
 // Fused: value, slope, both gradients and h again. float32 inside (float64 for float64), one rounding.
 #include <torch/csrc/stable/ops.h>
@@ -27,7 +27,7 @@ Wide<T> scale_around_bias(T stored, const ScaleAroundBias& by, int64_t j) {
   const auto scale = static_cast<const Wide<T>*>(by.scale->const_data_ptr())[j];
   if (!by.bias) return static_cast<Wide<T>>(static_cast<T>(u * scale));
   const auto bias = static_cast<Wide<T>>(static_cast<const T*>(by.bias->const_data_ptr())[j]);
-  return static_cast<Wide<T>>(static_cast<T>(u + (u - bias) * (scale - 1)));
+  return static_cast<Wide<T>>(static_cast<T>(scale * u + (1 - scale) * bias));
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-// DoRA's scale of an output on the CPU, and its backward with the sums over tokens: y = scale∘(u - b) + b,
+// DoRA's scale of an output on the CPU, and its backward with the sums over tokens: y = scale∘u + (1 - scale)∘b,
 // y = (scale - 1)∘u or y += (scale - 1)∘u, and scale∘dy, Σ dy∘(u - b) / norm, Σ dy in one pass over dy and u. float32
 // inside (float64 for float64). Threads own columns, so every sum has a fixed order.
 #include <torch/csrc/stable/ops.h>
@@ -41,7 +41,7 @@ void run(const ScaleOutput& s) {
         if (s.form != ScaleOutput::kScale)
           y = static_cast<T>((s.form == ScaleOutput::kAddExcess ? static_cast<Wide<T>>(y) : 0) + u * (scale[j] - 1));
         else
-          y = static_cast<T>(bias ? u + (u - static_cast<Wide<T>>(bias[j])) * (scale[j] - 1) : u * scale[j]);
+          y = static_cast<T>(bias ? scale[j] * u + (1 - scale[j]) * static_cast<Wide<T>>(bias[j]) : scale[j] * u);
       }
   });
 }
@@ -58,11 +58,13 @@ void run(const ScaleOutputBackward& s) {
     std::vector<Wide<T>> dot(last - first), sum(last - first);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = first; j < last; ++j) {
-        const int64_t at = i * cols + j;
-        const auto dy = static_cast<Wide<T>>(dys[at]);
+        const auto dy = static_cast<Wide<T>>(dys[i * s.dy.stride(0) + j]);
         sum[j - first] += dy;
-        if (us) dot[j - first] += dy * (static_cast<Wide<T>>(us[at]) - (biases ? static_cast<Wide<T>>(biases[j]) : 0));
-        if (dunscaled) dunscaled[at] = static_cast<T>(dy * scales[j]);
+        if (us) {
+          const auto u = static_cast<Wide<T>>(us[i * s.unscaled->stride(0) + j]);
+          dot[j - first] += dy * (biases ? u - static_cast<Wide<T>>(biases[j]) : u);
+        }
+        if (dunscaled) dunscaled[i * s.dunscaled->stride(0) + j] = static_cast<T>(dy * scales[j]);
       }
     for (int64_t j = first; j < last; ++j) {
       if (dmagnitude) dmagnitude[j] = dot[j - first] / norms[j];

@@ -50,58 +50,57 @@ Adapters Backward::adapters(const MatrixView& x, const Members& members, std::ve
   return {x, members, casts, need_dx, /*need_b=*/true, layout_of_b(x), counters};
 }
 
-Backward::Backward(const Members& members, const MatrixView& x, Adapters adapters, const Given& given)
+OutputGrads::OutputGrads(const Members& members, const Optionals& given, const Tensors& unscaled,
+                         const std::vector<int64_t>& needs, bool own_dys)
+    : dunscaled(members.count()), dmagnitudes(members.count()), dbiases(members.count()), passes(members.count()) {
+  size_t next_unscaled = 0;
+  for (size_t i = 0; i < members.count(); ++i) {
+    dys.push_back(given[i] ? MaybeMatrixView(matrix(*given[i])) : std::nullopt);
+    const MaybeMatrixView u = members.mag_norm_scale(i) ? MaybeMatrixView(unscaled[next_unscaled++]) : std::nullopt;
+    if (!dys[i]) continue;
+    const MatrixView& dy = *dys[i];
+    const auto vector = [&] {
+      return empty(dy.base(), {dy.size(1)},
+                   dy.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+    };
+    const int64_t wanted = needs[members.index(i)];
+    dunscaled[i] = !u || (own_dys && members.scales_output(i)) ? dy : MatrixView(fresh_like(dy));
+    ScaleOutputBackward pass{dy};
+    pass.scale = members.scale_around_bias(i);
+    if (wanted & kNeedBias) pass.dbias = dbiases[i] = vector();
+    if (u) pass.dunscaled = dunscaled[i];
+    if (u && (wanted & kNeedMagnitude)) {
+      pass.unscaled = u;
+      pass.norm = members.norm(i);
+      pass.dmagnitude = dmagnitudes[i] = vector();
+    }
+    if (pass.dbias || pass.dunscaled) passes[i] = pass;
+  }
+}
+
+void OutputGrads::run() {
+  std::vector<ScaleOutputBackward> left;
+  for (auto& pass : std::exchange(passes, {}))
+    if (pass) left.push_back(*pass);
+  scale_outputs_backward(left);
+}
+
+Backward::Backward(const Members& members, const MatrixView& x, Adapters adapters, OutputGrads outputs,
+                   const Given& given)
     : members_(members),
       needs_(given.needs),
       need_dx_(given.need_dx),
       x_(x),
       t_(given.t),
       at_once_(need_dx_ && is_one_launch(x, members)),
-      dunscaled_(members.count()),
-      dmagnitudes_(members.count()),
-      dbiases_(members.count()),
       dbs_(members.count()),
       adapters_(std::move(adapters)) {
-  size_t next_unscaled = 0;
+  outputs.run();
+  dys_ = std::move(outputs.dys), dunscaled_ = std::move(outputs.dunscaled);
+  dmagnitudes_ = std::move(outputs.dmagnitudes), dbiases_ = std::move(outputs.dbiases);
   bool any_dt = need_dx_;
-  std::vector<ScaleOutputBackward> passes;
-  for (size_t i = 0; i < members.count(); ++i) {
-    dys_.push_back(given.dys[i] ? MaybeMatrixView(matrix(*given.dys[i])) : std::nullopt);
-    const MaybeMatrixView unscaled =
-        members.mag_norm_scale(i) ? MaybeMatrixView(given.unscaled[next_unscaled++]) : std::nullopt;
-    if (dys_[i]) {
-      const ScaleOutputBackward pass = pass_over_dy(i, unscaled, members.norm(i), given.own_dys);
-      if (pass.dbias || pass.dunscaled) passes.push_back(pass);
-    }
-    any_dt = any_dt || needs(i, kNeedA);
-  }
-  scale_outputs_backward(passes);
+  for (size_t i = 0; i < members.count(); ++i) any_dt = any_dt || needs(i, kNeedA);
   if (adapters_.ranks() > 0 && any_dt) members.bf16x3() ? shrink_dy_bf16x3() : shrink_dy();
-}
-
-// DoRA's scale times dy, and what else of dy is wanted, in one pass; plain LoRA needs none, one without dbias or
-// dunscaled.
-ScaleOutputBackward Backward::pass_over_dy(size_t i, const MaybeMatrixView& unscaled, const MaybeTensor& norm,
-                                           bool own_dy) {
-  const MatrixView& dy = *dys_[i];
-  const auto vector = [&] {
-    return empty(dy.base(), {dy.size(1)},
-                 dy.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
-  };
-  ScaleOutputBackward work{dy};
-  work.scale = members_.scale_around_bias(i);
-  if (needs(i, kNeedBias)) work.dbias = dbiases_[i] = vector();
-  if (unscaled) {
-    work.dunscaled = dunscaled_[i] = own_dy && members_.scales_output(i) ? dy : MatrixView(fresh_like(dy));
-    if (needs(i, kNeedMagnitude)) {
-      work.unscaled = unscaled;
-      work.norm = norm;
-      work.dmagnitude = dmagnitudes_[i] = vector();
-    }
-  } else {
-    dunscaled_[i] = dy;
-  }
-  return work;
 }
 
 // dt = s·dy' B of all members, dy' the gradient of the unscaled output; what dx's launch makes of it is left waiting.

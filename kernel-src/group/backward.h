@@ -13,24 +13,39 @@ namespace lora_fused {
 // Whether x is read for a gradient of one of the first `count` members.
 bool needs_any_a(const std::vector<int64_t>& needs, size_t count);
 
+// Each member's dy and what is wanted of it besides products: times DoRA's scale, and its sums over tokens. Plain LoRA
+// needs no pass over it.
+struct OutputGrads {
+  // `unscaled`: of Outputs. `own_dys`: whether they may be written over.
+  // `dys` [..., N]; `unscaled`: of Outputs. `own_dys`: whether they may be written over.
+  OutputGrads(const Members& members, const Optionals& dys, const Tensors& unscaled, const std::vector<int64_t>& needs,
+              bool own_dys);
+
+  // The passes, where nobody has taken them.
+  void run();
+
+  // By member:
+  std::vector<MaybeMatrixView> dys;                        // [M, N], none where an output was not used
+  std::vector<MaybeMatrixView> dunscaled;                  // the gradient of the sum that the LoRA term is in
+  Optionals dmagnitudes, dbiases;                          // [N]
+  std::vector<std::optional<ScaleOutputBackward>> passes;  // which fill these
+};
+
 // The backward of `project`, in the steps that a gated MLP needs apart: dt, dB and the sums over tokens are made by the
 // constructor, dx by `input`, what else is wanted by `parameters`.
 class Backward {
  public:
   struct Given {
-    Optionals dys;     // [..., N], none where an output was not used
-    Tensors unscaled;  // of Outputs
     const std::vector<int64_t>& needs;
     bool need_dx;
-    const Tensor& t;       // of Outputs
-    bool own_dys = false;  // whether they may be written over
+    const Tensor& t;  // of Outputs
   };
 
   // What it reads of the adapters; conversions go to `casts`, which the caller runs.
   static Adapters adapters(const MatrixView& x, const Members& members, std::vector<Cast>& casts, bool need_dx);
 
-  // `x` gives dtype and shape alone: it need not be filled before `parameters`.
-  Backward(const Members& members, const MatrixView& x, Adapters adapters, const Given& given);
+  // `x` gives dtype and shape alone: it need not be filled before `parameters`. Runs what is left of the outputs' passes.
+  Backward(const Members& members, const MatrixView& x, Adapters adapters, OutputGrads outputs, const Given& given);
 
   // Whether `input` makes nothing that `parameters` reads: a product of the library's or of ours, beside which these
   // may run.
@@ -49,7 +64,6 @@ class Backward {
 
  private:
   bool needs(size_t i, Need need) const { return dys_[i] && (needs_[members_.index(i)] & need) != 0; }
-  ScaleOutputBackward pass_over_dy(size_t i, const MaybeMatrixView& unscaled, const MaybeTensor& norm, bool own_dy);
   void shrink_dy();
   void shrink_dy_bf16x3();
   std::vector<Term> dropped_terms(size_t i) const;
@@ -62,9 +76,7 @@ class Backward {
   bool need_dx_;
   MatrixView x_, t_;
   bool at_once_;                      // dx and the dt that it reads are to be one launch
-  std::vector<MaybeMatrixView> dys_;  // by member, [M, N]
-  // dy times DoRA's scale, by member, or dy: the gradient of the sum that the LoRA term is in.
-  std::vector<MaybeMatrixView> dunscaled_;
+  std::vector<MaybeMatrixView> dys_, dunscaled_;
   Optionals dmagnitudes_, dbiases_, dbs_;  // [N], [N], and where made with dt [N, R]
   Adapters adapters_;
   MaybeMatrixView dt_;

@@ -50,6 +50,7 @@ void run_activation(const GatedActivation& work) {
   if (work.h.is_cuda()) return gated_activation_cuda(work);
 #endif
   gated_activation_cpu(work);
+  scale_outputs_backward(passes_of(work));
 }
 
 void dequantize_4bit(const FourBit& weight, const Tensor& out) {

@@ -55,9 +55,28 @@ struct Halves {
     if (!in.scales_output(member)) return {};
     const ScaleAroundBias whole = in.scale_around_bias(member);
     if (!fused) return whole;
-    const int64_t half = which == 0 ? gate_half : 1 - gate_half;
-    return {half_of_vector(whole.scale, half), half_of_vector(whole.bias, half)};
+    return {half_of_vector(whole.scale, half(which)), half_of_vector(whole.bias, half(which))};
   }
+
+  std::optional<ScaleOutputBackward> pass(const std::vector<std::optional<ScaleOutputBackward>>& passes,
+                                          int64_t which) const {
+    const auto& whole = passes[fused ? 0 : static_cast<size_t>(which)];
+    if (!fused || !whole) return whole;
+    const auto of_matrix = [&](const MaybeMatrixView& m) {
+      return m ? MaybeMatrixView(half_of(*m, half(which))) : std::nullopt;
+    };
+    const auto of_vector = [&](const MaybeTensor& v) { return half_of_vector(v, half(which)); };
+    return ScaleOutputBackward{half_of(whole->dy, half(which)),
+                               of_matrix(whole->unscaled),
+                               of_matrix(whole->dunscaled),
+                               of_vector(whole->norm),
+                               of_vector(whole->dmagnitude),
+                               of_vector(whole->dbias),
+                               {of_vector(whole->scale.scale), of_vector(whole->scale.bias)}};
+  }
+
+ private:
+  int64_t half(int64_t which) const { return which == 0 ? gate_half : 1 - gate_half; }
 };
 
 }  // namespace
@@ -130,10 +149,30 @@ Tensors gated_backward(const Tensor& dy, const Tensor& x, Tensors kept, Optional
   Adapters of_in = Backward::adapters(rows, in, casts, need_dx),
            of_out = Backward::adapters(*h, out, casts, /*need_dx=*/true);
   cast_all(casts);
-  const Backward::Given of_dy{Optionals{dy}, last_unscaled, needs, /*need_dx=*/true, last_t};
-  std::optional<Backward> last(std::in_place, out, *h, std::move(of_out), of_dy);
+  std::optional<Backward> last(std::in_place, out, *h, std::move(of_out),
+                               OutputGrads(out, {dy}, last_unscaled, needs, /*own_dys=*/false),
+                               Backward::Given{needs, /*need_dx=*/true, last_t});
   last->input(*dh);
-  run_activation({gate, up, *h, *dh, dgate, dup, activation, halves.scale(in, 0), halves.scale(in, 1)});
+  const auto first_outputs = [&] {
+    Tensors first_unscaled;
+    auto next = unscaled.end() - (out.mag_norm_scale(0) ? 1 : 0);
+    for (size_t i = inputs; i-- > 0;) {
+      if (!in.mag_norm_scale(i)) continue;
+      const auto masked_one = [&] { return next == unscaled.begin() ? project_dropped(matrix(x), in, i, t) : *--next; };
+      first_unscaled.insert(first_unscaled.begin(), in.masked(i) ? masked_one() : outputs[i]);
+    }
+    const Optionals first_dys(d_outputs.begin(), d_outputs.end());
+    return OutputGrads(in, first_dys, first_unscaled, needs, /*own_dys=*/true);
+  };
+  std::optional<OutputGrads> of_outputs;
+  {
+    GatedActivation work{gate, up, *h, *dh, dgate, dup, activation, halves.scale(in, 0), halves.scale(in, 1)};
+    if (!in.any_masked()) {  // gate and up are their own unscaled outputs
+      const auto passes = std::exchange((of_outputs = first_outputs())->passes, {});
+      work.gate_pass = halves.pass(passes, 0), work.up_pass = halves.pass(passes, 1);
+    }
+    run_activation(work);
+  }
   const bool masked = in.any_masked() || out.any_masked();
   const bool beside = need_dx && dispatch::run_beside(rows, {args.count(), /*mlp=*/true, masked, bf16x3});
   AdapterGrads products(rows, beside);
@@ -143,18 +182,8 @@ Tensors gated_backward(const Tensor& dy, const Tensor& x, Tensors kept, Optional
     last.reset(), h.reset(), dh.reset();
   }
   // What is made again lives as long as the pass over dy that reads it.
-  const auto first_unscaled = [&] {
-    Tensors found;
-    auto next = unscaled.end() - (out.mag_norm_scale(0) ? 1 : 0);
-    for (size_t i = inputs; i-- > 0;) {
-      if (!in.mag_norm_scale(i)) continue;
-      const auto masked_one = [&] { return next == unscaled.begin() ? project_dropped(matrix(x), in, i, t) : *--next; };
-      found.insert(found.begin(), in.masked(i) ? masked_one() : outputs[i]);
-    }
-    return found;
-  };
-  const Optionals first_dys(d_outputs.begin(), d_outputs.end());
-  const Backward first(in, rows, std::move(of_in), {first_dys, first_unscaled(), needs, need_dx, t, /*own_dys=*/true});
+  const Backward first(in, rows, std::move(of_in), of_outputs ? std::move(*of_outputs) : first_outputs(),
+                       {needs, need_dx, t});
   first.gradients(x, rows, beside, products, grads);
   append(grads, last_grads);
   return grads;

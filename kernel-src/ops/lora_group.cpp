@@ -59,7 +59,8 @@ Tensors lora_backward(Optionals dys, const Tensor& x, const Tensor& t, std::opti
   std::vector<Cast> casts;
   Adapters adapters = Backward::adapters(rows, members, casts, need_dx);
   cast_all(casts);
-  const Backward backward(members, rows, std::move(adapters), {dys, unscaled.value_or(Tensors{}), needs, need_dx, t});
+  const Backward backward(members, rows, std::move(adapters),
+                          {members, dys, unscaled.value_or(Tensors{}), needs, /*own_dys=*/false}, {needs, need_dx, t});
   const bool beside = backward.makes_dx_alone() &&
                       dispatch::run_beside(rows, {args.count(), /*mlp=*/false, members.any_masked(), bf16x3});
   Tensors grads;

@@ -7,91 +7,58 @@
 #include <algorithm>
 
 #include "../../common/kernels.h"
-#include "../../common/tensors.h"
-#include "../../dispatch/table.h"
 #include "scale_output.cuh"
-#include "stream.h"
 
 namespace {
 
 using namespace lora_fused;
 using namespace lora_fused::scale_output;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-template <typename V>
-V* data(const MaybeTensor& t) {
-  return t ? static_cast<V*>(t->mutable_data_ptr()) : nullptr;
-}
 
 template <typename T>
 void run(const ScaleOutput& s) {
-  bool aligned = true;
+  bool aligned = s.y.size(1) % kColumns == 0;
   ScaleArguments<T> a{matrix<T>(s.unscaled, aligned), matrix<T>(s.y, aligned)};
-  a.scale = vector<Wide<T>>(s.scale.scale);
-  a.bias = vector<T>(s.scale.bias);
-  const auto on_boundary = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  aligned = aligned && on_boundary(a.scale) && on_boundary(a.bias) && s.y.size(1) % kColumns == 0;
-  a.cols = s.y.size(1);
-  a.blocks = (a.cols + kColumns - 1) / kColumns;
-  a.total = s.y.size(0) * a.blocks;
+  a.scale = vector<Wide<T>>(s.scale.scale, aligned);
+  a.bias = vector<T>(s.scale.bias, aligned);
   a.form = s.form;
-  if (a.total == 0) return;
-  const int64_t grid = std::min((a.total + kThreads - 1) / kThreads, kMaxBlocks);
+  a.cut = row_shares(s.y.size(0), s.y.size(1), shares_to_fill(s.y, s.y.size(1), dispatch::kScaleBlocks));
+  if (a.cut.threads() == 0) return;
   const auto kernel = aligned ? scale_output_fwd_kernel<T, true> : scale_output_fwd_kernel<T, false>;
-  kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream_of(s.y)>>>(a);
+  kernel<<<blocks_of(a.cut), kColumnThreads, 0, stream_of(s.y)>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-int64_t blocks_of(int64_t cols) { return (cols + kBlockColumns - 1) / kBlockColumns; }
-
 template <typename T>
 void launch(const ScaleOutputBackward* first, size_t count) {
-  bool aligned = true, summed = false;
-  int64_t blocks = 0, most = 0;
+  bool aligned = true;
+  int64_t columns = 0;
+  unsigned blocks = 0;
   SumArguments<T> a{};
-  a.rows = first->dy.size(0);
+  for (size_t i = 0; i < count; ++i) columns += first[i].dy.size(1);
+  const int64_t shares = shares_to_fill(first->dy, columns, dispatch::kScaleBackwardBlocks);
   for (size_t i = 0; i < count; ++i) {
     const ScaleOutputBackward& s = first[i];
-    Pass<T>& pass = a.pass[i];
-    pass = {matrix<T>(s.dy, aligned), matrix<T>(s.unscaled, aligned), matrix<T>(s.dunscaled, aligned)};
-    pass.scale = vector<Wide<T>>(s.scale.scale);
-    pass.norm = vector<Wide<T>>(s.norm);
-    pass.bias = vector<T>(s.scale.bias);
-    pass.dmagnitude = data<Wide<T>>(s.dmagnitude);
-    pass.dbias = data<Wide<T>>(s.dbias);
-    pass.cols = s.dy.size(1);
-    pass.column = a.columns;
-    aligned = aligned && pass.cols % kColumns == 0;
-    summed = summed || s.dmagnitude || s.dbias;
-    blocks += blocks_of(pass.cols);
-    a.columns += pass.cols;
-    most = std::max(most, pass.cols);
+    aligned = aligned && s.dy.size(1) % kColumns == 0;
+    a.pass[i] = {matrix<T>(s.dy, aligned), matrix<T>(s.unscaled, aligned), matrix<T>(s.dunscaled, aligned),
+                 vector<Wide<T>>(s.scale.scale, aligned), vector<T>(s.scale.bias, aligned),
+                 row_shares(s.dy.size(0), s.dy.size(1), shares)};
+    a.sums.of[i] = column_sum<Wide<T>>(s.dy, s, a.sums);
+    blocks = std::max(blocks, blocks_of(a.pass[i].cut));
   }
   if (blocks == 0) return;
-  a.share_rows = dispatch::scale_backward_rows(blocks, a.rows);
-  a.shares = std::max<int64_t>(1, (a.rows + a.share_rows - 1) / a.share_rows);
-  const auto dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-  const Tensor shares = empty(first->dy.base(), {summed ? 2 : 0, a.shares, a.columns}, dtype);
-  a.dot_shares = static_cast<Wide<T>*>(shares.mutable_data_ptr());
-  a.sum_shares = a.dot_shares + a.shares * a.columns;
   const cudaStream_t stream = stream_of(first->dy);
-  const dim3 grid(static_cast<unsigned>(blocks_of(most)), static_cast<unsigned>(a.shares),
-                  static_cast<unsigned>(count));
+  const Tensor memory = share_memory(a.sums, static_cast<int>(count), a.pass[0].cut.shares, first->dy.base());
   const auto kernel = aligned ? scale_output_bwd_kernel<T, true> : scale_output_bwd_kernel<T, false>;
-  kernel<<<grid, kThreads, 0, stream>>>(a);
+  kernel<<<dim3(blocks, static_cast<unsigned>(count)), kColumnThreads, 0, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (!summed) return;
-  const dim3 reducers(static_cast<unsigned>((most + kReduceColumns - 1) / kReduceColumns),
-                      static_cast<unsigned>(count));
-  scale_output_bwd_reduce_kernel<T><<<reducers, kThreads, 0, stream>>>(a);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  add_shares(a.sums, static_cast<int>(count), stream);
 }
 
 template <typename T>
 void run(const std::vector<ScaleOutputBackward>& all) {
-  for (size_t first = 0; first < all.size(); first += kPasses)
-    launch<T>(all.data() + first, std::min<size_t>(kPasses, all.size() - first));
+  for (size_t first = 0; first < all.size(); first += kMostSums)
+    launch<T>(all.data() + first, std::min<size_t>(kMostSums, all.size() - first));
 }
 
 }  // namespace

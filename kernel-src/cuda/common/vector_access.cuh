@@ -87,10 +87,11 @@ __device__ __forceinline__ void store(const Matrix<T>& m, const Columns<T>& from
     if (j < count) to[j] = from.value[j];
 }
 
-// scale∘(u - b) + b at one column, in the order that leaves u where the scale is 1.
-template <typename T, typename Wide>
-__device__ __forceinline__ Wide scale_around_bias(Wide u, Wide scale, const T* bias, int64_t col) {
-  return bias == nullptr ? u * scale : u + (u - widen(bias[col])) * (scale - 1);
+// scale·(u - b) + b at one column, as a sum that leaves u where the scale is 1 and rounds at the size of scale·u, not of
+// u, where it is small.
+template <typename Wide>
+__device__ __forceinline__ Wide scale_around_bias(Wide u, Wide scale, Wide bias) {
+  return scale * u + (1 - scale) * bias;
 }
 
 // As if it had been stored.
@@ -104,7 +105,14 @@ const T* vector(const std::optional<torch::stable::Tensor>& t) {
   return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
 }
 
-// `aligned` becomes false where the matrix allows no whole access.
+// `aligned` becomes false where the vector or the matrix allows no whole access.
+template <typename T>
+const T* vector(const std::optional<torch::stable::Tensor>& t, bool& aligned) {
+  const T* const data = vector<T>(t);
+  aligned = aligned && reinterpret_cast<uintptr_t>(data) % alignof(Columns<T>) == 0;
+  return data;
+}
+
 template <typename T>
 Matrix<T> matrix(const std::optional<MatrixView>& t, bool& aligned) {
   if (!t) return {nullptr, 0};

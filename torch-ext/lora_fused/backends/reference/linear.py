@@ -131,11 +131,10 @@ def linear_expand_dropped(
 
 
 def rescale(y: Tensor, mag_norm_scale: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(z∘g + b, z) for y = z + b [M, N]; exactly y where g is 1."""
+    """(z∘g + b, z) for y = z + b [M, N]; exactly y where g is 1, and rounded at the size of y∘g where it is small."""
     if bias is None:
         return scale(y, mag_norm_scale), y
-    z = y - bias
-    return (y + z * (mag_norm_scale - 1)).to(y.dtype), z
+    return (y * mag_norm_scale + bias * (1 - mag_norm_scale)).to(y.dtype), y - bias
 
 
 def scale_sum(dy: Tensor, z: Tensor, mag_norm_scale: Tensor) -> tuple[Tensor, Tensor]:
