@@ -75,7 +75,7 @@ class Backward {
   const std::vector<int64_t>& needs_;
   bool need_dx_;
   MatrixView x_, t_;
-  bool at_once_;                      // dx and the dt that it reads are to be one launch
+  bool at_once_;  // dx and the dt that it reads are to be one launch
   std::vector<MaybeMatrixView> dys_, dunscaled_;
   Optionals dmagnitudes_, dbiases_, dbs_;  // [N], [N], and where made with dt [N, R]
   Adapters adapters_;

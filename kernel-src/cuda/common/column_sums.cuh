@@ -87,8 +87,8 @@ struct ColumnSums {
 };
 
 template <typename W>
-__device__ __forceinline__ void store_share(W* shares, const ColumnSums<W>& all, int64_t column, const OwnedColumns& own,
-                                            const W (&mine)[kColumns], bool aligned) {
+__device__ __forceinline__ void store_share(W* shares, const ColumnSums<W>& all, int64_t column,
+                                            const OwnedColumns& own, const W (&mine)[kColumns], bool aligned) {
   Columns<W> values;
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) values.value[j] = mine[j];
@@ -148,7 +148,8 @@ torch::stable::Tensor share_memory(ColumnSums<W>& all, int count, int64_t shares
     dots = dots || all.of[i].dmagnitude != nullptr;
     sums = sums || all.of[i].dbias != nullptr;
   }
-  const auto dtype = std::is_same_v<W, double> ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+  const auto dtype =
+      std::is_same_v<W, double> ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
   all.shares = shares;
   const torch::stable::Tensor memory = empty(like, {dots + sums, shares, all.columns}, dtype);
   W* const first = static_cast<W*>(memory.mutable_data_ptr());

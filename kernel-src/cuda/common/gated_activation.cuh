@@ -21,8 +21,8 @@ namespace lora_fused::gated_activation {
 // then, with the sums over tokens.
 enum Form { kForward, kScaledForward, kBackward, kScaledBackward, kSummedBackward };
 
-constexpr bool is_backward(Form form) { return form >= kBackward; }
-constexpr bool is_scaled(Form form) { return form != kForward && form != kBackward; }
+template <Form kForm>
+constexpr bool kIsScaled = kForm != kForward && kForm != kBackward;
 
 template <typename T>
 struct Arguments {
@@ -75,17 +75,19 @@ constexpr int kAny = -1;  // the activation is read from the arguments
 template <typename T>
 constexpr int least_blocks(Form form) {
   if (sizeof(T) != 2) return 1;
-  return form == kScaledForward ? dispatch::kGatedScaleBlocks : form == kSummedBackward ? dispatch::kGatedScaleBackwardBlocks : 1;
+  return form == kScaledForward    ? dispatch::kGatedScaleBlocks
+         : form == kSummedBackward ? dispatch::kGatedScaleBackwardBlocks
+                                   : 1;
 }
 
 template <typename T, int kActivation, Form kForm, bool kAligned>
 __global__ void __launch_bounds__(kColumnThreads, least_blocks<T>(kForm))
     gated_activation_kernel(const __grid_constant__ Arguments<T> a) {
   using W = Wide<T>;
-  constexpr bool kBackwards = is_backward(kForm), kSummed = kForm == kSummedBackward;
+  constexpr bool kBackwards = kForm >= kBackward, kSummed = kForm == kSummedBackward;
   const OwnedColumns own(a.cut);
   if (own.count <= 0) return;
-  Side<T, is_scaled(kForm), kSummed> gate(a.gate_scale, own, kAligned), up(a.up_scale, own, kAligned);
+  Side<T, kIsScaled<kForm>, kSummed> gate(a.gate_scale, own, kAligned), up(a.up_scale, own, kAligned);
   for (int64_t row = own.share; row < a.cut.rows; row += a.cut.shares) {
     Columns<T> h, dh, dgate, dup;
     gate.read(a.gate, a.gate_bias, row, own, kAligned);
@@ -110,8 +112,10 @@ __global__ void __launch_bounds__(kColumnThreads, least_blocks<T>(kForm))
     }
   }
   if constexpr (kSummed) {
-    if (a.sums.of[0].dmagnitude != nullptr) store_share(a.sums.dots, a.sums, a.sums.of[0].column, own, gate.dots, kAligned);
-    if (a.sums.of[1].dmagnitude != nullptr) store_share(a.sums.dots, a.sums, a.sums.of[1].column, own, up.dots, kAligned);
+    if (a.sums.of[0].dmagnitude != nullptr)
+      store_share(a.sums.dots, a.sums, a.sums.of[0].column, own, gate.dots, kAligned);
+    if (a.sums.of[1].dmagnitude != nullptr)
+      store_share(a.sums.dots, a.sums, a.sums.of[1].column, own, up.dots, kAligned);
   }
 }
 

@@ -40,9 +40,9 @@ void launch(const ScaleOutputBackward* first, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     const ScaleOutputBackward& s = first[i];
     aligned = aligned && s.dy.size(1) % kColumns == 0;
-    a.pass[i] = {matrix<T>(s.dy, aligned), matrix<T>(s.unscaled, aligned), matrix<T>(s.dunscaled, aligned),
-                 vector<Wide<T>>(s.scale.scale, aligned), vector<T>(s.scale.bias, aligned),
-                 row_shares(s.dy.size(0), s.dy.size(1), shares)};
+    a.pass[i] = {matrix<T>(s.dy, aligned),         matrix<T>(s.unscaled, aligned),
+                 matrix<T>(s.dunscaled, aligned),  vector<Wide<T>>(s.scale.scale, aligned),
+                 vector<T>(s.scale.bias, aligned), row_shares(s.dy.size(0), s.dy.size(1), shares)};
     a.sums.of[i] = column_sum<Wide<T>>(s.dy, s, a.sums);
     blocks = std::max(blocks, blocks_of(a.pass[i].cut));
   }
