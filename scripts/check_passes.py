@@ -16,7 +16,7 @@ import statistics
 from collections import defaultdict
 
 import torch
-from check_adapter_grads import LINEARS, MLP, call_of
+from check_adapter_grads import LINEARS, MLP, OPERANDS, SCALING, call_of
 from kernel_checks import ROOT
 from kernels import get_local_kernel
 
@@ -55,12 +55,23 @@ def passes_of(run) -> dict[str, float]:
     return {name: statistics.median(times) * len(times) / CALLS for name, times in found.items()}
 
 
-def bytes_of(m: int, case, kind: str) -> dict[str, int]:
-    """Of the activation and of the pass over dy, each operand once, where they are apart."""
+def bytes_of(m: int, case, kind: str, direction: str) -> int:
+    """What the passes have to move: the activation's tensors once and, of DoRA, dy, u and dy scaled of the other
+    linears."""
     what, k, widths = case
-    dora = kind == "DoRA"
-    scaled = 3 * 2 * m * (k if what == MLP else sum(widths)) if dora else 0  # of down's dy and unscaled output in an MLP
-    return {"activation": 6 * 2 * m * widths[0] if what == MLP else 0, "scale": scaled}
+    activation = (3 if direction == "forward" else 6) * 2 * m * widths[0] if what == MLP else 0
+    others = {MLP: k, LINEARS: sum(widths)}[what] if kind == "DoRA" else 0
+    return activation + (2 if direction == "forward" else 3) * 2 * m * others
+
+
+def directions_of(call, case):
+    """The backward op of a case, and of a gated MLP the forward."""
+    backward = lambda ops: call.run(ops, call.tensors)  # noqa: E731
+    if case[0] == LINEARS:
+        return {"backward": backward}
+    x, operands = call.tensors[0], call.tensors[-3 * OPERANDS :]
+    how = [SCALING] * 3, None, None, None, False, 0, 0, False
+    return {"forward": lambda ops: ops.gated_forward(x, operands, *how), "backward": backward}
 
 
 def main() -> None:
@@ -73,17 +84,19 @@ def main() -> None:
     rate = copy_rate()
     print(f"a copy moves {rate / 1e6:.2f} TB/s")
     for m, kind, (name, case) in itertools.product((2048, 8192), ("LoRA", "DoRA"), CASES.items()):
-        floors = ", ".join(f"{of} {size / rate:.0f}" for of, size in bytes_of(m, case, kind).items() if size)
-        if not floors:
-            continue
-        print(f"{m} tokens, {kind}, {name}, backward; traffic: {floors} µs")
+        if (case[0], kind) == (LINEARS, "LoRA"):
+            continue  # no pass
         call = call_of(loaded[""], m, case, kind)
-        for said, ops in loaded.items():
-            call.run(ops, call.tensors)
-            torch.cuda.synchronize()
-            for kernel, time in passes_of(lambda ops=ops: call.run(ops, call.tensors)).items():
-                print(f"    {kernel} {time:.1f} {said}", flush=True)
-        del call
+        for direction, run in directions_of(call, case).items():
+            print(
+                f"{m} tokens, {kind}, {name}, {direction}: traffic {bytes_of(m, case, kind, direction) / rate:.0f} µs"
+            )
+            for said, ops in loaded.items():
+                run(ops)
+                torch.cuda.synchronize()
+                for kernel, time in passes_of(lambda: run(ops)).items():  # noqa: B023
+                    print(f"    {kernel} {time:.1f} {said}", flush=True)
+        del call, run
         torch.cuda.empty_cache()
 
 

@@ -115,7 +115,7 @@ def test_passes_over_dy_of_a_group_are_one_launch(lora_fused):
     ys = step(model, x)
     counted = launches(lambda: backward(ys, [torch.ones(ROWS, K, device="cuda", dtype=BF16)] * 3))
     assert sum(count for name, count in counted.items() if "scale_output_bwd_kernel" in name) == 1, counted
-    assert sum(count for name, count in counted.items() if "scale_output_bwd_reduce" in name) == 1, counted
+    assert sum(count for name, count in counted.items() if "add_shares_kernel" in name) == 1, counted
 
 
 @pytest.mark.parametrize("dtype, pieces", ((BF16, 0), (torch.float32, 1)), ids=("product's", "another"))

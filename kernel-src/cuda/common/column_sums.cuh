@@ -97,21 +97,26 @@ __device__ __forceinline__ void store_share(W* shares, const ColumnSums<W>& all,
 
 constexpr int kSumColumns = 32, kSumParts = kColumnThreads / kSumColumns;
 
+// A part of the sum of one column, in order, with loads under way together.
+template <typename W>
+__device__ __forceinline__ W sum_of_shares(const W* column, int64_t first, int64_t shares, int64_t stride) {
+  W sum = 0;
+#pragma unroll 8
+  for (int64_t share = first; share < shares; share += kSumParts) sum += column[share * stride];
+  return sum;
+}
+
+// Blocks of so many columns; a sum for each y of the grid.
 template <typename W>
 __global__ void __launch_bounds__(kColumnThreads) add_shares_kernel(const __grid_constant__ ColumnSums<W> all) {
   __shared__ W shared[2][kSumParts][kSumColumns];
   const ColumnSum<W>& a = all.of[blockIdx.y];
   const int lane = threadIdx.x % kSumColumns, part = threadIdx.x / kSumColumns;
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * kSumColumns + lane;
+  const int64_t col = static_cast<int64_t>(blockIdx.x) * kSumColumns + lane, at = a.column + col;
+  const bool has_dots = a.dmagnitude != nullptr, has_sums = a.dbias != nullptr;
   W dots = 0, sums = 0;
-  if (col < a.cols) {
-#pragma unroll 4
-    for (int64_t share = part; share < all.shares; share += kSumParts) {
-      const int64_t at = share * all.columns + a.column + col;
-      if (a.dmagnitude != nullptr) dots += all.dots[at];
-      if (a.dbias != nullptr) sums += all.sums[at];
-    }
-  }
+  if (col < a.cols && has_dots) dots = sum_of_shares(all.dots + at, part, all.shares, all.columns);
+  if (col < a.cols && has_sums) sums = sum_of_shares(all.sums + at, part, all.shares, all.columns);
   shared[0][part][lane] = dots;
   shared[1][part][lane] = sums;
   __syncthreads();
@@ -120,8 +125,8 @@ __global__ void __launch_bounds__(kColumnThreads) add_shares_kernel(const __grid
     dots += shared[0][i][lane];
     sums += shared[1][i][lane];
   }
-  if (a.dmagnitude != nullptr) a.dmagnitude[col] = dots / a.norm[col];
-  if (a.dbias != nullptr) a.dbias[col] = sums;
+  if (has_dots) a.dmagnitude[col] = dots / a.norm[col];
+  if (has_sums) a.dbias[col] = sums;
 }
 
 template <typename W>
