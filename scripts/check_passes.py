@@ -41,18 +41,18 @@ def copy_rate() -> float:
     return 2 * source.numel() / statistics.median(times[1:])
 
 
-def passes_of(run) -> dict[str, float]:
-    """Microseconds of each kernel of a call, medians; one that runs twice in a call counts both."""
+def passes_of(run, ops) -> dict[str, float]:
+    """Microseconds of each kernel of a call; of one that runs twice, both."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(CALLS):
-            run()
+            run(ops)
         torch.cuda.synchronize()
     found = defaultdict(list)
     for event in profile.events():
         name = PASSES.search(event.name)
         if name and event.device_type == torch.autograd.DeviceType.CUDA:
             found[name[0]].append(event.time_range.elapsed_us())
-    return {name: statistics.median(times) * len(times) / CALLS for name, times in found.items()}
+    return {name: sum(times) / CALLS for name, times in found.items()}
 
 
 def bytes_of(m: int, case, kind: str, direction: str) -> int:
@@ -94,7 +94,7 @@ def main() -> None:
             for said, ops in loaded.items():
                 run(ops)
                 torch.cuda.synchronize()
-                for kernel, time in passes_of(lambda: run(ops)).items():  # noqa: B023
+                for kernel, time in passes_of(run, ops).items():
                     print(f"    {kernel} {time:.1f} {said}", flush=True)
         del call, run
         torch.cuda.empty_cache()
