@@ -29,10 +29,21 @@ ONLY_ADD = re.compile(r"::finish\w*$")
 STACK_BYTES = {
     "adapter_grad_bwd_kernel": {"sm_80": 8, "sm_86": 8, "sm_89": 8, "sm_90a": 24, "sm_100": 216, "sm_120": 320},
     "dropped_expand_add_bwd_kernel": {"sm_80": 16, "sm_86": 16, "sm_89": 16, "sm_90a": 16, "sm_120": 8},
-    "gated_activation_kernel": {"sm_90a": 80, "sm_120": 24},
+    "gated_activation_kernel": {
+        **dict.fromkeys(("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100"), 64),
+        "sm_120": 56,
+    },
     "gemm_group_kernel": {"sm_90a": 8},
     "gemm_kernel": {"sm_90a": 16},
-    "scale_output_bwd_kernel": {"sm_75": 72, "sm_80": 32, "sm_86": 24, "sm_89": 24, "sm_90a": 48, "sm_120": 8},
+    "scale_output_bwd_kernel": {
+        "sm_75": 72,
+        "sm_80": 32,
+        "sm_86": 32,
+        "sm_89": 32,
+        "sm_90a": 32,
+        "sm_100": 32,
+        "sm_120": 16,
+    },
     "shrink_fwd_kernel": {"sm_80": 16, "sm_86": 8, "sm_89": 8, "sm_90a": 8, "sm_100": 24, "sm_120": 32},
     "skinny_kernel": {"sm_90a": 56},
 }
