@@ -31,10 +31,9 @@ __attribute__((visibility("hidden"), noreturn)) void __wrap__ZSt28__throw_bad_ar
 }
 
 AS_OF_FIRST_GLIBC(double, exp, (double x), (x))  // GLIBC_2.29
-#if defined(WITH_LOADER)
-AS_OF_FIRST_GLIBC(void*, dlopen, (const char* name, int flags), (name, flags))           // GLIBC_2.34
-AS_OF_FIRST_GLIBC(void*, dlsym, (void* library, const char* symbol), (library, symbol))  // GLIBC_2.34
-#endif
+// GLIBC_2.34, of torch's headers from 2.15 on too
+AS_OF_FIRST_GLIBC(void*, dlopen, (const char* name, int flags), (name, flags))
+AS_OF_FIRST_GLIBC(void*, dlsym, (void* library, const char* symbol), (library, symbol))
 }
 
 // What headers expect of a newer libstdc++, instantiated here.

@@ -16,6 +16,10 @@ except ModuleNotFoundError:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from library import Library
+
 CONFIG = tomllib.loads((ROOT / "build.toml").read_text())
 
 
@@ -84,6 +88,12 @@ def test_library_is_abi3(variant):
     assert not re.search(rb"\0_ZNK?(2at|5torch8autograd|3c10\w*(Tensor|TypeMeta))", data)
     assert str(ROOT).encode() not in data
     assert b"\0libstdc++.so.6\0" in data, "exceptions need the shared C++ runtime"
+
+
+def test_lookups_of_torch_have_an_old_name(variant):
+    """torch's headers look symbols up from 2.15 on, by a name of glibc 2.34 where a machine has that."""
+    asks = dict(Library.read(next(variant.glob("*.abi3.so"))).asks)
+    assert {asks["dlopen"], asks["dlsym"]} <= {"GLIBC_2.2.5", "GLIBC_2.17"}
 
 
 def test_local_kernels_resolves_the_hub_name(variant):

@@ -237,15 +237,25 @@ HOOKED = {
 }
 
 
+def guards_hooks():
+    """Whether Dynamo guards that a module has no hooks where a forward asks: torch 2.15 does, 2.13 does not."""
+    part = nn.Identity()
+    compiled = torch.compile(lambda x: x + 1 if part.__dict__["_forward_hooks"] else x + 0, backend="eager")
+    compiled(torch.zeros(1))
+    part.register_forward_hook(lambda module, args, result: None)
+    return compiled(torch.zeros(1)).item() == 1
+
+
 @pytest.mark.parametrize("place", some_slow(HOOKED, "q_proj.lora_A.default", "act_fn"))
 def test_a_hook(compiled, place):
-    """Dynamo guards no hooks (`skip_nnmodule_hook_guards`): a graph has those that were there before."""
+    """A graph has the hooks that were there before; where Dynamo guards what is read of them, it is traced anew."""
     model, ours, graphs = compiled()
     before = results(ours, x_of())
     for each in (model, ours):
         named(each, place).register_forward_hook(lambda module, args, result: result * 1.5)
-    assert_same(results(ours, x_of()), before)
+    assert_same(results(ours, x_of()), results(model, x_of()) if guards_hooks() else before)
     torch.compiler.reset()
+    graphs.traced.clear()
     check(ours, model)
     assert graphs.ops == HOOKED[place]
 

@@ -1,6 +1,6 @@
 """`lora_experts` on tensors: the oracle, every backend, gates, what is read, saved and made."""
 
-import importlib
+import importlib.util
 import itertools
 
 import pytest
@@ -9,6 +9,26 @@ from helpers.expert_operands import GATES, R1, R2, Case, E, H, I, K, T, tanh_gat
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.usefixtures("on_device")
+
+
+@pytest.fixture(autouse=True)
+def masks_are_booleans(monkeypatch):
+    """As Triton's interpreter asks from 3.9 on; earlier ones take integers."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+
+    def check(name, place):
+        own = getattr(builder, name)
+
+        def checked(self, *operands, **options):
+            assert operands[place].data.dtype == bool
+            return own(self, *operands, **options)
+
+        monkeypatch.setattr(builder, name, checked)
+
+    check("create_masked_load", 1)
+    check("create_masked_store", 2)
 
 
 def oracle_of(lora_fused):

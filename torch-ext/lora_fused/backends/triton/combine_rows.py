@@ -35,7 +35,8 @@ def combine_rows_kernel(
         else:
             row, expert = choice, tl.load(index_ptr + choice)
             is_there = (expert >= 0) & (expert < E)
-        y = tl.load(y_ptr + row * N + columns, mask=mask & is_there, other=0.0).to(tl.float32)
+        # Not `mask & is_there`: of a scalar beside a block Triton's interpreter makes integers, from 3.9 on no mask.
+        y = tl.load(y_ptr + row * N + columns, mask=columns < tl.where(is_there, N, 0), other=0.0).to(tl.float32)
         if routing_ptr is not None:
             weight = tl.load(routing_ptr + choice).to(tl.float32)
             y = tl.where(is_there, y * weight, 0.0)

@@ -64,7 +64,8 @@ def grouped_shrink_kernel(
             short = tl.dot(x, d, short, input_precision=PRECISION)
             if gathered_ptr is not None:
                 to_ptrs = gathered_ptr + rows[:, None].to(tl.int64) * K + start + ks[None, :]
-                tl.store(to_ptrs, x, mask=row_mask[:, None] & k_mask[None, :] & (tl.program_id(1) == 0))
+                stored = rows < tl.where(tl.program_id(1) == 0, end, first)  # by one of those that read them
+                tl.store(to_ptrs, x, mask=stored[:, None] & k_mask[None, :])
             x_ptrs += BLOCK_K
             d_ptrs += BLOCK_K
         t_ptrs = t_ptr + rows[:, None].to(tl.int64) * R + ranks[None, :]
