@@ -48,7 +48,7 @@ def requirements() -> str:
         tried = sorted(
             {row[name].split("+")[0] for row in rows}, key=lambda text: [int(part) for part in text.split(".")]
         )
-        shown = tried[0] if len(tried) == 1 else f"{tried[0]} to {tried[-1]}"
+        shown = ", ".join(tried) if len(tried) < 3 else f"{tried[0]} to {tried[-1]}"
         lines.append(f"| {label} | {wanted.get(name, tried[0].removesuffix('.0'))} | {shown} |")
     lines.append(
         f"| NVIDIA GPU | compute capability {capabilities[0]} | H200; compiled for {', '.join(capabilities)} |"
