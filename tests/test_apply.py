@@ -222,6 +222,19 @@ def test_an_error_while_classes_are_marked_leaves_none(lora_fused, unregistered,
     assert marks() == before
 
 
+def test_a_mark_that_is_over_and_was_put_back(lora_fused, unregistered):
+    """As by a tool that restores a class's attributes to what it has seen."""
+    kernelize_in_place(lora_fused, peft_llama())
+    seen = {name: vars(LlamaMLP)[name] for name in ("kernel_layer_name", "kernel_condition")}
+    lora_fused.unregister_peft_layers()
+    for name, value in seen.items():
+        setattr(LlamaMLP, name, value)
+    rows = explain(lora_fused, kernelize_in_place(lora_fused, peft_llama()))
+    assert {row.layer for row in rows} == {"LoraLinear", "LoraGatedMLP"}
+    lora_fused.unregister_peft_layers()
+    assert not {*seen} & {*vars(LlamaMLP)}
+
+
 def test_unregistered_inside_of_a_block(lora_fused, unregistered):
     before = marks()
     lora_fused.register_peft_layers()

@@ -1,12 +1,13 @@
 """Models by torch.compile, whole, by layer and by regions: loss and gradients against PEFT's, and the ops of graphs."""
 
+import copy
 import functools
 import importlib
 
 import pytest
 import torch
 from helpers.cases import DEVICE, randomise_adapters, tiny_llama
-from helpers.compiling import Graphs, fresh_compiler, set_scalings
+from helpers.compiling import INDUCTOR, Graphs, fresh_compiler, set_scalings
 from helpers.kernelizing import explain, kernelized
 from helpers.llamas import passed, tokens
 from helpers.quantized import eight_bit, llama as four_bit_llama, replace
@@ -25,20 +26,37 @@ def adapted(base, **config):
     return model.train()
 
 
-def whole(model, graphs):
-    model.compile(backend=graphs, fullgraph=True)
+def whole(model, graphs, fullgraph=True):
+    model.compile(backend=graphs, fullgraph=fullgraph)
 
 
-def by_layer(model, graphs):
+def by_layer(model, graphs, fullgraph=True):
     for layer in model.base_model.model.model.layers:
-        layer.compile(backend=graphs, fullgraph=True)
+        layer.compile(backend=graphs, fullgraph=fullgraph)
 
 
-def by_regions(model, graphs):
+def by_regions(model, graphs, fullgraph=True):
     """As accelerate's `use_regional_compilation`; the model is another one."""
     from accelerate.utils import compile_regions
 
-    return compile_regions(model, backend=graphs, fullgraph=True)
+    return compile_regions(model, backend=graphs, fullgraph=fullgraph)
+
+
+def differences(found, expected):
+    """Of each tensor, the largest one over 1 and the tensor's own size."""
+    pairs = zip(found, expected, strict=True)
+    return [((mine - theirs).abs().max() / (1.0 + theirs.abs().max())).item() for mine, theirs in pairs]
+
+
+def hold_results(ours, model, compiled, ids, tolerance=1e-9):
+    """Loss and all gradients are those of PEFT's model. Inductor rounds transformers' norms and loss, which are in
+    float32, in another order: as far from eager as PEFT's model that is compiled."""
+    found, expected = passed(ours, ids), passed(model, ids)
+    if INDUCTOR:
+        plain = copy.deepcopy(model)
+        plain = compiled(plain, "inductor", fullgraph=False) or plain
+        tolerance += 4 * max(differences(passed(plain, ids), expected))
+    assert len(found) > 1 and max(differences(found, expected)) <= tolerance
 
 
 def hold_llama(lora_fused, model, compiled, ops, ids=None, tolerance=1e-9):
@@ -46,8 +64,7 @@ def hold_llama(lora_fused, model, compiled, ops, ids=None, tolerance=1e-9):
     model, ids = model.to(DEVICE), tokens() if ids is None else ids
     ours, graphs = kernelized(lora_fused, model), Graphs(lora_fused)
     ours = compiled(ours, graphs) or ours
-    for mine, theirs in zip(passed(ours, ids), passed(model, ids), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance * (1.0 + theirs.abs().max().item()))
+    hold_results(ours, model, compiled, ids, tolerance)
     assert graphs.ops == ops
     return ours
 
@@ -106,8 +123,8 @@ def test_a_scaled_embedding(lora_fused, model):
     (scaled,) = [cls for name, cls in vars(module).items() if name.endswith("ScaledWordEmbedding")]
     base = tiny_llama(torch.float64, num_hidden_layers=1)
     base.model.embed_tokens = scaled(*base.model.embed_tokens.weight.shape, 0, embed_scale=3.0).double()
-    # Dynamo begins again where a number of a graph comes from a tensor of no dimensions.
-    times = 2 if "gemma" in model else 1
+    # Dynamo begins again where a number of a graph comes from a CPU's tensor of no dimensions.
+    times = 2 if "gemma" in model and DEVICE == "cpu" else 1
     hold_llama(lora_fused, adapted(base, target_modules=["embed_tokens"]), whole, dict(traced_embedding=times))
 
 
@@ -117,7 +134,7 @@ def test_scalings_of_an_embedding(lora_fused):
     torch._dynamo.utils.counters.clear()
     for value in (0.25, 3.0, -1.0):
         set_scalings(value, ours, model)
-        torch.testing.assert_close(passed(ours, tokens()), passed(model, tokens()), rtol=1e-9, atol=1e-9)
+        hold_results(ours, model, whole, tokens())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if DEVICE == "cpu" else 3)
 
 

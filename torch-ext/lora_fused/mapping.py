@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,12 @@ def _attributes(cls: type) -> dict[str, Any]:
     return {name: cls.__dict__[name] for name in _CLASS_ATTRIBUTES if name in cls.__dict__}
 
 
-def _mark_in(attributes: dict[str, Any]) -> Any:
+def _is_unmarked(cls: type) -> bool:
+    """A mark that is over is none: somebody may have put a class's attributes back that they had seen before."""
+    return "kernel_layer_name" not in cls.__dict__ or getattr(_mark_in(cls.__dict__), "over", False)
+
+
+def _mark_in(attributes: Mapping[str, Any]) -> Any:
     return getattr(attributes.get("kernel_condition"), "__func__", None)  # a static method
 
 
@@ -105,7 +110,7 @@ class Marks:
         Not for `root` itself: always False."""
         peft_linear.note_names(root)
         for module in root.modules():
-            if "kernel_layer_name" not in type(module).__dict__ and peft_gated_mlp.is_adapted(module):
+            if _is_unmarked(type(module)) and peft_gated_mlp.is_adapted(module):
                 self.mark_gated_mlp(module)
         return False
 
