@@ -56,12 +56,12 @@ def passes_of(run, ops) -> dict[str, float]:
 
 
 def bytes_of(m: int, case, kind: str, direction: str) -> int:
-    """What the passes have to move: the activation's tensors once and, of DoRA, dy, u and dy scaled of the other
-    linears."""
+    """What the passes have to move: the activation's tensors once and, in DoRA's backward, dy, u and dy scaled of the
+    other linears, whose outputs the product scales in the forward."""
     what, k, widths = case
     activation = (3 if direction == "forward" else 6) * 2 * m * widths[0] if what == MLP else 0
-    others = {MLP: k, LINEARS: sum(widths)}[what] if kind == "DoRA" else 0
-    return activation + (2 if direction == "forward" else 3) * 2 * m * others
+    others = k if what == MLP else sum(widths)
+    return activation + (3 * 2 * m * others if (kind, direction) == ("DoRA", "backward") else 0)
 
 
 def directions_of(call, case):
