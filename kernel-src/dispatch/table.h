@@ -130,10 +130,10 @@ inline int embedding_splits(int64_t blocks, int64_t pieces, int64_t at_most) {
 // ---- passes
 
 // Blocks of a multiprocessor that the passes with DoRA's scale are cut for, once each: a thread then keeps its columns'
-// scale, and few shares of the tokens are added. 2048 and 8192 tokens, µs: the gated activation of 14336 columns 52 and
-// 183 with four blocks (75 and 278 where every thread reads the scale for one row), its backward with the sums 96 and
-// 364 with three (103 and 388 with two, 126 and 477 with four, which spill), the pass over dy of 4096 columns 18 and 54
-// (22 and 65 where a block owns columns).
+// scale, and few shares of the tokens are added. scripts/check_passes.py, 2048 and 8192 tokens, µs: the gated activation
+// of 14336 columns 52 and 204 (72 and 350 where every thread reads the scale for one row), the pass over dy of 4096
+// columns 13.5 and 48.4 (18.7 and 64.6 where a block owns columns). Of the activation's backward with the sums two and
+// four blocks, which spill, were slower in a trial of the kernel alone.
 constexpr int kScaleBlocks = 4, kScaleBackwardBlocks = 4, kGatedScaleBlocks = 4, kGatedScaleBackwardBlocks = 3;
 
 }  // namespace lora_fused::dispatch

@@ -17,8 +17,8 @@
 
 namespace lora_fused::gated_activation {
 
-// What is made. kScaled: gate, up or both are scaled. kSummed: their gradients too, which are those of the unscaled ones
-// then, with the sums over tokens.
+// What is made. "Scaled": of gate, up or both as they are scaled. "Summed": so is the backward, whose gradients are those
+// of the unscaled ones, with their sums over tokens.
 enum Form { kForward, kScaledForward, kBackward, kScaledBackward, kSummedBackward };
 
 template <Form kForm>
@@ -50,7 +50,7 @@ struct Side {
   __device__ __forceinline__ void read(const Matrix<T>& from, const T* biases, int64_t row, const OwnedColumns& own,
                                        bool aligned) {
     load(unscaled, from, row, own.col, own.count, aligned);
-    bias = {};
+    bias = {};  // read for each row: registers do not suffice to keep it
     if (kScaled && biases != nullptr) load(bias, biases, own, aligned);
   }
 
